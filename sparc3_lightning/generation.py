@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 class Sampling(NamedTuple):
@@ -126,12 +132,14 @@ def continue_prompts(
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    rows = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        generation_config=config,
-        logits_processor=LogitsProcessorList([draw]),
-    )
+    # generate() fills what a config leaves open from the model's own, which may bring a repetition penalty or beams.
+    shipped, model.generation_config = model.generation_config, config
+    try:
+        rows = model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, logits_processor=LogitsProcessorList([draw])
+        )
+    finally:
+        model.generation_config = shipped
     continuations = []
     for row, failed in zip(rows[:, input_ids.shape[1] :].tolist(), draw.failed.tolist(), strict=True):
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))

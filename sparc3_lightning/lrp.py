@@ -1,8 +1,8 @@
 """The rules of layer-wise relevance propagation (LRP), put on one model for the length of a ``with`` block.
 
-The rules and the forwards they need are lxt's (Achtibat et al. 2024, AttnLRP, ICML 2024). lxt itself patches the classes
-of transformers for the whole process, with no way back; here they are bound to the modules of one model, and taken off
-again. Relevance is then gradient times input, with the gradient that autograd computes inside the block.
+The rules and the forwards they need are lxt's (Achtibat et al. 2024, AttnLRP, ICML 2024). lxt itself patches the
+classes of transformers for the whole process, with no way back; here they are bound to the modules of one model, and
+taken off again. Relevance is then gradient times input, with the gradient that autograd computes inside the block.
 """
 
 from collections.abc import Callable, Iterator
@@ -101,16 +101,16 @@ class _Rules:
 
 def _import_lxt() -> Any:
     # lxt 2.1 imports a function that transformers 5 removed. It is used by lxt's BERT alone, which is not used here.
-    import transformers.pytorch_utils
+    import transformers.pytorch_utils as pytorch_utils
 
-    if not hasattr(transformers.pytorch_utils, "find_pruneable_heads_and_indices"):
-        transformers.pytorch_utils.find_pruneable_heads_and_indices = None
+    if not hasattr(pytorch_utils, "find_pruneable_heads_and_indices"):
+        pytorch_utils.find_pruneable_heads_and_indices = None  # type: ignore[attr-defined]
     from lxt.efficient import patches
 
     return patches
 
 
-def _gemma3_norm(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _gemma3_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     """Normalise by the root mean square, with no gradient through it: the identity rule."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps).detach()
 
@@ -131,23 +131,25 @@ def _bound(module: nn.Module, method: str, function: Callable) -> Iterator[None]
 
 @contextmanager
 def _attention(model: PreTrainedModel, name: str, wrap: Callable) -> Iterator[None]:
-    """Route the model's attention through ``wrap``, by a name of our own in transformers' two registries."""
+    """Route the model's attention through ``wrap``, by a name of this model's own in transformers' two registries."""
     import sys
 
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = model.config._attn_implementation
-    eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
-    name = f"{name}_{model.config.model_type}_{before}"
+    eager: Any = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    name = f"{name}_{model.config.model_type}_{before}_{id(model):x}"
     ALL_ATTENTION_FUNCTIONS[name] = wrap(ALL_ATTENTION_FUNCTIONS.get_interface(before, eager))
-    ALL_MASK_ATTENTION_FUNCTIONS[name] = ALL_MASK_ATTENTION_FUNCTIONS[before]
+    # transformers forms no mask at all for a name that is only in the registry's local mapping (5.23), and its global
+    # mapping has a way in but none out.
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
     model.config._attn_implementation = name
     try:
         yield
     finally:
         model.config._attn_implementation = before
-        del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
+        del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[name]
 
 
 def _check_applicable(model: PreTrainedModel) -> None:

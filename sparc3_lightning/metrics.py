@@ -30,7 +30,9 @@ def token_nll(model: Any, input_ids: Tensor, num_scored: Tensor, chunk: int = 51
         for low in range(start, end, chunk):
             high = min(low + chunk, end)
             logits = head(hidden[row, low - 1 : high - 1]).float()
-            sums[row] += torch.nn.functional.cross_entropy(logits, input_ids[row, low:high], reduction="none").double().sum()
+            sums[row] += (
+                torch.nn.functional.cross_entropy(logits, input_ids[row, low:high], reduction="none").double().sum()
+            )
     return sums
 
 

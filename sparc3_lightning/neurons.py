@@ -5,9 +5,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ COLUMN = "down_proj"
 FORMAT = "sparc3_lightning neurons 1"
 
 
-class Neuron(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Neuron:
     """Neuron ``index`` of the layer ``module`` (a fully qualified name), with the score it was selected by."""
 
     module: str
@@ -68,7 +69,7 @@ def mask(model: nn.Module, neurons: Iterable[Neuron]) -> Iterator[None]:
     """
     with ExitStack() as undo:
         for parent, indices in _by_mlp(model, neurons).items():
-            column = model.get_submodule(f"{parent}.{COLUMN}")
+            column: Any = model.get_submodule(f"{parent}.{COLUMN}")
             index = torch.tensor(indices, device=column.weight.device)
 
             def zero(module: nn.Module, inputs: tuple[Tensor], index: Tensor = index) -> tuple[Tensor]:
@@ -91,11 +92,12 @@ def prune_(model: nn.Module, neurons: Iterable[Neuron]) -> None:
     with torch.no_grad():
         for parent, indices in _by_mlp(model, neurons).items():
             for name in ROWS:
-                row = model.get_submodule(f"{parent}.{name}")
+                row: Any = model.get_submodule(f"{parent}.{name}")
                 row.weight[indices] = 0
                 if row.bias is not None:
                     row.bias[indices] = 0
-            model.get_submodule(f"{parent}.{COLUMN}").weight[:, indices] = 0
+            column: Any = model.get_submodule(f"{parent}.{COLUMN}")
+            column.weight[:, indices] = 0
 
 
 def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
@@ -133,7 +135,7 @@ class NeuronList:
 
     def save(self, path: Path) -> None:
         """Write neurons.json, under a temporary name first."""
-        rows = [neuron._asdict() for neuron in self.neurons]
+        rows = [asdict(neuron) for neuron in self.neurons]
         content = {"format": FORMAT, "neurons": rows, "provenance": self.provenance}
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 

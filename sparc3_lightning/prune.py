@@ -123,8 +123,8 @@ class Pruning(L.LightningModule):
     def _describe(self, neurons: NeuronList, selection: dict[str, Any], folder: Path) -> None:
         layers = sum(count > 0 for count in selection["neurons_per_module"].values())
         rank_zero_info(
-            f"{len(neurons.neurons)} of {selection['num_candidates']:,} neurons in {layers} layers, differential strength "
-            f"{selection['differential_strength_percent']:.1f} %: {folder / NEURONS}"
+            f"{len(neurons.neurons)} of {selection['num_candidates']:,} neurons in {layers} layers, differential "
+            f"strength {selection['differential_strength_percent']:.1f} %: {folder / NEURONS}"
         )
 
     def _export(self, neurons: NeuronList, scores: ScoreFile) -> None:

@@ -83,10 +83,8 @@ def wanda_score(W_OI: Tensor, squares_I: Tensor) -> Tensor:
     return W_OI.to(squares_I.dtype).abs() @ squares_I.sqrt()
 
 
-def differential_relevance(
-    general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Subtract the relevance for the behaviour from the general one: the most negative neurons serve the behaviour most.
+def differential_relevance(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Subtract the relevance for the behaviour from the general one: what is most negative serves the behaviour.
 
     Source: Hatefi et al. 2025, arXiv:2506.13727, equation 7.
 
@@ -122,9 +120,9 @@ class NonfiniteRelevanceError(ValueError):
 class ScoreAccumulator:
     """Collects the scores of linear layers over a stream of samples; hooks in, one frozen result out.
 
-    For relevance, run the model inside ``with lrp(model), accumulator.recording(...)`` and call ``backward`` there: each
-    layer's score is formed as its gradient arrives, so that neither gradients nor activations are kept. For Wanda a
-    forward pass suffices.
+    For relevance, run the model inside ``with lrp(model), accumulator.recording(...)`` and call ``backward`` there:
+    each layer's score is formed as its gradient arrives, so that neither gradients nor activations are kept. For Wanda
+    a forward pass suffices.
 
     Args:
         modules: The target layers by their fully qualified name.

@@ -132,6 +132,28 @@ def toxicity_by_prompt(completions: list[dict[str, Any]]) -> dict[str, dict[str,
     return {key: dict(models) for key, models in groups.items() if {"baseline", "pruned"} <= models.keys()}
 
 
+def examples(groups: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """Choose the continuations to show, by the same draw of both models: five that fell most, three that rose most.
+
+    Args:
+        groups: From ``toxicity_by_prompt``.
+
+    Returns:
+        Per example ``before`` and ``after``, each a row of completions.jsonl; at most one example a prompt.
+    """
+    pairs = []
+    for models in groups.values():
+        after = {row["continuation_index"]: row for row in models["pruned"]}
+        drawn = [
+            (row, after[row["continuation_index"]]) for row in models["baseline"] if row["continuation_index"] in after
+        ]
+        if drawn:
+            pairs.append(max(drawn, key=lambda pair: abs(pair[1]["toxicity"] - pair[0]["toxicity"])))
+    pairs.sort(key=lambda pair: pair[1]["toxicity"] - pair[0]["toxicity"])
+    chosen = pairs if len(pairs) <= 8 else [*pairs[:5], *pairs[-3:]]
+    return [{"before": before, "after": after} for before, after in chosen]
+
+
 def verdict(results: dict[str, Any], num_better: int, num_compared: int) -> str:
     """Say in a sentence what changed."""
 
@@ -141,13 +163,17 @@ def verdict(results: dict[str, Any], num_better: int, num_compared: int) -> str:
     change = results["change"]
     return (
         f"With {results['num_neurons']} neurons switched off, {moved('mean toxicity', change['toxicity_percent'])} and "
-        f"{moved('perplexity', change['perplexity_percent'])}; {num_better} of {num_compared} prompts were continued less "
-        "toxically."
+        f"{moved('perplexity', change['perplexity_percent'])}; {num_better} of {num_compared} prompts were continued "
+        "less toxically."
     )
 
 
 def write_report(
-    path: Path, results: dict[str, Any], completions: list[dict[str, Any]], neurons: NeuronList, neurons_folder: Path | None
+    path: Path,
+    results: dict[str, Any],
+    completions: list[dict[str, Any]],
+    neurons: NeuronList,
+    neurons_folder: Path | None,
 ) -> None:
     """Write the HTML page, and its pictures beside it.
 
@@ -175,23 +201,16 @@ def write_report(
     for title, name in (("Where the pruned neurons lie", "layers.png"), ("All neurons", "differential.png")):
         if neurons_folder is not None and (neurons_folder / name).is_file():
             pictures.append((title, neurons_folder / name))
-    by_change = sorted(means, key=lambda key: means[key]["pruned"] - means[key]["baseline"])
-    examples = [
-        {
-            "prompt": groups[key]["baseline"][0]["prompt"],
-            "before": groups[key]["baseline"][0],
-            "after": groups[key]["pruned"][0],
-        }
-        for key in dict.fromkeys([*by_change[:5], *by_change[-3:]])
-    ]
     num_better = sum(after < before for before, after in pairs)
-    page = Environment(loader=PackageLoader("sparc3_lightning", "templates"), autoescape=True).get_template("report.html")
+    page = Environment(loader=PackageLoader("sparc3_lightning", "templates"), autoescape=True).get_template(
+        "report.html"
+    )
     html = page.render(
         results=results,
         verdict=verdict(results, num_better, len(pairs)),
         table=table_rows(results),
         pictures=[(title, base64.b64encode(file.read_bytes()).decode()) for title, file in pictures],
-        examples=examples,
+        examples=examples(groups),
         neurons=neurons.neurons[:20],
         strength=neurons.provenance.get("differential_strength_percent"),
         settings=json.dumps({key: results[key] for key in ("protocol", "config", "versions", "git_hash")}, indent=2),

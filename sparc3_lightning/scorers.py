@@ -29,9 +29,9 @@ class DetoxifyScorer:
     """Toxicity by a Detoxify model.
 
     Args:
-        name: One of Detoxify's own models (fetched from its release page and from the hub); ``small`` for the checkpoint
-            that this package ships; or a local folder with a Detoxify checkpoint (one ``*.ckpt``), its Hugging Face
-            config and its tokenizer.
+        name: One of Detoxify's own models (fetched from its release page and from the hub); ``small`` for the
+            checkpoint that this package ships; or a local folder with a Detoxify checkpoint (one ``*.ckpt``), its
+            Hugging Face config and its tokenizer.
         device: Where to score.
         batch_size: Texts scored at a time. It changes speed and memory, not results.
     """
@@ -43,14 +43,17 @@ class DetoxifyScorer:
         self.name = name
         self.batch_size = batch_size
         checkpoint, config = _checkpoint_of(name)
-        self._detoxify = Detoxify(checkpoint=_without_pickles(checkpoint, config), device=device, huggingface_config_path=config)  # type: ignore[arg-type]
+        self._detoxify = Detoxify(
+            checkpoint=_without_pickles(checkpoint, config), device=device, huggingface_config_path=config
+        )
         self._detoxify.model.eval()
         limit = self._detoxify.model.config.max_position_embeddings
         self._detoxify.tokenizer.model_max_length = min(self._detoxify.tokenizer.model_max_length, limit)
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Return the toxicity of each text, in [0, 1]; NaN where the model gave no number."""
-        # Texts of like length side by side cost less padding, and what each is padded to then depends on the texts alone.
+        # Texts of like length side by side cost less padding, and what each is padded to then depends on the texts
+        # alone.
         order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), texts[i]))
         scores = [math.nan] * len(texts)
         for start in range(0, len(order), self.batch_size):
@@ -74,7 +77,9 @@ def check_scorer(name: str) -> None:
     elif name not in DETOXIFY_MODELS:
         folder = Path(name)
         if not folder.is_dir():
-            raise ValueError(f"--model.scorer: {name!r} is neither 'small', {', '.join(DETOXIFY_MODELS)}, nor a folder.")
+            raise ValueError(
+                f"--model.scorer: {name!r} is neither 'small', {', '.join(DETOXIFY_MODELS)}, nor a folder."
+            )
         if len(list(folder.glob("*.ckpt"))) != 1 or not (folder / "config.json").is_file():
             raise FileNotFoundError(f"--model.scorer: {folder} must hold one *.ckpt, a config.json and a tokenizer.")
 
@@ -82,7 +87,10 @@ def check_scorer(name: str) -> None:
 def fetch_scorer(name: str) -> list[Path]:
     """Fetch what a scorer needs, and return the files."""
     checkpoint, config = _checkpoint_of(name)
-    return [checkpoint, *([] if config is None else [path for path in Path(config).iterdir() if path.suffix == ".json"])]
+    return [
+        checkpoint,
+        *([] if config is None else [path for path in Path(config).iterdir() if path.suffix == ".json"]),
+    ]
 
 
 def _checkpoint_of(name: str) -> tuple[Path, str | None]:
@@ -114,8 +122,8 @@ def _download(name: str) -> tuple[Path, str]:
         config = snapshot_download(arch["model_type"], allow_patterns=["*.json", "*.txt", "*.model"])
     except (OSError, HfHubHTTPError, RuntimeError) as error:
         raise ConnectionError(
-            f"Detoxify's model {name!r} cannot be fetched ({type(error).__name__}: {error!s:.120}). Run 'sparc3 prepare' "
-            "where there is a network, or use --model.scorer small, the checkpoint that this package ships."
+            f"Detoxify's model {name!r} cannot be fetched ({type(error).__name__}: {error!s:.120}). Run 'sparc3 "
+            "prepare' where there is a network, or use --model.scorer small, the checkpoint that this package ships."
         ) from error
     return path, config
 
@@ -123,7 +131,11 @@ def _download(name: str) -> tuple[Path, str]:
 def _load(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["config"]["arch"]["args"], checkpoint["config"]["dataset"]["args"]["classes"], checkpoint["state_dict"]
+        (
+            checkpoint["config"]["arch"]["args"],
+            checkpoint["config"]["dataset"]["args"]["classes"],
+            checkpoint["state_dict"],
+        )
     except Exception as error:  # torch raises what the unpickler meets: half a dozen classes for a foreign file
         raise ValueError(f"{path} is not a Detoxify checkpoint of plain tensors: {error!s:.200}") from None
     return checkpoint

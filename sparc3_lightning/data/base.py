@@ -96,7 +96,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         """Checkpoint and revision of the tokenizer."""
         if self.tokenizer is not None:
             return self.tokenizer, None
-        module = self.trainer.lightning_module if self.trainer is not None else None
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
         if not hasattr(module, "checkpoint"):
             raise ValueError("No tokenizer: give the data module the option 'tokenizer', a checkpoint.")
         return module.checkpoint, module.revision
@@ -140,7 +140,7 @@ class ReferenceSamples(TextDataModule):
         return digest.hexdigest()[:16]
 
     def predict_dataloader(self) -> DataLoader:
-        """Return the samples in batches padded on the right, the longest first so that memory runs out at once or never."""
+        """Return padded batches, the longest samples first so that memory runs out at once or never."""
         ordered = sorted(self.samples, key=lambda sample: -len(sample.input_ids))
         return DataLoader(
             ordered,  # type: ignore[arg-type]

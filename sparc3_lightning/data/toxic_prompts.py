@@ -10,8 +10,8 @@ class ToxicPrompts(ReferenceSamples):
     """The first prompts of RealToxicityPrompts that are toxic, or that the model itself continues toxically.
 
     Args:
-        source: Local jsonl, jsonl.gz or parquet file with the rows of RealToxicityPrompts (or with the fields ``text`` and
-            ``toxicity``), or such a file inside a PyPI wheel, ``pypi:<name>==<version>/<path>``; None takes
+        source: Local jsonl, jsonl.gz or parquet file with the rows of RealToxicityPrompts (or with the fields ``text``
+            and ``toxicity``), or such a file inside a PyPI wheel, ``pypi:<name>==<version>/<path>``; None takes
             allenai/real-toxicity-prompts from the hub. With ``by=continuation`` the completions.jsonl that
             ``sparc3 evaluate`` wrote for the model.
         by: Keep a prompt if the ``prompt`` is toxic, or if the model's own ``continuation`` of it is.
@@ -67,7 +67,7 @@ class ToxicPrompts(ReferenceSamples):
             if row["model"] != "baseline" or row["toxicity"] is None:
                 continue
             before = worst.get(row["prompt_id"])
-            if before is None or row["toxicity"] > before.toxicity:  # type: ignore[operator]
+            if before is None or row["toxicity"] > before.toxicity:
                 worst[row["prompt_id"]] = Prompt(row["prompt_id"], row["prompt"], row["toxicity"])
         return list(worst.values())
 

