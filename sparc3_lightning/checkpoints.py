@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,12 +57,18 @@ def _dequantized(gguf: Path) -> Path:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".dequantizing-"))
     try:
         source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        model: Any = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
+        except (ValueError, struct.error) as error:
+            raise ValueError(
+                f"{gguf} is truncated, or not a GGUF file that transformers can read: {_first_line(error)}"
+            ) from None
         # save_pretrained refuses a model that says it is quantized, and so does transformers when it loads it again.
         model.hf_quantizer = None
         del model.config.quantization_config
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+        temporary.chmod(0o755)
         temporary.replace(folder)
     except OSError:
         if not folder.exists():  # unless another process was first
@@ -96,6 +103,7 @@ def load_config(checkpoint: str, revision: str | None = None) -> Any:
         OSError: If it cannot be had: no network, no such repository, or gated without a token.
         ValueError: If transformers does not know the architecture.
     """
+    import transformers
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -106,7 +114,8 @@ def load_config(checkpoint: str, revision: str | None = None) -> Any:
         raise OSError(explain_hub_error(checkpoint, error)) from None
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"transformers does not know the architecture of {checkpoint!r}: {_first_line(error)}"
+            f"transformers {transformers.__version__} does not know the architecture of {checkpoint!r}: upgrade it, or "
+            f"check the model_type in its config.json ({_first_line(error).split('. ')[0].rstrip('.')})."
         ) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{checkpoint!r} ({config.model_type}) is not a causal language model.")
@@ -115,20 +124,32 @@ def load_config(checkpoint: str, revision: str | None = None) -> Any:
 
 def explain_hub_error(checkpoint: str, error: Exception) -> str:
     """Put the failure to get a hub repository into one sentence with the way out."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
     text = " ".join(str(cause) for cause in causes)
-    if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in text:
+
+    def is_any(kind: type[Exception]) -> bool:
+        return any(isinstance(cause, kind) for cause in causes)
+
+    # The classes come first: the hub's message for a repository that does not exist mentions gated ones too, and the
+    # address of every file holds "/resolve/".
+    is_missing = is_any(RepositoryNotFoundError) and not is_any(GatedRepoError)
+    if is_any(GatedRepoError) or ("gated repo" in text and not is_missing):
         return (
             f"{checkpoint!r} is gated: accept its licence on its page at the hub, then run 'hf auth login' or set "
             "HF_TOKEN."
         )
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes) or "not a valid model identifier" in text:
+    if is_missing or "not a valid model identifier" in text:
         return f"{checkpoint!r} is neither a folder here nor a repository at the hub (or it is private: set HF_TOKEN)."
-    if "connect" in text or "offline" in text.lower() or "resolve" in text:
+    if is_any(RevisionNotFoundError) or "not a valid git identifier" in text:
+        return f"{checkpoint!r} has no such branch, tag or commit at the hub: correct --model.revision."
+    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if answer is not None:
+        return f"{checkpoint!r} could not be loaded, the hub answered: {' '.join(str(answer).split()):.200}"
+    if "connect" in text or "offline" in text.lower() or "name resolution" in text:
         return (
             f"{checkpoint!r} is not on this machine and the hub cannot be reached: run 'sparc3 prepare' where there is "
             "a network, or give the path of a local checkpoint folder."
@@ -151,6 +172,7 @@ def load_model(checkpoint: str, dtype: torch.dtype, revision: str | None = None)
     Raises:
         OSError, ValueError: As ``load_config``.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     load_config(checkpoint, revision)
@@ -158,6 +180,10 @@ def load_model(checkpoint: str, dtype: torch.dtype, revision: str | None = None)
         model = AutoModelForCausalLM.from_pretrained(locate(checkpoint), revision=revision, dtype=dtype)
     except OSError as error:
         raise OSError(explain_hub_error(checkpoint, error)) from None
+    except SafetensorError as error:
+        raise OSError(
+            f"A weight file of {checkpoint!r} is damaged: fetch or copy it again ({_first_line(error)})."
+        ) from None
     return model.eval().requires_grad_(False)
 
 
@@ -184,21 +210,25 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 def fingerprint(checkpoint: str, revision: str | None = None) -> str:
     """Identify the content of a checkpoint: the commit of a hub repository, else a hash of the local files.
 
-    Of each weight file the length, the header and the last megabyte are hashed, so that 16 GB cost no minute.
+    Of each weight file the length, the first MiB and the beginning of every further MiB are hashed, so that 16 GB cost
+    no minute and yet a pruned neuron shows: its column runs through all of a layer.
     """
     location = locate(checkpoint)
     if not Path(location).is_dir():
         commit = getattr(load_config(checkpoint, revision), "_commit_hash", None)
         return f"commit:{commit or revision or 'unknown'}"
-    digest = hashlib.sha256()
     folder = Path(location)
+    if folder.parent == cache_folder() / "gguf":
+        return f"gguf:{folder.name}"  # the sha256 of the GGUF file, whatever version of transformers dequantized it
+    digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *(file for kind in WEIGHT_FILES for file in folder.glob(kind))]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
             digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
+            for start in range(1 << 20, size, 1 << 20):
+                file.seek(start)
+                digest.update(file.read(1 << 16))
     return f"files:{digest.hexdigest()[:16]}"
 
 

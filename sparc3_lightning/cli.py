@@ -40,7 +40,10 @@ class SparC3Trainer(Trainer):
 
     def prune(self, model: Pruning) -> None:
         """Select the neurons to prune from score files, and export the pruned checkpoint."""
-        model.prune(Path(self.log_dir or "."))
+        neurons = model.prune(Path(self.log_dir or "."))
+        if self.logger is not None:
+            strength = neurons.provenance["differential_strength_percent"]
+            self.logger.log_metrics({"differential_strength_percent": strength, "num_neurons": len(neurons.neurons)})
 
     def evaluate(self, model: Evaluation, datamodule: LightningDataModule) -> None:
         """Measure perplexity and toxicity of a model, as it is and with its neurons off."""
@@ -140,7 +143,9 @@ class SparC3CLI(LightningCLI):
 
     def run(self, model: Experiment, **_: Any) -> None:
         """Run the stages, each as its own verb in this process."""
-        model.run(self._options(), Path(self.trainer.log_dir or "."), _run_stage)
+        results = model.run(self._options(), Path(self.trainer.log_dir or "."), _run_stage)
+        if self.trainer.logger is not None:
+            self.trainer.logger.log_metrics(results["change"])
 
     def _options(self) -> dict[str, Any]:
         """Return the config of this verb as plain values."""

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.attribute import SCORES
-from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint
+from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, fingerprint
 from sparc3_lightning.evaluate import REPORT, RESULTS
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.prune import NEURONS
@@ -206,9 +206,17 @@ def _without_none(value: Any) -> Any:
 
 
 def _local_files(value: Any) -> list[str]:
-    """Return the sha256 of every local file that a config reads as a ``source``."""
+    """Identify the content of every local file or folder that a config reads: sources, checkpoint and scorer."""
     if not isinstance(value, dict):
         return []
-    own = value.get("source")
-    found = [sha256_of(Path(own))] if isinstance(own, str) and is_local(own) else []
+    found = []
+    for key in ("checkpoint", "source", "scorer"):
+        path = value.get(key)
+        if isinstance(path, str) and is_local(path):
+            found.append(fingerprint(path) if key == "checkpoint" else _content(Path(path)))
     return found + [digest for item in value.values() for digest in _local_files(item)]
+
+
+def _content(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return "".join(sha256_of(file) for file in files)

@@ -25,11 +25,14 @@ def token_nll(model: Any, input_ids: Tensor, num_scored: Tensor, chunk: int = 51
     """
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)
     sums = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
     for row, (start, end) in enumerate(num_scored.tolist()):
         for low in range(start, end, chunk):
             high = min(low + chunk, end)
             logits = head(hidden[row, low - 1 : high - 1]).float()
+            if cap:
+                logits = cap * torch.tanh(logits / cap)
             sums[row] += (
                 torch.nn.functional.cross_entropy(logits, input_ids[row, low:high], reduction="none").double().sum()
             )

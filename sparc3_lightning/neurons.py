@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -53,7 +54,7 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
         raise ValueError("The scores hold NaN, so neurons cannot be ranked.")
     order = flat.argsort(stable=True)[:num_neurons]
     modules = [(name, i) for name in names for i in range(len(scores[name]))]
-    return [Neuron(*modules[k], flat[k].item()) for k in order.tolist()]
+    return [Neuron(name, i, flat[k].item()) for k in order.tolist() for name, i in [modules[k]]]
 
 
 @contextmanager
@@ -153,7 +154,8 @@ class NeuronList:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
-            neurons = [Neuron(str(row["module"]), int(row["index"]), float(row["score"])) for row in content["neurons"]]
+            rows = content["neurons"]
+            neurons = [Neuron(str(row["module"]), operator.index(row["index"]), float(row["score"])) for row in rows]
             provenance = dict(content["provenance"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a neurons.json of format {FORMAT!r}: {error!s:.200}") from None

@@ -102,10 +102,11 @@ class Pruning(L.LightningModule):
         draw_layers(selection["neurons_per_module"], folder / "layers.png")  # type: ignore[arg-type]
         draw_differential(selection, folder / "differential.png")
         write_atomically(folder / SELECTION, json.dumps(selection, indent=1) + "\n")
-        neurons.save(folder / NEURONS)
-        self._describe(neurons, selection, folder)
         if self.export is not None:
             self._export(neurons, behavior_file)
+        # Last, since a folder with neurons.json counts as complete.
+        neurons.save(folder / NEURONS)
+        self._describe(neurons, selection, folder)
         return neurons
 
     def _check_strength(self, strength: float) -> None:
@@ -161,7 +162,7 @@ def _provenance(general: list[ScoreFile], behavior: ScoreFile, strength: float) 
         "differential_strength_percent": strength,
         "general": [{"path": str(file.path), **file.provenance.summary()} for file in general],
         "behavior": {"path": str(behavior.path), **shared.summary()},
-        "sample_ids": shared.sample_ids,
+        "sample_ids": sorted({id_ for file in (*general, behavior) for id_ in file.provenance.sample_ids}),
         "versions": versions(),
         "git_hash": git_hash(),
     }

