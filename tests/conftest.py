@@ -1,0 +1,117 @@
+"""Tiny models of every family, a tokenizer and a checkpoint made on the spot; nothing is downloaded."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+SHARED = Path(__file__).parents[2] / "shared"
+WORDS = [
+    "the a of to and in is was it for on as with his he be at by had this that are they from not have or an which you one "
+    "we were all her she there would their will when who him been has more if no out so said what up its about than into "
+    "dog cat house tree river stone bird fish horse sun moon star rain wind snow fire good bad nice awful stupid idiot hate "
+    "love like run walk eat sleep see hear speak write read think know make take give find leave call ask need feel become"
+][0].split()
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def classes_stay_unpatched() -> Iterator[None]:
+    """Fail a test that leaves a class of transformers, or its attention registries, changed."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+    def state() -> tuple[Any, ...]:
+        registries = (sorted(ALL_ATTENTION_FUNCTIONS), sorted(ALL_MASK_ATTENTION_FUNCTIONS))
+        return (LlamaMLP.forward, LlamaRMSNorm.forward, *registries)
+
+    before = state()
+    yield
+    assert state() == before
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Tear down what a distributed test set up."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and golden scores; tests that need it are skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder 'shared' with real data and golden scores is not beside the checkout")
+    return SHARED
+
+
+def make_config(family: str, **changes: Any) -> Any:
+    """Return the config of a tiny model of a family."""
+    sizes = {
+        "vocab_size": len(WORDS) + 4,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3_text": Gemma3TextConfig}
+    extra = {"head_dim": 4, "sliding_window": 32} if family == "gemma3_text" else {}
+    return classes[family](**{**sizes, **extra, **changes})
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Any]:
+    """Return a factory of tiny random float64 models: ``make_model("llama", num_hidden_layers=1)``."""
+
+    def make(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
+        classes = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "gemma3_text": Gemma3ForCausalLM}
+        torch.manual_seed(seed)
+        model = classes[family](make_config(family, **changes)).to(dtype).eval().requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            # transformers starts with norms of 1 and tiny weights: make every parameter matter.
+            scale = 0.3 if "norm" in name else 0.4
+            parameter.data.add_(scale * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny random LLaMA in float32 and a word-level tokenizer, as save_pretrained writes them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(make_config("llama"))
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return str(folder)
+
+
+def sentence(seed: int, num_words: int) -> str:
+    """Return random words, the same for the same seed."""
+    draw = torch.Generator().manual_seed(seed)
+    return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (num_words,), generator=draw).tolist())

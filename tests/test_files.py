@@ -1,0 +1,118 @@
+"""Files appear whole or not at all, and a folder that cannot be written to is noticed before the work."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparc3_lightning.files import check_writable, replacing, write_atomically
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_written_takes_the_place_of_the_old_file_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == path.parent
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_a_block_that_fails_leaves_the_old_file_and_no_temporary_one(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(error), replacing(path) as temporary:  # noqa: PT012
+        temporary.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_block_that_fails_leaves_nothing_where_there_was_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), replacing(tmp_path / "new" / "a.json"):  # noqa: PT011
+        raise ValueError
+    assert names(tmp_path / "new") == []
+
+
+def test_a_disk_that_fills_up_on_the_way_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_missing_folders_are_made_and_the_file_can_be_read_by_others(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "c.bin"
+    write_atomically(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_text_is_written_as_utf_8_with_its_line_breaks_as_they_are(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a.txt", "δ\n\r\n")
+    assert (tmp_path / "a.txt").read_bytes() == "δ\n\r\n".encode()
+
+
+def test_a_writable_folder_is_made_and_stays_empty(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path / "a" / "b")
+    assert names(tmp_path / "a" / "b") == []
+
+
+def no_space(*arguments: Any, **options: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def read_only(*arguments: Any, **options: Any) -> Any:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_an_output_folder_that_is_a_file_is_an_error_that_names_the_option(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OSError, match="Cannot write to the output folder") as raised:
+        check_writable(tmp_path / folder)
+    assert "--trainer.logger.init_args.save_dir" in str(raised.value)
+    assert str(tmp_path / folder) in str(raised.value)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "replacement", "reason"),
+    [
+        (os, "fsync", no_space, "No space left on device"),
+        (tempfile, "TemporaryFile", read_only, "Read-only file system"),
+    ],
+)
+def test_a_full_or_read_only_output_folder_is_an_error_that_names_the_option(
+    owner: Any, function: str, replacement: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, function, replacement)
+    with pytest.raises(OSError, match=reason) as raised:
+        check_writable(tmp_path / "out")
+    assert "--trainer.logger.init_args.save_dir" in str(raised.value)
+    assert names(tmp_path / "out") == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
+def test_a_folder_without_permission_to_write_is_an_error_that_names_the_option(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(OSError, match=r"Permission denied.*--trainer.logger.init_args.save_dir"):
+            check_writable(tmp_path)
+    finally:
+        tmp_path.chmod(0o755)

@@ -1,0 +1,351 @@
+import copy
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparc3_lightning.lrp import FAMILIES
+from sparc3_lightning.neurons import FORMAT, Neuron, NeuronList, check_neurons, mask, prune_, select
+
+INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
+NEURONS = [
+    Neuron("model.layers.0.mlp.up_proj", 3, -2.0),
+    Neuron("model.layers.1.mlp.up_proj", 0, -1.5),
+    Neuron("model.layers.0.mlp.up_proj", 23, -1.0),
+    Neuron("model.layers.0.mlp.up_proj", 7, 0.5),
+]
+UNKNOWN_MODULES = [
+    "model.layers.0.mlp.down_proj",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.2.mlp.up_proj",
+    "layers.0.mlp.up_proj",
+    "up_proj",
+    "",
+]
+
+# Every family, and a LLaMA whose MLPs have biases.
+MODELS = [*({"family": family} for family in sorted(FAMILIES)), {"family": "llama", "mlp_bias": True}]
+all_models = pytest.mark.parametrize("options", MODELS, ids=lambda options: "-".join(map(str, options.values())))
+
+
+def logits(model: Any) -> Tensor:
+    """Return all logits, without a graph."""
+    with torch.no_grad():
+        return model(INPUT_IDS).logits
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """Return a copy of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Assert that no parameter has changed."""
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def without(model: Any, neurons: list[Neuron]) -> Any:
+    """Return a copy of a model whose MLPs are narrower: the rows and columns of the neurons are not there."""
+    narrow = copy.deepcopy(model)
+    for k, block in enumerate(narrow.model.layers):
+        gone = {neuron.index for neuron in neurons if neuron.module.startswith(f"model.layers.{k}.mlp.")}
+        kept = [i for i in range(block.mlp.up_proj.out_features) if i not in gone]
+        for name in ("up_proj", "gate_proj", "down_proj"):
+            layer = getattr(block.mlp, name)
+            weight = layer.weight[:, kept] if name == "down_proj" else layer.weight[kept]
+            small = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=weight.dtype)
+            small.weight.data = weight.clone()
+            if layer.bias is not None:
+                small.bias.data = layer.bias.clone() if name == "down_proj" else layer.bias[kept].clone()
+            setattr(block.mlp, name, small)
+    return narrow
+
+
+# Selection.
+
+
+@pytest.mark.parametrize("num_neurons", [1, 7, 40, 60])
+def test_selection_is_the_head_of_the_sorted_list_of_all_neurons(num_neurons):
+    draw = torch.Generator().manual_seed(0)
+    # Whole numbers, so that there are many ties.
+    scores = {name: torch.randint(-3, 4, (20,), generator=draw).float() for name in ("b", "a", "c")}
+    rows = [(score, place, i) for place, name in enumerate(scores) for i, score in enumerate(scores[name].tolist())]
+    expected = [Neuron(list(scores)[place], i, score) for score, place, i in sorted(rows)[:num_neurons]]
+    assert select(scores, num_neurons) == expected
+
+
+def test_the_lowest_scores_over_modules_of_different_sizes_come_first():
+    scores = {"a": torch.tensor([0.5, -3.0]), "b": torch.tensor([-1.0, 4.0, -5.0])}
+    assert select(scores, 3) == [Neuron("b", 2, -5.0), Neuron("a", 1, -3.0), Neuron("b", 0, -1.0)]
+
+
+def test_ties_go_to_the_first_module_and_the_first_index():
+    scores = {"z": torch.zeros(3), "a": torch.zeros(2)}
+    assert [(neuron.module, neuron.index) for neuron in select(scores, 4)] == [("z", 0), ("z", 1), ("z", 2), ("a", 0)]
+
+
+@pytest.mark.parametrize("num_neurons", [0, -1, 4])
+def test_a_number_of_neurons_out_of_bounds_is_refused(num_neurons):
+    scores = {"a": torch.zeros(2), "b": torch.zeros(1)}
+    with pytest.raises(ValueError, match=rf"--model.num_neurons must be between 1 and 3 .*got {num_neurons}\."):
+        select(scores, num_neurons)
+
+
+def test_scores_with_nan_cannot_be_ranked():
+    with pytest.raises(ValueError, match="NaN"):
+        select({"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([float("nan")])}, 1)
+
+
+# Masking and pruning.
+
+
+@all_models
+def test_masking_is_taking_the_rows_and_columns_out_of_the_model(make_model, options):
+    model = make_model(**options)
+    before = logits(model)
+    with mask(model, NEURONS):
+        masked = logits(model)
+    expected = logits(without(model, NEURONS))
+    torch.testing.assert_close(masked, expected, rtol=1e-6, atol=1e-6)
+    assert (masked - before).abs().max() > 1e-3
+
+
+@all_models
+def test_pruning_is_masking(make_model, options):
+    model = make_model(**options)
+    with mask(model, NEURONS):
+        masked = logits(model)
+    prune_(model, NEURONS)
+    assert torch.equal(logits(model), masked)
+
+
+@all_models
+def test_pruning_zeroes_the_rows_and_columns_and_nothing_else(make_model, options):
+    model = make_model(**options)
+    before = weights(model)
+    prune_(model, NEURONS)
+    after = weights(model)
+    for name, value in before.items():
+        for k in range(2):
+            indices = [neuron.index for neuron in NEURONS if neuron.module == f"model.layers.{k}.mlp.up_proj"]
+            for layer in ("up_proj", "gate_proj"):
+                if name.startswith(f"model.layers.{k}.mlp.{layer}."):
+                    for i in indices:
+                        assert value[i].abs().max() > 0
+                        value[i] = 0
+            if name == f"model.layers.{k}.mlp.down_proj.weight":
+                for i in indices:
+                    value[:, i] = 0
+    assert_same_bits(after, before)
+
+
+@all_models
+def test_greedy_continuations_of_a_masked_model_are_those_of_the_pruned_one(make_model, options):
+    model = make_model(**options)
+    pruned = copy.deepcopy(model)
+    neurons = [Neuron(f"model.layers.{k}.mlp.up_proj", i, 0.0) for k in range(2) for i in range(0, 24, 2)]
+    prune_(pruned, neurons)
+
+    def continuation(model: Any) -> list[int]:
+        ones = torch.ones_like(INPUT_IDS)
+        return model.generate(INPUT_IDS, attention_mask=ones, max_new_tokens=8, min_new_tokens=8, do_sample=False)[
+            0
+        ].tolist()
+
+    with mask(model, neurons):
+        assert continuation(model) == continuation(pruned)
+
+
+def _fail() -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaving_the_mask_restores_the_model_bit_for_bit_also_after_an_exception(make_model, fails):
+    model = make_model()
+    before, weights_before = logits(model), weights(model)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), mask(model, NEURONS):
+        assert not torch.equal(logits(model), before)
+        assert_same_bits(weights(model), weights_before)
+        if fails:
+            _fail()
+    assert torch.equal(logits(model), before)
+    assert_same_bits(weights(model), weights_before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_masks_nest(make_model):
+    model = make_model()
+    with mask(model, NEURONS):
+        both = logits(model)
+    with mask(model, NEURONS[:1]):
+        first = logits(model)
+        with mask(model, NEURONS[1:]):
+            assert torch.equal(logits(model), both)
+        assert torch.equal(logits(model), first)
+
+
+def test_a_neuron_may_be_named_by_its_row_of_up_proj_or_of_gate_proj(make_model):
+    model = make_model()
+    by_gate = [Neuron(n.module.replace("up_proj", "gate_proj"), n.index, n.score) for n in NEURONS]
+    with mask(model, NEURONS):
+        expected = logits(model)
+    with mask(model, by_gate):
+        assert torch.equal(logits(model), expected)
+    with mask(model, [*NEURONS, *by_gate]):
+        assert torch.equal(logits(model), expected)
+    prune_(model, by_gate)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_mask_without_neurons_changes_nothing(make_model):
+    model = make_model()
+    before = logits(model)
+    with mask(model, []):
+        assert torch.equal(logits(model), before)
+
+
+def test_neurons_may_come_from_a_generator(make_model):
+    model = make_model()
+    with mask(model, NEURONS):
+        expected = logits(model)
+    prune_(model, (neuron for neuron in NEURONS))
+    assert torch.equal(logits(model), expected)
+
+
+def _masked(model: Any, neurons: list[Neuron]) -> None:
+    with mask(model, neurons):
+        pytest.fail("the block was entered")
+
+
+@pytest.mark.parametrize("use", [_masked, prune_, check_neurons])
+@pytest.mark.parametrize("module", UNKNOWN_MODULES)
+def test_a_neuron_of_no_such_layer_is_refused_and_nothing_is_changed(make_model, use: Callable, module):
+    model = make_model()
+    before = weights(model)
+    with pytest.raises(ValueError, match=rf"'{module}' is not a layer of MLP neurons.*up_proj"):
+        use(model, [*NEURONS, Neuron(module, 0, 0.0)])
+    assert_same_bits(weights(model), before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("use", [_masked, prune_, check_neurons])
+@pytest.mark.parametrize("index", [-1, 24, 1000])
+def test_a_neuron_of_no_such_index_is_refused_and_nothing_is_changed(make_model, use: Callable, index):
+    model = make_model()
+    before = weights(model)
+    with pytest.raises(ValueError, match=rf"Neuron {index} of model\.layers\.1\.mlp\.up_proj.*24 neurons"):
+        use(model, [*NEURONS, Neuron("model.layers.1.mlp.up_proj", index, 0.0)])
+    assert_same_bits(weights(model), before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_neurons_are_checked_against_a_model_without_weights(make_model):
+    model = make_model().to("meta")
+    check_neurons(model, NEURONS)
+    with pytest.raises(ValueError, match="24 neurons"):
+        check_neurons(model, [Neuron("model.layers.0.mlp.up_proj", 24, 0.0)])
+
+
+# neurons.json.
+
+
+def test_a_list_of_neurons_survives_saving_and_loading(tmp_path: Path):
+    neurons = [Neuron("model.layers.0.mlp.up_proj", 3, -0.1 - 1e-16), Neuron("model.layers.1.mlp.up_proj", 0, 1e-300)]
+    saved = NeuronList(neurons, {"checkpoint": "tiny", "seeds": [0, 1, 2], "strength": 15.5, "note": "grüße"})
+    saved.save(tmp_path / "folder" / "neurons.json")
+    assert NeuronList.load(tmp_path / "folder" / "neurons.json") == saved
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["neurons.json"]
+
+
+def test_selected_neurons_survive_saving_and_loading(tmp_path: Path):
+    neurons = select({"a": torch.randn(9, generator=torch.Generator().manual_seed(0))}, 4)
+    NeuronList(neurons).save(tmp_path / "neurons.json")
+    assert NeuronList.load(tmp_path / "neurons.json") == NeuronList(neurons, {})
+
+
+def test_saving_again_replaces_the_file(tmp_path: Path):
+    path = tmp_path / "neurons.json"
+    for neurons in (NEURONS, NEURONS[:1]):
+        NeuronList(neurons).save(path)
+        assert NeuronList.load(path).neurons == neurons
+
+
+ROW = {"module": "a", "index": 1, "score": -1.0}
+GOOD: dict[str, Any] = {"format": FORMAT, "neurons": [ROW], "provenance": {}}
+
+
+def test_a_file_written_by_hand_can_be_loaded(tmp_path: Path):
+    (tmp_path / "neurons.json").write_text(json.dumps(GOOD))
+    assert NeuronList.load(tmp_path / "neurons.json") == NeuronList([Neuron("a", 1, -1.0)])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        json.dumps(GOOD)[:-10],
+        "no json",
+        b"\xff\xfe\x00",
+        "null",
+        "[]",
+        "{}",
+        json.dumps([ROW]),
+        {**GOOD, "format": "another 1"},
+        {**GOOD, "format": None},
+        {"neurons": [ROW], "provenance": {}},
+        {"format": FORMAT, "provenance": {}},
+        {"format": FORMAT, "neurons": [ROW]},
+        {**GOOD, "provenance": None},
+        {**GOOD, "neurons": None},
+        {**GOOD, "neurons": 3},
+        {**GOOD, "neurons": ["a"]},
+        {**GOOD, "neurons": [["a", 1, -1.0]]},
+        {**GOOD, "neurons": [{"module": "a", "index": 1}]},
+        {**GOOD, "neurons": [{**ROW, "index": "first"}]},
+        {**GOOD, "neurons": [{**ROW, "index": 1.5}]},
+        {**GOOD, "neurons": [{**ROW, "index": None}]},
+        {**GOOD, "neurons": [{**ROW, "index": float("inf")}]},
+        {**GOOD, "neurons": [{**ROW, "score": None}]},
+        {**GOOD, "neurons": [{**ROW, "score": "low"}]},
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path: Path, content):
+    path = tmp_path / "neurons.json"
+    data = json.dumps(content) if isinstance(content, dict) else content
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(ValueError, match=r"neurons\.json is not a neurons\.json of format"):
+        NeuronList.load(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([], "holds no neurons"),
+        ([ROW, {**ROW, "index": 2}, {**ROW, "score": 5.0}], "names a neuron more than once"),
+        ([ROW, {**ROW, "index": 2, "score": float("nan")}], "NaN or infinite"),
+        ([{**ROW, "score": float("inf")}], "NaN or infinite"),
+        ([{**ROW, "score": float("-inf")}], "NaN or infinite"),
+    ],
+)
+def test_a_file_without_neurons_with_one_twice_or_with_a_score_that_is_not_finite_is_refused(
+    tmp_path: Path, rows, complaint
+):
+    path = tmp_path / "neurons.json"
+    path.write_text(json.dumps({**GOOD, "neurons": rows}))
+    with pytest.raises(ValueError, match=rf"neurons\.json .*{complaint}"):
+        NeuronList.load(path)
+
+
+def test_a_missing_file_is_an_error_that_says_what_writes_it(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"--model.neurons: .*neurons\.json does not exist.*sparc3 prune"):
+        NeuronList.load(tmp_path / "neurons.json")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        NeuronList.load(tmp_path)
