@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,11 @@ class Experiment:
             options: Config of ``sparc3 run`` with the groups ``seed_everything``, ``trainer``, ``attribute``,
                 ``general``, ``behavior``, ``prune``, ``evaluate`` and ``data``.
         """
+        if len(self.general_seeds) > 1 and not _takes_seed(options["general"]):
+            raise ValueError(
+                f"--general: {options['general']['class_path']} draws the same samples whatever the seed, so "
+                f"--model.general_seeds must be one seed, got {self.general_seeds}."
+            )
         model = {"checkpoint": self.checkpoint, "dtype": self.dtype, "revision": self.revision}
         attribution = {**options["attribute"], **model}
         references = [(f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds]
@@ -196,7 +203,12 @@ class Experiment:
 
 
 def _with_seed(data: dict[str, Any], seed: int) -> dict[str, Any]:
-    return {**data, "init_args": {**data["init_args"], "seed": seed}}
+    return {**data, "init_args": {**data["init_args"], "seed": seed}} if _takes_seed(data) else data
+
+
+def _takes_seed(data: dict[str, Any]) -> bool:
+    module, _, name = data["class_path"].rpartition(".")
+    return "seed" in signature(getattr(import_module(module), name)).parameters
 
 
 def _without_none(value: Any) -> Any:

@@ -1,0 +1,416 @@
+"""The command line: help, configs and overlays, what is saved, and how errors look."""
+
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import sentence
+
+from sparc3_lightning.attribute import Attribution
+from sparc3_lightning.cli import STAGES, entry_point, main
+from sparc3_lightning.evaluate import Evaluation
+from sparc3_lightning.experiment import Experiment
+from sparc3_lightning.prune import Pruning
+from sparc3_lightning.scores import ScoreFile
+
+LOGS = Path("lightning_logs")
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+TEXT = {
+    "class_path": "sparc3_lightning.data.WikiText2",
+    "init_args": {"source": "text.txt", "window": 32, "stride": 16},
+}
+PROMPTS = {
+    "class_path": "sparc3_lightning.data.RealToxicityPrompts",
+    "init_args": {"source": "prompts.jsonl", "num_prompts": 5, "min_toxicity": 0.2},
+}
+
+
+@pytest.fixture(autouse=True)
+def as_if_from_a_shell(monkeypatch):
+    """Restore the seed that a run sets, and keep pytest's own arguments out of LightningCLI's sight."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("sys.argv", ["sparc3"])
+
+
+@pytest.fixture(autouse=True)
+def input_files(tmp_path) -> None:
+    (tmp_path / "general.txt").write_text("\n".join(sentence(i, 20 + i) for i in range(10)) + "\n")
+    (tmp_path / "text.txt").write_text("\n".join(sentence(1000 + i, 20) for i in range(6)) + "\n")
+    rows = [{"prompt": {"text": sentence(100 + i, 3 + i % 7), "toxicity": i / 19}} for i in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def stops(capsys, *args: str) -> tuple[Any, str, str]:
+    """Run a command that ends the process; return its exit code and what it printed."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as done:
+        main(list(args))
+    printed = capsys.readouterr()
+    return done.value.code or 0, printed.out, printed.err
+
+
+def config_of(capsys, *args: str) -> dict[str, Any]:
+    """Return what a command would run with."""
+    code, out, err = stops(capsys, *args, "--print_config")
+    assert code == 0, err
+    return yaml.safe_load(out)
+
+
+def attribute(checkpoint: str, *changes: str) -> Path:
+    """Attribute on four documents, and return the folder of the run."""
+    data = ["--data", "C4", "--data.source", "general.txt", "--data.num_samples", "4", "--data.seq_len", "12"]
+    done = main(["attribute", *QUIET, "--model.checkpoint", checkpoint, *data, *changes])
+    return Path(done.trainer.log_dir)
+
+
+def attribute_toxic(checkpoint: str) -> Path:
+    data = ["--data", "ToxicPrompts", "--data.source", "prompts.jsonl", "--data.min_toxicity", "0.5"]
+    done = main(["attribute", *QUIET, "--model.checkpoint", checkpoint, *data, "--data.num_samples", "4"])
+    return Path(done.trainer.log_dir)
+
+
+def prune(checkpoint: str, *changes: str) -> Path:
+    general, behavior = attribute(checkpoint), attribute_toxic(checkpoint)
+    files = [
+        "--model.general",
+        f"[{general / 'scores.safetensors'}]",
+        "--model.behavior",
+        str(behavior / "scores.safetensors"),
+    ]
+    done = main(["prune", *QUIET, *files, "--model.num_neurons", "5", "--model.min_strength", "-1000", *changes])
+    return Path(done.trainer.log_dir)
+
+
+def evaluate(checkpoint: str, *changes: str) -> Path:
+    Path("data.yaml").write_text(yaml.safe_dump({"data": {"text": TEXT, "prompts": PROMPTS}}))
+    model = ["--model.checkpoint", checkpoint, "--model.scorer", "small", "--model.max_new_tokens", "5"]
+    done = main(["evaluate", "--config", "data.yaml", *QUIET, *model, *changes])
+    return Path(done.trainer.log_dir)
+
+
+def options_in(help_text: str) -> dict[str, str]:
+    """Return the explanation of each option that a help text lists."""
+    parts = re.split(r"\n  (?=-)", help_text.partition("\noptions:\n")[2])
+    found = {}
+    for part in parts:
+        names, _, explanation = re.sub(r"\s+", " ", part.strip().replace("\n", "  ", 1)).partition(" (type:")
+        name = re.search(r"--[\w.]+", part)
+        if name:
+            found[name.group()] = re.sub(r"^(-\S+( [^\s,]+)?,? ?)+", "", names).strip() + explanation[:0]
+    return found
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(capsys, verb):
+    code, out, _ = stops(capsys, verb, "--help")
+    assert code == 0
+    sentence_of_verb = {
+        "prepare": "Fetch everything",
+        "attribute": "Score the neurons",
+        "prune": "Select the neurons",
+        "evaluate": "Measure perplexity and toxicity",
+        "run": "Carry out the whole experiment",
+    }[verb]
+    assert sentence_of_verb in out
+    for option in ("--config", "--print_config", "--seed_everything", "--trainer.logger", "--trainer.accelerator"):
+        assert option in out
+    assert "--optimizer" not in out
+
+
+@pytest.mark.parametrize(
+    ("verb", "group", "of", "hidden"),
+    [
+        ("attribute", "model", Attribution, set()),
+        ("prune", "model", Pruning, set()),
+        ("evaluate", "model", Evaluation, set()),
+        ("prepare", "model", Experiment, set()),
+        ("run", "model", Experiment, set()),
+        ("run", "attribute", Attribution, {"checkpoint", "dtype", "revision"}),
+        ("run", "prune", Pruning, {"general", "behavior"}),
+        ("run", "evaluate", Evaluation, {"checkpoint", "dtype", "revision", "neurons"}),
+    ],
+)
+def test_help_explains_each_option_with_its_default(capsys, verb, group, of, hidden):
+    _, out, _ = stops(capsys, verb, "--help")
+    explained = options_in(out)
+    parameters = inspect.signature(of.__init__).parameters.values()
+    for parameter in parameters:
+        option = f"--{group}.{parameter.name}"
+        if parameter.name == "self" or parameter.name in hidden:
+            assert option not in explained
+            continue
+        assert option in explained, option
+        assert len(explained[option].split()) >= 2, f"{option} is not explained"
+        entry = re.sub(r"\s+", " ", out[out.index(f"\n  {option} ") :].split("\n  --")[1])
+        if parameter.default is inspect.Parameter.empty:
+            assert "required" in entry, option
+        else:
+            assert "default: " in entry, option
+
+
+@pytest.mark.parametrize("name", ["C4", "ToxicPrompts"])
+def test_help_of_the_data_explains_each_option(capsys, name):
+    code, out, _ = stops(capsys, "attribute", f"--data.help={name}")
+    assert code == 0
+    for option in ("source", "num_samples", "batch_size", "tokenizer"):
+        assert re.search(rf"--data.{option} \w+\s+\S+ \S+", out), option
+
+
+def test_help_of_the_evaluation_data_explains_each_option(capsys):
+    _, out, _ = stops(capsys, "evaluate", "--data.text.help")
+    assert all(f"--data.text.{option}" in out for option in ("window", "stride", "conventions"))
+    _, out, _ = stops(capsys, "evaluate", "--data.prompts.help")
+    assert all(f"--data.prompts.{option}" in out for option in ("num_prompts", "min_toxicity", "seed"))
+
+
+def test_help_of_the_program_lists_the_verbs(capsys):
+    code, out, _ = stops(capsys, "--help")
+    assert code == 0
+    assert all(re.search(rf"\n +{verb} +\w+", out) for verb in STAGES)
+
+
+@pytest.mark.parametrize(
+    ("verb", "config"),
+    [
+        ("attribute", "lrp.yaml"),
+        ("evaluate", "evaluate.yaml"),
+        ("run", "demo.yaml"),
+        ("prepare", "run.yaml"),
+        ("prune", "prune.yaml"),
+    ],
+)
+def test_a_printed_config_parses_to_itself(capsys, verb, config):
+    required = ["--model.general", "[a, b]", "--model.behavior", "c"] if verb == "prune" else []
+    code, out, _ = stops(capsys, verb, "--config", config, *required, "--print_config")
+    assert code == 0
+    Path("printed.yaml").write_text(out)
+    assert config_of(capsys, verb, "--config", "printed.yaml") == yaml.safe_load(out)
+
+
+def test_a_bare_name_is_found_among_the_shipped_configs_and_a_local_file_comes_first(capsys):
+    assert config_of(capsys, "attribute", "-c", "wanda.yaml")["model"]["method"] == "wanda"
+    Path("configs").mkdir()
+    Path("configs/wanda.yaml").write_text("model: {checkpoint: mine, method: lrp}\ndata: ToxicPrompts\n")
+    assert config_of(capsys, "attribute", "-c", "wanda.yaml")["model"]["checkpoint"] == "mine"
+    Path("wanda.yaml").write_text("model: {checkpoint: nearer, method: lrp}\ndata: ToxicPrompts\n")
+    assert config_of(capsys, "attribute", "-c", "wanda.yaml")["model"]["checkpoint"] == "nearer"
+
+
+def test_a_config_that_is_not_there_is_an_error_that_names_it(capsys):
+    code, _, err = stops(capsys, "attribute", "--config", "nowhere.yaml")
+    assert code == 2
+    assert "nowhere.yaml" in err
+
+
+def test_later_configs_and_options_beat_earlier_ones(capsys):
+    Path("first.yaml").write_text(
+        "model: {checkpoint: one, rule: cp_lrp, dtype: float32}\ndata: C4\nseed_everything: 1\n"
+    )
+    Path("second.yaml").write_text("model: {checkpoint: two, dtype: float64}\n")
+    both = config_of(capsys, "attribute", "-c", "first.yaml", "-c", "second.yaml")
+    assert (both["model"]["checkpoint"], both["model"]["rule"], both["model"]["dtype"]) == ("two", "cp_lrp", "float64")
+    assert both["seed_everything"] == 1
+    assert config_of(capsys, "attribute", "-c", "second.yaml", "-c", "first.yaml")["model"]["checkpoint"] == "one"
+    option = ["--model.checkpoint", "three"]
+    assert config_of(capsys, "attribute", "-c", "first.yaml", *option)["model"]["checkpoint"] == "three"
+    assert config_of(capsys, "attribute", *option, "-c", "first.yaml")["model"]["checkpoint"] == "one"
+
+
+def test_an_overlay_of_one_option_keeps_the_rest_of_the_data(capsys):
+    Path("small.yaml").write_text("data: {init_args: {num_samples: 3}}\n")
+    data = config_of(capsys, "attribute", "-c", "lrp.yaml", "-c", "small.yaml")["data"]
+    assert data["class_path"] == "sparc3_lightning.data.C4"
+    assert (data["init_args"]["num_samples"], data["init_args"]["seq_len"]) == (3, 2048)
+
+
+@pytest.mark.parametrize(
+    ("verb", "args", "words"),
+    [
+        ("attribute", ["--model.chekpoint", "x"], ["model.chekpoint"]),
+        ("attribute", ["-c", "lrp.yaml", "--model.rule", "epsilon"], ["model.rule", "attnlrp", "cp_lrp", "epsilon"]),
+        ("attribute", ["-c", "lrp.yaml", "--model.method", "grad"], ["model.method", "lrp", "wanda", "grad"]),
+        ("attribute", ["-c", "lrp.yaml", "--data.num_sampels", "3"], ["num_sampels"]),
+        ("attribute", ["-c", "lrp.yaml", "--data", "Imagenet"], ["Imagenet"]),
+        ("attribute", [], ["required", "model.checkpoint", "data"]),
+        ("prune", [], ["required", "model.general", "model.behavior"]),
+        ("prune", ["-c", "prune.yaml", "--model.weak", "ignore"], ["model.weak", "warn", "error", "ignore"]),
+        ("evaluate", ["--model.checkpoint", "x"], ["required", "data.text", "data.prompts"]),
+        ("evaluate", ["-c", "evaluate.yaml", "--model.top_p", "much"], ["model.top_p", "much"]),
+        ("run", [], ["required", "general", "behavior"]),
+        ("run", ["-c", "demo.yaml", "--prune.general", "[x]"], ["prune.general"]),
+    ],
+)
+def test_a_wrong_command_exits_with_2_and_names_what_is_wrong(capsys, verb, args, words):
+    code, _, err = stops(capsys, verb, *args)
+    assert code == 2
+    message = err.partition("error:")[2]
+    assert message
+    assert all(word in message for word in words), message
+    assert "Traceback" not in err
+    assert not LOGS.exists()
+
+
+def test_an_unknown_verb_is_an_error_that_lists_the_verbs(capsys):
+    code, _, err = stops(capsys, "explain")
+    assert code == 2
+    assert all(verb in err for verb in STAGES)
+
+
+def test_a_typo_in_a_config_file_is_an_error_that_names_it(capsys):
+    Path("typo.yaml").write_text("model: {checkpoint: x, rlue: attnlrp}\ndata: C4\n")
+    code, _, err = stops(capsys, "attribute", "-c", "typo.yaml")
+    assert code == 2
+    assert "rlue" in err
+
+
+def test_the_verbs_joined_by_their_files_carry_out_the_experiment(tiny_checkpoint):
+    neurons = prune(tiny_checkpoint) / "neurons.json"
+    folder = evaluate(tiny_checkpoint, "--model.neurons", str(neurons))
+    results = json.loads((folder / "results.json").read_text())
+    assert results["num_neurons"] == 5
+    assert results["neurons"] == str(neurons)
+    assert results["protocol"]["toxicity"]["prompts_excluded"] == 4
+    assert (folder / "report.html").is_file()
+    assert sorted(str(path) for path in LOGS.glob("*/*")) == [
+        "lightning_logs/attribute/version_0",
+        "lightning_logs/attribute/version_1",
+        "lightning_logs/evaluate/version_0",
+        "lightning_logs/prune/version_0",
+    ]
+    for saved in LOGS.glob("*/*/config.yaml"):
+        assert set(yaml.safe_load(saved.read_text())) <= {"seed_everything", "trainer", "model", "data"}
+    assert len(list(LOGS.glob("*/*/config.yaml"))) == 4
+
+
+def test_the_saved_config_of_an_attribution_gives_the_same_scores(tiny_checkpoint):
+    folder = attribute(tiny_checkpoint, "--model.relevance", "signed", "--seed_everything", "3")
+    assert folder == LOGS / "attribute/version_0"
+    done = main(["attribute", "--config", str(folder / "config.yaml"), "--trainer.logger.init_args.version", "9"])
+    again = Path(done.trainer.log_dir)
+    assert again == LOGS / "attribute/version_9"
+    first, second = (ScoreFile.load(path / "scores.safetensors") for path in (folder, again))
+    assert all(torch.equal(first.scores[name], second.scores[name]) for name in first.scores)
+    assert first.provenance == second.provenance
+    assert first.provenance.seed == 3
+    saved = [yaml.safe_load((path / "config.yaml").read_text()) for path in (folder, again)]
+    for config in saved:
+        config["trainer"]["logger"]["init_args"].pop("version")
+    assert saved[0] == saved[1]
+
+
+def test_the_saved_configs_of_pruning_and_evaluation_give_the_same_results(tiny_checkpoint):
+    pruned = prune(tiny_checkpoint)
+    main(["prune", "--config", str(pruned / "config.yaml")])
+    again = LOGS / "prune/version_1"
+    assert (again / "neurons.json").read_text() == (pruned / "neurons.json").read_text()
+    assert (again / "selection.json").read_text() == (pruned / "selection.json").read_text()
+    evaluated = evaluate(tiny_checkpoint, "--model.neurons", str(pruned / "neurons.json"), "--seed_everything", "5")
+    main(["evaluate", "--config", str(evaluated / "config.yaml")])
+    again = LOGS / "evaluate/version_1"
+    assert json.loads((again / "results.json").read_text()) == json.loads((evaluated / "results.json").read_text())
+    assert (again / "completions.jsonl").read_text() == (evaluated / "completions.jsonl").read_text()
+
+
+def test_the_saved_config_repeats_a_run_after_which_the_folder_was_removed(tiny_checkpoint):
+    folder = attribute(tiny_checkpoint)
+    first = ScoreFile.load(folder / "scores.safetensors")
+    shutil.copy(folder / "config.yaml", "kept.yaml")
+    shutil.rmtree(LOGS)
+    main(["attribute", "--config", "kept.yaml"])
+    second = ScoreFile.load(folder / "scores.safetensors")
+    assert all(torch.equal(first.scores[name], second.scores[name]) for name in first.scores)
+
+
+def test_prepare_and_run_save_their_config_too(tiny_checkpoint):
+    general = {"class_path": "C4", "init_args": {"source": "general.txt", "num_samples": 3, "seq_len": 12}}
+    behavior = {
+        "class_path": "ToxicPrompts",
+        "init_args": {"source": "prompts.jsonl", "min_toxicity": 0.5, "num_samples": 4},
+    }
+    options = {
+        "model": {"checkpoint": tiny_checkpoint, "general_seeds": [0]},
+        "general": general,
+        "behavior": behavior,
+        "prune": {"num_neurons": 3, "min_strength": -1000.0},
+        "evaluate": {"scorer": "small", "max_new_tokens": 4},
+        "data": {"text": TEXT, "prompts": PROMPTS},
+    }
+    Path("all.yaml").write_text(yaml.safe_dump(options))
+    for verb in ("prepare", "run"):
+        done = main([verb, "--config", "all.yaml", *QUIET])
+        saved = yaml.safe_load(Path(done.trainer.log_dir, "config.yaml").read_text())
+        assert saved["model"]["checkpoint"] == tiny_checkpoint
+        assert saved["general"]["init_args"]["num_samples"] == 3
+        assert saved["evaluate"]["max_new_tokens"] == 4
+    manifest = json.loads((LOGS / "prepare/version_0/manifest.json").read_text())
+    main(["prepare", "--config", str(LOGS / "prepare/version_0/config.yaml")])
+    assert json.loads((LOGS / "prepare/version_1/manifest.json").read_text()) == manifest
+
+
+def scalars(folder: Path) -> dict[str, float]:
+    """Read what TensorBoard would show of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_the_progress_of_an_attribution_and_the_figures_of_the_other_stages(tiny_checkpoint):
+    attributed = attribute(tiny_checkpoint)
+    assert scalars(attributed)["samples"] == 4
+    pruned = prune(tiny_checkpoint)
+    evaluated = evaluate(tiny_checkpoint, "--model.neurons", str(pruned / "neurons.json"))
+    results = json.loads((evaluated / "results.json").read_text())
+    assert scalars(evaluated)["baseline/perplexity"] == pytest.approx(results["baseline"]["perplexity"])
+    assert scalars(evaluated)["pruned/toxicity_mean"] == pytest.approx(results["pruned"]["toxicity_mean"])
+    selection = json.loads((pruned / "selection.json").read_text())
+    expected = pytest.approx(selection["differential_strength_percent"], rel=1e-5)
+    assert scalars(pruned)["differential_strength_percent"] == expected
+
+
+def test_the_seed_is_an_option_and_0_by_default(tiny_checkpoint, capsys):
+    assert config_of(capsys, "attribute", "-c", "wanda.yaml", "--seed_everything", "7")["seed_everything"] == 7
+    assert ScoreFile.load(attribute(tiny_checkpoint) / "scores.safetensors").provenance.seed == 0
+
+
+def test_a_run_goes_into_a_folder_of_its_own(tiny_checkpoint):
+    assert [attribute(tiny_checkpoint).name for _ in range(2)] == ["version_0", "version_1"]
+    logger = ["--trainer.logger.init_args.save_dir", "elsewhere", "--trainer.logger.init_args.version", "1234"]
+    folder = attribute(tiny_checkpoint, *logger)
+    assert folder.parts[:2] == ("elsewhere", "attribute")
+    assert (folder / "scores.safetensors").is_file()
+
+
+def test_an_error_at_the_shell_is_one_sentence_and_exit_code_1(monkeypatch, capsys):
+    args = ["sparc3", "prune", "--model.general", "[a]", "--model.behavior", "b", "--model.num_neurons", "0"]
+    monkeypatch.setattr("sys.argv", args)
+    with pytest.raises(SystemExit) as done:
+        entry_point()
+    assert str(done.value.code).startswith("sparc3: error: --model.num_neurons must be at least 1, got 0.")
+    monkeypatch.setenv("SPARC3_TRACEBACK", "1")
+    with pytest.raises(ValueError, match=r"--model.num_neurons must be at least 1"):
+        entry_point()
+
+
+def test_a_missing_score_file_in_a_real_shell_is_one_sentence_without_a_traceback(tmp_path):
+    program = Path(sysconfig.get_path("scripts")) / "sparc3"
+    command = [str(program), "prune", "--model.general", "[nowhere.safetensors]", "--model.behavior", "b.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    # Lightning may warn above it, for example that srun is there but was not used.
+    message, hint = done.stderr.strip().splitlines()[-2:]
+    assert message == "sparc3: error: The score file nowhere.safetensors does not exist; 'sparc3 attribute' writes it."
+    assert hint == "(SPARC3_TRACEBACK=1 shows where it was raised.)"
+    assert done.stderr.count("sparc3: error:") == 1
+    assert "Traceback" not in done.stderr

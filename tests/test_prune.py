@@ -1,0 +1,314 @@
+"""From score files to neurons.json, its pictures and the pruned checkpoint; and what is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparc3_lightning import prune as prune_module
+from sparc3_lightning.checkpoints import fingerprint, load_model, load_tokenizer
+from sparc3_lightning.neurons import NeuronList, mask
+from sparc3_lightning.prune import NEURONS, SELECTION, Pruning, histogram
+from sparc3_lightning.scores import Provenance, ScoreFile
+
+MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+OUT = Path("out")
+
+
+def random_scores(seed: int, scale: float = 1.0, shape: int = 24) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.rand(shape, generator=draw) for name in MODULES}
+
+
+def provenance(checkpoint: str = "tiny", print_: str = "files:abc", ids: tuple[str, ...] = ("p1", "p2")) -> Provenance:
+    return Provenance(
+        checkpoint=checkpoint,
+        checkpoint_fingerprint=print_,
+        method="lrp",
+        rule="attnlrp",
+        relevance="magnitude",
+        targets=["up_proj"],
+        dtype="float32",
+        data={"class": "C4"},
+        data_fingerprint="d",
+        num_samples=2,
+        num_tokens=20,
+        seq_len=10,
+        seed=0,
+        sample_ids=list(ids),
+    )
+
+
+def save_scores(path: str, scores: dict[str, torch.Tensor], of: Provenance | None = None, **changes) -> Path:
+    ScoreFile(scores, dataclasses.replace(of or provenance(), **changes)).save(Path(path))
+    return Path(path)
+
+
+@pytest.fixture
+def files() -> tuple[list[Path], Path]:
+    """Two files of general scores and one of the behaviour, which is weaker: a differential strength of some 50 %."""
+    general = [
+        save_scores(f"general_{i}.safetensors", random_scores(i), sample_ids=[f"document-{i}"]) for i in range(2)
+    ]
+    return general, save_scores("behavior.safetensors", random_scores(9, 0.5))
+
+
+@pytest.fixture
+def real_files(tiny_checkpoint) -> tuple[list[Path], Path]:
+    """The same for the tiny checkpoint, which can then be exported."""
+    of = provenance(tiny_checkpoint, fingerprint(tiny_checkpoint))
+    return [save_scores("general.safetensors", random_scores(0), of)], save_scores(
+        "behavior.safetensors", random_scores(9, 0.5), of
+    )
+
+
+def strongest_by_hand(general: list[dict[str, torch.Tensor]], behavior: dict[str, torch.Tensor], number: int):
+    """Average, subtract, sort: one neuron at a time."""
+    rows = []
+    for name in MODULES:
+        for i in range(len(behavior[name])):
+            mean = sum(float(scores[name][i]) for scores in general) / len(general)
+            rows.append((mean - float(behavior[name][i]), name, i))
+    return sorted(rows)[:number]
+
+
+def test_seeds_are_averaged_and_the_most_negative_differences_over_all_layers_are_taken(files):
+    general, behavior = files
+    found = Pruning(general, behavior, num_neurons=10).prune(OUT)
+    expected = strongest_by_hand([random_scores(0), random_scores(1)], random_scores(9, 0.5), 10)
+    assert [(neuron.module, neuron.index) for neuron in found.neurons] == [(name, i) for _, name, i in expected]
+    assert [neuron.score for neuron in found.neurons] == pytest.approx([score for score, _, _ in expected], abs=1e-6)
+    assert len({neuron.module for neuron in found.neurons}) == 2
+
+
+def test_the_order_of_the_seeds_does_not_matter(files):
+    general, behavior = files
+    one = Pruning(general, behavior, num_neurons=48).prune(Path("a"))
+    other = Pruning(general[::-1], behavior, num_neurons=48).prune(Path("b"))
+    assert one.neurons == other.neurons
+
+
+def test_neurons_json_holds_the_neurons_and_where_they_come_from(files):
+    general, behavior = files
+    found = Pruning(general, behavior, num_neurons=5).prune(OUT)
+    assert NeuronList.load(OUT / NEURONS) == found
+    content = json.loads((OUT / NEURONS).read_text())
+    assert len(content["neurons"]) == 5
+    assert all(set(row) == {"module", "index", "score"} for row in content["neurons"])
+    source = content["provenance"]
+    assert source["checkpoint_fingerprint"] == "files:abc"
+    assert [file["path"] for file in source["general"]] == [str(path) for path in general]
+    assert source["behavior"]["path"] == str(behavior)
+    assert source["behavior"]["rule"] == "attnlrp"
+    # Evaluation leaves out every prompt that any score was computed on, general ones too.
+    assert set(source["sample_ids"]) == {"p1", "p2", "document-0", "document-1"}
+    assert "torch" in source["versions"]
+    total = sum(float(random_scores(seed)[name].sum()) / 2 for seed in (0, 1) for name in MODULES)
+    theirs = sum(float(random_scores(9, 0.5)[name].sum()) for name in MODULES)
+    assert source["differential_strength_percent"] == pytest.approx(100 * (total - theirs) / total)
+
+
+def test_selection_json_counts_and_bins_every_neuron(files):
+    general, behavior = files
+    found = Pruning(general, behavior, num_neurons=7).prune(OUT)
+    selection = json.loads((OUT / SELECTION).read_text())
+    every = [s for s, _, _ in strongest_by_hand([random_scores(0), random_scores(1)], random_scores(9, 0.5), 48)]
+    assert selection["num_neurons"] == 7
+    assert selection["num_candidates"] == 48
+    assert selection["num_negative"] == sum(score < 0 for score in every)
+    assert selection["threshold"] == pytest.approx(every[6], abs=1e-6)
+    assert selection["threshold"] == found.neurons[-1].score
+    per_module = {name: sum(neuron.module == name for neuron in found.neurons) for name in MODULES}
+    assert selection["neurons_per_module"] == per_module
+    assert sum(selection["histogram"]["counts"]) == 48
+    assert len(selection["histogram"]["edges"]) == len(selection["histogram"]["counts"]) + 1
+
+
+def test_histogram_counts_values_between_the_smallest_and_the_largest():
+    bins = histogram(torch.tensor([0.0, 0.1, 0.9, 1.0, 1.0]), 2)
+    assert bins == {"edges": [0.0, 0.5, 1.0], "counts": [2.0, 3.0]}
+
+
+def test_pictures_of_the_layers_and_of_the_differential_are_png(files):
+    Pruning(*files, num_neurons=5).prune(OUT)
+    for name in ("layers.png", "differential.png"):
+        content = (OUT / name).read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n")
+        assert content.endswith(b"IEND\xaeB`\x82")
+    assert {path.name for path in OUT.iterdir()} == {NEURONS, SELECTION, "layers.png", "differential.png"}
+
+
+@pytest.mark.parametrize("number", [1, 48])
+def test_one_neuron_and_all_neurons_can_be_pruned(files, number):
+    assert len(Pruning(*files, num_neurons=number).prune(OUT).neurons) == number
+
+
+def weak_files() -> tuple[list[Path], Path]:
+    """Behaviour scores that sum to 95 % of the general ones."""
+    general = random_scores(0)
+    behavior = {name: score.flip(0) * 0.95 for name, score in general.items()}
+    return [save_scores("general.safetensors", general)], save_scores("behavior.safetensors", behavior)
+
+
+def test_a_weak_differential_is_a_warning_by_default():
+    with pytest.warns(UserWarning, match=r"differential strength is 5\.0 %, below --model.min_strength 15\.0 %"):
+        Pruning(*weak_files(), num_neurons=3).prune(OUT)
+    assert (OUT / NEURONS).is_file()
+
+
+def test_a_weak_differential_can_be_an_error_and_then_nothing_is_written():
+    with pytest.raises(ValueError, match=r"5\.0 %.*Nothing was written \(--model.weak error\)"):
+        Pruning(*weak_files(), num_neurons=3, weak="error").prune(OUT)
+    assert not list(OUT.iterdir())
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_least_strength_is_an_option_and_no_warning_comes_above_it():
+    general, behavior = weak_files()
+    Pruning(general, behavior, num_neurons=3, min_strength=4.9, weak="error").prune(OUT)
+
+
+def test_general_scores_that_sum_to_zero_are_weak_rather_than_a_crash():
+    zeros = {name: torch.zeros(24) for name in MODULES}
+    general = save_scores("general.safetensors", zeros)
+    behavior = save_scores("behavior.safetensors", random_scores(1))
+    with pytest.raises(ValueError, match="Nothing was written"):
+        Pruning([general], behavior, num_neurons=3, weak="error").prune(OUT)
+
+
+@pytest.mark.parametrize("number", [0, -5])
+def test_no_neurons_or_fewer_are_refused_at_once(files, number):
+    with pytest.raises(ValueError, match=f"--model.num_neurons must be at least 1, got {number}"):
+        Pruning(*files, num_neurons=number)
+
+
+def test_more_neurons_than_there_are_is_refused_and_nothing_is_written(files):
+    with pytest.raises(ValueError, match=r"--model.num_neurons must be between 1 and 48.*got 49"):
+        Pruning(*files, num_neurons=49).prune(OUT)
+    assert not list(OUT.iterdir())
+
+
+def test_no_general_file_is_refused(files):
+    with pytest.raises(ValueError, match=r"--model.general must name at least one"):
+        Pruning([], files[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoint_fingerprint": "files:other"},
+        {"method": "wanda"},
+        {"rule": "cp_lrp"},
+        {"relevance": "signed"},
+        {"targets": ["gate_proj"]},
+        {"dtype": "bfloat16"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+@pytest.mark.parametrize("which", ["behavior", "second seed"])
+def test_score_files_that_differ_in_what_they_are_of_are_refused(change, which):
+    one = save_scores("one.safetensors", random_scores(0))
+    other = save_scores("other.safetensors", random_scores(1), **change)
+    arguments = ([one], other) if which == "behavior" else ([one, other], one)
+    with pytest.raises(ValueError, match=rf"do not belong together: {next(iter(change))} .*one.*other"):
+        Pruning(*arguments, num_neurons=3).prune(OUT)
+    assert not list(OUT.iterdir())
+
+
+def test_score_files_of_other_shapes_or_modules_are_refused(files):
+    general, _ = files
+    wider = save_scores("wider.safetensors", random_scores(1, shape=25))
+    with pytest.raises(ValueError, match=r"do not belong together: model.layers.0.mlp.up_proj has shape \[24\]"):
+        Pruning(general, wider, num_neurons=3).prune(OUT)
+    fewer = save_scores("fewer.safetensors", {MODULES[0]: torch.rand(24)})
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj has shape .*None"):
+        Pruning(general, fewer, num_neurons=3).prune(OUT)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_score_file_with_a_nan_or_infinity_is_refused_by_name(files, value):
+    scores = random_scores(1)
+    scores[MODULES[1]][3] = value
+    spoiled = save_scores("spoiled.safetensors", scores)
+    with pytest.raises(ValueError, match=rf"spoiled.safetensors: the scores of {MODULES[1]} hold NaN or infinity"):
+        Pruning([spoiled], files[1], num_neurons=3).prune(OUT)
+    assert not list(OUT.iterdir())
+
+
+def test_a_missing_truncated_or_foreign_score_file_is_refused(files):
+    general, behavior = files
+    with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors does not exist; 'sparc3 attribute' writes it"):
+        Pruning(general, Path("nowhere.safetensors"), num_neurons=3).prune(OUT)
+    Path("half.safetensors").write_bytes(behavior.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"half.safetensors .*truncated"):
+        Pruning(general, Path("half.safetensors"), num_neurons=3).prune(OUT)
+    Path("foreign.safetensors").write_text("no tensors here, only words")
+    with pytest.raises(ValueError, match=r"foreign.safetensors"):
+        Pruning(general, Path("foreign.safetensors"), num_neurons=3).prune(OUT)
+    assert not list(OUT.iterdir())
+
+
+def test_existing_neurons_are_not_overwritten(files):
+    OUT.mkdir()
+    (OUT / NEURONS).write_text("precious")
+    with pytest.raises(FileExistsError, match="nothing was overwritten"):
+        Pruning(*files, num_neurons=3).prune(OUT)
+    assert [path.read_text() for path in OUT.iterdir()] == ["precious"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(files):
+    OUT.write_text("a file, not a folder")
+    with pytest.raises(OSError, match="Cannot write to the output folder out"):
+        Pruning(*files, num_neurons=3).prune(OUT)
+
+
+def test_the_exported_checkpoint_loads_with_transformers_and_equals_the_masked_model(tiny_checkpoint, real_files):
+    found = Pruning(*real_files, num_neurons=12, export=Path("pruned")).prune(OUT)
+    pruned = AutoModelForCausalLM.from_pretrained("pruned")
+    original = load_model(tiny_checkpoint, torch.float32)
+    input_ids = torch.tensor([[1, 10, 20, 30, 40]])
+    with torch.no_grad():
+        with mask(original, found.neurons):
+            masked = original(input_ids).logits
+        assert torch.allclose(pruned(input_ids).logits, masked, atol=1e-6)
+        assert not torch.allclose(original(input_ids).logits, masked, atol=1e-3)
+    text = "the dog and the cat"
+    assert AutoTokenizer.from_pretrained("pruned")(text) == load_tokenizer(tiny_checkpoint)(text)
+    assert pruned.dtype == torch.float32
+    for neuron in found.neurons:
+        assert not pruned.get_submodule(neuron.module).weight[neuron.index].any()
+
+
+def test_the_export_can_be_of_another_dtype(real_files):
+    Pruning(*real_files, num_neurons=3, export=Path("pruned"), export_dtype="bfloat16").prune(OUT)
+    assert AutoModelForCausalLM.from_pretrained("pruned", dtype="auto").dtype == torch.bfloat16
+
+
+def test_an_existing_export_folder_is_refused_before_any_work(files):
+    Path("pruned").mkdir()
+    Path("pruned/precious").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"--model.export: pruned exists already; nothing was overwritten"):
+        Pruning(*files, export=Path("pruned"))
+    assert Path("pruned/precious").read_text() == "precious"
+
+
+def test_a_checkpoint_that_changed_since_it_was_attributed_is_not_exported(tiny_checkpoint):
+    of = provenance(tiny_checkpoint, "files:of-another-day")
+    general = save_scores("general.safetensors", random_scores(0), of)
+    behavior = save_scores("behavior.safetensors", random_scores(9, 0.5), of)
+    with pytest.raises(ValueError, match=r"no longer the one that was attributed"):
+        Pruning([general], behavior, num_neurons=3, export=Path("pruned")).prune(OUT)
+    assert not Path("pruned").exists()
+
+
+def test_an_export_that_fails_leaves_no_neurons_json_so_that_the_stage_does_not_count_as_done(real_files, monkeypatch):
+    def full_disk(*_args, **_kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(prune_module, "export_pruned", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        Pruning(*real_files, num_neurons=3, export=Path("pruned")).prune(OUT)
+    assert not (OUT / NEURONS).exists()
