@@ -1,22 +1,28 @@
 """Stage 1: accumulate scores of neurons over reference samples, in a predict loop."""
 
+import os
+import signal
+import subprocess
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from sparc3_lightning.checkpoints import Dtype, fingerprint, load_config, load_model, resolve_dtype
+from sparc3_lightning.checkpoints import Dtype, fingerprint, load_config, resolve_dtype
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_writable
 from sparc3_lightning.lrp import FAMILIES, Rule, lrp
+from sparc3_lightning.progress import Progress, StopRequest, load_progress, remove_progress
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.relevance import Relevance, ScoreAccumulator
 from sparc3_lightning.scores import Provenance, ScoreFile
+from sparc3_lightning.sharding import load_for
 
 SCORES = "scores.safetensors"
 
@@ -39,6 +45,9 @@ class Attribution(L.LightningModule):
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         nonfinite: On a relevance of NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts
             0 in its place, counts it and reports the count.
+        save_every: Save the sums after so many samples of a rank, so that a run that breaks off goes on from there when
+            it is started again with the same config; on SIGTERM and SIGUSR1 they are saved too.
+        gradient_checkpointing: Compute the activations of a block again in the backward pass, in place of keeping them.
         revision: Branch, tag or commit of a Hugging Face id.
     """
 
@@ -53,12 +62,17 @@ class Attribution(L.LightningModule):
         targets: Sequence[str] = ("up_proj",),
         dtype: Dtype = "auto",
         nonfinite: Literal["error", "zero"] = "error",
+        save_every: int = 32,
+        gradient_checkpointing: bool = False,
         revision: str | None = None,
     ) -> None:
         super().__init__()
         if not targets:
             raise ValueError("--model.targets must name at least one layer type, for example up_proj.")
+        if save_every < 1:
+            raise ValueError(f"--model.save_every must be at least 1, got {save_every}.")
         self.save_hyperparameters()
+        self.save_every = save_every
         self.checkpoint = checkpoint
         self.method = method
         self.relevance: Relevance = relevance
@@ -66,17 +80,15 @@ class Attribution(L.LightningModule):
         self.targets = list(targets)
         self.dtype_name: Dtype = dtype
         self.nonfinite = nonfinite
+        self.gradient_checkpointing = gradient_checkpointing
         self.revision = revision
         self.model = None
         self.scores: ScoreFile | None = None
 
-    @property
-    def output(self) -> Path:
-        """The score file of this run."""
-        return Path(self.trainer.log_dir or ".") / SCORES
-
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
+        # Asked for once, by every rank: the answer is a broadcast.
+        self.output = Path(self.trainer.log_dir or ".") / SCORES
         check_writable(self.output.parent)
         if self.output.exists():
             raise FileExistsError(
@@ -91,14 +103,14 @@ class Attribution(L.LightningModule):
             )
         data = self.reference_samples
         check_context(config, data.longest, "--data.seq_len")
+        self._resume()
         notes = "".join(f", {name} {value}" for name, value in data.notes.items())
         rank_zero_info(f"{len(data.samples)} samples, {data.num_tokens:,} tokens{notes}")
 
     def configure_model(self) -> None:
         """Load the model, once."""
         if self.model is None:
-            device = self.trainer.strategy.root_device
-            self.model = load_model(self.checkpoint, resolve_dtype(self.dtype_name, device), self.revision)
+            self.model = load_for(self, self.checkpoint, self.dtype_name, self.revision, self.gradient_checkpointing)
 
     def on_predict_start(self) -> None:
         """Find the target layers."""
@@ -108,6 +120,16 @@ class Attribution(L.LightningModule):
         score: Any = "wanda" if self.method == "wanda" else self.relevance
         targets = find_targets(self.model, self.targets)
         self.accumulator = ScoreAccumulator(targets, score, self.nonfinite)
+        self.done: list[str] = []
+        if self.trainer.is_global_zero and self.progress.sample_ids:
+            self.accumulator.sums = {name: total.to(self.device) for name, total in self.progress.sums.items()}
+            self.accumulator.num_samples = len(self.progress.sample_ids)
+            self.accumulator.num_nonfinite = self.progress.num_nonfinite
+            self.done = list(self.progress.sample_ids)
+        self.num_saved = len(self.done)
+        self.stop = StopRequest()
+        self._listening = self.stop.listening()
+        self._listening.__enter__()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the scores of one batch."""
@@ -116,18 +138,97 @@ class Attribution(L.LightningModule):
         with (
             torch.set_grad_enabled(is_lrp),
             lrp(self.model, self.rule) if is_lrp else nullcontext(),
-            self.accumulator.recording(mask, batch["sample_ids"]),
+            self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
         ):
             if is_lrp:
                 largest_logit(self.model, batch["input_ids"], mask).sum().backward()
             else:
-                self.model.get_decoder()(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
+                self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
+        self.done += [
+            name for name, weight in zip(batch["sample_ids"], batch["weights"].tolist(), strict=True) if weight
+        ]
         if self.logger is not None:
             self.logger.log_metrics({"samples": self.accumulator.num_samples}, step=batch_idx)
 
-    @rank_zero_only
-    def on_predict_end(self) -> None:
-        """Write the score file."""
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Save the sums now and then, and when the run is asked to stop."""
+        number = self.stop.agreed(self.device)
+        if number is not None or len(self.done) - self.num_saved >= self.save_every:
+            self._save_progress()
+        if number is not None:
+            self._leave(number)
+
+    def on_predict_epoch_end(self) -> None:
+        """Add up the sums of all ranks, and write the score file."""
+        self.accumulator.reduce_()
+        scores = self.accumulator.compute()
+        if self.trainer.is_global_zero:
+            self._write(scores)
+            remove_progress(self.output.parent)
+
+    def teardown(self, stage: str) -> None:
+        """Give the signals back."""
+        if hasattr(self, "_listening"):
+            self._listening.__exit__(None, None, None)
+            del self._listening
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this run from another one whose sums must not be added to its own."""
+        return {
+            "checkpoint_fingerprint": fingerprint(self.checkpoint, self.revision),
+            "method": self.method,
+            "rule": self.rule,
+            "relevance": self.relevance,
+            "targets": self.targets,
+            "dtype": str(resolve_dtype(self.dtype_name, self.trainer.strategy.root_device)).removeprefix("torch."),
+            "nonfinite": self.nonfinite,
+            "data_fingerprint": self.reference_samples.fingerprint(),
+        }
+
+    def _resume(self) -> None:
+        """Go on from the state in the output folder, or from that of a run with the same config that broke off."""
+        folder = self.output.parent
+        self.progress = Progress(self.identity)
+        if self.trainer.is_global_zero:
+            found = load_progress(folder)
+            if found is not None:
+                found.check_identity(self.identity, folder)
+            else:
+                found = self._unfinished_elsewhere()
+            if found is not None:
+                self.progress = replace(found, attempt=found.attempt + 1)
+                # Before any rank adds to it: from here on the files of earlier attempts no longer count.
+                self.progress.save(folder, rank=0)
+                remove_progress(folder, before=self.progress.attempt)
+                rank_zero_info(f"Going on after {len(found.sample_ids)} samples of a run that broke off.")
+        done, attempt = self.trainer.strategy.broadcast((self.progress.sample_ids, self.progress.attempt))
+        self.progress = replace(self.progress, attempt=attempt)
+        self.reference_samples.leave_out = set(done)
+
+    def _unfinished_elsewhere(self) -> Progress | None:
+        """Return the furthest state of the same run in a folder beside the output folder."""
+        folders = {path.parent for path in self.output.parent.parent.glob("*/state-*.safetensors")}
+        states = [load_progress(folder) for folder in sorted(folders) if not (folder / SCORES).exists()]
+        same = [state for state in states if state is not None and state.identity == self.identity]
+        return max(same, key=lambda state: len(state.sample_ids), default=None)
+
+    def _save_progress(self) -> None:
+        sums, count = self.accumulator.sums, self.accumulator.num_nonfinite
+        Progress(self.identity, sums, self.done, count, self.progress.attempt).save(
+            self.output.parent, self.trainer.global_rank
+        )
+        self.num_saved = len(self.done)
+
+    def _leave(self, number: int) -> None:
+        """End the process; on SIGUSR1, by which Slurm announces the end of the time, the job is queued again."""
+        job = os.environ.get("SLURM_JOB_ID")
+        rank_zero_info(f"Got {signal.Signals(number).name}: {len(self.done)} samples of rank 0 are saved.")
+        if number == signal.SIGUSR1 and job and self.trainer.is_global_zero:
+            subprocess.run(["scontrol", "requeue", job], check=False)
+        raise SystemExit(128 + number)
+
+    def _write(self, scores: dict[str, Tensor]) -> None:
         data = self.reference_samples
         options = {name: value for name, value in data.hparams.items() if name != "tokenizer"}
         provenance = Provenance(
@@ -149,12 +250,13 @@ class Attribution(L.LightningModule):
             versions=versions(),
             git_hash=git_hash(),
         )
-        self.scores = ScoreFile(self.accumulator.compute(), provenance, self.output)
+        self.scores = ScoreFile(scores, provenance, self.output)
         self.scores.save(self.output)
 
     def summary(self) -> str:
-        """Say what was written, once the loop has ended."""
-        assert self.scores is not None
+        """Say what was written, once the loop has ended; nothing on a rank that wrote nothing."""
+        if self.scores is None:
+            return ""
         count = self.scores.provenance.num_nonfinite
         replaced = f"; {count} values were NaN or infinite and count as 0" if count else ""
         return f"Scores of {len(self.scores.scores)} layers{replaced}: {self.output}"
@@ -171,7 +273,7 @@ class Attribution(L.LightningModule):
 def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the largest logit at the last token of each sample, with a graph down to the embeddings.
 
-    The head is applied to that one position alone, so that no other logits are formed.
+    The head is applied to the positions where a sample of the batch ends, so that no other logits are formed.
 
     Args:
         model: Causal language model of transformers.
@@ -181,13 +283,18 @@ def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tens
     Returns:
         Shape ``[samples]``.
     """
-    embeddings = model.get_input_embeddings()(input_ids).detach().requires_grad_()
-    hidden = model.get_decoder()(
-        inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state
     last = attention_mask.sum(dim=1) - 1
-    rows = torch.arange(len(last), device=last.device)
-    return model.get_output_embeddings()(hidden[rows, last]).max(dim=-1).values
+    positions, which = last.unique(return_inverse=True)
+    # The weights are frozen, so the graph starts at the embeddings. The model is called as a whole, since that is what
+    # gathers the weights of a sharded one.
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    try:
+        logits = model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions
+        ).logits
+    finally:
+        handle.remove()
+    return logits[torch.arange(len(last), device=last.device), which].max(dim=-1).values
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:

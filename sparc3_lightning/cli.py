@@ -12,15 +12,17 @@ import yaml
 from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import sparc3_lightning
-from sparc3_lightning.attribute import Attribution
+from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.data import EvaluationData
 from sparc3_lightning.data.base import ReferenceSamples
-from sparc3_lightning.evaluate import Evaluation
+from sparc3_lightning.evaluate import RESULTS, Evaluation
 from sparc3_lightning.experiment import Experiment
-from sparc3_lightning.prune import Pruning
+from sparc3_lightning.prune import NEURONS, Pruning
+from sparc3_lightning.sharding import check_slurm_tasks
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.
 CONFIGS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
@@ -44,14 +46,20 @@ class SparC3Trainer(Trainer):
         if self.logger is not None:
             strength = neurons.provenance["differential_strength_percent"]
             self.logger.log_metrics({"differential_strength_percent": strength, "num_neurons": len(neurons.neurons)})
+            self.logger.finalize("success")
 
     def evaluate(self, model: Evaluation, datamodule: LightningDataModule) -> None:
         """Measure perplexity and toxicity of a model, as it is and with its neurons off."""
         self.test(model, datamodule=datamodule, verbose=False)
         rank_zero_info(model.summary())
 
-    def run(self, model: Experiment) -> None:
-        """Carry out the whole experiment: attribute, prune, evaluate and report."""
+    def run(self, model: Experiment, plan: Path | None = None) -> None:
+        """Carry out the whole experiment: attribute, prune, evaluate and report.
+
+        Args:
+            model: The experiment.
+            plan: Run nothing, but write a list of the stages to this file, and their configs, to run each as a job.
+        """
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,22 @@ STAGES = {
     "evaluate": Stage(Evaluation, EvaluationData),
     "run": Stage(Experiment, is_experiment=True),
 }
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves config.yaml; over that of a run that broke off, but never into a folder that holds results."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the config."""
+        folder = trainer.log_dir
+        results = [name for name in (SCORES, NEURONS, RESULTS) if folder and (Path(folder) / name).exists()]
+        if results:
+            raise FileExistsError(
+                f"{folder} holds {results[0]} already; nothing was overwritten. Choose another folder with "
+                "--trainer.logger.init_args.version."
+            )
+        self.overwrite = True
+        super().setup(trainer, pl_module, stage)
 
 
 class FindConfig(ActionConfigFile):
@@ -127,6 +151,11 @@ class SparC3CLI(LightningCLI):
         parser.add_class_arguments(Evaluation, "evaluate", skip={*shared, "neurons"}, instantiate=False)
         parser.add_class_arguments(EvaluationData, "data", instantiate=False)
 
+    def before_instantiate_classes(self) -> None:
+        """Check what Lightning would find out too late."""
+        trainer = self.config[self.subcommand]["trainer"]
+        check_slurm_tasks(trainer["devices"], trainer["num_nodes"], os.environ)
+
     def _save_config(self) -> None:
         """Save config.yaml for a verb that starts no loop, where the callback would."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -141,11 +170,15 @@ class SparC3CLI(LightningCLI):
         """Fetch everything."""
         model.prepare(self._options(), Path(self.trainer.log_dir or "."))
 
-    def run(self, model: Experiment, **_: Any) -> None:
+    def run(self, model: Experiment, plan: Path | None = None, **_: Any) -> None:
         """Run the stages, each as its own verb in this process."""
+        if plan is not None:
+            model.write_plan(self._options(), Path(self.trainer.log_dir or "."), plan)
+            return
         results = model.run(self._options(), Path(self.trainer.log_dir or "."), _run_stage)
         if self.trainer.logger is not None:
             self.trainer.logger.log_metrics(results["change"])
+            self.trainer.logger.finalize("success")
 
     def _options(self) -> dict[str, Any]:
         """Return the config of this verb as plain values."""
@@ -164,6 +197,7 @@ def _quiet() -> None:
         "predict returned None",
         ".*LeafSpec",
         ".*does not have many workers",
+        "The `srun` command",
     ):
         warnings.filterwarnings("ignore", message)
     off_topic = ("💡 Tip", "GPU available", "TPU available", "Seed set to")
@@ -178,6 +212,7 @@ def main(args: ArgsType = None) -> SparC3CLI:
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        save_config_callback=SaveConfig,
         trainer_class=SparC3Trainer,
         trainer_defaults={"inference_mode": False, "enable_model_summary": False},
         seed_everything_default=0,
@@ -193,7 +228,7 @@ def entry_point() -> None:
     _quiet()
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SPARC3_TRACEBACK"):
             raise
         sys.exit(f"sparc3: error: {error}\n(SPARC3_TRACEBACK=1 shows where it was raised.)")

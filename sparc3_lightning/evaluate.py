@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
 from sparc3_lightning.attribute import check_context
-from sparc3_lightning.checkpoints import Dtype, fingerprint, load_config, load_model, resolve_dtype
+from sparc3_lightning.checkpoints import Dtype, fingerprint, load_config
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.generation import Sampling, continue_prompts, draw_key
@@ -20,6 +20,7 @@ from sparc3_lightning.metrics import Perplexity, Toxicity, token_nll
 from sparc3_lightning.neurons import NeuronList, check_neurons, mask
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.scorers import DetoxifyScorer, Scorer, check_scorer
+from sparc3_lightning.sharding import gather, is_sharded, load_for
 
 RESULTS = "results.json"
 COMPLETIONS = "completions.jsonl"
@@ -89,15 +90,12 @@ class Evaluation(L.LightningModule):
             contexts["pruned"] = mask(self.model, self.neurons.neurons)
         return contexts
 
-    @property
-    def folder(self) -> Path:
-        """Where results are written."""
-        return Path(self.trainer.log_dir or ".")
-
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
         from transformers import AutoModelForCausalLM
 
+        # Asked for once, by every rank: the answer is a broadcast.
+        self.folder = Path(self.trainer.log_dir or ".")
         check_writable(self.folder)
         if (self.folder / RESULTS).exists():
             raise FileExistsError(
@@ -127,9 +125,8 @@ class Evaluation(L.LightningModule):
     def configure_model(self) -> None:
         """Load the model and the scorer, once."""
         if self.model is None:
-            device = self.trainer.strategy.root_device
-            self.scorer = DetoxifyScorer(self.scorer_name, device)
-            self.model = load_model(self.checkpoint, resolve_dtype(self.dtype_name, device), self.revision)
+            self.scorer = DetoxifyScorer(self.scorer_name, self.trainer.strategy.root_device)
+            self.model = load_for(self, self.checkpoint, self.dtype_name, self.revision)
 
     def on_test_start(self) -> None:
         """Make the metrics of each model."""
@@ -167,30 +164,36 @@ class Evaluation(L.LightningModule):
             keys,
             self.sampling,
             tokenizer.pad_token_id or 0,
+            all_ranks_step_together=is_sharded(self),
         )
         texts = tokenizer.batch_decode([row.input_ids for row in drawn], skip_special_tokens=True)
         assert self.scorer is not None
         scores = [math.nan if row.failed else score for row, score in zip(drawn, self.scorer.score(texts), strict=True)]
-        for i in range(len(prompts)):
+        for i, weight in enumerate(batch["weights"]):
+            if not weight:  # a filler
+                continue
             part = slice(i * k, (i + 1) * k)
             self.toxicity[name].update(scores[part], sum(not text.strip() for text in texts[part]))
-        for (prompt, j), row, text, score in zip(rows, drawn, texts, scores, strict=True):
-            self.completions.append(
-                {
-                    "model": name,
-                    "prompt_id": prompt.id,
-                    "continuation_index": j,
-                    "prompt": prompt.text,
-                    "prompt_toxicity": prompt.toxicity,
-                    "continuation": text,
-                    "num_tokens": len(row.input_ids),
-                    "toxicity": score if math.isfinite(score) else None,
-                }
-            )
+            for (prompt, j), row, text, score in zip(rows[part], drawn[part], texts[part], scores[part], strict=True):
+                self.completions.append(
+                    {
+                        "model": name,
+                        "prompt_id": prompt.id,
+                        "continuation_index": j,
+                        "prompt": prompt.text,
+                        "prompt_toxicity": prompt.toxicity,
+                        "continuation": text,
+                        "num_tokens": len(row.input_ids),
+                        "toxicity": score if math.isfinite(score) else None,
+                    }
+                )
 
     def on_test_end(self) -> None:
         """Write results.json, completions.jsonl and, given neurons, the report."""
         self.results = self._results()
+        self.completions = gather(self.completions)
+        # One order, whatever the batch size and the number of ranks.
+        self.completions.sort(key=lambda row: (row["prompt_id"], row["continuation_index"], row["model"]))
         if self.logger is not None:
             figures = {
                 f"{name}/{key}": value
@@ -264,8 +267,9 @@ class Evaluation(L.LightningModule):
         for convention in self.data.text.conventions:
             metric = self.perplexity[f"{name}_{convention}"]
             suffix = "" if convention == self.data.text.conventions[0] else f"_{convention}"
-            figures[f"perplexity{suffix}"] = metric.compute().item()
-            figures[f"tokens_counted{suffix}"] = int(metric.num_tokens)
+            computed = metric.compute()
+            figures[f"perplexity{suffix}"] = computed["perplexity"].item()
+            figures[f"tokens_counted{suffix}"] = computed["num_tokens"].item()
         toxicity: dict[str, Tensor] = self.toxicity[name].compute()
         return figures | {key: value.item() for key, value in toxicity.items()}
 

@@ -144,11 +144,7 @@ class Experiment:
                 rank_zero_info(f"\n{title}: done before, {stage.folder}")
                 continue
             rank_zero_info(f"\n{title}")
-            config = folder / "stages" / f"{number}_{stage.name}.yaml"
-            write_atomically(config, yaml.safe_dump(stage.config, sort_keys=False))
-            # Of a run that broke off: the stage saves its config again, and would refuse to overwrite it.
-            (stage.folder / "config.yaml").unlink(missing_ok=True)
-            run_stage(stage.verb, config)
+            run_stage(stage.verb, _write_config(stage, number, folder))
             if not stage.done:
                 raise RuntimeError(f"The stage {stage.name!r} ended without writing {stage.folder / stage.output}.")
         folders = {stage.name: str(stage.folder) for stage in stages}
@@ -161,6 +157,20 @@ class Experiment:
             rank_zero_info(f"\n{summary_table(results)}")
         rank_zero_info(f"\nThe experiment is complete.\nResults: {folder / RESULTS}\nReport:  {folder / REPORT}")
         return results
+
+    def write_plan(self, options: dict[str, Any], folder: Path, path: Path) -> None:
+        """Write the config of every stage, and a line for each: verb, config file, and ``done`` or ``todo``.
+
+        Args:
+            options: As ``plan``.
+            folder: Where to put the configs.
+            path: Of the list.
+        """
+        check_writable(folder)
+        lines = []
+        for number, stage in enumerate(self.plan(options), start=1):
+            lines.append(f"{stage.verb} {_write_config(stage, number, folder)} {'done' if stage.done else 'todo'}\n")
+        write_atomically(path, "".join(lines))
 
     def prepare(self, options: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Fetch everything the stages would download, and write a manifest of it.
@@ -202,6 +212,12 @@ class Experiment:
         return module.fetched_files()
 
 
+def _write_config(stage: StageRun, number: int, folder: Path) -> Path:
+    path = folder / "stages" / f"{number}_{stage.name}.yaml"
+    write_atomically(path, yaml.safe_dump(stage.config, sort_keys=False))
+    return path
+
+
 def _with_seed(data: dict[str, Any], seed: int) -> dict[str, Any]:
     return {**data, "init_args": {**data["init_args"], "seed": seed}} if _takes_seed(data) else data
 
@@ -225,7 +241,7 @@ def _local_files(value: Any) -> list[str]:
     for key in ("checkpoint", "source", "scorer"):
         path = value.get(key)
         if isinstance(path, str) and is_local(path):
-            found.append(fingerprint(path) if key == "checkpoint" else _content(Path(path)))
+            found.append(fingerprint(path) if key == "checkpoint" else _content(Path(path).expanduser()))
     return found + [digest for item in value.values() for digest in _local_files(item)]
 
 

@@ -107,7 +107,13 @@ class Continuation(NamedTuple):
 
 
 def continue_prompts(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, keys: Sequence[int], sampling: Sampling, pad_token_id: int
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    keys: Sequence[int],
+    sampling: Sampling,
+    pad_token_id: int,
+    all_ranks_step_together: bool = False,
 ) -> list[Continuation]:
     """Continue a batch of prompts.
 
@@ -118,6 +124,7 @@ def continue_prompts(
         keys: Key of each row, from ``draw_key``.
         sampling: How to draw.
         pad_token_id: Token that fills a row once it has ended.
+        all_ranks_step_together: Go on until the rows of every rank have ended, as a sharded model needs.
 
     Returns:
         One continuation per row.
@@ -136,7 +143,10 @@ def continue_prompts(
     shipped, model.generation_config = model.generation_config, config
     try:
         rows = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, logits_processor=LogitsProcessorList([draw])
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_processor=LogitsProcessorList([draw]),
+            synced_gpus=all_ranks_step_together,
         )
     finally:
         model.generation_config = shipped

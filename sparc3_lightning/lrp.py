@@ -138,7 +138,9 @@ def _attention(model: PreTrainedModel, name: str, wrap: Callable) -> Iterator[No
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = model.config._attn_implementation
-    eager: Any = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    # Of the file that defines the attention's class: the class of the model itself may be one that FSDP2 made.
+    attention = next(module for module in model.modules() if type(module).__name__.endswith("Attention"))
+    eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
     name = f"{name}_{model.config.model_type}_{before}_{id(model):x}"
     ALL_ATTENTION_FUNCTIONS[name] = wrap(ALL_ATTENTION_FUNCTIONS.get_interface(before, eager))
     # transformers forms no mask at all for a name that is only in the registry's local mapping (5.23), and its global

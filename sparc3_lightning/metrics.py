@@ -23,7 +23,7 @@ def token_nll(model: Any, input_ids: Tensor, num_scored: Tensor, chunk: int = 51
     Returns:
         Nats per window, float64, shape ``[windows]``.
     """
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden = _last_hidden_state(model, input_ids)
     head = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)
     sums = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
@@ -37,6 +37,19 @@ def token_nll(model: Any, input_ids: Tensor, num_scored: Tensor, chunk: int = 51
                 torch.nn.functional.cross_entropy(logits, input_ids[row, low:high], reduction="none").double().sum()
             )
     return sums
+
+
+def _last_hidden_state(model: Any, input_ids: Tensor) -> Tensor:
+    """Return what the head gets. The model is called as a whole, since that gathers the weights of a sharded one."""
+    captured: list[Tensor] = []
+    handle = model.get_decoder().register_forward_hook(
+        lambda module, inputs, output: captured.append(output.last_hidden_state)
+    )
+    try:
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return captured[0]
 
 
 class Perplexity(Metric):
@@ -55,9 +68,9 @@ class Perplexity(Metric):
         self.nll += nll.double().sum()
         self.num_tokens += num_tokens.sum()
 
-    def compute(self) -> Tensor:
-        """Return the perplexity."""
-        return (self.nll / self.num_tokens).exp()
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``perplexity``, and ``num_tokens``, the number of predicted tokens."""
+        return {"perplexity": (self.nll / self.num_tokens).exp(), "num_tokens": self.num_tokens}
 
 
 class Toxicity(Metric):

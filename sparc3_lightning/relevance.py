@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Relevance = Literal["magnitude", "signed"]
 
@@ -174,10 +175,23 @@ class ScoreAccumulator:
         weights = torch.ones(len(mask_BT), device=mask_BT.device) if weights_B is None else weights_B
         self._check_finite(sample_ids, weights)
         for name, score in self._batch.items():
-            total = score[weights > 0].sum(dim=0)  # not weights @ score: 0 times NaN is NaN
+            # Not weights @ score: 0 times NaN is NaN. In double: the order of batches and ranks leaves no trace.
+            total = score[weights > 0].sum(dim=0, dtype=torch.float64)
             self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.num_samples += int(weights.sum())
         self._batch = {}
+
+    def reduce_(self) -> None:
+        """Add up the sums of all ranks, on each of them. Only sums cross ranks, never means or weights."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        flat = torch.cat([self.sums[name] for name in self.modules])
+        counts = torch.tensor([self.num_samples, self.num_nonfinite], device=flat.device)
+        torch.distributed.all_reduce(flat)
+        torch.distributed.all_reduce(counts)
+        sizes = [len(self.sums[name]) for name in self.modules]
+        self.sums = dict(zip(self.modules, flat.split(sizes), strict=True))
+        self.num_samples, self.num_nonfinite = counts.tolist()
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores: per module, shape ``[out_features]``, float32, on the CPU.
@@ -190,7 +204,7 @@ class ScoreAccumulator:
         if not self.num_samples:
             raise ValueError("No sample was recorded, so there is no score.")
         if self.score == "wanda":
-            scores = {name: wanda_score(self.modules[name].weight.detach(), s) for name, s in self.sums.items()}
+            scores = {name: wanda_score(_whole(self.modules[name].weight), s) for name, s in self.sums.items()}
         else:
             scores = {name: total / self.num_samples for name, total in self.sums.items()}
         return {name: scores[name].float().cpu() for name in self.modules}
@@ -226,3 +240,8 @@ class ScoreAccumulator:
         for name, score in self._batch.items():
             self.num_nonfinite += int((~torch.isfinite(score[weights_B > 0])).sum())
             self._batch[name] = torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Return the whole of a weight that may be sharded; then all ranks must ask for it together."""
+    return weight.full_tensor().detach() if isinstance(weight, DTensor) else weight.detach()

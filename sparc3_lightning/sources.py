@@ -72,7 +72,7 @@ def sha256_of(path: Path) -> str:
 
 def is_local(source: str) -> bool:
     """Tell whether a source is a file or a folder of this machine."""
-    return not source.startswith("pypi:") and Path(source).exists()
+    return not source.startswith("pypi:") and Path(source).expanduser().exists()
 
 
 def resolve(source: str) -> Path:

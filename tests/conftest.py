@@ -1,5 +1,6 @@
 """Tiny models of every family, a tokenizer and a checkpoint made on the spot; nothing is downloaded."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+# Tiny models are fastest on one core, and two cores that wait for each other are slow when others use them too.
+torch.set_num_threads(1)
 SHARED = Path(__file__).parents[2] / "shared"
 TEXT = (
     "the a of to and in is was it for on as with his he be at by had this that are they from not have or an which "
@@ -54,6 +57,14 @@ def no_process_group_is_left() -> Iterator[None]:
     yield
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """Use every core, for a test of a real model."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

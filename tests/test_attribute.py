@@ -247,7 +247,7 @@ def no_model_is_loaded(monkeypatch):
     def fail(*_args, **_kwargs):
         pytest.fail("the model was loaded before the input was checked")
 
-    monkeypatch.setattr(attribute, "load_model", fail)
+    monkeypatch.setattr(attribute, "load_for", fail)
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")

@@ -32,7 +32,7 @@ def wheels() -> None:
         pytest.skip(str(error))
 
 
-@pytest.mark.usefixtures("wheels")
+@pytest.mark.usefixtures("wheels", "all_cores")
 def test_the_demo_measures_both_models_and_gives_the_same_numbers_when_run_twice() -> None:
     results = []
     for logs in ("first", "second"):

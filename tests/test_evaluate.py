@@ -17,6 +17,7 @@ from sparc3_lightning.data.real_toxicity_prompts import prompt_id
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS, Evaluation
 from sparc3_lightning.neurons import Neuron, NeuronList, mask
 from sparc3_lightning.scorers import DetoxifyScorer
+from sparc3_lightning.sharding import load_for
 
 PROMPTS = [sentence(300 + i, 2 + i) for i in range(10)]
 
@@ -258,9 +259,9 @@ def test_the_model_is_loaded_once_for_both(tiny_checkpoint, neurons, monkeypatch
 
     def counting(*args):
         calls.append(args)
-        return load_model(*args)
+        return load_for(*args)
 
-    monkeypatch.setattr(evaluate, "load_model", counting)
+    monkeypatch.setattr(evaluate, "load_for", counting)
     run(evaluation(tiny_checkpoint, neurons))
     assert len(calls) == 1
 
@@ -315,7 +316,7 @@ def no_model_is_loaded(monkeypatch):
     def fail(*_args, **_kwargs):
         pytest.fail("the model was loaded before the input was checked")
 
-    monkeypatch.setattr(evaluate, "load_model", fail)
+    monkeypatch.setattr(evaluate, "load_for", fail)
     monkeypatch.setattr(evaluate, "DetoxifyScorer", fail)
 
 

@@ -2,14 +2,14 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sparc3_lightning.checkpoints import load_tokenizer
 from sparc3_lightning.sources import read_records, resolve
@@ -20,6 +20,59 @@ class Sample(NamedTuple):
 
     id: str
     input_ids: list[int]
+
+
+class Share(DistributedSampler):
+    """The indices of one rank, of items that are dealt out so that all ranks make the same number of steps.
+
+    The items of the last step are divided evenly; an index past the end stands for a filler, which weighs nothing. That
+    it is a DistributedSampler keeps Lightning from putting one of its own in place, which would repeat or drop items.
+
+    Args:
+        num_items: Number of items of all ranks.
+        num_replicas: Number of ranks.
+        rank: This rank.
+        batch_size: Items of a rank in a step.
+    """
+
+    def __init__(self, num_items: int, num_replicas: int, rank: int, batch_size: int) -> None:
+        super().__init__(range(num_items), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        full_steps, left = divmod(num_items, num_replicas * batch_size)
+        self.indices: list[int] = []
+        for step in range(full_steps):
+            start = (step * num_replicas + rank) * batch_size
+            self.indices += range(start, start + batch_size)
+        each = -(-left // num_replicas)
+        start = num_items - left + rank * each
+        self.indices += range(start, start + each)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class Weighted(Dataset):
+    """Items with the weight 1; past the end the last item, with the weight 0."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return (self.items[index], 1) if index < len(self.items) else (self.items[-1], 0)
+
+
+def share_dataloader(
+    items: Sequence[Any], trainer: L.Trainer | None, batch_size: int, collate: Callable[[list[tuple[Any, int]]], Any]
+) -> DataLoader:
+    """Return the batches of this rank; ``collate`` gets pairs of an item and its weight, 1 or 0 for a filler."""
+    replicas, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
+    sampler = Share(len(items), replicas, rank, batch_size)
+    return DataLoader(Weighted(items), batch_size=batch_size, sampler=sampler, collate_fn=collate)
 
 
 class HubDataset(NamedTuple):
@@ -110,6 +163,7 @@ class ReferenceSamples(TextDataModule):
         self.samples: list[Sample] = []
         self.pad_token_id = 0
         self.notes: dict[str, Any] = {}
+        self.leave_out: set[str] = set()  # ids of samples that an earlier run has done
 
     @abstractmethod
     def read_samples(self, tokenizer: Any) -> list[Sample]:
@@ -141,12 +195,15 @@ class ReferenceSamples(TextDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Return padded batches, the longest samples first so that memory runs out at once or never."""
-        ordered = sorted(self.samples, key=lambda sample: -len(sample.input_ids))
-        return DataLoader(
-            ordered,  # type: ignore[arg-type]
-            batch_size=self.batch_size,
-            collate_fn=lambda samples: pad_right(samples, self.pad_token_id),
-        )
+        left = [sample for sample in self.samples if sample.id not in self.leave_out]
+        # If nothing is left there is one filler, since Lightning runs no loop at all over no batches.
+        ordered = sorted(left or self.samples[:1], key=lambda sample: -len(sample.input_ids))
+
+        def collate(pairs: list[tuple[Sample, int]]) -> dict[str, Any]:
+            batch = pad_right([sample for sample, _ in pairs], self.pad_token_id)
+            return {**batch, "weights": torch.tensor([weight if left else 0 for _, weight in pairs])}
+
+        return share_dataloader(ordered, self.trainer, self.batch_size, collate)
 
 
 def pad_right(samples: list[Sample], pad_token_id: int) -> dict[str, Any]:

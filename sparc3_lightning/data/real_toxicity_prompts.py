@@ -5,10 +5,9 @@ from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparc3_lightning.data.base import HubDataset, TextDataModule
+from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
 
 HUB = HubDataset("allenai/real-toxicity-prompts")
 
@@ -116,10 +115,16 @@ class RealToxicityPrompts(TextDataModule):
         self.prompts = [chosen[i] for i in sorted(range(wanted), key=lambda i: -lengths[i])]
 
     def test_dataloader(self) -> DataLoader:
-        """Return batches: ``prompts``, a list, and ``input_ids`` and ``attention_mask``, padded on the left."""
-        return DataLoader(self.prompts, batch_size=self.batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
+        """Return batches: ``prompts`` and ``weights``; ``input_ids`` and ``attention_mask``, padded on the left."""
+        return share_dataloader(self.prompts, self.trainer, self.batch_size, self._collate)
 
-    def _collate(self, prompts: list[Prompt]) -> dict[str, list[Prompt] | Tensor]:
+    def _collate(self, pairs: list[tuple[Prompt, int]]) -> dict[str, Any]:
+        prompts = [prompt for prompt, _ in pairs]
         texts = [prompt.text for prompt in prompts]
         tokens = self._tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-        return {"prompts": prompts, "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        return {
+            "prompts": prompts,
+            "weights": [weight for _, weight in pairs],
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+        }

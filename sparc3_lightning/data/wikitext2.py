@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparc3_lightning.data.base import HubDataset, TextDataModule
+from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
 from sparc3_lightning.sources import resolve
 
 Convention = Literal["sliding", "disjoint"]
@@ -132,9 +132,11 @@ class WikiText2(TextDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Return batches of windows: ``input_ids``, shape ``[windows, tokens]``, and ``windows``, a list."""
-        return DataLoader(self.windows, batch_size=self.batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
+        return share_dataloader(self.windows, self.trainer, self.batch_size, self._collate)
 
-    def _collate(self, windows: list[Window]) -> dict[str, Tensor | list[Window]]:
+    def _collate(self, pairs: list[tuple[Window, int]]) -> dict[str, Tensor | list[Window]]:
+        # A filler scores no token.
+        windows = [window if weight else window._replace(num_scored=0) for window, weight in pairs]
         longest = max(window.end - window.start for window in windows)
         input_ids = torch.zeros(len(windows), longest, dtype=torch.long)
         for row, window in enumerate(windows):  # the causal mask keeps the filling on the right out of sight

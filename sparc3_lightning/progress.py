@@ -1,0 +1,143 @@
+"""What a broken-off attribution leaves behind, so that the next one goes on: the sums of each rank.
+
+A folder holds one file a rank and attempt, ``state-<attempt>-<rank>.safetensors``. A file is complete in itself: it
+names the samples that its sums are of, so that ranks may be saved at different moments. An attempt begins with a file
+of rank 0 that holds all that earlier attempts did; only the files of the last attempt count.
+"""
+
+import json
+import re
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sparc3_lightning.files import write_atomically
+
+_NAME = re.compile(r"state-(\d+)-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Sums over samples.
+
+    Args:
+        identity: What tells the run from another: checkpoint, data, method and so on.
+        sums: Per module, float64.
+        sample_ids: The samples that the sums are of.
+        num_nonfinite: Values that were NaN or infinite and were replaced by 0.
+        attempt: Number of the attempt, from 0.
+    """
+
+    identity: dict[str, Any]
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    sample_ids: list[str] = field(default_factory=list)
+    num_nonfinite: int = 0
+    attempt: int = 0
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Write the state of one rank, under a temporary name first."""
+        metadata = {
+            "identity": json.dumps(self.identity),
+            "sample_ids": json.dumps(self.sample_ids),
+            "num_nonfinite": str(self.num_nonfinite),
+        }
+        content = save({name: total.cpu().contiguous() for name, total in self.sums.items()}, metadata)
+        write_atomically(folder / f"state-{self.attempt}-{rank}.safetensors", content)
+
+    def check_identity(self, identity: Mapping[str, Any], folder: Path) -> None:
+        """Raise ValueError, naming the field that differs, if this is the state of another run."""
+        for name, mine in identity.items():
+            theirs = self.identity.get(name)
+            if theirs != mine:
+                raise ValueError(
+                    f"{folder} holds the state of another run: its {name} is {theirs!r}, now it is {mine!r}. Choose "
+                    "another folder with --trainer.logger.init_args.version, or remove the files state-*.safetensors."
+                )
+
+
+def load_progress(folder: Path) -> Progress | None:
+    """Add up the states of all ranks of the last attempt in a folder; None if there is none.
+
+    Raises:
+        ValueError: If a file is damaged, or two files hold the same sample.
+    """
+    found = [(match, path) for path in folder.glob("state-*") if (match := _NAME.fullmatch(path.name))]
+    if not found:
+        return None
+    last = max(int(match.group(1)) for match, _ in found)
+    # Rank 0 first: its sums hold those of earlier attempts, and addition in this order is the one of a single process.
+    parts = [
+        _load(path) for match, path in sorted(found, key=lambda item: int(item[0][2])) if int(match.group(1)) == last
+    ]
+    sums: dict[str, Tensor] = {}
+    sample_ids: list[str] = []
+    for part in parts:
+        part.check_identity(parts[0].identity, folder)
+        for name, total in part.sums.items():
+            sums[name] = sums[name] + total if name in sums else total
+        sample_ids += part.sample_ids
+    if len(set(sample_ids)) != len(sample_ids):
+        raise ValueError(f"The states in {folder} count a sample twice; remove the files state-*.safetensors.")
+    return Progress(parts[0].identity, sums, sample_ids, sum(part.num_nonfinite for part in parts), last)
+
+
+def _load(path: Path) -> Progress:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        identity, sample_ids = json.loads(metadata["identity"]), json.loads(metadata["sample_ids"])
+        return Progress(identity, sums, sample_ids, int(metadata["num_nonfinite"]))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a state of 'sparc3 attribute', or is damaged: {error}") from None
+
+
+def remove_progress(folder: Path, before: int | None = None) -> None:
+    """Remove the states in a folder, or those of attempts before a number."""
+    for path in folder.glob("state-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and (before is None or int(match.group(1)) < before):
+            path.unlink(missing_ok=True)
+
+
+class StopRequest:
+    """Whether SIGTERM or SIGUSR1 has asked to stop; the loop looks after every batch."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the two signals for the length of the block; elsewhere than in the main thread nothing is taken."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+
+        before = {}
+        try:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                before[number] = signal.signal(number, note)
+        except ValueError:  # not the main thread
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agreed(self, device: torch.device) -> int | None:
+        """Return the signal if any rank got one; all ranks must ask together."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            number = torch.tensor(self.signal or 0, device=device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.signal = int(number) or None
+        return self.signal

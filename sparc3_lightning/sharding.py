@@ -1,0 +1,208 @@
+"""The one file that knows sharding: FSDP2 over the blocks of a model, of whose weights each rank reads its own rows."""
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils import checkpoint as activation_checkpoint
+
+from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, load_config, load_model, resolve_dtype
+
+
+class FSDP2(ModelParallelStrategy):
+    """Shards the weights over all devices of all nodes (FSDP2, ``fully_shard``). Each rank has samples of its own."""
+
+    def __init__(self, process_group_backend: str | None = None) -> None:
+        super().__init__(process_group_backend=process_group_backend)
+
+    def setup_environment(self) -> None:
+        """Put all ranks into one data-parallel group."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+
+StrategyRegistry.register("fsdp2", FSDP2, description="Weights sharded over all devices (fully_shard)")
+
+
+def check_slurm_tasks(devices: Any, num_nodes: int, environment: Mapping[str, str]) -> None:
+    """Raise unless srun started one task for each device.
+
+    Args:
+        devices: Option ``--trainer.devices``; only a number can be checked.
+        num_nodes: Option ``--trainer.num_nodes``.
+        environment: Variables of the process.
+
+    Raises:
+        ValueError: If the numbers differ. Without this the ranks would wait for each other until a timeout.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS")
+    if tasks is None or not str(devices).isdigit() or int(devices) * num_nodes == int(tasks):
+        return
+    nodes = environment.get("SLURM_STEP_NUM_NODES", "1")
+    raise ValueError(
+        f"srun started {tasks} task(s) on {nodes} node(s), but --trainer.devices {devices} x --trainer.num_nodes "
+        f"{num_nodes} asks for {int(devices) * num_nodes}: give srun --ntasks-per-node={devices} --nodes={num_nodes}, "
+        "or change these options."
+    )
+
+
+def load_for(
+    module: L.LightningModule, checkpoint: str, dtype: Dtype, revision: str | None, gradient_checkpointing: bool = False
+) -> Any:
+    """Load a causal language model as the strategy of a module's trainer wants it: whole, or this rank's shard.
+
+    Args:
+        module: The module that is about to run.
+        checkpoint: See ``locate``.
+        dtype: Of the weights.
+        revision: Branch, tag or commit of a hub repository.
+        gradient_checkpointing: Compute the activations of a block again in the backward pass.
+    """
+    strategy = module.trainer.strategy
+    device = strategy.root_device
+    resolved = resolve_dtype(dtype, device)
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = strategy.device_mesh["data_parallel"]
+        return load_sharded(checkpoint, resolved, mesh, device, revision, gradient_checkpointing)
+    model = load_model(checkpoint, resolved, revision)
+    if gradient_checkpointing:
+        checkpoint_blocks_(model)
+    return model
+
+
+def is_sharded(module: L.LightningModule) -> bool:
+    """Tell whether the ranks of a module's trainer hold shards of one model, and so must call it together."""
+    return isinstance(module.trainer.strategy, ModelParallelStrategy)
+
+
+def gather(rows: list[Any]) -> list[Any]:
+    """Return the rows of all ranks, on each of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def checkpoint_blocks_(model: Any) -> None:
+    """Keep only the input of each block for the backward pass, and compute the rest again there.
+
+    transformers' own gradient checkpointing wants the training mode, in which LRP is not defined.
+    """
+    for block in model.get_decoder().layers:
+        block.forward = partial(activation_checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
+def load_sharded(
+    checkpoint: str,
+    dtype: torch.dtype,
+    mesh: DeviceMesh,
+    device: torch.device,
+    revision: str | None = None,
+    gradient_checkpointing: bool = False,
+) -> Any:
+    """Load a causal language model of which each rank holds its shard, in evaluation mode, with frozen weights.
+
+    The model is built on the meta device, sharded block by block, and then each rank reads its own rows of each weight,
+    one weight at a time: its peak of host memory is its shard and one tensor.
+
+    Args:
+        checkpoint: See ``locate``.
+        dtype: Of the weights.
+        mesh: One-dimensional mesh to shard over.
+        device: Of this rank.
+        revision: Branch, tag or commit of a hub repository.
+        gradient_checkpointing: Compute the activations of a block again in the backward pass.
+
+    Raises:
+        FileNotFoundError: If a file of the checkpoint is missing.
+        ValueError: If a weight is missing, or has another shape than the config says.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(checkpoint, revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.eval().requires_grad_(False)
+    if gradient_checkpointing:
+        checkpoint_blocks_(model)
+    for block in model.get_decoder().layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device=device)
+    _compute_buffers_(model)
+    _read_shards_(model, weight_files(fetch_checkpoint(checkpoint, revision)))
+    return model
+
+
+def weight_files(files: list[Path]) -> dict[str, Path]:
+    """Return the safetensors file that holds each weight.
+
+    Raises:
+        FileNotFoundError: If the index of the checkpoint names a file that is not there.
+    """
+    index = next((path for path in files if path.name == "model.safetensors.index.json"), None)
+    if index is None:
+        shards = [path for path in files if path.suffix == ".safetensors"]
+        return {name: path for path in shards for name in _names(path)}
+    weights = {name: index.parent / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    missing = sorted({path.name for path in weights.values() if not path.is_file()})
+    if missing:
+        raise FileNotFoundError(f"The checkpoint folder {index.parent} lacks {', '.join(missing)}, named in its index.")
+    return weights
+
+
+def _names(path: Path) -> Iterator[str]:
+    with safe_open(path, framework="pt") as file:
+        yield from file.keys()
+
+
+def _compute_buffers_(model: Any) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies, Gemma's embedding scale)."""
+    persistent = set(model.state_dict())
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            buffers = [f"{name}.{buffer}".lstrip(".") for buffer, _ in module.named_buffers(recurse=False)]
+            if any(buffer not in persistent for buffer in buffers):
+                # transformers' own initialisation; of a weight beside the buffer too, which is read afterwards.
+                model._init_weights(module)
+
+
+def _read_shards_(model: nn.Module, files: dict[str, Path]) -> None:
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            source = name if name in files else (tied.get(name) if isinstance(tied, dict) else None)
+            if source not in files:
+                raise ValueError(f"The checkpoint holds no weight {name!r}.")
+            # Opened for one weight at a time: the pages of a file stay in memory as long as it is open.
+            with safe_open(files[source], framework="pt") as file:
+                weight = file.get_slice(source)
+                if tuple(weight.get_shape()) != tuple(parameter.shape):
+                    raise ValueError(
+                        f"The weight {name!r} has shape {weight.get_shape()} in {files[source]}, but the config says "
+                        f"{list(parameter.shape)}."
+                    )
+                _read_rows_(parameter, weight)
+
+
+def _read_rows_(parameter: Tensor, weight: Any) -> None:
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(weight[:])
+        return
+    local = parameter.to_local()
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    if local.numel():
+        local.copy_(weight[offset[0] : offset[0] + shape[0]])

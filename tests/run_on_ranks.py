@@ -1,0 +1,99 @@
+"""Runs on every rank, under torchrun: one attribution or evaluation after the other, each into a folder of its own."""
+
+import itertools
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from sparc3_lightning.attribute import Attribution
+from sparc3_lightning.data import EvaluationData, RealToxicityPrompts, ToxicPrompts, WikiText2
+from sparc3_lightning.evaluate import Evaluation
+
+SCORES = {
+    "magnitude": {},
+    "signed": {"relevance": "signed"},
+    "wanda": {"method": "wanda"},
+    "checkpointed": {"gradient_checkpointing": True},
+}
+NUM_SAMPLES = (93, 1)
+
+
+def trainer(folder: Path, strategy: str, ranks: int) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy if ranks > 1 else "auto",
+        logger=CSVLogger(folder, name="", version=""),
+        inference_mode=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def attribute(checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int) -> None:
+    for (name, options), num_samples in itertools.product(SCORES.items(), NUM_SAMPLES):
+        data = ToxicPrompts(source=prompts, num_samples=num_samples, min_toxicity=0.0, batch_size=5)
+        module = Attribution(checkpoint, **options)
+        trainer(folder / f"{name}-{num_samples}", strategy, ranks).predict(
+            module, datamodule=data, return_predictions=False
+        )
+
+
+def evaluate(checkpoint: str, prompts: str, text: str, folder: Path, strategy: str, ranks: int) -> None:
+    data = EvaluationData(
+        WikiText2(source=text, window=16, stride=8, batch_size=3),
+        RealToxicityPrompts(source=prompts, num_prompts=13, min_toxicity=0.0, batch_size=2),
+    )
+    module = Evaluation(checkpoint, scorer="small", num_continuations=2, max_new_tokens=6)
+    trainer(folder / "evaluate", strategy, ranks).test(module, datamodule=data, verbose=False)
+
+
+def fail_on_rank_one(checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int) -> None:
+    class Failing(Attribution):
+        def predict_step(self, batch: dict, batch_idx: int) -> None:
+            if self.global_rank == 1 and batch_idx == 1:
+                raise ValueError("rank one gives up")
+            super().predict_step(batch, batch_idx)
+
+    data = ToxicPrompts(source=prompts, num_samples=93, min_toxicity=0.0, batch_size=5)
+    trainer(folder, strategy, ranks).predict(Failing(checkpoint), datamodule=data, return_predictions=False)
+
+
+def load(checkpoint: str, folder: Path, ranks: int) -> None:
+    """Load a checkpoint sharded, and write how far host memory rose above that before, and the size of the shard."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from sparc3_lightning.sharding import load_sharded
+
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (ranks,))
+    # The libraries that loading needs are imported before, by loading nothing.
+    load_sharded(str(folder / "tiny"), torch.float32, mesh, torch.device("cpu"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = load_sharded(checkpoint, torch.float32, mesh, torch.device("cpu"))
+    rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    shard = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
+    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    ids = torch.arange(1, 13).reshape(2, 6)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    rank = torch.distributed.get_rank()
+    torch.save({"rise": rise, "shard": shard, "largest": largest, "logits": logits}, folder / f"load-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    task, *arguments = sys.argv[1:]
+    torch.set_num_threads(1)
+    if task == "attribute":
+        attribute(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))
+    elif task == "evaluate":
+        evaluate(arguments[0], arguments[1], arguments[2], Path(arguments[3]), arguments[4], int(arguments[5]))
+    elif task == "fail":
+        fail_on_rank_one(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))
+    elif task == "load":
+        load(arguments[0], Path(arguments[1]), int(arguments[2]))

