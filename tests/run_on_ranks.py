@@ -1,13 +1,16 @@
 """Runs on every rank, under torchrun: one attribution or evaluation after the other, each into a folder of its own."""
 
 import itertools
+import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.data import EvaluationData, RealToxicityPrompts, ToxicPrompts, WikiText2
@@ -22,7 +25,7 @@ SCORES = {
 NUM_SAMPLES = (93, 1)
 
 
-def trainer(folder: Path, strategy: str, ranks: int) -> Trainer:
+def trainer(folder: Path, strategy: Any, ranks: int) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -63,6 +66,18 @@ def fail_on_rank_one(checkpoint: str, prompts: str, folder: Path, strategy: str,
     trainer(folder, strategy, ranks).predict(Failing(checkpoint), datamodule=data, return_predictions=False)
 
 
+def see_different_prompts(checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int) -> None:
+    num_samples = 10 + int(os.environ["RANK"])
+    data = ToxicPrompts(source=prompts, num_samples=num_samples, min_toxicity=0.0)
+    trainer(folder, strategy, ranks).predict(Attribution(checkpoint), datamodule=data, return_predictions=False)
+
+
+def use_two_dimensions(checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int) -> None:
+    data = ToxicPrompts(source=prompts, num_samples=10, min_toxicity=0.0)
+    mesh = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=ranks)
+    trainer(folder, mesh, ranks).predict(Attribution(checkpoint), datamodule=data, return_predictions=False)
+
+
 def load(checkpoint: str, folder: Path, ranks: int) -> None:
     """Load a checkpoint sharded, and write how far host memory rose above that before, and the size of the shard."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -93,7 +108,8 @@ if __name__ == "__main__":
         attribute(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))
     elif task == "evaluate":
         evaluate(arguments[0], arguments[1], arguments[2], Path(arguments[3]), arguments[4], int(arguments[5]))
-    elif task == "fail":
-        fail_on_rank_one(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))
+    elif task in ("fail", "different", "mesh"):
+        run = {"fail": fail_on_rank_one, "different": see_different_prompts, "mesh": use_two_dimensions}[task]
+        run(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))
     elif task == "load":
         load(arguments[0], Path(arguments[1]), int(arguments[2]))

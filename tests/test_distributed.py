@@ -11,9 +11,11 @@ import run_on_ranks
 import torch
 from conftest import sentence
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from sparc3_lightning import cli
 from sparc3_lightning.attribute import Attribution
-from sparc3_lightning.checkpoints import load_model, locate
+from sparc3_lightning.checkpoints import fetch_checkpoint, load_model, locate
 from sparc3_lightning.data.base import Share
 
 pytestmark = pytest.mark.distributed
@@ -83,6 +85,50 @@ def test_an_exception_on_one_rank_ends_all_ranks_within_a_minute(
     assert done.returncode != 0
     assert "rank one gives up" in done.stderr
     assert time.monotonic() - start < 100  # of which the processes take up to 40 seconds to start
+
+
+def test_gradient_checkpointing_changes_no_score(one_process: Path) -> None:
+    plain, checkpointed = (
+        load_file(one_process / f"{name}-93/scores.safetensors") for name in ("magnitude", "checkpointed")
+    )
+    for module in plain:
+        assert plain[module].equal(checkpointed[module])
+
+
+def test_ranks_that_see_different_files_are_told_so(
+    tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    done = torchrun(2, "different", tiny_checkpoint, inputs["prompts"], tmp_path, "fsdp2", 2, check=False)
+    assert done.returncode != 0
+    assert "Rank 1 sees another checkpoint or data than rank 0" in done.stderr
+
+
+def test_a_mesh_that_does_not_fit_is_refused(tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path) -> None:
+    done = torchrun(2, "mesh", tiny_checkpoint, inputs["prompts"], tmp_path, "fsdp2", 2, check=False)
+    assert done.returncode != 0
+    assert "the mesh has 1 data-parallel ranks of 2" in done.stderr
+
+
+def test_fsdp1_on_a_cpu_is_refused_in_one_sentence(
+    tiny_checkpoint: str, inputs: dict[str, str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--data=ToxicPrompts", f"--data.source={inputs['prompts']}", "--data.num_samples=3"]
+    options = [f"--model.checkpoint={tiny_checkpoint}", "--trainer.accelerator=cpu", "--trainer.strategy=fsdp", *data]
+    monkeypatch.setattr(sys, "argv", ["sparc3", "attribute", *options])
+    with pytest.raises(SystemExit) as stopped:
+        cli.entry_point()
+    assert "`fsdp` requires a GPU" in str(stopped.value)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_folder_with_a_missing_shard_is_refused(
+    sharded: bool, tiny_checkpoint: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny_checkpoint).save_pretrained(folder, max_shard_size="10KB")
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(FileNotFoundError, match="lacks model-00002-of"):
+        fetch_checkpoint(str(folder)) if sharded else load_model(str(folder), torch.float32)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -17,7 +17,7 @@ LAYERS = (
     {"cli"},
     {"experiment"},
     {"attribute", "prune", "evaluate", "data"},
-    {"scores", "checkpoints", "scorers", "report", "sources", "provenance", "sharding", "progress"},
+    {"scores", "checkpoints", "scorers", "report", "sources", "provenance", "sharding", "progress", "completions"},
     {"lrp", "relevance", "neurons", "metrics", "generation", "files"},
 )
 # A script of its own that nothing imports.

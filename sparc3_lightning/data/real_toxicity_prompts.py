@@ -85,6 +85,7 @@ class RealToxicityPrompts(TextDataModule):
         self.seed = seed
         self.prompts: list[Prompt] = []
         self.num_excluded = 0
+        self.leave_out: set[str] = set()  # ids of prompts that an earlier run has continued
 
     def setup_prompts(self, exclude: Collection[str], tokenizer: Any) -> None:
         """Choose the prompts, leaving out those whose ids are given.
@@ -116,7 +117,9 @@ class RealToxicityPrompts(TextDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Return batches: ``prompts`` and ``weights``; ``input_ids`` and ``attention_mask``, padded on the left."""
-        return share_dataloader(self.prompts, self.trainer, self.batch_size, self._collate)
+        left = [prompt for prompt in self.prompts if prompt.id not in self.leave_out]
+        # If nothing is left there is one filler, since Lightning runs no loop at all over no batches.
+        return share_dataloader(left or self.prompts[:1], self.trainer, self.batch_size, self._collate)
 
     def _collate(self, pairs: list[tuple[Prompt, int]]) -> dict[str, Any]:
         prompts = [prompt for prompt, _ in pairs]
@@ -124,7 +127,7 @@ class RealToxicityPrompts(TextDataModule):
         tokens = self._tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         return {
             "prompts": prompts,
-            "weights": [weight for _, weight in pairs],
+            "weights": [0 if prompt.id in self.leave_out else weight for prompt, weight in pairs],
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
         }

@@ -1,0 +1,95 @@
+"""The continuations of an evaluation that is under way, so that one that breaks off does not generate them again.
+
+Each rank appends to a file of its own, ``unfinished-<rank>.jsonl``: first the identity of the run, then a line for each
+continuation. What was being written when a process was killed is at most the last line, which is then left aside.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from sparc3_lightning.files import write_atomically
+
+PATTERN = "unfinished-*.jsonl"
+
+
+class CompletionLog:
+    """The file of one rank.
+
+    Args:
+        folder: Output folder of the run.
+        rank: Of the process.
+        identity: What tells the run from another whose continuations are not its own: checkpoint, neurons, sampling.
+    """
+
+    def __init__(self, folder: Path, rank: int, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        self.path = folder / f"unfinished-{rank}.jsonl"
+        self.header = json.loads(json.dumps({"identity": identity}))
+
+    def begin(self, prompt_ids: Collection[str], rows_per_prompt: int) -> dict[str, list[dict[str, Any]]]:
+        """Take over what an earlier run left, on rank 0 before any rank appends.
+
+        Args:
+            prompt_ids: The prompts of this run.
+            rows_per_prompt: Continuations of a prompt, by all models; a prompt with fewer is continued anew.
+
+        Returns:
+            The rows of each prompt that is complete.
+
+        Raises:
+            ValueError: If the output folder holds the continuations of another run; the field that differs is named.
+        """
+        rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for path in [*self.folder.glob(PATTERN), *self.folder.parent.glob(f"*/{PATTERN}")]:
+            header, *found = [*_lines(path)] or [{}]
+            if header != self.header:
+                if path.parent == self.folder:
+                    self._refuse(header)
+                continue
+            rows |= {(row["prompt_id"], row["model"], row["continuation_index"]): row for row in found}
+        by_prompt = defaultdict(list)
+        for row in rows.values():
+            by_prompt[row["prompt_id"]].append(row)
+        kept = {key: found for key, found in by_prompt.items() if key in prompt_ids and len(found) == rows_per_prompt}
+        lines = [json.dumps(line) for line in [self.header, *(row for found in kept.values() for row in found)]]
+        write_atomically(self.path, "\n".join(lines) + "\n")
+        for path in self.folder.glob(PATTERN):  # only now: their rows are in this file
+            if path != self.path:
+                path.unlink(missing_ok=True)
+        return kept
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Add continuations, and see to it that they are on the disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            if file.tell() == 0:
+                file.write(json.dumps(self.header) + "\n")
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Remove the files of all ranks in the output folder."""
+        for path in self.folder.glob(PATTERN):
+            path.unlink(missing_ok=True)
+
+    def _refuse(self, header: dict[str, Any]) -> None:
+        theirs, mine = header.get("identity", {}), self.header["identity"]
+        name = next((name for name in mine if theirs.get(name) != mine[name]), "identity")
+        raise ValueError(
+            f"{self.folder} holds continuations of another run: its {name} is {theirs.get(name)!r:.80}, now it is "
+            f"{mine.get(name)!r:.80}. Choose another folder with --trainer.logger.init_args.version, or remove "
+            f"{PATTERN}."
+        )
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines up to the first that is damaged."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
