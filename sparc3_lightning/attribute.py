@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +103,7 @@ class Attribution(L.LightningModule):
             )
         data = self.reference_samples
         check_context(config, data.longest, "--data.seq_len")
+        self.identity = self._identify()
         check_same_on_all_ranks("checkpoint or data", self.identity)
         self._resume()
         notes = "".join(f", {name} {value}" for name, value in data.notes.items())
@@ -173,9 +174,8 @@ class Attribution(L.LightningModule):
             self._listening.__exit__(None, None, None)
             del self._listening
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What tells this run from another one whose sums must not be added to its own."""
+    def _identify(self) -> dict[str, Any]:
+        """Return what tells this run from another one whose sums must not be added to its own."""
         return {
             "checkpoint_fingerprint": fingerprint(self.checkpoint, self.revision),
             "method": self.method,
@@ -210,8 +210,12 @@ class Attribution(L.LightningModule):
     def _unfinished_elsewhere(self) -> Progress | None:
         """Return the furthest state of the same run in a folder beside the output folder."""
         folders = {path.parent for path in self.output.parent.parent.glob("*/state-*.safetensors")}
-        states = [load_progress(folder) for folder in sorted(folders) if not (folder / SCORES).exists()]
-        same = [state for state in states if state is not None and state.identity == self.identity]
+        same = []
+        for folder in sorted(folders):
+            with suppress(ValueError):  # a damaged state of some other run is not this run's concern
+                state = load_progress(folder)
+                if state is not None and state.identity == self.identity and not (folder / SCORES).exists():
+                    same.append(state)
         return max(same, key=lambda state: len(state.sample_ids), default=None)
 
     def _save_progress(self) -> None:
@@ -234,7 +238,7 @@ class Attribution(L.LightningModule):
         options = {name: value for name, value in data.hparams.items() if name != "tokenizer"}
         provenance = Provenance(
             checkpoint=self.checkpoint,
-            checkpoint_fingerprint=fingerprint(self.checkpoint, self.revision),
+            checkpoint_fingerprint=self.identity["checkpoint_fingerprint"],
             method=self.method,
             rule=self.rule if self.method == "lrp" else None,
             relevance=self.relevance if self.method == "lrp" else None,

@@ -15,6 +15,7 @@ config=$1
 shift
 
 sparc3 prepare --config "$config" "$@"
+export HF_HUB_OFFLINE=1 # for the jobs too: what they need is here, and a node without a network would try for minutes
 
 # Lines of: verb, config file, and "done" or "todo".
 plan=$(mktemp)
