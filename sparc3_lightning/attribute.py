@@ -12,15 +12,15 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparc3_lightning.checkpoints import Dtype, fingerprint, load_config, resolve_dtype
+from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_writable
 from sparc3_lightning.lrp import FAMILIES, Rule, lrp
 from sparc3_lightning.progress import Progress, StopRequest, load_progress, remove_progress
 from sparc3_lightning.provenance import git_hash, run_seed, versions
-from sparc3_lightning.relevance import Relevance, ScoreAccumulator
+from sparc3_lightning.relevance import Relevance, ScoreAccumulator, find_targets, largest_logit
 from sparc3_lightning.scores import Provenance, ScoreFile
 from sparc3_lightning.sharding import check_same_on_all_ranks, load_for
 
@@ -273,51 +273,3 @@ class Attribution(L.LightningModule):
         if not isinstance(data, ReferenceSamples):
             raise TypeError(f"Attribution needs a data module of reference samples (C4, ToxicPrompts), got {data!r}.")
         return data
-
-
-def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the largest logit at the last token of each sample, with a graph down to the embeddings.
-
-    The head is applied to the positions where a sample of the batch ends, so that no other logits are formed.
-
-    Args:
-        model: Causal language model of transformers.
-        input_ids: Padded on the right, shape ``[samples, tokens]``.
-        attention_mask: 1 at tokens, 0 at padding, of the same shape.
-
-    Returns:
-        Shape ``[samples]``.
-    """
-    last = attention_mask.sum(dim=1) - 1
-    positions, which = last.unique(return_inverse=True)
-    # The weights are frozen, so the graph starts at the embeddings. The model is called as a whole, since that is what
-    # gathers the weights of a sharded one.
-    handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    try:
-        logits = model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions
-        ).logits
-    finally:
-        handle.remove()
-    return logits[torch.arange(len(last), device=last.device), which].max(dim=-1).values
-
-
-def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """Return the linear layers whose own name is one of ``targets``, by fully qualified name.
-
-    Raises:
-        ValueError: If a name matches no linear layer; the names there are are listed.
-    """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    kinds = {name.rpartition(".")[2] for name in linear}
-    unknown = [target for target in targets if target not in kinds]
-    if unknown:
-        raise ValueError(f"--model.targets: the model has no linear layer {unknown[0]!r}; it has {sorted(kinds)}.")
-    return {name: module for name, module in linear.items() if name.rpartition(".")[2] in targets}
-
-
-def check_context(config: Any, num_tokens: int, option: str) -> None:
-    """Raise ValueError if a sample is longer than the model's context."""
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and num_tokens > context:
-        raise ValueError(f"The longest sample has {num_tokens} tokens, the model's context {context}: lower {option}.")

@@ -147,6 +147,13 @@ def load_config(checkpoint: str, revision: str | None = None) -> Any:
     return config
 
 
+def check_context(config: Any, num_tokens: int, option: str) -> None:
+    """Raise ValueError if a sample is longer than the model's context."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and num_tokens > context:
+        raise ValueError(f"The longest sample has {num_tokens} tokens, the model's context {context}: lower {option}.")
+
+
 def explain_hub_error(checkpoint: str, error: Exception) -> str:
     """Put the failure to get a hub repository into one sentence with the way out."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
@@ -171,11 +172,14 @@ class SparC3CLI(LightningCLI):
         model.prepare(self._options(), Path(self.trainer.log_dir or "."))
 
     def run(self, model: Experiment, plan: Path | None = None, **_: Any) -> None:
-        """Run the stages, each as its own verb in this process."""
+        """Run the stages, each as its own verb; in a process of its own where that starts further ones."""
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            raise ValueError("'sparc3 run' is started once, not by every task of srun: use configs/slurm/pipeline.sh.")
         if plan is not None:
             model.write_plan(self._options(), Path(self.trainer.log_dir or "."), plan)
             return
-        results = model.run(self._options(), Path(self.trainer.log_dir or "."), _run_stage)
+        run_stage = _run_stage if self.trainer.world_size == 1 else _run_stage_as_process
+        results = model.run(self._options(), Path(self.trainer.log_dir or "."), run_stage)
         if self.trainer.logger is not None:
             self.trainer.logger.log_metrics(results["change"])
             self.trainer.logger.finalize("success")
@@ -188,6 +192,12 @@ class SparC3CLI(LightningCLI):
 
 def _run_stage(verb: str, config: Path) -> None:
     main([verb, "--config", str(config)])
+
+
+def _run_stage_as_process(verb: str, config: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "sparc3_lightning", verb, "--config", str(config)], check=False)
+    if done.returncode != 0:
+        raise ChildProcessError(f"'sparc3 {verb} --config {config}' failed (exit code {done.returncode}); see above.")
 
 
 def _quiet() -> None:

@@ -11,13 +11,12 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
-from sparc3_lightning.attribute import check_context
-from sparc3_lightning.checkpoints import Dtype, fingerprint, load_config
+from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config
 from sparc3_lightning.completions import CompletionLog
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.generation import Sampling, continue_prompts, draw_key
-from sparc3_lightning.metrics import Perplexity, Toxicity, token_nll
+from sparc3_lightning.metrics import Perplexity, Toxicity, percent_change, token_nll
 from sparc3_lightning.neurons import NeuronList, check_neurons, mask
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.scorers import DetoxifyScorer, Scorer, check_scorer
@@ -264,9 +263,10 @@ class Evaluation(L.LightningModule):
         data = self.data
         results: dict[str, Any] = {name: self._figures(name) for name in self.variants}
         if "pruned" in results:
+            before, after = results["baseline"], results["pruned"]
             results["change"] = {
-                "perplexity_percent": _percent(results, "perplexity"),
-                "toxicity_percent": _percent(results, "toxicity_mean"),
+                "perplexity_percent": percent_change(before["perplexity"], after["perplexity"]),
+                "toxicity_percent": percent_change(before["toxicity_mean"], after["toxicity_mean"]),
             }
         results["num_failed"] = sum(results[name]["num_failed"] for name in self.variants)
         results["protocol"] = {
@@ -315,9 +315,3 @@ class Evaluation(L.LightningModule):
         if not isinstance(data, EvaluationData):
             raise TypeError(f"Evaluation needs the data module EvaluationData, got {data!r}.")
         return data
-
-
-def _percent(results: dict[str, Any], key: str) -> float:
-    """Return by how much a figure changed, in percent of the baseline's."""
-    before, after = results["baseline"][key], results["pruned"][key]
-    return 100 * (after - before) / before if before else math.nan

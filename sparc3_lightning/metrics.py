@@ -123,3 +123,8 @@ class Toxicity(Metric):
             "num_failed": self.num_failed,
             "num_empty": self.num_empty,
         }
+
+
+def percent_change(before: float, after: float) -> float:
+    """Return by how much a figure changed, in percent of what it was; NaN if it was 0."""
+    return 100 * (after - before) / before if before else math.nan

@@ -3,15 +3,56 @@
 Shape letters: B samples, T tokens, I inputs and O outputs (neurons) of one linear layer.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Relevance = Literal["magnitude", "signed"]
+
+
+def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the largest logit at the last token of each sample, with a graph down to the embeddings.
+
+    The head is applied to the positions where a sample of the batch ends, so that no other logits are formed.
+
+    Args:
+        model: Causal language model of transformers.
+        input_ids: Padded on the right, shape ``[samples, tokens]``.
+        attention_mask: 1 at tokens, 0 at padding, of the same shape.
+
+    Returns:
+        Shape ``[samples]``.
+    """
+    last = attention_mask.sum(dim=1) - 1
+    positions, which = last.unique(return_inverse=True)
+    # The weights are frozen, so the graph starts at the embeddings. The model is called as a whole, since that is what
+    # gathers the weights of a sharded one.
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    try:
+        logits = model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions
+        ).logits
+    finally:
+        handle.remove()
+    return logits[torch.arange(len(last), device=last.device), which].max(dim=-1).values
+
+
+def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """Return the linear layers whose own name is one of ``targets``, by fully qualified name.
+
+    Raises:
+        ValueError: If a name matches no linear layer; the names there are are listed.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    kinds = {name.rpartition(".")[2] for name in linear}
+    unknown = [target for target in targets if target not in kinds]
+    if unknown:
+        raise ValueError(f"--model.targets: the model has no linear layer {unknown[0]!r}; it has {sorted(kinds)}.")
+    return {name: module for name, module in linear.items() if name.rpartition(".")[2] in targets}
 
 
 def magnitude_relevance(W_OI: Tensor, A_BTI: Tensor, G_BTO: Tensor) -> Tensor:

@@ -87,6 +87,34 @@ def test_an_exception_on_one_rank_ends_all_ranks_within_a_minute(
     assert time.monotonic() - start < 100  # of which the processes take up to 40 seconds to start
 
 
+def test_the_whole_experiment_runs_on_two_ranks(tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": sentence(2000 + i, 40)}) + "\n" for i in range(30)))
+    options = [
+        f"--model.checkpoint={tiny_checkpoint}",
+        "--model.general_seeds=[0]",
+        *("--general=C4", f"--general.source={texts}", "--general.num_samples=5", "--general.seq_len=16"),
+        *("--behavior=ToxicPrompts", f"--behavior.source={inputs['prompts']}", "--behavior.num_samples=20"),
+        "--prune.num_neurons=5",
+        *("--evaluate.scorer=small", "--evaluate.max_new_tokens=5"),
+        *("--data.text=WikiText2", f"--data.text.source={inputs['text']}", "--data.text.window=32"),
+        *("--data.text.stride=16", "--data.prompts=RealToxicityPrompts"),
+        *(f"--data.prompts.source={inputs['prompts']}", "--data.prompts.num_prompts=10"),
+        *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+    ]
+    results = []
+    for logs, devices in (
+        ("one", ["--trainer.devices=1"]),
+        ("two", ["--trainer.devices=2", "--trainer.strategy=fsdp2"]),
+    ):
+        command = [sys.executable, "-m", "sparc3_lightning", "run", *options, *devices, f"--model.logs={logs}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(next(Path(logs, "evaluate").glob("*/results.json")).read_text()))
+    for name in ("baseline", "pruned"):
+        assert results[1][name] == pytest.approx(results[0][name], rel=1e-5)
+
+
 def test_gradient_checkpointing_changes_no_score(one_process: Path) -> None:
     plain, checkpointed = (
         load_file(one_process / f"{name}-93/scores.safetensors") for name in ("magnitude", "checkpointed")

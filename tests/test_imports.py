@@ -21,7 +21,7 @@ LAYERS = (
     {"lrp", "relevance", "neurons", "metrics", "generation", "files"},
 )
 # A script of its own that nothing imports.
-SCRIPTS = {"train_scorer"}
+SCRIPTS = {"train_scorer", "__main__"}
 PURE = ("lrp", "relevance", "metrics", "generation", "neurons")
 STAGES = ("attribute", "prune", "evaluate", "experiment", "cli", "data")
 
