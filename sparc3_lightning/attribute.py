@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
 from sparc3_lightning.data.base import ReferenceSamples
-from sparc3_lightning.files import check_writable
-from sparc3_lightning.lrp import FAMILIES, Rule, lrp
+from sparc3_lightning.files import check_absent, check_writable
+from sparc3_lightning.lrp import Rule, family_of, lrp
 from sparc3_lightning.progress import Progress, StopRequest, load_progress, remove_progress
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.relevance import Relevance, ScoreAccumulator, find_targets, largest_logit
@@ -90,17 +90,10 @@ class Attribution(L.LightningModule):
         # Asked for once, by every rank: the answer is a broadcast.
         self.output = Path(self.trainer.log_dir or ".") / SCORES
         check_writable(self.output.parent)
-        if self.output.exists():
-            raise FileExistsError(
-                f"{self.output} exists already; nothing was overwritten. Choose another folder with "
-                "--trainer.logger.init_args.version."
-            )
+        check_absent(self.output)
         config = load_config(self.checkpoint, self.revision)
-        if self.method == "lrp" and config.model_type not in FAMILIES:
-            raise ValueError(
-                f"There are no LRP rules for the architecture {config.model_type!r}; covered are "
-                f"{', '.join(sorted(FAMILIES))}. --model.method wanda works with any."
-            )
+        if self.method == "lrp":
+            family_of(config)
         data = self.reference_samples
         check_context(config, data.longest, "--data.seq_len")
         self.identity = self._identify()
@@ -130,8 +123,7 @@ class Attribution(L.LightningModule):
             self.done = list(self.progress.sample_ids)
         self.num_saved = len(self.done)
         self.stop = StopRequest()
-        self._listening = self.stop.listening()
-        self._listening.__enter__()
+        self.stop.listen()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the scores of one batch."""
@@ -170,9 +162,8 @@ class Attribution(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Give the signals back."""
-        if hasattr(self, "_listening"):
-            self._listening.__exit__(None, None, None)
-            del self._listening
+        if hasattr(self, "stop"):
+            self.stop.give_back()
 
     def _identify(self) -> dict[str, Any]:
         """Return what tells this run from another one whose sums must not be added to its own."""

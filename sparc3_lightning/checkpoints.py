@@ -6,6 +6,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,8 @@ def locate(checkpoint: str) -> str:
 
 
 def _dequantized(gguf: Path) -> Path:
-    folder = cache_folder() / "gguf" / sha256_of(gguf)[:16]
+    status = gguf.stat()
+    folder = cache_folder() / "gguf" / _digest(gguf, status.st_size, status.st_mtime_ns)[:16]
     if folder.exists():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -81,6 +83,12 @@ def _dequantized(gguf: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+@cache
+def _digest(path: Path, size: int, modified: int) -> str:
+    """Return the sha256 of a file, computed once as long as its size and time of change stay the same."""
+    return sha256_of(path)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

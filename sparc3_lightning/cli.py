@@ -22,6 +22,7 @@ from sparc3_lightning.data import EvaluationData
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.evaluate import RESULTS, Evaluation
 from sparc3_lightning.experiment import Experiment
+from sparc3_lightning.files import check_absent
 from sparc3_lightning.prune import NEURONS, Pruning
 from sparc3_lightning.sharding import check_slurm_tasks
 
@@ -87,12 +88,9 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the config."""
         folder = trainer.log_dir
-        results = [name for name in (SCORES, NEURONS, RESULTS) if folder and (Path(folder) / name).exists()]
-        if results:
-            raise FileExistsError(
-                f"{folder} holds {results[0]} already; nothing was overwritten. Choose another folder with "
-                "--trainer.logger.init_args.version."
-            )
+        if folder is not None:
+            for name in (SCORES, NEURONS, RESULTS):
+                check_absent(Path(folder) / name)
         self.overwrite = True
         super().setup(trainer, pl_module, stage)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config
 from sparc3_lightning.completions import CompletionLog
 from sparc3_lightning.data.evaluation_data import EvaluationData
-from sparc3_lightning.files import check_writable, write_atomically
+from sparc3_lightning.files import check_absent, check_writable, write_atomically
 from sparc3_lightning.generation import Sampling, continue_prompts, draw_key
 from sparc3_lightning.metrics import Perplexity, Toxicity, percent_change, token_nll
 from sparc3_lightning.neurons import NeuronList, check_neurons, mask
@@ -97,22 +97,18 @@ class Evaluation(L.LightningModule):
         # Asked for once, by every rank: the answer is a broadcast.
         self.folder = Path(self.trainer.log_dir or ".")
         check_writable(self.folder)
-        if (self.folder / RESULTS).exists():
-            raise FileExistsError(
-                f"{self.folder / RESULTS} exists already; nothing was overwritten. Choose another folder with "
-                "--trainer.logger.init_args.version."
-            )
+        check_absent(self.folder / RESULTS)
         config = load_config(self.checkpoint, self.revision)
+        self.fingerprint = fingerprint(self.checkpoint, self.revision)
         data = self.data
         check_context(config, data.text.window, "--data.text.window")
         check_context(config, data.prompts.longest + self.sampling.max_new_tokens, "--model.max_new_tokens")
         if self.neurons is not None:
             theirs = self.neurons.provenance.get("checkpoint_fingerprint")
-            mine = fingerprint(self.checkpoint, self.revision)
-            if theirs != mine:
+            if theirs != self.fingerprint:
                 raise ValueError(
                     f"{self.neurons_path} is for the checkpoint {self.neurons.provenance.get('checkpoint')!r} "
-                    f"({theirs}), but --model.checkpoint is {self.checkpoint!r} ({mine})."
+                    f"({theirs}), but --model.checkpoint is {self.checkpoint!r} ({self.fingerprint})."
                 )
             with torch.device("meta"):
                 check_neurons(AutoModelForCausalLM.from_config(config), self.neurons.neurons)
@@ -201,7 +197,7 @@ class Evaluation(L.LightningModule):
         """Keep the continuations of a run with the same config that broke off, and leave their prompts out."""
         prompts = self.data.prompts
         identity = {
-            "checkpoint_fingerprint": fingerprint(self.checkpoint, self.revision),
+            "checkpoint_fingerprint": self.fingerprint,
             "neurons": sorted((n.module, n.index) for n in self.neurons.neurons) if self.neurons else None,
             "scorer": self.scorer_name,
             "sampling": list(self.sampling),
@@ -214,8 +210,7 @@ class Evaluation(L.LightningModule):
         kept: dict[str, list[dict[str, Any]]] = {}
         if self.trainer.is_global_zero:
             wanted = {prompt.id for prompt in prompts.prompts}
-            per_prompt = self.num_continuations * (1 if self.neurons is None else 2)
-            kept = self.log_of_completions.begin(wanted, per_prompt)
+            kept = self.log_of_completions.begin(wanted, self.num_continuations * len(self.variants))
             if kept:
                 rank_zero_info(f"Keeping the continuations of {len(kept)} prompts of a run that broke off.")
         prompts.leave_out = set(self.trainer.strategy.broadcast(list(kept)))
@@ -285,7 +280,7 @@ class Evaluation(L.LightningModule):
             },
         }
         results["checkpoint"] = self.checkpoint
-        results["checkpoint_fingerprint"] = fingerprint(self.checkpoint, self.revision)
+        results["checkpoint_fingerprint"] = self.fingerprint
         results["neurons"] = str(self.neurons_path) if self.neurons_path else None
         results["num_neurons"] = len(self.neurons.neurons) if self.neurons else 0
         results["config"] = {

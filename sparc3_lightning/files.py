@@ -30,6 +30,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def check_absent(path: Path) -> None:
+    """Raise FileExistsError if a run has written this file or folder already."""
+    if path.exists():
+        raise FileExistsError(
+            f"{path} exists already; nothing was overwritten. Choose another folder with "
+            "--trainer.logger.init_args.version."
+        )
+
+
 def check_writable(folder: Path, num_bytes: int = 1 << 20) -> None:
     """Raise unless files of some size can be written to a folder, which is made if it does not exist.
 

@@ -54,7 +54,7 @@ def lrp(model: PreTrainedModel, rule: Rule = "attnlrp") -> Iterator[None]:
             identity rule divides by its input plus 1e-10, which is 0 there), or the rules are applied already.
     """
     rules = _Rules(rule)
-    mlp_class, norm_class, norm_method = family_of(model)
+    mlp_class, norm_class, norm_method = family_of(model.config)
     _check_applicable(model)
     reached: set[str] = set()
     with ExitStack() as undo:
@@ -70,13 +70,13 @@ def lrp(model: PreTrainedModel, rule: Rule = "attnlrp") -> Iterator[None]:
         yield
 
 
-def family_of(model: PreTrainedModel) -> tuple[str, str, str]:
-    """Return the entry of ``FAMILIES`` for a model.
+def family_of(config: Any) -> tuple[str, str, str]:
+    """Return the entry of ``FAMILIES`` for the config of a model.
 
     Raises:
         ValueError: If there is none.
     """
-    model_type = model.config.model_type
+    model_type = config.model_type
     if model_type not in FAMILIES:
         raise ValueError(
             f"There are no LRP rules for the architecture {model_type!r}. Covered are: {', '.join(sorted(FAMILIES))}. "

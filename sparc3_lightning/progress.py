@@ -8,8 +8,8 @@ of rank 0 that holds all that earlier attempts did; only the files of the last a
 import json
 import re
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -114,25 +114,22 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._before: dict[int, Any] = {}
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the two signals for the length of the block; elsewhere than in the main thread nothing is taken."""
+    def listen(self) -> None:
+        """Take the two signals; elsewhere than in the main thread nothing is taken."""
 
         def note(number: int, frame: FrameType | None) -> None:
             self.signal = number
 
-        before = {}
-        try:
+        with suppress(ValueError):  # not the main thread
             for number in (signal.SIGTERM, signal.SIGUSR1):
-                before[number] = signal.signal(number, note)
-        except ValueError:  # not the main thread
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+                self._before[number] = signal.signal(number, note)
+
+    def give_back(self) -> None:
+        """Put back the handlers there were before."""
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def agreed(self, device: torch.device) -> int | None:
         """Return the signal if any rank got one; all ranks must ask together."""

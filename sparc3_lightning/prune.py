@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparc3_lightning.checkpoints import Dtype, export_pruned, fingerprint, resolve_dtype
-from sparc3_lightning.files import check_writable, write_atomically
+from sparc3_lightning.files import check_absent, check_writable, write_atomically
 from sparc3_lightning.neurons import NeuronList, select
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.relevance import differential_relevance, differential_strength
@@ -77,8 +77,7 @@ class Pruning(L.LightningModule):
             FileExistsError: If the folder holds a neurons.json.
         """
         check_writable(folder)
-        if (folder / NEURONS).exists():
-            raise FileExistsError(f"{folder / NEURONS} exists already; nothing was overwritten.")
+        check_absent(folder / NEURONS)
         *general_files, behavior_file = load_matching([*self.general, self.behavior])
         general, behavior = average(general_files), behavior_file.scores
         differential = differential_relevance(general, behavior)

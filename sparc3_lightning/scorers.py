@@ -87,13 +87,10 @@ def check_scorer(name: str) -> None:
 def fetch_scorer(name: str) -> list[Path]:
     """Fetch what a scorer needs, and return the files."""
     checkpoint, config = _checkpoint_of(name)
-    return [
-        checkpoint,
-        *([] if config is None else [path for path in Path(config).iterdir() if path.suffix == ".json"]),
-    ]
+    return [checkpoint, *(path for path in Path(config).iterdir() if path.suffix == ".json")]
 
 
-def _checkpoint_of(name: str) -> tuple[Path, str | None]:
+def _checkpoint_of(name: str) -> tuple[Path, str]:
     """Return the checkpoint file and the folder of its Hugging Face config."""
     if name in DETOXIFY_MODELS:
         return _download(name)
@@ -141,15 +138,14 @@ def _load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _without_pickles(path: Path, config: str | None) -> io.BytesIO:
+def _without_pickles(path: Path, config: str) -> io.BytesIO:
     """Return the checkpoint as Detoxify can take it, read and written again without unpickling anything.
 
     Detoxify unpickles the file it is given, so it is given bytes that were written here from plain tensors. It also
     resolves ``model_type`` before it looks at the folder it was told, so the folder is put there.
     """
     checkpoint = _load(path)
-    if config is not None:
-        checkpoint["config"]["arch"]["args"]["model_type"] = config
+    checkpoint["config"]["arch"]["args"]["model_type"] = config
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     buffer.seek(0)

@@ -56,7 +56,8 @@ class ToxicPrompts(ReferenceSamples):
                 "--data.num_samples."
             )
         kept = kept[: self.num_samples]
-        return [Sample(prompt.id, ids) for prompt, ids in zip(kept, _tokenize(tokenizer, kept), strict=True)]
+        input_ids = tokenizer([prompt.text for prompt in kept])["input_ids"]
+        return [Sample(prompt.id, ids) for prompt, ids in zip(kept, input_ids, strict=True)]
 
     def _continued_toxically(self) -> list[Prompt]:
         """Give each prompt of completions.jsonl the highest toxicity of the model's continuations of it."""
@@ -70,7 +71,3 @@ class ToxicPrompts(ReferenceSamples):
             if before is None or row["toxicity"] > before.toxicity:
                 worst[row["prompt_id"]] = Prompt(row["prompt_id"], row["prompt"], row["toxicity"])
         return list(worst.values())
-
-
-def _tokenize(tokenizer: Any, prompts: list[Prompt]) -> list[list[int]]:
-    return tokenizer([prompt.text for prompt in prompts])["input_ids"]
