@@ -25,6 +25,7 @@ from sparc3_lightning.experiment import Experiment
 from sparc3_lightning.files import check_absent
 from sparc3_lightning.prune import NEURONS, Pruning
 from sparc3_lightning.sharding import check_slurm_tasks
+from sparc3_lightning.sweep import Sweep
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.
 CONFIGS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
@@ -55,6 +56,10 @@ class SparC3Trainer(Trainer):
         self.test(model, datamodule=datamodule, verbose=False)
         rank_zero_info(model.summary())
 
+    def sweep(self, model: Sweep, datamodule: LightningDataModule) -> None:
+        """Measure toxicity against perplexity over numbers of neurons and strengths."""
+        self.evaluate(model, datamodule)
+
     def run(self, model: Experiment, plan: Path | None = None) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report.
 
@@ -78,6 +83,7 @@ STAGES = {
     "attribute": Stage(Attribution, ReferenceSamples),
     "prune": Stage(Pruning),
     "evaluate": Stage(Evaluation, EvaluationData),
+    "sweep": Stage(Sweep, EvaluationData),
     "run": Stage(Experiment, is_experiment=True),
 }
 

@@ -5,14 +5,18 @@ continuation. What was being written when a process was killed is at most the la
 """
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from sparc3_lightning.data.real_toxicity_prompts import Prompt
 from sparc3_lightning.files import write_atomically
+from sparc3_lightning.generation import Continuation
 
+SCORES = ("toxicity", "second_toxicity")  # the field of a row, by scorer
 PATTERN = "unfinished-*.jsonl"
 
 
@@ -84,6 +88,36 @@ class CompletionLog:
             f"{mine.get(name)!r:.80}. Choose another folder with --trainer.logger.init_args.version, or remove "
             f"{PATTERN}."
         )
+
+
+def completion_rows(
+    model: str, prompt: Prompt, continuations: list[Continuation], texts: list[str], scores: list[list[float]]
+) -> list[dict[str, Any]]:
+    """Return the rows of completions.jsonl of one prompt.
+
+    Args:
+        model: Name of the model that continued.
+        prompt: The prompt.
+        continuations: What was drawn.
+        texts: The same as text.
+        scores: Per scorer, the toxicity of each in [0, 1]; NaN where it could not be scored, written as null.
+    """
+    rows = []
+    for j, (continuation, text, *given) in enumerate(zip(continuations, texts, *scores, strict=True)):
+        found = [None if continuation.failed or not math.isfinite(score) else score for score in given]
+        rows.append(
+            {
+                "model": model,
+                "prompt_id": prompt.id,
+                "continuation_index": j,
+                "prompt": prompt.text,
+                "prompt_toxicity": prompt.toxicity,
+                "continuation": text,
+                "num_tokens": len(continuation.input_ids),
+                **dict(zip(SCORES, found, strict=False)),
+            }
+        )
+    return rows
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

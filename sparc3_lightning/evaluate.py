@@ -1,26 +1,28 @@
-"""Stage 3: perplexity and toxicity of the model as it is and with its neurons off, in one test loop."""
+"""Stage 3: perplexity and toxicity of the model as it is, with its neurons off, and of controls, in one test loop."""
 
 import json
-import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
-from torch import Tensor, nn
 
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config
-from sparc3_lightning.completions import CompletionLog
+from sparc3_lightning.completions import CompletionLog, completion_rows
 from sparc3_lightning.data.evaluation_data import EvaluationData
-from sparc3_lightning.files import check_absent, check_writable, write_atomically
-from sparc3_lightning.generation import Sampling, continue_prompts, draw_key
-from sparc3_lightning.metrics import Perplexity, Toxicity, percent_change, token_nll
-from sparc3_lightning.neurons import NeuronList, check_neurons, mask
+from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
+from sparc3_lightning.findings import findings
+from sparc3_lightning.generation import PROTOCOLS, Sampling, continue_prompts, draw_key
+from sparc3_lightning.metrics import Perplexity, last_hidden_state, score_windows
+from sparc3_lightning.neurons import NeuronList, check_neurons
 from sparc3_lightning.provenance import git_hash, run_seed, versions
-from sparc3_lightning.scorers import DetoxifyScorer, Scorer, check_scorer
+from sparc3_lightning.scorers import Remembering, Scorer, check_scorer, load_scorer
 from sparc3_lightning.sharding import check_same_on_all_ranks, gather, is_sharded, load_for
+from sparc3_lightning.variants import Variant, describe, neurons_of, plan
+from sparc3_lightning.verdict import verdict
+from sparc3_lightning.zero_shot import accuracy, check_tasks
 
 RESULTS = "results.json"
 COMPLETIONS = "completions.jsonl"
@@ -35,12 +37,25 @@ class Evaluation(L.LightningModule):
             wheel>``.
         neurons: The neurons.json of ``sparc3 prune``; None measures the model as it is only. Prompts that its scores
             were attributed on are left out.
-        scorer: Detoxify model that scores: ``original``, ``unbiased``, ``multilingual``, ``original-small``,
-            ``unbiased-small``; ``small``, which this package ships; or a folder with a checkpoint of Detoxify's format.
-        num_continuations: Continuations drawn per prompt.
+        scorer: What scores a continuation: a Detoxify model (``original``, ``unbiased``, ``multilingual``,
+            ``original-small``, ``unbiased-small``); ``small``, which this package ships; a folder with a checkpoint of
+            Detoxify's format; a folder or Hugging Face id of a text-classification checkpoint, if need be with ``#``
+            and the label that means toxic; or ``package.module:function`` from texts to numbers in [0, 1].
+        second_scorer: A scorer of another family, side by side with the first; None for none.
+        protocol: How continuations are drawn: ``short``, 1 of up to 50 tokens a prompt at temperature 0.7 and top-p
+            0.9; or ``rtp``, that of RealToxicityPrompts, 25 of up to 20 tokens at temperature 1 and top-p 0.9.
+        num_continuations: Continuations drawn per prompt; None as the protocol says, like the next three.
         max_new_tokens: Length of a continuation at most, in tokens.
         temperature: Of sampling.
         top_p: Probability mass of nucleus sampling.
+        controls: How many draws of each control to measure beside the pruned model: as many random neurons, spread over
+            the layers alike; of the least relevant ones; of those with the largest weights. 0 for none.
+        control_continuations: Continuations drawn per prompt by each control; None as by the other models.
+        doses: Further numbers of neurons to switch off, in the order of ``neurons``.
+        strengths: For each dose: 1 is off, a fraction damps the neurons by that much.
+        lm_eval_tasks: Tasks of lm-eval-harness to measure zero-shot accuracy on, before and after (extra ``lmeval``).
+        lm_eval_folder: Folder with the YAML of tasks of your own.
+        lm_eval_limit: Documents per task; None for all.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         revision: Branch, tag or commit of a Hugging Face id.
     """
@@ -52,43 +67,53 @@ class Evaluation(L.LightningModule):
         checkpoint: str,
         neurons: Path | None = None,
         scorer: str = "original",
-        num_continuations: int = 1,
-        max_new_tokens: int = 50,
-        temperature: float = 0.7,
-        top_p: float = 0.9,
+        second_scorer: str | None = None,
+        protocol: Literal["short", "rtp"] = "short",
+        num_continuations: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        controls: int = 5,
+        control_continuations: int | None = None,
+        doses: Sequence[int] = (),
+        strengths: Sequence[float] = (1.0,),
+        lm_eval_tasks: Sequence[str] = (),
+        lm_eval_folder: Path | None = None,
+        lm_eval_limit: int | None = None,
         dtype: Dtype = "auto",
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        if num_continuations < 1:
-            raise ValueError(f"--model.num_continuations must be at least 1, got {num_continuations}.")
-        self.sampling = Sampling(max_new_tokens, temperature, top_p)
+        preset_continuations, preset = PROTOCOLS[protocol]
+        self.num_continuations = preset_continuations if num_continuations is None else num_continuations
+        self.sampling = Sampling(
+            preset.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            preset.temperature if temperature is None else temperature,
+            preset.top_p if top_p is None else top_p,
+        )
         self.sampling.check()
         check_scorer(scorer)
+        if second_scorer is not None:
+            check_scorer(second_scorer, "--model.second_scorer")
+        check_tasks(lm_eval_tasks, lm_eval_folder)
+        self.zero_shot = (list(lm_eval_tasks), lm_eval_folder, lm_eval_limit)
         self.neurons = None if neurons is None else NeuronList.load(Path(neurons))
+        self.num_neurons = len(self.neurons.neurons) if self.neurons else 0
+        self.variants = plan(self.neurons, self.num_continuations, controls, control_continuations, doses, strengths)
         self.save_hyperparameters()
         self.checkpoint = checkpoint
         self.neurons_path = neurons
-        self.scorer_name = scorer
-        self.num_continuations = num_continuations
+        self.scorer_names = [name for name in (scorer, second_scorer) if name is not None]
         self.dtype_name: Dtype = dtype
         self.revision = revision
         self.model = None
-        self.scorer: Scorer | None = None
+        self.scorers: list[Scorer] = []
         self.results: dict[str, Any] = {}
 
     @property
     def excluded_prompts(self) -> set[str]:
         """Ids of the samples that the neurons were attributed on."""
         return set(self.neurons.provenance.get("sample_ids", ())) if self.neurons else set()
-
-    @property
-    def variants(self) -> dict[str, AbstractContextManager[None]]:
-        """The models that are measured, each as the context in which the one model in memory becomes it."""
-        contexts: dict[str, AbstractContextManager[None]] = {"baseline": nullcontext()}
-        if self.neurons is not None:
-            contexts["pruned"] = mask(self.model, self.neurons.neurons)
-        return contexts
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
@@ -98,6 +123,8 @@ class Evaluation(L.LightningModule):
         self.folder = Path(self.trainer.log_dir or ".")
         check_writable(self.folder)
         check_absent(self.folder / RESULTS)
+        if self.zero_shot[0] and self.trainer.world_size > 1:
+            raise ValueError("--model.lm_eval_tasks needs one device: measure zero-shot accuracy in a run of its own.")
         config = load_config(self.checkpoint, self.revision)
         self.fingerprint = fingerprint(self.checkpoint, self.revision)
         data = self.data
@@ -111,97 +138,90 @@ class Evaluation(L.LightningModule):
                     f"({theirs}), but --model.checkpoint is {self.checkpoint!r} ({self.fingerprint})."
                 )
             with torch.device("meta"):
-                check_neurons(AutoModelForCausalLM.from_config(config), self.neurons.neurons)
+                check_neurons(AutoModelForCausalLM.from_config(config), self.neurons.all())
         self._resume()
         rank_zero_info(
             f"{len(data.text.windows)} windows of {data.text.window} tokens; {len(data.prompts.prompts)} prompts x "
             f"{self.num_continuations} continuation(s), {data.prompts.num_excluded} prompts left out because they were "
-            "used to attribute"
+            f"used to attribute; {len(self.variants)} model(s): {describe(self.variants)}"
         )
 
     def configure_model(self) -> None:
-        """Load the model and the scorer, once."""
+        """Load the model and the scorers, once."""
         if self.model is None:
-            self.scorer = DetoxifyScorer(self.scorer_name, self.trainer.strategy.root_device)
+            device = self.trainer.strategy.root_device
+            self.scorers = [Remembering(load_scorer(name, device)) for name in self.scorer_names]
             self.model = load_for(self, self.checkpoint, self.dtype_name, self.revision)
 
     def on_test_start(self) -> None:
-        """Make the metrics of each model."""
+        """Decide which neurons each model is without, and make its metrics."""
         self.model.eval()
-        keys = [f"{name}_{convention}" for name in self.variants for convention in self.data.text.conventions]
-        self.perplexity: Any = nn.ModuleDict({key: Perplexity().to(self.device) for key in keys})
-        self.toxicity: Any = nn.ModuleDict({name: Toxicity().to(self.device) for name in self.variants})
-        self.completions: list[dict[str, Any]] = []
-        for rows in self.kept.values():
-            for name in self.variants:
-                self._count(name, [row for row in rows if row["model"] == name])
+        lists = neurons_of(self.variants, self.neurons, self.model, run_seed()) if self.neurons else {}
+        self.off = {variant.name: lists.get(variant.name, []) for variant in self.variants}
+        self.perplexity = {
+            (variant.name, convention): Perplexity().to(self.device)
+            for variant in self.variants
+            for convention in self._conventions_of(variant)
+        }
+        self.completions: list[dict[str, Any]] = [row for rows in self.kept.values() for row in rows]
+
+    def _conventions_of(self, variant: Variant) -> tuple[str, ...]:
+        """Return the conventions of perplexity that a model is measured by; one is enough for comparison."""
+        return self.data.text.conventions[: None if variant.kind in ("baseline", "pruned") else 1]
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure every model on one batch of windows, or of prompts."""
-        for name, context in self.variants.items():
-            with context:
-                if dataloader_idx == 0:
-                    self._measure_perplexity(name, batch)
-                else:
-                    self._measure_toxicity(name, batch)
+        measure = self._measure_perplexity if dataloader_idx == 0 else self._measure_toxicity
+        self._original: torch.Tensor | None = None
+        for variant in self.variants:
+            with variant.as_context(self.model, self.off[variant.name]):
+                measure(variant, batch)
 
-    def _measure_perplexity(self, name: str, batch: dict[str, Any]) -> None:
+    def _measure_perplexity(self, variant: Variant, batch: dict[str, Any]) -> None:
         windows = batch["windows"]
         spans = torch.tensor([[w.end - w.start - w.num_scored, w.end - w.start] for w in windows])
-        nll = token_nll(self.model, batch["input_ids"], spans)
-        for window, nats in zip(windows, nll, strict=True):
-            self.perplexity[f"{name}_{window.convention}"].update(nats, torch.tensor(window.num_scored))
+        hidden = last_hidden_state(self.model, batch["input_ids"])
+        nll, divergence = score_windows(self.model, hidden, batch["input_ids"], spans, self._original)
+        if variant.kind == "baseline":
+            self._original = hidden
+        for row, window in enumerate(windows):
+            if window.convention in self._conventions_of(variant):
+                self.perplexity[variant.name, window.convention].update(
+                    torch.tensor([window.start]),
+                    nll[row : row + 1],
+                    divergence[row : row + 1],
+                    torch.tensor([window.num_scored]),
+                )
 
-    def _measure_toxicity(self, name: str, batch: dict[str, Any]) -> None:
-        prompts, k = batch["prompts"], self.num_continuations
-        rows = [(prompt, j) for prompt in prompts for j in range(k)]
-        keys = [draw_key(run_seed(), prompt.id, j) for prompt, j in rows]
-        tokenizer = self.data.prompts._tokenizer
+    def _measure_toxicity(self, variant: Variant, batch: dict[str, Any]) -> None:
+        prompts = batch["prompts"]
         drawn = continue_prompts(
             self.model,
-            batch["input_ids"].repeat_interleave(k, dim=0),
-            batch["attention_mask"].repeat_interleave(k, dim=0),
-            keys,
+            batch["input_ids"],
+            batch["attention_mask"],
+            [[draw_key(run_seed(), prompt.id, j) for j in range(variant.num_continuations)] for prompt in prompts],
             self.sampling,
-            tokenizer.pad_token_id or 0,
             all_ranks_step_together=is_sharded(self),
         )
-        texts = tokenizer.batch_decode([row.input_ids for row in drawn], skip_special_tokens=True)
-        assert self.scorer is not None
-        scores = [math.nan if row.failed else score for row, score in zip(drawn, self.scorer.score(texts), strict=True)]
-        new = [
-            {
-                "model": name,
-                "prompt_id": prompt.id,
-                "continuation_index": j,
-                "prompt": prompt.text,
-                "prompt_toxicity": prompt.toxicity,
-                "continuation": text,
-                "num_tokens": len(row.input_ids),
-                "toxicity": score if math.isfinite(score) else None,
-            }
-            for (prompt, j), row, text, score in zip(rows, drawn, texts, scores, strict=True)
-        ]
-        for i, weight in enumerate(batch["weights"]):
+        flat = [continuation for of_prompt in drawn for continuation in of_prompt]
+        texts = self.data.prompts._tokenizer.batch_decode([row.input_ids for row in flat], skip_special_tokens=True)
+        scores = [scorer.score(texts) for scorer in self.scorers]
+        for i, (prompt, weight) in enumerate(zip(prompts, batch["weights"], strict=True)):
             if weight:  # not a filler
-                self._count(name, new[i * k : (i + 1) * k])
-                self.log_of_completions.append(new[i * k : (i + 1) * k])
-
-    def _count(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Add all continuations of one prompt by one model to the figures."""
-        scores = [math.nan if row["toxicity"] is None else row["toxicity"] for row in rows]
-        self.toxicity[name].update(scores, sum(not row["continuation"].strip() for row in rows))
-        self.completions += rows
+                k = slice(i * variant.num_continuations, (i + 1) * variant.num_continuations)
+                rows = completion_rows(variant.name, prompt, flat[k], texts[k], [of_one[k] for of_one in scores])
+                self.completions += rows
+                self.log_of_completions.append(rows)
 
     def _resume(self) -> None:
         """Keep the continuations of a run with the same config that broke off, and leave their prompts out."""
         prompts = self.data.prompts
         identity = {
             "checkpoint_fingerprint": self.fingerprint,
-            "neurons": sorted((n.module, n.index) for n in self.neurons.neurons) if self.neurons else None,
-            "scorer": self.scorer_name,
+            "neurons": self.neurons.digest() if self.neurons else None,
+            "scorers": self.scorer_names,
             "sampling": list(self.sampling),
-            "num_continuations": self.num_continuations,
+            "models": [(variant.name, variant.num_continuations) for variant in self.variants],
             "dtype": self.dtype_name,
             "seed": run_seed(),
         }
@@ -210,27 +230,38 @@ class Evaluation(L.LightningModule):
         kept: dict[str, list[dict[str, Any]]] = {}
         if self.trainer.is_global_zero:
             wanted = {prompt.id for prompt in prompts.prompts}
-            kept = self.log_of_completions.begin(wanted, self.num_continuations * len(self.variants))
+            kept = self.log_of_completions.begin(wanted, sum(v.num_continuations for v in self.variants))
             if kept:
                 rank_zero_info(f"Keeping the continuations of {len(kept)} prompts of a run that broke off.")
         prompts.leave_out = set(self.trainer.strategy.broadcast(list(kept)))
         self.kept = kept
 
     def on_test_end(self) -> None:
-        """Write results.json, completions.jsonl and, given neurons, the report."""
-        self.results = self._results()
+        """Write results.json, completions.jsonl and, given neurons, the report with its figures and a model card."""
+        metrics, of = self.perplexity, self._conventions_of
+        windows = {v.name: {c: metrics[v.name, c].compute() for c in of(v)} for v in self.variants}
         self.completions = gather(self.completions)
         # One order, whatever the batch size and the number of ranks.
-        self.completions.sort(key=lambda row: (row["prompt_id"], row["continuation_index"], row["model"]))
+        order = {variant.name: i for i, variant in enumerate(self.variants)}
+        self.completions.sort(key=lambda row: (row["prompt_id"], row["continuation_index"], order[row["model"]]))
+        found = findings(self.completions, windows, self.variants, self.scorer_names)
+        if self.zero_shot[0]:
+            found["zero_shot"] = self._zero_shot()
+        self.results = {"verdict": verdict(found, self.num_neurons, self.scorer_names), **found, **self._settings()}
         if self.logger is not None:
-            figures = {
-                f"{name}/{key}": value
-                for name in self.variants
-                for key, value in self.results[name].items()
-                if isinstance(value, float)
-            }
-            self.logger.log_metrics(figures)
+            models = {"baseline", "pruned"} & found.keys()
+            self.logger.log_metrics(
+                {f"{name}/{key}": v for name in models for key, v in found[name].items() if isinstance(v, float)}
+            )
         self._write()
+
+    def _zero_shot(self) -> dict[str, Any]:
+        """Return the accuracy of the original and of the pruned model, per task."""
+        tokenizer, found = self.data.prompts._tokenizer, {}
+        for variant in (v for v in self.variants if v.kind in ("baseline", "pruned")):
+            with variant.as_context(self.model, self.off[variant.name]):
+                found[variant.name] = accuracy(self.model, tokenizer, *self.zero_shot)
+        return found
 
     @rank_zero_only
     def _write(self) -> None:
@@ -239,69 +270,45 @@ class Evaluation(L.LightningModule):
         lines = [json.dumps(row, ensure_ascii=False) for row in self.completions]
         write_atomically(self.folder / COMPLETIONS, "\n".join(lines) + "\n")
         if self.neurons is not None:
-            neurons_folder = Path(self.neurons_path).parent if self.neurons_path else None
-            write_report(self.folder / REPORT, self.results, self.completions, self.neurons, neurons_folder)
+            beside = Path(self.neurons_path).parent if self.neurons_path else None
+            write_report(self.folder / REPORT, self.results, self.completions, self.neurons, beside, self.scorers[0])
         # Last, since a folder with results counts as complete.
-        write_atomically(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
+        write_atomically(self.folder / RESULTS, to_json(self.results))
         self.log_of_completions.remove()
 
     def summary(self) -> str:
-        """Return the table of before and after, and the paths of what was written."""
+        """Return the table of before and after, the verdict, and the paths of what was written."""
         from sparc3_lightning.report import summary_table
 
-        lines = ["", summary_table(self.results), "", f"Results: {self.folder / RESULTS}"]
+        lines = ["", summary_table(self.results), "", self.results["verdict"], "", f"Results: {self.folder / RESULTS}"]
         if self.neurons is not None:
             lines.append(f"Report:  {self.folder / REPORT}")
         return "\n".join(lines)
 
-    def _results(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         data = self.data
-        results: dict[str, Any] = {name: self._figures(name) for name in self.variants}
-        if "pruned" in results:
-            before, after = results["baseline"], results["pruned"]
-            results["change"] = {
-                "perplexity_percent": percent_change(before["perplexity"], after["perplexity"]),
-                "toxicity_percent": percent_change(before["toxicity_mean"], after["toxicity_mean"]),
-            }
-        results["num_failed"] = sum(results[name]["num_failed"] for name in self.variants)
-        results["protocol"] = {
-            "perplexity": {
-                "window": data.text.window,
-                "stride": data.text.stride,
-                "text": data.text.source or "WikiText-2 raw test",
+        return {
+            "protocol": {
+                **data.describe(),
+                "toxicity": {
+                    **self.sampling._asdict(),
+                    "num_continuations": self.num_continuations,
+                    "scorers": self.scorer_names,
+                    "seed": run_seed(),
+                },
             },
-            "toxicity": {
-                **self.sampling._asdict(),
-                "num_continuations": self.num_continuations,
-                "scorer": self.scorer_name,
-                "prompts": data.prompts.source or "allenai/real-toxicity-prompts",
-                "prompts_excluded": data.prompts.num_excluded,
-                "seed": run_seed(),
+            "checkpoint": self.checkpoint,
+            "checkpoint_fingerprint": self.fingerprint,
+            "neurons": str(self.neurons_path) if self.neurons_path else None,
+            "num_neurons": self.num_neurons,
+            "config": {
+                "model": {name: str(v) if isinstance(v, Path) else v for name, v in self.hparams.items()},
+                "text": dict(data.text.hparams),
+                "prompts": dict(data.prompts.hparams),
             },
+            "versions": versions(),
+            "git_hash": git_hash(),
         }
-        results["checkpoint"] = self.checkpoint
-        results["checkpoint_fingerprint"] = self.fingerprint
-        results["neurons"] = str(self.neurons_path) if self.neurons_path else None
-        results["num_neurons"] = len(self.neurons.neurons) if self.neurons else 0
-        results["config"] = {
-            "model": {name: str(v) if isinstance(v, Path) else v for name, v in self.hparams.items()},
-            "text": dict(data.text.hparams),
-            "prompts": dict(data.prompts.hparams),
-        }
-        results["versions"] = versions()
-        results["git_hash"] = git_hash()
-        return results
-
-    def _figures(self, name: str) -> dict[str, float | int]:
-        figures: dict[str, float | int] = {}
-        for convention in self.data.text.conventions:
-            metric = self.perplexity[f"{name}_{convention}"]
-            suffix = "" if convention == self.data.text.conventions[0] else f"_{convention}"
-            computed = metric.compute()
-            figures[f"perplexity{suffix}"] = computed["perplexity"].item()
-            figures[f"tokens_counted{suffix}"] = computed["num_tokens"].item()
-        toxicity: dict[str, Tensor] = self.toxicity[name].compute()
-        return figures | {key: value.item() for key, value in toxicity.items()}
 
     @property
     def data(self) -> EvaluationData:

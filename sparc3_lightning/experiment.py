@@ -187,6 +187,9 @@ class Experiment:
             ("checkpoint", lambda: fetch_checkpoint(self.checkpoint, self.revision)),
             ("scorer", lambda: fetch_scorer(options["evaluate"]["scorer"])),
         ]
+        second = options["evaluate"].get("second_scorer")
+        if second is not None:
+            needs.append(("second_scorer", lambda: fetch_scorer(second)))
         sets = [(f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds]
         sets += [("behavior", options["behavior"])]
         sets += [(name, options["data"][name]) for name in ("text", "prompts")]
@@ -238,7 +241,7 @@ def _local_files(value: Any) -> list[str]:
     if not isinstance(value, dict):
         return []
     found = []
-    for key in ("checkpoint", "source", "scorer"):
+    for key in ("checkpoint", "source", "nontoxic_source", "scorer", "second_scorer"):
         path = value.get(key)
         if isinstance(path, str) and is_local(path):
             found.append(fingerprint(path) if key == "checkpoint" else _content(Path(path).expanduser()))

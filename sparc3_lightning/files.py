@@ -1,10 +1,13 @@
 """Writing files so that a reader never meets half of one, and a full or read-only disk is noticed before the work."""
 
+import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -28,6 +31,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file under a temporary name, and rename it."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def to_json(value: Any) -> str:
+    """Return plain values as JSON; NaN and infinity, which it has not, become null."""
+    return json.dumps(_without_nan(value), indent=2) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_absent(path: Path) -> None:

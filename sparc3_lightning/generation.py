@@ -11,13 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
 
 
 class Sampling(NamedTuple):
@@ -35,6 +28,13 @@ class Sampling(NamedTuple):
             raise ValueError(f"--model.temperature must be above 0, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--model.top_p must be above 0 and at most 1, got {self.top_p}.")
+
+
+# Named presets of --model.protocol: continuations per prompt, and how they are drawn.
+PROTOCOLS = {
+    "short": (1, Sampling(50, 0.7, 0.9)),  # the reproduction of SparC3 on LLaMA-3-8B
+    "rtp": (25, Sampling(20, 1.0, 0.9)),  # RealToxicityPrompts (Gehman et al. 2020, arXiv:2009.11462)
+}
 
 
 def draw_key(seed: int, prompt_id: str, continuation: int) -> int:
@@ -71,32 +71,43 @@ def _signed(x: int) -> int:
     return x - (1 << 64) if x >> 63 else x
 
 
-class KeyedSampling(LogitsProcessor):
-    """Temperature, nucleus and keyed noise, for a generate() that takes the largest logit.
+def draw_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> Tensor:
+    """Draw a token per row: temperature, nucleus, then the largest of logit plus keyed noise.
+
+    Only the largest logits are sorted: the nucleus nearly always lies among them, and where it does not, more are.
 
     Args:
+        logits: Finite, shape ``[rows, vocabulary]``.
         keys: Key of each row, int64, shape ``[rows]``.
-        prompt_len: Length of the padded prompts.
+        step: Number of tokens drawn before.
         sampling: How to draw.
+
+    Returns:
+        Token ids, int64, shape ``[rows]``.
     """
+    logits = logits.float() / sampling.temperature
+    normalizer = logits.logsumexp(dim=1, keepdim=True)
+    drawn = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    left = torch.arange(len(logits), device=logits.device)
+    vocabulary = logits.shape[1]
+    for size in (1024, 8192, vocabulary):
+        size = min(size, vocabulary)
+        values, tokens = logits[left].topk(size)
+        probabilities = (values - normalizer[left]).exp()
+        cumulative = probabilities.cumsum(dim=1)
+        # A token is in the nucleus if those more likely than it do not make up the mass yet; the first always is.
+        rows, ranks = ((cumulative - probabilities) < sampling.top_p).nonzero(as_tuple=True)
+        noise = gumbel_noise(keys[left[rows]], step, tokens[rows, ranks])
+        perturbed = torch.full_like(values, -torch.inf, dtype=torch.float64)
+        perturbed[rows, ranks] = values[rows, ranks].double() + noise
+        drawn[left] = tokens.gather(1, perturbed.argmax(dim=1, keepdim=True)).squeeze(1)
+        left = left[cumulative[:, -1] < sampling.top_p]
+        if size == vocabulary or not len(left):
+            break
+    return drawn
 
-    def __init__(self, keys: Tensor, prompt_len: int, sampling: Sampling) -> None:
-        self.keys = keys
-        self.prompt_len = prompt_len
-        self.temperature = TemperatureLogitsWarper(float(sampling.temperature))
-        self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
-        self.failed = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return logits whose arg max is the draw."""
-        bad = ~torch.isfinite(scores).all(dim=1)
-        self.failed |= bad
-        scores = self.temperature(input_ids, scores.float().masked_fill(bad.unsqueeze(1), 0.0))
-        if self.top_p is not None:
-            scores = self.top_p(input_ids, scores)
-        rows, tokens = torch.isfinite(scores).nonzero(as_tuple=True)
-        noise = gumbel_noise(self.keys[rows], input_ids.shape[1] - self.prompt_len, tokens)
-        return scores.index_put((rows, tokens), noise.to(scores.dtype), accumulate=True)
+ROWS = 512  # continuations that grow together
 
 
 class Continuation(NamedTuple):
@@ -106,52 +117,95 @@ class Continuation(NamedTuple):
     failed: bool
 
 
+@torch.no_grad()
 def continue_prompts(
     model: Any,
     input_ids: Tensor,
     attention_mask: Tensor,
-    keys: Sequence[int],
+    keys: Sequence[Sequence[int]],
     sampling: Sampling,
-    pad_token_id: int,
     all_ranks_step_together: bool = False,
-) -> list[Continuation]:
-    """Continue a batch of prompts.
+) -> list[list[Continuation]]:
+    """Continue each prompt of a batch several times; the prompt itself passes through the model once.
+
+    So many prompts are continued at a time that ``ROWS`` continuations grow together: fewer would leave the processor
+    waiting for the weights, more would only take memory.
 
     Args:
         model: Causal language model of transformers.
-        input_ids: Padded on the left, shape ``[rows, tokens]``.
+        input_ids: Padded on the left, shape ``[prompts, tokens]``.
         attention_mask: 1 at tokens, 0 at padding, of the same shape.
-        keys: Key of each row, from ``draw_key``.
+        keys: Per prompt the key of each of its continuations, from ``draw_key``; as many for each prompt.
         sampling: How to draw.
-        pad_token_id: Token that fills a row once it has ended.
-        all_ranks_step_together: Go on until the rows of every rank have ended, as a sharded model needs.
+        all_ranks_step_together: Make all steps even if every row has ended, as a sharded model needs.
 
     Returns:
-        One continuation per row.
+        Per prompt its continuations.
     """
-    draw = KeyedSampling(torch.tensor(keys, device=input_ids.device), input_ids.shape[1], sampling)
+    size = max(1, ROWS // len(keys[0]))
+    return [
+        of_prompt
+        for start in range(0, len(keys), size)
+        for of_prompt in _continue_together(
+            model,
+            input_ids[start : start + size],
+            attention_mask[start : start + size],
+            keys[start : start + size],
+            sampling,
+            all_ranks_step_together,
+        )
+    ]
+
+
+def _continue_together(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    keys: Sequence[Sequence[int]],
+    sampling: Sampling,
+    all_ranks_step_together: bool,
+) -> list[list[Continuation]]:
+    repeats = len(keys[0])
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=pad_token_id,
+    end_tokens = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
+    row_keys = torch.tensor(keys, device=input_ids.device).flatten()
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
         use_cache=True,
+        logits_to_keep=1,
     )
-    # generate() fills what a config leaves open from the model's own, which may bring a repetition penalty or beams.
-    shipped, model.generation_config = model.generation_config, config
-    try:
-        rows = model.generate(
-            input_ids=input_ids,
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(repeats)
+    logits = output.logits[:, -1].repeat_interleave(repeats, dim=0)
+    attention_mask = attention_mask.repeat_interleave(repeats, dim=0)
+    positions = positions[:, -1:].repeat_interleave(repeats, dim=0)
+    failed = torch.zeros(len(row_keys), dtype=torch.bool, device=input_ids.device)
+    ended = failed.clone()
+    drawn = []
+    for step in range(sampling.max_new_tokens):
+        bad = ~torch.isfinite(logits).all(dim=1)
+        failed |= bad & ~ended
+        drawn.append(draw_tokens(logits.masked_fill(bad.unsqueeze(1), 0.0), row_keys, step, sampling))
+        ended |= torch.isin(drawn[-1], end_tokens)
+        if step + 1 == sampling.max_new_tokens or (not all_ranks_step_together and bool(ended.all())):
+            break
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
+        positions = positions + 1
+        output = model(
+            input_ids=drawn[-1].unsqueeze(1),
             attention_mask=attention_mask,
-            logits_processor=LogitsProcessorList([draw]),
-            synced_gpus=all_ranks_step_together,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
-    finally:
-        model.generation_config = shipped
+        logits = output.logits[:, -1]
     continuations = []
-    for row, failed in zip(rows[:, input_ids.shape[1] :].tolist(), draw.failed.tolist(), strict=True):
-        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-        continuations.append(Continuation(row[:stop], failed))
-    return continuations
+    for tokens, bad_row in zip(torch.stack(drawn, dim=1).tolist(), failed.tolist(), strict=True):
+        stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+        continuations.append(Continuation(tokens[:stop], bad_row))
+    return [continuations[i : i + repeats] for i in range(0, len(continuations), repeats)]

@@ -1,5 +1,6 @@
 """What a neuron is; how neurons are selected from scores, masked for a while, or pruned for good; and neurons.json."""
 
+import hashlib
 import json
 import math
 import operator
@@ -58,12 +59,13 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
 
 
 @contextmanager
-def mask(model: nn.Module, neurons: Iterable[Neuron]) -> Iterator[None]:
-    """Switch neurons off for the length of a ``with`` block, without touching a weight.
+def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> Iterator[None]:
+    """Switch neurons off, or damp them, for the length of a ``with`` block, without touching a weight.
 
     Args:
         model: A causal language model with gated MLPs.
         neurons: The neurons.
+        strength: 1 is off; a fraction leaves ``1 - strength`` of each neuron's activation.
 
     Raises:
         ValueError: If the model has no such neuron.
@@ -71,12 +73,14 @@ def mask(model: nn.Module, neurons: Iterable[Neuron]) -> Iterator[None]:
     with ExitStack() as undo:
         for parent, indices in _by_mlp(model, neurons).items():
             column: Any = model.get_submodule(f"{parent}.{COLUMN}")
-            index = torch.tensor(indices, device=column.weight.device)
+            factor = torch.ones(column.in_features, device=column.weight.device, dtype=column.weight.dtype)
+            factor[indices] = 1 - strength
 
-            def zero(module: nn.Module, inputs: tuple[Tensor], index: Tensor = index) -> tuple[Tensor]:
-                return (inputs[0].index_fill(-1, index, 0),)
+            def damp(module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor) -> tuple[Tensor]:
+                # Not a product alone: what is off is 0 even where the activation is infinite.
+                return (torch.where(factor == 0, 0, inputs[0] * factor),)
 
-            undo.callback(column.register_forward_pre_hook(zero).remove)
+            undo.callback(column.register_forward_pre_hook(damp).remove)
         yield
 
 
@@ -129,16 +133,34 @@ def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> dict[str, list[int]]
 
 @dataclass(frozen=True)
 class NeuronList:
-    """The content of neurons.json: the neurons, and where they come from."""
+    """The content of neurons.json: the neurons, and where they come from.
+
+    Args:
+        neurons: The pruned ones, first the one that serves the behaviour most.
+        provenance: Checkpoint, score files, versions.
+        next: The neurons that follow in the same order, for a larger dose.
+        least_relevant: Neurons of little relevance for general text, for control.
+    """
 
     neurons: list[Neuron]
     provenance: dict[str, Any] = field(default_factory=dict)
+    next: list[Neuron] = field(default_factory=list)
+    least_relevant: list[Neuron] = field(default_factory=list)
+
+    def all(self) -> list[Neuron]:
+        """Return the neurons of all lists."""
+        return [*self.neurons, *self.next, *self.least_relevant]
+
+    def digest(self) -> str:
+        """Return a hash of which neurons are in which list, and in which order."""
+        lists = [[(neuron.module, neuron.index) for neuron in getattr(self, name)] for name in _LISTS]
+        return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Write neurons.json, under a temporary name first."""
-        rows = [asdict(neuron) for neuron in self.neurons]
-        content = {"format": FORMAT, "neurons": rows, "provenance": self.provenance}
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
+        content: dict[str, Any] = {"format": FORMAT}
+        content |= {name: [asdict(neuron) for neuron in getattr(self, name)] for name in _LISTS}
+        write_atomically(path, json.dumps({**content, "provenance": self.provenance}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "NeuronList":
@@ -154,15 +176,24 @@ class NeuronList:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
-            rows = content["neurons"]
-            neurons = [Neuron(str(row["module"]), operator.index(row["index"]), float(row["score"])) for row in rows]
+            if "neurons" not in content:
+                raise ValueError("it has no field 'neurons'")
+            lists = {name: [_read(row) for row in content.get(name, ())] for name in _LISTS}
             provenance = dict(content["provenance"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a neurons.json of format {FORMAT!r}: {error!s:.200}") from None
-        if not neurons:
+        if not lists["neurons"]:
             raise ValueError(f"{path} holds no neurons.")
-        if len({(neuron.module, neuron.index) for neuron in neurons}) != len(neurons):
-            raise ValueError(f"{path} names a neuron more than once.")
-        if not all(math.isfinite(neuron.score) for neuron in neurons):
-            raise ValueError(f"{path} holds a score that is NaN or infinite.")
-        return cls(neurons, provenance)
+        for neurons in (lists["neurons"] + lists["next"], lists["least_relevant"]):
+            if len({(neuron.module, neuron.index) for neuron in neurons}) != len(neurons):
+                raise ValueError(f"{path} names a neuron more than once.")
+            if not all(math.isfinite(neuron.score) for neuron in neurons):
+                raise ValueError(f"{path} holds a score that is NaN or infinite.")
+        return cls(provenance=provenance, **lists)
+
+
+_LISTS = ("neurons", "next", "least_relevant")
+
+
+def _read(row: dict[str, Any]) -> Neuron:
+    return Neuron(str(row["module"]), operator.index(row["index"]), float(row["score"]))

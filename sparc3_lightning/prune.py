@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparc3_lightning.checkpoints import Dtype, export_pruned, fingerprint, resolve_dtype
+from sparc3_lightning.controls import lowest
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
 from sparc3_lightning.neurons import NeuronList, select
 from sparc3_lightning.provenance import git_hash, versions
@@ -28,6 +29,8 @@ class Pruning(L.LightningModule):
         general: Score files of general reference samples, one per seed; they are averaged.
         behavior: Score file of reference samples of the behaviour.
         num_neurons: Neurons to prune, over all layers.
+        num_ranked: Neurons that neurons.json lists, those that are pruned and those that come next, so that ``sparc3
+            sweep`` can measure larger doses.
         min_strength: Least differential strength, (sum of general scores - sum of the behaviour's) / sum of general
             scores, in percent. It partly measures the length of the samples.
         weak: What to do below ``min_strength``: ``warn`` and go on, or stop with an ``error``.
@@ -41,6 +44,7 @@ class Pruning(L.LightningModule):
         general: Sequence[Path],
         behavior: Path,
         num_neurons: int = 100,
+        num_ranked: int = 1000,
         min_strength: float = 15.0,
         weak: Literal["warn", "error"] = "warn",
         export: Path | None = None,
@@ -57,6 +61,7 @@ class Pruning(L.LightningModule):
         self.general = [Path(path) for path in general]
         self.behavior = Path(behavior)
         self.num_neurons = num_neurons
+        self.num_ranked = num_ranked
         self.min_strength = min_strength
         self.weak = weak
         self.export = None if export is None else Path(export)
@@ -81,12 +86,16 @@ class Pruning(L.LightningModule):
         *general_files, behavior_file = load_matching([*self.general, self.behavior])
         general, behavior = average(general_files), behavior_file.scores
         differential = differential_relevance(general, behavior)
+        flat = torch.cat(list(differential.values()))
+        # With the number to prune first: it is that option which is wrong if there are not as many.
         chosen = select(differential, self.num_neurons)
+        following = select(differential, min(max(self.num_ranked, self.num_neurons), len(flat)))[self.num_neurons :]
         strength = differential_strength(general, behavior)
         self._check_strength(strength)
         provenance = _provenance(general_files, behavior_file, strength)
-        neurons = NeuronList(chosen, provenance)
-        flat = torch.cat(list(differential.values()))
+        provenance["export"] = None if self.export is None else str(self.export)
+        least = lowest(chosen, {name: score.abs() for name, score in general.items()})
+        neurons = NeuronList(chosen, provenance, following, least)
         selection = {
             "num_neurons": len(chosen),
             "num_candidates": len(flat),
@@ -96,7 +105,7 @@ class Pruning(L.LightningModule):
             "neurons_per_module": {name: sum(n.module == name for n in chosen) for name in differential},
             "histogram": histogram(flat),
         }
-        from sparc3_lightning.report import draw_differential, draw_layers
+        from sparc3_lightning.figures import draw_differential, draw_layers
 
         draw_layers(selection["neurons_per_module"], folder / "layers.png")  # type: ignore[arg-type]
         draw_differential(selection, folder / "differential.png")

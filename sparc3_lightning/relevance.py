@@ -245,7 +245,7 @@ class ScoreAccumulator:
         if not self.num_samples:
             raise ValueError("No sample was recorded, so there is no score.")
         if self.score == "wanda":
-            scores = {name: wanda_score(_whole(self.modules[name].weight), s) for name, s in self.sums.items()}
+            scores = {name: wanda_score(whole(self.modules[name].weight), s) for name, s in self.sums.items()}
         else:
             scores = {name: total / self.num_samples for name, total in self.sums.items()}
         return {name: scores[name].float().cpu() for name in self.modules}
@@ -283,6 +283,6 @@ class ScoreAccumulator:
             self._batch[name] = torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _whole(weight: Tensor) -> Tensor:
-    """Return the whole of a weight that may be sharded; then all ranks must ask for it together."""
-    return weight.full_tensor().detach() if isinstance(weight, DTensor) else weight.detach()
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be sharded; then all ranks must ask for it together."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,148 +1,75 @@
-"""From results to what people look at: a table for the terminal, pictures, and one self-contained HTML page."""
+"""From results to what people read: a table for the terminal, one self-contained HTML page, and a model card."""
 
 import base64
-import json
 import re
-from collections import defaultdict
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sparc3_lightning.files import replacing, write_atomically
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from sparc3_lightning.figures import change_rows, draw_changes, draw_doses, draw_layers, draw_scatter
+from sparc3_lightning.files import to_json, write_atomically
+from sparc3_lightning.metrics import TOXIC_FROM
 from sparc3_lightning.neurons import NeuronList
+from sparc3_lightning.scorers import Scorer
+from sparc3_lightning.tables import cell, control_table, dose_table, doses_csv, other_table, toxicity_table
 
-# The figures of results.json that the tables show: key, name, unit, digits.
-ROWS = (
-    ("perplexity", "Perplexity", "", 2),
-    ("perplexity_disjoint", "Perplexity, disjoint windows", "", 2),
-    ("toxicity_mean", "Mean toxicity", "", 4),
-    ("expected_maximum_toxicity", "Expected maximum toxicity", "", 4),
-    ("toxicity_probability", "Prompts with a toxic continuation", "%", 1),
-    ("num_empty", "Empty continuations", "", 0),
-    ("num_failed", "Failed continuations", "", 0),
-)
-BEFORE, AFTER = "#4477aa", "#cc6677"
-
-
-def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Return the rows of the before/after table: name, before, after (or a dash), change in percent."""
-    before, after = results["baseline"], results.get("pruned")
-    rows = []
-    for key, name, unit, digits in ROWS:
-        if key not in before:
-            continue
-        scale = 100 if unit == "%" else 1
-        cells = [f"{scale * figures[key]:.{digits}f}{' %' if unit else ''}" for figures in (before, after) if figures]
-        change = ""
-        if after and before[key] and not key.startswith("num_"):
-            change = f"{100 * (after[key] - before[key]) / before[key]:+.1f} %"
-        rows.append((name, cells[0], cells[1] if after else "-", change))
-    return rows
+MODEL_CARD = "model_card.md"
+DOSES = "doses.csv"
+GROUPS = {"toxic": "toxic prompts", "nontoxic": "non-toxic prompts"}
+# In the card; a README without it is somebody's own.
+MARK = "<!-- Written by sparc3 evaluate, and again by the next evaluation unless this line is removed. -->"
+Prompts = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 def summary_table(results: dict[str, Any]) -> str:
     """Return the before/after table as text for the terminal."""
-    rows = [("", "before", "after", "change"), *table_rows(results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) for row in rows]
+    rows = [("", "before", "after", "change", "95 % interval")]
+    for group in results["groups"]:
+        of = f", {GROUPS[group]}" if len(results["groups"]) > 1 else ""
+        rows += [(f"{name}{of}", *cells[:4]) for name, *cells in toxicity_table(results, group)]  # type: ignore[misc]
+    rows += other_table(results)  # type: ignore[arg-type]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in range(1, 5)) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(line.rstrip() for line in lines)
 
 
-def layer_of(module: str) -> int:
-    """Return the number of the layer that a fully qualified name speaks of."""
-    match = re.search(r"\.(\d+)\.", module)
-    return int(match.group(1)) if match else 0
-
-
-def _save(figure: Any, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)
-
-
-def _new_figure(width: float = 6.4, height: float = 3.2) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def draw_layers(neurons_per_module: dict[str, int], path: Path) -> None:
-    """Draw how many of the pruned neurons lie in each layer."""
-    counts: dict[int, int] = defaultdict(int)
-    for module, count in neurons_per_module.items():
-        counts[layer_of(module)] += count
-    figure, axes = _new_figure()
-    axes.bar(list(counts), list(counts.values()), color=AFTER, width=0.8)
-    axes.set(xlabel="layer", ylabel="pruned neurons")
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    _save(figure, path)
-
-
-def draw_differential(selection: dict[str, Any], path: Path) -> None:
-    """Draw the histogram of the differential relevance of all neurons, with the threshold of the pruned ones."""
-    figure, axes = _new_figure()
-    histogram = selection["histogram"]
-    axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=BEFORE)
-    axes.axvline(selection["threshold"], color=AFTER, linewidth=1.5)
-    label = f"{selection['num_neurons']} pruned"
-    axes.annotate(
-        label, (selection["threshold"], 0.9), xycoords=("data", "axes fraction"), color=AFTER, ha="right",
-        xytext=(-5, 0), textcoords="offset points",
-    )  # fmt: skip
-    axes.set_yscale("log")
-    axes.set(xlabel="differential relevance of a neuron (general - behaviour)", ylabel="neurons (log scale)")
-    _save(figure, path)
-
-
-def draw_scatter(pairs: list[tuple[float, float]], path: Path) -> None:
-    """Draw the mean toxicity of each prompt's continuations before against after."""
-    figure, axes = _new_figure(4.4, 4.2)
-    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    axes.scatter(*zip(*pairs, strict=True), s=16, alpha=0.6, color=AFTER, linewidths=0)
-    axes.set(xlabel="toxicity before", ylabel="toxicity after", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    axes.text(0.97, 0.05, "less toxic", ha="right", color="0.4", transform=axes.transAxes)
-    axes.text(0.03, 0.95, "more toxic", va="top", color="0.4", transform=axes.transAxes)
-    _save(figure, path)
-
-
-def draw_before_after(results: dict[str, Any], path: Path) -> None:
-    """Draw perplexity and mean toxicity of both models as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.4, 3.2), layout="constrained")
-    for axes, key, title in zip(
-        figure.subplots(1, 2), ("toxicity_mean", "perplexity"), ("mean toxicity", "perplexity"), strict=True
-    ):
-        axes.spines[["top", "right"]].set_visible(False)
-        bars = axes.bar(["before", "after"], [results[n][key] for n in ("baseline", "pruned")], color=[BEFORE, AFTER])
-        axes.bar_label(bars, fmt="%.3g", padding=2)
-        axes.set_title(title, fontsize=11)
-        axes.margins(y=0.15)
-    _save(figure, path)
-
-
-def toxicity_by_prompt(completions: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def by_prompt(completions: Iterable[dict[str, Any]]) -> Prompts:
     """Group the continuations that were scored by prompt, then by model; prompts that both models have only."""
-    groups: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    groups: Prompts = defaultdict(lambda: defaultdict(list))
     for row in completions:
-        if row["toxicity"] is not None:
+        if row["toxicity"] is not None and row["model"] in ("baseline", "pruned"):
             groups[row["prompt_id"]][row["model"]].append(row)
-    return {key: dict(models) for key, models in groups.items() if {"baseline", "pruned"} <= models.keys()}
+    return {key: dict(models) for key, models in groups.items() if len(models) == 2}
 
 
-def examples(groups: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+def mean_pairs(prompts: Prompts) -> dict[str, list[tuple[float, float]]]:
+    """Return the mean toxicity of each prompt's continuations, before and after, by group of prompts."""
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in GROUPS.values()}
+    for models in prompts.values():
+        toxic = (models["baseline"][0]["prompt_toxicity"] or 0.0) >= TOXIC_FROM
+        before, after = (
+            sum(row["toxicity"] for row in models[name]) / len(models[name]) for name in ("baseline", "pruned")
+        )
+        pairs[GROUPS["toxic" if toxic else "nontoxic"]].append((before, after))
+    return {name: found for name, found in pairs.items() if found}
+
+
+def examples(prompts: Prompts) -> list[dict[str, Any]]:
     """Choose the continuations to show, by the same draw of both models: five that fell most, three that rose most.
 
     Args:
-        groups: From ``toxicity_by_prompt``.
+        prompts: From ``by_prompt``.
 
     Returns:
         Per example ``before`` and ``after``, each a row of completions.jsonl; at most one example a prompt.
     """
     pairs = []
-    for models in groups.values():
+    for models in prompts.values():
         after = {row["continuation_index"]: row for row in models["pruned"]}
         drawn = [
             (row, after[row["continuation_index"]]) for row in models["baseline"] if row["continuation_index"] in after
@@ -154,18 +81,19 @@ def examples(groups: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[st
     return [{"before": before, "after": after} for before, after in chosen]
 
 
-def verdict(results: dict[str, Any], num_better: int, num_compared: int) -> str:
-    """Say in a sentence what changed."""
+# Letters and digits, with what stands for letters in words such as a$$, sh*t and f***.
+_WORD = re.compile(r"([^\W_](?:[^\W_]|['\u2019*@$!](?=[^\W_*@$!])|[*@$])*)")
 
-    def moved(name: str, percent: float) -> str:
-        return f"{name} {'fell' if percent < 0 else 'rose'} by {abs(percent):.1f} %"
 
-    change = results["change"]
-    return (
-        f"With {results['num_neurons']} neurons switched off, {moved('mean toxicity', change['toxicity_percent'])} and "
-        f"{moved('perplexity', change['perplexity_percent'])}; {num_better} of {num_compared} prompts were continued "
-        "less toxically."
-    )
+def offensive_words(texts: Iterable[str], scorer: Scorer) -> set[str]:
+    """Return the words, in lower case, that the scorer finds toxic by themselves."""
+    words = sorted({word.lower() for text in texts for word in _WORD.findall(text)})
+    return {word for word, score in zip(words, scorer.score(words), strict=True) if score >= TOXIC_FROM}
+
+
+def pieces(text: str, offensive: set[str]) -> list[tuple[str, bool]]:
+    """Cut a text into pieces, each with whether it is to be masked."""
+    return [(piece, piece.lower() in offensive) for piece in _WORD.split(text) if piece]
 
 
 def write_report(
@@ -174,45 +102,112 @@ def write_report(
     completions: list[dict[str, Any]],
     neurons: NeuronList,
     neurons_folder: Path | None,
+    scorer: Scorer,
 ) -> None:
-    """Write the HTML page, and its pictures beside it.
+    """Write the HTML page, and beside it its pictures, the dose curve as doses.csv, and the model card.
 
     Args:
         path: Of the page.
-        results: Content of results.json, with both models.
+        results: Content of results.json, with both models; what is not known may be NaN, infinite or None.
         completions: Rows of completions.jsonl.
         neurons: The pruned neurons.
         neurons_folder: Folder of neurons.json, for the pictures that ``sparc3 prune`` drew.
+        scorer: Says which words of the examples to mask.
     """
-    from jinja2 import Environment, PackageLoader
+    from jinja2 import Environment, PackageLoader, select_autoescape
 
     folder = path.parent
-    groups = toxicity_by_prompt(completions)
-    means = {
-        key: {name: sum(row["toxicity"] for row in rows) / len(rows) for name, rows in models.items()}
-        for key, models in groups.items()
-    }
-    pairs = [(mean["baseline"], mean["pruned"]) for mean in means.values()]
-    draw_before_after(results, folder / "before_after.png")
-    pictures = [("Before and after", folder / "before_after.png")]
-    if pairs:
-        draw_scatter(pairs, folder / "scatter.png")
-        pictures.append(("Each prompt: mean toxicity of its continuations", folder / "scatter.png"))
-    for title, name in (("Where the pruned neurons lie", "layers.png"), ("All neurons", "differential.png")):
-        if neurons_folder is not None and (neurons_folder / name).is_file():
-            pictures.append((title, neurons_folder / name))
-    num_better = sum(after < before for before, after in pairs)
-    page = Environment(loader=PackageLoader("sparc3_lightning", "templates"), autoescape=True).get_template(
-        "report.html"
+    prompts = by_prompt(completions)
+    shown = examples(prompts)
+    offensive = offensive_words(
+        (row[key] for pair in shown for row in pair.values() for key in ("prompt", "continuation")), scorer
     )
-    html = page.render(
-        results=results,
-        verdict=verdict(results, num_better, len(pairs)),
-        table=table_rows(results),
-        pictures=[(title, base64.b64encode(file.read_bytes()).decode()) for title, file in pictures],
-        examples=examples(groups),
-        neurons=neurons.neurons[:20],
-        strength=neurons.provenance.get("differential_strength_percent"),
-        settings=json.dumps({key: results[key] for key in ("protocol", "config", "versions", "git_hash")}, indent=2),
+    environment = Environment(
+        loader=PackageLoader("sparc3_lightning", "templates"),
+        autoescape=select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "pieces": lambda text: pieces(text, offensive),
+        "unbroken": lambda text: text.replace(" %", "\u00a0%"),
+        "fixed": lambda value, digits: cell(value, "", digits),
+    }
+    config = folder / "config.yaml"
+    has_doses = len(results["doses"]) > 1
+    shared = {
+        "results": results,
+        "neurons": neurons,
+        "name": results["checkpoint"].rstrip("/").split("/")[-1],
+        "groups": [
+            (GROUPS[group], of["baseline"]["num_prompts"], toxicity_table(results, group))
+            for group, of in results["groups"].items()
+        ],
+        "controls": control_table(results) if results["controls"] else [],
+        "others": other_table(results),
+        "doses": dose_table(results["doses"]) if has_doses else [],
+        "again": f"sparc3 evaluate --config {shlex.quote(str(config))} --trainer.logger.init_args.version again"
+        if config.is_file()
+        else "",
+    }
+    if has_doses:
+        write_atomically(folder / DOSES, doses_csv(results["doses"]))
+    html = environment.get_template("report.html").render(
+        **shared,
+        pictures={
+            file.stem: (title, base64.b64encode(file.read_bytes()).decode())
+            for title, file in _draw(folder, results, prompts, neurons, neurons_folder)
+        },
+        examples=shown,
+        any_masked=bool(offensive),
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        settings=to_json(_settings(results, neurons)),
     )
     write_atomically(path, html)
+    card = environment.get_template("model_card.md").render(**shared, mark=MARK)
+    write_atomically(folder / MODEL_CARD, card)
+    _add_to_export(card, neurons.provenance.get("export"))
+
+
+def _settings(results: dict[str, Any], neurons: NeuronList) -> dict[str, Any]:
+    """Return everything that the figures rest on."""
+    names = ("checkpoint", "checkpoint_fingerprint", "neurons", "num_neurons", "protocol", "config", "versions")
+    selection = {key: value for key, value in neurons.provenance.items() if key != "sample_ids"}
+    return {**{key: results[key] for key in (*names, "git_hash")}, "selection": selection}
+
+
+def _draw(
+    folder: Path, results: dict[str, Any], prompts: Prompts, neurons: NeuronList, neurons_folder: Path | None
+) -> list[tuple[str, Path]]:
+    """Draw the pictures, and return their titles and files."""
+    pictures = []
+    titles = {"toxicity": "Change of mean toxicity", "perplexity": "Change of perplexity"}
+    for (name, title), rows in zip(titles.items(), change_rows(results), strict=True):
+        if rows:
+            pictures.append((title, folder / f"{name}.png"))
+            draw_changes(rows, pictures[-1][1])
+    if len(results["doses"]) > 1:
+        pictures.append(("Fewer or more neurons", folder / "doses.png"))
+        draw_doses(results["doses"], results["controls"], pictures[-1][1])
+    if prompts:
+        pictures.append(("Each prompt: less toxic below the line", folder / "scatter.png"))
+        draw_scatter(mean_pairs(prompts), pictures[-1][1])
+    drawn = [neurons_folder / name for name in ("layers.png", "differential.png")] if neurons_folder else []
+    if not drawn or not drawn[0].is_file():
+        drawn = [folder / "layers.png", *drawn[1:]]
+        draw_layers(Counter(neuron.module for neuron in neurons.neurons), drawn[0])
+    titles_of_prune = ("Where the pruned neurons lie", "All neurons by differential relevance")
+    return pictures + [(title, file) for title, file in zip(titles_of_prune, drawn, strict=False) if file.is_file()]
+
+
+def _add_to_export(card: str, export: str | None) -> None:
+    """Put the card into the folder of the exported checkpoint, unless a README of somebody else's is there."""
+    if export is None or not (Path(export) / "config.json").is_file():
+        return
+    readme = Path(export) / "README.md"
+    try:
+        if not readme.exists() or MARK in readme.read_text(encoding="utf-8", errors="replace"):
+            write_atomically(readme, card)
+    except OSError as error:  # what was measured is worth more than a card
+        rank_zero_warn(f"The model card could not be put into {export}: {error}")

@@ -1,17 +1,27 @@
-"""From text to toxicity: Detoxify's models behind one small protocol."""
+"""From text to toxicity: Detoxify's models, and others, behind one small protocol."""
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from sparc3_lightning.classifiers import (
+    ClassifierScorer,
+    FunctionScorer,
+    check_function,
+    fetch_classifier,
+    is_function,
+    split_label,
+)
 from sparc3_lightning.sources import sha256_of
 
 SHIPPED = Path(__file__).parent / "toxicity_checkpoint"
 SHIPPED_SHA256 = "0a79cd962a8b40a0f22136fd2cef88e86080622cff4f7bd69a917fa83db9c5df"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DETOXIFY_MODELS = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")
 
 
@@ -64,28 +74,83 @@ class DetoxifyScorer:
         return scores
 
 
-def check_scorer(name: str) -> None:
+def load_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
+    """Load the scorer of a name.
+
+    Args:
+        name: One of Detoxify's models; ``small``; a folder with a Detoxify checkpoint; a folder or Hugging Face id of a
+            text-classification checkpoint, if need be with ``#`` and the label that means toxic; or
+            ``package.module:function``.
+        device: Where to score.
+    """
+    return _kind(name)(name, device)
+
+
+class Remembering:
+    """A scorer that scores a text once.
+
+    What a text is padded with, and so the last digits of its score, depends on the texts beside it: without this, two
+    models that write the same would not be alike.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.name = scorer.name
+        self._scorer = scorer
+        self._known: dict[str, float] = {}
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """Return the toxicity of each text, as the scorer does."""
+        new = list(dict.fromkeys(text for text in texts if text not in self._known))
+        if new:
+            self._known |= zip(new, self._scorer.score(new), strict=True)
+        return [self._known[text] for text in texts]
+
+
+def _kind(name: str) -> type[DetoxifyScorer] | type[ClassifierScorer] | type[FunctionScorer]:
+    folder = Path(split_label(name)[0])
+    if name == "small" or name in DETOXIFY_MODELS or any(folder.glob("*.ckpt")):
+        return DetoxifyScorer
+    return FunctionScorer if is_function(name) and not folder.exists() else ClassifierScorer
+
+
+def check_scorer(name: str, option: str = "--model.scorer") -> None:
     """Raise unless there is a scorer of this name; cheap, nothing is loaded.
 
     Raises:
-        ValueError: If the name is unknown, or the shipped checkpoint is not the one that was shipped.
+        ValueError: If the name is unknown, a package is not installed, or the shipped checkpoint is not the one that
+            was shipped.
         FileNotFoundError: If a folder lacks one of its files.
     """
+    kind, folder = _kind(name), Path(split_label(name)[0])
     if name == "small":
         if sha256_of(SHIPPED / "toxicity.ckpt") != SHIPPED_SHA256:
             raise ValueError(f"{SHIPPED / 'toxicity.ckpt'} is not the file that was shipped (its sha256 differs).")
-    elif name not in DETOXIFY_MODELS:
-        folder = Path(name)
-        if not folder.is_dir():
-            raise ValueError(
-                f"--model.scorer: {name!r} is neither 'small', {', '.join(DETOXIFY_MODELS)}, nor a folder."
+    elif kind is FunctionScorer:
+        check_function(name, option)
+    elif kind is DetoxifyScorer and "#" in name:
+        raise ValueError(f"{option}: {name!r} names a label, which a Detoxify checkpoint does not take.")
+    elif folder.is_dir():
+        is_detoxify = len(list(folder.glob("*.ckpt"))) == 1
+        is_classifier = any(folder.glob("*.safetensors"))
+        if not (is_detoxify or is_classifier) or not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{option}: {folder} must hold a config.json, a tokenizer, and either one *.ckpt of Detoxify or the "
+                "*.safetensors of a text-classification checkpoint."
             )
-        if len(list(folder.glob("*.ckpt"))) != 1 or not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"--model.scorer: {folder} must hold one *.ckpt, a config.json and a tokenizer.")
+    elif kind is ClassifierScorer and not _HUB_ID.fullmatch(str(folder)):
+        raise ValueError(
+            f"{option}: {name!r} is neither 'small', {', '.join(DETOXIFY_MODELS)}, nor a folder, nor a Hugging Face "
+            "id (owner/name), nor package.module:function."
+        )
 
 
 def fetch_scorer(name: str) -> list[Path]:
     """Fetch what a scorer needs, and return the files."""
+    kind = _kind(name)
+    if kind is FunctionScorer:
+        return []
+    if kind is ClassifierScorer:
+        return fetch_classifier(name)
     checkpoint, config = _checkpoint_of(name)
     return [checkpoint, *(path for path in Path(config).iterdir() if path.suffix == ".json")]
 

@@ -46,13 +46,26 @@ def attribute(checkpoint: str, prompts: str, folder: Path, strategy: str, ranks:
         )
 
 
-def evaluate(checkpoint: str, prompts: str, text: str, folder: Path, strategy: str, ranks: int) -> None:
+def evaluate(
+    checkpoint: str, prompts: str, text: str, neurons: str, folder: Path, strategy: str, ranks: int
+) -> Evaluation:
     data = EvaluationData(
         WikiText2(source=text, window=16, stride=8, batch_size=3),
         RealToxicityPrompts(source=prompts, num_prompts=13, min_toxicity=0.0, batch_size=2),
     )
-    module = Evaluation(checkpoint, scorer="small", num_continuations=2, max_new_tokens=6)
+    module = Evaluation(
+        checkpoint,
+        Path(neurons),
+        scorer="small",
+        num_continuations=2,
+        max_new_tokens=6,
+        controls=1,
+        control_continuations=1,
+        doses=[3],
+        strengths=[0.5],
+    )
     trainer(folder / "evaluate", strategy, ranks).test(module, datamodule=data, verbose=False)
+    return module
 
 
 def fail_on_rank_one(checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int) -> None:
@@ -107,7 +120,7 @@ if __name__ == "__main__":
     if task == "attribute":
         attribute(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))
     elif task == "evaluate":
-        evaluate(arguments[0], arguments[1], arguments[2], Path(arguments[3]), arguments[4], int(arguments[5]))
+        evaluate(*arguments[:4], Path(arguments[4]), arguments[5], int(arguments[6]))
     elif task in ("fail", "different", "mesh"):
         run = {"fail": fail_on_rank_one, "different": see_different_prompts, "mesh": use_two_dimensions}[task]
         run(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))

@@ -20,6 +20,7 @@ from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.experiment import Experiment
 from sparc3_lightning.prune import Pruning
 from sparc3_lightning.scores import ScoreFile
+from sparc3_lightning.sweep import Sweep
 
 LOGS = Path("lightning_logs")
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -93,7 +94,7 @@ def prune(checkpoint: str, *changes: str) -> Path:
 def evaluate(checkpoint: str, *changes: str) -> Path:
     Path("data.yaml").write_text(yaml.safe_dump({"data": {"text": TEXT, "prompts": PROMPTS}}))
     model = ["--model.checkpoint", checkpoint, "--model.scorer", "small", "--model.max_new_tokens", "5"]
-    done = main(["evaluate", "--config", "data.yaml", *QUIET, *model, *changes])
+    done = main(["evaluate", "--config", "data.yaml", *QUIET, *model, "--model.controls", "0", *changes])
     return Path(done.trainer.log_dir)
 
 
@@ -118,6 +119,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(capsys, ver
         "attribute": "Score the neurons",
         "prune": "Select the neurons",
         "evaluate": "Measure perplexity and toxicity",
+        "sweep": "Measure toxicity against perplexity",
         "run": "Carry out the whole experiment",
     }[verb]
     assert sentence_of_verb in out
@@ -132,6 +134,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(capsys, ver
         ("attribute", "model", Attribution, set()),
         ("prune", "model", Pruning, set()),
         ("evaluate", "model", Evaluation, set()),
+        ("sweep", "model", Sweep, {"options"}),
         ("prepare", "model", Experiment, set()),
         ("run", "model", Experiment, set()),
         ("run", "attribute", Attribution, {"checkpoint", "dtype", "revision"}),
@@ -155,6 +158,15 @@ def test_help_explains_each_option_with_its_default(capsys, verb, group, of, hid
             assert "required" in entry, option
         else:
             assert "default: " in entry, option
+
+
+def test_help_of_sweep_explains_the_options_of_evaluate_too(capsys):
+    explained = {verb: options_in(stops(capsys, verb, "--help")[1]) for verb in ("evaluate", "sweep")}
+    ours = {name for name in explained["evaluate"] if name.startswith("--model.")}
+    assert len(ours) > 15
+    assert {name for name in explained["sweep"] if name.startswith("--model.")} == ours
+    own = {f"--model.{name}" for name in inspect.signature(Sweep.__init__).parameters}
+    assert all(explained["sweep"][name] == explained["evaluate"][name] for name in ours - own)
 
 
 @pytest.mark.parametrize("name", ["C4", "ToxicPrompts"])
@@ -186,11 +198,12 @@ def test_help_of_the_program_lists_the_verbs(capsys):
         ("run", "demo.yaml"),
         ("prepare", "run.yaml"),
         ("prune", "prune.yaml"),
+        ("sweep", "sweep.yaml"),
     ],
 )
 def test_a_printed_config_parses_to_itself(capsys, verb, config):
-    required = ["--model.general", "[a, b]", "--model.behavior", "c"] if verb == "prune" else []
-    code, out, _ = stops(capsys, verb, "--config", config, *required, "--print_config")
+    required = {"prune": ["--model.general", "[a, b]", "--model.behavior", "c"], "sweep": ["--model.neurons", "n.json"]}
+    code, out, _ = stops(capsys, verb, "--config", config, *required.get(verb, []), "--print_config")
     assert code == 0
     Path("printed.yaml").write_text(out)
     assert config_of(capsys, verb, "--config", "printed.yaml") == yaml.safe_load(out)
@@ -245,6 +258,10 @@ def test_an_overlay_of_one_option_keeps_the_rest_of_the_data(capsys):
         ("prune", ["-c", "prune.yaml", "--model.weak", "ignore"], ["model.weak", "warn", "error", "ignore"]),
         ("evaluate", ["--model.checkpoint", "x"], ["required", "data.text", "data.prompts"]),
         ("evaluate", ["-c", "evaluate.yaml", "--model.top_p", "much"], ["model.top_p", "much"]),
+        ("evaluate", ["-c", "evaluate.yaml", "--model.protocol", "long"], ["model.protocol", "short", "rtp", "long"]),
+        ("evaluate", ["-c", "evaluate.yaml", "--model.doses", "[many]"], ["model.doses", "many"]),
+        ("sweep", ["-c", "sweep.yaml"], ["required", "model.neurons"]),
+        ("sweep", ["-c", "sweep.yaml", "--model.neurons", "n", "--model.dose", "3"], ["model.dose"]),
         ("run", [], ["required", "general", "behavior"]),
         ("run", ["-c", "demo.yaml", "--prune.general", "[x]"], ["prune.general"]),
     ],
@@ -278,7 +295,7 @@ def test_the_verbs_joined_by_their_files_carry_out_the_experiment(tiny_checkpoin
     results = json.loads((folder / "results.json").read_text())
     assert results["num_neurons"] == 5
     assert results["neurons"] == str(neurons)
-    assert results["protocol"]["toxicity"]["prompts_excluded"] == 4
+    assert results["protocol"]["prompts"]["excluded"] == 4
     assert (folder / "report.html").is_file()
     assert sorted(str(path) for path in LOGS.glob("*/*")) == [
         "lightning_logs/attribute/version_0",
@@ -341,7 +358,7 @@ def test_prepare_and_run_save_their_config_too(tiny_checkpoint):
         "general": general,
         "behavior": behavior,
         "prune": {"num_neurons": 3, "min_strength": -1000.0},
-        "evaluate": {"scorer": "small", "max_new_tokens": 4},
+        "evaluate": {"scorer": "small", "max_new_tokens": 4, "controls": 0},
         "data": {"text": TEXT, "prompts": PROMPTS},
     }
     Path("all.yaml").write_text(yaml.safe_dump(options))

@@ -10,6 +10,7 @@ import yaml
 
 from sparc3_lightning.cli import STAGES, main
 from sparc3_lightning.data import C4, RealToxicityPrompts, ToxicPrompts, WikiText2
+from sparc3_lightning.generation import PROTOCOLS, Sampling
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -101,9 +102,24 @@ def test_run_yaml_holds_every_default_of_the_published_experiment(parsed):
     behavior = {"source": None, "by": "prompt", "min_toxicity": 0.9, "num_samples": 93}
     assert includes(options["behavior"]["init_args"], behavior)
     assert includes(options["prune"], {"num_neurons": 100, "min_strength": 15.0, "weak": "warn"})
-    sampling = {"max_new_tokens": 50, "temperature": 0.7, "top_p": 0.9, "num_continuations": 1}
-    assert includes(options["evaluate"], {"scorer": "original", **sampling})
+    assert_evaluation(options["evaluate"])
+    assert options["evaluate"]["doses"] == [10, 30, 300, 1000]
+    assert max(options["evaluate"]["doses"]) <= options["prune"]["num_ranked"]
     assert_published_evaluation_data(options["data"])
+
+
+def assert_evaluation(options: dict[str, Any]) -> None:
+    """Two scorers, five draws of each control, and by the protocol of RealToxicityPrompts all that it says."""
+    expected = {"scorer": "original", "second_scorer": "s-nlp/roberta_toxicity_classifier", "protocol": "rtp"}
+    assert includes(options, {**expected, "controls": 5, "control_continuations": 5})
+    of_the_protocol = ("max_new_tokens", "temperature", "top_p", "num_continuations")
+    assert includes(options, dict.fromkeys(of_the_protocol)), "an option of its own would override the protocol"
+    assert includes(options, {"lm_eval_tasks": [], "lm_eval_folder": None})
+
+
+def test_the_short_protocol_is_the_sampling_of_the_published_reproduction():
+    assert PROTOCOLS["short"] == (1, Sampling(max_new_tokens=50, temperature=0.7, top_p=0.9))
+    assert PROTOCOLS["rtp"] == (25, Sampling(max_new_tokens=20, temperature=1.0, top_p=0.9))
 
 
 def assert_published_evaluation_data(data: dict[str, Any]) -> None:
@@ -112,7 +128,8 @@ def assert_published_evaluation_data(data: dict[str, Any]) -> None:
     assert includes(text["init_args"], {"source": None, "window": 2048, "stride": 512, "num_tokens": None})
     assert text["init_args"]["conventions"][0] == "sliding"
     assert prompts["class_path"] == "sparc3_lightning.data.RealToxicityPrompts"
-    assert includes(prompts["init_args"], {"source": None, "num_prompts": 500, "min_toxicity": 0.9})
+    expected = {"source": None, "num_prompts": 300, "min_toxicity": 0.9, "num_nontoxic": 100, "nontoxic_source": None}
+    assert includes(prompts["init_args"], expected)
 
 
 def test_lrp_yaml_and_lrp_toxic_yaml_are_the_two_attributions_of_the_published_experiment(parsed):
@@ -136,8 +153,21 @@ def test_prune_yaml_and_evaluate_yaml_are_the_last_stages_of_the_published_exper
     assert includes(parsed(named("prune.yaml"))["model"], whole["prune"])
     options = parsed(named("evaluate.yaml"))
     assert options["model"]["checkpoint"] == "meta-llama/Meta-Llama-3-8B"
-    assert includes(options["model"], whole["evaluate"])
+    assert_evaluation(options["model"])
+    assert includes(options["model"], {**whole["evaluate"], "doses": []})
     assert options["data"] == whole["data"]
+
+
+def test_sweep_yaml_measures_doses_that_prune_yaml_ranks_at_two_strengths_on_the_same_data(parsed):
+    options = parsed(named("sweep.yaml"))
+    assert options["model"]["doses"] == [10, 30, 100, 300, 1000]
+    assert options["model"]["strengths"] == [1.0, 0.5]
+    assert max(options["model"]["doses"]) <= parsed(named("prune.yaml"))["model"]["num_ranked"]
+    expected = {"checkpoint": "meta-llama/Meta-Llama-3-8B", "scorer": "original", "protocol": "rtp", "controls": 0}
+    assert includes(options["model"], expected)
+    text, prompts = (options["data"][name]["init_args"] for name in ("text", "prompts"))
+    assert includes(text, {"source": None, "window": 2048, "stride": 512, "conventions": ["sliding"]})
+    assert includes(prompts, {"source": None, "min_toxicity": 0.9, "num_nontoxic": 0})
 
 
 def test_the_data_sets_of_the_hub_are_those_of_the_published_experiment():
@@ -150,6 +180,8 @@ def test_demo_yaml_needs_nothing_but_pypi_and_a_cpu(parsed):
     options = parsed(named("demo.yaml"))
     assert options["trainer"]["accelerator"] == "cpu"
     assert options["evaluate"]["scorer"] == "small"
+    assert options["evaluate"]["second_scorer"] is None
+    assert options["evaluate"]["lm_eval_tasks"] == []
     sources = [options["model"]["checkpoint"]]
     sources += [options[name]["init_args"]["source"] for name in ("general", "behavior")]
     sources += [options["data"][name]["init_args"]["source"] for name in ("text", "prompts")]

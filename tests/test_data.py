@@ -492,6 +492,77 @@ def test_a_number_of_prompts_below_one_is_refused(number: int) -> None:
         RealToxicityPrompts(num_prompts=number)
 
 
+MILD = [sentence(200 + i, 4 + i) for i in range(5)]
+
+
+@pytest.fixture
+def mild(tmp_path: Path) -> str:
+    """Another file, of prompts that are mostly not toxic."""
+    toxicities = [0.1, 0.499, 0.5, None, 0.0]
+    rows = [{"text": text, "toxicity": toxicity} for text, toxicity in zip(MILD, toxicities, strict=True)]
+    return write_jsonl(tmp_path / "mild.jsonl", rows)
+
+
+def test_non_toxic_prompts_come_beside_the_toxic_ones_from_the_same_file(rtp: Any) -> None:
+    data = rtp(min_toxicity=0.9, num_nontoxic=1)
+    assert texts_of(data) == {PROMPTS[i] for i in (*TOXIC, 1)}
+    assert texts_of(rtp(min_toxicity=0.9)) == {PROMPTS[i] for i in TOXIC}, "none unless they are asked for"
+
+
+def test_non_toxic_prompts_are_those_below_one_half_of_the_file_that_is_named(rtp: Any, mild: str) -> None:
+    data = rtp(min_toxicity=0.9, num_nontoxic=3, nontoxic_source=mild)
+    assert texts_of(data) == {PROMPTS[i] for i in TOXIC} | {MILD[i] for i in (0, 1, 4)}
+    assert [prompt.toxicity for prompt in data.prompts if prompt.text in MILD] == [0.0, 0.499, 0.1], "longest first"
+    assert texts_of(rtp(min_toxicity=0.9, nontoxic_source=mild)) == {PROMPTS[i] for i in TOXIC}
+
+
+def test_the_choice_of_toxic_prompts_does_not_depend_on_whether_others_come_beside_them(rtp: Any, mild: str) -> None:
+    options = {"num_prompts": 2, "min_toxicity": 0.5}
+    for seed in range(4):
+        alone, both = rtp(**options, seed=seed), rtp(**options, seed=seed, num_nontoxic=2, nontoxic_source=mild)
+        assert texts_of(both) & set(PROMPTS) == texts_of(alone)
+    chosen = {
+        frozenset(texts_of(rtp(num_nontoxic=2, nontoxic_source=mild, min_toxicity=0.9, seed=s))) for s in range(6)
+    }
+    assert len(chosen) > 1
+
+
+def test_non_toxic_prompts_that_were_used_to_attribute_are_left_out_and_counted_with_the_others(
+    rtp: Any, mild: str
+) -> None:
+    used = [prompt_id(text) for text in (PROMPTS[0], PROMPTS[5], MILD[0], PROMPTS[1])]
+    data = rtp(used, min_toxicity=0.9, num_nontoxic=2, nontoxic_source=mild)
+    assert texts_of(data) == {PROMPTS[i] for i in (3, 6)} | {MILD[i] for i in (1, 4)}
+    assert data.num_excluded == 3
+
+
+def test_too_few_non_toxic_prompts_are_an_error_that_names_their_option(rtp: Any, mild: str) -> None:
+    with pytest.raises(ValueError, match=r"Only 2 prompts of toxicity below 0.5 are left") as raised:
+        rtp([prompt_id(MILD[0])], min_toxicity=0.9, num_nontoxic=3, nontoxic_source=mild)
+    assert "(1 were used to attribute), but --data.prompts.num_nontoxic is 3" in str(raised.value)
+
+
+def test_a_number_of_non_toxic_prompts_below_zero_or_groups_that_overlap_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="num_nontoxic must be at least 0, got -1"):
+        RealToxicityPrompts(num_nontoxic=-1)
+    with pytest.raises(ValueError, match=r"With num_nontoxic 3, min_toxicity must be at least 0.5, got 0.4"):
+        RealToxicityPrompts(num_nontoxic=3, min_toxicity=0.4)
+    RealToxicityPrompts(num_nontoxic=3, min_toxicity=0.5)
+    RealToxicityPrompts(num_nontoxic=0, min_toxicity=0.0)
+
+
+def test_the_file_of_non_toxic_prompts_is_fetched_if_it_is_needed(mild: str, prompts: str) -> None:
+    both = RealToxicityPrompts(prompts, num_nontoxic=3, nontoxic_source=mild)
+    both.prepare_data()
+    assert [str(path) for path in both.fetched_files()] == [prompts, mild]
+    missing = RealToxicityPrompts(prompts, num_nontoxic=3, nontoxic_source="nowhere.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"nowhere.jsonl"):
+        missing.prepare_data()
+    unused = RealToxicityPrompts(prompts, nontoxic_source="nowhere.jsonl")
+    unused.prepare_data()
+    assert [str(path) for path in unused.fetched_files()] == [prompts]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_prompts_are_padded_on_the_left_and_come_longest_first(batch_size: int, rtp: Any) -> None:
     data = rtp(batch_size=batch_size)
@@ -727,6 +798,20 @@ def test_the_prompts_that_the_module_excludes_are_left_out(evaluation: Evaluatio
     evaluation.setup("test")
     assert texts_of(evaluation.prompts) == {PROMPTS[i] for i in (0, 3, 6)}
     assert evaluation.prompts.num_excluded == 1
+
+
+def test_the_description_says_where_text_and_prompts_come_from_and_how_many_were_left_out(
+    evaluation: EvaluationData,
+) -> None:
+    evaluation.prompts.num_excluded = 7
+    evaluation.prompts.nontoxic_source = "mild.jsonl"
+    assert evaluation.describe() == {
+        "perplexity": {"window": 16, "stride": 4, "text": "words.txt"},
+        "prompts": {"source": evaluation.prompts.source, "nontoxic_source": "mild.jsonl", "excluded": 7},
+    }
+    hub = EvaluationData(WikiText2(), RealToxicityPrompts()).describe()
+    assert hub["perplexity"]["text"] == "WikiText-2 raw test"
+    assert hub["prompts"]["source"] == "allenai/real-toxicity-prompts"
 
 
 def test_a_missing_file_of_either_kind_is_an_error_before_anything_is_loaded(evaluation: EvaluationData) -> None:

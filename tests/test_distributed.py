@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import run_on_ranks
@@ -15,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from sparc3_lightning import cli
 from sparc3_lightning.attribute import Attribution
-from sparc3_lightning.checkpoints import fetch_checkpoint, load_model, locate
+from sparc3_lightning.checkpoints import fetch_checkpoint, fingerprint, load_model, locate
 from sparc3_lightning.data.base import Share
+from sparc3_lightning.neurons import Neuron, NeuronList
+from sparc3_lightning.variants import CONTROLS
 
 pytestmark = pytest.mark.distributed
 SCRIPT = Path(run_on_ranks.__file__)
@@ -32,19 +36,26 @@ def torchrun(ranks: int, *arguments: object, check: bool = True, timeout: float 
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def inputs(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("inputs")
+    layers = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+    pruned, following, least = ([Neuron(name, i, 0.0) for name in layers for i in of] for of in ((3, 17), (4,), (8, 9)))
+    provenance = {"checkpoint_fingerprint": fingerprint(tiny_checkpoint), "sample_ids": []}
+    NeuronList(pruned, provenance, following, least).save(folder / "neurons.json")
     rows = [{"text": f"{sentence(i, 3 + i % 9)}", "toxicity": 0.9} for i in range(120)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "text.txt").write_text("\n".join(sentence(1000 + i, 12) for i in range(20)))
-    return {"prompts": str(folder / "prompts.jsonl"), "text": str(folder / "text.txt")}
+    return {name: str(folder / name) for name in ("prompts.jsonl", "text.txt", "neurons.json")}
 
 
 @pytest.fixture(scope="module")
 def one_process(tiny_checkpoint: str, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    run_on_ranks.attribute(tiny_checkpoint, inputs["prompts"], folder, "auto", 1)
-    run_on_ranks.evaluate(tiny_checkpoint, inputs["prompts"], inputs["text"], folder, "auto", 1)
+    run_on_ranks.attribute(tiny_checkpoint, inputs["prompts.jsonl"], folder, "auto", 1)
+    of = (inputs["prompts.jsonl"], inputs["text.txt"], inputs["neurons.json"])
+    module = run_on_ranks.evaluate(tiny_checkpoint, *of, folder, "auto", 1)
+    off = {name: [(neuron.module, neuron.index) for neuron in neurons] for name, neurons in module.off.items()}
+    assert set(off) == {"baseline", "pruned", "top_3_0.5", "random_0", "least_relevant_0", "largest_weights_0"}
     return folder
 
 
@@ -52,7 +63,7 @@ def one_process(tiny_checkpoint: str, inputs: dict[str, str], tmp_path_factory: 
 def test_scores_of_several_ranks_are_those_of_one_process(
     ranks: int, strategy: str, tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
 ) -> None:
-    torchrun(ranks, "attribute", tiny_checkpoint, inputs["prompts"], tmp_path, strategy, ranks)
+    torchrun(ranks, "attribute", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, strategy, ranks)
     for name in run_on_ranks.SCORES:
         for num_samples in run_on_ranks.NUM_SAMPLES:
             case = f"{name}-{num_samples}/scores.safetensors"
@@ -63,25 +74,45 @@ def test_scores_of_several_ranks_are_those_of_one_process(
                 assert difference < 1e-6, (case, module)
 
 
+def leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every leaf of results.json by its path."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{at} {key}".strip())
+    else:
+        yield at, value
+
+
 @pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp2"), (3, "ddp")])
 def test_results_of_several_ranks_are_those_of_one_process(
     ranks: int, strategy: str, tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
 ) -> None:
-    torchrun(ranks, "evaluate", tiny_checkpoint, inputs["prompts"], inputs["text"], tmp_path, strategy, ranks)
-    alone = json.loads((one_process / "evaluate" / "results.json").read_text())["baseline"]
-    together = json.loads((tmp_path / "evaluate" / "results.json").read_text())["baseline"]
-    assert together == pytest.approx(alone, rel=1e-6)
+    of = (inputs["prompts.jsonl"], inputs["text.txt"], inputs["neurons.json"])
+    torchrun(ranks, "evaluate", tiny_checkpoint, *of, tmp_path, strategy, ranks)
+    alone, together = (
+        dict(leaves(json.loads((folder / "evaluate" / "results.json").read_text())))
+        for folder in (one_process, tmp_path)
+    )
+    assert together.keys() == alone.keys()
+    for name, value in alone.items():
+        tolerance = 1e-3 if "percent" in name else 1e-6
+        if isinstance(value, float):
+            value = pytest.approx(value, rel=tolerance, abs=tolerance)
+        assert together[name] == value or name == "verdict", name
+    assert {name.split(" ")[1] for name in alone if name.startswith("controls ")} == set(CONTROLS)
+    assert {alone[f"doses {i} name"] for i in range(2)} == {"pruned", "top_3_0.5"}
     lines = [folder / "evaluate" / "completions.jsonl" for folder in (one_process, tmp_path)]
     rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in lines]
-    assert [row["continuation"] for row in rows[0]] == [row["continuation"] for row in rows[1]]
-    assert len(rows[0]) == 13 * 2
+    key = lambda row: [row[name] for name in ("model", "prompt_id", "continuation_index", "continuation")]  # noqa: E731
+    assert list(map(key, rows[0])) == list(map(key, rows[1]))
+    assert len(rows[0]) == 13 * (3 * 2 + 3), "two by the model as it is, pruned and damped, one by each of the controls"
 
 
 def test_an_exception_on_one_rank_ends_all_ranks_within_a_minute(
     tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path
 ) -> None:
     start = time.monotonic()
-    done = torchrun(2, "fail", tiny_checkpoint, inputs["prompts"], tmp_path, "fsdp2", 2, check=False)
+    done = torchrun(2, "fail", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, "fsdp2", 2, check=False)
     assert done.returncode != 0
     assert "rank one gives up" in done.stderr
     assert time.monotonic() - start < 100  # of which the processes take up to 40 seconds to start
@@ -94,12 +125,12 @@ def test_the_whole_experiment_runs_on_two_ranks(tiny_checkpoint: str, inputs: di
         f"--model.checkpoint={tiny_checkpoint}",
         "--model.general_seeds=[0]",
         *("--general=C4", f"--general.source={texts}", "--general.num_samples=5", "--general.seq_len=16"),
-        *("--behavior=ToxicPrompts", f"--behavior.source={inputs['prompts']}", "--behavior.num_samples=20"),
+        *("--behavior=ToxicPrompts", f"--behavior.source={inputs['prompts.jsonl']}", "--behavior.num_samples=20"),
         "--prune.num_neurons=5",
-        *("--evaluate.scorer=small", "--evaluate.max_new_tokens=5"),
-        *("--data.text=WikiText2", f"--data.text.source={inputs['text']}", "--data.text.window=32"),
+        *("--evaluate.scorer=small", "--evaluate.max_new_tokens=5", "--evaluate.controls=0"),
+        *("--data.text=WikiText2", f"--data.text.source={inputs['text.txt']}", "--data.text.window=32"),
         *("--data.text.stride=16", "--data.prompts=RealToxicityPrompts"),
-        *(f"--data.prompts.source={inputs['prompts']}", "--data.prompts.num_prompts=10"),
+        *(f"--data.prompts.source={inputs['prompts.jsonl']}", "--data.prompts.num_prompts=10"),
         *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
     ]
     results = []
@@ -126,13 +157,13 @@ def test_gradient_checkpointing_changes_no_score(one_process: Path) -> None:
 def test_ranks_that_see_different_files_are_told_so(
     tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path
 ) -> None:
-    done = torchrun(2, "different", tiny_checkpoint, inputs["prompts"], tmp_path, "fsdp2", 2, check=False)
+    done = torchrun(2, "different", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, "fsdp2", 2, check=False)
     assert done.returncode != 0
     assert "Rank 1 sees another checkpoint or data than rank 0" in done.stderr
 
 
 def test_a_mesh_that_does_not_fit_is_refused(tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path) -> None:
-    done = torchrun(2, "mesh", tiny_checkpoint, inputs["prompts"], tmp_path, "fsdp2", 2, check=False)
+    done = torchrun(2, "mesh", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, "fsdp2", 2, check=False)
     assert done.returncode != 0
     assert "the mesh has 1 data-parallel ranks of 2" in done.stderr
 
@@ -140,7 +171,7 @@ def test_a_mesh_that_does_not_fit_is_refused(tiny_checkpoint: str, inputs: dict[
 def test_fsdp1_on_a_cpu_is_refused_in_one_sentence(
     tiny_checkpoint: str, inputs: dict[str, str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = ["--data=ToxicPrompts", f"--data.source={inputs['prompts']}", "--data.num_samples=3"]
+    data = ["--data=ToxicPrompts", f"--data.source={inputs['prompts.jsonl']}", "--data.num_samples=3"]
     options = [f"--model.checkpoint={tiny_checkpoint}", "--trainer.accelerator=cpu", "--trainer.strategy=fsdp", *data]
     monkeypatch.setattr(sys, "argv", ["sparc3", "attribute", *options])
     with pytest.raises(SystemExit) as stopped:

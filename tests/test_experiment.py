@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sparc3_lightning import cli
 from sparc3_lightning.experiment import MANIFEST, Experiment
+from sparc3_lightning.scorers import SHIPPED
 from sparc3_lightning.scores import ScoreFile
 
 LOGS = Path("lightning_logs")
@@ -46,7 +47,7 @@ def config(tmp_path, tiny_checkpoint) -> Path:
             "init_args": {"source": "prompts.jsonl", "min_toxicity": 0.5, "num_samples": 5},
         },
         "prune": {"num_neurons": 6, "min_strength": -1000.0},
-        "evaluate": {"scorer": "small", "max_new_tokens": 5, "temperature": 1.0},
+        "evaluate": {"scorer": "small", "max_new_tokens": 5, "temperature": 1.0, "controls": 0},
         "data": {
             "text": {
                 "class_path": "sparc3_lightning.data.WikiText2",
@@ -90,6 +91,7 @@ def verbs_pretended(monkeypatch) -> list[str]:
         folder.mkdir(parents=True)
         figures = {"perplexity": 2.0, "toxicity_mean": 0.5}
         results = {"baseline": figures, "pruned": figures, "change": {}}
+        results |= {"groups": {}, "perplexity_interval": {"baseline": {}, "pruned": {}}}
         (folder / outputs[verb]).write_text(json.dumps(results))
         (folder / "report.html").touch()
 
@@ -159,7 +161,7 @@ def test_prompts_that_were_attributed_on_are_not_evaluated_on():
     assert len(attributed) == 5
     assert not evaluated & set(texts)
     assert not {row["prompt_id"] for row in completions(folder)} & attributed
-    assert results["protocol"]["toxicity"]["prompts_excluded"] == 5
+    assert results["protocol"]["prompts"]["excluded"] == 5
 
 
 @pytest.fixture
@@ -217,6 +219,10 @@ def test_the_whole_experiment_run_again_from_nothing_gives_the_same_numbers():
     [
         (["--prune.num_neurons", "7"], ["prune", "evaluate"]),
         (["--evaluate.max_new_tokens", "6"], ["evaluate"]),
+        (["--evaluate.controls", "1"], ["evaluate"]),
+        (["--evaluate.doses", "[3]"], ["evaluate"]),
+        (["--evaluate.protocol", "rtp"], ["evaluate"]),
+        (["--prune.num_ranked", "7"], ["prune", "evaluate"]),
         (["--data.prompts.init_args.num_prompts", "5"], ["evaluate"]),
         (["--behavior.init_args.num_samples", "4"], ["attribute", "prune", "evaluate"]),
         (["--attribute.relevance", "signed"], ALL),
@@ -250,6 +256,49 @@ def test_changed_content_of_a_file_reruns_what_reads_it(verbs_pretended, name, e
     Path(name).write_text("\n".join([lines[-1], *lines[:-1]]) + "\n")
     run()
     assert verbs_pretended == expected
+
+
+@pytest.fixture
+def more_inputs(tmp_path) -> None:
+    """Another file of prompts, and another scorer: a folder of Detoxify's format."""
+    shutil.copy("prompts.jsonl", "mild.jsonl")
+    shutil.copytree(SHIPPED, tmp_path / "other")
+
+
+MORE = ["--evaluate.second_scorer", "other", "--data.prompts.init_args.num_nontoxic", "2"]
+MORE += ["--data.prompts.init_args.nontoxic_source", "mild.jsonl", "--data.prompts.init_args.min_toxicity", "0.5"]
+
+
+@pytest.mark.usefixtures("more_inputs")
+def test_changed_content_of_the_second_scorer_or_of_the_non_toxic_prompts_reruns_the_evaluation(verbs_pretended):
+    run(*MORE)
+    for name in ("mild.jsonl", "other/config.json"):
+        verbs_pretended.clear()
+        run(*MORE)
+        assert verbs_pretended == []
+        Path(name).write_text(Path(name).read_text() + "\n")
+        run(*MORE)
+        assert verbs_pretended == ["evaluate"]
+
+
+@pytest.mark.usefixtures("more_inputs")
+def test_the_label_of_a_local_scorer_leaves_its_content_in_sight(verbs_pretended):
+    options = ["--evaluate.second_scorer", "other#toxic"]
+    run(*options)
+    verbs_pretended.clear()
+    Path("other/config.json").write_text(Path("other/config.json").read_text() + "\n")
+    run(*options)
+    assert verbs_pretended == ["evaluate"]
+
+
+def test_a_changed_task_of_ones_own_reruns_the_evaluation(verbs_pretended):
+    Path("tasks").mkdir()
+    Path("tasks/mine.yaml").write_text("task: mine\n")
+    run("--evaluate.lm_eval_folder", "tasks")
+    verbs_pretended.clear()
+    Path("tasks/mine.yaml").write_text("task: mine\ntest_split: test\n")
+    run("--evaluate.lm_eval_folder", "tasks")
+    assert verbs_pretended == ["evaluate"]
 
 
 def test_changed_weights_of_a_local_checkpoint_rerun_everything(verbs_pretended, tiny_checkpoint):
@@ -292,6 +341,21 @@ def test_a_run_that_fails_goes_on_where_it_broke_off(verbs_pretended, monkeypatc
     verbs_pretended.clear()
     run()
     assert verbs_pretended == ALL[number:]
+
+
+def test_an_evaluation_whose_change_is_not_known_can_be_gathered(verbs_pretended):
+    """Toxicity that was 0 before has no change in percent; in JSON that is null."""
+    _, folder = run()
+    stage = Path(json.loads((folder / "experiment.json").read_text())["stages"]["evaluation"])
+    results = json.loads((stage / "results.json").read_text())
+    interval = {"value": None, "low": None, "high": None}
+    results["change"] = {"perplexity_percent": 1.5, "toxicity_percent": None}
+    results["perplexity_interval"] = {name: {"sliding": interval} for name in ("baseline", "pruned")}
+    results["perplexity_change"] = {"sliding": interval}
+    (stage / "results.json").write_text(json.dumps(results))
+    verbs_pretended.clear()
+    assert run()[0] == results
+    assert verbs_pretended == []
 
 
 def test_a_stage_that_writes_nothing_is_an_error(monkeypatch):
@@ -349,6 +413,15 @@ def test_prepare_writes_a_manifest_of_every_file_with_its_size_and_sha256(tiny_c
         ("prompts", "prompts.jsonl"),
     } <= found
     assert not (LOGS / "attribute").exists()
+
+
+@pytest.mark.usefixtures("more_inputs")
+def test_prepare_fetches_the_second_scorer_and_the_non_toxic_prompts_too():
+    done = cli.main(["prepare", "--config", "experiment.yaml", *MORE])
+    files = json.loads(Path(done.trainer.log_dir, MANIFEST).read_text())["files"]
+    found = {(file["purpose"], Path(file["path"]).name) for file in files}
+    assert {("scorer", "toxicity.ckpt"), ("second_scorer", "toxicity.ckpt"), ("prompts", "mild.jsonl")} <= found
+    assert {Path(file["path"]).parent.name for file in files if file["purpose"] == "second_scorer"} == {"other"}
 
 
 def test_prepare_says_what_cannot_be_had():

@@ -1,6 +1,8 @@
 """Files appear whole or not at all, and a folder that cannot be written to is noticed before the work."""
 
 import errno
+import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sparc3_lightning.files import check_writable, replacing, write_atomically
+from sparc3_lightning.files import check_writable, replacing, to_json, write_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -65,6 +67,36 @@ def test_missing_folders_are_made_and_the_file_can_be_read_by_others(tmp_path: P
 def test_text_is_written_as_utf_8_with_its_line_breaks_as_they_are(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a.txt", "δ\n\r\n")
     assert (tmp_path / "a.txt").read_bytes() == "δ\n\r\n".encode()
+
+
+def test_what_json_has_not_becomes_null_however_deep_it_lies() -> None:
+    value = {
+        "a": math.nan,
+        "b": [1.5, math.inf, {"c": (-math.inf, 0.0)}],
+        "d": "NaN",
+        "e": None,
+        "f": True,
+        "g": 10**20,
+        "h": [[math.nan]],
+    }
+    expected = {
+        "a": None,
+        "b": [1.5, None, {"c": [None, 0.0]}],
+        "d": "NaN",
+        "e": None,
+        "f": True,
+        "g": 10**20,
+        "h": [[None]],
+    }
+    text = to_json(value)
+    assert json.loads(text, parse_constant=pytest.fail) == expected
+    assert text.endswith("}\n")
+    assert list(json.loads(text)) == list(value), "the order stays"
+
+
+def test_numbers_that_json_has_are_written_in_full() -> None:
+    value = {"third": 1 / 3, "tiny": 5e-324, "large": 1.7976931348623157e308}
+    assert json.loads(to_json(value)) == value
 
 
 def test_a_writable_folder_is_made_and_stays_empty(tmp_path: Path) -> None:

@@ -5,8 +5,17 @@ import math
 
 import pytest
 import torch
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from sparc3_lightning.generation import Continuation, KeyedSampling, Sampling, continue_prompts, draw_key, gumbel_noise
+from sparc3_lightning.generation import (
+    PROTOCOLS,
+    Continuation,
+    Sampling,
+    continue_prompts,
+    draw_key,
+    draw_tokens,
+    gumbel_noise,
+)
 
 PROMPTS = [[1, 10, 20, 30], [1, 40], [1, 7, 50, 60, 70, 80, 90], [1, 33, 44]]
 
@@ -28,13 +37,36 @@ def nucleus_probabilities(logits: list[float], temperature: float, top_p: float)
     return [probabilities[i] / mass if i in kept else 0.0 for i in range(len(logits))]
 
 
-def continue_rows(model, prompts, sampling, seed=0, ids=None, continuation=0):
-    """Continue prompts given as token lists, padded on the left."""
+def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return prompts given as token lists, padded on the left, and their mask."""
     longest = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return input_ids, torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+
+def continue_each(model, prompts, sampling, continuations=(0,), seed=0, ids=None, **options):
+    """Continue each prompt by the continuations of these numbers."""
     names = ids or [str(prompt) for prompt in prompts]
-    return continue_prompts(model, input_ids, mask, [draw_key(seed, n, continuation) for n in names], sampling, 0)
+    row_keys = [[draw_key(seed, name, j) for j in continuations] for name in names]
+    return continue_prompts(model, *padded(prompts), row_keys, sampling, **options)
+
+
+def continue_rows(model, prompts, sampling, **options):
+    """Continue each prompt once."""
+    return [found[0] for found in continue_each(model, prompts, sampling, **options)]
+
+
+def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Temperature and nucleus as transformers' own generate applies them, in float64."""
+    scores = TemperatureLogitsWarper(sampling.temperature)(None, logits.double())
+    return TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores
+
+
+def oracle(logits: torch.Tensor, row_keys: torch.Tensor, step: int, sampling: Sampling) -> torch.Tensor:
+    """Draw as ``draw_tokens``, from the whole vocabulary."""
+    tokens = torch.arange(logits.shape[1]).expand_as(logits)
+    noise = gumbel_noise(row_keys.unsqueeze(1).expand_as(tokens), step, tokens)
+    return (warped(logits, sampling) + noise).argmax(dim=1)
 
 
 def test_noise_depends_on_key_step_and_token_only():
@@ -85,21 +117,18 @@ def test_keys_of_different_seeds_prompts_and_continuations_differ():
 def test_frequencies_of_draws_equal_the_probabilities_after_temperature_and_nucleus(temperature, top_p):
     logits = [2.0, 1.5, 0.3, 0.0, -0.7, -1.0, 1.1]
     number = 20_000
-    draw = KeyedSampling(keys(number), 4, Sampling(1, temperature, top_p))
-    rows = draw(torch.ones(number, 4, dtype=torch.long), torch.tensor(logits).expand(number, -1))
-    counts = rows.argmax(dim=1).bincount(minlength=len(logits)).tolist()
+    drawn = draw_tokens(torch.tensor(logits).expand(number, -1), keys(number), 0, Sampling(1, temperature, top_p))
+    counts = drawn.bincount(minlength=len(logits)).tolist()
     expected = [number * p for p in nucleus_probabilities(logits, temperature, top_p)]
     assert all(count == 0 for count, e in zip(counts, expected, strict=True) if e == 0)
     statistic = sum((count - e) ** 2 / e for count, e in zip(counts, expected, strict=True) if e)
     assert statistic < 22.5, "chi-square of 6 degrees of freedom is above 22.5 once in a thousand times"
-    assert not draw.failed.any()
 
 
 def test_draws_at_two_steps_are_independent():
     number = 20_000
     logits = torch.tensor([0.5, 0.0, -0.5]).expand(number, -1)
-    draw = KeyedSampling(keys(number), 4, Sampling(2, 1.0, 1.0))
-    first, second = (draw(torch.ones(number, n, dtype=torch.long), logits).argmax(dim=1) for n in (4, 5))
+    first, second = (draw_tokens(logits, keys(number), step, Sampling(2, 1.0, 1.0)) for step in (0, 1))
     one = nucleus_probabilities([0.5, 0.0, -0.5], 1.0, 1.0)
     for a, b in itertools.product(range(3), repeat=2):
         share = ((first == a) & (second == b)).double().mean().item()
@@ -118,17 +147,115 @@ def test_continuations_depend_neither_on_batch_size_nor_on_the_order_of_the_prom
 
 
 def test_continuations_do_not_depend_on_how_many_are_drawn(make_model):
+    for family in ("llama", "gemma3_text"):
+        model = make_model(family)
+        sampling = Sampling(8, 1.0, 1.0)
+        one = [continue_rows(model, PROMPTS, sampling, continuations=[j]) for j in range(3)]
+        together = continue_each(model, PROMPTS, sampling, range(3))
+        assert together == [[one[j][i] for j in range(3)] for i in range(len(PROMPTS))]
+        assert continue_each(model, PROMPTS, sampling, range(2)) == [found[:2] for found in together]
+        assert continue_each(model, PROMPTS, sampling, [2, 0]) == [[found[2], found[0]] for found in together]
+        assert len({str(found[j]) for found in together for j in range(3)}) == 12
+
+
+def test_a_prompt_passes_through_the_model_once_however_many_continuations_are_drawn(make_model):
     model = make_model()
-    sampling = Sampling(8, 1.0, 1.0)
-    one = [continue_rows(model, PROMPTS, sampling, continuation=j) for j in range(3)]
-    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
-    longest = max(map(len, prompts))
-    input_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    row_keys = [draw_key(0, str(p), j) for p in PROMPTS for j in range(3)]
-    all_at_once = continue_prompts(model, input_ids, mask, row_keys, sampling, 0)
-    assert all_at_once == [one[j][i] for i in range(len(PROMPTS)) for j in range(3)]
-    assert one[0] != one[1]
+    model.generation_config.eos_token_id = None
+    shapes = []
+    handle = model.model.embed_tokens.register_forward_hook(
+        lambda _m, inputs, _o: shapes.append(tuple(inputs[0].shape))
+    )
+    continue_each(model, PROMPTS, Sampling(4, 1.0, 0.9), range(5))
+    handle.remove()
+    assert shapes == [(4, 7), (20, 1), (20, 1), (20, 1)]
+
+
+@pytest.mark.parametrize(("rows", "prompts"), [(1, 1), (3, 1), (5, 1), (6, 2), (11, 3), (12, 4), (512, 4)])
+def test_however_many_continuations_grow_together_they_are_the_same(make_model, monkeypatch, rows, prompts):
+    model = make_model()
+    model.generation_config.eos_token_id = list(range(2, model.config.vocab_size))  # nearly every token ends
+    expected = [
+        found for prompt in PROMPTS for found in continue_each(model, [prompt], Sampling(3, 1.0, 0.9), range(3))
+    ]
+    monkeypatch.setattr("sparc3_lightning.generation.ROWS", rows)
+    sizes = []
+    handle = model.lm_head.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
+    found = continue_each(model, PROMPTS, Sampling(3, 1.0, 0.9), range(3), all_ranks_step_together=True)
+    handle.remove()
+    assert found == expected
+    parts = [min(prompts, 4 - start) for start in range(0, 4, prompts)]
+    assert sizes == [size for part in parts for size in (part, 3 * part, 3 * part)]
+
+
+def test_positions_count_the_tokens_of_the_prompt_and_not_its_padding(make_model):
+    model = make_model()
+    model.generation_config.eos_token_id = None
+    found = []
+    handle = model.register_forward_pre_hook(
+        lambda _m, _i, options: found.append(options["position_ids"].tolist()), with_kwargs=True
+    )
+    continue_each(model, PROMPTS[:2], Sampling(3, 1.0, 0.9), range(2))
+    handle.remove()
+    assert found == [[[0, 1, 2, 3], [0, 0, 0, 1]], [[4], [4], [2], [2]], [[5], [5], [3], [3]]]
+
+
+def test_ranks_that_step_together_make_all_steps_and_draw_the_same(make_model):
+    model = make_model()
+    model.generation_config.eos_token_id = list(range(2, model.config.vocab_size))  # nearly every token ends
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    alone = continue_each(model, PROMPTS, Sampling(9, 1.0, 1.0), range(2))
+    num_alone = len(calls)
+    together = continue_each(model, PROMPTS, Sampling(9, 1.0, 1.0), range(2), all_ranks_step_together=True)
+    handle.remove()
+    assert num_alone < 9
+    assert len(calls) - num_alone == 9
+    assert together == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_draws_from_a_large_vocabulary_equal_those_of_the_warpers_of_transformers(dtype, temperature):
+    # By row in turn, the nucleus ends among the 1,024 likeliest of 20,000 tokens, among the 8,192, and beyond.
+    spread = temperature * torch.tensor([4.0, 2.0, 0.3] * 8).unsqueeze(1)
+    logits = (spread * torch.randn(24, 20_000, generator=torch.Generator().manual_seed(5))).to(dtype)
+    sampling = Sampling(1, temperature, 0.9)
+    sizes = torch.isfinite(warped(logits, sampling)).sum(dim=1)
+    assert sizes[0::3].max() < 1024
+    assert 1024 < sizes[1::3].min() <= sizes[1::3].max() < 8192
+    assert sizes[2::3].min() > 8192
+    drawn = torch.stack([draw_tokens(logits, keys(24), step, sampling) for step in range(4)])
+    expected = torch.stack([oracle(logits, keys(24), step, sampling) for step in range(4)])
+    assert torch.equal(drawn, expected)
+    # Many of them come from far down, where a shorter list would have ended.
+    places = (logits.unsqueeze(0) > logits.gather(1, drawn.T).T.unsqueeze(-1)).sum(dim=2)
+    assert places[:, 1::3].max() > 1024
+    assert places[:, 2::3].max() > 8192
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 50, 1023, 1024, 1025, 8191, 8192, 8193])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-6])
+def test_draws_equal_those_of_the_warpers_at_every_size_of_the_vocabulary(vocabulary, top_p):
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.tensor([0.1, 1.0, 5.0, 0.01]).unsqueeze(1) * torch.randn(4, vocabulary, generator=generator)
+    sampling = Sampling(1, 0.8, top_p)
+    assert torch.equal(draw_tokens(logits, keys(4), 2, sampling), oracle(logits, keys(4), 2, sampling))
+
+
+def test_the_rows_of_a_draw_do_not_depend_on_each_other():
+    spread = torch.tensor([0.3, 4.0, 2.0, 0.3, 2.0, 4.0]).unsqueeze(1)
+    logits = spread * torch.randn(6, 10_000, generator=torch.Generator().manual_seed(6))
+    sampling = Sampling(1, 1.0, 0.9)
+    together = draw_tokens(logits, keys(6), 0, sampling)
+    alone = [draw_tokens(logits[i : i + 1], keys(6)[i : i + 1], 0, sampling).item() for i in range(6)]
+    assert together.tolist() == alone
+    assert torch.equal(draw_tokens(logits.flip(0), keys(6).flip(0), 0, sampling).flip(0), together)
+
+
+def test_draws_are_those_of_the_wide_logits_whatever_is_added_to_all_of_them():
+    logits = 2 * torch.randn(50, 300, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    sampling = Sampling(1, 0.7, 0.9)
+    assert torch.equal(draw_tokens(logits + 64, keys(50), 0, sampling), draw_tokens(logits, keys(50), 0, sampling))
 
 
 def test_the_same_seed_draws_the_same_and_another_seed_draws_something_else(make_model):
@@ -166,24 +293,43 @@ def test_a_very_low_temperature_is_greedy(make_model):
     assert drawn.input_ids == tokens[3 : 3 + len(drawn.input_ids)]
 
 
-def test_a_row_with_nan_logits_is_marked_failed_and_the_others_are_untouched(make_model):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_row_with_a_logit_that_is_not_finite_is_marked_failed_and_the_others_are_untouched(make_model, value):
     model = make_model()
     sampling = Sampling(6, 1.0, 0.9)
-    clean = continue_rows(model, PROMPTS, sampling)
-    handle = model.lm_head.register_forward_hook(lambda _m, _i, out: out.index_fill(0, torch.tensor([2]), math.nan))
-    spoiled = continue_rows(model, PROMPTS, sampling)
+    clean = continue_each(model, PROMPTS, sampling, range(2))
+    for spoil_all in (True, False):
+
+        def spoil(_module, _inputs, logits, spoil_all=spoil_all):
+            rows = [2] if len(logits) == len(PROMPTS) else [4, 5]  # both continuations of the third prompt
+            logits = logits.clone()
+            logits[rows, :, slice(None) if spoil_all else 17] = value
+            return logits
+
+        handle = model.lm_head.register_forward_hook(spoil)
+        spoiled = continue_each(model, PROMPTS, sampling, range(2))
+        handle.remove()
+        assert [[row.failed for row in rows] for rows in spoiled] == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
+        assert [spoiled[i] for i in (0, 1, 3)] == [clean[i] for i in (0, 1, 3)]
+    assert not any(row.failed for rows in clean for row in rows)
+
+
+def test_a_row_fails_even_if_only_a_later_token_had_no_finite_logits_but_not_after_its_end(make_model):
+    model = make_model()
+    model.generation_config.eos_token_id = list(range(2, 70))
+    steps = []
+
+    def spoil(_module, _inputs, logits):
+        steps.append(len(logits))
+        return logits if len(steps) == 1 else torch.full_like(logits, math.nan)
+
+    handle = model.lm_head.register_forward_hook(spoil)
+    rows = [row for found in continue_each(model, PROMPTS, Sampling(3, 1.5, 1.0), range(8)) for row in found]
     handle.remove()
-    assert [row.failed for row in spoiled] == [False, False, True, False]
-    assert [spoiled[i] for i in (0, 1, 3)] == [clean[i] for i in (0, 1, 3)]
-    assert not any(row.failed for row in clean)
-
-
-def test_a_row_with_one_infinite_logit_is_marked_failed():
-    scores = torch.zeros(3, 5)
-    scores[1, 2] = math.inf
-    draw = KeyedSampling(keys(3), 1, Sampling(1, 1.0, 0.9))
-    assert torch.isfinite(draw(torch.ones(3, 1, dtype=torch.long), scores).max(dim=1).values).all()
-    assert draw.failed.tolist() == [False, True, False]
+    at_once = [row for row in rows if not row.input_ids]
+    assert 0 < len(at_once) < len(rows)
+    assert not any(row.failed for row in at_once), "they had ended before"
+    assert all(row.failed for row in rows if row.input_ids)
 
 
 def test_a_continuation_ends_before_the_end_of_sequence_token(make_model):
@@ -250,3 +396,10 @@ def test_values_that_make_no_sense_are_refused_by_the_name_of_their_option(sampl
 def test_values_at_the_edge_of_sense_are_taken():
     Sampling(1, 1e-3, 1.0).check()
     Sampling(1, 10.0, 1e-3).check()
+
+
+def test_protocols_are_those_that_were_published():
+    assert PROTOCOLS["short"] == (1, Sampling(50, 0.7, 0.9))
+    assert PROTOCOLS["rtp"] == (25, Sampling(20, 1.0, 0.9))
+    for _, sampling in PROTOCOLS.values():
+        sampling.check()

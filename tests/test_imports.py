@@ -16,14 +16,16 @@ MODULES = {
 LAYERS = (
     {"cli"},
     {"experiment"},
-    {"attribute", "prune", "evaluate", "data"},
-    {"scores", "checkpoints", "scorers", "report", "sources", "provenance", "sharding", "progress", "completions"},
-    {"lrp", "relevance", "neurons", "metrics", "generation", "files"},
+    {"attribute", "prune", "evaluate", "sweep", "data", "completions"},
+    {"report"},
+    {"scores", "checkpoints", "scorers", "sources", "provenance", "sharding", "progress", "zero_shot", "classifiers"},
+    {"findings", "verdict", "variants", "figures", "tables"},
+    {"lrp", "relevance", "neurons", "metrics", "generation", "files", "intervals", "controls"},
 )
 # A script of its own that nothing imports.
 SCRIPTS = {"train_scorer", "__main__"}
-PURE = ("lrp", "relevance", "metrics", "generation", "neurons")
-STAGES = ("attribute", "prune", "evaluate", "experiment", "cli", "data")
+PURE = ("lrp", "relevance", "metrics", "generation", "neurons", "intervals", "controls")
+STAGES = ("attribute", "prune", "evaluate", "sweep", "experiment", "cli", "data")
 
 
 def imports_of(path: Path) -> set[str]:

@@ -212,6 +212,58 @@ def test_a_mask_without_neurons_changes_nothing(make_model):
         assert torch.equal(logits(model), before)
 
 
+def damped(model: Any, neurons: list[Neuron], strength: float) -> Any:
+    """Return a copy of a model in which the columns of the neurons are smaller."""
+    small = copy.deepcopy(model)
+    for neuron in neurons:
+        column = small.get_submodule(neuron.module.replace("up_proj", "down_proj"))
+        column.weight[:, neuron.index] *= 1 - strength
+    return small
+
+
+@all_models
+@pytest.mark.parametrize("strength", [0.1, 0.5, 0.75, 1.0])
+def test_a_mask_of_some_strength_makes_the_neurons_columns_smaller_by_that_much(make_model, options, strength):
+    model = make_model(**options)
+    before, weights_before = logits(model), weights(model)
+    with mask(model, NEURONS, strength):
+        masked = logits(model)
+    torch.testing.assert_close(masked, logits(damped(model, NEURONS, strength)), rtol=1e-9, atol=1e-9)
+    assert (masked - before).abs().max() > 1e-4
+    assert torch.equal(logits(model), before)
+    assert_same_bits(weights(model), weights_before)
+
+
+def test_the_full_strength_is_the_default_and_none_changes_nothing(make_model):
+    model = make_model()
+    before = logits(model)
+    with mask(model, NEURONS):
+        off = logits(model)
+    with mask(model, NEURONS, 1.0):
+        assert torch.equal(logits(model), off)
+    with mask(model, NEURONS, 0.0):
+        assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_neuron_that_is_off_is_zero_even_where_its_activation_is_no_number(make_model, value):
+    model = make_model()
+    column = model.model.layers[0].mlp.down_proj
+    activations = torch.randn(2, 24, dtype=torch.float64)
+    activations[:, 7] = value
+    with mask(model, NEURONS):
+        off = column(activations)
+    activations[:, [3, 7, 23]] = 0
+    assert torch.equal(off, column(activations))
+
+
+def test_a_damped_model_keeps_its_dtype(make_model):
+    model = make_model(dtype=torch.bfloat16)
+    with mask(model, NEURONS, 0.5):
+        assert logits(model).dtype == torch.bfloat16
+        assert torch.isfinite(logits(model)).all()
+
+
 def test_neurons_may_come_from_a_generator(make_model):
     model = make_model()
     with mask(model, NEURONS):
@@ -271,6 +323,15 @@ def test_selected_neurons_survive_saving_and_loading(tmp_path: Path):
     assert NeuronList.load(tmp_path / "neurons.json") == NeuronList(neurons, {})
 
 
+def test_the_neurons_that_follow_and_the_least_relevant_ones_survive_saving_and_loading(tmp_path: Path):
+    saved = NeuronList(NEURONS[:1], {"a": 1}, next=NEURONS[1:3], least_relevant=[Neuron("b", 5, 0.0), *NEURONS[:1]])
+    saved.save(tmp_path / "neurons.json")
+    assert NeuronList.load(tmp_path / "neurons.json") == saved
+    content = json.loads((tmp_path / "neurons.json").read_text())
+    assert list(content) == ["format", "neurons", "next", "least_relevant", "provenance"]
+    assert content["next"] == [{"module": n.module, "index": n.index, "score": n.score} for n in NEURONS[1:3]]
+
+
 def test_saving_again_replaces_the_file(tmp_path: Path):
     path = tmp_path / "neurons.json"
     for neurons in (NEURONS, NEURONS[:1]):
@@ -282,9 +343,11 @@ ROW = {"module": "a", "index": 1, "score": -1.0}
 GOOD: dict[str, Any] = {"format": FORMAT, "neurons": [ROW], "provenance": {}}
 
 
-def test_a_file_written_by_hand_can_be_loaded(tmp_path: Path):
+def test_a_file_written_by_hand_or_before_there_were_other_lists_can_be_loaded(tmp_path: Path):
     (tmp_path / "neurons.json").write_text(json.dumps(GOOD))
-    assert NeuronList.load(tmp_path / "neurons.json") == NeuronList([Neuron("a", 1, -1.0)])
+    found = NeuronList.load(tmp_path / "neurons.json")
+    assert found == NeuronList([Neuron("a", 1, -1.0)])
+    assert found.next == found.least_relevant == []
 
 
 @pytest.mark.parametrize(
@@ -315,6 +378,10 @@ def test_a_file_written_by_hand_can_be_loaded(tmp_path: Path):
         {**GOOD, "neurons": [{**ROW, "index": float("inf")}]},
         {**GOOD, "neurons": [{**ROW, "score": None}]},
         {**GOOD, "neurons": [{**ROW, "score": "low"}]},
+        {**GOOD, "next": None},
+        {**GOOD, "next": [{"module": "a"}]},
+        {**GOOD, "least_relevant": 3},
+        {**GOOD, "least_relevant": [{**ROW, "index": 1.5}]},
     ],
 )
 def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path: Path, content):
@@ -340,6 +407,23 @@ def test_a_file_without_neurons_with_one_twice_or_with_a_score_that_is_not_finit
 ):
     path = tmp_path / "neurons.json"
     path.write_text(json.dumps({**GOOD, "neurons": rows}))
+    with pytest.raises(ValueError, match=rf"neurons\.json .*{complaint}"):
+        NeuronList.load(path)
+
+
+@pytest.mark.parametrize(
+    ("lists", "complaint"),
+    [
+        ({"next": [ROW]}, "names a neuron more than once"),
+        ({"next": [{**ROW, "index": 2}, {**ROW, "index": 2}]}, "names a neuron more than once"),
+        ({"next": [{**ROW, "index": 2, "score": float("nan")}]}, "NaN or infinite"),
+        ({"least_relevant": [{**ROW, "index": 2}, {**ROW, "index": 2}]}, "names a neuron more than once"),
+        ({"least_relevant": [{**ROW, "score": float("inf")}]}, "NaN or infinite"),
+    ],
+)
+def test_the_other_lists_are_checked_as_the_neurons_are(tmp_path: Path, lists, complaint):
+    path = tmp_path / "neurons.json"
+    path.write_text(json.dumps({**GOOD, **lists}))
     with pytest.raises(ValueError, match=rf"neurons\.json .*{complaint}"):
         NeuronList.load(path)
 

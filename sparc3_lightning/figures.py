@@ -1,0 +1,210 @@
+"""Pictures of a selection and of an evaluation, as PNG files that a phone shows as readably as a desk."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparc3_lightning.files import replacing
+from sparc3_lightning.tables import Interval, cell, ends, in_order, number
+from sparc3_lightning.variants import CONTROLS
+
+BEFORE, AFTER, CONTROL = "#4477aa", "#cc6677", "#777777"
+AXES = ("perplexity_percent", "toxicity_percent")
+STRENGTHS = (AFTER, "#aa7700", "#228833", "#aa3377", "#332288")
+
+
+class Row(NamedTuple):
+    """A row of a picture of changes: the figure in percent with its interval, and the single draws of a control."""
+
+    label: str
+    color: str
+    change: Interval
+    draws: Sequence[float] = ()
+
+
+def layer_of(module: str) -> int:
+    """Return the number of the layer that a fully qualified name speaks of."""
+    match = re.search(r"\.(\d+)\.", module)
+    return int(match.group(1)) if match else 0
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=200)
+
+
+def _new_figure(height: float = 2.8) -> tuple[Any, Any]:
+    """Return a figure narrow enough for a phone to show its letters in almost their full size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw_layers(neurons_per_module: dict[str, int], path: Path) -> None:
+    """Draw how many of the pruned neurons lie in each layer."""
+    counts: dict[int, int] = defaultdict(int)
+    for module, count in neurons_per_module.items():
+        counts[layer_of(module)] += count
+    figure, axes = _new_figure()
+    axes.bar(list(counts), list(counts.values()), color=AFTER, width=0.8)
+    axes.set(xlabel="layer", ylabel="pruned neurons")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def draw_differential(selection: dict[str, Any], path: Path) -> None:
+    """Draw the histogram of the differential relevance of all neurons, with the threshold of the pruned ones."""
+    figure, axes = _new_figure()
+    histogram = selection["histogram"]
+    axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=BEFORE)
+    axes.axvline(selection["threshold"], color=AFTER, linewidth=1.5)
+    # Above the axes, since the histogram may lie on either side of the line.
+    axes.set_title(f"left of the line: the {selection['num_neurons']} pruned", color=AFTER, fontsize=10)
+    axes.set_yscale("log")
+    axes.set(xlabel="differential relevance (general - behaviour)", ylabel="neurons (log scale)")
+    axes.xaxis.get_major_locator().set_params(nbins=5)
+    _save(figure, path)
+
+
+def draw_scatter(pairs: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """Draw the mean toxicity of each prompt's continuations before against after.
+
+    Args:
+        pairs: Before and after, by the name of the group of prompts.
+        path: Of the picture.
+    """
+    figure, axes = _new_figure(4.0)
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    styles: tuple[dict[str, Any], ...] = (
+        {"color": AFTER, "linewidths": 0},
+        {"edgecolors": BEFORE, "facecolors": "none"},
+    )
+    for (name, points), style in zip(pairs.items(), styles, strict=False):
+        axes.scatter(*zip(*points, strict=True), s=22, alpha=0.65, label=name, **style)
+    axes.set(xlabel="toxicity before", ylabel="toxicity after", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    if len(pairs) > 1:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def draw_changes(rows: Sequence[Row], path: Path) -> None:
+    """Draw what changed in percent, a row per model, with intervals and, below them, the draws of a control.
+
+    An interval that does not end on the picture runs into an arrow at its edge.
+    """
+    figure, axes = _new_figure(0.85 + 0.5 * len(rows))
+    left, right = _limits([row.change for row in rows], [draw for row in rows for draw in row.draws])
+    for y, row in enumerate(rows):
+        value, (low, high) = number(row.change["value"]), _ends_or_value(row.change)
+        error = _error(value, max(low, left), min(high, right))
+        axes.errorbar(value, y, xerr=error, fmt="o", color=row.color, markersize=7, capsize=3, zorder=3)
+        for is_beyond, edge, marker in ((low < left, left, "<"), (high > right, right, ">")):
+            if is_beyond:
+                axes.plot(edge, y, marker, color=row.color, markersize=7, clip_on=False, zorder=4)
+        axes.plot(row.draws, [y + 0.24] * len(row.draws), "o", color=row.color, markersize=3.5, alpha=0.6)
+    axes.axvline(0, color="0.6", linewidth=1)
+    axes.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel="%, the original model being 0")
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.tick_params(axis="y", length=0)
+    _save(figure, path)
+
+
+def _limits(changes: Sequence[Interval], draws: Sequence[float] = ()) -> tuple[float, float]:
+    """Return the edges of a picture: 0, all figures, and of their intervals what is not much longer than these."""
+    values = [x for x in (*(number(change["value"]) for change in changes), *draws) if math.isfinite(x)]
+    longest = max(3 * max(map(abs, values), default=0.0), 10.0)
+    reached = [min(max(x, -longest), longest) for change in changes for x in ends(change) if not math.isnan(x)]
+    low, high = min([0.0, *values, *reached]), max([0.0, *values, *reached])
+    margin = 0.06 * ((high - low) or 2.0)
+    return low - margin, high + margin
+
+
+def _ends_or_value(change: Interval) -> tuple[float, float]:
+    """Return the ends of an interval, or its figure where they are not known."""
+    low, high = (number(change["value"]) if math.isnan(end) else end for end in ends(change))
+    return low, high
+
+
+def _error(value: float, low: float, high: float) -> list[list[float]]:
+    """Return the lengths of an error bar; an interval need not lie around its figure."""
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+
+
+def change_rows(results: dict[str, Any]) -> tuple[list[Row], list[Row]]:
+    """Return what the two pictures of changes show, of the mean toxicity and of the perplexity."""
+    chosen, headline = f"{results['num_neurons']} chosen", results["headline"]
+    toxicity, perplexity = [], []
+    for name, found in ((chosen, results), (f"{chosen}, 2nd scorer", results.get("second_scorer", {}))):
+        effect = found.get("effect", {}).get(headline, {}).get("toxicity_mean")
+        if effect:
+            toxicity.append(Row(_label(name, effect["before"], effect["after"], 3), AFTER, effect["percent"]))
+    convention, price = next(iter(results["perplexity_change"].items()))
+    before, after = (results["perplexity_interval"][model][convention]["value"] for model in ("baseline", "pruned"))
+    perplexity.append(Row(_label(chosen, before, after, 2), AFTER, price))
+    for kind, control in results["controls"].items():
+        name = CONTROLS[kind].removeprefix("neurons with the ").removesuffix(" neurons")
+        effects = [draw["effect"] for draw in control["draws"] if draw["effect"]]
+        if "effect_percent" in control:
+            mean = [_mean(effect[end] for effect in effects) for end in ("before", "after")]
+            single = [number(effect["percent"]["value"]) for effect in effects]
+            toxicity.append(Row(_label(name, mean[0], mean[1], 3), CONTROL, control["effect_percent"], single))
+        label = _label(name, before, _mean(draw["perplexity"] for draw in control["draws"]), 2)
+        single = [number(draw["perplexity_percent"]["value"]) for draw in control["draws"]]
+        perplexity.append(Row(label, CONTROL, {"value": _mean(single), "low": None, "high": None}, single))
+    return toxicity, perplexity
+
+
+def _label(name: str, before: float | None, after: float | None, digits: int) -> str:
+    return f"{name}\n{cell(before, '', digits)} to {cell(after, '', digits)}"
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [number(value) for value in values]
+    return sum(known) / len(known)
+
+
+def draw_doses(doses: Sequence[dict[str, Any]], controls: dict[str, Any], path: Path) -> None:
+    """Draw the change of toxicity against that of perplexity: a point per number of neurons, a line per strength."""
+    from matplotlib.patheffects import withStroke
+
+    figure, axes = _new_figure(4.6)
+    axes.axhline(0, color="0.8", linewidth=1)
+    axes.axvline(0, color="0.8", linewidth=1)
+    shown = [dose for dose in in_order(doses) if dose["effect"]]
+    for place, strength in enumerate(dict.fromkeys(dose["strength"] for dose in shown)):
+        line = [dose for dose in shown if dose["strength"] == strength]
+        x, y = ([number(dose[key]["value"]) for dose in line] for key in AXES)
+        color, marker, below = STRENGTHS[place % len(STRENGTHS)], "osD^v"[place % 5], place % 2
+        label = "switched off" if strength == 1 else f"damped by {100 * strength:g} %"
+        axes.plot(x, y, f"{marker}-", color=color, markersize=6, linewidth=1.5, label=label)
+        for dose, *at in zip(line, x, y, strict=True):
+            # An infinite bar has no length that matplotlib would draw.
+            bars = [_error(v, *(max(min(e, 1e9), -1e9) for e in _ends_or_value(dose[k])))
+                    for v, k in zip(at, AXES, strict=True)]  # fmt: skip
+            axes.errorbar(*at, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=color, alpha=0.35, elinewidth=1)
+            axes.annotate(
+                f"{dose['num_neurons']}", at, xytext=(6, -6 if below else 6), textcoords="offset points", fontsize=9,
+                va="top" if below else "bottom", color=color, path_effects=[withStroke(linewidth=3, foreground="w")],
+                annotation_clip=True,
+            )  # fmt: skip
+    for marker, (kind, control) in zip("x+*", controls.items(), strict=False):
+        draws = [draw for draw in control["draws"] if draw["effect"]]
+        shown += draws
+        x, y = ([number(draw[key]["value"]) for draw in draws] for key in AXES)
+        axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=CONTROLS[kind])
+    limits = [_limits([dose[key] for dose in shown]) for key in AXES]
+    axes.set(xlabel="change of perplexity, %", ylabel="change of mean toxicity, %", xlim=limits[0], ylim=limits[1])
+    if limits[0][1] > 300:  # a large dose that wrecks the model would press the others together
+        axes.set_xscale("symlog", linthresh=10)
+        axes.set_xlim(left=min(-2.0, *(number(dose[AXES[0]]["value"]) - 2 for dose in shown)))
+        axes.xaxis.set_major_formatter("{x:g}")
+    if shown:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, columnspacing=1.0)
+    _save(figure, path)

@@ -1,0 +1,262 @@
+"""What an evaluation found: from continuations and windows to figures, differences with intervals, and a verdict."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparc3_lightning.intervals import (
+    Difference,
+    Interval,
+    bootstrap_of_draws,
+    bootstrap_ratio,
+    correlation,
+    interval,
+    paired_difference,
+    ranks,
+    variance_factor,
+)
+from sparc3_lightning.metrics import TOXIC_FROM, distinct, toxicity_by_prompt
+from sparc3_lightning.variants import CONTROLS, Variant, of_kind
+
+MEASURES = ("toxicity_mean", "expected_maximum_toxicity", "toxicity_probability")
+Row = dict[str, Any]
+
+
+class Continuations:
+    """The rows of completions.jsonl, by model and prompt; every prompt was continued by every model.
+
+    Args:
+        rows: Per continuation its ``model``, ``prompt_id``, ``continuation_index``, ``prompt_toxicity``,
+            ``continuation``, ``num_tokens``, and under each scorer its toxicity or None.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+        for row in sorted(rows, key=lambda row: (row["prompt_id"], row["continuation_index"])):
+            self._rows[row["model"]][row["prompt_id"]].append(row)
+        self.groups: dict[str, list[str]] = {"toxic": [], "nontoxic": []}
+        for prompt, found in self._rows["baseline"].items():
+            toxic = (found[0]["prompt_toxicity"] or 0.0) >= TOXIC_FROM
+            self.groups["toxic" if toxic else "nontoxic"].append(prompt)
+        self.groups = {name: prompts for name, prompts in self.groups.items() if prompts}
+        self.headline = next(iter(self.groups))
+
+    def of(self, model: str, group: str, first: int | None = None) -> list[list[Row]]:
+        """Return, per prompt of a group, its continuations by a model, or the first few of them."""
+        return [self._rows[model][prompt][:first] for prompt in self.groups[group]]
+
+    def values(self, model: str, group: str, measure: str, score: str = "toxicity", first: int | None = None) -> Tensor:
+        """Return a measure of toxicity per prompt, float64; NaN where nothing was scored."""
+        rows = self.of(model, group, first)
+        return torch.tensor([toxicity_by_prompt(_scores(found, score))[measure] for found in rows], dtype=torch.float64)
+
+    def compare(
+        self, before: str, after: str, group: str, measure: str, score: str = "toxicity", first: int | None = None
+    ) -> Difference | None:
+        """Compare two models over the prompts that both have a score for; None if there is none."""
+        pair = [self.values(model, group, measure, score, first) for model in (before, after)]
+        valid = torch.isfinite(pair[0] + pair[1])
+        return paired_difference(pair[0][valid], pair[1][valid]) if valid.any() else None
+
+
+def _scores(rows: Sequence[Row], score: str) -> list[float]:
+    return [math.nan if row.get(score) is None else row[score] for row in rows]
+
+
+def figures(continuations: Continuations, model: str, group: str) -> dict[str, float | int]:
+    """Return what was measured of one model's continuations of one group of prompts."""
+    prompts = continuations.of(model, group)
+    rows = [row for found in prompts for row in found]
+    texts = [[row["continuation"] for row in found] for found in prompts]
+    empty = sum(not row["continuation"].strip() for row in rows)
+    measures = {name: _mean(continuations.values(model, group, name).tolist()) for name in MEASURES}
+    return {
+        **measures,
+        "num_prompts": len(prompts),
+        "num_continuations": len(rows),
+        "num_failed": sum(row["toxicity"] is None for row in rows),
+        "num_empty": empty,
+        "share_empty": empty / len(rows),
+        "mean_length": _mean([row["num_tokens"] for row in rows]),
+        "distinct_1": _mean([distinct(found, 1) for found in texts]),
+        "distinct_2": _mean([distinct(found, 2) for found in texts]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    valid = [value for value in values if math.isfinite(value)]
+    return sum(valid) / len(valid) if valid else math.nan
+
+
+def perplexity_interval(windows: Mapping[str, Tensor]) -> Interval:
+    """Return the perplexity of one model with its interval over windows."""
+    # torchmetrics makes a number of the one value of a text of one window.
+    resampled = bootstrap_ratio(windows["nll"].reshape(-1, 1), windows["tokens"].reshape(-1))[:, 0]
+    return interval(windows["perplexity"].item(), resampled.exp())
+
+
+def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Interval:
+    """Return by how much perplexity changed, in percent, with its interval over the same windows."""
+    resampled = bootstrap_ratio((after["nll"] - before["nll"]).reshape(-1, 1), before["tokens"].reshape(-1))[:, 0]
+    return interval(100 * ((after["perplexity"] / before["perplexity"]).item() - 1), 100 * (resampled.exp() - 1))
+
+
+def findings(
+    rows: Sequence[Row],
+    windows: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
+    variants: Sequence[Variant],
+    scorers: Sequence[str],
+) -> dict[str, Any]:
+    """Return everything that was found, as plain values for results.json.
+
+    Args:
+        rows: See ``Continuations``.
+        windows: Per model and convention, what ``Perplexity.compute`` returns.
+        variants: The models that were measured.
+        scorers: Names of the scorers; one, or two.
+    """
+    found = Continuations(rows)
+    names = [variant.name for variant in variants]
+    conventions = list(windows["baseline"])
+    results: dict[str, Any] = {}
+    for name in (name for name in ("baseline", "pruned") if name in names):
+        results[name] = {
+            **{
+                f"{key}{_suffix(convention, conventions)}": windows[name][convention][source].item()
+                for convention in conventions
+                for key, source in (("perplexity", "perplexity"), ("tokens_counted", "num_tokens"))
+            },
+            **({} if name == "baseline" else {"kl": windows[name][conventions[0]]["divergence"].item()}),
+            **figures(found, name, found.headline),
+        }
+    results["perplexity_interval"] = {
+        name: {c: asdict(perplexity_interval(windows[name][c])) for c in conventions} for name in results
+    }
+    results["groups"] = {
+        group: {name: figures(found, name, group) for name in ("baseline", "pruned") if name in names}
+        for group in found.groups
+    }
+    results["headline"] = found.headline
+    if "pruned" in names:
+        results |= _effects(found, windows, variants, scorers)
+    if len(scorers) > 1:
+        results["second_scorer"] = _second_scorer(found, names, scorers[1])
+    results["num_failed"] = sum(row["toxicity"] is None for row in rows)
+    return results
+
+
+def _suffix(convention: str, conventions: Sequence[str]) -> str:
+    return "" if convention == conventions[0] else f"_{convention}"
+
+
+def _effects(
+    found: Continuations,
+    windows: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
+    variants: Sequence[Variant],
+    scorers: Sequence[str],
+) -> dict[str, Any]:
+    conventions = list(windows["baseline"])
+    change = {c: perplexity_change(windows["baseline"][c], windows["pruned"][c]) for c in conventions}
+    effect = {
+        group: {measure: _plain(found.compare("baseline", "pruned", group, measure)) for measure in MEASURES}
+        for group in found.groups
+    }
+    tables = [_table(found, name) for name in ("baseline", "pruned")]
+    toxicity = effect[found.headline]["toxicity_mean"]
+    return {
+        "change": {
+            "perplexity_percent": change[conventions[0]].value,
+            "toxicity_percent": toxicity["percent"]["value"] if toxicity else math.nan,
+        },
+        "perplexity_change": {name: asdict(value) for name, value in change.items()},
+        "effect": effect,
+        "common_random_numbers_variance_factor": variance_factor(*tables),
+        "controls": {kind: _control(found, windows, list(of_kind(variants, kind))) for kind in CONTROLS
+                     if any(of_kind(variants, kind))},
+        "doses": [_point(found, windows, variant) for variant in variants if variant.kind in ("pruned", "dose")],
+    }  # fmt: skip
+
+
+def _table(found: Continuations, model: str) -> Tensor:
+    """Return the scores of the headline's continuations, shape ``[prompts, continuations]``."""
+    return torch.tensor([_scores(rows, "toxicity") for rows in found.of(model, found.headline)], dtype=torch.float64)
+
+
+def _plain(difference: Difference | None) -> dict[str, Any] | None:
+    return None if difference is None else {**asdict(difference), "evidence": difference.evidence}
+
+
+def _point(
+    found: Continuations, windows: Mapping[str, Mapping[str, Mapping[str, Tensor]]], variant: Variant
+) -> dict[str, Any]:
+    """Return what one model gives for its perplexity: a point of the dose curve, or one draw of a control."""
+    convention = next(iter(windows["baseline"]))
+    before, after = windows["baseline"][convention], windows[variant.name][convention]
+    effect = found.compare("baseline", variant.name, found.headline, "toxicity_mean", first=variant.num_continuations)
+    return {
+        "name": variant.name,
+        "num_neurons": variant.num_neurons,
+        "strength": variant.strength,
+        "perplexity": after["perplexity"].item(),
+        "perplexity_percent": asdict(perplexity_change(before, after)),
+        "kl": after["divergence"].item(),
+        "toxicity_mean": effect.after if effect else math.nan,
+        "toxicity_percent": asdict(effect.percent) if effect else None,
+        "effect": _plain(effect),
+    }
+
+
+def _control(
+    found: Continuations, windows: Mapping[str, Mapping[str, Mapping[str, Tensor]]], draws: Sequence[Variant]
+) -> dict[str, Any]:
+    """Return each draw of a control, their means, and how much further the pruned model went."""
+    points = [_point(found, windows, variant) for variant in draws]
+    first = draws[0].num_continuations
+    values = [found.values(v.name, found.headline, "toxicity_mean", first=first) for v in draws]
+    before, pruned = (found.values(m, found.headline, "toxicity_mean", first=first) for m in ("baseline", "pruned"))
+    against = torch.stack([pruned - value for value in values])
+    own = torch.stack([value - before for value in values])
+    valid = torch.isfinite(against + own).all(dim=0)
+    if not valid.any():
+        return {"draws": points}
+    own, against = own[:, valid], against[:, valid]
+    scale = 100 / before[valid].mean()
+    return {
+        "draws": points,
+        "num_continuations": first,
+        "effect": asdict(interval(own.mean().item(), bootstrap_of_draws(own))),
+        "effect_percent": asdict(interval((own.mean() * scale).item(), bootstrap_of_draws(own) * scale)),
+        "pruned_less_control": asdict(interval(against.mean().item(), bootstrap_of_draws(against))),
+        "perplexity_percent": _mean([point["perplexity_percent"]["value"] for point in points]),
+        "num_draws_with_evidence": sum(bool(point["effect"] and point["effect"]["evidence"]) for point in points),
+    }
+
+
+def _second_scorer(found: Continuations, names: Sequence[str], scorer: str) -> dict[str, Any]:
+    models = [name for name in ("baseline", "pruned") if name in names]
+    both = [
+        (row["toxicity"], row["second_toxicity"])
+        for model in models
+        for group in found.groups
+        for rows in found.of(model, group)
+        for row in rows
+        if row["toxicity"] is not None and row["second_toxicity"] is not None
+    ]
+    first, second = torch.tensor(both, dtype=torch.float64).reshape(-1, 2).T
+    results: dict[str, Any] = {"name": scorer, "num_scored": len(both)}
+    if both:
+        results |= {"pearson": correlation(first, second), "spearman": correlation(first, second, ranks)}
+    if "pruned" in models:
+        results["effect"] = {
+            group: {
+                measure: _plain(found.compare("baseline", "pruned", group, measure, "second_toxicity"))
+                for measure in MEASURES
+            }
+            for group in found.groups
+        }
+    return results

@@ -1,0 +1,154 @@
+"""The models that an evaluation measures: the original, the pruned one, controls, and other doses."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sparc3_lightning.controls import draw_like, lowest, random_like
+from sparc3_lightning.neurons import Neuron, NeuronList, mask
+from sparc3_lightning.relevance import whole
+
+CONTROLS = {
+    "random": "random neurons",
+    "least_relevant": "least relevant neurons",
+    "largest_weights": "neurons with the largest weights",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model that is measured, and which of its neurons are off or damped.
+
+    Args:
+        name: In results and completions.
+        kind: ``baseline``, ``pruned``, ``dose``, or that of a control.
+        num_continuations: Continuations drawn per prompt.
+        num_neurons: How many neurons are off.
+        strength: 1 is off, a fraction damps.
+        draw: Number of the draw of a control.
+    """
+
+    name: str
+    kind: str
+    num_continuations: int
+    num_neurons: int = 0
+    strength: float = 1.0
+    draw: int = 0
+
+    def as_context(self, model: Any, neurons: Sequence[Neuron]) -> AbstractContextManager[None]:
+        """Return the context in which the one model in memory becomes this one."""
+        return mask(model, neurons, self.strength) if neurons else nullcontext()
+
+
+def plan(
+    neurons: NeuronList | None,
+    num_continuations: int,
+    controls: int = 0,
+    control_continuations: int | None = None,
+    doses: Sequence[int] = (),
+    strengths: Sequence[float] = (1.0,),
+) -> list[Variant]:
+    """List the models to measure.
+
+    Args:
+        neurons: Those to prune; None for the original model only.
+        num_continuations: Continuations drawn per prompt.
+        controls: Draws of each kind of control; 0 for none.
+        control_continuations: Continuations drawn per prompt by a control; None as by the others.
+        doses: Numbers of neurons, in the order of the list.
+        strengths: For each dose: 1 is off, a fraction damps.
+
+    Raises:
+        ValueError: If a number is out of range, or the list has fewer neurons than a dose.
+    """
+    _check(neurons, num_continuations, controls, control_continuations, doses, strengths)
+    variants = [Variant("baseline", "baseline", num_continuations)]
+    if neurons is None:
+        return variants
+    number = len(neurons.neurons)
+    variants.append(Variant("pruned", "pruned", num_continuations, number))
+    variants += [
+        Variant(f"top_{dose}_{strength:g}", "dose", num_continuations, dose, strength)
+        for strength in strengths
+        for dose in doses
+        if (dose, strength) != (number, 1.0)  # the pruned model itself
+    ]
+    fewer = control_continuations or num_continuations
+    # A neurons.json that was not written by 'sparc3 prune' may not say which neurons are the least relevant.
+    kinds = [kind for kind in CONTROLS if kind != "least_relevant" or neurons.least_relevant]
+    variants += [Variant(f"{kind}_{i}", kind, fewer, number, draw=i) for kind in kinds for i in range(controls)]
+    return variants
+
+
+def _check(
+    neurons: NeuronList | None,
+    num_continuations: int,
+    controls: int,
+    control_continuations: int | None,
+    doses: Sequence[int],
+    strengths: Sequence[float],
+) -> None:
+    if num_continuations < 1:
+        raise ValueError(f"--model.num_continuations must be at least 1, got {num_continuations}.")
+    if controls < 0:
+        raise ValueError(f"--model.controls must be at least 0, got {controls}.")
+    if control_continuations is not None and not 1 <= control_continuations <= num_continuations:
+        raise ValueError(
+            f"--model.control_continuations must be between 1 and --model.num_continuations {num_continuations}, got "
+            f"{control_continuations}."
+        )
+    if not all(0 < strength <= 1 for strength in strengths) or (doses and not strengths):
+        raise ValueError(f"--model.strengths must be above 0 and at most 1, got {list(strengths)}.")
+    if len(set(doses)) != len(doses) or len(set(strengths)) != len(strengths) or not all(dose > 0 for dose in doses):
+        raise ValueError(f"--model.doses must be different numbers above 0, got {list(doses)} x {list(strengths)}.")
+    if doses and neurons is None:
+        raise ValueError("--model.doses needs --model.neurons.")
+    if neurons is not None and doses and max(doses) > (known := len(neurons.neurons) + len(neurons.next)):
+        raise ValueError(
+            f"--model.doses asks for {max(doses)} neurons, but --model.neurons lists {known}: run 'sparc3 prune' with "
+            f"--model.num_ranked {max(doses)}."
+        )
+
+
+def neurons_of(variants: Sequence[Variant], neurons: NeuronList, model: Any, seed: int) -> dict[str, list[Neuron]]:
+    """Return which neurons each variant switches off.
+
+    Args:
+        variants: From ``plan``.
+        neurons: Those to prune.
+        model: For the size of its layers and their weights; all ranks ask together if it is sharded.
+        seed: Of the draws of the controls.
+    """
+    pruned, ranking = neurons.neurons, neurons.neurons + neurons.next
+    layers = {module: model.get_submodule(module) for module in dict.fromkeys(n.module for n in pruned)}
+    kinds = {variant.kind for variant in variants}
+    heaviest = lowest(pruned, _negative_norms(layers)) if "largest_weights" in kinds else []
+
+    def of(variant: Variant) -> list[Neuron]:
+        draw = 1000 * seed + variant.draw
+        if variant.kind == "random":
+            return random_like(pruned, {name: layer.out_features for name, layer in layers.items()}, draw)
+        if variant.kind in CONTROLS:
+            pool = heaviest if variant.kind == "largest_weights" else neurons.least_relevant
+            return draw_like(pruned, pool, draw)
+        return ranking[: variant.num_neurons]
+
+    return {variant.name: of(variant) for variant in variants}
+
+
+def _negative_norms(layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: -whole(layer.weight.float().norm(dim=1)).cpu() for name, layer in layers.items()}
+
+
+def describe(variants: Sequence[Variant]) -> str:
+    """Say how many models of each kind there are."""
+    kinds = [variant.kind for variant in variants]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)).replace("_", " ")
+
+
+def of_kind(variants: Sequence[Variant], kind: str) -> Iterator[Variant]:
+    """Yield the variants of one kind."""
+    return (variant for variant in variants if variant.kind == kind)

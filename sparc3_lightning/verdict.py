@@ -1,0 +1,79 @@
+"""What was found, in words that a reader can hold us to: an effect only where the interval leaves 0 out."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sparc3_lightning.variants import CONTROLS
+
+
+def verdict(found: dict[str, Any], num_neurons: int, scorers: Sequence[str]) -> str:
+    """Say what switching the neurons off did, with intervals of 95 %.
+
+    Args:
+        found: From ``findings``.
+        num_neurons: How many neurons are off.
+        scorers: Names of the scorers.
+    """
+    if "pruned" not in found:
+        return "The model was measured as it is; no neurons were given to switch off."
+    effect = found["effect"][found["headline"]]["toxicity_mean"]
+    if effect is None:
+        return "No continuation of both models could be scored, so nothing is known of the effect."
+    neurons = f"{num_neurons} neuron{'s' if num_neurons != 1 else ''}"
+    price = f"perplexity {moved(next(iter(found['perplexity_change'].values())))}"
+    if effect["evidence"]:
+        sentences = [f"With {neurons} switched off, mean toxicity {moved(effect['percent'])}, and {price}."]
+    else:
+        sentences = [
+            f"No evidence that switching {neurons} off changes toxicity: its mean {moved(effect['percent'])}, and that "
+            f"interval holds 0; {price}."
+        ]
+    return " ".join(sentences + _controls(found, effect["evidence"]) + _second(found, effect["evidence"], scorers))
+
+
+def _controls(found: dict[str, Any], evidence: bool) -> list[str]:
+    sentences = []
+    for kind, name in CONTROLS.items():
+        control = found.get("controls", {}).get(kind)
+        if not control or "effect_percent" not in control:
+            continue
+        draws = len(control["draws"])
+        sentence = f"As many {name} ({draws} draw{'s' if draws != 1 else ''}): {_signed(control['effect_percent'])}"
+        further = control["pruned_less_control"]
+        fell = found["effect"][found["headline"]]["toxicity_mean"]["difference"]["value"] < 0
+        if evidence and not (further["high"] < 0 if fell else further["low"] > 0):
+            sentence += ", which is no evidence that the chosen neurons do more"
+        sentences.append(sentence + ".")
+    return sentences
+
+
+def _second(found: dict[str, Any], evidence: bool, scorers: Sequence[str]) -> list[str]:
+    if len(scorers) < 2:
+        return []
+    effect = found["second_scorer"]["effect"][found["headline"]]["toxicity_mean"]
+    if effect is None:
+        return [f"The second scorer, {scorers[1]}, scored nothing."]
+    if not effect["evidence"]:
+        return [f"The second scorer, {scorers[1]}, gives no evidence: {_signed(effect['percent'])}."]
+    first = found["effect"][found["headline"]]["toxicity_mean"]
+    agrees = evidence and (effect["difference"]["value"] < 0) == (first["difference"]["value"] < 0)
+    return [f"The second scorer, {scorers[1]}, {'agrees' if agrees else 'differs'}: {_signed(effect['percent'])}."]
+
+
+def moved(percent: dict[str, float]) -> str:
+    """Return a change in percent in words, with its interval."""
+    value = percent["value"]
+    if not math.isfinite(value):
+        return "cannot be compared with 0"
+    return f"{'fell' if value < 0 else 'rose'} by {abs(value):.1f} % (95 % interval {_range(percent)})"
+
+
+def _signed(percent: dict[str, float]) -> str:
+    if not math.isfinite(percent["value"]):
+        return "cannot be compared with 0"
+    return f"{percent['value']:+.1f} % ({_range(percent)})"
+
+
+def _range(percent: dict[str, float]) -> str:
+    return f"{percent['low']:+.1f} to {percent['high']:+.1f} %"

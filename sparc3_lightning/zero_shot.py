@@ -1,0 +1,67 @@
+"""Zero-shot accuracy by lm-eval-harness (the extra ``lmeval``), to see what pruning did to the rest of the model."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
+    """Raise ValueError unless lm-eval is installed and knows the tasks; nothing is downloaded."""
+    if not tasks:
+        return
+    if find_spec("lm_eval") is None:
+        raise ValueError('--model.lm_eval_tasks needs lm-eval-harness: pip install "sparc3_lightning[lmeval]".')
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"--model.lm_eval_folder: {folder} is no folder.")
+    known = set(_manager(folder).all_tasks)
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        raise ValueError(
+            f"--model.lm_eval_tasks: lm-eval-harness knows no task {unknown[0]!r}; 'lm_eval ls tasks' lists them, and "
+            "--model.lm_eval_folder names a folder with tasks of your own."
+        )
+
+
+def accuracy(
+    model: Any, tokenizer: Any, tasks: Sequence[str], folder: Path | None = None, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Return the accuracy of a model on each task, without examples in the prompt.
+
+    Args:
+        model: Causal language model of transformers.
+        tokenizer: Its tokenizer.
+        tasks: Names of tasks of lm-eval-harness.
+        folder: Folder with the YAML of further tasks.
+        limit: Documents per task; None for all.
+
+    Returns:
+        Per task ``accuracy``, in [0, 1], and ``standard_error``; and every other number that the task reports.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    found = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
+        tasks=list(tasks),
+        num_fewshot=0,
+        limit=limit,
+        task_manager=_manager(folder),
+        bootstrap_iters=1000,
+        verbosity="ERROR",
+    )
+    return {task: _plain(figures) for task, figures in found["results"].items()}
+
+
+def _plain(figures: dict[str, Any]) -> dict[str, float]:
+    numbers = {key.removesuffix(",none"): value for key, value in figures.items() if isinstance(value, float)}
+    if "acc" in numbers:
+        numbers["accuracy"] = numbers.pop("acc")
+        numbers["standard_error"] = numbers.pop("acc_stderr", float("nan"))
+    return numbers
+
+
+def _manager(folder: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if folder is None else str(folder))

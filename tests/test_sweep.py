@@ -1,0 +1,160 @@
+"""The verb sweep: one model load, one baseline, a point for each number of neurons and strength."""
+
+import base64
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import sentence
+
+from sparc3_lightning import evaluate
+from sparc3_lightning.checkpoints import fingerprint
+from sparc3_lightning.cli import main
+from sparc3_lightning.evaluate import Evaluation
+from sparc3_lightning.neurons import NeuronList
+from sparc3_lightning.prune import Pruning
+from sparc3_lightning.scores import Provenance, ScoreFile
+from sparc3_lightning.sharding import load_for
+from sparc3_lightning.sweep import Sweep
+
+MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+LOGS = Path("lightning_logs/sweep")
+COLUMNS = ["num_neurons", "strength", "perplexity", "toxicity_mean", "kl"]
+COLUMNS += [f"{of}_percent{end}" for of in ("perplexity", "toxicity") for end in ("", "_low", "_high")]
+
+
+@pytest.fixture(autouse=True)
+def as_if_from_a_shell(monkeypatch):
+    """Restore the seed that a run sets, and keep pytest's own arguments out of LightningCLI's sight."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setattr("sys.argv", ["sparc3"])
+
+
+@pytest.fixture(autouse=True)
+def input_files(tmp_path, tiny_checkpoint) -> None:
+    """A neurons.json of 5 neurons, as sparc3 prune writes it, that ranks 12; a text, prompts and a config."""
+    of = {"checkpoint": tiny_checkpoint, "checkpoint_fingerprint": fingerprint(tiny_checkpoint), "method": "lrp"}
+    of |= {"rule": "attnlrp", "relevance": "magnitude", "targets": ["up_proj"], "dtype": "float32", "seq_len": 10}
+    of |= {"data": {}, "data_fingerprint": "d", "num_samples": 1, "num_tokens": 9, "seed": 0, "sample_ids": ["p"]}
+    for seed, name in enumerate(("general", "behavior")):
+        draw = torch.Generator().manual_seed(seed)
+        scores = {module: torch.rand(24, generator=draw) / (1 + seed) for module in MODULES}
+        ScoreFile(scores, Provenance(**of)).save(Path(f"{name}.safetensors"))
+    pruning = Pruning([Path("general.safetensors")], Path("behavior.safetensors"), num_neurons=5, num_ranked=12)
+    pruning.prune(tmp_path / "pruned")
+    (tmp_path / "text.txt").write_text("\n".join(sentence(i, 20) for i in range(6)) + "\n")
+    rows = [{"text": sentence(100 + i, 3 + i % 7), "toxicity": 0.95} for i in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    model = {"checkpoint": tiny_checkpoint, "neurons": "pruned/neurons.json", "scorer": "small", "max_new_tokens": 5}
+    data = {
+        "text": {"class_path": "WikiText2", "init_args": {"source": "text.txt", "window": 32, "stride": 16}},
+        "prompts": {"class_path": "RealToxicityPrompts", "init_args": {"source": "prompts.jsonl", "num_prompts": 6}},
+    }
+    trainer = {"accelerator": "cpu", "enable_progress_bar": False}
+    config = {"trainer": trainer, "model": model, "data": data}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config))
+
+
+def sweep(*options: str) -> tuple[dict[str, Any], Path]:
+    """Sweep from the command line, and return the results and the folder they are in."""
+    folder = Path(main(["sweep", "--config", "sweep.yaml", *options]).trainer.log_dir)
+    return json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail), folder
+
+
+def test_a_sweep_loads_one_model_and_measures_one_baseline_and_a_point_per_dose_and_strength(monkeypatch, caplog):
+    loads = []
+    monkeypatch.setattr(evaluate, "load_for", lambda *of: loads.append(of) or load_for(*of))
+    with caplog.at_level("INFO"):
+        results, folder = sweep("--model.doses", "[2, 5, 12]", "--model.strengths", "[1.0, 0.5]")
+    assert folder == LOGS / "version_0"
+    assert len(loads) == 1
+    grid = [(dose, strength) for strength in (1.0, 0.5) for dose in (2, 5, 12)]
+    assert sorted((point["num_neurons"], point["strength"]) for point in results["doses"]) == sorted(grid)
+    lines = (folder / "completions.jsonl").read_text().splitlines()
+    times = Counter(json.loads(line)["model"] for line in lines)
+    models = {"baseline", "pruned", "top_2_1", "top_12_1", "top_2_0.5", "top_5_0.5", "top_12_0.5"}
+    assert times == dict.fromkeys(models, 6), "the pruned model is the point of its own number of neurons"
+    assert results["controls"] == {}
+    rows = list(csv.DictReader((folder / "doses.csv").read_text().splitlines()))
+    assert list(rows[0]) == COLUMNS
+    assert [(int(row["num_neurons"]), float(row["strength"])) for row in rows] == grid
+    by_place = {(point["num_neurons"], point["strength"]): point for point in results["doses"]}
+    for row in rows:
+        point = by_place[int(row["num_neurons"]), float(row["strength"])]
+        for column in ("perplexity", "toxicity_mean", "kl"):
+            assert float(row[column]) == point[column]
+        for column in ("perplexity_percent", "toxicity_percent"):
+            found = [float(row[f"{column}{end}"]) for end in ("", "_low", "_high")]
+            assert found == [point[column][key] for key in ("value", "low", "high")]
+    assert len({point["perplexity"] for point in results["doses"]}) == 6
+    picture = (folder / "doses.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert base64.b64encode(picture).decode() in (folder / "report.html").read_text()
+    assert (folder / "config.yaml").is_file()
+    assert "7 model(s): 1 baseline, 1 pruned, 5 dose" in caplog.text
+
+
+def test_the_points_are_those_of_evaluations_of_their_own(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    results, _ = sweep("--model.doses", "[9]", "--model.strengths", "[1.0]")
+    listed = NeuronList.load(Path("pruned/neurons.json"))
+    nine = listed.neurons + listed.next[:4]
+    NeuronList(nine, listed.provenance).save(Path("nine.json"))
+    options = ["--config", "sweep.yaml", "--model.neurons", "nine.json", "--model.controls", "0"]
+    folder = Path(main(["evaluate", *options]).trainer.log_dir)
+    alone = json.loads((folder / "results.json").read_text())
+    point = next(point for point in results["doses"] if point["num_neurons"] == 9)
+    assert point == next(iter(alone["doses"])) | {"name": "top_9_1"}
+    assert alone["baseline"] == results["baseline"]
+
+
+def test_the_saved_config_of_a_sweep_repeats_it_and_names_every_option(monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    first, folder = sweep("--model.doses", "[3]", "--model.strengths", "[0.5]", "--model.num_continuations", "2")
+    saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+    assert (saved["doses"], saved["strengths"], saved["controls"]) == ([3], [0.5], 0)
+    assert (saved["num_continuations"], saved["protocol"]) == (2, "short")
+    config = first["config"]["model"]
+    assert {"doses", "strengths", "controls", "num_continuations", "scorer", "neurons", "checkpoint"} <= set(config)
+    done = main(["sweep", "--config", str(folder / "config.yaml"), "--trainer.logger.init_args.version", "9"])
+    assert json.loads(Path(done.trainer.log_dir, "results.json").read_text()) == first
+
+
+def test_controls_can_be_measured_beside_the_doses(monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    results, _ = sweep("--model.doses", "[2]", "--model.strengths", "[1.0]", "--model.controls", "1")
+    assert list(results["controls"]) == ["random", "least_relevant", "largest_weights"]
+    assert [point["name"] for point in results["doses"]] == ["pruned", "top_2_1"]
+
+
+@pytest.mark.parametrize("doses", ["[13]", "[2, 1000]"])
+def test_a_dose_larger_than_neurons_json_lists_is_an_error_that_says_how_to_list_more(doses, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_for", lambda *_: pytest.fail("the model was loaded"))
+    largest = json.loads(doses)[-1]
+    with pytest.raises(
+        ValueError, match=rf"--model.doses asks for {largest} neurons, but --model.neurons lists 12: "
+    ) as of:
+        sweep("--model.doses", doses)
+    assert f"run 'sparc3 prune' with --model.num_ranked {largest}" in str(of.value)
+    assert not list(Path("lightning_logs").rglob("results.json"))
+
+
+def test_the_largest_dose_that_is_listed_is_measured(monkeypatch):
+    model = Sweep("tiny", Path("pruned/neurons.json"), doses=[12], strengths=[1.0], scorer="small")
+    assert isinstance(model, Evaluation)
+    assert [variant.name for variant in model.variants] == ["baseline", "pruned", "top_12_1"]
+
+
+def test_by_default_ten_to_a_thousand_neurons_are_switched_off_and_damped_without_controls():
+    listed = NeuronList.load(Path("pruned/neurons.json"))
+    more = [neuron for name in MODULES for neuron in [type(listed.next[0])(name, i, 0.0) for i in range(24, 1024)]]
+    NeuronList(listed.neurons, listed.provenance, more).save(Path("long.json"))
+    model = Sweep("tiny", Path("long.json"), scorer="small")
+    grid = [(variant.num_neurons, variant.strength) for variant in model.variants if variant.kind == "dose"]
+    assert grid == [(dose, strength) for strength in (1.0, 0.5) for dose in (10, 30, 100, 300, 1000)]
+    assert {variant.kind for variant in model.variants} == {"baseline", "pruned", "dose"}

@@ -1,0 +1,205 @@
+"""The models of an evaluation: their names, how many there are, and which neurons each is without."""
+
+import copy
+
+import pytest
+import torch
+
+from sparc3_lightning.controls import POOL
+from sparc3_lightning.neurons import Neuron, NeuronList
+from sparc3_lightning.variants import CONTROLS, Variant, describe, neurons_of, of_kind, plan
+
+UP, SECOND = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+NEURONS = NeuronList(
+    neurons=[Neuron(SECOND, 4, -9.0), Neuron(UP, 7, -8.0), Neuron(SECOND, 20, -7.0)],
+    next=[Neuron(UP, 1, -6.0), Neuron(SECOND, 0, -5.0), Neuron(UP, 23, -4.0)],
+    least_relevant=[Neuron(UP, i, 0.1) for i in (2, 3, 11)] + [Neuron(SECOND, i, 0.2) for i in (1, 2, 9, 10, 12)],
+)
+WITHOUT_POOL = NeuronList(neurons=NEURONS.neurons)
+
+
+def names(variants: list[Variant]) -> list[str]:
+    return [variant.name for variant in variants]
+
+
+def places(neurons: list[Neuron]) -> set[tuple[str, int]]:
+    return {(neuron.module, neuron.index) for neuron in neurons}
+
+
+def test_without_neurons_there_is_the_original_model_only():
+    assert plan(None, 4, controls=5) == [Variant("baseline", "baseline", 4)]
+
+
+def test_the_pruned_model_and_each_draw_of_each_control_follow_the_original():
+    variants = plan(NEURONS, 6, controls=2)
+    assert variants == [
+        Variant("baseline", "baseline", 6),
+        Variant("pruned", "pruned", 6, 3),
+        Variant("random_0", "random", 6, 3, draw=0),
+        Variant("random_1", "random", 6, 3, draw=1),
+        Variant("least_relevant_0", "least_relevant", 6, 3, draw=0),
+        Variant("least_relevant_1", "least_relevant", 6, 3, draw=1),
+        Variant("largest_weights_0", "largest_weights", 6, 3, draw=0),
+        Variant("largest_weights_1", "largest_weights", 6, 3, draw=1),
+    ]
+    assert all(variant.strength == 1 for variant in variants)
+    assert {variant.kind for variant in variants[2:]} == set(CONTROLS)
+    assert names(plan(NEURONS, 6)) == ["baseline", "pruned"]
+
+
+def test_controls_may_draw_fewer_continuations_but_no_other_model_does():
+    variants = plan(NEURONS, 6, controls=1, control_continuations=2, doses=[1, 5])
+    assert {v.name: v.num_continuations for v in variants} == {
+        "baseline": 6,
+        "pruned": 6,
+        "top_1_1": 6,
+        "top_5_1": 6,
+        "random_0": 2,
+        "least_relevant_0": 2,
+        "largest_weights_0": 2,
+    }
+
+
+def test_a_list_that_does_not_say_which_neurons_are_least_relevant_has_no_such_control():
+    assert names(plan(WITHOUT_POOL, 1, controls=1)) == ["baseline", "pruned", "random_0", "largest_weights_0"]
+
+
+def test_every_dose_is_measured_at_every_strength_and_the_pruned_model_not_twice():
+    variants = plan(NEURONS, 2, doses=[1, 3, 6], strengths=[1.0, 0.5])
+    doses = list(of_kind(variants, "dose"))
+    assert doses == [
+        Variant("top_1_1", "dose", 2, 1, 1.0),
+        Variant("top_6_1", "dose", 2, 6, 1.0),
+        Variant("top_1_0.5", "dose", 2, 1, 0.5),
+        Variant("top_3_0.5", "dose", 2, 3, 0.5),
+        Variant("top_6_0.5", "dose", 2, 6, 0.5),
+    ]
+    assert names(variants) == ["baseline", "pruned", *names(doses)]
+    # A whole number, as YAML may give it, is the same strength.
+    assert names(plan(NEURONS, 2, doses=[3], strengths=[1])) == ["baseline", "pruned"]
+    assert names(plan(NEURONS, 2, doses=[3], strengths=[0.25])) == ["baseline", "pruned", "top_3_0.25"]
+
+
+def test_no_two_models_have_the_same_name():
+    found = names(plan(NEURONS, 2, 3, doses=[1, 2, 3, 4, 5, 6], strengths=[1.0, 0.5, 0.25, 0.125]))
+    assert len(set(found)) == len(found) == 2 + 3 * 3 + 4 * 6 - 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        ({"num_continuations": 0}, "--model.num_continuations must be at least 1, got 0"),
+        ({"controls": -1}, "--model.controls must be at least 0, got -1"),
+        ({"control_continuations": 0}, "--model.control_continuations must be between 1 and .* 4, got 0"),
+        ({"control_continuations": 5}, "--model.control_continuations must be between 1 and .* 4, got 5"),
+        ({"strengths": [0.0]}, r"--model.strengths must be above 0 and at most 1, got \[0.0\]"),
+        ({"strengths": [0.5, 1.5]}, "--model.strengths must be above 0"),
+        ({"strengths": [-0.5]}, "--model.strengths must be above 0"),
+        ({"strengths": [float("nan")]}, "--model.strengths must be above 0"),
+        ({"strengths": [], "doses": [1]}, "--model.strengths must be above 0"),
+        ({"doses": [1, 1]}, "--model.doses must be different numbers above 0"),
+        ({"doses": [0, 1]}, "--model.doses must be different numbers above 0"),
+        ({"doses": [-2]}, "--model.doses must be different numbers above 0"),
+        ({"doses": [1], "strengths": [0.5, 0.5]}, "--model.(doses|strengths) must be different"),
+        ({"doses": [1], "neurons": None}, "--model.doses needs --model.neurons"),
+        ({"doses": [2, 7]}, "--model.doses asks for 7 neurons, but --model.neurons lists 6.* --model.num_ranked 7"),
+        ({"doses": [4], "neurons": WITHOUT_POOL}, "--model.doses asks for 4 neurons, but --model.neurons lists 3"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) and "neurons" not in value else "",
+)
+def test_numbers_that_make_no_sense_are_refused_by_the_name_of_their_option(arguments, option):
+    with pytest.raises(ValueError, match=option):
+        plan(**{"neurons": NEURONS, "num_continuations": 4, **arguments})
+
+
+def test_numbers_at_the_edge_of_sense_are_taken():
+    plan(NEURONS, 1, 0, 1, doses=[6], strengths=[1e-3, 1.0])
+    plan(NEURONS, 4, 1, 4, strengths=[])
+
+
+def test_doses_are_taken_in_the_order_of_the_list_and_the_pruned_model_is_without_just_its_neurons(make_model):
+    variants = plan(NEURONS, 1, doses=[1, 2, 3, 5, 6], strengths=[1.0, 0.5])
+    lists = neurons_of(variants, NEURONS, make_model(), 0)
+    ranking = NEURONS.neurons + NEURONS.next
+    assert lists["baseline"] == []
+    assert lists["pruned"] == NEURONS.neurons
+    for variant in of_kind(variants, "dose"):
+        assert lists[variant.name] == ranking[: variant.num_neurons]
+    assert list(lists) == names(variants)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_each_draw_of_a_control_has_as_many_neurons_per_layer_and_none_of_the_pruned(make_model, seed):
+    variants = plan(NEURONS, 1, controls=4)
+    lists = neurons_of(variants, NEURONS, make_model(), seed)
+    for variant in variants[2:]:
+        off = lists[variant.name]
+        assert [sum(n.module == module for n in off) for module in (UP, SECOND)] == [1, 2], variant.name
+        assert len(places(off)) == 3
+        assert not places(off) & places(NEURONS.neurons)
+    random = {frozenset(places(lists[f"random_{i}"])) for i in range(4)}
+    assert len(random) == 4, "draws differ"
+    assert places(lists["random_0"]) != places(neurons_of(variants, NEURONS, make_model(), seed + 1)["random_0"])
+    assert lists == neurons_of(variants, NEURONS, make_model(), seed)
+
+
+def test_random_neurons_come_from_the_whole_layer_and_the_least_relevant_from_their_list(make_model):
+    variants = plan(NEURONS, 1, controls=150)
+    lists = neurons_of(variants, NEURONS, make_model(), 0)
+    drawn = {kind: set().union(*(places(lists[v.name]) for v in of_kind(variants, kind))) for kind in CONTROLS}
+    everywhere = {(module, i) for module in (UP, SECOND) for i in range(24)}
+    assert drawn["random"] == everywhere - places(NEURONS.neurons)
+    assert drawn["least_relevant"] == places(NEURONS.least_relevant)
+
+
+def test_neurons_with_the_largest_weights_are_drawn_from_those_whose_rows_have_the_largest_norms(make_model):
+    model = make_model()
+    # The layers on other scales, and the pruned neurons the largest of all.
+    model.get_submodule(SECOND).weight.data.mul_(0.01)
+    for neuron in NEURONS.neurons:
+        model.get_submodule(neuron.module).weight.data[neuron.index] *= 100
+    variants = plan(NEURONS, 1, controls=150)
+    lists = neurons_of(variants, NEURONS, model, 0)
+    drawn = set().union(*(places(lists[v.name]) for v in of_kind(variants, "largest_weights")))
+    expected = set()
+    for module, number in [(UP, 1), (SECOND, 2)]:
+        rows = enumerate(model.get_submodule(module).weight.tolist())
+        norms = {i: sum(w * w for w in row) for i, row in rows if (module, i) not in places(NEURONS.neurons)}
+        expected |= {(module, i) for i in sorted(norms, key=norms.__getitem__, reverse=True)[: POOL * number]}
+    assert drawn == expected
+    assert len(drawn) == 3 * POOL
+
+
+def test_controls_of_gate_neurons_come_from_the_gates(make_model):
+    gate = "model.layers.0.mlp.gate_proj"
+    neurons = NeuronList([Neuron(gate, 5, -1.0)])
+    model = make_model()
+    heavy = model.get_submodule(gate).weight.norm(dim=1).argsort(descending=True).tolist()
+    lists = neurons_of(plan(neurons, 1, controls=60), neurons, model, 0)
+    assert {n.module for off in lists.values() for n in off} == {gate}
+    drawn = {lists[f"largest_weights_{i}"][0].index for i in range(60)}
+    assert drawn == set([i for i in heavy if i != 5][:POOL])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.25])
+def test_in_its_context_the_model_is_the_one_whose_columns_are_scaled_and_the_original_after_it(make_model, strength):
+    model = make_model()
+    input_ids = torch.tensor([[5, 17, 42, 8, 61]])
+    damped = copy.deepcopy(model)
+    for neuron in NEURONS.neurons:
+        mlp = damped.model.layers[0 if neuron.module == UP else 1].mlp
+        mlp.down_proj.weight.data[:, neuron.index] *= 1 - strength
+    original, expected = model(input_ids).logits, damped(input_ids).logits
+    with Variant("some", "dose", 1, 3, strength).as_context(model, NEURONS.neurons):
+        found = model(input_ids).logits
+    assert torch.allclose(found, expected, rtol=1e-9)
+    assert not torch.allclose(found, original, atol=1e-3)
+    assert torch.equal(model(input_ids).logits, original)
+    with Variant("baseline", "baseline", 1).as_context(model, []):
+        assert torch.equal(model(input_ids).logits, original)
+
+
+def test_models_are_described_by_how_many_there_are_of_each_kind():
+    assert describe(plan(NEURONS, 1, 2, doses=[1])) == (
+        "1 baseline, 1 pruned, 1 dose, 2 random, 2 least relevant, 2 largest weights"
+    )

@@ -1,0 +1,190 @@
+"""The verdict says what the intervals allow, and no more."""
+
+import math
+from typing import Any
+
+import pytest
+
+from sparc3_lightning.neurons import Neuron, NeuronList
+from sparc3_lightning.variants import plan
+from sparc3_lightning.verdict import moved, verdict
+
+FELL = (-20.0, -30.0, -10.0)
+ROSE = (15.0, 5.0, 25.0)
+UNCLEAR = (-4.0, -12.0, 4.0)
+
+
+def figure(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high}
+
+
+def effect(value: float, low: float, high: float) -> dict[str, Any]:
+    """Return an effect given in percent of a mean of 0.4 before."""
+    return {
+        "difference": figure(0.004 * value, 0.004 * low, 0.004 * high),
+        "percent": figure(value, low, high),
+        "evidence": low > 0 or high < 0,
+    }
+
+
+def found(toxicity: Any = FELL, second: Any = None, controls: Any = None, perplexity: Any = (3.0, 2.0, 4.0)) -> dict:
+    """Return what the verdict reads of the findings. The other group and convention would change every word of it."""
+    results: dict[str, Any] = {
+        "pruned": {},
+        "headline": "toxic",
+        "effect": {
+            "nontoxic": {"toxicity_mean": effect(77.0, 66.0, 88.0)},
+            "toxic": {
+                "toxicity_probability": effect(99.0, 88.0, 111.0),
+                "toxicity_mean": effect(*toxicity) if toxicity else None,
+            },
+        },
+        "perplexity_change": {"sliding": figure(*perplexity), "disjoint": figure(55.0, 54.0, 56.0)},
+        "controls": controls or {},
+    }
+    if second is not None:
+        results["second_scorer"] = {
+            "effect": {
+                "nontoxic": {"toxicity_mean": effect(77.0, 66.0, 88.0)},
+                "toxic": {"toxicity_mean": effect(*second) if second else None},
+            }
+        }
+    return results
+
+
+def control(percent: Any, further: Any, draws: int = 3) -> dict[str, Any]:
+    return {
+        "draws": [{}] * draws,
+        "effect_percent": figure(*percent),
+        "effect": figure(*percent),
+        "pruned_less_control": figure(*further),
+    }
+
+
+def test_an_effect_is_told_with_its_interval_and_its_price():
+    assert verdict(found(), 30, ["some"]) == (
+        "With 30 neurons switched off, mean toxicity fell by 20.0 % (95 % interval -30.0 to -10.0 %), and perplexity "
+        "rose by 3.0 % (95 % interval +2.0 to +4.0 %)."
+    )
+
+
+def test_toxicity_that_rises_and_perplexity_that_falls_are_called_so():
+    assert verdict(found(ROSE, perplexity=(-1.26, -2.0, -0.5)), 1, ["some"]) == (
+        "With 1 neuron switched off, mean toxicity rose by 15.0 % (95 % interval +5.0 to +25.0 %), and perplexity "
+        "fell by 1.3 % (95 % interval -2.0 to -0.5 %)."
+    )
+
+
+def test_an_interval_that_holds_zero_is_called_no_evidence():
+    assert verdict(found(UNCLEAR), 30, ["some"]) == (
+        "No evidence that switching 30 neurons off changes toxicity: its mean fell by 4.0 % (95 % interval -12.0 to "
+        "+4.0 %), and that interval holds 0; perplexity rose by 3.0 % (95 % interval +2.0 to +4.0 %)."
+    )
+    assert "No evidence that switching 1 neuron off" in verdict(found(UNCLEAR), 1, ["some"])
+
+
+@pytest.mark.parametrize(
+    ("interval", "evidence"),
+    [
+        ((-20.0, -30.0, -10.0), True),
+        ((-0.2, -0.3, -0.1), True),
+        ((0.2, 0.1, 0.3), True),
+        ((-20.0, -50.0, 0.0), False),
+        ((20.0, 0.0, 50.0), False),
+        ((-20.0, -50.0, 0.1), False),
+        ((0.0, 0.0, 0.0), False),
+    ],
+)
+def test_the_words_no_evidence_stand_exactly_where_the_interval_holds_zero(interval, evidence):
+    said = verdict(found(interval), 5, ["some"])
+    assert said.startswith("With 5 neurons") is evidence
+    assert said.startswith("No evidence") is not evidence
+    assert ("holds 0" in said) is not evidence
+
+
+@pytest.mark.parametrize("number", [0, 2, 100])
+def test_any_number_of_neurons_but_one_is_plural(number):
+    assert f"With {number} neurons switched off" in verdict(found(), number, ["some"])
+
+
+def test_controls_are_named_with_their_number_of_draws():
+    controls = {
+        "random": control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)),
+        "least_relevant": control((-0.5, -1.0, 0.2), (-0.1, -0.2, -0.05), draws=1),
+        "largest_weights": control((-5.0, -8.0, -2.0), (-0.1, -0.2, -0.05)),
+    }
+    said = verdict(found(controls=controls), 30, ["some"])
+    assert said.endswith(
+        " As many random neurons (3 draws): +1.0 % (-2.0 to +4.0 %)."
+        " As many least relevant neurons (1 draw): -0.5 % (-1.0 to +0.2 %)."
+        " As many neurons with the largest weights (3 draws): -5.0 % (-8.0 to -2.0 %)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("further", "does_more"),
+    [((-0.1, -0.2, -0.05), True), ((-0.1, -0.2, 0.0), False), ((-0.1, -0.2, 0.05), False), ((0.0, 0.0, 0.1), False)],
+)
+def test_a_control_that_is_as_far_takes_the_claim_back_but_only_where_there_is_one(further, does_more):
+    controls = {"random": control((-18.0, -25.0, -11.0), further)}
+    caveat = ", which is no evidence that the chosen neurons do more."
+    assert verdict(found(controls=controls), 30, ["some"]).endswith(caveat) is not does_more
+    assert caveat not in verdict(found(UNCLEAR, controls=controls), 30, ["some"])
+
+
+@pytest.mark.parametrize(("toxicity", "further"), [(FELL, (0.1, 0.05, 0.2)), (ROSE, (-0.1, -0.2, -0.05))])
+def test_a_control_that_goes_further_than_the_pruned_neurons_takes_the_claim_back_too(toxicity, further):
+    said = verdict(found(toxicity, controls={"random": control((2 * toxicity[0], 0.0, 0.0), further)}), 30, ["some"])
+    assert "no evidence that the chosen neurons do more" in said
+
+
+def test_a_control_that_was_not_measured_or_scored_is_not_mentioned():
+    assert verdict(found(controls={"random": {"draws": [{}]}}), 30, ["some"]) == verdict(found(), 30, ["some"])
+    without = found()
+    del without["controls"]
+    assert verdict(without, 30, ["some"]) == verdict(found(), 30, ["some"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (FELL, (-8.0, -12.0, -4.0), "The second scorer, other, agrees: -8.0 % (-12.0 to -4.0 %)."),
+        (ROSE, (8.0, 4.0, 12.0), "The second scorer, other, agrees: +8.0 % (+4.0 to +12.0 %)."),
+        (FELL, (8.0, 4.0, 12.0), "The second scorer, other, differs: +8.0 % (+4.0 to +12.0 %)."),
+        (ROSE, (-8.0, -12.0, -4.0), "The second scorer, other, differs: -8.0 % (-12.0 to -4.0 %)."),
+        (UNCLEAR, (-8.0, -12.0, -4.0), "The second scorer, other, differs: -8.0 % (-12.0 to -4.0 %)."),
+        (FELL, (-8.0, -17.0, 1.0), "The second scorer, other, gives no evidence: -8.0 % (-17.0 to +1.0 %)."),
+        (UNCLEAR, (8.0, -1.0, 17.0), "The second scorer, other, gives no evidence: +8.0 % (-1.0 to +17.0 %)."),
+        (FELL, False, "The second scorer, other, scored nothing."),
+    ],
+)
+def test_the_second_scorer_agrees_only_if_both_have_evidence_of_the_same_direction(first, second, said):
+    assert verdict(found(first, second), 3, ["some", "other"]).endswith(f". {said}")
+
+
+def test_a_second_scorer_is_not_mentioned_where_there_is_one_scorer():
+    assert "second" not in verdict(found(second=FELL), 3, ["some"])
+
+
+def test_nothing_is_claimed_where_nothing_was_pruned_or_scored():
+    assert "no neurons were given" in verdict({"headline": "toxic"}, 0, ["some"])
+    said = verdict(found(False), 3, ["some"])
+    assert said == "No continuation of both models could be scored, so nothing is known of the effect."
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_change_that_has_no_percentage_is_not_given_one(value):
+    assert moved(figure(value, value, value)) == "cannot be compared with 0"
+
+
+def test_a_change_in_words_has_its_sign_in_the_verb():
+    assert moved(figure(-12.34, -20.0, -1.04)) == "fell by 12.3 % (95 % interval -20.0 to -1.0 %)"
+    assert moved(figure(12.36, -1.0, 20.06)) == "rose by 12.4 % (95 % interval -1.0 to +20.1 %)"
+
+
+def test_every_control_that_can_be_planned_has_a_sentence():
+    up = "model.layers.0.mlp.up_proj"
+    neurons = NeuronList([Neuron(up, 0, -1.0)], least_relevant=[Neuron(up, 1, 0.0)])
+    kinds = {variant.kind for variant in plan(neurons, 1, controls=1)} - {"baseline", "pruned"}
+    controls = {kind: control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)) for kind in kinds}
+    assert verdict(found(controls=controls), 1, ["some"]).count("As many ") == len(kinds) == 3
