@@ -185,7 +185,8 @@ class SparC3CLI(LightningCLI):
         run_stage = _run_stage if self.trainer.world_size == 1 else _run_stage_as_process
         results = model.run(self._options(), Path(self.trainer.log_dir or "."), run_stage)
         if self.trainer.logger is not None:
-            self.trainer.logger.log_metrics(results["change"])
+            known = {name: value for name, value in results["change"].items() if value is not None}
+            self.trainer.logger.log_metrics(known)
             self.trainer.logger.finalize("success")
 
     def _options(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.attribute import SCORES
 from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, fingerprint
+from sparc3_lightning.classifiers import split_label
 from sparc3_lightning.evaluate import REPORT, RESULTS
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.prune import NEURONS
@@ -241,8 +242,10 @@ def _local_files(value: Any) -> list[str]:
     if not isinstance(value, dict):
         return []
     found = []
-    for key in ("checkpoint", "source", "nontoxic_source", "scorer", "second_scorer"):
+    for key in ("checkpoint", "source", "nontoxic_source", "scorer", "second_scorer", "lm_eval_folder"):
         path = value.get(key)
+        if isinstance(path, str) and key.endswith("scorer"):
+            path = split_label(path)[0]
         if isinstance(path, str) and is_local(path):
             found.append(fingerprint(path) if key == "checkpoint" else _content(Path(path).expanduser()))
     return found + [digest for item in value.values() for digest in _local_files(item)]
