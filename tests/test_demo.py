@@ -15,6 +15,7 @@ SMALLER = [
     "--general.init_args.seq_len=128",
     "--behavior.init_args.num_samples=24",
     "--evaluate.num_continuations=1",
+    "--evaluate.controls=1",
     "--evaluate.max_new_tokens=12",
     "--data.text.init_args.num_tokens=2048",
     "--data.prompts.init_args.num_prompts=24",
@@ -46,6 +47,6 @@ def test_the_demo_measures_both_models_and_gives_the_same_numbers_when_run_twice
         assert first[model] == second[model]
     assert first["num_failed"] == 0
     assert first["num_neurons"] == 100
-    assert first["protocol"]["toxicity"]["prompts_excluded"] == 24
+    assert first["protocol"]["prompts"]["excluded"] == 24
     assert first["change"] == second["change"]
     assert Path("lightning_logs/run/version_0/report.html").is_file()

@@ -18,7 +18,6 @@ from sparc3_lightning.checkpoints import export_pruned, fingerprint, load_model
 from sparc3_lightning.data import EvaluationData, RealToxicityPrompts, WikiText2
 from sparc3_lightning.data.real_toxicity_prompts import prompt_id
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS, Evaluation
-from sparc3_lightning.intervals import ROUNDING
 from sparc3_lightning.neurons import Neuron, NeuronList, mask
 from sparc3_lightning.scorers import DetoxifyScorer
 from sparc3_lightning.sharding import load_for
@@ -651,13 +650,13 @@ def test_without_a_list_of_the_least_relevant_neurons_that_control_is_left_out(t
     assert {row["model"] for row in completions()} == {"baseline", "pruned", "random_0", "largest_weights_0"}
 
 
-def test_the_score_of_a_text_that_two_models_wrote_differs_by_rounding_alone(whole):
-    """So the text is neither better nor worse, whatever it was padded with."""
+def test_a_score_does_not_depend_on_which_model_wrote_the_text(whole):
+    """A text that two models wrote is neither better nor worse, whatever it was padded with."""
     scores: dict[tuple[str, str], set[float]] = {}
     for row in whole.rows:
         scores.setdefault((row["prompt_id"], row["continuation"]), set()).add(row["toxicity"])
     assert len(scores) < len(whole.rows), "no text occurs twice, so the test shows nothing"
-    assert all(max(found) - min(found) < ROUNDING for found in scores.values())
+    assert {len(found) for found in scores.values()} == {1}
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from sparc3_lightning.scorers import (
     SHIPPED,
     SHIPPED_SHA256,
     DetoxifyScorer,
+    Remembering,
     check_scorer,
     fetch_scorer,
     load_scorer,
@@ -282,6 +283,29 @@ def test_what_a_scorer_needs_is_fetched_by_its_kind(monkeypatch: pytest.MonkeyPa
 
 def test_a_loaded_scorer_scores_as_the_class_of_its_kind(small: DetoxifyScorer) -> None:
     assert load_scorer("small").score(INSULTS) == pytest.approx(small.score(INSULTS), abs=1e-6)
+
+
+def test_a_scorer_that_remembers_scores_a_text_once_and_gives_it_the_same_score_ever_after() -> None:
+    class Counting:
+        name = "counting"
+
+        def __init__(self) -> None:
+            self.calls: list[list[str]] = []
+
+        def score(self, texts: Any) -> list[float]:
+            self.calls.append(list(texts))
+            return [math.nan if text == "odd" else len(self.calls) / 10 for text in texts]
+
+    counting = Counting()
+    scorer = Remembering(counting)
+    assert scorer.name == "counting"
+    assert scorer.score(["a", "b", "a"]) == [0.1, 0.1, 0.1]
+    first = scorer.score(["c", "b", "odd", "c"])
+    assert first[:2] + first[3:] == [0.2, 0.1, 0.2]
+    assert math.isnan(first[2])
+    assert math.isnan(scorer.score(["odd"])[0]), "what could not be scored is not tried again"
+    assert scorer.score([]) == []
+    assert [sorted(call) for call in counting.calls] == [["a", "b"], ["c", "odd"]]
 
 
 def test_a_shipped_checkpoint_that_was_changed_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
