@@ -61,6 +61,7 @@ class Evaluation(L.LightningModule):
     """
 
     model: Any
+    verb = "evaluate"
 
     def __init__(
         self,
@@ -302,6 +303,7 @@ class Evaluation(L.LightningModule):
             "neurons": str(self.neurons_path) if self.neurons_path else None,
             "num_neurons": self.num_neurons,
             "config": {
+                "verb": self.verb,
                 "model": {name: str(v) if isinstance(v, Path) else v for name, v in self.hparams.items()},
                 "text": dict(data.text.hparams),
                 "prompts": dict(data.prompts.hparams),
@@ -313,7 +315,6 @@ class Evaluation(L.LightningModule):
     @property
     def data(self) -> EvaluationData:
         """The data module."""
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, EvaluationData):
+        if not isinstance(data := getattr(self.trainer, "datamodule", None), EvaluationData):
             raise TypeError(f"Evaluation needs the data module EvaluationData, got {data!r}.")
         return data

@@ -12,6 +12,7 @@ from torch import Tensor
 
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
+MIN_CHANGED = 6  # fewer prompts that all move one way cannot bring a two-sided sign test below 5 %: 2 / 2^5 = 6 %
 ROUNDING = 1e-6  # what a scorer gives the same text in another batch differs by some 1e-7: that is no change
 _CHUNK = 500  # resamples held at a time: memory grows with the number of prompts alone
 
@@ -49,8 +50,8 @@ class Difference:
 
     @property
     def evidence(self) -> bool:
-        """Whether there is evidence of a change: 0 lies outside the interval of the difference."""
-        return not self.difference.holds_zero
+        """Whether there is evidence of a change: 0 lies outside the interval, and enough prompts changed to say so."""
+        return not self.difference.holds_zero and self.num_better + self.num_worse >= MIN_CHANGED
 
 
 def paired_difference(before: Tensor, after: Tensor, seed: int = 0) -> Difference:

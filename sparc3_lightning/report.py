@@ -21,7 +21,7 @@ MODEL_CARD = "model_card.md"
 DOSES = "doses.csv"
 GROUPS = {"toxic": "toxic prompts", "nontoxic": "non-toxic prompts"}
 # In the card; a README without it is somebody's own.
-MARK = "<!-- Written by sparc3 evaluate, and again by the next evaluation unless this line is removed. -->"
+MARK = "<!-- Written by sparc3, and again by the next evaluation unless this line is removed. -->"
 Prompts = dict[str, dict[str, list[dict[str, Any]]]]
 
 
@@ -136,6 +136,7 @@ def write_report(
     }
     config = folder / "config.yaml"
     has_doses = len(results["doses"]) > 1
+    again = f"sparc3 {results['config']['verb']} --config {shlex.quote(str(config))}"
     shared = {
         "results": results,
         "neurons": neurons,
@@ -147,9 +148,7 @@ def write_report(
         "controls": control_table(results) if results["controls"] else [],
         "others": other_table(results),
         "doses": dose_table(results["doses"]) if has_doses else [],
-        "again": f"sparc3 evaluate --config {shlex.quote(str(config))} --trainer.logger.init_args.version again"
-        if config.is_file()
-        else "",
+        "again": f"{again} --trainer.logger.init_args.version again" if config.is_file() else "",
     }
     if has_doses:
         write_atomically(folder / DOSES, doses_csv(results["doses"]))

@@ -20,6 +20,8 @@ class Sweep(Evaluation):
         **options: As ``sparc3 evaluate``.
     """
 
+    verb = "sweep"
+
     def __init__(
         self,
         checkpoint: str,

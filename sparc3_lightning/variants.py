@@ -102,8 +102,10 @@ def _check(
         )
     if not all(0 < strength <= 1 for strength in strengths) or (doses and not strengths):
         raise ValueError(f"--model.strengths must be above 0 and at most 1, got {list(strengths)}.")
-    if len(set(doses)) != len(doses) or len(set(strengths)) != len(strengths) or not all(dose > 0 for dose in doses):
-        raise ValueError(f"--model.doses must be different numbers above 0, got {list(doses)} x {list(strengths)}.")
+    if len(set(strengths)) != len(strengths):
+        raise ValueError(f"--model.strengths must be different, got {list(strengths)}.")
+    if len(set(doses)) != len(doses) or not all(dose > 0 for dose in doses):
+        raise ValueError(f"--model.doses must be different numbers above 0, got {list(doses)}.")
     if doses and neurons is None:
         raise ValueError("--model.doses needs --model.neurons.")
     if neurons is not None and doses and max(doses) > (known := len(neurons.neurons) + len(neurons.next)):

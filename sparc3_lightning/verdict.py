@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from sparc3_lightning.intervals import MIN_CHANGED
 from sparc3_lightning.variants import CONTROLS
 
 
@@ -25,9 +26,15 @@ def verdict(found: dict[str, Any], num_neurons: int, scorers: Sequence[str]) -> 
     if effect["evidence"]:
         sentences = [f"With {neurons} switched off, mean toxicity {moved(effect['percent'])}, and {price}."]
     else:
+        changed = effect["num_better"] + effect["num_worse"]
+        why = (
+            "that interval holds 0"
+            if changed >= MIN_CHANGED
+            else f"only {changed} prompt{'s' if changed != 1 else ''} changed"
+        )
         sentences = [
-            f"No evidence that switching {neurons} off changes toxicity: its mean {moved(effect['percent'])}, and that "
-            f"interval holds 0; {price}."
+            f"No evidence that switching {neurons} off changes toxicity: its mean {moved(effect['percent'])}, and "
+            f"{why}; {price}."
         ]
     return " ".join(sentences + _controls(found, effect["evidence"]) + _second(found, effect["evidence"], scorers))
 
@@ -66,6 +73,8 @@ def moved(percent: dict[str, float]) -> str:
     value = percent["value"]
     if not math.isfinite(value):
         return "cannot be compared with 0"
+    if value == 0:
+        return f"did not change (95 % interval {_range(percent)})"
     return f"{'fell' if value < 0 else 'rose'} by {abs(value):.1f} % (95 % interval {_range(percent)})"
 
 

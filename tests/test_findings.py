@@ -228,15 +228,15 @@ def test_by_how_much_common_noise_cuts_the_variance_is_measured_over_the_headlin
     assert results["common_random_numbers_variance_factor"] == pytest.approx(expected)
 
 
-# Per model five prompts and three continuations. The third of the original is such that a control, which draws but
+# Per model six prompts and three continuations. The third of the original is such that a control, which draws but
 # two, would look like an effect if it were compared with all three.
 CONTROLLED: Table = {
-    "baseline": {f"t{i}": [0.4 + 0.01 * i, 0.6, 0.0] for i in range(5)},
-    "pruned": {f"t{i}": [0.1, 0.2 + 0.02 * i, 0.0] for i in range(5)},
-    "random_0": {f"t{i}": [0.4, 0.6 + (0.03 if i % 2 else -0.03)] for i in range(5)},
-    "random_1": {f"t{i}": [0.5, 0.7 + 0.01 * i] for i in range(5)},
-    "largest_weights_0": {f"t{i}": [0.1, 0.1] for i in range(5)},
-    "largest_weights_1": {f"t{i}": [0.0, 0.2] for i in range(5)},
+    "baseline": {f"t{i}": [0.4 + 0.01 * i, 0.6, 0.0] for i in range(6)},
+    "pruned": {f"t{i}": [0.1, 0.2 + 0.02 * i, 0.0] for i in range(6)},
+    "random_0": {f"t{i}": [0.4, 0.6 + (0.03 if i % 2 else -0.03)] for i in range(6)},
+    "random_1": {f"t{i}": [0.5, 0.7 + 0.01 * i] for i in range(6)},
+    "largest_weights_0": {f"t{i}": [0.1, 0.1] for i in range(6)},
+    "largest_weights_1": {f"t{i}": [0.0, 0.2] for i in range(6)},
 }
 
 
@@ -247,7 +247,7 @@ def controlled() -> dict[str, Any]:
 
 def test_controls_are_compared_with_the_first_continuations_of_the_original_only():
     found = controlled()["controls"]
-    prompts = [f"t{i}" for i in range(5)]
+    prompts = [f"t{i}" for i in range(6)]
     before = means(CONTROLLED["baseline"], prompts, 2)
     assert before[0] == pytest.approx(0.5)
     assert list(found) == ["random", "largest_weights"], "the list does not say which are the least relevant"
@@ -257,28 +257,28 @@ def test_controls_are_compared_with_the_first_continuations_of_the_original_only
         for point in control["draws"]:
             after = means(CONTROLLED[point["name"]], prompts)
             assert point["effect"] == difference(before, after)
-            assert point["toxicity_mean"] == pytest.approx(sum(after) / 5)
+            assert point["toxicity_mean"] == pytest.approx(sum(after) / 6)
             assert point["toxicity_percent"] == point["effect"]["percent"]
             assert point["num_neurons"] == 2
 
 
 def test_the_effect_of_a_control_is_the_mean_over_its_draws():
     control = controlled()["controls"]["random"]
-    prompts = [f"t{i}" for i in range(5)]
+    prompts = [f"t{i}" for i in range(6)]
     before = means(CONTROLLED["baseline"], prompts, 2)
     pruned = means(CONTROLLED["pruned"], prompts, 2)
     draws = [means(CONTROLLED[f"random_{i}"], prompts) for i in range(2)]
-    own = sum(sum(a - b for a, b in zip(draw, before, strict=True)) / 5 for draw in draws) / 2
-    against = sum(sum(p - a for a, p in zip(draw, pruned, strict=True)) / 5 for draw in draws) / 2
+    own = sum(sum(a - b for a, b in zip(draw, before, strict=True)) / 6 for draw in draws) / 2
+    against = sum(sum(p - a for a, p in zip(draw, pruned, strict=True)) / 6 for draw in draws) / 2
     assert control["effect"]["value"] == pytest.approx(own)
-    assert control["effect_percent"]["value"] == pytest.approx(100 * own / (sum(before) / 5))
+    assert control["effect_percent"]["value"] == pytest.approx(100 * own / (sum(before) / 6))
     assert control["pruned_less_control"]["value"] == pytest.approx(against)
     assert against < -0.3, "below 0: the pruned model fell further"
     assert control["pruned_less_control"]["high"] < 0
     # The draws differ by 0.1 or so, which alone makes the interval wide.
     assert control["effect"]["low"] < 0.02 < 0.09 < control["effect"]["high"]
     for side in ("low", "high"):
-        assert control["effect_percent"][side] == pytest.approx(100 * control["effect"][side] / (sum(before) / 5))
+        assert control["effect_percent"][side] == pytest.approx(100 * control["effect"][side] / (sum(before) / 6))
     assert [point["effect"]["evidence"] for point in control["draws"]] == [False, True]
     assert control["num_draws_with_evidence"] == 1
     assert control["perplexity_percent"] == pytest.approx(100 * (math.exp(12 / 88) + math.exp(18 / 88) - 2) / 2)
@@ -298,12 +298,12 @@ def test_prompts_that_failed_in_one_draw_of_a_control_are_left_out_of_all():
     control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"])["controls"][
         "random"
     ]
-    prompts = ["t0", "t1", "t2", "t4"]
+    prompts = ["t0", "t1", "t2", "t4", "t5"]
     before = means(scores["baseline"], prompts, 2)
     draws = [means(scores[f"random_{i}"], prompts) for i in range(2)]
-    own = sum(sum(a - b for a, b in zip(draw, before, strict=True)) / 4 for draw in draws) / 2
+    own = sum(sum(a - b for a, b in zip(draw, before, strict=True)) / 5 for draw in draws) / 2
     assert control["effect"]["value"] == pytest.approx(own)
-    assert control["effect_percent"]["value"] == pytest.approx(100 * own / (sum(before) / 4), rel=1e-9)
+    assert control["effect_percent"]["value"] == pytest.approx(100 * own / (sum(before) / 5), rel=1e-9)
 
 
 def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
@@ -318,7 +318,7 @@ def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
     assert control["draws"][1]["effect"] is None
     assert control["draws"][1]["toxicity_percent"] is None
     assert math.isnan(control["draws"][1]["toxicity_mean"])
-    assert control["draws"][0]["effect"]["num_better"] == 3
+    assert control["draws"][0]["effect"]["num_better"] == 4
 
 
 def test_each_dose_is_a_point_of_toxicity_and_perplexity():
@@ -392,7 +392,7 @@ def test_controls_do_not_enter_the_correlation_of_the_scorers():
         CONTROLLED, lambda model, p, j: (1 if model in ("baseline", "pruned") else -1) * CONTROLLED[model][p][j]
     )
     found = findings(rows, windows_of(*(v.name for v in variants)), variants, ["some", "other"])["second_scorer"]
-    assert found["num_scored"] == 30
+    assert found["num_scored"] == 36
     assert found["pearson"] == pytest.approx(1)
 
 

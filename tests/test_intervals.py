@@ -148,6 +148,16 @@ def test_one_prompt_alone_moves_the_mean_but_is_no_evidence():
     assert not found.evidence
 
 
+def test_evidence_needs_as_many_prompts_that_changed_as_a_sign_test_does():
+    assert sign_test(6, 0) < 0.05 < sign_test(5, 0)
+    for changed in (5, 6):
+        before = torch.full((10,), 0.5)
+        after = before - 0.25 * (torch.arange(10) < changed)
+        found = paired_difference(before, after)
+        assert found.difference.high < 0
+        assert found.evidence is (changed == 6)
+
+
 def test_a_change_and_its_opposite_are_mirrored():
     before, after, _ = toxicities(45, seeded(5))
     there, back = paired_difference(before, after), paired_difference(after, before)

@@ -147,7 +147,7 @@ def settings(scorers: list[str]) -> dict[str, Any]:
         "checkpoint_fingerprint": "files:abc",
         "neurons": "neurons.json",
         "num_neurons": 2,
-        "config": {"model": {"scorer": "small"}},
+        "config": {"verb": "evaluate", "model": {"scorer": "small"}},
         "versions": {"torch": "2"},
         "git_hash": None,
     }
@@ -629,6 +629,9 @@ def test_the_page_says_how_to_run_it_again():
     assert command
     assert command[0] == "sparc3 evaluate --config out/config.yaml --trainer.logger.init_args.version again"
     assert command[0] in CARD.read_text()
+    results, _ = made_up()
+    results["config"]["verb"] = "sweep"
+    assert "sparc3 sweep --config out/config.yaml" in write(results).words
     assert "seed_everything: 7 # <b>" in page.hidden
 
 

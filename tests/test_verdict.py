@@ -18,12 +18,14 @@ def figure(value: float, low: float, high: float) -> dict[str, float]:
     return {"value": value, "low": low, "high": high}
 
 
-def effect(value: float, low: float, high: float) -> dict[str, Any]:
+def effect(value: float, low: float, high: float, changed: int = 40) -> dict[str, Any]:
     """Return an effect given in percent of a mean of 0.4 before."""
     return {
+        "num_better": changed - changed // 3,
+        "num_worse": changed // 3,
         "difference": figure(0.004 * value, 0.004 * low, 0.004 * high),
         "percent": figure(value, low, high),
-        "evidence": low > 0 or high < 0,
+        "evidence": (low > 0 or high < 0) and changed >= 6,
     }
 
 
@@ -81,6 +83,15 @@ def test_an_interval_that_holds_zero_is_called_no_evidence():
         "+4.0 %), and that interval holds 0; perplexity rose by 3.0 % (95 % interval +2.0 to +4.0 %)."
     )
     assert "No evidence that switching 1 neuron off" in verdict(found(UNCLEAR), 1, ["some"])
+
+
+@pytest.mark.parametrize(("changed", "words"), [(1, "only 1 prompt changed"), (5, "only 5 prompts changed")])
+def test_too_few_prompts_that_changed_are_no_evidence_whatever_the_interval(changed, words):
+    said = verdict(found((*FELL, changed)), 2, ["some"])
+    assert said == (
+        "No evidence that switching 2 neurons off changes toxicity: its mean fell by 20.0 % (95 % interval -30.0 to "
+        f"-10.0 %), and {words}; perplexity rose by 3.0 % (95 % interval +2.0 to +4.0 %)."
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,6 +190,7 @@ def test_a_change_that_has_no_percentage_is_not_given_one(value):
 
 def test_a_change_in_words_has_its_sign_in_the_verb():
     assert moved(figure(-12.34, -20.0, -1.04)) == "fell by 12.3 % (95 % interval -20.0 to -1.0 %)"
+    assert moved(figure(0.0, 0.0, 0.0)) == "did not change (95 % interval +0.0 to +0.0 %)"
     assert moved(figure(12.36, -1.0, 20.06)) == "rose by 12.4 % (95 % interval -1.0 to +20.1 %)"
 
 
