@@ -12,16 +12,16 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
+from sparc3_lightning.accumulator import CHECK_EVERY, Granularity, ScoreAccumulator
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
 from sparc3_lightning.data.base import ReferenceSamples
-from sparc3_lightning.files import check_absent, check_writable
+from sparc3_lightning.files import check_absent, check_space, check_writable
 from sparc3_lightning.lrp import Rule, family_of, lrp
 from sparc3_lightning.progress import Progress, StopRequest, load_progress, remove_progress
 from sparc3_lightning.provenance import git_hash, run_seed, versions
-from sparc3_lightning.relevance import Relevance, ScoreAccumulator, find_targets, largest_logit
-from sparc3_lightning.scores import Provenance, ScoreFile
+from sparc3_lightning.relevance import Relevance, find_targets, largest_logit
+from sparc3_lightning.scores import INDEX, Provenance, ScoreFile, ShardWriter
 from sparc3_lightning.sharding import check_same_on_all_ranks, load_for
 
 SCORES = "scores.safetensors"
@@ -41,7 +41,10 @@ class Attribution(L.LightningModule):
         relevance: Sum over a neuron's weights of the ``magnitude`` of the relevance, taken per sample, or of the
             ``signed`` relevance. For the method lrp only.
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
-        targets: Names of the linear layers that are scored, in every block of the model.
+        targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
+        granularity: One score for each ``neuron``, or for each ``weight``. Scores of weights are as large as the model
+            in float32: on each device as much of them as its share, and on the disk all. Several ranks do not save
+            their sums of weights on the way.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         nonfinite: On a relevance of NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts
             0 in its place, counts it and reports the count.
@@ -60,6 +63,7 @@ class Attribution(L.LightningModule):
         relevance: Relevance = "magnitude",
         rule: Rule = "attnlrp",
         targets: Sequence[str] = ("up_proj",),
+        granularity: Granularity = "neuron",
         dtype: Dtype = "auto",
         nonfinite: Literal["error", "zero"] = "error",
         save_every: int = 32,
@@ -78,17 +82,18 @@ class Attribution(L.LightningModule):
         self.relevance: Relevance = relevance
         self.rule: Rule = rule
         self.targets = list(targets)
+        self.granularity: Granularity = granularity
         self.dtype_name: Dtype = dtype
         self.nonfinite = nonfinite
         self.gradient_checkpointing = gradient_checkpointing
         self.revision = revision
         self.model = None
-        self.scores: ScoreFile | None = None
+        self.written = ""
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
         # Asked for once, by every rank: the answer is a broadcast.
-        self.output = Path(self.trainer.log_dir or ".") / SCORES
+        self.output = Path(self.trainer.log_dir or ".") / (INDEX if self.granularity == "weight" else SCORES)
         check_writable(self.output.parent)
         check_absent(self.output)
         config = load_config(self.checkpoint, self.revision)
@@ -114,7 +119,11 @@ class Attribution(L.LightningModule):
         self.model.eval()
         score: Any = "wanda" if self.method == "wanda" else self.relevance
         targets = find_targets(self.model, self.targets)
-        self.accumulator = ScoreAccumulator(targets, score, self.nonfinite)
+        if self.granularity == "weight":
+            check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))
+        self.accumulator = ScoreAccumulator(targets, score, self.nonfinite, self.granularity)
+        # Each rank then has its rows of all ranks' samples, so that a state of one rank is no state of its samples.
+        self.saves = not (self.accumulator.sums_weights and self.trainer.world_size > 1)
         self.done: list[str] = []
         if self.trainer.is_global_zero and self.progress.sample_ids:
             self.accumulator.sums = {name: total.to(self.device) for name, total in self.progress.sums.items()}
@@ -127,7 +136,7 @@ class Attribution(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the scores of one batch."""
-        mask = batch["attention_mask"]
+        mask = batch["attention_mask"] if batch["is_padded"] else None
         is_lrp = self.method == "lrp"
         with (
             torch.set_grad_enabled(is_lrp),
@@ -138,15 +147,15 @@ class Attribution(L.LightningModule):
                 largest_logit(self.model, batch["input_ids"], mask).sum().backward()
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
-        self.done += [
-            name for name, weight in zip(batch["sample_ids"], batch["weights"].tolist(), strict=True) if weight
-        ]
+        self.done += [name for name, weight in zip(batch["sample_ids"], batch["weights"], strict=True) if weight]
         if self.logger is not None:
             self.logger.log_metrics({"samples": self.accumulator.num_samples}, step=batch_idx)
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Save the sums now and then, and when the run is asked to stop."""
-        number = self.stop.agreed(self.device)
+        # Ranks agree by a collective, for which the host waits: on an accelerator not after every batch.
+        asked = self.device.type == "cpu" or batch_idx % CHECK_EVERY == 0
+        number = self.stop.agreed(self.device) if asked else None
         if number is not None or len(self.done) - self.num_saved >= self.save_every:
             self._save_progress()
         if number is not None:
@@ -155,9 +164,8 @@ class Attribution(L.LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Add up the sums of all ranks, and write the score file."""
         self.accumulator.reduce_()
-        scores = self.accumulator.compute()
+        self._write()
         if self.trainer.is_global_zero:
-            self._write(scores)
             remove_progress(self.output.parent)
 
     def teardown(self, stage: str) -> None:
@@ -173,6 +181,7 @@ class Attribution(L.LightningModule):
             "rule": self.rule,
             "relevance": self.relevance,
             "targets": self.targets,
+            "granularity": self.granularity,
             "dtype": str(resolve_dtype(self.dtype_name, self.trainer.strategy.root_device)).removeprefix("torch."),
             "nonfinite": self.nonfinite,
             "data_fingerprint": self.reference_samples.fingerprint(),
@@ -205,11 +214,14 @@ class Attribution(L.LightningModule):
         for folder in sorted(folders):
             with suppress(ValueError):  # a damaged state of some other run is not this run's concern
                 state = load_progress(folder)
-                if state is not None and state.identity == self.identity and not (folder / SCORES).exists():
+                if state is not None and state.identity == self.identity and not (folder / self.output.name).exists():
                     same.append(state)
         return max(same, key=lambda state: len(state.sample_ids), default=None)
 
     def _save_progress(self) -> None:
+        if not self.saves:
+            return
+        self.accumulator.check()  # before what is saved rests on it
         sums, count = self.accumulator.sums, self.accumulator.num_nonfinite
         Progress(self.identity, sums, self.done, count, self.progress.attempt).save(
             self.output.parent, self.trainer.global_rank
@@ -219,15 +231,36 @@ class Attribution(L.LightningModule):
     def _leave(self, number: int) -> None:
         """End the process; on SIGUSR1, by which Slurm announces the end of the time, the job is queued again."""
         job = os.environ.get("SLURM_JOB_ID")
-        rank_zero_info(f"Got {signal.Signals(number).name}: {len(self.done)} samples of rank 0 are saved.")
+        kept = f"{len(self.done)} samples of rank 0 are saved" if self.saves else "sums of weights are not saved"
+        rank_zero_info(f"Got {signal.Signals(number).name}: {kept}.")
         if number == signal.SIGUSR1 and job and self.trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", job], check=False)
         raise SystemExit(128 + number)
 
-    def _write(self, scores: dict[str, Tensor]) -> None:
+    def _write(self) -> None:
+        """Write the scores, on rank 0; the other ranks give theirs."""
+        is_writer = self.trainer.is_global_zero
+        if self.granularity == "neuron":
+            scores = self.accumulator.compute()
+            if is_writer:
+                ScoreFile(scores, self._provenance()).save(self.output)
+        else:
+            shapes = {name: module.weight.shape for name, module in self.accumulator.modules.items()}
+            writer = ShardWriter(self.output.parent, shapes)
+            for name, score in self.accumulator.each():
+                if is_writer:
+                    writer.add(name, score)
+            if is_writer:
+                writer.close(self._provenance())
+        if is_writer:
+            count = self.accumulator.num_nonfinite
+            replaced = f"; {count} values were NaN or infinite and count as 0" if count else ""
+            self.written = f"Scores of {len(self.accumulator.modules)} layers{replaced}: {self.output}"
+
+    def _provenance(self) -> Provenance:
         data = self.reference_samples
         options = {name: value for name, value in data.hparams.items() if name != "tokenizer"}
-        provenance = Provenance(
+        return Provenance(
             checkpoint=self.checkpoint,
             checkpoint_fingerprint=self.identity["checkpoint_fingerprint"],
             method=self.method,
@@ -246,16 +279,10 @@ class Attribution(L.LightningModule):
             versions=versions(),
             git_hash=git_hash(),
         )
-        self.scores = ScoreFile(scores, provenance, self.output)
-        self.scores.save(self.output)
 
     def summary(self) -> str:
         """Say what was written, once the loop has ended; nothing on a rank that wrote nothing."""
-        if self.scores is None:
-            return ""
-        count = self.scores.provenance.num_nonfinite
-        replaced = f"; {count} values were NaN or infinite and count as 0" if count else ""
-        return f"Scores of {len(self.scores.scores)} layers{replaced}: {self.output}"
+        return self.written
 
     @property
     def reference_samples(self) -> ReferenceSamples:

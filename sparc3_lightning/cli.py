@@ -24,6 +24,7 @@ from sparc3_lightning.evaluate import RESULTS, Evaluation
 from sparc3_lightning.experiment import Experiment
 from sparc3_lightning.files import check_absent
 from sparc3_lightning.prune import NEURONS, Pruning
+from sparc3_lightning.scores import INDEX
 from sparc3_lightning.sharding import check_slurm_tasks
 from sparc3_lightning.sweep import Sweep
 
@@ -95,7 +96,7 @@ class SaveConfig(SaveConfigCallback):
         """Save the config."""
         folder = trainer.log_dir
         if folder is not None:
-            for name in (SCORES, NEURONS, RESULTS):
+            for name in (SCORES, INDEX, NEURONS, RESULTS):
                 check_absent(Path(folder) / name)
         self.overwrite = True
         super().setup(trainer, pl_module, stage)

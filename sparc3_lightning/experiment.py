@@ -97,6 +97,8 @@ class Experiment:
                 f"--general: {options['general']['class_path']} draws the same samples whatever the seed, so "
                 f"--model.general_seeds must be one seed, got {self.general_seeds}."
             )
+        if options["attribute"].get("granularity", "neuron") != "neuron":
+            raise ValueError("--attribute.granularity must be neuron: what is pruned here are neurons.")
         model = {"checkpoint": self.checkpoint, "dtype": self.dtype, "revision": self.revision}
         attribution = {**options["attribute"], **model}
         references = [(f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,16 @@ def check_absent(path: Path) -> None:
         raise FileExistsError(
             f"{path} exists already; nothing was overwritten. Choose another folder with "
             "--trainer.logger.init_args.version."
+        )
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raise OSError unless the disk of a folder has so many bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            f"The output needs {num_bytes / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free. Free space there, "
+            "or choose another folder with --trainer.logger.init_args.save_dir."
         )
 
 

@@ -1,10 +1,10 @@
-"""From gradients to scores: the pure functions, and the accumulator that turns a stream of samples into one result.
+"""From gradients to scores: the target of relevance, the layers that are scored, and the scores as pure functions.
 
 Shape letters: B samples, T tokens, I inputs and O outputs (neurons) of one linear layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -12,47 +12,76 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Relevance = Literal["magnitude", "signed"]
+ALL = "all"
+TILE = 4096  # rows of a weight whose relevance is held at a time
 
 
-def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Return the largest logit at the last token of each sample, with a graph down to the embeddings.
 
-    The head is applied to the positions where a sample of the batch ends, so that no other logits are formed.
+    The head is applied to the last token of each sample, so that no other logits are formed.
 
     Args:
         model: Causal language model of transformers.
         input_ids: Padded on the right, shape ``[samples, tokens]``.
-        attention_mask: 1 at tokens, 0 at padding, of the same shape.
+        attention_mask: 1 at tokens, 0 at padding, of the same shape; None if there is no padding, which spares
+            transformers a look at it.
 
     Returns:
         Shape ``[samples]``.
     """
-    last = attention_mask.sum(dim=1) - 1
-    positions, which = last.unique(return_inverse=True)
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    last = -torch.ones_like(rows) if attention_mask is None else attention_mask.sum(dim=1) - 1
     # The weights are frozen, so the graph starts at the embeddings. The model is called as a whole, since that is what
     # gathers the weights of a sharded one.
-    handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    try:
-        logits = model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions
-        ).logits
-    finally:
-        handle.remove()
-    return logits[torch.arange(len(last), device=last.device), which].max(dim=-1).values
+    with ExitStack() as undo:
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        undo.callback(embeddings.register_forward_hook(lambda _, inputs, output: output.requires_grad_()).remove)
+        undo.callback(head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows, last].unsqueeze(1),)).remove)
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return logits[:, 0].max(dim=-1).values
 
 
-def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def find_targets(model: Any, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """Return the linear layers whose own name is one of ``targets``, by fully qualified name.
+
+    Args:
+        model: Any model.
+        targets: Such as ``up_proj``; ``all`` stands for every linear layer but the head.
 
     Raises:
         ValueError: If a name matches no linear layer; the names there are are listed.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     kinds = {name.rpartition(".")[2] for name in linear}
-    unknown = [target for target in targets if target not in kinds]
+    unknown = [target for target in targets if target not in kinds | {ALL}]
     if unknown:
         raise ValueError(f"--model.targets: the model has no linear layer {unknown[0]!r}; it has {sorted(kinds)}.")
-    return {name: module for name, module in linear.items() if name.rpartition(".")[2] in targets}
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        name: module
+        for name, module in linear.items()
+        if name.rpartition(".")[2] in targets or (ALL in targets and module is not head)
+    }
+
+
+def weight_relevance(W_OI: Tensor, A_TI: Tensor, G_TO: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the relevance of each weight for one sample, W * (G^T A), in tiles of rows.
+
+    Source: Hatefi et al. 2025, arXiv:2506.13727, equation 8.
+
+    Args:
+        W_OI: Weight, shape ``[out_features, in_features]``.
+        A_TI: Input of the layer, shape ``[tokens, in_features]``.
+        G_TO: Gradient of the target with respect to the layer's output under LRP, shape ``[tokens, out_features]``;
+            zero at padding.
+
+    Yields:
+        The rows, and their relevance, shape ``[rows, in_features]``, in logits; the caller may change it in place.
+    """
+    for start in range(0, len(W_OI), TILE):
+        rows = slice(start, start + TILE)
+        yield rows, (G_TO[:, rows].T @ A_TI).mul_(W_OI[rows])
 
 
 def magnitude_relevance(W_OI: Tensor, A_BTI: Tensor, G_BTO: Tensor) -> Tensor:
@@ -72,9 +101,10 @@ def magnitude_relevance(W_OI: Tensor, A_BTI: Tensor, G_BTO: Tensor) -> Tensor:
         Relevance per sample and neuron, shape ``[samples, out_features]``, float32 or wider, in logits.
     """
     wide = torch.promote_types(W_OI.dtype, torch.float32)
-    rows = []
-    for A_TI, G_TO in zip(A_BTI, G_BTO, strict=True):
-        rows.append((G_TO.T @ A_TI).mul_(W_OI).abs_().sum(dim=1, dtype=wide))
+    rows = [
+        torch.cat([R_OI.abs_().sum(dim=1, dtype=wide) for _, R_OI in weight_relevance(W_OI, A_TI, G_TO)])
+        for A_TI, G_TO in zip(A_BTI, G_BTO, strict=True)
+    ]
     return torch.stack(rows)
 
 
@@ -96,33 +126,36 @@ def signed_relevance(Z_BTO: Tensor, G_BTO: Tensor) -> Tensor:
     return (Z_BTO.to(wide) * G_BTO.to(wide)).sum(dim=1)
 
 
-def squared_norms(A_BTI: Tensor, mask_BT: Tensor) -> Tensor:
+def squared_norms(A_BTI: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Sum the squares of a layer's input over the tokens, per sample.
 
     Args:
         A_BTI: Input of the layer, shape ``[samples, tokens, in_features]``.
-        mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``.
+        mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
 
     Returns:
         Sums, shape ``[samples, in_features]``, float32 or wider.
     """
     wide = torch.promote_types(A_BTI.dtype, torch.float32)
-    return (A_BTI.to(wide).square() * mask_BT.unsqueeze(-1)).sum(dim=1)
+    squares = A_BTI.to(wide).square()
+    return (squares if mask_BT is None else squares * mask_BT.unsqueeze(-1)).sum(dim=1)
 
 
-def wanda_score(W_OI: Tensor, squares_I: Tensor) -> Tensor:
-    """Sum the Wanda score of each neuron's incoming weights, sum_i |W_oi| ||X_i||_2.
+def wanda_score(W_OI: Tensor, squares_I: Tensor, of_neurons: bool = True) -> Tensor:
+    """Return the Wanda score of each weight, |W_oi| ||X_i||_2, or its sum over each neuron's incoming weights.
 
     Source: Sun et al. 2023, arXiv:2306.11695, equation 1; Hatefi et al. 2025, equation 10.
 
     Args:
         W_OI: Weight, shape ``[out_features, in_features]``.
         squares_I: Sum of the squared inputs over all tokens of all samples, shape ``[in_features]``.
+        of_neurons: Whether to sum.
 
     Returns:
-        Score per neuron, shape ``[out_features]``.
+        Score per neuron, shape ``[out_features]``, or per weight, shape ``[out_features, in_features]``.
     """
-    return W_OI.to(squares_I.dtype).abs() @ squares_I.sqrt()
+    W_OI = W_OI.to(squares_I.dtype).abs()
+    return W_OI @ squares_I.sqrt() if of_neurons else W_OI * squares_I.sqrt()
 
 
 def differential_relevance(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -153,134 +186,6 @@ def differential_strength(general: Mapping[str, Tensor], behavior: Mapping[str, 
     total = sum(float(score.double().sum()) for score in general.values())
     difference = sum(float(score.double().sum()) for score in differential_relevance(general, behavior).values())
     return 100 * difference / total if total else float("nan")
-
-
-class NonfiniteRelevanceError(ValueError):
-    """A relevance is NaN or infinite."""
-
-
-class ScoreAccumulator:
-    """Collects the scores of linear layers over a stream of samples; hooks in, one frozen result out.
-
-    For relevance, run the model inside ``with lrp(model), accumulator.recording(...)`` and call ``backward`` there:
-    each layer's score is formed as its gradient arrives, so that neither gradients nor activations are kept. For Wanda
-    a forward pass suffices.
-
-    Args:
-        modules: The target layers by their fully qualified name.
-        score: ``magnitude`` or ``signed`` relevance, or ``wanda``.
-        nonfinite: On NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0 in place of
-            the value and counts it in ``num_nonfinite``.
-    """
-
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Linear],
-        score: Literal["magnitude", "signed", "wanda"],
-        nonfinite: Literal["error", "zero"] = "error",
-    ) -> None:
-        self.modules = dict(modules)
-        self.score = score
-        self.nonfinite = nonfinite
-        self.sums: dict[str, Tensor] = {}
-        self.num_samples = 0
-        self.num_nonfinite = 0
-        self._batch: dict[str, Tensor] = {}
-
-    @contextmanager
-    def recording(self, mask_BT: Tensor, sample_ids: list[str], weights_B: Tensor | None = None) -> Iterator[None]:
-        """Record one batch, and add it to the sums on leaving the block.
-
-        Args:
-            mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``.
-            sample_ids: Names of the samples, for errors.
-            weights_B: 1 for a sample, 0 for one that only fills the batch, shape ``[samples]``; by default all 1.
-
-        Raises:
-            NonfiniteRelevanceError: If a score is NaN or infinite and ``nonfinite`` is ``error``. Nothing of the batch
-                is added then.
-        """
-        self._batch = {}
-        handles = [
-            module.register_forward_hook(self._hook(name, mask_BT), prepend=True)
-            for name, module in self.modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        missing = self.modules.keys() - self._batch.keys()
-        if missing:
-            raise RuntimeError(f"No score arrived for {len(missing)} module(s), e.g. {sorted(missing)[0]}.")
-        weights = torch.ones(len(mask_BT), device=mask_BT.device) if weights_B is None else weights_B
-        self._check_finite(sample_ids, weights)
-        for name, score in self._batch.items():
-            # Not weights @ score: 0 times NaN is NaN. In double: the order of batches and ranks leaves no trace.
-            total = score[weights > 0].sum(dim=0, dtype=torch.float64)
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.num_samples += int(weights.sum())
-        self._batch = {}
-
-    def reduce_(self) -> None:
-        """Add up the sums of all ranks, on each of them. Only sums cross ranks, never means or weights."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        flat = torch.cat([self.sums[name] for name in self.modules])
-        counts = torch.tensor([self.num_samples, self.num_nonfinite], device=flat.device)
-        torch.distributed.all_reduce(flat)
-        torch.distributed.all_reduce(counts)
-        sizes = [len(self.sums[name]) for name in self.modules]
-        self.sums = dict(zip(self.modules, flat.split(sizes), strict=True))
-        self.num_samples, self.num_nonfinite = counts.tolist()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the scores: per module, shape ``[out_features]``, float32, on the CPU.
-
-        Relevance is the mean over the samples; Wanda's norm is over all tokens of all samples.
-
-        Raises:
-            ValueError: If no sample was recorded.
-        """
-        if not self.num_samples:
-            raise ValueError("No sample was recorded, so there is no score.")
-        if self.score == "wanda":
-            scores = {name: wanda_score(whole(self.modules[name].weight), s) for name, s in self.sums.items()}
-        else:
-            scores = {name: total / self.num_samples for name, total in self.sums.items()}
-        return {name: scores[name].float().cpu() for name in self.modules}
-
-    def _hook(self, name: str, mask_BT: Tensor):
-        def record(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
-            A_BTI = inputs[0].detach()
-            if self.score == "wanda":
-                self._batch[name] = squared_norms(A_BTI, mask_BT)
-            elif self.score == "magnitude":
-                output.register_hook(lambda G: self._set(name, magnitude_relevance(module.weight.detach(), A_BTI, G)))
-            else:
-                Z_BTO = output.detach() if module.bias is None else output.detach() - module.bias.detach()
-                output.register_hook(lambda G: self._set(name, signed_relevance(Z_BTO, G)))
-
-        return record
-
-    def _set(self, name: str, score: Tensor) -> None:
-        self._batch[name] = score.detach()
-
-    def _check_finite(self, sample_ids: list[str], weights_B: Tensor) -> None:
-        finite = torch.stack([torch.isfinite(score).all(dim=1) for score in self._batch.values()])
-        bad = (~finite & (weights_B > 0)).nonzero().tolist()
-        if not bad:
-            return
-        if self.nonfinite == "error":
-            names = list(self._batch)
-            raise NonfiniteRelevanceError(
-                f"The score of {names[bad[0][0]]} for sample {sample_ids[bad[0][1]]!r} is NaN or infinite (and "
-                f"{len(bad) - 1} more module-sample pairs of this batch). Try --model.dtype float32; or put 0 in place "
-                "of such values and count them, with --model.nonfinite zero."
-            )
-        for name, score in self._batch.items():
-            self.num_nonfinite += int((~torch.isfinite(score[weights_B > 0])).sum())
-            self._batch[name] = torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,19 +1,26 @@
-"""The score file, scores.safetensors: one tensor per target module, and a header that says what they are."""
+"""The score file, scores.safetensors: one tensor per target module, and a header that says what they are.
+
+Scores of weights are as large as the model in float32. They are written to shards as they come, and an index beside
+them holds the header.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
-from sparc3_lightning.files import write_atomically
+from sparc3_lightning.files import replacing, write_atomically
 
 FORMAT = "sparc3_lightning scores 1"
+INDEX = "weight_scores.safetensors.index.json"
+INDEX_FORMAT = "sparc3_lightning scores of weights 1"
+SHARD_BYTES = 2 << 30
 # Two score files can be averaged or subtracted only if they agree in these fields, and in their modules and shapes.
 MUST_MATCH = ("checkpoint_fingerprint", "method", "rule", "relevance", "targets", "dtype")
 
@@ -80,7 +87,7 @@ class ScoreFile:
 
     @classmethod
     def load(cls, path: Path) -> "ScoreFile":
-        """Read a score file.
+        """Read a score file; of scores of weights the sum over each neuron's, which is the neuron's score.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -88,6 +95,10 @@ class ScoreFile:
         """
         if not path.is_file():
             raise FileNotFoundError(f"The score file {path} does not exist; 'sparc3 attribute' writes it.")
+        if path.name == INDEX:
+            weights = WeightScores(path)
+            sums = {name: score.sum(dim=1) for name, score in weights}
+            return cls({name: sums[name] for name in sorted(sums, key=_natural)}, weights.provenance, path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -96,12 +107,7 @@ class ScoreFile:
             raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from None
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is a safetensors file, but not scores: its header does not say {FORMAT!r}.")
-        try:
-            known = {item.name for item in fields(Provenance)}
-            values = json.loads(metadata["provenance"])
-            provenance = Provenance(**{name: value for name, value in values.items() if name in known})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"The header of {path} is damaged: {error}") from None
+        provenance = _provenance(path, metadata)
         if not scores:
             raise ValueError(f"{path} holds no scores.")
         for name, score in scores.items():
@@ -110,6 +116,92 @@ class ScoreFile:
             if not torch.isfinite(score).all():
                 raise ValueError(f"{path}: the scores of {name} hold NaN or infinity. Compute the file again.")
         return cls({name: scores[name] for name in sorted(scores, key=_natural)}, provenance, path)
+
+
+class WeightScores:
+    """The scores of weights in an index and its shards, read one module at a time.
+
+    Iterating gives the name of each target module and its scores, shape ``[out_features, in_features]``, float32.
+
+    Args:
+        path: The index.
+
+    Raises:
+        ValueError: If it is damaged or not an index of scores; while iterating, if a shard is missing, truncated, or
+            holds NaN or infinity.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            metadata, self.files = content["metadata"], content["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not an index of scores, or is damaged: {error}") from None
+        if metadata.get("format") != INDEX_FORMAT:
+            raise ValueError(f"{path} is an index, but not of scores: it does not say {INDEX_FORMAT!r}.")
+        self.provenance = _provenance(path, metadata)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(self.files, key=_natural):
+            shard = self.path.parent / self.files[name]
+            try:
+                with safe_open(shard, framework="pt") as file:
+                    score = file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{shard}, which {self.path.name} names, is missing or damaged: {error}") from None
+            if score.dim() != 2 or not torch.isfinite(score).all():
+                raise ValueError(f"{shard}: {name} has shape {list(score.shape)}, or holds NaN or infinity.")
+            yield name, score
+
+
+class ShardWriter:
+    """Writes scores of weights to shards as they come: no more than one shard is held in memory.
+
+    Args:
+        folder: Where the shards and the index go.
+        shapes: Of every module, in the order in which they will come.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.folder = folder
+        self.left: list[list[str]] = [[]]
+        held = 0
+        for name, (rows, columns) in shapes.items():
+            if self.left[-1] and held + 4 * rows * columns > SHARD_BYTES:
+                self.left.append([])
+                held = 0
+            self.left[-1].append(name)
+            held += 4 * rows * columns
+        self.num_shards = len(self.left)
+        self.files: dict[str, str] = {}
+        self.shard: dict[str, Tensor] = {}
+
+    def add(self, name: str, score: Tensor) -> None:
+        """Take the scores of the next module, and write the shard if they were the last of it."""
+        self.shard[name] = score.contiguous()
+        if list(self.shard) != self.left[0]:
+            return
+        number = self.num_shards - len(self.left) + 1
+        file = f"weight_scores-{number:05}-of-{self.num_shards:05}.safetensors"
+        with replacing(self.folder / file) as temporary:
+            save_file(self.shard, temporary, {"format": INDEX_FORMAT})
+        self.files |= dict.fromkeys(self.left.pop(0), file)
+        self.shard = {}
+
+    def close(self, provenance: Provenance) -> None:
+        """Write the index, last: a folder that holds one is complete."""
+        metadata = {"format": INDEX_FORMAT, "provenance": json.dumps(asdict(provenance))}
+        write_atomically(self.folder / INDEX, json.dumps({"metadata": metadata, "weight_map": self.files}, indent=2))
+
+
+def _provenance(path: Path, metadata: Mapping[str, str]) -> Provenance:
+    try:
+        known = {item.name for item in fields(Provenance)}
+        values = json.loads(metadata["provenance"])
+        return Provenance(**{name: value for name, value in values.items() if name in known})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"The header of {path} is damaged: {error}") from None
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

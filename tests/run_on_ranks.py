@@ -21,6 +21,9 @@ SCORES = {
     "signed": {"relevance": "signed"},
     "wanda": {"method": "wanda"},
     "checkpointed": {"gradient_checkpointing": True},
+    "weights": {"granularity": "weight", "targets": ["all"], "gradient_checkpointing": True},
+    "signed_weights": {"granularity": "weight", "relevance": "signed"},
+    "wanda_weights": {"granularity": "weight", "method": "wanda"},
 }
 NUM_SAMPLES = (93, 1)
 

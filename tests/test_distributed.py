@@ -66,7 +66,8 @@ def test_scores_of_several_ranks_are_those_of_one_process(
     torchrun(ranks, "attribute", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, strategy, ranks)
     for name in run_on_ranks.SCORES:
         for num_samples in run_on_ranks.NUM_SAMPLES:
-            case = f"{name}-{num_samples}/scores.safetensors"
+            file = "weight_scores-00001-of-00001.safetensors" if "weights" in name else "scores.safetensors"
+            case = f"{name}-{num_samples}/{file}"
             alone, together = load_file(one_process / case), load_file(tmp_path / case)
             assert alone.keys() == together.keys()
             for module in alone:

@@ -181,6 +181,12 @@ def test_prompts_used_as_general_samples_are_not_evaluated_on_either(verbs_run):
     assert not {row["prompt"] for row in completions(folder)} & set(used)
 
 
+def test_scores_of_weights_are_refused_before_any_stage(verbs_run):
+    with pytest.raises(ValueError, match=r"--attribute\.granularity must be neuron"):
+        run("--attribute.granularity", "weight")
+    assert not verbs_run
+
+
 @pytest.mark.usefixtures("prompts_as_general_samples")
 def test_several_seeds_of_samples_that_no_seed_changes_are_refused_before_any_stage(verbs_run):
     with pytest.raises(

@@ -20,11 +20,11 @@ LAYERS = (
     {"report"},
     {"scores", "checkpoints", "scorers", "sources", "provenance", "sharding", "progress", "zero_shot", "classifiers"},
     {"findings", "verdict", "variants", "figures", "tables"},
-    {"lrp", "relevance", "neurons", "metrics", "generation", "files", "intervals", "controls"},
+    {"lrp", "relevance", "accumulator", "neurons", "metrics", "generation", "files", "intervals", "controls"},
 )
 # A script of its own that nothing imports.
 SCRIPTS = {"train_scorer", "__main__"}
-PURE = ("lrp", "relevance", "metrics", "generation", "neurons", "intervals", "controls")
+PURE = ("lrp", "relevance", "accumulator", "metrics", "generation", "neurons", "intervals", "controls")
 STAGES = ("attribute", "prune", "evaluate", "sweep", "experiment", "cli", "data")
 
 

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparc3_lightning.attribute import find_targets, largest_logit
+from sparc3_lightning.accumulator import NonfiniteRelevanceError, ScoreAccumulator
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.lrp import FAMILIES, lrp
 from sparc3_lightning.relevance import (
-    NonfiniteRelevanceError,
-    ScoreAccumulator,
     differential_relevance,
     differential_strength,
+    find_targets,
+    largest_logit,
     magnitude_relevance,
     signed_relevance,
     squared_norms,
@@ -284,7 +284,7 @@ def test_samples_of_weight_zero_weigh_nothing(make, score):
     model = make()
     samples = make_samples(4)
     accumulator = ScoreAccumulator(find_targets(model, ["up_proj"]), score)
-    record(accumulator, model, samples, weights_B=torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    record(accumulator, model, samples, weights=[1, 0, 1, 0])
     assert accumulator.num_samples == 2
     assert_agree(accumulator.compute(), naive_scores(model, [samples[0], samples[2]], score))
 
@@ -364,7 +364,7 @@ def test_with_nonfinite_zero_a_value_is_replaced_by_zero_and_counted(value):
 def test_a_sample_of_weight_zero_may_be_anything(nonfinite):
     layer, accumulator = toy("magnitude", nonfinite)
     nan = float("nan")
-    play(layer, accumulator, [[1.0, 2.0], [nan, nan]], weights_B=torch.tensor([1.0, 0.0]))
+    play(layer, accumulator, [[1.0, 2.0], [nan, nan]], weights=[1, 0])
     assert accumulator.num_nonfinite == 0
     assert accumulator.compute()["layer"].tolist() == [3.0, 6.0]
 
@@ -372,7 +372,7 @@ def test_a_sample_of_weight_zero_may_be_anything(nonfinite):
 def test_values_of_samples_of_weight_zero_are_not_counted_beside_others_that_are():
     layer, accumulator = toy("signed", "zero")
     nan = float("nan")
-    play(layer, accumulator, [[1.0, 2.0], [nan, nan], [nan, 2.0]], weights_B=torch.tensor([1.0, 0.0, 1.0]))
+    play(layer, accumulator, [[1.0, 2.0], [nan, nan], [nan, 2.0]], weights=[1, 0, 1])
     assert accumulator.num_nonfinite == 1
     assert accumulator.compute()["layer"].tolist() == [3 * 1 / 2, 3 * 4 / 2]
 
@@ -381,7 +381,7 @@ def test_scores_without_a_sample_are_an_error():
     layer, accumulator = toy("magnitude")
     with pytest.raises(ValueError, match="No sample"):
         accumulator.compute()
-    play(layer, accumulator, [[1.0, 1.0]], weights_B=torch.tensor([0.0]))
+    play(layer, accumulator, [[1.0, 1.0]], weights=[0])
     with pytest.raises(ValueError, match="No sample"):
         accumulator.compute()
 

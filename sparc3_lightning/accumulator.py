@@ -1,0 +1,244 @@
+"""The accumulator: hooks in, over a stream of samples, and one score per neuron or per weight out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparc3_lightning.relevance import (
+    magnitude_relevance,
+    signed_relevance,
+    squared_norms,
+    wanda_score,
+    weight_relevance,
+    whole,
+)
+
+Granularity = Literal["neuron", "weight"]
+# Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.
+CHECK_EVERY = 16
+
+
+class NonfiniteRelevanceError(ValueError):
+    """A relevance is NaN or infinite."""
+
+
+class ScoreAccumulator:
+    """Collects the scores of linear layers over a stream of samples.
+
+    For relevance, run the model inside ``with lrp(model), accumulator.recording(...)`` and call ``backward`` there:
+    each layer's score is formed as its gradient arrives, so that neither gradients nor activations are kept. For Wanda
+    a forward pass suffices. Nothing makes the host wait for an accelerator, but for ``check`` now and then.
+
+    Scores of weights are summed in float32 on the device. Of several ranks each keeps the sums of its own rows.
+
+    Args:
+        modules: The target layers by their fully qualified name.
+        score: ``magnitude`` or ``signed`` relevance, or ``wanda``.
+        nonfinite: On NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0 in place of
+            the value and counts it in ``num_nonfinite``.
+        granularity: One score for each ``neuron``, summed over its incoming weights, or for each ``weight``.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Linear],
+        score: Literal["magnitude", "signed", "wanda"],
+        nonfinite: Literal["error", "zero"] = "error",
+        granularity: Granularity = "neuron",
+    ) -> None:
+        self.modules = dict(modules)
+        self.score = score
+        self.nonfinite = nonfinite
+        self.granularity = granularity
+        self.sums: dict[str, Tensor] = {}
+        self.num_samples = 0
+        self._nonfinite: int | Tensor = 0
+        self._unchecked: list[tuple[Tensor, list[str]]] = []
+        self._batch: dict[str, Tensor] = {}
+
+    @property
+    def num_nonfinite(self) -> int:
+        """How many values were NaN or infinite and count as 0."""
+        return int(self._nonfinite)
+
+    @num_nonfinite.setter
+    def num_nonfinite(self, number: int) -> None:
+        self._nonfinite = number
+
+    @property
+    def sums_weights(self) -> bool:
+        """Whether there is a sum for each weight. Wanda's scores of weights need sums for the inputs alone."""
+        return self.granularity == "weight" and self.score != "wanda"
+
+    @contextmanager
+    def recording(
+        self, mask_BT: Tensor | None, sample_ids: list[str], weights: Sequence[int] | None = None
+    ) -> Iterator[None]:
+        """Record one batch, and add it to the sums on leaving the block.
+
+        Args:
+            mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
+            sample_ids: Names of the samples, for errors.
+            weights: 1 for a sample, 0 for one that only fills the batch; by default all 1.
+
+        Raises:
+            NonfiniteRelevanceError: If a score is NaN or infinite and ``nonfinite`` is ``error``: on a CPU at once,
+                and nothing of the batch is added to the sums of neurons; on an accelerator at the next ``check``.
+        """
+        self._batch = {}
+        real = [i for i, weight in enumerate(weights) if weight] if weights is not None else range(len(sample_ids))
+        handles = [
+            module.register_forward_hook(self._hook(name, mask_BT, real), prepend=True)
+            for name, module in self.modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = self.modules.keys() - self._batch.keys()
+        if missing:
+            raise RuntimeError(f"No score arrived for {len(missing)} module(s), e.g. {sorted(missing)[0]}.")
+        if len(real) < len(sample_ids):  # the last batch, if any
+            kept = torch.tensor(real, dtype=torch.long)
+            self._batch = {name: score[kept.to(score.device)] for name, score in self._batch.items()}
+            sample_ids = [sample_ids[i] for i in real]
+        self._watch(sample_ids)
+        if not self.sums_weights:
+            for name, score in self._batch.items():
+                # In double: the order of batches and ranks leaves no trace.
+                total = score.sum(dim=0, dtype=torch.float64)
+                self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.num_samples += len(real)
+        self._batch = {}
+
+    def check(self) -> None:
+        """Look whether all scores since the last look were finite.
+
+        Raises:
+            NonfiniteRelevanceError: If one was not; the first module and sample are named.
+        """
+        unchecked, self._unchecked = self._unchecked, []
+        for finite, sample_ids in unchecked:
+            bad = (~finite).nonzero().tolist()
+            if bad:
+                module, sample = bad[0]
+                raise NonfiniteRelevanceError(
+                    f"The score of {list(self.modules)[module]} for sample {sample_ids[sample]!r} is NaN or infinite "
+                    f"(and {len(bad) - 1} more module-sample pairs of this batch). Try --model.dtype float32; or put 0 "
+                    "in place of such values and count them, with --model.nonfinite zero."
+                )
+
+    def reduce_(self) -> None:
+        """Add up the sums of all ranks. Only sums cross ranks, never means or weights."""
+        self.check()
+        if _num_ranks() == 1:
+            return
+        device = next(iter(self.sums.values())).device
+        counts = torch.tensor([self.num_samples, self.num_nonfinite], device=device)
+        torch.distributed.all_reduce(counts)
+        self.num_samples, self.num_nonfinite = counts.tolist()
+        if not self.sums_weights:  # those are of all ranks already
+            flat = torch.cat([self.sums[name] for name in self.modules])
+            torch.distributed.all_reduce(flat)
+            sizes = [len(self.sums[name]) for name in self.modules]
+            self.sums = dict(zip(self.modules, flat.split(sizes), strict=True))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return all scores, see ``each``."""
+        return dict(self.each())
+
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each module and its scores, float32 on the CPU; all ranks must ask together.
+
+        Relevance is the mean over the samples; Wanda's norm is over all tokens of all samples.
+
+        Yields:
+            Name, and scores of shape ``[out_features]`` or, of weights, ``[out_features, in_features]``.
+
+        Raises:
+            ValueError: If no sample was recorded.
+            NonfiniteRelevanceError: As ``check``.
+        """
+        self.check()
+        if not self.num_samples:
+            raise ValueError("No sample was recorded, so there is no score.")
+        for name, module in self.modules.items():
+            total = self.sums[name]
+            if self.score == "wanda":
+                score = wanda_score(whole(module.weight), total, self.granularity == "neuron")
+            else:
+                rows = _gather_rows(total, module.out_features) if self.sums_weights else total
+                score = rows / self.num_samples
+            yield name, score.float().cpu()
+
+    def _hook(self, name: str, mask_BT: Tensor | None, real: Sequence[int]):
+        def record(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+            A_BTI = inputs[0].detach()
+            if self.score == "wanda":
+                self._batch[name] = squared_norms(A_BTI, mask_BT)
+            elif self.sums_weights:
+                output.register_hook(lambda G: self._add_weights(name, module.weight.detach(), A_BTI, G.detach(), real))
+            elif self.score == "magnitude":
+                output.register_hook(lambda G: self._set(name, magnitude_relevance(module.weight.detach(), A_BTI, G)))
+            else:
+                Z_BTO = output.detach() if module.bias is None else output.detach() - module.bias.detach()
+                output.register_hook(lambda G: self._set(name, signed_relevance(Z_BTO, G)))
+
+        return record
+
+    def _set(self, name: str, score: Tensor) -> None:
+        self._batch[name] = score.detach()
+
+    def _add_weights(self, name: str, W_OI: Tensor, A_BTI: Tensor, G_BTO: Tensor, real: Sequence[int]) -> None:
+        """Add the relevance of each weight to the sums; keep the sums over rows, for the look at what is finite."""
+        ranks = _num_ranks()
+        if ranks > 1:
+            padded = torch.zeros(-(-len(W_OI) // ranks) * ranks, W_OI.shape[1], device=W_OI.device)
+            into = padded[: len(W_OI)]
+        else:
+            into = self.sums.setdefault(name, torch.zeros(W_OI.shape, device=W_OI.device))
+        score = torch.zeros(len(A_BTI), len(W_OI), device=W_OI.device)
+        for i in real:
+            for rows, R_OI in weight_relevance(W_OI, A_BTI[i], G_BTO[i]):
+                if self.score == "magnitude":
+                    R_OI.abs_()
+                if self.nonfinite == "zero":
+                    self._nonfinite = self._nonfinite + (~torch.isfinite(R_OI)).sum()
+                    R_OI.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+                score[i, rows] = R_OI.sum(dim=1, dtype=torch.float32)
+                into[rows] += R_OI
+        if ranks > 1:
+            own = torch.empty_like(padded[: len(padded) // ranks])
+            torch.distributed.reduce_scatter_tensor(own, padded)
+            self.sums[name] = self.sums[name] + own if name in self.sums else own
+        self._batch[name] = score
+
+    def _watch(self, sample_ids: list[str]) -> None:
+        if self.nonfinite == "zero":
+            for name, score in self._batch.items():
+                self._nonfinite = self._nonfinite + (~torch.isfinite(score)).sum()
+                self._batch[name] = torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
+            return
+        finite = torch.stack([torch.isfinite(self._batch[name]).all(dim=1) for name in self.modules])
+        self._unchecked.append((finite, sample_ids))
+        if finite.device.type == "cpu" or len(self._unchecked) >= CHECK_EVERY:
+            self.check()
+
+
+def _gather_rows(own: Tensor, num_rows: int) -> Tensor:
+    """Put the rows of all ranks together."""
+    ranks = _num_ranks()
+    if ranks == 1:
+        return own
+    rows = own.new_empty(len(own) * ranks, own.shape[1])
+    torch.distributed.all_gather_into_tensor(rows, own)
+    return rows[:num_rows]
+
+
+def _num_ranks() -> int:
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
