@@ -180,7 +180,10 @@ class ScoreAccumulator:
             A_BTI = inputs[0].detach()
             if self.score == "wanda":
                 self._batch[name] = squared_norms(A_BTI, mask_BT)
-            elif self.sums_weights:
+                return
+            # All weights are frozen: the graph begins here, at the first target, and not at the embeddings.
+            output.requires_grad_()
+            if self.sums_weights:
                 output.register_hook(lambda G: self._add_weights(name, module.weight.detach(), A_BTI, G.detach(), real))
             elif self.score == "magnitude":
                 output.register_hook(lambda G: self._set(name, magnitude_relevance(module.weight.detach(), A_BTI, G)))

@@ -4,7 +4,6 @@ Shape letters: B samples, T tokens, I inputs and O outputs (neurons) of one line
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -17,9 +16,10 @@ TILE = 4096  # rows of a weight whose relevance is held at a time
 
 
 def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Return the largest logit at the last token of each sample, with a graph down to the embeddings.
+    """Return the largest logit at the last token of each sample.
 
-    The head is applied to the last token of each sample, so that no other logits are formed.
+    The head is applied to the last token of each sample, so that no other logits are formed. All weights are frozen, so
+    there is a graph only above an output that somebody asks the gradient of, as the accumulator does of the targets'.
 
     Args:
         model: Causal language model of transformers.
@@ -32,13 +32,13 @@ def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
     """
     rows = torch.arange(len(input_ids), device=input_ids.device)
     last = -torch.ones_like(rows) if attention_mask is None else attention_mask.sum(dim=1) - 1
-    # The weights are frozen, so the graph starts at the embeddings. The model is called as a whole, since that is what
-    # gathers the weights of a sharded one.
-    with ExitStack() as undo:
-        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-        undo.callback(embeddings.register_forward_hook(lambda _, inputs, output: output.requires_grad_()).remove)
-        undo.callback(head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows, last].unsqueeze(1),)).remove)
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows, last].unsqueeze(1),))
+    try:
+        # The model is called as a whole, since that is what gathers the weights of a sharded one.
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    finally:
+        handle.remove()
     return logits[:, 0].max(dim=-1).values
 
 

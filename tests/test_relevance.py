@@ -250,7 +250,7 @@ def test_padding_gets_no_gradient(make, family, rule):
 
     def keep(name: str) -> Callable:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            output.register_hook(lambda G: seen.__setitem__(name, G))
+            output.requires_grad_().register_hook(lambda G: seen.__setitem__(name, G))
 
         return hook
 

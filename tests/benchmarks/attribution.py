@@ -1,11 +1,11 @@
 """Attribution against the naive way and against the floor, in one process: `python tests/benchmarks/attribution.py`.
 
-Naive: one sample at a time, a backward pass with the gradients of all weights, and |weight x gradient| of the
-target layers copied to float32 on the host, summed there. Floor: a bare forward and activation backward of the same
-batches, no rules and no scores. Ours: the magnitude and the signed relevance, and Wanda's score, as `sparc3 attribute`
-computes them, and the magnitude of each weight of all linear layers. SmolLM2-135M, one model in memory; every way takes
-the same tokens. Prints seconds per sample (the least of several turns, taken in alternation), the peak of memory above
-the model, and ratios; --json writes the same.
+Naive: one sample at a time, a backward pass with the gradients of all weights, and |weight x gradient| of the target
+layers, or of all linear layers as others did, copied to float32 on the host and summed there. Floor: a bare forward and
+activation backward of the same batches, no rules and no scores. Ours: the magnitude and the signed relevance, and
+Wanda's score, as `sparc3 attribute` computes them, and the magnitude of each weight of all linear layers. SmolLM2-135M,
+one model in memory; every way takes the same tokens. Prints seconds per sample (the least of several turns, taken in
+alternation), the peak of memory above the model, and ratios; --json writes the same.
 """
 
 import time
@@ -25,9 +25,9 @@ from sparc3_lightning.relevance import find_targets, largest_logit
 SHAPES = ((8, 256), (4, 1024))
 
 
-def naive(model: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the mean of |weight x gradient| per weight of the target layers, float32 on the host."""
-    targets = find_targets(model, ["up_proj"])
+def naive(model: Any, input_ids: torch.Tensor, of: str = "up_proj") -> dict[str, torch.Tensor]:
+    """Return the mean of |weight x gradient| per neuron of the target layers, float32 on the host."""
+    targets = find_targets(model, [of])
     model.requires_grad_(True)
     sums: dict[str, torch.Tensor] = {}
     try:
@@ -45,7 +45,9 @@ def naive(model: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def floor(model: Any, input_ids: torch.Tensor) -> None:
     """Do a forward pass and the backward pass of the activations, and nothing else."""
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: output.requires_grad_())
     largest_logit(model, input_ids).sum().backward()
+    handle.remove()
 
 
 def ours(score: Any, targets: str = "up_proj", granularity: Any = "neuron") -> Callable[..., ScoreAccumulator]:
@@ -78,6 +80,7 @@ def measure(model: Any, input_ids: torch.Tensor, turns: int) -> dict[str, dict[s
         "magnitude": ours("magnitude"),
         "magnitude of all weights": ours("magnitude", "all", "weight"),
         "naive": naive,
+        "naive, all linear layers": lambda *of: naive(*of, "all"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     memory: dict[str, float] = {}
