@@ -11,6 +11,7 @@ from sparc3_lightning.relevance import (
     magnitude_relevance,
     signed_relevance,
     squared_norms,
+    squared_relevance,
     wanda_score,
     weight_relevance,
     whole,
@@ -36,19 +37,24 @@ class ScoreAccumulator:
 
     Args:
         modules: The target layers by their fully qualified name.
-        score: ``magnitude`` or ``signed`` relevance, or ``wanda``.
+        score: ``magnitude``, ``signed`` or ``squared`` relevance, or ``wanda``.
         nonfinite: On NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0 in place of
             the value and counts it in ``num_nonfinite``.
         granularity: One score for each ``neuron``, summed over its incoming weights, or for each ``weight``.
+
+    Raises:
+        ValueError: If weights are to have squared relevance, which would need a matrix a token.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Linear],
-        score: Literal["magnitude", "signed", "wanda"],
+        score: Literal["magnitude", "signed", "squared", "wanda"],
         nonfinite: Literal["error", "zero"] = "error",
         granularity: Granularity = "neuron",
     ) -> None:
+        if granularity == "weight" and score == "squared":
+            raise ValueError("--model.relevance squared is of neurons only: choose --model.granularity neuron.")
         self.modules = dict(modules)
         self.score = score
         self.nonfinite = nonfinite
@@ -189,7 +195,8 @@ class ScoreAccumulator:
                 output.register_hook(lambda G: self._set(name, magnitude_relevance(module.weight.detach(), A_BTI, G)))
             else:
                 Z_BTO = output.detach() if module.bias is None else output.detach() - module.bias.detach()
-                output.register_hook(lambda G: self._set(name, signed_relevance(Z_BTO, G)))
+                of = signed_relevance if self.score == "signed" else squared_relevance
+                output.register_hook(lambda G: self._set(name, of(Z_BTO, G)))
 
         return record
 

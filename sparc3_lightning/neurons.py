@@ -41,7 +41,8 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
         num_neurons: How many to select.
 
     Raises:
-        ValueError: If ``num_neurons`` is not between 1 and the number of neurons, or a score is NaN.
+        ValueError: If ``num_neurons`` is not between 1 and the number of neurons whose score is below infinity, or a
+            score is NaN.
 
     Example:
         >>> select({"a": torch.tensor([0.0, -2.0]), "b": torch.tensor([-1.0, 3.0])}, 2)
@@ -53,6 +54,12 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
         raise ValueError(f"--model.num_neurons must be between 1 and {len(flat):,} (all neurons), got {num_neurons}.")
     if torch.isnan(flat).any():
         raise ValueError("The scores hold NaN, so neurons cannot be ranked.")
+    eligible = int((flat < math.inf).sum())
+    if num_neurons > eligible:
+        raise ValueError(
+            f"--model.num_neurons asks for {num_neurons} neurons, but --model.selection leaves only {eligible} of "
+            f"{len(flat):,}: raise --model.top_behavior, or lower --model.top_general."
+        )
     order = flat.argsort(stable=True)[:num_neurons]
     modules = [(name, i) for name in names for i in range(len(scores[name]))]
     return [Neuron(name, i, flat[k].item()) for k in order.tolist() for name, i in [modules[k]]]

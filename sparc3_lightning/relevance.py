@@ -1,4 +1,4 @@
-"""From gradients to scores: the target of relevance, the layers that are scored, and the scores as pure functions.
+"""From gradients to scores: the layers that are scored, and the scores as pure functions.
 
 Shape letters: B samples, T tokens, I inputs and O outputs (neurons) of one linear layer.
 """
@@ -10,36 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-Relevance = Literal["magnitude", "signed"]
+Relevance = Literal["magnitude", "signed", "squared"]
 ALL = "all"
 TILE = 4096  # rows of a weight whose relevance is held at a time
-
-
-def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Return the largest logit at the last token of each sample.
-
-    The head is applied to the last token of each sample, so that no other logits are formed. All weights are frozen, so
-    there is a graph only above an output that somebody asks the gradient of, as the accumulator does of the targets'.
-
-    Args:
-        model: Causal language model of transformers.
-        input_ids: Padded on the right, shape ``[samples, tokens]``.
-        attention_mask: 1 at tokens, 0 at padding, of the same shape; None if there is no padding, which spares
-            transformers a look at it.
-
-    Returns:
-        Shape ``[samples]``.
-    """
-    rows = torch.arange(len(input_ids), device=input_ids.device)
-    last = -torch.ones_like(rows) if attention_mask is None else attention_mask.sum(dim=1) - 1
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][rows, last].unsqueeze(1),))
-    try:
-        # The model is called as a whole, since that is what gathers the weights of a sharded one.
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    finally:
-        handle.remove()
-    return logits[:, 0].max(dim=-1).values
 
 
 def find_targets(model: Any, targets: Sequence[str]) -> dict[str, nn.Linear]:
@@ -124,6 +97,25 @@ def signed_relevance(Z_BTO: Tensor, G_BTO: Tensor) -> Tensor:
     """
     wide = torch.promote_types(Z_BTO.dtype, torch.float32)
     return (Z_BTO.to(wide) * G_BTO.to(wide)).sum(dim=1)
+
+
+def squared_relevance(Z_BTO: Tensor, G_BTO: Tensor) -> Tensor:
+    """Sum the squares of each neuron's relevance over the tokens, per sample: sum_t (z_to g_to)^2.
+
+    With the plain gradient of a text's log-probability this estimates what switching the neuron off costs: half the
+    diagonal of the Fisher information of a factor on the neuron, token by token.
+
+    Source: Theis et al. 2018, arXiv:1801.05787, equation 6, with each token for a sample.
+
+    Args:
+        Z_BTO: Output of the layer less its bias, shape ``[samples, tokens, out_features]``.
+        G_BTO: Gradient of the target with respect to that output, of the same shape; zero at padding.
+
+    Returns:
+        Shape ``[samples, out_features]``, float32 or wider.
+    """
+    wide = torch.promote_types(Z_BTO.dtype, torch.float32)
+    return (Z_BTO.to(wide) * G_BTO.to(wide)).square().sum(dim=1)
 
 
 def squared_norms(A_BTI: Tensor, mask_BT: Tensor | None) -> Tensor:

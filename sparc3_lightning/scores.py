@@ -22,7 +22,16 @@ INDEX = "weight_scores.safetensors.index.json"
 INDEX_FORMAT = "sparc3_lightning scores of weights 1"
 SHARD_BYTES = 2 << 30
 # Two score files can be averaged or subtracted only if they agree in these fields, and in their modules and shapes.
-MUST_MATCH = ("checkpoint_fingerprint", "method", "rule", "relevance", "targets", "dtype")
+MUST_MATCH = (
+    "checkpoint_fingerprint",
+    "method",
+    "rule",
+    "relevance",
+    "target",
+    "lexicon",
+    "targets",
+    "dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -32,9 +41,9 @@ class Provenance:
     Args:
         checkpoint: As given by ``--model.checkpoint``.
         checkpoint_fingerprint: Commit at the hub, or a hash of the local files.
-        method: ``lrp`` or ``wanda``.
-        rule: ``attnlrp`` or ``cp_lrp``; None for Wanda.
-        relevance: ``magnitude`` or ``signed``; None for Wanda.
+        method: ``lrp``, ``gradient`` or ``wanda``.
+        rule: ``attnlrp`` or ``cp_lrp``; None but for LRP.
+        relevance: ``magnitude``, ``signed`` or ``squared``; None for Wanda.
         targets: Names of the target layer types.
         dtype: Dtype of the model.
         data: Data module and its options.
@@ -47,6 +56,8 @@ class Provenance:
         sample_ids: Of each sample; for prompts they tell evaluation which to leave out.
         versions: Of this package, its main dependencies and Python.
         git_hash: Commit of this package's working tree, if it is one.
+        target: ``argmax``, ``text`` or ``lexicon``; None for Wanda.
+        lexicon: The scorer that the lexicon is by.
     """
 
     checkpoint: str
@@ -66,6 +77,8 @@ class Provenance:
     sample_ids: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     git_hash: str | None = None
+    target: str | None = "argmax"  # the only one there was before this field
+    lexicon: str | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return the provenance without the list of samples."""
@@ -213,12 +226,18 @@ def load_matching(paths: Sequence[Path]) -> list[ScoreFile]:
     """Read score files that belong together.
 
     Raises:
-        ValueError: If two differ in checkpoint, method, rule, relevance, targets, dtype, modules or shapes.
+        ValueError: If two differ in one of ``MUST_MATCH``, in modules or in shapes.
     """
     files = [ScoreFile.load(path) for path in paths]
+    check_match(files)
+    return files
+
+
+def check_match(files: Sequence[ScoreFile], must_match: Sequence[str] = MUST_MATCH) -> None:
+    """Raise ValueError if two score files differ in one of these fields, in modules or in shapes."""
     first = files[0]
     for other in files[1:]:
-        for name in MUST_MATCH:
+        for name in must_match:
             mine, theirs = getattr(first.provenance, name), getattr(other.provenance, name)
             if mine != theirs:
                 raise ValueError(
@@ -232,7 +251,6 @@ def load_matching(paths: Sequence[Path]) -> list[ScoreFile]:
                     f"The score files do not belong together: {name} has shape {shapes.get(name)} in {first.path} but "
                     f"{others.get(name)} in {other.path}."
                 )
-    return files
 
 
 def average(files: Sequence[ScoreFile]) -> dict[str, Tensor]:

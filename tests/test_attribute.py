@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from sparc3_lightning import attribute
 from sparc3_lightning.accumulator import NonfiniteRelevanceError
-from sparc3_lightning.attribute import SCORES, Attribution, check_context, find_targets, largest_logit
+from sparc3_lightning.attribute import SCORES, Attribution, check_context, find_targets
 from sparc3_lightning.checkpoints import fingerprint, load_model
 from sparc3_lightning.data import C4, ToxicPrompts
 from sparc3_lightning.lrp import lrp
 from sparc3_lightning.scores import Provenance, ScoreFile
+from sparc3_lightning.targets import largest_logit
 
 UP_PROJ = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 

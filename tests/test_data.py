@@ -283,7 +283,7 @@ def test_batches_come_longest_first_and_hold_every_sample_once(batch_size: int, 
     assert [len(batch["sample_ids"]) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     for batch in batches:
         for name, row, mask in zip(batch["sample_ids"], batch["input_ids"], batch["attention_mask"], strict=True):
-            assert row[mask.bool()].tolist() == dict(SAMPLES)[name]
+            assert row[mask.bool()].tolist() == next(s.input_ids for s in SAMPLES if s.id == name)
     assert (data.longest, data.num_tokens) == (4, 10)
 
 

@@ -20,11 +20,13 @@ LAYERS = (
     {"report"},
     {"scores", "checkpoints", "scorers", "sources", "provenance", "sharding", "progress", "zero_shot", "classifiers"},
     {"findings", "verdict", "variants", "figures", "tables"},
-    {"lrp", "relevance", "accumulator", "neurons", "metrics", "generation", "files", "intervals", "controls"},
+    {"accumulator", "selections", "controls", "neurons"},
+    {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals"},
 )
 # A script of its own that nothing imports.
 SCRIPTS = {"train_scorer", "__main__"}
-PURE = ("lrp", "relevance", "accumulator", "metrics", "generation", "neurons", "intervals", "controls")
+PURE = ("lrp", "relevance", "targets", "selections", "accumulator", "metrics", "generation", "neurons", "intervals")
+PURE += ("controls",)
 STAGES = ("attribute", "prune", "evaluate", "sweep", "experiment", "cli", "data")
 
 

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparc3_lightning import prune as prune_module
+from sparc3_lightning import selections
 from sparc3_lightning.checkpoints import fingerprint, load_model, load_tokenizer
-from sparc3_lightning.neurons import NeuronList, mask
+from sparc3_lightning.neurons import NeuronList, mask, select
 from sparc3_lightning.prune import NEURONS, SELECTION, Pruning, histogram
 from sparc3_lightning.scores import Provenance, ScoreFile
 
@@ -161,6 +162,36 @@ def test_selection_json_counts_and_bins_every_neuron(files):
     assert selection["neurons_per_module"] == per_module
     assert sum(selection["histogram"]["counts"]) == 48
     assert len(selection["histogram"]["edges"]) == len(selection["histogram"]["counts"]) + 1
+
+
+@pytest.mark.parametrize("selection", ["normalized_difference", "set_difference", "ratio"])
+def test_other_selections_take_sides_of_another_target_and_need_no_strength(files, selection):
+    general, _ = files
+    behavior = save_scores("other.safetensors", random_scores(9, 2.0), target="lexicon", relevance="signed")
+    options = {"top_behavior": 0.5, "top_general": 0.25, "num_neurons": 5, "num_ranked": 9}
+    neurons = Pruning(general, behavior, selection=selection, **options).prune(Path("out"))
+    mean = {name: (random_scores(0)[name] + random_scores(1)[name]) / 2 for name in MODULES}
+    shares = (0.5, 0.25) if selection == "set_difference" else ()
+    ranked = getattr(selections, selection)(mean, random_scores(9, 2.0), *shares)
+    assert [(n.module, n.index) for n in neurons.neurons] == [(n.module, n.index) for n in select(ranked, 5)]
+    assert len(neurons.next) == 4
+    assert neurons.provenance["selection"] == selection
+    found = json.loads(Path("out/selection.json").read_text())
+    assert found["differential_strength_percent"] is None
+    assert found["num_candidates"] == 48
+    assert sum(found["histogram"]["counts"]) <= 48
+    with pytest.raises(ValueError, match=r"do not belong together: (relevance|target)"):
+        Pruning(general, behavior, num_neurons=5).prune(Path("difference"))
+
+
+def test_a_selection_that_leaves_too_few_neurons_is_refused_and_nothing_is_written(files):
+    general, behavior = files
+    with pytest.raises(ValueError, match=r"leaves only \d+ of 48: raise --model.top_behavior"):
+        Pruning(general, behavior, selection="set_difference", num_neurons=5).prune(Path("out"))
+    assert not Path("out", "neurons.json").exists()
+    for shares in ({"top_behavior": 0.0}, {"top_behavior": 1.1}, {"top_general": 1.0}, {"top_general": -0.1}):
+        with pytest.raises(ValueError, match=r"--model.top_behavior must be in \(0, 1\]"):
+            Pruning(general, behavior, **shares)
 
 
 def test_histogram_counts_values_between_the_smallest_and_the_largest():

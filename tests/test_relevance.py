@@ -12,12 +12,12 @@ from sparc3_lightning.relevance import (
     differential_relevance,
     differential_strength,
     find_targets,
-    largest_logit,
     magnitude_relevance,
     signed_relevance,
     squared_norms,
     wanda_score,
 )
+from sparc3_lightning.targets import largest_logit
 
 SCORES: list[Any] = ["magnitude", "signed", "wanda"]
 PAD = 0

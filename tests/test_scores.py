@@ -35,6 +35,8 @@ OTHER = {
     "method": "wanda",
     "rule": "cp_lrp",
     "relevance": None,
+    "target": "lexicon",
+    "lexicon": "small",
     "targets": ["gate_proj", "up_proj"],
     "dtype": "bfloat16",
 }

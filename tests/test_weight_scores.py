@@ -23,8 +23,9 @@ from sparc3_lightning.lrp import lrp
 from sparc3_lightning.neurons import NeuronList
 from sparc3_lightning.progress import load_progress
 from sparc3_lightning.prune import NEURONS, Pruning
-from sparc3_lightning.relevance import find_targets, largest_logit
+from sparc3_lightning.relevance import find_targets
 from sparc3_lightning.scores import INDEX, Provenance, ScoreFile, ShardWriter, WeightScores
+from sparc3_lightning.targets import largest_logit
 
 SCORES: list[Any] = ["magnitude", "signed", "wanda"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

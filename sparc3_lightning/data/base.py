@@ -16,10 +16,11 @@ from sparc3_lightning.sources import read_records, resolve
 
 
 class Sample(NamedTuple):
-    """A tokenized text and a name for it."""
+    """A tokenized text, a name for it, and its first token that counts where the target is the text itself."""
 
     id: str
     input_ids: list[int]
+    start: int = 0
 
 
 class Share(DistributedSampler):
@@ -211,7 +212,7 @@ def pad_right(samples: list[Sample], pad_token_id: int) -> dict[str, Any]:
 
     Returns:
         ``input_ids`` and ``attention_mask``, int64 of shape ``[samples, tokens]``; ``is_padded``, whether there is any
-        padding; and ``sample_ids``, a list.
+        padding; and lists: ``sample_ids``, and ``start``, the first token of each that counts.
     """
     longest = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full((len(samples), longest), pad_token_id)
@@ -224,4 +225,5 @@ def pad_right(samples: list[Sample], pad_token_id: int) -> dict[str, Any]:
         "attention_mask": mask,
         "is_padded": any(len(sample.input_ids) < longest for sample in samples),
         "sample_ids": [sample.id for sample in samples],
+        "start": [sample.start for sample in samples],
     }

@@ -16,11 +16,16 @@ HUB = HubDataset("allenai/real-toxicity-prompts")
 
 
 class Prompt(NamedTuple):
-    """A prompt, an id that follows from its text alone, and its toxicity in [0, 1] if it was ever scored."""
+    """A prompt, an id that follows from its text alone, its toxicity in [0, 1] if it was ever scored, and what follows.
+
+    The continuation is that of the text the prompt was taken from.
+    """
 
     id: str
     text: str
     toxicity: float | None
+    continuation: str | None = None
+    continuation_toxicity: float | None = None
 
 
 def prompt_id(text: str) -> str:
@@ -44,7 +49,10 @@ def read_prompts(rows: Iterable[dict[str, Any]]) -> list[Prompt]:
             raise ValueError(f"Row {number} of the prompts has no text: expected 'prompt.text' or 'text'.")
         if not text.strip():
             raise ValueError(f"Row {number} of the prompts is only white space: remove it.")
-        prompt = Prompt(prompt_id(text), text, content.get("toxicity"))
+        following = row["continuation"] if isinstance(row.get("continuation"), dict) else {}
+        prompt = Prompt(
+            prompt_id(text), text, content.get("toxicity"), following.get("text"), following.get("toxicity")
+        )
         prompts.setdefault(prompt.id, prompt)
     if not prompts:
         raise ValueError("The file of prompts is empty.")

@@ -20,7 +20,8 @@ from sparc3_lightning.accumulator import ScoreAccumulator
 from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.data import WikiText2
 from sparc3_lightning.lrp import lrp
-from sparc3_lightning.relevance import find_targets, largest_logit
+from sparc3_lightning.relevance import find_targets
+from sparc3_lightning.targets import largest_logit
 
 SHAPES = ((8, 256), (4, 1024))
 

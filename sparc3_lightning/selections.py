@@ -1,0 +1,113 @@
+"""From scores to an order of neurons: each function ranks by another idea of what serves the behaviour.
+
+All take scores per module, shape ``[out_features]``, on general reference samples and on those of the behaviour, and
+return scores of the same shapes: what is lowest is pruned first, and infinity is never pruned.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sparc3_lightning.relevance import differential_relevance
+
+Scores = Mapping[str, Tensor]
+
+
+def difference(general: Scores, behavior: Scores) -> dict[str, Tensor]:
+    """Rank by the general scores less those of the behaviour, as published.
+
+    Source: Hatefi et al. 2025, arXiv:2506.13727, equation 7.
+
+    Raises:
+        ValueError: If the modules or shapes of the two differ.
+    """
+    return differential_relevance(general, behavior)
+
+
+def normalized_difference(general: Scores, behavior: Scores) -> dict[str, Tensor]:
+    """Rank by the difference of shares: each side is first divided by its own total of magnitudes.
+
+    Longer samples, or another target, change the scale of a side and not the share of a neuron in it.
+
+    Raises:
+        ValueError: If the modules or shapes of the two differ, or a side is 0 throughout.
+    """
+    return differential_relevance(_shares(general, "general"), _shares(behavior, "behaviour's"))
+
+
+def set_difference(
+    general: Scores, behavior: Scores, top_behavior: float = 0.1, top_general: float = 0.1
+) -> dict[str, Tensor]:
+    """Rank by the behaviour, among the neurons in its top share that are not in the top share of general text.
+
+    With ``top_behavior`` 1 this is the behaviour's own order under a mask.
+
+    Source: Wei et al. 2024, arXiv:2402.05162, section 3.2, there of weights.
+
+    Args:
+        general: General scores.
+        behavior: Scores of the behaviour.
+        top_behavior: Share of all neurons, by the behaviour, in (0, 1].
+        top_general: Share of all neurons, by general text, that is left out, in [0, 1).
+
+    Raises:
+        ValueError: If the modules or shapes of the two differ.
+    """
+    differential_relevance(general, behavior)  # for its check
+    least, most = _quantile(behavior, 1 - top_behavior), _quantile(general, 1 - top_general)
+    return {
+        name: torch.where((behavior[name] >= least) & (general[name] < most), -behavior[name].double(), torch.inf)
+        for name in general
+    }
+
+
+def ratio(general: Scores, behavior: Scores, floor: float = 0.05) -> dict[str, Tensor]:
+    """Rank by the behaviour's score for each unit of the general one: what is gained for what it costs.
+
+    Args:
+        general: General scores, not negative: what switching a neuron off costs.
+        behavior: Scores of the behaviour: what it gains.
+        floor: Added to every cost, in units of the mean one, since small costs are not known well.
+
+    Raises:
+        ValueError: If the modules or shapes of the two differ, or no general score is above 0.
+    """
+    differential_relevance(general, behavior)  # for its check
+    mean = torch.cat([score.double().flatten() for score in general.values()]).mean()
+    if not mean > 0:
+        raise ValueError("The general scores must be above 0 on average to divide by them.")
+    return {name: -behavior[name].double() / (general[name].double() + floor * mean) for name in general}
+
+
+def auroc(general_SN: Tensor, behavior_SN: Tensor) -> Tensor:
+    """Return how well each neuron's activation tells the behaviour's samples from general ones.
+
+    Source: Suau et al. 2024, AurA, arXiv:2407.12824, section 3.1.
+
+    Args:
+        general_SN: One value a sample and neuron, such as its mean activation, shape ``[samples, neurons]``.
+        behavior_SN: The same of the behaviour's samples; there may be another number of them.
+
+    Returns:
+        Area under the ROC curve, shape ``[neurons]``: 1 if the behaviour's are all higher, 0.5 if they are alike.
+    """
+    ordered = general_SN.T.contiguous().sort(dim=1).values
+    values = behavior_SN.T.contiguous()
+    # The number of pairs in which the behaviour's sample is higher; a tie counts half.
+    below, not_above = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (below + not_above).double().mean(dim=1) / (2 * ordered.shape[1])
+
+
+def _shares(scores: Scores, whose: str) -> dict[str, Tensor]:
+    total = sum(score.double().abs().sum() for score in scores.values())
+    if not total > 0:
+        raise ValueError(f"The {whose} scores are 0 throughout, so no neuron has a share in them.")
+    return {name: score.double() / total for name, score in scores.items()}
+
+
+def _quantile(scores: Scores, share: float) -> Tensor:
+    """Return the value below which a share of all scores lies; infinite at 1."""
+    flat = torch.cat([score.double().flatten() for score in scores.values()])
+    k = round(share * len(flat))
+    return flat.new_tensor(torch.inf) if k >= len(flat) else flat.kthvalue(k + 1).values

@@ -1,0 +1,97 @@
+"""Orders of neurons against slow loops over them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparc3_lightning.neurons import select
+from sparc3_lightning.relevance import differential_relevance
+from sparc3_lightning.selections import auroc, difference, normalized_difference, ratio, set_difference
+
+BOTH = (difference, normalized_difference, set_difference, ratio)
+
+
+def scores(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.rand(n, generator=draw) for name, n in (("a", 13), ("b", 7))}
+
+
+def flat(of: dict[str, Tensor]) -> list[float]:
+    return [value for score in of.values() for value in score.tolist()]
+
+
+def test_difference_is_the_published_one():
+    general, behavior = scores(0), scores(1)
+    found, published = difference(general, behavior), differential_relevance(general, behavior)
+    assert all(torch.equal(found[name], published[name]) for name in published)
+
+
+def test_normalized_difference_does_not_depend_on_the_scale_of_a_side():
+    general, behavior = scores(0), scores(1)
+    found = flat(normalized_difference(general, behavior))
+    expected = [
+        g / sum(flat(general)) - b / sum(flat(behavior)) for g, b in zip(flat(general), flat(behavior), strict=True)
+    ]
+    assert found == pytest.approx(expected)
+    assert flat(normalized_difference(scores(0, 100.0), behavior)) == pytest.approx(found, abs=1e-8)
+    assert sum(found) == pytest.approx(0, abs=1e-12)
+
+
+def test_shares_of_signed_scores_are_of_their_magnitudes():
+    signed = {"a": torch.tensor([3.0, -1.0])}
+    assert flat(normalized_difference({"a": torch.tensor([1.0, 1.0])}, signed)) == pytest.approx([0.5 - 0.75, 0.75])
+
+
+@pytest.mark.parametrize(("top_behavior", "top_general"), [(0.1, 0.1), (0.5, 0.25), (1.0, 0.5), (1.0, 0.0), (0.3, 0.0)])
+def test_set_difference_is_the_top_of_one_less_the_top_of_the_other(top_behavior, top_general):
+    general, behavior = scores(2), scores(3)
+    g, b = flat(general), flat(behavior)
+    by_behavior = sorted(range(20), key=lambda i: -b[i])[: round(top_behavior * 20)]
+    by_general = sorted(range(20), key=lambda i: -g[i])[: round(top_general * 20)]
+    expected = [-b[i] if i in by_behavior and i not in by_general else float("inf") for i in range(20)]
+    assert flat(set_difference(general, behavior, top_behavior, top_general)) == pytest.approx(expected)
+
+
+def test_ratio_prefers_what_gains_as_much_for_less():
+    general, behavior = {"a": torch.tensor([1.0, 4.0, 1.0])}, {"a": torch.tensor([1.0, 1.0, 3.0])}
+    found = ratio(general, behavior, floor=0.5)["a"].tolist()
+    assert found == pytest.approx([-1 / (1 + 1), -1 / (4 + 1), -3 / (1 + 1)])
+    order = [neuron.index for neuron in select({"a": torch.tensor(found)}, 3)]
+    assert order == [2, 0, 1]
+
+
+@pytest.mark.parametrize("selection", BOTH)
+def test_scores_of_other_modules_are_refused(selection):
+    with pytest.raises(ValueError, match="not of the same modules"):
+        selection(scores(0), {"a": torch.rand(13)})
+
+
+def test_a_side_without_scores_is_refused():
+    nothing = {name: torch.zeros_like(score) for name, score in scores(0).items()}
+    with pytest.raises(ValueError, match="behaviour's scores are 0 throughout"):
+        normalized_difference(scores(0), nothing)
+    with pytest.raises(ValueError, match="above 0 on average"):
+        ratio(nothing, scores(0))
+
+
+def test_no_more_neurons_are_selected_than_a_selection_leaves():
+    ranked = set_difference(scores(0), scores(1), 0.2, 0.0)
+    assert len(select(ranked, 4)) == 4
+    with pytest.raises(ValueError, match=r"leaves only 4 of 20: raise --model.top_behavior"):
+        select(ranked, 5)
+
+
+def test_auroc_is_the_share_of_pairs_in_which_the_behaviour_is_higher():
+    draw = torch.Generator().manual_seed(0)
+    general, behavior = (torch.randint(6, (n, 5), generator=draw).float() for n in (17, 9))
+    expected = []
+    for neuron in range(5):
+        pairs = [(g, b) for g in general[:, neuron].tolist() for b in behavior[:, neuron].tolist()]
+        expected.append(sum(1.0 if b > g else 0.5 if b == g else 0.0 for g, b in pairs) / len(pairs))
+    assert auroc(general, behavior).tolist() == pytest.approx(expected)
+
+
+def test_auroc_of_what_is_apart_and_of_what_is_alike():
+    low, high = torch.zeros(3, 2), torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+    assert auroc(low, high).tolist() == [1.0, 0.5]
+    assert auroc(high, low).tolist() == [0.0, 0.5]
