@@ -48,8 +48,9 @@ class SparC3Trainer(Trainer):
         """Select the neurons to prune from score files, and export the pruned checkpoint."""
         neurons = model.prune(Path(self.log_dir or "."))
         if self.logger is not None:
-            strength = neurons.provenance["differential_strength_percent"]
-            self.logger.log_metrics({"differential_strength_percent": strength, "num_neurons": len(neurons.neurons)})
+            strength = neurons.provenance.get("differential_strength_percent")
+            known = {} if strength is None else {"differential_strength_percent": strength}
+            self.logger.log_metrics({"num_neurons": len(neurons.neurons), **known})
             self.logger.finalize("success")
 
     def evaluate(self, model: Evaluation, datamodule: LightningDataModule) -> None:

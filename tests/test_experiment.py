@@ -181,6 +181,25 @@ def test_prompts_used_as_general_samples_are_not_evaluated_on_either(verbs_run):
     assert not {row["prompt"] for row in completions(folder)} & set(used)
 
 
+def test_the_behaviour_can_be_attributed_by_other_options(verbs_run):
+    options = ("--model.behavior_attribute", "{target: text, relevance: signed}", "--prune.selection", "ratio")
+    _, folder = run("--attribute.method", "gradient", "--attribute.relevance", "squared", *options)
+    assert verbs_run == ALL
+    stages = json.loads((folder / "experiment.json").read_text())["stages"]
+    of = [ScoreFile.load(Path(stages[name], "scores.safetensors")).provenance for name in ("general_0", "behavior")]
+    assert [(p.method, p.target, p.relevance) for p in of] == [
+        ("gradient", "argmax", "squared"),
+        ("gradient", "text", "signed"),
+    ]
+
+
+@pytest.mark.parametrize("options", ["{tarqet: text}", "{target: texts}", "{save_every: some}"])
+def test_an_unknown_option_for_the_behaviour_is_refused_before_any_stage(verbs_run, options):
+    with pytest.raises(ValueError, match=r"--model\.behavior_attribute: "):
+        run("--model.behavior_attribute", options)
+    assert not verbs_run
+
+
 def test_scores_of_weights_are_refused_before_any_stage(verbs_run):
     with pytest.raises(ValueError, match=r"--attribute\.granularity must be neuron"):
         run("--attribute.granularity", "weight")
