@@ -210,7 +210,9 @@ class ScoreAccumulator:
             padded = torch.zeros(-(-len(W_OI) // ranks) * ranks, W_OI.shape[1], device=W_OI.device)
             into = padded[: len(W_OI)]
         else:
-            into = self.sums.setdefault(name, torch.zeros(W_OI.shape, device=W_OI.device))
+            if name not in self.sums:  # not setdefault, which would form the zeros in every batch
+                self.sums[name] = torch.zeros(W_OI.shape, device=W_OI.device)
+            into = self.sums[name]
         score = torch.zeros(len(A_BTI), len(W_OI), device=W_OI.device)
         for i in real:
             for rows, R_OI in weight_relevance(W_OI, A_BTI[i], G_BTO[i]):

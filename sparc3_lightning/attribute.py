@@ -152,6 +152,7 @@ class Attribution(L.LightningModule):
             self.accumulator.num_nonfinite = self.progress.num_nonfinite
             self.done = list(self.progress.sample_ids)
         self.num_saved = len(self.done)
+        self.words = torch.tensor(self.lexicon, device=self.device)  # once: every copy makes the host wait
         self.stop = StopRequest()
         self.stop.listen()
 
@@ -165,7 +166,7 @@ class Attribution(L.LightningModule):
             self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
         ):
             if has_target:
-                of = (batch["input_ids"], mask, batch["start"], self.lexicon)
+                of = (batch["input_ids"], mask, batch["start"], self.words)
                 target_of(self.model, self.target, *of).sum().backward()
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)

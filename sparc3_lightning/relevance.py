@@ -165,9 +165,14 @@ def differential_relevance(general: Mapping[str, Tensor], behavior: Mapping[str,
     Raises:
         ValueError: If the modules or shapes of the two differ.
     """
+    check_same_modules(general, behavior)
+    return {name: score - behavior[name] for name, score in general.items()}
+
+
+def check_same_modules(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if the modules or shapes of two sets of scores differ."""
     if {name: score.shape for name, score in general.items()} != {n: s.shape for n, s in behavior.items()}:
         raise ValueError("The general scores and those of the behaviour are not of the same modules and shapes.")
-    return {name: score - behavior[name] for name, score in general.items()}
 
 
 def differential_strength(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> float:

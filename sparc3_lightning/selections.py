@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparc3_lightning.relevance import differential_relevance
+from sparc3_lightning.relevance import check_same_modules, differential_relevance
 
 Scores = Mapping[str, Tensor]
 
@@ -54,7 +54,7 @@ def set_difference(
     Raises:
         ValueError: If the modules or shapes of the two differ.
     """
-    differential_relevance(general, behavior)  # for its check
+    check_same_modules(general, behavior)
     least, most = _quantile(behavior, 1 - top_behavior), _quantile(general, 1 - top_general)
     return {
         name: torch.where((behavior[name] >= least) & (general[name] < most), -behavior[name].double(), torch.inf)
@@ -73,7 +73,7 @@ def ratio(general: Scores, behavior: Scores, floor: float = 0.05) -> dict[str, T
     Raises:
         ValueError: If the modules or shapes of the two differ, or no general score is above 0.
     """
-    differential_relevance(general, behavior)  # for its check
+    check_same_modules(general, behavior)
     mean = torch.cat([score.double().flatten() for score in general.values()]).mean()
     if not mean > 0:
         raise ValueError("The general scores must be above 0 on average to divide by them.")

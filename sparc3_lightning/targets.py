@@ -39,15 +39,15 @@ def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
     return logits[:, 0].max(dim=-1).values
 
 
-def text_log_probability(model: Any, input_ids: Tensor, attention_mask: Tensor | None, start: Sequence[int]) -> Tensor:
+def text_log_probability(model: Any, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor) -> Tensor:
     """Return the mean log-probability of each sample's own tokens, from one on.
 
     Args:
         model: Causal language model of transformers.
         input_ids: Padded on the right, shape ``[samples, tokens]``.
         attention_mask: 1 at tokens, 0 at padding, of the same shape; None if there is no padding.
-        start: Per sample the first token that counts, such as the first one of a continuation. The first token of all
-            is not predicted and never counts.
+        start: Per sample the first token that counts, such as the first one of a continuation, shape ``[samples]``. The
+            first token of all is not predicted and never counts.
 
     Returns:
         Shape ``[samples]``, float32 or wider, in nats a token; 0 for a sample of which no token counts.
@@ -56,22 +56,20 @@ def text_log_probability(model: Any, input_ids: Tensor, attention_mask: Tensor |
     wide = torch.promote_types(logits_BTV.dtype, torch.float32)
     nll_BT = torch.nn.functional.cross_entropy(logits_BTV.to(wide).transpose(1, 2), input_ids[:, 1:], reduction="none")
     positions = torch.arange(1, input_ids.shape[1], device=input_ids.device)
-    counts_BT = positions >= torch.tensor(start, device=input_ids.device).unsqueeze(1)
+    counts_BT = positions >= start.unsqueeze(1)
     if attention_mask is not None:
         counts_BT = counts_BT & (attention_mask[:, 1:] > 0)
     return -(nll_BT * counts_BT).sum(dim=1) / counts_BT.sum(dim=1).clamp(min=1)
 
 
-def lexicon_log_probability(
-    model: Any, input_ids: Tensor, attention_mask: Tensor | None, lexicon: Sequence[int]
-) -> Tensor:
+def lexicon_log_probability(model: Any, input_ids: Tensor, attention_mask: Tensor | None, lexicon: Tensor) -> Tensor:
     """Return the log-probability that the next token is one of a lexicon, averaged over all positions of each sample.
 
     Args:
         model: Causal language model of transformers.
         input_ids: Padded on the right, shape ``[samples, tokens]``.
         attention_mask: 1 at tokens, 0 at padding, of the same shape; None if there is no padding.
-        lexicon: Token ids.
+        lexicon: Token ids, shape ``[words]``.
 
     Returns:
         Shape ``[samples]``, float32 or wider, in nats.
@@ -79,15 +77,14 @@ def lexicon_log_probability(
     logits_BTV = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     wide = torch.promote_types(logits_BTV.dtype, torch.float32)
     logits_BTV = logits_BTV.to(wide)
-    words = torch.tensor(lexicon, device=input_ids.device)
-    log_BT = logits_BTV[:, :, words].logsumexp(dim=-1) - logits_BTV.logsumexp(dim=-1)
+    log_BT = logits_BTV[:, :, lexicon].logsumexp(dim=-1) - logits_BTV.logsumexp(dim=-1)
     if attention_mask is None:
         return log_BT.mean(dim=1)
     return (log_BT * attention_mask).sum(dim=1) / attention_mask.sum(dim=1)
 
 
 def target_of(
-    model: Any, target: Target, input_ids: Tensor, attention_mask: Tensor | None, start: list[int], lexicon: list[int]
+    model: Any, target: Target, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor, lexicon: Tensor
 ) -> Tensor:
     """Return the target of a name for each sample, shape ``[samples]``; see the functions above."""
     if target == "text":

@@ -48,18 +48,18 @@ def test_targets_are_means_over_positions_whatever_the_padding(make_model, sampl
     ids, mask = batch["input_ids"], batch["attention_mask"]
     found = {
         "text": text_log_probability(model, ids, mask, batch["start"]),
-        "lexicon": lexicon_log_probability(model, ids, mask, LEXICON),
+        "lexicon": lexicon_log_probability(model, ids, mask, torch.tensor(LEXICON)),
     }
     for target, values in found.items():
         expected = torch.stack([oracle(model, sample, target, LEXICON) for sample in samples])
         torch.testing.assert_close(values, expected)
     alone = torch.tensor([samples[0].input_ids])
-    torch.testing.assert_close(text_log_probability(model, alone, None, [0]), found["text"][:1])
-    torch.testing.assert_close(lexicon_log_probability(model, alone, None, LEXICON), found["lexicon"][:1])
+    torch.testing.assert_close(text_log_probability(model, alone, None, torch.tensor([0])), found["text"][:1])
+    torch.testing.assert_close(lexicon_log_probability(model, alone, None, torch.tensor(LEXICON)), found["lexicon"][:1])
 
 
 def test_a_sample_of_which_no_token_counts_has_the_target_zero(make_model):
-    assert text_log_probability(make_model(), torch.tensor([[5, 6]]), None, [2]).tolist() == [0.0]
+    assert text_log_probability(make_model(), torch.tensor([[5, 6]]), None, torch.tensor([2])).tolist() == [0.0]
 
 
 def test_the_lexicon_is_what_the_scorer_finds_toxic(tiny_checkpoint):

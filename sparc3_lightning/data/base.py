@@ -212,7 +212,7 @@ def pad_right(samples: list[Sample], pad_token_id: int) -> dict[str, Any]:
 
     Returns:
         ``input_ids`` and ``attention_mask``, int64 of shape ``[samples, tokens]``; ``is_padded``, whether there is any
-        padding; and lists: ``sample_ids``, and ``start``, the first token of each that counts.
+        padding; ``start``, the first token of each that counts, shape ``[samples]``; and ``sample_ids``, a list.
     """
     longest = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full((len(samples), longest), pad_token_id)
@@ -225,5 +225,5 @@ def pad_right(samples: list[Sample], pad_token_id: int) -> dict[str, Any]:
         "attention_mask": mask,
         "is_padded": any(len(sample.input_ids) < longest for sample in samples),
         "sample_ids": [sample.id for sample in samples],
-        "start": [sample.start for sample in samples],
+        "start": torch.tensor([sample.start for sample in samples]),
     }
