@@ -1,0 +1,184 @@
+"""The overlap of sets of neurons: what they share, against sets drawn at random, and classes of neurons by sign.
+
+Sets are the rows of a matrix, shape ``[sets, neurons]``; a combination of sets is a tuple of their rows, in order.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Combination = tuple[int, ...]
+# Where sets are drawn from, and how many each takes there: (neurons, sizes).
+Stratum = tuple[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many neurons all sets of a combination share, and how many they would if they were drawn at random.
+
+    ``log10_p`` is that of the p-value, the probability to share at least as many, which may be below what a float holds.
+    """
+
+    shared: int
+    expected: float
+    log10_p: float
+
+    @property
+    def enrichment(self) -> float:
+        """How many times as many are shared as expected; NaN if none can be."""
+        return self.shared / self.expected if self.expected else math.nan
+
+
+@dataclass(frozen=True)
+class SignClasses:
+    """Numbers of neurons by the signs of their differential relevance for several behaviours.
+
+    Args:
+        general: Positive for all: more relevant for general text than for any behaviour.
+        neutral: Negative for none, and 0 for one or more.
+        serving: Negative for all behaviours of a combination, and for no other.
+    """
+
+    general: int
+    neutral: int
+    serving: dict[Combination, int]
+
+
+def exclusive_sizes(member_SN: Tensor) -> dict[Combination, int]:
+    """Count the neurons that are in all sets of a combination and in no other, for every combination.
+
+    Args:
+        member_SN: Whether a set holds a neuron, shape ``[sets, neurons]``.
+
+    Returns:
+        Sizes that sum to the number of neurons: of those in no set, then in one set, in two, and so on.
+
+    Example:
+        >>> exclusive_sizes(torch.tensor([[True, True, False, False], [False, True, False, False]]))
+        {(): 2, (0,): 1, (1,): 0, (0, 1): 1}
+    """
+    num_sets = len(member_SN)
+    bits = 2 ** torch.arange(num_sets).unsqueeze(1)
+    counts = (member_SN * bits).sum(dim=0).bincount(minlength=2**num_sets).tolist()
+    combinations = itertools.chain(*(itertools.combinations(range(num_sets), k) for k in range(num_sets + 1)))
+    return {combination: counts[sum(2**row for row in combination)] for combination in combinations}
+
+
+def inclusive_sizes(exclusive: Mapping[Combination, int]) -> dict[Combination, int]:
+    """Count the neurons that are in all sets of a combination, whatever other sets hold them too.
+
+    Args:
+        exclusive: As from :func:`exclusive_sizes`.
+    """
+    return {
+        combination: sum(size for other, size in exclusive.items() if set(combination) <= set(other))
+        for combination in exclusive
+    }
+
+
+@lru_cache(maxsize=4096)
+def log_overlap(num_neurons: int, sizes: tuple[int, ...]) -> Tensor:
+    """Return how probable each number of shared neurons is if every set is drawn at random, all neurons alike.
+
+    The sets are drawn one after the other. Of the j neurons that those before share, a set of n holds x with the
+    hypergeometric probability C(n, x) C(N - n, j - x) / C(N, j), and the sum over j is exact for any number of sets.
+
+    Source: Wang, Zhao and Zhang 2015, Scientific Reports 5:16923, there by another recursion.
+
+    Args:
+        num_neurons: N, the neurons that each set is drawn from.
+        sizes: Size of each set.
+
+    Returns:
+        Logarithm of the probability of 0, 1, ... shared neurons, shape ``[least size + 1]``, float64.
+
+    Raises:
+        ValueError: If a set is larger than what it is drawn from.
+    """
+    least, *others = sorted(sizes)
+    if least < 0 or max(sizes) > num_neurons:
+        raise ValueError(f"Sets of {sizes} neurons cannot be drawn from {num_neurons:,}.")
+    shared = torch.arange(least + 1, dtype=torch.float64)
+    log_p = torch.where(shared == least, 0.0, -torch.inf).double()
+    for size in others:
+        found = torch.full_like(log_p, -torch.inf)
+        # One j at a time: all together would need the square of a size in memory.
+        for j in log_p.isfinite().nonzero().flatten().tolist():
+            ways = _log_choose(size, shared) + _log_choose(num_neurons - size, j - shared)
+            total = _log_choose(num_neurons, torch.tensor(float(j), dtype=torch.float64))
+            found = torch.logaddexp(found, log_p[j] + ways - total)
+        log_p = found
+    return log_p
+
+
+def overlap(shared: int, strata: Sequence[Stratum]) -> Overlap:
+    """Compare the number of shared neurons with that of sets drawn at random.
+
+    Args:
+        shared: Neurons that all sets hold.
+        strata: One stratum, of all neurons, for sets drawn from all alike. With a stratum per layer each set keeps its
+            number of neurons in every layer, and is drawn at random within it: a harder comparison, since sets that
+            lie in the same layers share more by chance.
+
+    Example:
+        >>> found = overlap(11, [(458_752, (100, 100))])
+        >>> round(found.expected, 4), round(found.enrichment)
+        (0.0218, 505)
+    """
+    log_p = torch.zeros(1, dtype=torch.float64)
+    for num_neurons, sizes in strata:
+        if min(sizes) > 0:
+            log_p = _log_of_sum(log_p, log_overlap(num_neurons, tuple(sorted(sizes))))
+    expected = math.fsum(math.prod(sizes) / num ** (len(sizes) - 1) for num, sizes in strata if num)
+    at_least = min(torch.logsumexp(log_p[shared:], dim=0).item(), 0.0) if shared else 0.0
+    return Overlap(shared, expected, at_least / math.log(10))
+
+
+def sign_classes(differential_SN: Tensor) -> SignClasses:
+    """Class neurons by the signs of their differential relevance, R_general - R_behavior, for several behaviours.
+
+    Args:
+        differential_SN: One row a behaviour, shape ``[behaviours, neurons]``; negative serves the behaviour.
+    """
+    serving = exclusive_sizes(differential_SN < 0)
+    general = int((differential_SN > 0).all(dim=0).sum())
+    return SignClasses(general, serving.pop(()) - general, serving)
+
+
+def without_linear(values_N: Tensor, by_N: Tensor) -> Tensor:
+    """Return what is left of values when the straight line in ``by`` that fits them best is taken off.
+
+    The correlation of two such rests is their partial correlation given ``by``.
+
+    Args:
+        values_N: Shape ``[neurons]``.
+        by_N: Shape ``[neurons]``.
+
+    Returns:
+        Shape ``[neurons]``, float64, with a mean of 0.
+    """
+    values_N, by_N = (vector.double() - vector.double().mean() for vector in (values_N, by_N))
+    square = by_N @ by_N
+    return values_N - by_N * (values_N @ by_N / square) if square else values_N
+
+
+def _log_choose(n: int, k: Tensor) -> Tensor:
+    """Return the logarithm of the binomial coefficient, -inf where it is 0."""
+    inside = (k >= 0) & (k <= n)
+    k = k.clamp(0, n)
+    found = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    return torch.where(inside, found, -torch.inf)
+
+
+def _log_of_sum(one: Tensor, other: Tensor) -> Tensor:
+    """Return the log-probabilities of the sum of two independent numbers."""
+    total = one.new_full((len(one) + len(other) - 1,), -torch.inf)
+    for k, log_p in enumerate(other):
+        part = total[k : k + len(one)]
+        part.copy_(torch.logaddexp(part, one + log_p))
+    return total
