@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import sparc3_lightning
 from sparc3_lightning.attribute import SCORES, Attribution
+from sparc3_lightning.compare import COMPARISON, Comparison
 from sparc3_lightning.data import EvaluationData
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.evaluate import RESULTS, Evaluation
@@ -62,6 +63,10 @@ class SparC3Trainer(Trainer):
         """Measure toxicity against perplexity over numbers of neurons and strengths."""
         self.evaluate(model, datamodule)
 
+    def compare(self, model: Comparison) -> None:
+        """Compare the pruned neurons of several behaviours: which they share, and which are specific to one."""
+        rank_zero_info(model.compare(Path(self.log_dir or ".")))
+
     def run(self, model: Experiment, plan: Path | None = None) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report.
 
@@ -86,6 +91,7 @@ STAGES = {
     "prune": Stage(Pruning),
     "evaluate": Stage(Evaluation, EvaluationData),
     "sweep": Stage(Sweep, EvaluationData),
+    "compare": Stage(Comparison),
     "run": Stage(Experiment, is_experiment=True),
 }
 
@@ -97,7 +103,7 @@ class SaveConfig(SaveConfigCallback):
         """Save the config."""
         folder = trainer.log_dir
         if folder is not None:
-            for name in (SCORES, INDEX, NEURONS, RESULTS):
+            for name in (SCORES, INDEX, NEURONS, RESULTS, COMPARISON):
                 check_absent(Path(folder) / name)
         self.overwrite = True
         super().setup(trainer, pl_module, stage)
@@ -170,6 +176,7 @@ class SparC3CLI(LightningCLI):
                 callback.setup(self.trainer, self.model, stage=str(self.subcommand))
 
     before_prune = _save_config
+    before_compare = _save_config
     before_prepare = _save_config
     before_run = _save_config
 

@@ -21,7 +21,7 @@ Stratum = tuple[int, tuple[int, ...]]
 class Overlap:
     """How many neurons all sets of a combination share, and how many they would if they were drawn at random.
 
-    ``log10_p`` is that of the p-value, the probability to share at least as many, which may be below what a float holds.
+    ``log10_p`` is that of the p-value, the probability to share at least as many, which a float may be too small for.
     """
 
     shared: int

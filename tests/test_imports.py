@@ -16,18 +16,18 @@ MODULES = {
 LAYERS = (
     {"cli"},
     {"experiment"},
-    {"attribute", "prune", "evaluate", "sweep", "data", "completions"},
+    {"attribute", "prune", "evaluate", "sweep", "compare", "data", "completions"},
     {"report"},
     {"scores", "checkpoints", "scorers", "sources", "provenance", "sharding", "progress", "zero_shot", "classifiers"},
-    {"findings", "verdict", "variants", "figures", "tables"},
+    {"overlap_findings", "overlap_tables", "overlap_figures", "findings", "verdict", "variants", "figures", "tables"},
     {"accumulator", "selections", "controls", "neurons"},
-    {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals"},
+    {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap"},
 )
 # A script of its own that nothing imports.
 SCRIPTS = {"train_scorer", "__main__"}
 PURE = ("lrp", "relevance", "targets", "selections", "accumulator", "metrics", "generation", "neurons", "intervals")
-PURE += ("controls",)
-STAGES = ("attribute", "prune", "evaluate", "sweep", "experiment", "cli", "data")
+PURE += ("controls", "overlap")
+STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "experiment", "cli", "data")
 
 
 def imports_of(path: Path) -> set[str]:

@@ -1,0 +1,269 @@
+"""The overlap of circuits: which neurons several behaviours share, and which serve one alone."""
+
+import json
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from sparc3_lightning.figures import layer_of
+from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
+from sparc3_lightning.neurons import NeuronList
+from sparc3_lightning.overlap_findings import Key, find_classes, find_correlations, find_overlaps, find_profiles
+from sparc3_lightning.overlap_tables import neurons_csv, overlaps_csv, summary
+from sparc3_lightning.provenance import git_hash, versions
+from sparc3_lightning.prune import NEURONS, SELECTION
+from sparc3_lightning.scores import MUST_MATCH, ScoreFile, average, check_match
+from sparc3_lightning.selections import Scores, difference, normalized_difference
+
+COMPARISON = "compare.json"
+MAX_LISTS = 10  # which have 1,023 combinations
+
+
+class Sides(NamedTuple):
+    """The score files of a behaviour."""
+
+    general: list[ScoreFile]
+    behavior: ScoreFile
+
+
+class Comparison(L.LightningModule):
+    """Compares the pruned neurons of several behaviours, and the differential relevance of all neurons.
+
+    Args:
+        neurons: The neurons.json of each behaviour, two or more, all of one checkpoint.
+        names: Of the behaviours, in the same order; None names each after the folder of its neurons.json.
+        general: Score files of general text, averaged, the same for every behaviour; None takes those that each
+            neurons.json names.
+        behaviors: Score file of each behaviour, in the order of ``neurons``; None takes the one that each neurons.json
+            names. If those are gone, and none is given, the pruned neurons alone are compared.
+        normalize: Divide each side by its own total before the subtraction, for sides that differ in method, target or
+            length.
+        num_candidates: Neurons that the pruned ones were chosen from; None takes the number in the score files, or
+            else in the selection.json beside each neurons.json.
+    """
+
+    def __init__(
+        self,
+        neurons: Sequence[Path],
+        names: Sequence[str] | None = None,
+        general: Sequence[Path] | None = None,
+        behaviors: Sequence[Path] | None = None,
+        normalize: bool = False,
+        num_candidates: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 2 <= len(neurons) <= MAX_LISTS:
+            raise ValueError(
+                f"--model.neurons must name from 2 to {MAX_LISTS} files, such as '[a/neurons.json, b/neurons.json]', "
+                f"got {len(neurons)}."
+            )
+        for option, values in (("names", names), ("behaviors", behaviors)):
+            if values is not None and len(values) != len(neurons):
+                raise ValueError(
+                    f"--model.{option} must have one entry for each of the {len(neurons)} files of --model.neurons, "
+                    f"got {len(values)}."
+                )
+        if general is not None and not general:
+            raise ValueError("--model.general must name at least one score file.")
+        self.save_hyperparameters()
+        self.paths = [Path(path) for path in neurons]
+        self.names = _names_of(self.paths) if names is None else list(names)
+        if len(set(self.names)) < len(self.names) or not all(self.names):
+            raise ValueError(f"Each list needs a name of its own, got {self.names}: give --model.names.")
+        self.general = None if general is None else [Path(path) for path in general]
+        self.behaviors = None if behaviors is None else [Path(path) for path in behaviors]
+        self.normalize = normalize
+        self.num_candidates = num_candidates
+
+    def compare(self, folder: Path) -> str:
+        """Compare the lists, and write everything about it to a folder.
+
+        Writes compare.json, overlap.csv and neurons.csv and, as pictures, overlap.png and layers.png; correlation.png
+        too if there are score files.
+
+        Args:
+            folder: Where to write.
+
+        Returns:
+            The tables, as text for the terminal.
+
+        Raises:
+            FileNotFoundError, ValueError: If a file is missing, damaged, or of another checkpoint than the others; if
+                the score files lack a neuron of a list; if the number of candidates is not known.
+            FileExistsError: If the folder holds a compare.json.
+        """
+        check_writable(folder)
+        check_absent(folder / COMPARISON)
+        lists = [NeuronList.load(path) for path in self.paths]
+        self._check_same_model(lists)
+        sides = self._load_sides(lists)
+        keys = sorted({key for pruned in lists for key in _keys(pruned)}, key=lambda key: (layer_of(key[0]), *key))
+        member_SN = torch.tensor([[key in held for key in keys] for held in map(_keys, lists)])
+        sizes = {} if sides is None else {name: len(score) for name, score in sides[0].behavior.scores.items()}
+        rows = _rows(keys, sizes) if sizes else None
+        results: dict[str, Any] = {
+            "checkpoint": lists[0].provenance.get("checkpoint"),
+            "checkpoint_fingerprint": lists[0].provenance.get("checkpoint_fingerprint"),
+            "num_candidates": self._count_candidates(sizes, len(keys)),
+            "normalize": self.normalize,
+            "lists": [self._describe(i, pruned, sides) for i, pruned in enumerate(lists)],
+        }
+        results["overlaps"] = find_overlaps(self.names, keys, member_SN, sizes, results["num_candidates"])
+        results["layers"] = find_profiles(self.names, keys, member_SN, sizes)
+        of_pruned = None
+        if sides is not None:
+            differential_SN, general_SN = self._differential(sides)
+            of_pruned = differential_SN[:, rows]
+            results["correlation"] = find_correlations(differential_SN, general_SN)
+            of = {"all": differential_SN, "pruned": of_pruned}
+            results["classes"] = {name: find_classes(self.names, values_SN) for name, values_SN in of.items()}
+        results |= {"versions": versions(), "git_hash": git_hash()}
+        from sparc3_lightning.overlap_figures import draw_correlation, draw_overlap, draw_profiles
+
+        draw_overlap(results["lists"], results["overlaps"], folder / "overlap.png")
+        draw_profiles(results["layers"], folder / "layers.png")
+        if sides is not None:
+            draw_correlation(self.names, results["correlation"], folder / "correlation.png")
+        write_atomically(folder / "overlap.csv", overlaps_csv(results["overlaps"]))
+        write_atomically(folder / "neurons.csv", neurons_csv(self.names, keys, lists, of_pruned))
+        # Last, since a folder with compare.json counts as complete.
+        write_atomically(folder / COMPARISON, to_json(results))
+        return f"\n{summary(results)}\n\nComparison: {folder / COMPARISON}"
+
+    def _check_same_model(self, lists: Sequence[NeuronList]) -> None:
+        """Refuse lists whose neurons are not of the same checkpoint and layers."""
+        found = [pruned.provenance for pruned in lists]
+        of = {
+            "checkpoint_fingerprint": [provenance.get("checkpoint_fingerprint") for provenance in found],
+            "targets": [provenance.get("behavior", {}).get("targets") for provenance in found],
+        }
+        for name, values in of.items():
+            for path, value in zip(self.paths, values, strict=True):
+                if value != values[0]:
+                    raise ValueError(
+                        f"--model.neurons: the lists are not of the same neurons: {name} is {values[0]!r} in "
+                        f"{self.paths[0]} but {value!r} in {path}."
+                    )
+
+    def _load_sides(self, lists: Sequence[NeuronList]) -> list[Sides] | None:
+        """Read the score files of each behaviour; None, with a warning, if none was asked for and one is gone."""
+        paths = [self._score_paths(i, pruned) for i, pruned in enumerate(lists)]
+        lacking = next((name for name, found in zip(self.names, paths, strict=True) if not all(found)), None)
+        gone = next((path for found in paths for side in found for path in side if not path.is_file()), None)
+        if lacking is not None or gone is not None:
+            what = f"The score file {gone} does not exist" if gone else f"The neurons.json of {lacking!r} names none"
+            what += ": give --model.general and --model.behaviors."
+            if self.general is not None or self.behaviors is not None:
+                raise FileNotFoundError(what)
+            rank_zero_warn(f"Without score files there are no correlations and no classes. {what}")
+            return None
+        files = {path: ScoreFile.load(path) for found in paths for side in found for path in side}
+        sides = [Sides([files[path] for path in general], files[behavior]) for general, (behavior,) in paths]
+        for i, (pruned, side) in enumerate(zip(lists, sides, strict=True)):
+            self._check_side(i, pruned.provenance, side)
+        check_match([side.behavior for side in sides], ("checkpoint_fingerprint", "targets"))
+        return sides
+
+    def _score_paths(self, i: int, pruned: NeuronList) -> tuple[list[Path], list[Path]]:
+        """Return the general files and that of the behaviour, as given or as neurons.json names them, if it does."""
+        general = self.general or [Path(file["path"]) for file in pruned.provenance.get("general", ())]
+        if self.behaviors is not None:
+            return general, [self.behaviors[i]]
+        return general, [Path(file["path"]) for file in [pruned.provenance.get("behavior")] if file]
+
+    def _check_side(self, i: int, provenance: dict[str, Any], side: Sides) -> None:
+        """Refuse score files that are not those a list was selected from, or that cannot be subtracted."""
+        recorded = [] if self.general else list(zip(side.general, provenance["general"], strict=True))
+        recorded += [] if self.behaviors else [(side.behavior, provenance["behavior"])]
+        for file, then in recorded:
+            now = file.provenance.summary()
+            for name in ("data_fingerprint", *MUST_MATCH):
+                if name in then and then[name] != now[name]:
+                    raise ValueError(
+                        f"{file.path} is no longer the score file that {self.paths[i]} was selected from: {name} was "
+                        f"{then[name]!r} and is {now[name]!r}. Give --model.general and --model.behaviors, or prune "
+                        "again."
+                    )
+        fingerprint = provenance.get("checkpoint_fingerprint")
+        if fingerprint not in (None, side.behavior.provenance.checkpoint_fingerprint):
+            raise ValueError(
+                f"The score file {side.behavior.path} is of another checkpoint than {self.paths[i]}: "
+                f"{side.behavior.provenance.checkpoint_fingerprint!r}, expected {fingerprint!r}."
+            )
+        check_match(side.general)
+        check_match([side.general[0], side.behavior], ("checkpoint_fingerprint", "targets"))
+        if not self.normalize:
+            try:
+                check_match([side.general[0], side.behavior])
+            except ValueError as error:
+                raise ValueError(f"{error} --model.normalize true compares the shares of each side.") from None
+
+    def _count_candidates(self, sizes: dict[str, int], num_pruned: int) -> int:
+        """Return the number of neurons that the lists were chosen from."""
+        number = sum(sizes.values()) if self.num_candidates is None else self.num_candidates
+        if self.num_candidates is None and not sizes:
+            beside = [path.parent / SELECTION for path in self.paths]
+            found = {json.loads(path.read_text())["num_candidates"] if path.is_file() else 0 for path in beside}
+            number = max(found)
+            if len(found) > 1 or not number:
+                raise ValueError(
+                    "The number of neurons that the lists were chosen from is not known, as there are neither score "
+                    f"files nor a {SELECTION} beside each list that agree: give --model.num_candidates, layers times "
+                    "intermediate size."
+                )
+        if number < num_pruned:
+            raise ValueError(f"--model.num_candidates is {number:,}, but the lists hold {num_pruned:,} neurons.")
+        return number
+
+    def _describe(self, i: int, pruned: NeuronList, sides: Sequence[Sides] | None) -> dict[str, Any]:
+        files: dict[str, Any] = {}
+        if sides is not None:
+            general, behavior = sides[i]
+            files = {"general": [str(file.path) for file in general], "behavior": str(behavior.path)}
+        return {
+            "name": self.names[i],
+            "neurons": str(self.paths[i]),
+            "num_neurons": len(pruned.neurons),
+            "num_layers": len({layer_of(neuron.module) for neuron in pruned.neurons}),
+            "selection": pruned.provenance.get("selection"),
+            **files,
+        }
+
+    def _differential(self, sides: Sequence[Sides]) -> tuple[Tensor, Tensor]:
+        """Return the differential relevance and the general scores, each of shape ``[behaviours, neurons]``."""
+        subtract = normalized_difference if self.normalize else difference
+        general = [average(side.general) for side in sides]
+        differential = [subtract(mean, side.behavior.scores) for mean, side in zip(general, sides, strict=True)]
+        return _stack(differential), _stack(general)
+
+
+def _names_of(paths: Sequence[Path]) -> list[str]:
+    """Name each list after its folder, with as many of the folders above as tell them apart."""
+    places = [(path.parent if path.name == NEURONS else path.with_suffix("")).absolute() for path in paths]
+    depth = max(len(place.parts) for place in places)
+    names = [["/".join(place.parts[-number:]) for place in places] for number in range(1, depth + 1)]
+    return next((found for found in names if len(set(found)) == len(found)), names[-1])
+
+
+def _keys(pruned: NeuronList) -> set[Key]:
+    return {(neuron.module, neuron.index) for neuron in pruned.neurons}
+
+
+def _rows(keys: Sequence[Key], sizes: dict[str, int]) -> list[int]:
+    """Return the place of each neuron among those of all modules, one after the other."""
+    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    for module, index in keys:
+        if not 0 <= index < sizes.get(module, 0):
+            raise ValueError(f"The score files hold no neuron {index} of {module}, which --model.neurons names.")
+    return [starts[module] + index for module, index in keys]
+
+
+def _stack(of_behaviors: Sequence[Scores]) -> Tensor:
+    """Return scores as float64, shape ``[behaviours, neurons]``."""
+    return torch.stack([torch.cat([scores[name] for name in of_behaviors[0]]).double() for scores in of_behaviors])
