@@ -130,13 +130,15 @@ def overlap(shared: int, strata: Sequence[Stratum]) -> Overlap:
         >>> round(found.expected, 4), round(found.enrichment)
         (0.0218, 505)
     """
+    expected = math.fsum(math.prod(sizes) / num ** (len(sizes) - 1) for num, sizes in strata if num)
+    if not shared:
+        return Overlap(shared, expected, 0.0)
     log_p = torch.zeros(1, dtype=torch.float64)
     for num_neurons, sizes in strata:
         if min(sizes) > 0:
             log_p = _log_of_sum(log_p, log_overlap(num_neurons, tuple(sorted(sizes))))
-    expected = math.fsum(math.prod(sizes) / num ** (len(sizes) - 1) for num, sizes in strata if num)
-    at_least = min(torch.logsumexp(log_p[shared:], dim=0).item(), 0.0) if shared else 0.0
-    return Overlap(shared, expected, at_least / math.log(10))
+    at_least = torch.logsumexp(log_p[shared:], dim=0).item()
+    return Overlap(shared, expected, min(at_least, 0.0) / math.log(10))
 
 
 def sign_classes(differential_SN: Tensor) -> SignClasses:

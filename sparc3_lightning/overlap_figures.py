@@ -1,5 +1,6 @@
 """Pictures of a comparison of behaviours: an UpSet plot, a heat map of correlations, and layer profiles."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,8 @@ def draw_overlap(lists: Sequence[dict[str, Any]], overlaps: Sequence[dict[str, A
     dots.set(ylim=(len(names) - 0.5, -0.5), xticks=[], xlim=(-0.6, len(shown) - 0.4))
     dots.tick_params(axis="y", length=0)
     if left_out:
-        dots.set_xlabel(f"{len(left_out)} smaller combinations: {sum(row['exclusive'] for row in left_out)} neurons")
+        number = sum(row["exclusive"] for row in left_out)
+        figure.supxlabel(f"and {len(left_out)} smaller combinations of {number} neurons", fontsize=10)
     _save(figure, path)
 
 
@@ -66,20 +68,19 @@ def draw_correlation(names: Sequence[str], found: dict[str, list[list[float]]], 
 
     number = len(names)
     values = [[found["pearson" if i > j else "partial"][i][j] for j in range(number)] for i in range(number)]
-    figure = Figure(figsize=(4.8, 2.2 + 0.42 * number), layout="constrained")
+    figure = Figure(figsize=(4.8, 2.0 + 0.32 * max(number, 4)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            text = f"{value:.2f}" if math.isfinite(value) else "-"
-            if i != j:
-                axes.text(j, i, text, ha="center", va="center", fontsize=9, color="w" if abs(value) > 0.6 else "k")
-    axes.set_xticks(range(number), names, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(number), names)
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    for i, j in itertools.permutations(range(number), 2):
+        # Without the 0 before the point ten of them fit beside each other.
+        text = f"{values[i][j]:.2f}".replace("0.", ".") if math.isfinite(values[i][j]) else "-"
+        axes.text(j, i, text, ha="center", va="center", fontsize=9, color="w" if abs(values[i][j]) > 0.6 else "k")
+    axes.set_xticks(range(number), [f"{i + 1}" for i in range(number)])
+    axes.set_yticks(range(number), [f"{name}  {i + 1}" for i, name in enumerate(names)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("below the diagonal: Pearson\nabove: given general text", fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    axes.set_title("correlation of differential relevance;\nabove the diagonal: given general text", fontsize=10)
+    figure.colorbar(image, ax=axes, location="bottom", ticks=[-1, -0.5, 0, 0.5, 1], aspect=30)
     _save(figure, path)
 
 

@@ -15,6 +15,7 @@ from sparc3_lightning.tables import Table, cell
 
 FIGURES = ("expected", "enrichment", "p_value", "log10_p_value")
 BETWEEN = " & "
+MAX_IN_FULL = 4  # lists whose 15 combinations are all printed; of more lists the CSV has them
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -104,8 +105,12 @@ def _overlap_table(overlaps: Sequence[dict[str, Any]]) -> Table:
     kinds = [kind for kind in (RANDOM, WITHIN_LAYERS) if kind in overlaps[-1]]
     heads = {RANDOM: ("by chance", "enrichment", "p"), WITHIN_LAYERS: ("within layers", "enrichment", "p")}
     rows: Table = [("pruned neurons", "shared", "in no other", *(head for kind in kinds for head in heads[kind]))]
+    num_lists = len(overlaps[-1]["lists"])
     for row in overlaps:
-        cells = [BETWEEN.join(row["lists"]), str(row["inclusive"]), str(row["exclusive"])]
+        if num_lists > MAX_IN_FULL and 2 < len(row["lists"]) < num_lists:
+            continue
+        name = "all lists" if len(row["lists"]) == num_lists > MAX_IN_FULL else BETWEEN.join(row["lists"])
+        cells = [name, str(row["inclusive"]), str(row["exclusive"])]
         for kind in kinds:
             cells += _chance(row[kind]) if kind in row else ["", "", ""]
         rows.append(tuple(cells))
@@ -137,7 +142,13 @@ def _class_table(classes: dict[str, Any]) -> Table:
     add("general: positive for all", every["general"], pruned["general"])
     if every["neutral"]:
         add("neutral: 0 for one, negative for none", every["neutral"], pruned["neutral"])
-    for kind, word in (("specific", "specific to"), ("shared", "shared by")):
-        for row, other in zip(every[kind], pruned[kind], strict=True):
-            add(f"{word} {BETWEEN.join(row['lists'])}", row["neurons"], other["neurons"])
+    for row, other in zip(every["specific"], pruned["specific"], strict=True):
+        add(f"specific to {row['lists'][0]}", row["neurons"], other["neurons"])
+    if len(every["specific"]) <= MAX_IN_FULL:
+        for row, other in zip(every["shared"], pruned["shared"], strict=True):
+            add(f"shared by {BETWEEN.join(row['lists'])}", row["neurons"], other["neurons"])
+        return rows
+    for number in range(2, len(every["specific"]) + 1):
+        counts = [sum(row["neurons"] for row in of["shared"] if len(row["lists"]) == number) for of in (every, pruned)]
+        add(f"shared by {number} behaviours", *counts)
     return rows
