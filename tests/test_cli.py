@@ -16,6 +16,7 @@ from conftest import sentence
 
 from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.cli import STAGES, entry_point, main
+from sparc3_lightning.compare import Comparison
 from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.experiment import Experiment
 from sparc3_lightning.prune import Pruning
@@ -120,6 +121,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(capsys, ver
         "prune": "Select the neurons",
         "evaluate": "Measure perplexity and toxicity",
         "sweep": "Measure toxicity against perplexity",
+        "compare": "Compare the pruned neurons",
         "run": "Carry out the whole experiment",
     }[verb]
     assert sentence_of_verb in out
@@ -135,6 +137,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(capsys, ver
         ("prune", "model", Pruning, set()),
         ("evaluate", "model", Evaluation, set()),
         ("sweep", "model", Sweep, {"options"}),
+        ("compare", "model", Comparison, set()),
         ("prepare", "model", Experiment, set()),
         ("run", "model", Experiment, set()),
         ("run", "attribute", Attribution, {"checkpoint", "dtype", "revision"}),
@@ -262,6 +265,7 @@ def test_an_overlay_of_one_option_keeps_the_rest_of_the_data(capsys):
         ("evaluate", ["-c", "evaluate.yaml", "--model.doses", "[many]"], ["model.doses", "many"]),
         ("sweep", ["-c", "sweep.yaml"], ["required", "model.neurons"]),
         ("sweep", ["-c", "sweep.yaml", "--model.neurons", "n", "--model.dose", "3"], ["model.dose"]),
+        ("compare", [], ["required", "model.neurons"]),
         ("run", [], ["required", "general", "behavior"]),
         ("run", ["-c", "demo.yaml", "--prune.general", "[x]"], ["prune.general"]),
     ],
