@@ -100,11 +100,24 @@ class _Rules:
 
 
 def _import_lxt() -> Any:
-    # lxt 2.1 imports a function that transformers 5 removed. It is used by lxt's BERT alone, which is not used here.
-    import transformers.pytorch_utils as pytorch_utils
+    """Import lxt's forwards without its list of models.
 
-    if not hasattr(pytorch_utils, "find_pruneable_heads_and_indices"):
-        pytorch_utils.find_pruneable_heads_and_indices = None  # type: ignore[attr-defined]
+    That list imports lxt's BERT, which asks transformers for what 5.0 and 5.24 removed; nothing of it is used here. Who
+    asks lxt for it later, as ``monkey_patch`` does, gets what importing it gives.
+    """
+    import sys
+    from importlib import import_module
+    from types import ModuleType
+
+    models = "lxt.efficient.models"
+    if "lxt.efficient" not in sys.modules:
+        placeholder: Any = ModuleType(models)
+        placeholder.get_default_map = lambda module: import_module(models).get_default_map(module)
+        sys.modules[models] = placeholder
+        try:
+            import_module("lxt.efficient")
+        finally:
+            del sys.modules[models]
     from lxt.efficient import patches
 
     return patches
