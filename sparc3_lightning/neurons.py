@@ -107,7 +107,7 @@ def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> 
 
 def _edit(column: nn.Linear, neurons: Sequence[Neuron], strength: float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Return the factor of each activation, and what is added to it; None if nothing is."""
-    like = {"device": column.weight.device, "dtype": column.weight.dtype}
+    like: dict[str, Any] = {"device": column.weight.device, "dtype": column.weight.dtype}
     indices = [neuron.index for neuron in neurons]
     taken = [strength * neuron.strength for neuron in neurons]
     factor = torch.ones(column.in_features, **like)
