@@ -16,7 +16,7 @@ MODULES = {
 LAYERS = (
     {"cli"},
     {"experiment"},
-    {"attribute", "prune", "evaluate", "sweep", "compare", "data", "completions"},
+    {"attribute", "prune", "budget", "evaluate", "sweep", "compare", "data", "completions"},
     {"report"},
     {
         "scores",
