@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_lightning.relevance import (
+    absolute_relevance,
     magnitude_relevance,
     signed_relevance,
     squared_norms,
@@ -18,12 +19,20 @@ from sparc3_lightning.relevance import (
 )
 
 Granularity = Literal["neuron", "weight"]
+# Scores that need the layer's output and its gradient alone.
+OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "squared": squared_relevance}
 # Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.
 CHECK_EVERY = 16
 
 
 class NonfiniteRelevanceError(ValueError):
     """A relevance is NaN or infinite."""
+
+
+def check_granularity(granularity: Granularity, score: str) -> None:
+    """Raise ValueError if weights are to have a score that only neurons have."""
+    if granularity == "weight" and score in ("absolute", "squared"):
+        raise ValueError(f"--model.relevance {score} is of neurons only: choose --model.granularity neuron.")
 
 
 class ScoreAccumulator:
@@ -37,24 +46,23 @@ class ScoreAccumulator:
 
     Args:
         modules: The target layers by their fully qualified name.
-        score: ``magnitude``, ``signed`` or ``squared`` relevance, or ``wanda``.
+        score: ``magnitude``, ``signed``, ``absolute`` or ``squared`` relevance, or ``wanda``.
         nonfinite: On NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0 in place of
             the value and counts it in ``num_nonfinite``.
         granularity: One score for each ``neuron``, summed over its incoming weights, or for each ``weight``.
 
     Raises:
-        ValueError: If weights are to have squared relevance, which would need a matrix a token.
+        ValueError: If weights are to have squared or absolute relevance, which are of a neuron's output.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Linear],
-        score: Literal["magnitude", "signed", "squared", "wanda"],
+        score: Literal["magnitude", "signed", "absolute", "squared", "wanda"],
         nonfinite: Literal["error", "zero"] = "error",
         granularity: Granularity = "neuron",
     ) -> None:
-        if granularity == "weight" and score == "squared":
-            raise ValueError("--model.relevance squared is of neurons only: choose --model.granularity neuron.")
+        check_granularity(granularity, score)
         self.modules = dict(modules)
         self.score = score
         self.nonfinite = nonfinite
@@ -195,7 +203,7 @@ class ScoreAccumulator:
                 output.register_hook(lambda G: self._set(name, magnitude_relevance(module.weight.detach(), A_BTI, G)))
             else:
                 Z_BTO = output.detach() if module.bias is None else output.detach() - module.bias.detach()
-                of = signed_relevance if self.score == "signed" else squared_relevance
+                of = OF_OUTPUT[self.score]
                 output.register_hook(lambda G: self._set(name, of(Z_BTO, G)))
 
         return record

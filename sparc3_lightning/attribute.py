@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from sparc3_lightning.accumulator import CHECK_EVERY, Granularity, ScoreAccumulator
+from sparc3_lightning.accumulator import CHECK_EVERY, Granularity, ScoreAccumulator, check_granularity
 from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
 from sparc3_lightning.data.base import ReferenceSamples
@@ -24,7 +24,7 @@ from sparc3_lightning.relevance import Relevance, find_targets
 from sparc3_lightning.scorers import check_scorer, load_scorer
 from sparc3_lightning.scores import INDEX, Provenance, ScoreFile, ShardWriter
 from sparc3_lightning.sharding import check_same_on_all_ranks, gather, load_for
-from sparc3_lightning.targets import Target, lexicon_of, target_of
+from sparc3_lightning.targets import LEXICAL, Target, lexicon_of, target_of
 
 SCORES = "scores.safetensors"
 
@@ -41,11 +41,13 @@ class Attribution(L.LightningModule):
         method: ``lrp``; ``gradient``, the same with the plain gradient in place of LRP's; or ``wanda`` (Sun et al.
             2023: weight magnitude times norm of the input).
         relevance: Sum over a neuron's weights of the ``magnitude`` of the relevance, taken per sample, or of the
-            ``signed`` relevance; or the sum of the ``squared`` relevance of its output over the tokens. Not for wanda.
+            ``signed`` relevance, or its ``absolute`` value per sample; or the sum of the ``squared`` relevance of its
+            output over the tokens. Not for wanda.
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
         target: What is explained: ``argmax``, the largest logit at the last token; ``text``, the mean log-probability
-            of the sample's own tokens; or ``lexicon``, the log-probability that the next token is a toxic one, averaged
-            over all positions.
+            of the sample's own tokens; ``lexicon``, the log-probability that the next token is a toxic one, averaged
+            over all positions; or ``lexicon_probability``, that probability itself, averaged over the positions of the
+            sample's continuation, or of all of it if it has none.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves.
         targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
         activations: Also keep the mean activation of each neuron over each sample's tokens, in activations.safetensors:
@@ -84,11 +86,10 @@ class Attribution(L.LightningModule):
         super().__init__()
         if not targets:
             raise ValueError("--model.targets must name at least one layer type, for example up_proj.")
-        if granularity == "weight" and relevance == "squared":
-            raise ValueError("--model.relevance squared is of neurons only: choose --model.granularity neuron.")
+        check_granularity(granularity, relevance)
         if method == "wanda" and target != "argmax":
             raise ValueError("--model.method wanda has no target: leave out --model.target.")
-        if target == "lexicon":
+        if target in LEXICAL:
             check_scorer(lexicon, "--model.lexicon")
         if save_every < 1:
             raise ValueError(f"--model.save_every must be at least 1, got {save_every}.")
@@ -122,7 +123,7 @@ class Attribution(L.LightningModule):
             family_of(config)
         data = self.reference_samples
         check_context(config, data.longest, "--data.seq_len")
-        if self.target == "lexicon":
+        if self.target in LEXICAL:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(self.lexicon_scorer).score)
             data.notes["num_lexicon"] = len(self.lexicon)
         self.identity = self._identify()
@@ -274,7 +275,7 @@ class Attribution(L.LightningModule):
             rule=self.rule if self.method == "lrp" else None,
             relevance=self.relevance if self.method != "wanda" else None,
             target=self.target if self.method != "wanda" else None,
-            lexicon=self.lexicon_scorer if self.target == "lexicon" else None,
+            lexicon=self.lexicon_scorer if self.target in LEXICAL else None,
             targets=self.targets,
             dtype=str(self.model.dtype).removeprefix("torch."),
             data={"class": type(data).__name__, **options, **data.notes},
