@@ -1,6 +1,7 @@
 """The plain MLPs of OPT and GPT-2, from the command line to a checkpoint that is reloaded, whole and sharded."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from conftest import mlp_of, sentence
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sparc3_lightning.activations import ACTIVATIONS, Activations
 from sparc3_lightning.attribute import Attribution
-from sparc3_lightning.checkpoints import load_model
+from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.cli import main
 from sparc3_lightning.controls import POOL
 from sparc3_lightning.data import ToxicPrompts
+from sparc3_lightning.data.real_toxicity_prompts import prompt_id
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.neurons import Neuron, NeuronList, mask
 from sparc3_lightning.scores import INDEX, ScoreFile
@@ -25,6 +28,7 @@ from sparc3_lightning.variants import CONTROLS, neurons_of, plan
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 FAMILIES = {"gpt2": "c_fc", "opt": "fc1"}
+PROMPTS = [sentence(100 + i, 3 + i % 7) for i in range(12)]
 all_families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -38,7 +42,7 @@ def as_if_from_a_shell(monkeypatch):
 def input_files(in_empty_folder) -> None:
     Path("general.txt").write_text("\n".join(sentence(i, 20 + i) for i in range(10)) + "\n")
     Path("text.txt").write_text("\n".join(sentence(1000 + i, 20) for i in range(3)) + "\n")
-    rows = [{"text": sentence(100 + i, 3 + i % 7), "toxicity": 0.9} for i in range(12)]
+    rows = [{"text": text, "toxicity": 0.9} for text in PROMPTS]
     Path("prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
@@ -113,6 +117,30 @@ def test_gradient_checkpointing_and_the_size_of_a_padded_batch_change_no_score(m
     for name, options in {"padded": {}, "checkpointed": {"gradient_checkpointing": True}}.items():
         for layer, score in scores_of(checkpoint, name, 4, **options).scores.items():
             torch.testing.assert_close(score, alone.scores[layer], rtol=1e-4, atol=1e-6)
+
+
+@all_families
+def test_the_mean_activation_of_each_sample_of_a_padded_batch_is_that_of_one_at_a_time(make_checkpoint, family):
+    checkpoint = make_checkpoint(family)
+    scores_of(checkpoint, "out", 4, activations=True)
+    found = Activations.load(Path("out") / ACTIVATIONS)
+    model, tokenizer = load_model(checkpoint, torch.float32), load_tokenizer(checkpoint)
+    act = {"gpt2": partial(torch.nn.functional.gelu, approximate="tanh"), "opt": torch.relu}[family]
+    layers = {mlp_of(family, k)[0][0]: [] for k in range(2)}
+    for name, means in layers.items():
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, means=means: means.append(act(output).reshape(-1, 24).mean(dim=0))
+        )
+    texts = {prompt_id(text): text for text in PROMPTS}
+    for sample_id in found.sample_ids:
+        model(torch.tensor([tokenizer(texts[sample_id])["input_ids"]]))
+    for name, means in layers.items():
+        torch.testing.assert_close(found.rows[name], torch.stack(means), rtol=1e-4, atol=1e-6)
+
+
+def test_layers_of_another_family_are_refused_with_the_names_there_are(make_checkpoint):
+    with pytest.raises(ValueError, match=r"--model\.targets: the model has no linear layer 'up_proj'.*'fc1', 'fc2'"):
+        scores_of(make_checkpoint("opt"), "out", 4, targets=["up_proj"])
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "weight"])
