@@ -1,12 +1,13 @@
 """The accumulator: hooks in, over a stream of samples, and one score per neuron or per weight out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from sparc3_lightning.heads import head_relevance, is_heads, sum_heads
 from sparc3_lightning.relevance import (
     magnitude_relevance,
     signed_relevance,
@@ -17,7 +18,7 @@ from sparc3_lightning.relevance import (
     whole,
 )
 
-Granularity = Literal["neuron", "weight"]
+Granularity = Literal["neuron", "head", "weight"]
 # Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.
 CHECK_EVERY = 16
 
@@ -40,10 +41,13 @@ class ScoreAccumulator:
         score: ``magnitude``, ``signed`` or ``squared`` relevance, or ``wanda``.
         nonfinite: On NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0 in place of
             the value and counts it in ``num_nonfinite``.
-        granularity: One score for each ``neuron``, summed over its incoming weights, or for each ``weight``.
+        granularity: One score for each ``neuron``, summed over its incoming weights; for each attention ``head``,
+            summed over its weights in o_proj; or for each ``weight``.
+        head_dims: Of each module, the inputs that belong to one head; for heads.
 
     Raises:
-        ValueError: If weights are to have squared relevance, which would need a matrix a token.
+        ValueError: If weights are to have squared relevance, which would need a matrix a token, or heads are not of an
+                o_proj.
     """
 
     def __init__(
@@ -52,13 +56,14 @@ class ScoreAccumulator:
         score: Literal["magnitude", "signed", "squared", "wanda"],
         nonfinite: Literal["error", "zero"] = "error",
         granularity: Granularity = "neuron",
+        head_dims: Mapping[str, int] | None = None,
     ) -> None:
-        if granularity == "weight" and score == "squared":
-            raise ValueError("--model.relevance squared is of neurons only: choose --model.granularity neuron.")
+        check_granularity(granularity, score, modules)
         self.modules = dict(modules)
         self.score = score
         self.nonfinite = nonfinite
         self.granularity = granularity
+        self.head_dims = head_dims or {}
         self.sums: dict[str, Tensor] = {}
         self.num_samples = 0
         self._nonfinite: int | Tensor = 0
@@ -163,7 +168,8 @@ class ScoreAccumulator:
         Relevance is the mean over the samples; Wanda's norm is over all tokens of all samples.
 
         Yields:
-            Name, and scores of shape ``[out_features]`` or, of weights, ``[out_features, in_features]``.
+            Name, and scores of shape ``[out_features]``, of heads ``[heads]`` or, of weights, ``[out_features,
+            in_features]``.
 
         Raises:
             ValueError: If no sample was recorded.
@@ -176,6 +182,8 @@ class ScoreAccumulator:
             total = self.sums[name]
             if self.score == "wanda":
                 score = wanda_score(whole(module.weight), total, self.granularity == "neuron")
+                if self.granularity == "head":
+                    score = sum_heads(score.sum(dim=0), self.head_dims[name])
             else:
                 rows = _gather_rows(total, module.out_features) if self.sums_weights else total
                 score = rows / self.num_samples
@@ -191,6 +199,11 @@ class ScoreAccumulator:
             output.requires_grad_()
             if self.sums_weights:
                 output.register_hook(lambda G: self._add_weights(name, module.weight.detach(), A_BTI, G.detach(), real))
+            elif self.granularity == "head":
+                of_heads: Any = (self.head_dims[name], self.score)
+                output.register_hook(
+                    lambda G: self._set(name, head_relevance(module.weight.detach(), A_BTI, G, *of_heads))
+                )
             elif self.score == "magnitude":
                 output.register_hook(lambda G: self._set(name, magnitude_relevance(module.weight.detach(), A_BTI, G)))
             else:
@@ -239,6 +252,17 @@ class ScoreAccumulator:
         self._unchecked.append((finite, sample_ids))
         if finite.device.type == "cpu" or len(self._unchecked) >= CHECK_EVERY:
             self.check()
+
+
+def check_granularity(granularity: Granularity, score: str, targets: Iterable[str]) -> None:
+    """Raise ValueError if components of a granularity have no such score, or the targets no such components."""
+    if granularity == "weight" and score == "squared":
+        raise ValueError("--model.relevance squared is of neurons and heads: choose another --model.granularity.")
+    if granularity == "head" and not all(map(is_heads, targets)):
+        raise ValueError(
+            f"--model.granularity head scores attention heads at o_proj: give --model.targets '[o_proj]', got "
+            f"{list(targets)}."
+        )
 
 
 def _gather_rows(own: Tensor, num_rows: int) -> Tensor:

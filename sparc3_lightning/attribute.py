@@ -14,10 +14,11 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from sparc3_lightning.accumulator import CHECK_EVERY, Granularity, ScoreAccumulator
+from sparc3_lightning.accumulator import CHECK_EVERY, Granularity, ScoreAccumulator, check_granularity
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_space, check_writable
+from sparc3_lightning.heads import head_dims
 from sparc3_lightning.lrp import Rule, family_of, lrp
 from sparc3_lightning.progress import Progress, StopRequest, load_progress, remove_progress
 from sparc3_lightning.provenance import git_hash, run_seed, versions
@@ -41,17 +42,17 @@ class Attribution(L.LightningModule):
             wheel>``.
         method: ``lrp``; ``gradient``, the same with the plain gradient in place of LRP's; or ``wanda`` (Sun et al.
             2023: weight magnitude times norm of the input).
-        relevance: Sum over a neuron's weights of the ``magnitude`` of the relevance, taken per sample, or of the
-            ``signed`` relevance; or the sum of the ``squared`` relevance of its output over the tokens. Not for wanda.
+        relevance: Sum over the weights of the ``magnitude`` of relevance, taken per sample, or of the ``signed`` one;
+            or the sum of the ``squared`` relevance of the output over the tokens. Not for wanda.
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
         target: What is explained: ``argmax``, the largest logit at the last token; ``text``, the mean log-probability
-            of the sample's own tokens; or ``lexicon``, the log-probability that the next token is a toxic one, averaged
-            over all positions.
+            of the sample's own tokens; ``lexicon``, the log-probability that the next token is a toxic one, averaged
+            over all positions; or ``logit_difference``, the logit of the right next token less that of the wrong one.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves.
         targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
-        granularity: One score for each ``neuron``, or for each ``weight``. Scores of weights are as large as the model
-            in float32: on each device as much of them as its share, and on the disk all. Several ranks do not save
-            their sums of weights on the way.
+        granularity: One score for each ``neuron``; for each attention ``head``, with ``targets`` o_proj; or for each
+            ``weight``. Scores of weights are as large as the model in float32: on each device as much of them as its
+            share, and on the disk all. Several ranks do not save their sums of weights on the way.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         nonfinite: On a relevance of NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts
             0 in its place, counts it and reports the count.
@@ -82,8 +83,7 @@ class Attribution(L.LightningModule):
         super().__init__()
         if not targets:
             raise ValueError("--model.targets must name at least one layer type, for example up_proj.")
-        if granularity == "weight" and relevance == "squared":
-            raise ValueError("--model.relevance squared is of neurons only: choose --model.granularity neuron.")
+        check_granularity(granularity, relevance, targets)
         if method == "wanda" and target != "argmax":
             raise ValueError("--model.method wanda has no target: leave out --model.target.")
         if target == "lexicon":
@@ -122,6 +122,7 @@ class Attribution(L.LightningModule):
         if self.target == "lexicon":
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(self.lexicon_scorer).score)
             data.notes["num_lexicon"] = len(self.lexicon)
+        data.check_target(self.target)
         self.identity = self._identify()
         check_same_on_all_ranks("checkpoint or data", self.identity)
         self._resume()
@@ -142,7 +143,8 @@ class Attribution(L.LightningModule):
         targets = find_targets(self.model, self.targets)
         if self.granularity == "weight":
             check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))
-        self.accumulator = ScoreAccumulator(targets, score, self.nonfinite, self.granularity)
+        dims = head_dims(self.model, targets) if self.granularity == "head" else {}
+        self.accumulator = ScoreAccumulator(targets, score, self.nonfinite, self.granularity, dims)
         # Each rank then has its rows of all ranks' samples, so that a state of one rank is no state of its samples.
         self.saves = not (self.accumulator.sums_weights and self.trainer.world_size > 1)
         self.done: list[str] = []
@@ -166,8 +168,7 @@ class Attribution(L.LightningModule):
             self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
         ):
             if has_target:
-                of = (batch["input_ids"], mask, batch["start"], self.words)
-                target_of(self.model, self.target, *of).sum().backward()
+                target_of(self.model, self.target, batch, mask, self.words).sum().backward()
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
         self.done += [name for name, weight in zip(batch["sample_ids"], batch["weights"], strict=True) if weight]
@@ -234,9 +235,8 @@ class Attribution(L.LightningModule):
 
     def _unfinished_elsewhere(self) -> Progress | None:
         """Return the furthest state of the same run in a folder beside the output folder."""
-        folders = {path.parent for path in self.output.parent.parent.glob("*/state-*.safetensors")}
         same = []
-        for folder in sorted(folders):
+        for folder in sorted({path.parent for path in self.output.parent.parent.glob("*/state-*.safetensors")}):
             with suppress(ValueError):  # a damaged state of some other run is not this run's concern
                 state = load_progress(folder)
                 if state is not None and state.identity == self.identity and not (folder / self.output.name).exists():
@@ -248,9 +248,8 @@ class Attribution(L.LightningModule):
             return
         self.accumulator.check()  # before what is saved rests on it
         sums, count = self.accumulator.sums, self.accumulator.num_nonfinite
-        Progress(self.identity, sums, self.done, count, self.progress.attempt).save(
-            self.output.parent, self.trainer.global_rank
-        )
+        state = Progress(self.identity, sums, self.done, count, self.progress.attempt)
+        state.save(self.output.parent, self.trainer.global_rank)
         self.num_saved = len(self.done)
 
     def _leave(self, number: int) -> None:
@@ -265,7 +264,7 @@ class Attribution(L.LightningModule):
     def _write(self) -> None:
         """Write the scores, on rank 0; the other ranks give theirs."""
         is_writer = self.trainer.is_global_zero
-        if self.granularity == "neuron":
+        if self.granularity != "weight":
             scores = self.accumulator.compute()
             if is_writer:
                 ScoreFile(scores, self._provenance()).save(self.output)
@@ -293,6 +292,7 @@ class Attribution(L.LightningModule):
             relevance=self.relevance if self.method != "wanda" else None,
             target=self.target if self.method != "wanda" else None,
             lexicon=self.lexicon_scorer if self.target == "lexicon" else None,
+            granularity=self.granularity,
             targets=self.targets,
             dtype=str(self.model.dtype).removeprefix("torch."),
             data={"class": type(data).__name__, **options, **data.notes},

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_lightning.files import write_atomically
+from sparc3_lightning.heads import check_heads, is_heads, mask_heads, prune_heads_
 
 # Of a gated MLP (LLaMA, Qwen2, Gemma3): the layers whose row i, and the layer whose column i, make up neuron i.
 ROWS = ("up_proj", "gate_proj")
@@ -24,7 +25,10 @@ FORMAT = "sparc3_lightning neurons 1"
 
 @dataclass(frozen=True, slots=True)
 class Neuron:
-    """Neuron ``index`` of the layer ``module`` (a fully qualified name), with the score it was selected by."""
+    """Neuron ``index`` of the layer ``module`` (a fully qualified name), with the score it was selected by.
+
+    Where ``module`` is the o_proj of an attention it is the head of that number.
+    """
 
     module: str
     index: int
@@ -67,17 +71,19 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
 
 @contextmanager
 def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> Iterator[None]:
-    """Switch neurons off, or damp them, for the length of a ``with`` block, without touching a weight.
+    """Switch neurons or heads off, or damp them, for the length of a ``with`` block, without touching a weight.
 
     Args:
         model: A causal language model with gated MLPs.
-        neurons: The neurons.
+        neurons: The neurons and heads.
         strength: 1 is off; a fraction leaves ``1 - strength`` of each neuron's activation.
 
     Raises:
         ValueError: If the model has no such neuron.
     """
+    heads, neurons = _apart(neurons)
     with ExitStack() as undo:
+        undo.enter_context(mask_heads(model, heads, strength))
         for parent, indices in _by_mlp(model, neurons).items():
             column: Any = model.get_submodule(f"{parent}.{COLUMN}")
             factor = torch.ones(column.in_features, device=column.weight.device, dtype=column.weight.dtype)
@@ -92,17 +98,20 @@ def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> 
 
 
 def prune_(model: nn.Module, neurons: Iterable[Neuron]) -> None:
-    """Set the rows and the column that make up each neuron to zero, in place.
+    """Set the rows and the column that make up each neuron to zero, in place, and the weights of heads.
 
     Args:
         model: A causal language model with gated MLPs.
-        neurons: The neurons.
+        neurons: The neurons and heads.
 
     Raises:
         ValueError: If the model has no such neuron. Nothing is changed then.
     """
+    heads, neurons = _apart(neurons)
+    by_mlp = _by_mlp(model, neurons)  # before anything is changed
+    prune_heads_(model, heads)
     with torch.no_grad():
-        for parent, indices in _by_mlp(model, neurons).items():
+        for parent, indices in by_mlp.items():
             for name in ROWS:
                 row: Any = model.get_submodule(f"{parent}.{name}")
                 row.weight[indices] = 0
@@ -114,7 +123,21 @@ def prune_(model: nn.Module, neurons: Iterable[Neuron]) -> None:
 
 def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
     """Raise ValueError unless the model has all these neurons. A model on the meta device suffices."""
+    heads, neurons = _apart(neurons)
+    check_heads(model, heads)
     _by_mlp(model, neurons)
+
+
+def _apart(neurons: Iterable[Neuron]) -> tuple[dict[str, list[int]], list[Neuron]]:
+    """Return the numbers of the heads by the name of their layer, and the neurons of MLPs."""
+    heads: dict[str, list[int]] = defaultdict(list)
+    others = []
+    for neuron in neurons:
+        if is_heads(neuron.module):
+            heads[neuron.module].append(neuron.index)
+        else:
+            others.append(neuron)
+    return dict(heads), others
 
 
 def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> dict[str, list[int]]:

@@ -20,13 +20,13 @@ LAYERS = (
     {"report"},
     {"scores", "checkpoints", "scorers", "sources", "provenance", "sharding", "progress", "zero_shot", "classifiers"},
     {"overlap_findings", "overlap_tables", "overlap_figures", "findings", "verdict", "variants", "figures", "tables"},
-    {"accumulator", "selections", "controls", "neurons"},
+    {"accumulator", "selections", "controls", "neurons", "heads"},
     {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap"},
 )
 # A script of its own that nothing imports.
 SCRIPTS = {"train_scorer", "__main__"}
 PURE = ("lrp", "relevance", "targets", "selections", "accumulator", "metrics", "generation", "neurons", "intervals")
-PURE += ("controls", "overlap")
+PURE += ("controls", "overlap", "heads")
 STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "experiment", "cli", "data")
 
 
