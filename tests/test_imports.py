@@ -16,18 +16,29 @@ MODULES = {
 LAYERS = (
     {"cli"},
     {"experiment"},
-    {"attribute", "prune", "evaluate", "sweep", "compare", "data", "completions"},
+    {"attribute", "prune", "evaluate", "sweep", "compare", "circuit", "data", "completions"},
     {"report"},
+    {"score_groups"},
     {"scores", "checkpoints", "scorers", "sources", "provenance", "sharding", "progress", "zero_shot", "classifiers"},
-    {"overlap_findings", "overlap_tables", "overlap_figures", "findings", "verdict", "variants", "figures", "tables"},
-    {"accumulator", "selections", "controls", "neurons", "heads"},
+    {
+        "overlap_findings",
+        "overlap_tables",
+        "overlap_figures",
+        "circuit_tables",
+        "findings",
+        "verdict",
+        "variants",
+        "figures",
+        "tables",
+    },
+    {"accumulator", "selections", "controls", "orders", "neurons", "heads"},
     {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap"},
 )
 # A script of its own that nothing imports.
 SCRIPTS = {"train_scorer", "__main__"}
 PURE = ("lrp", "relevance", "targets", "selections", "accumulator", "metrics", "generation", "neurons", "intervals")
-PURE += ("controls", "overlap", "heads")
-STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "experiment", "cli", "data")
+PURE += ("controls", "overlap", "heads", "orders")
+STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "circuit", "experiment", "cli", "data")
 
 
 def imports_of(path: Path) -> set[str]:
