@@ -1,5 +1,6 @@
 """Circuits: how few components of a model keep a behaviour, as the least relevant ones are taken out step by step."""
 
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,8 +159,9 @@ class Circuit(L.LightningModule):
         circuit = None
         if kept:
             circuit = {**kept[-1], "num_kept": len(order) - kept[-1]["num_removed"], "file": None}
-            if isinstance(order, ComponentOrder):
-                circuit["file"] = f"circuit-{of.granularity}-{of.name.replace(' ', '-')}.json"
+            # Of weights there is no list, and none of what is nothing.
+            if isinstance(order, ComponentOrder) and kept[-1]["num_removed"]:
+                circuit["file"] = re.sub(r"[^\w.-]+", "-", f"circuit-{of.granularity}-{of.name}.json")
                 self._save(of, order.components[: kept[-1]["num_removed"]], circuit)
         found = curve_of(of.name, of.granularity, len(order), curves)
         rank_zero_info(f"Measured {len(curves)} order(s) of {len(order):,} {of.granularity}s by {of.name}.")

@@ -16,10 +16,12 @@ from test_prune import provenance
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.checkpoints import fingerprint, load_model
 from sparc3_lightning.circuit import CIRCUIT, RANDOM, Circuit
 from sparc3_lightning.cli import main
 from sparc3_lightning.data import C4, IOI
+from sparc3_lightning.lrp import lrp
 from sparc3_lightning.neurons import NeuronList, mask, prune_
 from sparc3_lightning.orders import ComponentOrder
 from sparc3_lightning.score_groups import group_scores
@@ -206,6 +208,42 @@ def test_methods_and_granularities_have_curves_of_their_own_beside_random_ones(c
     assert float(rows[0]["accuracy_sd"]) == pytest.approx(results["curves"][0]["steps"][0]["accuracy_sd"])
     assert rows[3]["accuracy_sd"] == ""
     assert (Path("out") / "circuit.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_circuit_that_is_the_whole_model_has_no_list(checkpoint, save):
+    results = find(checkpoint, [save("seed", O_PROJ, 0)], sparsities=[0.01])
+    assert results["curves"][0]["circuit"]["num_removed"] == 0
+    assert results["curves"][0]["circuit"]["file"] is None
+
+
+def test_a_name_with_slashes_is_a_name_of_a_file(checkpoint, save):
+    lexicons = [save(f"seed-{i}", UP_PROJ, i, target="lexicon", lexicon=f"folder/{i}") for i in range(2)]
+    results = find(checkpoint, lexicons, threshold=0.01)
+    for i, curve in enumerate(results["curves"]):
+        assert curve["method"] == f"lrp folder/{i}"
+        assert curve["circuit"]["file"] == f"circuit-neuron-lrp-folder-{i}.json"
+        assert (Path("out") / curve["circuit"]["file"]).is_file()
+
+
+def test_attribution_explains_the_difference_of_two_logits(checkpoint):
+    samples, module = sentences(number=5), Attribution(checkpoint, relevance="signed", target="logit_difference")
+    data = IOI(num_samples=5, seed=5, batch_size=2)
+    trainer().predict(module, datamodule=data, return_predictions=False)
+    found = ScoreFile.load(Path("out") / SCORES)
+    assert (found.provenance.target, found.provenance.granularity) == ("logit_difference", "neuron")
+    sums = {name: torch.zeros(24) for name in UP_PROJ}
+    for sample in samples:
+        model = load_model(checkpoint, torch.float32)
+        for name in UP_PROJ:
+            model.get_submodule(name).weight.requires_grad_()
+        with lrp(model):
+            logits = model(torch.tensor([sample.input_ids]), use_cache=False).logits[0, -1]
+            (logits[sample.contrast[0]] - logits[sample.contrast[1]]).backward()
+        for name in UP_PROJ:
+            weight = model.get_submodule(name).weight
+            sums[name] += (weight * weight.grad).detach().sum(dim=1)
+    for name, total in sums.items():
+        torch.testing.assert_close(found.scores[name], total / 5, rtol=1e-3, atol=1e-5)
 
 
 # From the command line, of scores that attribute wrote.
