@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import sentence
 from test_attribute import trainer
+from test_evaluate import evaluation, run, save_neurons, write_inputs
 from torch import Tensor
 
 from sparc3_lightning.accumulator import ScoreAccumulator
 from sparc3_lightning.attribute import SCORES, Attribution
+from sparc3_lightning.checkpoints import export_pruned
 from sparc3_lightning.data import C4
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.heads import head_dims, head_norms, mask_heads, num_heads, prune_heads_
@@ -255,3 +257,16 @@ def test_controls_of_heads_are_heads(make_model):
         check_neurons(model, lists[variant.name])
         assert [neuron.module for neuron in lists[variant.name]] == O_PROJ
         assert not {(n.module, n.index) for n in lists[variant.name]} & {(n.module, n.index) for n in pruned.neurons}
+
+
+def test_evaluate_switches_heads_off_as_the_exported_checkpoint_is_without_them(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    write_inputs(tmp_path)
+    path = save_neurons(tiny_checkpoint, AS_NEURONS, {"sample_ids": []})
+    both = run(evaluation(tiny_checkpoint, path, controls=1), folder="both")
+    export_pruned(tiny_checkpoint, AS_NEURONS, Path("pruned"), dtype=torch.float32)
+    alone = run(evaluation("pruned"), folder="alone")
+    del both["pruned"]["kl"]  # of the model as it is there is none
+    assert alone["baseline"] == pytest.approx(both["pruned"], rel=1e-5)
+    assert both["pruned"]["perplexity"] != pytest.approx(both["baseline"]["perplexity"], rel=1e-3)
+    assert (Path("both") / "report.html").is_file()
