@@ -1,11 +1,8 @@
 """Stage 1: accumulate scores of neurons over reference samples, in a predict loop."""
 
 import hashlib
-import os
-import signal
-import subprocess
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,17 +12,19 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.accumulator import CHECK_EVERY, Granularity, ScoreAccumulator, check_granularity
+from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_space, check_writable
 from sparc3_lightning.heads import head_dims
 from sparc3_lightning.lrp import Rule, family_of, lrp
-from sparc3_lightning.progress import Progress, StopRequest, load_progress, remove_progress
+from sparc3_lightning.neurons import columns_of
+from sparc3_lightning.progress import Progress, StopRequest, go_on, remove_progress
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.relevance import Relevance, find_targets
 from sparc3_lightning.scorers import check_scorer, load_scorer
 from sparc3_lightning.scores import INDEX, Provenance, ScoreFile, ShardWriter
-from sparc3_lightning.sharding import check_same_on_all_ranks, load_for
+from sparc3_lightning.sharding import check_same_on_all_ranks, gather, load_for
 from sparc3_lightning.targets import Target, lexicon_of, target_of
 
 SCORES = "scores.safetensors"
@@ -50,6 +49,8 @@ class Attribution(L.LightningModule):
             over all positions; or ``logit_difference``, the logit of the right next token less that of the wrong one.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves.
         targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
+        activations: Also keep the mean activation of each neuron over each sample's tokens, in activations.safetensors:
+            for ``sparc3 prune`` with the selection ``auroc`` or the edit ``mean``.
         granularity: One score for each ``neuron``; for each attention ``head``, with ``targets`` o_proj; or for each
             ``weight``. Scores of weights are as large as the model in float32: on each device as much of them as its
             share, and on the disk all. Several ranks do not save their sums of weights on the way.
@@ -73,6 +74,7 @@ class Attribution(L.LightningModule):
         target: Target = "argmax",
         lexicon: str = "original",
         targets: Sequence[str] = ("up_proj",),
+        activations: bool = False,
         granularity: Granularity = "neuron",
         dtype: Dtype = "auto",
         nonfinite: Literal["error", "zero"] = "error",
@@ -100,6 +102,7 @@ class Attribution(L.LightningModule):
         self.relevance: Relevance = relevance
         self.rule: Rule = rule
         self.targets = list(targets)
+        self.activations = activations
         self.granularity: Granularity = granularity
         self.dtype_name: Dtype = dtype
         self.nonfinite = nonfinite
@@ -145,6 +148,7 @@ class Attribution(L.LightningModule):
             check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))
         dims = head_dims(self.model, targets) if self.granularity == "head" else {}
         self.accumulator = ScoreAccumulator(targets, score, self.nonfinite, self.granularity, dims)
+        self.recorder = ActivationRecorder(columns_of(self.model, targets) if self.activations else {})
         # Each rank then has its rows of all ranks' samples, so that a state of one rank is no state of its samples.
         self.saves = not (self.accumulator.sums_weights and self.trainer.world_size > 1)
         self.done: list[str] = []
@@ -152,6 +156,7 @@ class Attribution(L.LightningModule):
             self.accumulator.sums = {name: total.to(self.device) for name, total in self.progress.sums.items()}
             self.accumulator.num_samples = len(self.progress.sample_ids)
             self.accumulator.num_nonfinite = self.progress.num_nonfinite
+            self.recorder.restore(self.progress.rows)
             self.done = list(self.progress.sample_ids)
         self.num_saved = len(self.done)
         self.words = torch.tensor(self.lexicon, device=self.device)  # once: every copy makes the host wait
@@ -166,6 +171,7 @@ class Attribution(L.LightningModule):
             torch.set_grad_enabled(has_target),
             lrp(self.model, self.rule) if self.method == "lrp" else nullcontext(),
             self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
+            self.recorder.recording(mask, batch["weights"]),
         ):
             if has_target:
                 target_of(self.model, self.target, batch, mask, self.words).sum().backward()
@@ -183,7 +189,8 @@ class Attribution(L.LightningModule):
         if number is not None or len(self.done) - self.num_saved >= self.save_every:
             self._save_progress()
         if number is not None:
-            self._leave(number)
+            kept = f"{len(self.done)} samples of rank 0 are saved" if self.saves else "sums of weights are not saved"
+            self.stop.leave(kept, self.trainer.is_global_zero)
 
     def on_predict_epoch_end(self) -> None:
         """Add up the sums of all ranks, and write the score file."""
@@ -207,6 +214,7 @@ class Attribution(L.LightningModule):
             "target": self.target,
             "lexicon": hashlib.sha256(str(self.lexicon).encode()).hexdigest()[:16],
             "targets": self.targets,
+            "activations": self.activations,
             "granularity": self.granularity,
             "dtype": str(resolve_dtype(self.dtype_name, self.trainer.strategy.root_device)).removeprefix("torch."),
             "nonfinite": self.nonfinite,
@@ -215,55 +223,31 @@ class Attribution(L.LightningModule):
 
     def _resume(self) -> None:
         """Go on from the state in the output folder, or from that of a run with the same config that broke off."""
-        folder = self.output.parent
         self.progress = Progress(self.identity)
         if self.trainer.is_global_zero:
-            found = load_progress(folder)
-            if found is not None:
-                found.check_identity(self.identity, folder)
-            else:
-                found = self._unfinished_elsewhere()
-            if found is not None:
-                self.progress = replace(found, attempt=found.attempt + 1)
-                # Before any rank adds to it: from here on the files of earlier attempts no longer count.
-                self.progress.save(folder, rank=0)
-                remove_progress(folder, before=self.progress.attempt)
-                rank_zero_info(f"Going on after {len(found.sample_ids)} samples of a run that broke off.")
+            self.progress = go_on(self.output, self.identity)
         done, attempt = self.trainer.strategy.broadcast((self.progress.sample_ids, self.progress.attempt))
         self.progress = replace(self.progress, attempt=attempt)
         self.reference_samples.leave_out = set(done)
-
-    def _unfinished_elsewhere(self) -> Progress | None:
-        """Return the furthest state of the same run in a folder beside the output folder."""
-        same = []
-        for folder in sorted({path.parent for path in self.output.parent.parent.glob("*/state-*.safetensors")}):
-            with suppress(ValueError):  # a damaged state of some other run is not this run's concern
-                state = load_progress(folder)
-                if state is not None and state.identity == self.identity and not (folder / self.output.name).exists():
-                    same.append(state)
-        return max(same, key=lambda state: len(state.sample_ids), default=None)
 
     def _save_progress(self) -> None:
         if not self.saves:
             return
         self.accumulator.check()  # before what is saved rests on it
         sums, count = self.accumulator.sums, self.accumulator.num_nonfinite
-        state = Progress(self.identity, sums, self.done, count, self.progress.attempt)
+        rows = self.recorder.rows()
+        state = Progress(self.identity, sums, self.done, count, self.progress.attempt, rows)
         state.save(self.output.parent, self.trainer.global_rank)
         self.num_saved = len(self.done)
-
-    def _leave(self, number: int) -> None:
-        """End the process; on SIGUSR1, by which Slurm announces the end of the time, the job is queued again."""
-        job = os.environ.get("SLURM_JOB_ID")
-        kept = f"{len(self.done)} samples of rank 0 are saved" if self.saves else "sums of weights are not saved"
-        rank_zero_info(f"Got {signal.Signals(number).name}: {kept}.")
-        if number == signal.SIGUSR1 and job and self.trainer.is_global_zero:
-            subprocess.run(["scontrol", "requeue", job], check=False)
-        raise SystemExit(128 + number)
 
     def _write(self) -> None:
         """Write the scores, on rank 0; the other ranks give theirs."""
         is_writer = self.trainer.is_global_zero
+        if self.activations:
+            parts = gather([(self.done, self.recorder.rows())])
+            if is_writer:
+                lengths = {sample.id: len(sample.input_ids) for sample in self.reference_samples.samples}
+                Activations.join(parts, lengths).save(self.output.parent / ACTIVATIONS)
         if self.granularity != "weight":
             scores = self.accumulator.compute()
             if is_writer:

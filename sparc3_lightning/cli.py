@@ -46,9 +46,9 @@ class SparC3Trainer(Trainer):
         self.predict(model, datamodule=datamodule, return_predictions=False)
         rank_zero_info(model.summary())
 
-    def prune(self, model: Pruning) -> None:
+    def prune(self, model: Pruning, datamodule: ReferenceSamples | None = None) -> None:
         """Select the neurons to prune from score files, and export the pruned checkpoint."""
-        neurons = model.prune(Path(self.log_dir or "."))
+        neurons = model.prune(Path(self.log_dir or "."), datamodule, self.strategy.root_device)
         if self.logger is not None:
             strength = neurons.provenance.get("differential_strength_percent")
             known = {} if strength is None else {"differential_strength_percent": strength}
@@ -88,13 +88,14 @@ class Stage:
 
     module: type
     data: type[LightningDataModule] | None = None
+    needs_data: bool = True
     is_experiment: bool = False
 
 
 STAGES = {
     "prepare": Stage(Experiment, is_experiment=True),
     "attribute": Stage(Attribution, ReferenceSamples),
-    "prune": Stage(Pruning),
+    "prune": Stage(Pruning, ReferenceSamples, needs_data=False),
     "evaluate": Stage(Evaluation, EvaluationData),
     "sweep": Stage(Sweep, EvaluationData),
     "compare": Stage(Comparison),
@@ -157,7 +158,8 @@ class SparC3CLI(LightningCLI):
             return
         parser.add_lightning_class_args(stage.module, "model")
         if stage.data is not None:
-            parser.add_lightning_class_args(stage.data, "data", subclass_mode=stage.data is ReferenceSamples)
+            is_abstract = stage.data is ReferenceSamples
+            parser.add_lightning_class_args(stage.data, "data", is_abstract, required=stage.needs_data)
 
     @staticmethod
     def _add_experiment_arguments(parser: LightningArgumentParser) -> None:
@@ -167,7 +169,8 @@ class SparC3CLI(LightningCLI):
         parser.add_class_arguments(Attribution, "attribute", skip=shared, instantiate=False)
         parser.add_subclass_arguments(ReferenceSamples, "general", instantiate=False, required=True)
         parser.add_subclass_arguments(ReferenceSamples, "behavior", instantiate=False, required=True)
-        parser.add_class_arguments(Pruning, "prune", skip={"general", "behavior"}, instantiate=False)
+        parser.add_class_arguments(Pruning, "prune", skip={"general", "behavior", "contrast"}, instantiate=False)
+        parser.add_subclass_arguments(ReferenceSamples, "budget", instantiate=False, required=False)
         parser.add_class_arguments(Evaluation, "evaluate", skip={*shared, "neurons"}, instantiate=False)
         parser.add_class_arguments(EvaluationData, "data", instantiate=False)
 

@@ -95,7 +95,7 @@ class Experiment:
 
         Args:
             options: Config of ``sparc3 run`` with the groups ``seed_everything``, ``trainer``, ``attribute``,
-                ``general``, ``behavior``, ``prune``, ``evaluate`` and ``data``.
+                ``general``, ``behavior``, ``budget`` (which may be None), ``prune``, ``evaluate`` and ``data``.
         """
         if len(self.general_seeds) > 1 and not _takes_seed(options["general"]):
             raise ValueError(
@@ -116,8 +116,10 @@ class Experiment:
             for name, attribution, data in references
         ]
         *general, behavior = [str(stage.folder / SCORES) for stage in stages]
-        pruning = {**options["prune"], "general": general, "behavior": behavior}
-        stages.append(self._stage("neurons", "prune", options, {"model": pruning}, NEURONS))
+        pruning = {"model": {**options["prune"], "general": general, "behavior": behavior}}
+        if options.get("budget") is not None:
+            pruning["data"] = options["budget"]
+        stages.append(self._stage("neurons", "prune", options, pruning, NEURONS))
         evaluation = {**options["evaluate"], **model, "neurons": str(stages[-1].folder / NEURONS)}
         stages.append(
             self._stage("evaluation", "evaluate", options, {"model": evaluation, "data": options["data"]}, RESULTS)
@@ -205,7 +207,7 @@ class Experiment:
         for lexicon in {of["lexicon"] for of in attributions if of.get("target") == "lexicon"}:
             needs.append(("lexicon", lambda name=lexicon: fetch_scorer(name)))  # type: ignore[misc]
         sets = [(f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds]
-        sets += [("behavior", options["behavior"])]
+        sets += [(name, options[name]) for name in ("behavior", "budget") if options.get(name) is not None]
         sets += [(name, options["data"][name]) for name in ("text", "prompts")]
         for name, data in sets:
             needs.append((name, lambda data=data: self._fetch_data(data)))  # type: ignore[misc]

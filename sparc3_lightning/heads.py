@@ -4,7 +4,7 @@ A head is a block of ``head_dim`` inputs of its layer's o_proj. Shape letters: B
 and O outputs of o_proj.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -95,59 +95,62 @@ def head_norms(model: Any, module: str) -> Tensor:
 
 
 @contextmanager
-def mask_heads(model: nn.Module, heads: Mapping[str, Sequence[int]], strength: float = 1.0) -> Iterator[None]:
+def mask_heads(model: nn.Module, heads: Mapping[str, Mapping[int, float]], strength: float = 1.0) -> Iterator[None]:
     """Switch heads off, or damp them, for the length of a ``with`` block, without touching a weight.
 
     Args:
         model: A causal language model whose attention has an o_proj.
-        heads: Numbers of the heads, by the name of their o_proj.
-        strength: 1 is off; a fraction leaves ``1 - strength`` of each head's output.
+        heads: Strength for each head, by the name of its o_proj and its number: 1 is off, a fraction leaves
+            ``1 - strength`` of its output.
+        strength: Times the strength of each.
 
     Raises:
         ValueError: If the model has no such head.
     """
+    check_heads(model, heads)
     with ExitStack() as undo:
-        for name, columns in _columns(model, heads).items():
-            output: Any = model.get_submodule(name)
-            factor = torch.ones(output.in_features, device=output.weight.device, dtype=output.weight.dtype)
-            factor[columns] = 1 - strength
+        for name, strengths in heads.items():
+            factor = _factor(model, name, strengths, strength)
 
             def damp(module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor) -> tuple[Tensor]:
                 # Not a product alone: what is off is 0 even where the output is infinite.
                 return (torch.where(factor == 0, 0, inputs[0] * factor),)
 
-            undo.callback(output.register_forward_pre_hook(damp).remove)
+            undo.callback(model.get_submodule(name).register_forward_pre_hook(damp).remove)
         yield
 
 
-def prune_heads_(model: Any, heads: Mapping[str, Sequence[int]]) -> None:
-    """Set the weights of heads to zero, in place: their columns of o_proj, and the rows of v_proj that no head needs.
+def prune_heads_(model: Any, heads: Mapping[str, Mapping[int, float]]) -> None:
+    """Write what ``mask_heads`` does into the weights, in place.
 
-    Where several heads share a value head (grouped-query attention), its rows stay until all of these heads are pruned.
+    The columns of a head in o_proj become smaller, or zero where it is off. The rows of v_proj that it reads become
+    zero too, unless another head shares them (grouped-query attention) and is not off.
 
     Args:
         model: A causal language model whose attention has an o_proj and a v_proj.
-        heads: Numbers of the heads, by the name of their o_proj.
+        heads: Strength for each head, by the name of its o_proj and its number.
 
     Raises:
         ValueError: If the model has no such head. Nothing is changed then.
     """
+    check_heads(model, heads)
     with torch.no_grad():
-        for name, columns in _columns(model, heads).items():
-            model.get_submodule(name).weight[:, columns] = 0
+        for name, strengths in heads.items():
+            output, factor = model.get_submodule(name), _factor(model, name, strengths)
+            output.weight *= factor
+            output.weight[:, factor == 0] = 0  # where a weight is infinite
             size = head_dim(model, name)
             value = model.get_submodule(f"{name.rpartition('.')[0]}.{VALUE}")
             group = num_heads(model, name) // (value.out_features // size)  # heads to a value head
-            off = set(heads[name])
-            unused = [k for k in range(value.out_features // size) if off >= set(range(k * group, (k + 1) * group))]
-            rows = _expand(unused, size)
-            value.weight[rows] = 0
-            if value.bias is not None:
-                value.bias[rows] = 0
+            for k in range(value.out_features // size):
+                if all(strengths.get(head) == 1 for head in range(k * group, (k + 1) * group)):
+                    value.weight[k * size : (k + 1) * size] = 0
+                    if value.bias is not None:
+                        value.bias[k * size : (k + 1) * size] = 0
 
 
-def _columns(model: Any, heads: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Return the inputs of each o_proj that the heads are made of."""
+def check_heads(model: Any, heads: Mapping[str, Iterable[int]]) -> None:
+    """Raise ValueError unless the model has all these heads. A model on the meta device suffices."""
     for name, indices in heads.items():
         number = num_heads(model, name)
         for index in indices:
@@ -156,13 +159,12 @@ def _columns(model: Any, heads: Mapping[str, Sequence[int]]) -> dict[str, list[i
                     f"Head {index} of {name} does not exist: the layer has {number} heads. Is neurons.json of another "
                     "model?"
                 )
-    return {name: _expand(indices, head_dim(model, name)) for name, indices in heads.items()}
 
 
-def _expand(indices: Sequence[int], size: int) -> list[int]:
-    return [index * size + i for index in indices for i in range(size)]
-
-
-def check_heads(model: Any, heads: Mapping[str, Sequence[int]]) -> None:
-    """Raise ValueError unless the model has all these heads. A model on the meta device suffices."""
-    _columns(model, heads)
+def _factor(model: Any, name: str, strengths: Mapping[int, float], strength: float = 1.0) -> Tensor:
+    """Return the factor of each input of an o_proj, shape ``[in_features]``."""
+    size, output = head_dim(model, name), model.get_submodule(name)
+    factor = torch.ones(output.in_features, device=output.weight.device, dtype=output.weight.dtype)
+    for index, of_head in strengths.items():
+        factor[index * size : (index + 1) * size] = 1 - strength * of_head
+    return factor

@@ -5,7 +5,7 @@ import json
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,14 +25,22 @@ FORMAT = "sparc3_lightning neurons 1"
 
 @dataclass(frozen=True, slots=True)
 class Neuron:
-    """Neuron ``index`` of the layer ``module`` (a fully qualified name), with the score it was selected by.
+    """A neuron, or a head, and what is done to it.
 
-    Where ``module`` is the o_proj of an attention it is the head of that number.
+    Args:
+        module: Fully qualified name of its layer; of a head that of the o_proj.
+        index: Its row there; of a head its number.
+        score: The one it was selected by.
+        strength: 1 switches it off; a fraction leaves ``1 - strength`` of its activation.
+        constant: What takes the place of what is taken away, times ``strength``: 0 for pruning, the neuron's mean
+            activation for mean ablation. Of a head always 0.
     """
 
     module: str
     index: int
     score: float
+    strength: float = 1.0
+    constant: float = 0.0
 
 
 def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
@@ -49,8 +57,9 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
             score is NaN.
 
     Example:
-        >>> select({"a": torch.tensor([0.0, -2.0]), "b": torch.tensor([-1.0, 3.0])}, 2)
-        [Neuron(module='a', index=1, score=-2.0), Neuron(module='b', index=0, score=-1.0)]
+        >>> chosen = select({"a": torch.tensor([0.0, -2.0]), "b": torch.tensor([-1.0, 3.0])}, 2)
+        >>> [(neuron.module, neuron.index, neuron.score) for neuron in chosen]
+        [('a', 1, -2.0), ('b', 0, -1.0)]
     """
     names = list(scores)
     flat = torch.cat([scores[name] for name in names])
@@ -75,8 +84,8 @@ def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> 
 
     Args:
         model: A causal language model with gated MLPs.
-        neurons: The neurons and heads.
-        strength: 1 is off; a fraction leaves ``1 - strength`` of each neuron's activation.
+        neurons: The neurons and heads, each with its own strength and constant.
+        strength: Times the strength of each.
 
     Raises:
         ValueError: If the model has no such neuron.
@@ -84,41 +93,99 @@ def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> 
     heads, neurons = _apart(neurons)
     with ExitStack() as undo:
         undo.enter_context(mask_heads(model, heads, strength))
-        for parent, indices in _by_mlp(model, neurons).items():
+        for parent, of_mlp in _by_mlp(model, neurons).items():
             column: Any = model.get_submodule(f"{parent}.{COLUMN}")
-            factor = torch.ones(column.in_features, device=column.weight.device, dtype=column.weight.dtype)
-            factor[indices] = 1 - strength
+            factor, constant = _edit(column, of_mlp, strength)
 
-            def damp(module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor) -> tuple[Tensor]:
+            def damp(
+                module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor, constant: Tensor | None = constant
+            ) -> tuple[Tensor]:
                 # Not a product alone: what is off is 0 even where the activation is infinite.
-                return (torch.where(factor == 0, 0, inputs[0] * factor),)
+                damped = torch.where(factor == 0, 0, inputs[0] * factor)
+                return (damped if constant is None else damped + constant,)
 
             undo.callback(column.register_forward_pre_hook(damp).remove)
         yield
 
 
+def _edit(column: nn.Linear, neurons: Sequence[Neuron], strength: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Return the factor of each activation, and what is added to it; None if nothing is."""
+    like: dict[str, Any] = {"device": column.weight.device, "dtype": column.weight.dtype}
+    indices = [neuron.index for neuron in neurons]
+    taken = [strength * neuron.strength for neuron in neurons]
+    factor = torch.ones(column.in_features, **like)
+    factor[indices] = torch.tensor([1 - part for part in taken], **like)
+    if not any(neuron.constant for neuron in neurons):
+        return factor, None
+    constant = torch.zeros(column.in_features, **like)
+    constant[indices] = torch.tensor([p * n.constant for p, n in zip(taken, neurons, strict=True)], **like)
+    return factor, constant
+
+
 def prune_(model: nn.Module, neurons: Iterable[Neuron]) -> None:
-    """Set the rows and the column that make up each neuron to zero, in place, and the weights of heads.
+    """Write what ``mask`` does into the weights, in place.
+
+    The rows and the column of a neuron that is off become zero; a damped one keeps its rows, and its column becomes
+    smaller. What takes the place of a neuron is constant, and goes into the bias of the layer after it.
 
     Args:
         model: A causal language model with gated MLPs.
         neurons: The neurons and heads.
 
     Raises:
-        ValueError: If the model has no such neuron. Nothing is changed then.
+        ValueError: If the model has no such neuron, or its architecture has no bias to put a constant in. Nothing is
+            changed then.
     """
     heads, neurons = _apart(neurons)
-    by_mlp = _by_mlp(model, neurons)  # before anything is changed
+    groups = _by_mlp(model, neurons)
+    check_heads(model, heads)
+    if any(neuron.constant for of_mlp in groups.values() for neuron in of_mlp):
+        _add_biases(model)
     prune_heads_(model, heads)
     with torch.no_grad():
-        for parent, indices in by_mlp.items():
+        for parent, of_mlp in groups.items():
+            off = [neuron.index for neuron in of_mlp if neuron.strength == 1]
+            column: Any = model.get_submodule(f"{parent}.{COLUMN}")
+            factor, constant = _edit(column, of_mlp)
+            if constant is not None:
+                column.bias += column.weight @ constant
             for name in ROWS:
                 row: Any = model.get_submodule(f"{parent}.{name}")
-                row.weight[indices] = 0
+                row.weight[off] = 0
                 if row.bias is not None:
-                    row.bias[indices] = 0
-            column: Any = model.get_submodule(f"{parent}.{COLUMN}")
-            column.weight[:, indices] = 0
+                    row.bias[off] = 0
+            column.weight *= factor
+            column.weight[:, off] = 0  # where a weight is infinite
+
+
+def _add_biases(model: Any) -> None:
+    """Give the layers of all MLPs a bias of 0, where the architecture has one to switch on.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if getattr(model.config, "mlp_bias", None) is None:
+        raise ValueError(
+            f"The architecture {model.config.model_type!r} has no bias in its MLPs, so that a checkpoint of it has no "
+            "place for the mean of a neuron: export with --model.edit off or damp. (LLaMA has the config's mlp_bias.)"
+        )
+    model.config.mlp_bias = True
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and layer.bias is None and name.rpartition(".")[2] in (*ROWS, COLUMN):
+            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)
+
+
+def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, nn.Linear]:
+    """Return the layer whose input is the activations of a module's neurons, by the name of the module.
+
+    Raises:
+        ValueError: If one of the modules is not a layer of MLP neurons.
+    """
+    columns = {}
+    for name in modules:
+        (parent,) = _by_mlp(model, [Neuron(name, 0, 0.0)])
+        columns[name] = model.get_submodule(f"{parent}.{COLUMN}")
+    return columns  # type: ignore[return-value]
 
 
 def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
@@ -128,21 +195,23 @@ def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
     _by_mlp(model, neurons)
 
 
-def _apart(neurons: Iterable[Neuron]) -> tuple[dict[str, list[int]], list[Neuron]]:
-    """Return the numbers of the heads by the name of their layer, and the neurons of MLPs."""
-    heads: dict[str, list[int]] = defaultdict(list)
+def _apart(neurons: Iterable[Neuron]) -> tuple[dict[str, dict[int, float]], list[Neuron]]:
+    """Return the strength for each head, by the name of its layer and its number, and the neurons of MLPs."""
+    heads: dict[str, dict[int, float]] = defaultdict(dict)
     others = []
     for neuron in neurons:
-        if is_heads(neuron.module):
-            heads[neuron.module].append(neuron.index)
-        else:
+        if not is_heads(neuron.module):
             others.append(neuron)
+        elif neuron.constant:
+            raise ValueError(f"Head {neuron.index} of {neuron.module} has a constant, which only a neuron can have.")
+        else:
+            heads[neuron.module][neuron.index] = neuron.strength
     return dict(heads), others
 
 
-def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> dict[str, list[int]]:
-    """Group the indices by the name of the MLP they belong to."""
-    groups: dict[str, list[int]] = defaultdict(list)
+def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> dict[str, list[Neuron]]:
+    """Group neurons by the name of the MLP they belong to."""
+    groups: dict[str, list[Neuron]] = defaultdict(list)
     modules = dict(model.named_modules())
     for neuron in neurons:
         parent, _, layer = neuron.module.rpartition(".")
@@ -157,7 +226,7 @@ def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> dict[str, list[int]]
                 f"Neuron {neuron.index} of {neuron.module} does not exist: the layer has {out_features} neurons. "
                 "Is neurons.json of another model?"
             )
-        groups[parent].append(neuron.index)
+        groups[parent].append(neuron)
     return dict(groups)
 
 
@@ -182,14 +251,14 @@ class NeuronList:
         return [*self.neurons, *self.next, *self.least_relevant]
 
     def digest(self) -> str:
-        """Return a hash of which neurons are in which list, and in which order."""
-        lists = [[(neuron.module, neuron.index) for neuron in getattr(self, name)] for name in _LISTS]
+        """Return a hash of which neurons are in which list, in which order, and what is done to them."""
+        lists = [[(n.module, n.index, n.strength, n.constant) for n in getattr(self, name)] for name in _LISTS]
         return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Write neurons.json, under a temporary name first."""
         content: dict[str, Any] = {"format": FORMAT}
-        content |= {name: [asdict(neuron) for neuron in getattr(self, name)] for name in _LISTS}
+        content |= {name: [_row(neuron) for neuron in getattr(self, name)] for name in _LISTS}
         write_atomically(path, json.dumps({**content, "provenance": self.provenance}, indent=1) + "\n")
 
     @classmethod
@@ -217,13 +286,22 @@ class NeuronList:
         for neurons in (lists["neurons"] + lists["next"], lists["least_relevant"]):
             if len({(neuron.module, neuron.index) for neuron in neurons}) != len(neurons):
                 raise ValueError(f"{path} names a neuron more than once.")
-            if not all(math.isfinite(neuron.score) for neuron in neurons):
-                raise ValueError(f"{path} holds a score that is NaN or infinite.")
+            if not all(math.isfinite(neuron.score) and math.isfinite(neuron.constant) for neuron in neurons):
+                raise ValueError(f"{path} holds a score or a constant that is NaN or infinite.")
+            if not all(0 < neuron.strength <= 1 for neuron in neurons):
+                raise ValueError(f"{path} holds a strength that is not above 0 and at most 1.")
         return cls(provenance=provenance, **lists)
 
 
 _LISTS = ("neurons", "next", "least_relevant")
+_PRUNED = {"strength": 1.0, "constant": 0.0}
+
+
+def _row(neuron: Neuron) -> dict[str, Any]:
+    """Return the fields of a neuron, without those that every pruned one shares."""
+    return {name: value for name, value in asdict(neuron).items() if value != _PRUNED.get(name)}
 
 
 def _read(row: dict[str, Any]) -> Neuron:
-    return Neuron(str(row["module"]), operator.index(row["index"]), float(row["score"]))
+    edit = {name: float(row.get(name, value)) for name, value in _PRUNED.items()}
+    return Neuron(str(row["module"]), operator.index(row["index"]), float(row["score"]), **edit)

@@ -6,16 +6,19 @@ of rank 0 that holds all that earlier attempts did; only the files of the last a
 """
 
 import json
+import os
 import re
 import signal
+import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -23,11 +26,12 @@ from torch import Tensor
 from sparc3_lightning.files import write_atomically
 
 _NAME = re.compile(r"state-(\d+)-(\d+)\.safetensors")
+_ROWS = "rows/"  # before the name of a module whose tensor holds a row a sample
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Sums over samples.
+    """Sums over samples, and what is kept of each sample.
 
     Args:
         identity: What tells the run from another: checkpoint, data, method and so on.
@@ -35,6 +39,7 @@ class Progress:
         sample_ids: The samples that the sums are of.
         num_nonfinite: Values that were NaN or infinite and were replaced by 0.
         attempt: Number of the attempt, from 0.
+        rows: Per module one row for each of ``sample_ids``, in their order, such as its mean activations.
     """
 
     identity: dict[str, Any]
@@ -42,6 +47,7 @@ class Progress:
     sample_ids: list[str] = field(default_factory=list)
     num_nonfinite: int = 0
     attempt: int = 0
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path, rank: int) -> None:
         """Write the state of one rank, under a temporary name first."""
@@ -50,7 +56,8 @@ class Progress:
             "sample_ids": json.dumps(self.sample_ids),
             "num_nonfinite": str(self.num_nonfinite),
         }
-        content = save({name: total.cpu().contiguous() for name, total in self.sums.items()}, metadata)
+        tensors = {**self.sums, **{f"{_ROWS}{name}": rows for name, rows in self.rows.items()}}
+        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
         write_atomically(folder / f"state-{self.attempt}-{rank}.safetensors", content)
 
     def check_identity(self, identity: Mapping[str, Any], folder: Path) -> None:
@@ -79,24 +86,29 @@ def load_progress(folder: Path) -> Progress | None:
         _load(path) for match, path in sorted(found, key=lambda item: int(item[0][2])) if int(match.group(1)) == last
     ]
     sums: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     sample_ids: list[str] = []
     for part in parts:
         part.check_identity(parts[0].identity, folder)
         for name, total in part.sums.items():
             sums[name] = sums[name] + total if name in sums else total
+        for name, own in part.rows.items():
+            rows[name] = torch.cat([rows[name], own]) if name in rows else own
         sample_ids += part.sample_ids
     if len(set(sample_ids)) != len(sample_ids):
         raise ValueError(f"The states in {folder} count a sample twice; remove the files state-*.safetensors.")
-    return Progress(parts[0].identity, sums, sample_ids, sum(part.num_nonfinite for part in parts), last)
+    return Progress(parts[0].identity, sums, sample_ids, sum(part.num_nonfinite for part in parts), last, rows)
 
 
 def _load(path: Path) -> Progress:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        sums = {name: tensor for name, tensor in tensors.items() if not name.startswith(_ROWS)}
+        rows = {name.removeprefix(_ROWS): tensor for name, tensor in tensors.items() if name not in sums}
         identity, sample_ids = json.loads(metadata["identity"]), json.loads(metadata["sample_ids"])
-        return Progress(identity, sums, sample_ids, int(metadata["num_nonfinite"]))
+        return Progress(identity, sums, sample_ids, int(metadata["num_nonfinite"]), rows=rows)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a state of 'sparc3 attribute', or is damaged: {error}") from None
 
@@ -107,6 +119,46 @@ def remove_progress(folder: Path, before: int | None = None) -> None:
         match = _NAME.fullmatch(path.name)
         if match and (before is None or int(match.group(1)) < before):
             path.unlink(missing_ok=True)
+
+
+def go_on(output: Path, identity: dict[str, Any]) -> Progress:
+    """Begin an attempt: where the state in the output's folder, or of the same run in a folder beside it, left off.
+
+    Args:
+        output: The file that a run writes at its end.
+        identity: Of this run.
+
+    Returns:
+        What was done before; empty if nothing was.
+
+    Raises:
+        ValueError: If the folder holds the state of another run, or a damaged one.
+    """
+    folder = output.parent
+    found = load_progress(folder)
+    if found is not None:
+        found.check_identity(identity, folder)
+    else:
+        found = _unfinished_elsewhere(output, identity)
+    if found is None:
+        return Progress(identity)
+    progress = replace(found, attempt=found.attempt + 1)
+    # Before any rank adds to it: from here on the files of earlier attempts no longer count.
+    progress.save(folder, rank=0)
+    remove_progress(folder, before=progress.attempt)
+    rank_zero_info(f"Going on after {len(found.sample_ids)} samples of a run that broke off.")
+    return progress
+
+
+def _unfinished_elsewhere(output: Path, identity: dict[str, Any]) -> Progress | None:
+    """Return the furthest state of the same run in a folder beside the output's."""
+    same = []
+    for folder in sorted({path.parent for path in output.parent.parent.glob("*/state-*.safetensors")}):
+        with suppress(ValueError):  # a damaged state of some other run is not this run's concern
+            state = load_progress(folder)
+            if state is not None and state.identity == identity and not (folder / output.name).exists():
+                same.append(state)
+    return max(same, key=lambda state: len(state.sample_ids), default=None)
 
 
 class StopRequest:
@@ -138,3 +190,17 @@ class StopRequest:
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
             self.signal = int(number) or None
         return self.signal
+
+    def leave(self, kept: str, is_global_zero: bool) -> None:
+        """End the process; on SIGUSR1, by which Slurm announces the end of the time, the job is queued again.
+
+        Args:
+            kept: What is kept of the run, in words.
+            is_global_zero: Whether this is the rank that asks Slurm.
+        """
+        assert self.signal is not None
+        job = os.environ.get("SLURM_JOB_ID")
+        rank_zero_info(f"Got {signal.Signals(self.signal).name}: {kept}.")
+        if self.signal == signal.SIGUSR1 and job and is_global_zero:
+            subprocess.run(["scontrol", "requeue", job], check=False)
+        raise SystemExit(128 + self.signal)

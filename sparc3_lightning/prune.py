@@ -3,27 +3,40 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
+from sparc3_lightning.activations import ACTIVATIONS, Activations
+from sparc3_lightning.budget import Budget, within_budget
 from sparc3_lightning.checkpoints import Dtype, export_pruned, fingerprint, resolve_dtype
 from sparc3_lightning.controls import lowest
+from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
-from sparc3_lightning.neurons import NeuronList, select
+from sparc3_lightning.neurons import Neuron, NeuronList, select
 from sparc3_lightning.provenance import git_hash, versions
-from sparc3_lightning.relevance import differential_strength
+from sparc3_lightning.relevance import differential_relevance, differential_strength
 from sparc3_lightning.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching
-from sparc3_lightning.selections import difference, normalized_difference, ratio, set_difference
+from sparc3_lightning.selections import (
+    by_auroc,
+    difference,
+    normalized_difference,
+    ratio,
+    set_difference,
+    weighted_difference,
+)
 
 NEURONS = "neurons.json"
 SELECTION = "selection.json"
 
-
-Selection = Literal["difference", "normalized_difference", "set_difference", "ratio"]
+Selection = Literal["difference", "normalized_difference", "set_difference", "ratio", "auroc", "weighted_difference"]
+# These compare the sides value by value, so that the sides must be of the same method and target.
+COMPARES_SIDES = ("difference", "weighted_difference")
 
 
 class Pruning(L.LightningModule):
@@ -32,15 +45,26 @@ class Pruning(L.LightningModule):
     Args:
         general: Score files of general reference samples, one per seed; they are averaged.
         behavior: Score file of reference samples of the behaviour.
+        contrast: Score file of samples like the behaviour's without the behaviour; subtracted from the behaviour's.
         selection: ``difference``, the most negative differential relevance, as published; ``normalized_difference``,
             each side divided by its own total first; ``set_difference``, the highest for the behaviour in the top share
-            by the behaviour and not in that by general text; or ``ratio``, the highest for the behaviour for each unit
-            of the general score. But for the first, the two sides may differ in method and target.
+            by the behaviour and not in that by general text; ``ratio``, the highest for the behaviour for each unit of
+            the general score; ``auroc``, those whose mean activation tells the behaviour's samples from general ones
+            best; or ``weighted_difference``, the difference times 2 AUROC - 1. But for the differences as they are, the
+            two sides may differ in method and target. The last two need ``sparc3 attribute --model.activations true``.
         top_behavior: For ``set_difference``, share of all neurons by the behaviour; 1 leaves none out.
         top_general: For ``set_difference``, share of all neurons by general text that is left out.
-        num_neurons: Neurons to prune, over all layers.
+        replacement: What takes the place of a neuron's activation: ``zero``, or its ``mean`` over the general samples,
+            which needs ``sparc3 attribute --model.activations true``.
+        num_neurons: Neurons to prune, over all layers; not with ``max_perplexity_increase``.
+        strengths: How far a neuron is switched off: 1 is off, a fraction leaves the rest of its activation. Several are
+            for ``max_perplexity_increase`` to choose from.
+        max_perplexity_increase: Price: the largest rise of perplexity on the text of ``--data``, such as 0.01. As many
+            neurons are taken as stay within it, and the strength with the highest sum of scores. Documents that were
+            used to attribute are left out of the text. None prunes ``num_neurons``.
+        refine: Rounds that measure what each chosen neuron costs, drop the tenth that gives least for it, and fill up.
         num_ranked: Neurons that neurons.json lists, those that are pruned and those that come next, so that ``sparc3
-            sweep`` can measure larger doses.
+            sweep`` can measure larger doses; and the most that ``max_perplexity_increase`` takes.
         min_strength: Least differential strength, (sum of general scores - sum of the behaviour's) / sum of general
             scores, in percent. It partly measures the length of the samples. For ``difference`` only.
         weak: What to do below ``min_strength``: ``warn`` and go on, or stop with an ``error``.
@@ -53,10 +77,15 @@ class Pruning(L.LightningModule):
         self,
         general: Sequence[Path],
         behavior: Path,
+        contrast: Path | None = None,
         selection: Selection = "difference",
         top_behavior: float = 0.1,
         top_general: float = 0.1,
+        replacement: Literal["zero", "mean"] = "zero",
         num_neurons: int = 100,
+        strengths: Sequence[float] = (1.0,),
+        max_perplexity_increase: float | None = None,
+        refine: int = 0,
         num_ranked: int = 1000,
         min_strength: float = 15.0,
         weak: Literal["warn", "error"] = "warn",
@@ -73,55 +102,88 @@ class Pruning(L.LightningModule):
                 f"--model.top_behavior must be in (0, 1] and --model.top_general in [0, 1), got {top_behavior} and "
                 f"{top_general}."
             )
+        if not strengths or not all(0 < strength <= 1 for strength in strengths):
+            raise ValueError(f"--model.strengths must be above 0 and at most 1, got {list(strengths)}.")
+        if max_perplexity_increase is None and (len(strengths) > 1 or refine):
+            raise ValueError("Several --model.strengths, and --model.refine, need --model.max_perplexity_increase.")
+        if max_perplexity_increase is not None and max_perplexity_increase <= 0:
+            raise ValueError(f"--model.max_perplexity_increase must be above 0, got {max_perplexity_increase}.")
         if export is not None and Path(export).exists():
             raise FileExistsError(f"--model.export: {export} exists already; nothing was overwritten.")
         self.save_hyperparameters()
         self.general = [Path(path) for path in general]
         self.behavior = Path(behavior)
+        self.contrast = None if contrast is None else Path(contrast)
         self.selection: Selection = selection
         self.top_behavior = top_behavior
         self.top_general = top_general
+        self.replacement = replacement
         self.num_neurons = num_neurons
+        self.strengths = list(strengths)
+        self.max_perplexity_increase = max_perplexity_increase
+        self.refine = refine
         self.num_ranked = num_ranked
         self.min_strength = min_strength
         self.weak = weak
         self.export = None if export is None else Path(export)
         self.export_dtype: Dtype = export_dtype
 
-    def prune(self, folder: Path) -> NeuronList:
+    def prune(
+        self, folder: Path, text: ReferenceSamples | None = None, device: torch.device | None = None
+    ) -> NeuronList:
         """Select the neurons and write everything about them to a folder.
 
-        Writes neurons.json, selection.json (figures and a histogram of the differential relevance) and, as pictures,
+        Writes neurons.json, selection.json (figures and a histogram of what ranks the neurons) and, as pictures,
         layers.png and differential.png; and the pruned checkpoint, if it was asked for.
 
         Args:
             folder: Where to write.
+            text: What perplexity is measured on, for ``max_perplexity_increase``.
+            device: Where that is measured; None for the CPU.
 
         Raises:
             FileNotFoundError, ValueError: If a score file is missing, damaged, or does not match the others; if
-                ``num_neurons`` is more than there are; if the differential strength is too low and ``weak`` is error.
+                ``num_neurons`` is more than there are; if the differential strength is too low and ``weak`` is error;
+                if not one neuron is within the budget.
             FileExistsError: If the folder holds a neurons.json.
         """
         check_writable(folder)
         check_absent(folder / NEURONS)
+        if self.max_perplexity_increase is not None and text is None:
+            raise ValueError("--model.max_perplexity_increase needs a text: --data C4 --data.source <file> and so on.")
         general_files, behavior_file = load_matching(self.general), ScoreFile.load(self.behavior)
-        of_both = MUST_MATCH if self.selection == "difference" else ("checkpoint_fingerprint", "targets")
-        check_match([general_files[0], behavior_file], of_both)
+        compares = self.selection in COMPARES_SIDES
+        check_match(
+            [general_files[0], behavior_file], MUST_MATCH if compares else ("checkpoint_fingerprint", "targets")
+        )
         general, behavior = average(general_files), behavior_file.scores
+        files = [*general_files, behavior_file]
+        if self.contrast is not None:
+            files += load_matching([self.behavior, self.contrast])[1:]
+            behavior = differential_relevance(behavior, files[-1].scores)
         ranked = self._rank(general, behavior)
         flat = torch.cat(list(ranked.values()))
         flat = flat[flat < math.inf]
-        # With the number to prune first: it is that option which is wrong if there are not as many.
-        chosen = select(ranked, self.num_neurons)
-        following = select(ranked, min(max(self.num_ranked, self.num_neurons), len(flat)))[self.num_neurons :]
-        provenance = _provenance(general_files, behavior_file)
-        provenance["selection"] = self.selection
-        if self.selection == "set_difference":
-            provenance |= {"top_behavior": self.top_behavior, "top_general": self.top_general}
         strength = None
         if self.selection == "difference":
-            strength = provenance["differential_strength_percent"] = differential_strength(general, behavior)
+            strength = differential_strength(general, behavior)
             self._check_strength(strength)
+        # With the number to prune first: it is that option which is wrong if there are not as many.
+        chosen = self._edited(select(ranked, self.num_neurons))
+        listed = self._edited(select(ranked, min(max(self.num_ranked, self.num_neurons), len(flat))))
+        provenance = _provenance(general_files, files[len(general_files) :])
+        if self.max_perplexity_increase is not None:
+            assert text is not None
+            budget = Budget(self.max_perplexity_increase, self.strengths, self.refine)
+            chosen, provenance["budget"] = within_budget(
+                budget, listed, text, general_files, device or torch.device("cpu")
+            )
+        taken = {(neuron.module, neuron.index) for neuron in chosen}
+        following = [neuron for neuron in listed if (neuron.module, neuron.index) not in taken]
+        provenance |= {"selection": self.selection, "replacement": self.replacement, "strength": chosen[0].strength}
+        if self.selection == "set_difference":
+            provenance |= {"top_behavior": self.top_behavior, "top_general": self.top_general}
+        provenance |= {} if strength is None else {"differential_strength_percent": strength}
         provenance["export"] = None if self.export is None else str(self.export)
         least = lowest(chosen, {name: score.abs() for name, score in general.items()})
         neurons = NeuronList(chosen, provenance, following, least)
@@ -133,6 +195,7 @@ class Pruning(L.LightningModule):
             "threshold": chosen[-1].score,
             "neurons_per_module": {name: sum(n.module == name for n in chosen) for name in ranked},
             "histogram": histogram(flat),
+            "budget": provenance.get("budget"),
         }
         from sparc3_lightning.figures import draw_differential, draw_layers
 
@@ -146,12 +209,28 @@ class Pruning(L.LightningModule):
         self._describe(neurons, selection, folder)
         return neurons
 
-    def _rank(self, general: dict[str, torch.Tensor], behavior: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _rank(self, general: dict[str, Tensor], behavior: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.selection == "set_difference":
             return set_difference(general, behavior, self.top_behavior, self.top_general)
-        if self.selection == "ratio":
-            return ratio(general, behavior)
-        return (difference if self.selection == "difference" else normalized_difference)(general, behavior)
+        if self.selection in ("auroc", "weighted_difference"):
+            ranked = by_auroc(_activations(self.general), _activations([self.behavior]))
+            if self.selection == "auroc":
+                return ranked
+            return weighted_difference(general, behavior, {name: -score for name, score in ranked.items()})
+        return {"difference": difference, "normalized_difference": normalized_difference, "ratio": ratio}[
+            self.selection
+        ](general, behavior)
+
+    def _edited(self, neurons: list[Neuron]) -> list[Neuron]:
+        """Give each neuron its strength, and what takes its place."""
+        means = {}
+        if self.replacement == "mean":
+            parts = [Activations.load(path.parent / ACTIVATIONS).mean() for path in self.general]
+            means = {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
+        return [
+            replace(n, strength=self.strengths[0], constant=means[n.module][n.index].item() if means else 0.0)
+            for n in neurons
+        ]
 
     def _check_strength(self, strength: float) -> None:
         if math.isfinite(strength) and strength >= self.min_strength:
@@ -169,6 +248,8 @@ class Pruning(L.LightningModule):
         layers = sum(count > 0 for count in selection["neurons_per_module"].values())
         strength = selection["differential_strength_percent"]
         of = self.selection.replace("_", " ") if strength is None else f"differential strength {strength:.1f} %"
+        if selection["budget"]:
+            of += f", strength {neurons.neurons[0].strength:g}, perplexity {100 * selection['budget']['rise']:+.2f} %"
         rank_zero_info(
             f"{len(neurons.neurons)} of {selection['num_candidates']:,} neurons in {layers} layers, {of}: "
             f"{folder / NEURONS}"
@@ -177,7 +258,7 @@ class Pruning(L.LightningModule):
     def _export(self, neurons: NeuronList, scores: ScoreFile) -> None:
         assert self.export is not None
         source = scores.provenance
-        revision = source.checkpoint_fingerprint.partition("commit:")[2] or None
+        revision = source.revision
         if fingerprint(source.checkpoint, revision) != source.checkpoint_fingerprint:
             raise ValueError(
                 f"The checkpoint {source.checkpoint!r} is no longer the one that was attributed "
@@ -199,14 +280,24 @@ def histogram(values: torch.Tensor, num_bins: int = 81) -> dict[str, list[float]
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
-def _provenance(general: list[ScoreFile], behavior: ScoreFile) -> dict[str, Any]:
-    shared = behavior.provenance
+def _activations(scores: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the mean activations in every sample of several score files, per module, shape ``[samples, neurons]``."""
+    parts = [Activations.load(path.parent / ACTIVATIONS).rows for path in scores]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _provenance(general: list[ScoreFile], behavior: list[ScoreFile]) -> dict[str, Any]:
+    of_general, (of_behavior, *of_contrast) = (
+        [{"path": str(file.path), **file.provenance.summary()} for file in files] for files in (general, behavior)
+    )
+    shared = behavior[0].provenance
     return {
         "checkpoint": shared.checkpoint,
         "checkpoint_fingerprint": shared.checkpoint_fingerprint,
-        "general": [{"path": str(file.path), **file.provenance.summary()} for file in general],
-        "behavior": {"path": str(behavior.path), **shared.summary()},
-        "sample_ids": sorted({id_ for file in (*general, behavior) for id_ in file.provenance.sample_ids}),
+        "general": of_general,
+        "behavior": of_behavior,
+        **({"contrast": of_contrast[0]} if of_contrast else {}),
+        "sample_ids": sorted({id_ for file in (*general, *behavior) for id_ in file.provenance.sample_ids}),
         "versions": versions(),
         "git_hash": git_hash(),
     }

@@ -83,6 +83,11 @@ class Provenance:
     lexicon: str | None = None
     granularity: str = "neuron"
 
+    @property
+    def revision(self) -> str | None:
+        """Commit of the checkpoint at the hub; None for a local one."""
+        return self.checkpoint_fingerprint.partition("commit:")[2] or None
+
     def summary(self) -> dict[str, Any]:
         """Return the provenance without the list of samples."""
         return {name: value for name, value in asdict(self).items() if name != "sample_ids"}

@@ -80,6 +80,36 @@ def ratio(general: Scores, behavior: Scores, floor: float = 0.05) -> dict[str, T
     return {name: -behavior[name].double() / (general[name].double() + floor * mean) for name in general}
 
 
+def by_auroc(general: Scores, behavior: Scores) -> dict[str, Tensor]:
+    """Rank by how well each neuron's activation tells the behaviour's samples from general ones, see ``auroc``.
+
+    Args:
+        general: Mean activation in each general sample, per module, shape ``[samples, neurons]``.
+        behavior: The same of the behaviour's samples.
+    """
+    return {name: -auroc(rows, behavior[name]) for name, rows in general.items()}
+
+
+def weighted_difference(general: Scores, behavior: Scores, weight: Scores) -> dict[str, Tensor]:
+    """Rank by the difference times 2 AUROC - 1, what an activation tells of the behaviour beyond chance.
+
+    Source: the weight is AurA's (Suau et al. 2024, arXiv:2407.12824, section 3.2: 1 - Gini coefficient damps a neuron),
+    the difference is SparC3's.
+
+    Args:
+        general: General scores.
+        behavior: Scores of the behaviour.
+        weight: AUROC per module, shape ``[neurons]``; below 0.5 counts as 0.5.
+
+    Raises:
+        ValueError: If the modules or shapes of the scores differ.
+    """
+    return {
+        name: score * (2 * weight[name] - 1).clamp(min=0)
+        for name, score in differential_relevance(general, behavior).items()
+    }
+
+
 def auroc(general_SN: Tensor, behavior_SN: Tensor) -> Tensor:
     """Return how well each neuron's activation tells the behaviour's samples from general ones.
 

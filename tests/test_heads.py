@@ -25,7 +25,7 @@ from sparc3_lightning.targets import largest_logit
 from sparc3_lightning.variants import neurons_of, plan
 
 O_PROJ = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
-HEADS = {O_PROJ[0]: [1], O_PROJ[1]: [0, 1, 2]}  # of 4 heads, two to a value head
+HEADS = {O_PROJ[0]: {1: 1.0}, O_PROJ[1]: {0: 1.0, 1: 1.0, 2: 1.0}}  # of 4 heads, two to a value head
 AS_NEURONS = [Neuron(name, index, 0.0) for name, indices in HEADS.items() for index in indices]
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 D = 4  # dimensions of a head
@@ -151,12 +151,12 @@ def test_attribute_writes_scores_of_heads(tiny_checkpoint, tmp_path: Path, metho
 # Masking and pruning.
 
 
-def by_hand(model: Any, heads: dict[str, list[int]], strength: float = 1.0) -> Any:
+def by_hand(model: Any, heads: dict[str, dict[int, float]], strength: float = 1.0) -> Any:
     """Return a copy in which the columns of each head are smaller."""
     other = copy.deepcopy(model)
-    for name, indices in heads.items():
-        for h in indices:
-            other.get_submodule(name).weight[:, D * h : D * h + D] *= 1 - strength
+    for name, strengths in heads.items():
+        for h, of_head in strengths.items():
+            other.get_submodule(name).weight[:, D * h : D * h + D] *= 1 - strength * of_head
     return other
 
 
@@ -170,6 +170,25 @@ def test_a_mask_makes_the_columns_of_a_head_smaller_by_its_strength(make_model, 
     torch.testing.assert_close(found, logits(by_hand(model, HEADS, strength)), rtol=1e-9, atol=1e-9)
     assert (found - before).abs().max() > 1e-4
     assert torch.equal(logits(model), before)
+
+
+def test_each_head_has_a_strength_of_its_own_in_a_mask_and_in_the_weights(make_model):
+    model, heads = make_model(), {O_PROJ[0]: {0: 1.0, 3: 0.25}, O_PROJ[1]: {1: 0.5, 2: 1.0}}
+    as_neurons = [Neuron(name, h, 0.0, strength=s) for name, of in heads.items() for h, s in of.items()]
+    half, expected = logits(by_hand(model, heads, 0.5)), logits(by_hand(model, heads))
+    with mask(model, as_neurons, 0.5):
+        torch.testing.assert_close(logits(model), half, rtol=1e-9, atol=1e-9)
+    before = weights(model)
+    prune_(model, as_neurons)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-9)
+    values = [name for name in before if "v_proj" in name]  # each is needed by a head that is not off
+    assert all(torch.equal(weights(model)[name], before[name]) for name in values)
+
+
+def test_a_head_has_no_constant(make_model):
+    for use in (_masked, prune_, check_neurons):
+        with pytest.raises(ValueError, match=r"Head 1 of .* has a constant"):
+            use(make_model(), [Neuron(O_PROJ[0], 1, 0.0, constant=0.5)])
 
 
 @all_models

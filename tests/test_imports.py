@@ -16,10 +16,21 @@ MODULES = {
 LAYERS = (
     {"cli"},
     {"experiment"},
-    {"attribute", "prune", "evaluate", "sweep", "compare", "circuit", "data", "completions"},
+    {"attribute", "prune", "budget", "evaluate", "sweep", "compare", "circuit", "data", "completions"},
     {"report"},
     {"score_groups"},
-    {"scores", "checkpoints", "scorers", "sources", "provenance", "sharding", "progress", "zero_shot", "classifiers"},
+    {
+        "scores",
+        "checkpoints",
+        "scorers",
+        "sources",
+        "provenance",
+        "sharding",
+        "progress",
+        "zero_shot",
+        "classifiers",
+        "activations",
+    },
     {
         "overlap_findings",
         "overlap_tables",

@@ -433,3 +433,85 @@ def test_a_missing_file_is_an_error_that_says_what_writes_it(tmp_path: Path):
         NeuronList.load(tmp_path / "neurons.json")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         NeuronList.load(tmp_path)
+
+
+EDITED = [
+    Neuron("model.layers.0.mlp.up_proj", 3, -2.0, strength=0.5, constant=0.7),
+    Neuron("model.layers.0.mlp.up_proj", 5, -1.5, constant=-0.2),
+    Neuron("model.layers.1.mlp.up_proj", 0, -1.0, strength=0.25),
+]
+
+
+def by_hand(model: Any, neurons: list[Neuron]) -> Tensor:
+    """The logits if each activation becomes (1 - strength) of itself plus strength times the constant."""
+
+    def edit(parent: str):
+        def hook(module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            activations = inputs[0].clone()
+            for n in neurons:
+                if n.module.startswith(f"{parent}."):
+                    activations[..., n.index] = (1 - n.strength) * activations[..., n.index] + n.strength * n.constant
+            return (activations,)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(edit(name.removesuffix(".down_proj")))
+        for name, module in model.named_modules()
+        if name.endswith("down_proj")
+    ]
+    found = logits(model)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_each_neuron_is_damped_by_its_own_strength_and_replaced_by_its_own_constant(make_model):
+    model = make_model()
+    expected = by_hand(model, EDITED)
+    with mask(model, EDITED):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(expected, logits(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"mlp_bias": True}])
+def test_an_edit_is_written_into_plain_weights(make_model, options):
+    model = make_model(**options)
+    expected = by_hand(model, EDITED)
+    prune_(model, EDITED)
+    assert model.config.mlp_bias
+    torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_an_edited_model_is_the_same_once_saved_and_loaded(make_model, tmp_path):
+    model = make_model()
+    expected = by_hand(model, EDITED)
+    prune_(model, EDITED)
+    model.save_pretrained(tmp_path / "edited")
+    again = type(model).from_pretrained(tmp_path / "edited", dtype=torch.float64).eval()
+    torch.testing.assert_close(logits(again), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_constant_is_refused_where_a_checkpoint_has_no_place_for_it(make_model):
+    model = make_model("qwen2")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"'qwen2' has no bias .* --model.edit off or damp"):
+        prune_(model, EDITED)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_what_is_done_to_a_neuron_survives_saving_and_loading_and_is_in_the_digest(tmp_path):
+    saved = NeuronList(EDITED)
+    saved.save(tmp_path / "neurons.json")
+    assert NeuronList.load(tmp_path / "neurons.json") == saved
+    plain = [Neuron(n.module, n.index, n.score) for n in EDITED]
+    assert NeuronList(plain).digest() != saved.digest()
+
+
+@pytest.mark.parametrize("field", [{"strength": 0}, {"strength": 1.5}, {"constant": float("nan")}])
+def test_an_edit_out_of_range_is_refused(tmp_path, field):
+    row = {"module": "model.layers.0.mlp.up_proj", "index": 0, "score": 0.0, **field}
+    content = {"format": "sparc3_lightning neurons 1", "neurons": [row], "provenance": {}}
+    (tmp_path / "neurons.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="holds a"):
+        NeuronList.load(tmp_path / "neurons.json")

@@ -1,0 +1,142 @@
+"""Activations of neurons: their mean over each sample's tokens, kept beside the scores of the same pass."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from sparc3_lightning.files import write_atomically
+
+ACTIVATIONS = "activations.safetensors"
+FORMAT = "sparc3_lightning activations 1"
+
+
+class ActivationRecorder:
+    """Keeps, for each sample, the mean over its tokens of each neuron's activation.
+
+    Args:
+        columns: By the name of the module that is scored, the layer whose input is its neurons' activations.
+    """
+
+    def __init__(self, columns: Mapping[str, nn.Linear]) -> None:
+        self.columns = dict(columns)
+        self._rows: dict[str, list[Tensor]] = {name: [] for name in columns}
+
+    @contextmanager
+    def recording(self, mask_BT: Tensor | None, weights: Sequence[int]) -> Iterator[None]:
+        """Record one batch.
+
+        Args:
+            mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
+            weights: 1 for a sample, 0 for one that only fills the batch.
+        """
+        with ExitStack() as undo:
+            for name, column in self.columns.items():
+                undo.callback(column.register_forward_pre_hook(self._hook(name, mask_BT, weights)).remove)
+            yield
+
+    def _hook(self, name: str, mask_BT: Tensor | None, weights: Sequence[int]):
+        def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            means = mean_activations(inputs[0].detach(), mask_BT)
+            self._rows[name].append(means[[i for i, weight in enumerate(weights) if weight]])
+
+        return record
+
+    def rows(self) -> dict[str, Tensor]:
+        """Return per module a row for each sample so far, shape ``[samples, neurons]``, float32 on the CPU."""
+        for name, rows in self._rows.items():
+            self._rows[name] = [torch.cat(rows)] if rows else []
+        return {name: rows[0].float().cpu() for name, rows in self._rows.items() if rows}
+
+    def restore(self, rows: Mapping[str, Tensor]) -> None:
+        """Put rows of samples that were recorded before in front."""
+        for name, column in self.columns.items():
+            if name in rows:
+                self._rows[name] = [rows[name].to(column.weight.device)]
+
+
+def mean_activations(A_BTI: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Return the mean over the tokens, shape ``[samples, neurons]``, float32 or wider.
+
+    Args:
+        A_BTI: Activations, shape ``[samples, tokens, neurons]``.
+        mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
+    """
+    wide = A_BTI.to(torch.promote_types(A_BTI.dtype, torch.float32))
+    if mask_BT is None:
+        return wide.mean(dim=1)
+    return (wide * mask_BT.unsqueeze(-1)).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The content of activations.safetensors.
+
+    Args:
+        rows: Per module, the mean activation of each neuron in each sample, shape ``[samples, neurons]``, float32.
+        sample_ids: Of each row.
+        num_tokens: Tokens of each sample.
+    """
+
+    rows: dict[str, Tensor]
+    sample_ids: list[str]
+    num_tokens: list[int]
+
+    @classmethod
+    def join(cls, parts: Sequence[tuple[list[str], dict[str, Tensor]]], lengths: Mapping[str, int]) -> "Activations":
+        """Put the samples of all ranks together, in one order whatever the number of ranks.
+
+        Args:
+            parts: Of each rank the names of its samples, and its rows.
+            lengths: Tokens of each sample, in the order that the samples get.
+        """
+        place = {name: i for i, name in enumerate(lengths)}
+        names = [name for ids, _ in parts for name in ids]
+        order = sorted(range(len(names)), key=lambda i: place[names[i]])
+        modules = next(rows for _, rows in parts if rows)
+        rows = {module: torch.cat([part[module] for _, part in parts if part])[order] for module in modules}
+        ids = [names[i] for i in order]
+        return cls(rows, ids, [lengths[name] for name in ids])
+
+    def save(self, path: Path) -> None:
+        """Write the file under a temporary name, and rename it."""
+        metadata = {
+            "format": FORMAT,
+            "sample_ids": json.dumps(self.sample_ids),
+            "num_tokens": json.dumps(self.num_tokens),
+        }
+        write_atomically(path, save({name: rows.contiguous() for name, rows in self.rows.items()}, metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> "Activations":
+        """Read the file.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is damaged, or not a file of activations.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist: run 'sparc3 attribute' with --model.activations true, which writes it beside "
+                "the scores."
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its header does not say {FORMAT!r}")
+            return cls(rows, json.loads(metadata["sample_ids"]), json.loads(metadata["num_tokens"]))
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a file of activations, or is damaged: {error}") from None
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the mean activation of each neuron over all tokens, per module, shape ``[neurons]``, float64."""
+        weight = torch.tensor(self.num_tokens, dtype=torch.float64)
+        return {name: weight @ rows.double() / weight.sum() for name, rows in self.rows.items()}

@@ -1,0 +1,246 @@
+"""How many neurons a stated rise of perplexity pays for: measured on a text, found by bisection."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from sparc3_lightning.checkpoints import check_context, load_config, load_model
+from sparc3_lightning.data.base import ReferenceSamples
+from sparc3_lightning.metrics import last_hidden_state, score_windows
+from sparc3_lightning.neurons import Neuron, columns_of, mask
+from sparc3_lightning.scores import ScoreFile
+
+
+class Budget(NamedTuple):
+    """What may be spent, and how.
+
+    Args:
+        max_perplexity_increase: Largest rise of perplexity, such as 0.01.
+        strengths: To choose from: 1 is off, a fraction damps.
+        rounds: Of refinement.
+    """
+
+    max_perplexity_increase: float
+    strengths: Sequence[float] = (1.0,)
+    rounds: int = 0
+
+
+class PerplexityRise:
+    """By how much perplexity on a text rises when neurons are off.
+
+    Args:
+        model: Causal language model of transformers, in evaluation mode.
+        batches: Of the text: ``input_ids`` and ``attention_mask``, int64, padded on the right, shape
+            ``[samples, tokens]``. Every token but the first of each sample counts.
+    """
+
+    def __init__(self, model: Any, batches: Iterable[dict[str, Any]]) -> None:
+        self.model = model
+        device = next(model.parameters()).device
+        self._batches = [(b["input_ids"].to(device), b["attention_mask"].sum(dim=1)) for b in batches]
+        self.num_tokens = sum(int((lengths - 1).sum()) for _, lengths in self._batches)
+        self.nats = self._nats()
+        self.measured: list[dict[str, float]] = []
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity of the model as it is."""
+        return math.exp(self.nats)
+
+    def __call__(self, neurons: Sequence[Neuron]) -> float:
+        """Return perplexity with the neurons off, over that of the model as it is, less 1."""
+        with mask(self.model, neurons):
+            rise = math.expm1(self._nats() - self.nats)
+        strength = neurons[0].strength if neurons else 1.0
+        self.measured.append({"num_neurons": len(neurons), "strength": strength, "rise": rise})
+        return rise
+
+    @torch.no_grad()
+    def _nats(self) -> float:
+        """Return the mean negative log-likelihood a token."""
+        total = 0.0
+        for input_ids, lengths in self._batches:
+            spans = torch.stack([torch.ones_like(lengths), lengths], dim=1)
+            nll, _ = score_windows(self.model, last_hidden_state(self.model, input_ids), input_ids, spans)
+            total += nll.sum().item()
+        return total / self.num_tokens
+
+    def costs(self, neurons: Sequence[Neuron]) -> Tensor:
+        """Return what each neuron of a list costs, given the others, in nats a token, shape ``[neurons]``, float64.
+
+        The cost is the derivative of the loss with respect to the neuron's strength, averaged over its two ends: with
+        all of the list as they are in the model, and with all of them off. For a loss quadratic in the strengths the
+        costs of a list add up to the rise of the loss.
+        """
+        groups = {neuron.module: [n for n in neurons if n.module == neuron.module] for neuron in neurons}
+        slopes = torch.zeros(len(neurons), dtype=torch.float64)
+        place = {(neuron.module, neuron.index): i for i, neuron in enumerate(neurons)}
+        for strength in (0.0, 1.0):
+            factors = {
+                module: torch.full((len(of),), strength, device=self._batches[0][0].device, requires_grad=True)
+                for module, of in groups.items()
+            }
+            handles = [
+                column.register_forward_pre_hook(_scaled(groups[module], factors[module]))
+                for module, column in columns_of(self.model, groups).items()
+            ]
+            try:
+                for input_ids, lengths in self._batches:
+                    with torch.enable_grad():
+                        self._loss(input_ids, lengths).backward()
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for module, of in groups.items():
+                for neuron, slope in zip(of, factors[module].grad.tolist(), strict=True):  # type: ignore[union-attr]
+                    slopes[place[neuron.module, neuron.index]] += slope / 2 / self.num_tokens
+        return slopes
+
+    def _loss(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
+        nll = nn.functional.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
+        counts = torch.arange(1, input_ids.shape[1], device=nll.device) < lengths.to(nll.device).unsqueeze(1)
+        return (nll * counts).sum()
+
+
+def _scaled(neurons: Sequence[Neuron], factor: Tensor) -> Callable[..., tuple[Tensor]]:
+    """Return a hook that takes away ``factor`` times what each neuron's own strength would."""
+    indices = [neuron.index for neuron in neurons]
+
+    def scale(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        activations = inputs[0].clone()
+        like: dict[str, Any] = {"device": activations.device, "dtype": activations.dtype}
+        constant = torch.tensor([neuron.constant for neuron in neurons], **like)
+        taken = factor.to(activations.dtype) * torch.tensor([neuron.strength for neuron in neurons], **like)
+        own = activations[..., indices]
+        activations[..., indices] = own + taken * (constant - own)
+        return (activations,)
+
+    return scale
+
+
+def largest_within(rise: Callable[[int], float], most: int, budget: float) -> int:
+    """Return the largest number whose rise is within the budget, by bisection; 0 if there is none.
+
+    The rise is taken to grow with the number. Where it does not, what is returned is within the budget all the same,
+    though a larger number may be so too.
+
+    Args:
+        rise: Of a number of neurons, from 1 on.
+        most: Largest number.
+        budget: Largest rise.
+
+    Example:
+        >>> largest_within(lambda number: 0.001 * number, 1000, 0.01)
+        10
+    """
+    if most < 1:
+        return 0
+    if rise(most) <= budget:
+        return most
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if rise(middle) <= budget else (low, middle)
+    return low
+
+
+def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> list[Neuron]:
+    """Choose neurons from the head of a ranking, and their strength, for the most benefit within a budget.
+
+    The benefit of a list is estimated by the sum of what its neurons were ranked by, times their strength. Each round
+    of refinement then measures what every neuron of the list costs, drops the tenth that gives least for it, and fills
+    up from the ranking; it is kept if its estimated benefit is higher.
+
+    Args:
+        rise: Of the model and text.
+        ranked: The neurons, first the one to take first; scores are lower the more is gained.
+        budget: What may be spent.
+
+    Raises:
+        ValueError: If not even one neuron is within the budget.
+    """
+    most = budget.max_perplexity_increase
+    best: list[Neuron] = []
+    for strength in budget.strengths:
+        best = max(best, _head(rise, [replace(n, strength=strength) for n in ranked], most), key=_benefit)
+    if not best:
+        raise ValueError(
+            f"Not even one neuron is within --model.max_perplexity_increase {most:g} (the first raises perplexity by "
+            f"{100 * min(of['rise'] for of in rise.measured):.2f} %): raise it, or choose another --model.selection."
+        )
+    dropped: set[tuple[str, int]] = set()
+    for _ in range(budget.rounds):
+        worth = torch.tensor([max(-n.score, 0.0) for n in best], dtype=torch.float64) / rise.costs(best).clamp(
+            min=1e-12
+        )
+        worst = worth.argsort()[: max(1, len(best) // 10)].tolist()
+        dropped |= {(best[i].module, best[i].index) for i in worst}
+        left = [replace(n, strength=best[0].strength) for n in ranked if (n.module, n.index) not in dropped]
+        refined = _head(rise, left, most)
+        if _benefit(refined) <= _benefit(best):
+            break
+        best = refined
+    return best
+
+
+def _head(rise: PerplexityRise, ranked: Sequence[Neuron], budget: float) -> list[Neuron]:
+    return list(ranked[: largest_within(lambda number: rise(ranked[:number]), len(ranked), budget)])
+
+
+def _benefit(neurons: Sequence[Neuron]) -> float:
+    return sum(max(-neuron.score, 0.0) * neuron.strength for neuron in neurons)
+
+
+def within_budget(
+    budget: Budget,
+    ranked: Sequence[Neuron],
+    text: ReferenceSamples,
+    general: Sequence[ScoreFile],
+    device: torch.device,
+) -> tuple[list[Neuron], dict[str, Any]]:
+    """Load the model that scores are of, and spend a budget on the head of a ranking.
+
+    Args:
+        budget: What may be spent.
+        ranked: The neurons, first the one to take first.
+        text: What perplexity is measured on. Documents that were used to attribute are left out.
+        general: Score files of general reference samples.
+        device: Where to measure.
+
+    Returns:
+        The chosen neurons; and what was measured.
+
+    Raises:
+        ValueError: If no document is left, or not one neuron is within the budget.
+    """
+    of = general[0].provenance
+    text.tokenizer = text.tokenizer or of.checkpoint
+    text.prepare_data()
+    text.setup("predict")
+    check_context(load_config(of.checkpoint, of.revision), text.longest, "--data.seq_len")
+    if text.source is not None:  # in a file the id of a document is its row; in a stream it depends on the seed
+        same = [file.provenance for file in general if file.provenance.data.get("source") == text.source]
+        text.leave_out = {id_ for provenance in same for id_ in provenance.sample_ids}
+    left = [sample for sample in text.samples if sample.id not in text.leave_out]
+    if not left:
+        raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
+    rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
+    model = load_model(of.checkpoint, getattr(torch, of.dtype), of.revision).to(device)
+    rise = PerplexityRise(model, text.predict_dataloader())
+    chosen = spend(rise, ranked, budget)
+    measured = list(rise.measured)
+    return chosen, {
+        "max_perplexity_increase": budget.max_perplexity_increase,
+        "rise": rise(chosen),
+        "perplexity": rise.perplexity,
+        "num_tokens": rise.num_tokens,
+        "num_documents": len(left),
+        "data": {"class": type(text).__name__, **text.hparams},
+        "measured": measured,
+    }
