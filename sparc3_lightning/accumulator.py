@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparc3_lightning.heads import head_relevance, is_heads, sum_heads
 from sparc3_lightning.relevance import (
+    absolute_relevance,
     magnitude_relevance,
     signed_relevance,
     squared_norms,
@@ -19,12 +20,25 @@ from sparc3_lightning.relevance import (
 )
 
 Granularity = Literal["neuron", "head", "weight"]
+# Scores of neurons that need the layer's output and its gradient alone.
+OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "squared": squared_relevance}
 # Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.
 CHECK_EVERY = 16
 
 
 class NonfiniteRelevanceError(ValueError):
     """A relevance is NaN or infinite."""
+
+
+def check_granularity(granularity: Granularity, score: str, targets: Iterable[str]) -> None:
+    """Raise ValueError if weights are to have a score that they have not, or the targets have no heads."""
+    if granularity == "weight" and score in ("absolute", "squared"):
+        raise ValueError(f"--model.relevance {score} is of neurons and heads: choose another --model.granularity.")
+    if granularity == "head" and not all(map(is_heads, targets)):
+        raise ValueError(
+            f"--model.granularity head scores attention heads at o_proj: give --model.targets '[o_proj]', got "
+            f"{list(targets)}."
+        )
 
 
 class ScoreAccumulator:
@@ -38,7 +52,7 @@ class ScoreAccumulator:
 
     Args:
         modules: The target layers by their fully qualified name.
-        score: ``magnitude``, ``signed`` or ``squared`` relevance, or ``wanda``.
+        score: ``magnitude``, ``signed``, ``absolute`` or ``squared`` relevance, or ``wanda``.
         nonfinite: On NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0 in place of
             the value and counts it in ``num_nonfinite``.
         granularity: One score for each ``neuron``, summed over its incoming weights; for each attention ``head``,
@@ -46,14 +60,14 @@ class ScoreAccumulator:
         head_dims: Of each module, the inputs that belong to one head; for heads.
 
     Raises:
-        ValueError: If weights are to have squared relevance, which would need a matrix a token, or heads are not of an
-                o_proj.
+        ValueError: If weights are to have squared or absolute relevance, which are of the output of a neuron or head;
+            if heads are not of an o_proj.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Linear],
-        score: Literal["magnitude", "signed", "squared", "wanda"],
+        score: Literal["magnitude", "signed", "absolute", "squared", "wanda"],
         nonfinite: Literal["error", "zero"] = "error",
         granularity: Granularity = "neuron",
         head_dims: Mapping[str, int] | None = None,
@@ -208,7 +222,7 @@ class ScoreAccumulator:
                 output.register_hook(lambda G: self._set(name, magnitude_relevance(module.weight.detach(), A_BTI, G)))
             else:
                 Z_BTO = output.detach() if module.bias is None else output.detach() - module.bias.detach()
-                of = signed_relevance if self.score == "signed" else squared_relevance
+                of = OF_OUTPUT[self.score]
                 output.register_hook(lambda G: self._set(name, of(Z_BTO, G)))
 
         return record
@@ -252,17 +266,6 @@ class ScoreAccumulator:
         self._unchecked.append((finite, sample_ids))
         if finite.device.type == "cpu" or len(self._unchecked) >= CHECK_EVERY:
             self.check()
-
-
-def check_granularity(granularity: Granularity, score: str, targets: Iterable[str]) -> None:
-    """Raise ValueError if components of a granularity have no such score, or the targets no such components."""
-    if granularity == "weight" and score == "squared":
-        raise ValueError("--model.relevance squared is of neurons and heads: choose another --model.granularity.")
-    if granularity == "head" and not all(map(is_heads, targets)):
-        raise ValueError(
-            f"--model.granularity head scores attention heads at o_proj: give --model.targets '[o_proj]', got "
-            f"{list(targets)}."
-        )
 
 
 def _gather_rows(own: Tensor, num_rows: int) -> Tensor:

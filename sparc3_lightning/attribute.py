@@ -25,7 +25,7 @@ from sparc3_lightning.relevance import Relevance, find_targets
 from sparc3_lightning.scorers import check_scorer, load_scorer
 from sparc3_lightning.scores import INDEX, Provenance, ScoreFile, ShardWriter
 from sparc3_lightning.sharding import check_same_on_all_ranks, gather, load_for
-from sparc3_lightning.targets import Target, lexicon_of, target_of
+from sparc3_lightning.targets import LEXICAL, Target, lexicon_of, target_of
 
 SCORES = "scores.safetensors"
 
@@ -41,12 +41,15 @@ class Attribution(L.LightningModule):
             wheel>``.
         method: ``lrp``; ``gradient``, the same with the plain gradient in place of LRP's; or ``wanda`` (Sun et al.
             2023: weight magnitude times norm of the input).
-        relevance: Sum over the weights of the ``magnitude`` of relevance, taken per sample, or of the ``signed`` one;
-            or the sum of the ``squared`` relevance of the output over the tokens. Not for wanda.
+        relevance: Sum over the weights of the ``magnitude`` of relevance, taken per sample, or of the ``signed`` one,
+            or its ``absolute`` value per sample; or the sum of the ``squared`` relevance of the output over the tokens.
+            Not for wanda.
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
         target: What is explained: ``argmax``, the largest logit at the last token; ``text``, the mean log-probability
             of the sample's own tokens; ``lexicon``, the log-probability that the next token is a toxic one, averaged
-            over all positions; or ``logit_difference``, the logit of the right next token less that of the wrong one.
+            over all positions; ``lexicon_probability``, that probability itself, averaged over the positions of the
+            sample's continuation, or of all of it if it has none; or ``logit_difference``, the logit of the right next
+            token less that of the wrong one.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves.
         targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
         activations: Also keep the mean activation of each neuron over each sample's tokens, in activations.safetensors:
@@ -88,7 +91,7 @@ class Attribution(L.LightningModule):
         check_granularity(granularity, relevance, targets)
         if method == "wanda" and target != "argmax":
             raise ValueError("--model.method wanda has no target: leave out --model.target.")
-        if target == "lexicon":
+        if target in LEXICAL:
             check_scorer(lexicon, "--model.lexicon")
         if save_every < 1:
             raise ValueError(f"--model.save_every must be at least 1, got {save_every}.")
@@ -122,7 +125,7 @@ class Attribution(L.LightningModule):
             family_of(config)
         data = self.reference_samples
         check_context(config, data.longest, "--data.seq_len")
-        if self.target == "lexicon":
+        if self.target in LEXICAL:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(self.lexicon_scorer).score)
             data.notes["num_lexicon"] = len(self.lexicon)
         data.check_target(self.target)
@@ -275,7 +278,7 @@ class Attribution(L.LightningModule):
             rule=self.rule if self.method == "lrp" else None,
             relevance=self.relevance if self.method != "wanda" else None,
             target=self.target if self.method != "wanda" else None,
-            lexicon=self.lexicon_scorer if self.target == "lexicon" else None,
+            lexicon=self.lexicon_scorer if self.target in LEXICAL else None,
             granularity=self.granularity,
             targets=self.targets,
             dtype=str(self.model.dtype).removeprefix("torch."),

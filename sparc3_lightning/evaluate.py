@@ -1,7 +1,7 @@
 """Stage 3: perplexity and toxicity of the model as it is, with its neurons off, and of controls, in one test loop."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from sparc3_lightning.completions import CompletionLog, completion_rows
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.findings import findings
-from sparc3_lightning.generation import PROTOCOLS, Sampling, continue_prompts, draw_key
+from sparc3_lightning.generation import PROTOCOLS, Sampling, continue_prompts, draw_keys
 from sparc3_lightning.metrics import Perplexity, last_hidden_state, score_windows
 from sparc3_lightning.neurons import NeuronList, check_neurons
 from sparc3_lightning.provenance import git_hash, run_seed, versions
@@ -22,7 +22,7 @@ from sparc3_lightning.scorers import Remembering, Scorer, check_scorer, load_sco
 from sparc3_lightning.sharding import check_same_on_all_ranks, gather, is_sharded, load_for
 from sparc3_lightning.variants import Variant, describe, neurons_of, plan
 from sparc3_lightning.verdict import verdict
-from sparc3_lightning.zero_shot import accuracy, check_tasks
+from sparc3_lightning.zero_shot import accuracies, check_tasks
 
 RESULTS = "results.json"
 COMPLETIONS = "completions.jsonl"
@@ -45,6 +45,8 @@ class Evaluation(L.LightningModule):
         protocol: How continuations are drawn: ``short``, 1 of up to 50 tokens a prompt at temperature 0.7 and top-p
             0.9; or ``rtp``, that of RealToxicityPrompts, 25 of up to 20 tokens at temperature 1 and top-p 0.9.
         num_continuations: Continuations drawn per prompt; None as the protocol says, like the next three.
+        num_seeds: Seeds that a prompt's continuations are divided over, from ``seed_everything`` on; figures by seed
+            show how much is the luck of the draw.
         max_new_tokens: Length of a continuation at most, in tokens.
         temperature: Of sampling.
         top_p: Probability mass of nucleus sampling.
@@ -62,6 +64,7 @@ class Evaluation(L.LightningModule):
 
     model: Any
     verb = "evaluate"
+    lists: Mapping[str, NeuronList] = {}
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class Evaluation(L.LightningModule):
         second_scorer: str | None = None,
         protocol: Literal["short", "rtp"] = "short",
         num_continuations: int | None = None,
+        num_seeds: int = 1,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -87,6 +91,9 @@ class Evaluation(L.LightningModule):
         super().__init__()
         preset_continuations, preset = PROTOCOLS[protocol]
         self.num_continuations = preset_continuations if num_continuations is None else num_continuations
+        self.per_seed, left = divmod(self.num_continuations, max(num_seeds, 1))
+        if num_seeds < 1 or left:
+            raise ValueError(f"--model.num_seeds must divide {self.num_continuations} continuations, got {num_seeds}.")
         self.sampling = Sampling(
             preset.max_new_tokens if max_new_tokens is None else max_new_tokens,
             preset.temperature if temperature is None else temperature,
@@ -100,7 +107,8 @@ class Evaluation(L.LightningModule):
         self.zero_shot = (list(lm_eval_tasks), lm_eval_folder, lm_eval_limit)
         self.neurons = None if neurons is None else NeuronList.load(Path(neurons))
         self.num_neurons = len(self.neurons.neurons) if self.neurons else 0
-        self.variants = plan(self.neurons, self.num_continuations, controls, control_continuations, doses, strengths)
+        self.lists = self.lists or ({} if self.neurons is None else {"": self.neurons})
+        self.variants = plan(self.lists, self.num_continuations, controls, control_continuations, doses, strengths)
         self.save_hyperparameters()
         self.checkpoint = checkpoint
         self.neurons_path = neurons
@@ -113,15 +121,15 @@ class Evaluation(L.LightningModule):
 
     @property
     def excluded_prompts(self) -> set[str]:
-        """Ids of the samples that the neurons were attributed on."""
-        return set(self.neurons.provenance.get("sample_ids", ())) if self.neurons else set()
+        """Ids of the prompts that the neurons were attributed on; a continuation's begins with that of its prompt."""
+        of_samples = (neurons.provenance.get("sample_ids", ()) for neurons in self.lists.values())
+        return {id_.partition("/")[0] for ids in of_samples for id_ in ids}
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
         from transformers import AutoModelForCausalLM
 
-        # Asked for once, by every rank: the answer is a broadcast.
-        self.folder = Path(self.trainer.log_dir or ".")
+        self.folder = Path(self.trainer.log_dir or ".")  # asked for once, by every rank: the answer is a broadcast
         check_writable(self.folder)
         check_absent(self.folder / RESULTS)
         if self.zero_shot[0] and self.trainer.world_size > 1:
@@ -131,15 +139,16 @@ class Evaluation(L.LightningModule):
         data = self.data
         check_context(config, data.text.window, "--data.text.window")
         check_context(config, data.prompts.longest + self.sampling.max_new_tokens, "--model.max_new_tokens")
-        if self.neurons is not None:
-            theirs = self.neurons.provenance.get("checkpoint_fingerprint")
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        for selection, neurons in self.lists.items():
+            of, theirs = neurons.provenance, neurons.provenance.get("checkpoint_fingerprint")
             if theirs != self.fingerprint:
                 raise ValueError(
-                    f"{self.neurons_path} is for the checkpoint {self.neurons.provenance.get('checkpoint')!r} "
-                    f"({theirs}), but --model.checkpoint is {self.checkpoint!r} ({self.fingerprint})."
+                    f"{selection or self.neurons_path} is for the checkpoint {of.get('checkpoint')!r} ({theirs}), but "
+                    f"--model.checkpoint is {self.checkpoint!r} ({self.fingerprint})."
                 )
-            with torch.device("meta"):
-                check_neurons(AutoModelForCausalLM.from_config(config), self.neurons.all())
+            check_neurons(skeleton, neurons.all())
         self._resume()
         rank_zero_info(
             f"{len(data.text.windows)} windows of {data.text.window} tokens; {len(data.prompts.prompts)} prompts x "
@@ -157,8 +166,7 @@ class Evaluation(L.LightningModule):
     def on_test_start(self) -> None:
         """Decide which neurons each model is without, and make its metrics."""
         self.model.eval()
-        lists = neurons_of(self.variants, self.neurons, self.model, run_seed()) if self.neurons else {}
-        self.off = {variant.name: lists.get(variant.name, []) for variant in self.variants}
+        self.off = neurons_of(self.variants, self.lists, self.model, run_seed())
         self.perplexity = {
             (variant.name, convention): Perplexity().to(self.device)
             for variant in self.variants
@@ -200,7 +208,7 @@ class Evaluation(L.LightningModule):
             self.model,
             batch["input_ids"],
             batch["attention_mask"],
-            [[draw_key(run_seed(), prompt.id, j) for j in range(variant.num_continuations)] for prompt in prompts],
+            [draw_keys(run_seed(), prompt.id, variant.num_continuations, self.per_seed) for prompt in prompts],
             self.sampling,
             all_ranks_step_together=is_sharded(self),
         )
@@ -219,9 +227,9 @@ class Evaluation(L.LightningModule):
         prompts = self.data.prompts
         identity = {
             "checkpoint_fingerprint": self.fingerprint,
-            "neurons": self.neurons.digest() if self.neurons else None,
+            "neurons": [neurons.digest() for neurons in self.lists.values()],
             "scorers": self.scorer_names,
-            "sampling": list(self.sampling),
+            "sampling": [*self.sampling, self.per_seed],
             "models": [(variant.name, variant.num_continuations) for variant in self.variants],
             "dtype": self.dtype_name,
             "seed": run_seed(),
@@ -245,9 +253,10 @@ class Evaluation(L.LightningModule):
         # One order, whatever the batch size and the number of ranks.
         order = {variant.name: i for i, variant in enumerate(self.variants)}
         self.completions.sort(key=lambda row: (row["prompt_id"], row["continuation_index"], order[row["model"]]))
-        found = findings(self.completions, windows, self.variants, self.scorer_names)
+        found = findings(self.completions, windows, self.variants, self.scorer_names, self.per_seed)
         if self.zero_shot[0]:
-            found["zero_shot"] = self._zero_shot()
+            both = [(v.name, v.as_context(self.model, self.off[v.name])) for v in self.variants[:2]]
+            found["zero_shot"] = accuracies(self.model, both, self.data.prompts._tokenizer, *self.zero_shot)
         self.results = {"verdict": verdict(found, self.num_neurons, self.scorer_names), **found, **self._settings()}
         if self.logger is not None:
             models = {"baseline", "pruned"} & found.keys()
@@ -255,14 +264,6 @@ class Evaluation(L.LightningModule):
                 {f"{name}/{key}": v for name in models for key, v in found[name].items() if isinstance(v, float)}
             )
         self._write()
-
-    def _zero_shot(self) -> dict[str, Any]:
-        """Return the accuracy of the original and of the pruned model, per task."""
-        tokenizer, found = self.data.prompts._tokenizer, {}
-        for variant in (v for v in self.variants if v.kind in ("baseline", "pruned")):
-            with variant.as_context(self.model, self.off[variant.name]):
-                found[variant.name] = accuracy(self.model, tokenizer, *self.zero_shot)
-        return found
 
     @rank_zero_only
     def _write(self) -> None:
@@ -282,9 +283,7 @@ class Evaluation(L.LightningModule):
         from sparc3_lightning.report import summary_table
 
         lines = ["", summary_table(self.results), "", self.results["verdict"], "", f"Results: {self.folder / RESULTS}"]
-        if self.neurons is not None:
-            lines.append(f"Report:  {self.folder / REPORT}")
-        return "\n".join(lines)
+        return "\n".join(lines + ([f"Report:  {self.folder / REPORT}"] if self.neurons is not None else []))
 
     def _settings(self) -> dict[str, Any]:
         data = self.data
@@ -294,6 +293,7 @@ class Evaluation(L.LightningModule):
                 "toxicity": {
                     **self.sampling._asdict(),
                     "num_continuations": self.num_continuations,
+                    "num_seeds": self.num_continuations // self.per_seed,
                     "scorers": self.scorer_names,
                     "seed": run_seed(),
                 },

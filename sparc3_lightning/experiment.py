@@ -26,6 +26,7 @@ from sparc3_lightning.prune import NEURONS
 from sparc3_lightning.report import summary_table
 from sparc3_lightning.scorers import fetch_scorer
 from sparc3_lightning.sources import is_local, sha256_of
+from sparc3_lightning.targets import LEXICAL
 
 MANIFEST = "manifest.json"
 # Options of the trainer that change where or how fast a stage runs, not what it computes.
@@ -204,7 +205,7 @@ class Experiment:
         if second is not None:
             needs.append(("second_scorer", lambda: fetch_scorer(second)))
         attributions = ({**options["attribute"], **self.behavior_attribute}, options["attribute"])
-        for lexicon in {of["lexicon"] for of in attributions if of.get("target") == "lexicon"}:
+        for lexicon in {of["lexicon"] for of in attributions if of.get("target") in LEXICAL}:
             needs.append(("lexicon", lambda name=lexicon: fetch_scorer(name)))  # type: ignore[misc]
         sets = [(f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds]
         sets += [(name, options[name]) for name in ("behavior", "budget") if options.get(name) is not None]

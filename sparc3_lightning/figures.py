@@ -171,18 +171,25 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def draw_doses(doses: Sequence[dict[str, Any]], controls: dict[str, Any], path: Path) -> None:
-    """Draw the change of toxicity against that of perplexity: a point per number of neurons, a line per strength."""
+    """Draw the change of toxicity against that of perplexity: a point per number of neurons, a line per strength.
+
+    Of several selections each has a line.
+    """
     from matplotlib.patheffects import withStroke
 
     figure, axes = _new_figure(4.6)
     axes.axhline(0, color="0.8", linewidth=1)
     axes.axvline(0, color="0.8", linewidth=1)
     shown = [dose for dose in in_order(doses) if dose["effect"]]
-    for place, strength in enumerate(dict.fromkeys(dose["strength"] for dose in shown)):
-        line = [dose for dose in shown if dose["strength"] == strength]
+    several = len({dose["selection"] for dose in shown}) > 1
+    for place, of in enumerate(dict.fromkeys((dose["selection"], dose["strength"]) for dose in shown)):
+        line = [dose for dose in shown if (dose["selection"], dose["strength"]) == of]
         x, y = ([number(dose[key]["value"]) for dose in line] for key in AXES)
         color, marker, below = STRENGTHS[place % len(STRENGTHS)], "osD^v"[place % 5], place % 2
+        selection, strength = of
         label = "switched off" if strength == 1 else f"damped by {100 * strength:g} %"
+        if several:
+            label = selection if strength == 1 else f"{selection}, {label}"
         axes.plot(x, y, f"{marker}-", color=color, markersize=6, linewidth=1.5, label=label)
         for dose, *at in zip(line, x, y, strict=True):
             # An infinite bar has no length that matplotlib would draw.

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,9 +34,11 @@ class Continuations:
     Args:
         rows: Per continuation its ``model``, ``prompt_id``, ``continuation_index``, ``prompt_toxicity``,
             ``continuation``, ``num_tokens``, and under each scorer its toxicity or None.
+        per_seed: Continuations of a prompt that one seed drew; None for all.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], per_seed: int | None = None) -> None:
+        self.per_seed = per_seed
         self._rows: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in sorted(rows, key=lambda row: (row["prompt_id"], row["continuation_index"])):
             self._rows[row["model"]][row["prompt_id"]].append(row)
@@ -54,6 +57,16 @@ class Continuations:
         """Return a measure of toxicity per prompt, float64; NaN where nothing was scored."""
         rows = self.of(model, group, first)
         return torch.tensor([toxicity_by_prompt(_scores(found, score))[measure] for found in rows], dtype=torch.float64)
+
+    def by_seed(self, model: str, group: str) -> list[float]:
+        """Return the mean toxicity of a group of prompts for each seed that continuations were drawn by."""
+        prompts = self.of(model, group)
+        number = len(prompts[0])
+        per_seed = self.per_seed or number
+        return [
+            _mean([value for found in prompts for value in _scores(found[first : first + per_seed], "toxicity")])
+            for first in range(0, number, per_seed)
+        ]
 
     def compare(
         self, before: str, after: str, group: str, measure: str, score: str = "toxicity", first: int | None = None
@@ -111,6 +124,7 @@ def findings(
     windows: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
     variants: Sequence[Variant],
     scorers: Sequence[str],
+    per_seed: int | None = None,
 ) -> dict[str, Any]:
     """Return everything that was found, as plain values for results.json.
 
@@ -119,8 +133,9 @@ def findings(
         windows: Per model and convention, what ``Perplexity.compute`` returns.
         variants: The models that were measured.
         scorers: Names of the scorers; one, or two.
+        per_seed: Continuations of a prompt that one seed drew; None for all.
     """
-    found = Continuations(rows)
+    found = Continuations(rows, per_seed)
     names = [variant.name for variant in variants]
     conventions = list(windows["baseline"])
     results: dict[str, Any] = {}
@@ -142,6 +157,7 @@ def findings(
         for group in found.groups
     }
     results["headline"] = found.headline
+    results["toxicity_by_seed"] = {name: found.by_seed(name, found.headline) for name in results["perplexity_interval"]}
     if "pruned" in names:
         results |= _effects(found, windows, variants, scorers)
     if len(scorers) > 1:
@@ -178,7 +194,9 @@ def _effects(
         "common_random_numbers_variance_factor": variance_factor(*tables),
         "controls": {kind: _control(found, windows, list(of_kind(variants, kind))) for kind in CONTROLS
                      if any(of_kind(variants, kind))},
-        "doses": [_point(found, windows, variant) for variant in variants if variant.kind in ("pruned", "dose")],
+        "doses": (doses := [_point(found, windows, v) for v in variants if v.kind in ("pruned", "dose")]),
+        "fronts": {selection: front([dose for dose in doses if dose["selection"] == selection])
+                   for selection in dict.fromkeys(dose["selection"] for dose in doses)},
     }  # fmt: skip
 
 
@@ -197,9 +215,12 @@ def _point(
     """Return what one model gives for its perplexity: a point of the dose curve, or one draw of a control."""
     convention = next(iter(windows["baseline"]))
     before, after = windows["baseline"][convention], windows[variant.name][convention]
-    effect = found.compare("baseline", variant.name, found.headline, "toxicity_mean", first=variant.num_continuations)
+    of = ("baseline", variant.name, found.headline, "toxicity_mean")
+    effect = found.compare(*of, first=variant.num_continuations)
+    second = found.compare(*of, "second_toxicity", first=variant.num_continuations)
     return {
         "name": variant.name,
+        "selection": variant.selection,
         "num_neurons": variant.num_neurons,
         "strength": variant.strength,
         "perplexity": after["perplexity"].item(),
@@ -208,7 +229,35 @@ def _point(
         "toxicity_mean": effect.after if effect else math.nan,
         "toxicity_percent": asdict(effect.percent) if effect else None,
         "effect": _plain(effect),
+        "toxicity_by_seed": found.by_seed(variant.name, found.headline),
+        "second_effect": _plain(second),
     }
+
+
+PRICES = (1.0, 5.0, 10.0)  # rises of perplexity, in percent, up to which a front is read
+
+
+def front(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the most that one selection achieves for its price in perplexity.
+
+    Args:
+        points: Its doses, each with ``perplexity_percent`` and ``toxicity_percent``.
+
+    Returns:
+        ``area``: the fall of toxicity in percent that is reached at a price, averaged over all prices from 0 to the
+        last of ``PRICES``; the original model is a point too. ``best``: for each of ``PRICES`` the name of the point of
+        least toxicity within it, or None if the original is better.
+    """
+    known = [(0.0, 0.0, None)]
+    for point in points:
+        if point["toxicity_percent"] and math.isfinite(point["perplexity_percent"]["value"]):
+            known.append((point["perplexity_percent"]["value"], point["toxicity_percent"]["value"], point["name"]))
+    area, most = 0.0, PRICES[-1]
+    prices = sorted({min(max(price, 0.0), most) for price, *_ in known} | {most})
+    for start, end in pairwise(prices):
+        area -= (end - start) * min(toxicity for price, toxicity, _ in known if price <= start)
+    best = {f"{of:g}": min((p for p in known if p[0] <= of), key=lambda p: p[1])[2] for of in PRICES}
+    return {"area": area / most, "best": best}
 
 
 def _control(

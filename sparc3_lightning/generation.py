@@ -43,6 +43,11 @@ def draw_key(seed: int, prompt_id: str, continuation: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def draw_keys(seed: int, prompt_id: str, num_continuations: int, per_seed: int) -> list[int]:
+    """Return the keys of a prompt's continuations, of which each seed from ``seed`` on draws ``per_seed``."""
+    return [draw_key(seed + j // per_seed, prompt_id, j % per_seed) for j in range(num_continuations)]
+
+
 def gumbel_noise(keys: Tensor, step: int, tokens: Tensor) -> Tensor:
     """Return standard Gumbel noise that depends only on key, step and token, on any device.
 

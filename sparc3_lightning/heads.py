@@ -58,13 +58,18 @@ def sum_heads(values: Tensor, head_dim: int) -> Tensor:
 
 
 def head_relevance(
-    W_OI: Tensor, A_BTI: Tensor, G_BTO: Tensor, head_dim: int, form: Literal["magnitude", "signed", "squared"]
+    W_OI: Tensor,
+    A_BTI: Tensor,
+    G_BTO: Tensor,
+    head_dim: int,
+    form: Literal["magnitude", "signed", "absolute", "squared"],
 ) -> Tensor:
     """Return the relevance of each head, per sample.
 
     ``signed`` is the sum of z * dtarget/dz over the tokens and the head's dimensions, z being the input of o_proj; it
     equals the sum of the signed relevance of the head's weights in o_proj. ``magnitude`` sums |relevance| over these
-    weights, as for a neuron over its incoming ones. ``squared`` sums the square of the head's share at each token.
+    weights, as for a neuron over its incoming ones. ``squared`` sums the square of the head's share at each token,
+    and ``absolute`` is the magnitude of what is signed.
 
     Args:
         W_OI: Weight of o_proj, shape ``[out_features, in_features]``.
@@ -85,7 +90,9 @@ def head_relevance(
             rows.append(torch.stack([R_OI.abs_().sum(dim=0, dtype=wide) for _, R_OI in tiles]).sum(dim=0))
         return sum_heads(torch.stack(rows), head_dim)
     R_BTH = sum_heads(A_BTI.to(wide) * (G_BTO @ W_OI).to(wide), head_dim)
-    return R_BTH.sum(dim=1) if form == "signed" else R_BTH.square().sum(dim=1)
+    if form == "squared":
+        return R_BTH.square().sum(dim=1)
+    return R_BTH.sum(dim=1) if form == "signed" else R_BTH.sum(dim=1).abs()
 
 
 def head_norms(model: Any, module: str) -> Tensor:

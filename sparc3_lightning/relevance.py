@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-Relevance = Literal["magnitude", "signed", "squared"]
+Relevance = Literal["magnitude", "signed", "absolute", "squared"]
 ALL = "all"
 TILE = 4096  # rows of a weight whose relevance is held at a time
 
@@ -97,6 +97,22 @@ def signed_relevance(Z_BTO: Tensor, G_BTO: Tensor) -> Tensor:
     """
     wide = torch.promote_types(Z_BTO.dtype, torch.float32)
     return (Z_BTO.to(wide) * G_BTO.to(wide)).sum(dim=1)
+
+
+def absolute_relevance(Z_BTO: Tensor, G_BTO: Tensor) -> Tensor:
+    """Return the magnitude of each neuron's signed relevance, per sample: |sum_t z_to g_to|.
+
+    Unlike the sum of the magnitudes over a neuron's weights, what cancels within a sample does not count; unlike the
+    signed relevance, what cancels between samples does.
+
+    Args:
+        Z_BTO: Output of the layer less its bias, shape ``[samples, tokens, out_features]``.
+        G_BTO: Gradient of the target with respect to that output, of the same shape; zero at padding.
+
+    Returns:
+        Shape ``[samples, out_features]``, float32 or wider, in logits.
+    """
+    return signed_relevance(Z_BTO, G_BTO).abs()
 
 
 def squared_relevance(Z_BTO: Tensor, G_BTO: Tensor) -> Tensor:

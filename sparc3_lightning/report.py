@@ -15,7 +15,15 @@ from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.metrics import TOXIC_FROM
 from sparc3_lightning.neurons import NeuronList
 from sparc3_lightning.scorers import Scorer
-from sparc3_lightning.tables import cell, control_table, dose_table, doses_csv, other_table, toxicity_table
+from sparc3_lightning.tables import (
+    cell,
+    control_table,
+    dose_table,
+    doses_csv,
+    front_table,
+    other_table,
+    toxicity_table,
+)
 
 MODEL_CARD = "model_card.md"
 DOSES = "doses.csv"
@@ -148,6 +156,7 @@ def write_report(
         "controls": control_table(results) if results["controls"] else [],
         "others": other_table(results),
         "doses": dose_table(results["doses"]) if has_doses else [],
+        "fronts": front_table(results) if has_doses and len(results["fronts"]) > 1 else [],
         "again": f"{again} --trainer.logger.init_args.version again" if config.is_file() else "",
     }
     if has_doses:

@@ -44,7 +44,7 @@ class Provenance:
         checkpoint_fingerprint: Commit at the hub, or a hash of the local files.
         method: ``lrp``, ``gradient`` or ``wanda``.
         rule: ``attnlrp`` or ``cp_lrp``; None but for LRP.
-        relevance: ``magnitude``, ``signed`` or ``squared``; None for Wanda.
+        relevance: ``magnitude``, ``signed``, ``absolute`` or ``squared``; None for Wanda.
         targets: Names of the target layer types.
         dtype: Dtype of the model.
         data: Data module and its options.
@@ -57,7 +57,7 @@ class Provenance:
         sample_ids: Of each sample; for prompts they tell evaluation which to leave out.
         versions: Of this package, its main dependencies and Python.
         git_hash: Commit of this package's working tree, if it is one.
-        target: ``argmax``, ``text``, ``lexicon`` or ``logit_difference``; None for Wanda.
+        target: As in ``targets.Target``; None for Wanda.
         lexicon: The scorer that the lexicon is by.
         granularity: ``neuron``, ``head`` or ``weight``.
     """

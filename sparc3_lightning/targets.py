@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Target = Literal["argmax", "text", "lexicon", "logit_difference"]
+Target = Literal["argmax", "text", "lexicon", "lexicon_probability", "logit_difference"]
+LEXICAL = ("lexicon", "lexicon_probability")  # those that speak of a lexicon
 
 
 def last_logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -98,13 +99,44 @@ def lexicon_log_probability(model: Any, input_ids: Tensor, attention_mask: Tenso
     Returns:
         Shape ``[samples]``, float32 or wider, in nats.
     """
-    logits_BTV = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    wide = torch.promote_types(logits_BTV.dtype, torch.float32)
-    logits_BTV = logits_BTV.to(wide)
-    log_BT = logits_BTV[:, :, lexicon].logsumexp(dim=-1) - logits_BTV.logsumexp(dim=-1)
+    log_BT = _log_of_lexicon(model, input_ids, attention_mask, lexicon)
     if attention_mask is None:
         return log_BT.mean(dim=1)
     return (log_BT * attention_mask).sum(dim=1) / attention_mask.sum(dim=1)
+
+
+def lexicon_probability(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor, lexicon: Tensor
+) -> Tensor:
+    """Return the probability that the next token is one of a lexicon, averaged over the positions that count.
+
+    Unlike its logarithm it weighs a position by how likely such a token is there at all, as sampling does. On
+    continuations that the model itself drew it is the expected share of such tokens.
+
+    Args:
+        model: Causal language model of transformers.
+        input_ids: Padded on the right, shape ``[samples, tokens]``.
+        attention_mask: 1 at tokens, 0 at padding, of the same shape; None if there is no padding.
+        start: Per sample the first token that counts: the position before it, which predicts it, is the first one
+            averaged over, shape ``[samples]``.
+        lexicon: Token ids, shape ``[words]``.
+
+    Returns:
+        Shape ``[samples]``, float32 or wider, in [0, 1].
+    """
+    probability_BT = _log_of_lexicon(model, input_ids, attention_mask, lexicon).exp()
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    counts_BT = positions >= start.unsqueeze(1) - 1
+    if attention_mask is not None:
+        counts_BT = counts_BT & (attention_mask > 0)
+    return (probability_BT * counts_BT).sum(dim=1) / counts_BT.sum(dim=1)
+
+
+def _log_of_lexicon(model: Any, input_ids: Tensor, attention_mask: Tensor | None, lexicon: Tensor) -> Tensor:
+    """Return the log-probability of the lexicon after each position, shape ``[samples, tokens]``."""
+    logits_BTV = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    return logits_BTV[:, :, lexicon].logsumexp(dim=-1) - logits_BTV.logsumexp(dim=-1)
 
 
 def target_of(
@@ -114,6 +146,8 @@ def target_of(
     input_ids = batch["input_ids"]
     if target == "text":
         return text_log_probability(model, input_ids, attention_mask, batch["start"])
+    if target == "lexicon_probability":
+        return lexicon_probability(model, input_ids, attention_mask, batch["start"], lexicon)
     if target == "lexicon":
         return lexicon_log_probability(model, input_ids, attention_mask, lexicon)
     if target == "logit_difference":

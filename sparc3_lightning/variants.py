@@ -1,8 +1,8 @@
 """The models that an evaluation measures: the original, the pruned one, controls, and other doses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,7 @@ class Variant:
         num_neurons: How many neurons are off.
         strength: 1 is off, a fraction damps.
         draw: Number of the draw of a control.
+        selection: Name of the list its neurons are from.
     """
 
     name: str
@@ -38,14 +39,18 @@ class Variant:
     num_neurons: int = 0
     strength: float = 1.0
     draw: int = 0
+    selection: str = ""
 
     def as_context(self, model: Any, neurons: Sequence[Neuron]) -> AbstractContextManager[None]:
         """Return the context in which the one model in memory becomes this one."""
         return mask(model, neurons, self.strength) if neurons else nullcontext()
 
 
+Lists = Mapping[str, NeuronList]  # by name; the neurons of the first are those of the pruned model
+
+
 def plan(
-    neurons: NeuronList | None,
+    lists: Lists,
     num_continuations: int,
     controls: int = 0,
     control_continuations: int | None = None,
@@ -55,37 +60,48 @@ def plan(
     """List the models to measure.
 
     Args:
-        neurons: Those to prune; None for the original model only.
+        lists: The neurons to prune; further lists are measured as they stand, and at each dose. Empty for the original
+            model only.
         num_continuations: Continuations drawn per prompt.
-        controls: Draws of each kind of control; 0 for none.
+        controls: Draws of each kind of control of the first list; 0 for none.
         control_continuations: Continuations drawn per prompt by a control; None as by the others.
-        doses: Numbers of neurons, in the order of the list.
-        strengths: For each dose: 1 is off, a fraction damps.
+        doses: Numbers of neurons, in the order of each list.
+        strengths: For each dose: 1 is as the list has it, a fraction damps.
 
     Raises:
-        ValueError: If a number is out of range, or the list has fewer neurons than a dose.
+        ValueError: If a number is out of range, or a list has fewer neurons than a dose.
     """
-    _check(neurons, num_continuations, controls, control_continuations, doses, strengths)
+    _check(lists, num_continuations, controls, control_continuations, doses, strengths)
     variants = [Variant("baseline", "baseline", num_continuations)]
-    if neurons is None:
+    for selection, neurons in lists.items():
+        number = len(neurons.neurons)
+        first = len(variants) == 1
+        own = Variant(selection or "pruned", "pruned" if first else "dose", num_continuations, number)
+        variants += [
+            replace(variant, selection=selection)
+            for variant in (
+                own,
+                *(
+                    Variant(f"{selection}{'' if first else ' '}top_{d}_{s:g}", "dose", num_continuations, d, s)
+                    for s in strengths
+                    for d in doses
+                    if (d, s) != (number, 1.0)  # the list itself
+                ),
+            )
+        ]
+    if not lists:
         return variants
-    number = len(neurons.neurons)
-    variants.append(Variant("pruned", "pruned", num_continuations, number))
-    variants += [
-        Variant(f"top_{dose}_{strength:g}", "dose", num_continuations, dose, strength)
-        for strength in strengths
-        for dose in doses
-        if (dose, strength) != (number, 1.0)  # the pruned model itself
-    ]
     fewer = control_continuations or num_continuations
     # A neurons.json that was not written by 'sparc3 prune' may not say which neurons are the least relevant.
-    kinds = [kind for kind in CONTROLS if kind != "least_relevant" or neurons.least_relevant]
+    first_list = next(iter(lists.values()))
+    kinds = [kind for kind in CONTROLS if kind != "least_relevant" or first_list.least_relevant]
+    number = len(first_list.neurons)
     variants += [Variant(f"{kind}_{i}", kind, fewer, number, draw=i) for kind in kinds for i in range(controls)]
     return variants
 
 
 def _check(
-    neurons: NeuronList | None,
+    lists: Lists,
     num_continuations: int,
     controls: int,
     control_continuations: int | None,
@@ -107,25 +123,30 @@ def _check(
         raise ValueError(f"--model.strengths must be different, got {list(strengths)}.")
     if len(set(doses)) != len(doses) or not all(dose > 0 for dose in doses):
         raise ValueError(f"--model.doses must be different numbers above 0, got {list(doses)}.")
-    if doses and neurons is None:
+    if doses and not lists:
         raise ValueError("--model.doses needs --model.neurons.")
-    if neurons is not None and doses and max(doses) > (known := len(neurons.neurons) + len(neurons.next)):
-        raise ValueError(
-            f"--model.doses asks for {max(doses)} neurons, but --model.neurons lists {known}: run 'sparc3 prune' with "
-            f"--model.num_ranked {max(doses)}."
-        )
+    for selection, neurons in lists.items():
+        known = len(neurons.neurons) + len(neurons.next)
+        if doses and max(doses) > known:
+            raise ValueError(
+                f"--model.doses asks for {max(doses)} neurons, but --model.neurons{selection and f' ({selection})'} "
+                f"lists {known}: run 'sparc3 prune' with --model.num_ranked {max(doses)}."
+            )
 
 
-def neurons_of(variants: Sequence[Variant], neurons: NeuronList, model: Any, seed: int) -> dict[str, list[Neuron]]:
+def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int) -> dict[str, list[Neuron]]:
     """Return which neurons each variant switches off.
 
     Args:
         variants: From ``plan``.
-        neurons: Those to prune.
+        lists: As ``plan`` had them.
         model: For the size of its layers and their weights; all ranks ask together if it is sharded.
         seed: Of the draws of the controls.
     """
-    pruned, ranking = neurons.neurons, neurons.neurons + neurons.next
+    if not lists:
+        return {variant.name: [] for variant in variants}
+    first = next(iter(lists.values()))
+    pruned = first.neurons
     modules = list(dict.fromkeys(n.module for n in pruned))
     kinds = {variant.kind for variant in variants}
     heaviest = lowest(pruned, _negative_norms(model, modules)) if "largest_weights" in kinds else []
@@ -135,9 +156,9 @@ def neurons_of(variants: Sequence[Variant], neurons: NeuronList, model: Any, see
         if variant.kind == "random":
             return random_like(pruned, {name: _count(model, name) for name in modules}, draw)
         if variant.kind in CONTROLS:
-            pool = heaviest if variant.kind == "largest_weights" else neurons.least_relevant
+            pool = heaviest if variant.kind == "largest_weights" else first.least_relevant
             return draw_like(pruned, pool, draw)
-        return ranking[: variant.num_neurons]
+        return (lists[variant.selection].neurons + lists[variant.selection].next)[: variant.num_neurons]
 
     return {variant.name: of(variant) for variant in variants}
 

@@ -1,6 +1,7 @@
 """Zero-shot accuracy by lm-eval-harness (the extra ``lmeval``), to see what pruning did to the rest of the model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,17 @@ def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
             f"--model.lm_eval_tasks: lm-eval-harness knows no task {unknown[0]!r}; 'lm_eval ls tasks' lists them, and "
             "--model.lm_eval_folder names a folder with tasks of your own."
         )
+
+
+def accuracies(
+    model: Any, models: Iterable[tuple[str, AbstractContextManager[None]]], tokenizer: Any, *tasks: Any
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return, by name, the accuracy of what each context makes of a model; see ``accuracy``."""
+    found = {}
+    for name, context in models:
+        with context:
+            found[name] = accuracy(model, tokenizer, *tasks)
+    return found
 
 
 def accuracy(

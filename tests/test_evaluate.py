@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import sentence
 
-from sparc3_lightning import evaluate, report
+from sparc3_lightning import evaluate, report, zero_shot
 from sparc3_lightning.checkpoints import export_pruned, fingerprint, load_model
 from sparc3_lightning.data import EvaluationData, RealToxicityPrompts, WikiText2
 from sparc3_lightning.data.real_toxicity_prompts import prompt_id
@@ -870,7 +870,7 @@ def test_zero_shot_accuracy_is_measured_before_and_after_with_the_neurons_off(ti
         return {"toy": {"accuracy": 0.5 / len(seen), "standard_error": math.nan}}
 
     monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
-    monkeypatch.setattr(evaluate, "accuracy", accuracy)
+    monkeypatch.setattr(zero_shot, "accuracy", accuracy)
     model = evaluation(tiny_checkpoint, neurons, lm_eval_tasks=["toy"], lm_eval_limit=7, max_new_tokens=2)
     results = run(model)
     expected = {"accuracy": 0.5, "standard_error": None}

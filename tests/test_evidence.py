@@ -159,8 +159,8 @@ def test_planted_neurons_are_found_guilty_and_those_drawn_for_comparison_are_not
     plant(model, planted)
     least = [Neuron(LAYERS[1], index, 0.0) for index in range(200, 215)]
     neurons = NeuronList(planted, least_relevant=least)
-    variants = plan(neurons, CONTINUATIONS, controls=3, control_continuations=2, doses=[1, 2], strengths=[1.0])
-    off = neurons_of(variants, neurons, model, 0)
+    variants = plan({"": neurons}, CONTINUATIONS, controls=3, control_continuations=2, doses=[1, 2], strengths=[1.0])
+    off = neurons_of(variants, {"": neurons}, model, 0)
     rows = []
     for variant in variants:
         with variant.as_context(model, off.get(variant.name, [])):

@@ -94,7 +94,7 @@ def windows_of(*names: str, second_convention: bool = True) -> dict[str, dict[st
 
 def small(**options: Any) -> dict[str, Any]:
     """Return what is found in the table above."""
-    variants = plan(NEURONS, 3)
+    variants = plan({"": NEURONS}, 3)
     return findings(rows_of(TOXICITY), windows_of("baseline", "pruned"), variants, ["some"], **options)
 
 
@@ -115,7 +115,7 @@ def test_prompts_are_toxic_from_a_half_and_those_without_a_toxicity_are_not():
     assert found.headline == "toxic"
     mild = {model: {p: v for p, v in of.items() if p.startswith("n")} for model, of in TOXICITY.items()}
     assert Continuations(rows_of(mild)).groups == {"nontoxic": ["n1", "n2"]}
-    results = findings(rows_of(mild), windows_of("baseline", "pruned"), plan(NEURONS, 3), ["some"])
+    results = findings(rows_of(mild), windows_of("baseline", "pruned"), plan({"": NEURONS}, 3), ["some"])
     assert results["headline"] == "nontoxic"
     assert list(results["groups"]) == list(results["effect"]) == ["nontoxic"]
     assert results["baseline"]["toxicity_mean"] == pytest.approx(0.2)
@@ -194,13 +194,13 @@ def test_evidence_is_said_where_the_interval_leaves_zero_out():
     for shift, evidence in [(-0.2, True), (0.2, True), (0.0, False)]:
         after = {p: [v + shift + (0.1 if i % 2 else -0.1)] for i, (p, (v,)) in enumerate(base.items())}
         rows = rows_of({"baseline": base, "pruned": after})
-        effect = findings(rows, windows_of("baseline", "pruned"), plan(NEURONS, 1), ["some"])["effect"]["toxic"]
+        effect = findings(rows, windows_of("baseline", "pruned"), plan({"": NEURONS}, 1), ["some"])["effect"]["toxic"]
         assert effect["toxicity_mean"]["evidence"] is evidence
 
 
 def test_where_nothing_was_scored_there_is_no_effect():
     scores = {"baseline": {"t1": [None, None], "n1": [0.1, 0.2]}, "pruned": {"t1": [None, 0.3], "n1": [0.1, 0.1]}}
-    results = findings(rows_of(scores), windows_of("baseline", "pruned"), plan(NEURONS, 2), ["some"])
+    results = findings(rows_of(scores), windows_of("baseline", "pruned"), plan({"": NEURONS}, 2), ["some"])
     assert results["effect"]["toxic"] == dict.fromkeys(MEASURES)
     assert math.isnan(results["baseline"]["toxicity_mean"])
     assert math.isnan(results["change"]["toxicity_percent"])
@@ -209,7 +209,7 @@ def test_where_nothing_was_scored_there_is_no_effect():
 
 
 def test_the_original_model_alone_has_no_effect_and_no_divergence():
-    results = findings(rows_of({"baseline": TOXICITY["baseline"]}), windows_of("baseline"), plan(None, 3), ["some"])
+    results = findings(rows_of({"baseline": TOXICITY["baseline"]}), windows_of("baseline"), plan({}, 3), ["some"])
     assert not {"pruned", "effect", "change", "controls", "doses", "second_scorer"} & set(results)
     assert list(results["perplexity_interval"]) == ["baseline"]
     assert results["groups"]["toxic"].keys() == {"baseline"}
@@ -241,7 +241,7 @@ CONTROLLED: Table = {
 
 
 def controlled() -> dict[str, Any]:
-    variants = plan(NEURONS, 3, controls=2, control_continuations=2)
+    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
     return findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
 
 
@@ -294,7 +294,7 @@ def test_prompts_that_failed_in_one_draw_of_a_control_are_left_out_of_all():
     scores = json.loads(json.dumps(CONTROLLED))
     scores["random_1"]["t3"] = [None, None]
     scores["random_0"]["t2"] = [None, 0.6]
-    variants = plan(NEURONS, 3, controls=2, control_continuations=2)
+    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
     control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"])["controls"][
         "random"
     ]
@@ -310,7 +310,7 @@ def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
     scores = json.loads(json.dumps(CONTROLLED))
     for prompt in scores["random_1"]:
         scores["random_1"][prompt] = [None, None]
-    variants = plan(NEURONS, 3, controls=2, control_continuations=2)
+    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
     control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"])["controls"][
         "random"
     ]
@@ -322,7 +322,7 @@ def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
 
 
 def test_each_dose_is_a_point_of_toxicity_and_perplexity():
-    variants = plan(NEURONS, 3, doses=[1, 2, 3], strengths=[1.0, 0.5])
+    variants = plan({"": NEURONS}, 3, doses=[1, 2, 3], strengths=[1.0, 0.5])
     names = [v.name for v in variants]
     scores = {
         name: {f"t{p}": [0.5 - 0.05 * i + 0.01 * p * i, 0.4, 0.3] for p in range(4)} for i, name in enumerate(names)
@@ -359,7 +359,7 @@ def second_toxicity(model: str, prompt: str, j: int) -> float | None:
 
 def test_the_second_scorer_has_effects_of_its_own():
     rows = rows_of(TOXICITY, second_toxicity)
-    results = findings(rows, windows_of("baseline", "pruned"), plan(NEURONS, 3), ["some", "other"])
+    results = findings(rows, windows_of("baseline", "pruned"), plan({"": NEURONS}, 3), ["some", "other"])
     second = results["second_scorer"]
     assert second["name"] == "other"
     prompts = ["t1", "t2", "t3", "t4", "t5"]  # where the first failed, the second did not
@@ -380,14 +380,14 @@ def test_the_second_scorer_has_effects_of_its_own():
     assert second["pearson"] == pytest.approx(torch.corrcoef(torch.stack([first, other]))[0, 1].item())
     assert second["spearman"] != pytest.approx(second["pearson"], abs=1e-3)
     curved = rows_of({"baseline": TOXICITY["baseline"]}, lambda m, p, j: (TOXICITY[m][p][j] or 0.0) ** 4)
-    found = findings(curved, windows_of("baseline"), plan(None, 3), ["some", "other"])["second_scorer"]
+    found = findings(curved, windows_of("baseline"), plan({}, 3), ["some", "other"])["second_scorer"]
     assert found["spearman"] == pytest.approx(1)
     assert found["pearson"] < 0.97
     assert "effect" not in found
 
 
 def test_controls_do_not_enter_the_correlation_of_the_scorers():
-    variants = plan(NEURONS, 3, controls=2, control_continuations=2)
+    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
     rows = rows_of(
         CONTROLLED, lambda model, p, j: (1 if model in ("baseline", "pruned") else -1) * CONTROLLED[model][p][j]
     )
@@ -398,7 +398,7 @@ def test_controls_do_not_enter_the_correlation_of_the_scorers():
 
 def test_a_second_scorer_that_scored_nothing_is_said_to():
     results = findings(
-        rows_of(TOXICITY, lambda *_: None), windows_of("baseline", "pruned"), plan(NEURONS, 3), ["some", "other"]
+        rows_of(TOXICITY, lambda *_: None), windows_of("baseline", "pruned"), plan({"": NEURONS}, 3), ["some", "other"]
     )
     assert results["second_scorer"]["num_scored"] == 0
     assert results["second_scorer"]["effect"]["toxic"]["toxicity_mean"] is None
@@ -406,7 +406,7 @@ def test_a_second_scorer_that_scored_nothing_is_said_to():
 
 
 def test_the_order_of_the_rows_does_not_matter():
-    variants = plan(NEURONS, 3, controls=2, control_continuations=2)
+    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
     rows = rows_of(CONTROLLED, lambda model, p, j: CONTROLLED[model][p][j])
     windows = windows_of(*(v.name for v in variants))
     expected = findings(rows, windows, variants, ["some", "other"])
@@ -416,7 +416,7 @@ def test_the_order_of_the_rows_does_not_matter():
 
 
 def test_everything_found_can_be_written_as_json():
-    variants = plan(NEURONS, 3, controls=2, control_continuations=2, doses=[1])
+    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2, doses=[1])
     scores = {**CONTROLLED, "top_1_1": CONTROLLED["baseline"]}
     rows = rows_of(scores, lambda model, p, j: scores[model][p][j])
     results = findings(rows, windows_of(*(v.name for v in variants)), variants, ["some", "other"])

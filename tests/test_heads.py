@@ -29,7 +29,7 @@ HEADS = {O_PROJ[0]: {1: 1.0}, O_PROJ[1]: {0: 1.0, 1: 1.0, 2: 1.0}}  # of 4 heads
 AS_NEURONS = [Neuron(name, index, 0.0) for name, indices in HEADS.items() for index in indices]
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 D = 4  # dimensions of a head
-FORMS = ("magnitude", "signed", "squared", "wanda")
+FORMS = ("magnitude", "signed", "absolute", "squared", "wanda")
 # Every family, and a LLaMA whose attention has biases.
 MODELS = [*({"family": family} for family in sorted(FAMILIES)), {"family": "llama", "attention_bias": True}]
 all_models = pytest.mark.parametrize("options", MODELS, ids=lambda options: "-".join(map(str, options.values())))
@@ -92,6 +92,7 @@ def oracle(model: Any, samples: list[Sample], form: str) -> dict[str, Tensor]:
                 sums[name][h] += {
                     "magnitude": of_weight[:, inside].abs().sum(),
                     "signed": of_input[:, inside].sum(),
+                    "absolute": of_input[:, inside].sum().abs(),
                     "squared": sum(of_input[t, inside].sum() ** 2 for t in range(len(Z_TI))),
                     "wanda": torch.tensor(0.0),
                 }[form]
@@ -268,8 +269,8 @@ def test_the_norm_of_a_head_is_that_of_its_columns(make_model):
 def test_controls_of_heads_are_heads(make_model):
     model = make_model()
     pruned = NeuronList([Neuron(O_PROJ[0], 1, -1.0), Neuron(O_PROJ[1], 2, -1.0)])
-    variants = plan(pruned, 1, controls=3)
-    lists = neurons_of(variants, pruned, model, seed=0)
+    variants = plan({"": pruned}, 1, controls=3)
+    lists = neurons_of(variants, {"": pruned}, model, seed=0)
     controls = [variant for variant in variants if variant.kind in ("random", "largest_weights")]
     assert len(controls) == 6
     for variant in controls:

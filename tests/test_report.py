@@ -82,7 +82,7 @@ def uniform(seed: int) -> float:
 def evaluation(num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, others: bool = True) -> tuple[Any, Any]:
     """Return results and completions as an evaluation would give them, with or without controls and doses."""
     more: dict[str, Any] = {"controls": 2, "control_continuations": 2, "doses": (1, 3), "strengths": (1.0, 0.5)}
-    variants = plan(NEURONS, 3, **(more if others else {}))
+    variants = plan({"": NEURONS}, 3, **(more if others else {}))
     rows = [
         {
             "model": variant.name,
@@ -355,7 +355,7 @@ def test_one_group_needs_no_name():
 def test_a_model_alone_has_a_table_without_after():
     results, rows = made_up()
     windows = {"baseline": {"sliding": made_up_windows(0.0, 0)}}
-    alone = findings([row for row in rows if row["model"] == "baseline"], windows, plan(None, 3), ["small"])
+    alone = findings([row for row in rows if row["model"] == "baseline"], windows, plan({}, 3), ["small"])
     rows = by_name(toxicity_table(alone, "toxic"))
     assert rows["Mean toxicity"] == (toxicity_table(results, "toxic")[0][1], "", "", "", "", "")
     assert by_name(other_table(alone))["Perplexity"] == (f"{math.exp(2.3):.2f}", "", "", "")
@@ -518,7 +518,7 @@ def test_a_run_in_which_nothing_was_scored_has_a_page():
     for row in rows:
         row["toxicity"] = None
     windows = {name: {"sliding": made_up_windows(s, 0)} for name, s in (("baseline", 0.0), ("pruned", 0.1))}
-    found = findings(rows, windows, plan(NEURONS, 3), ["small"])
+    found = findings(rows, windows, plan({"": NEURONS}, 3), ["small"])
     results = {"verdict": verdict(found, 2, ["small"]), **found, **settings(["small"])}
     page = write(results, rows)
     assert "nothing is known of the effect" in page.words

@@ -24,7 +24,7 @@ from sparc3_lightning.sweep import Sweep
 
 MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 LOGS = Path("lightning_logs/sweep")
-COLUMNS = ["num_neurons", "strength", "perplexity", "toxicity_mean", "kl"]
+COLUMNS = ["selection", "num_neurons", "strength", "perplexity", "toxicity_mean", "kl"]
 COLUMNS += [f"{of}_percent{end}" for of in ("perplexity", "toxicity") for end in ("", "_low", "_high")]
 
 

@@ -27,11 +27,11 @@ def places(neurons: list[Neuron]) -> set[tuple[str, int]]:
 
 
 def test_without_neurons_there_is_the_original_model_only():
-    assert plan(None, 4, controls=5) == [Variant("baseline", "baseline", 4)]
+    assert plan({}, 4, controls=5) == [Variant("baseline", "baseline", 4)]
 
 
 def test_the_pruned_model_and_each_draw_of_each_control_follow_the_original():
-    variants = plan(NEURONS, 6, controls=2)
+    variants = plan({"": NEURONS}, 6, controls=2)
     assert variants == [
         Variant("baseline", "baseline", 6),
         Variant("pruned", "pruned", 6, 3),
@@ -44,11 +44,11 @@ def test_the_pruned_model_and_each_draw_of_each_control_follow_the_original():
     ]
     assert all(variant.strength == 1 for variant in variants)
     assert {variant.kind for variant in variants[2:]} == set(CONTROLS)
-    assert names(plan(NEURONS, 6)) == ["baseline", "pruned"]
+    assert names(plan({"": NEURONS}, 6)) == ["baseline", "pruned"]
 
 
 def test_controls_may_draw_fewer_continuations_but_no_other_model_does():
-    variants = plan(NEURONS, 6, controls=1, control_continuations=2, doses=[1, 5])
+    variants = plan({"": NEURONS}, 6, controls=1, control_continuations=2, doses=[1, 5])
     assert {v.name: v.num_continuations for v in variants} == {
         "baseline": 6,
         "pruned": 6,
@@ -61,11 +61,11 @@ def test_controls_may_draw_fewer_continuations_but_no_other_model_does():
 
 
 def test_a_list_that_does_not_say_which_neurons_are_least_relevant_has_no_such_control():
-    assert names(plan(WITHOUT_POOL, 1, controls=1)) == ["baseline", "pruned", "random_0", "largest_weights_0"]
+    assert names(plan({"": WITHOUT_POOL}, 1, controls=1)) == ["baseline", "pruned", "random_0", "largest_weights_0"]
 
 
 def test_every_dose_is_measured_at_every_strength_and_the_pruned_model_not_twice():
-    variants = plan(NEURONS, 2, doses=[1, 3, 6], strengths=[1.0, 0.5])
+    variants = plan({"": NEURONS}, 2, doses=[1, 3, 6], strengths=[1.0, 0.5])
     doses = list(of_kind(variants, "dose"))
     assert doses == [
         Variant("top_1_1", "dose", 2, 1, 1.0),
@@ -76,12 +76,12 @@ def test_every_dose_is_measured_at_every_strength_and_the_pruned_model_not_twice
     ]
     assert names(variants) == ["baseline", "pruned", *names(doses)]
     # A whole number, as YAML may give it, is the same strength.
-    assert names(plan(NEURONS, 2, doses=[3], strengths=[1])) == ["baseline", "pruned"]
-    assert names(plan(NEURONS, 2, doses=[3], strengths=[0.25])) == ["baseline", "pruned", "top_3_0.25"]
+    assert names(plan({"": NEURONS}, 2, doses=[3], strengths=[1])) == ["baseline", "pruned"]
+    assert names(plan({"": NEURONS}, 2, doses=[3], strengths=[0.25])) == ["baseline", "pruned", "top_3_0.25"]
 
 
 def test_no_two_models_have_the_same_name():
-    found = names(plan(NEURONS, 2, 3, doses=[1, 2, 3, 4, 5, 6], strengths=[1.0, 0.5, 0.25, 0.125]))
+    found = names(plan({"": NEURONS}, 2, 3, doses=[1, 2, 3, 4, 5, 6], strengths=[1.0, 0.5, 0.25, 0.125]))
     assert len(set(found)) == len(found) == 2 + 3 * 3 + 4 * 6 - 1
 
 
@@ -101,25 +101,25 @@ def test_no_two_models_have_the_same_name():
         ({"doses": [0, 1]}, "--model.doses must be different numbers above 0"),
         ({"doses": [-2]}, "--model.doses must be different numbers above 0"),
         ({"doses": [1], "strengths": [0.5, 0.5]}, "--model.strengths must be different"),
-        ({"doses": [1], "neurons": None}, "--model.doses needs --model.neurons"),
+        ({"doses": [1], "lists": {}}, "--model.doses needs --model.neurons"),
         ({"doses": [2, 7]}, "--model.doses asks for 7 neurons, but --model.neurons lists 6.* --model.num_ranked 7"),
-        ({"doses": [4], "neurons": WITHOUT_POOL}, "--model.doses asks for 4 neurons, but --model.neurons lists 3"),
+        ({"doses": [4], "lists": {"": WITHOUT_POOL}}, "--model.doses asks for 4 neurons, but --model.neurons lists 3"),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) and "neurons" not in value else "",
+    ids=lambda value: str(value) if isinstance(value, dict) and "lists" not in value else "",
 )
 def test_numbers_that_make_no_sense_are_refused_by_the_name_of_their_option(arguments, option):
     with pytest.raises(ValueError, match=option):
-        plan(**{"neurons": NEURONS, "num_continuations": 4, **arguments})
+        plan(**{"lists": {"": NEURONS}, "num_continuations": 4, **arguments})
 
 
 def test_numbers_at_the_edge_of_sense_are_taken():
-    plan(NEURONS, 1, 0, 1, doses=[6], strengths=[1e-3, 1.0])
-    plan(NEURONS, 4, 1, 4, strengths=[])
+    plan({"": NEURONS}, 1, 0, 1, doses=[6], strengths=[1e-3, 1.0])
+    plan({"": NEURONS}, 4, 1, 4, strengths=[])
 
 
 def test_doses_are_taken_in_the_order_of_the_list_and_the_pruned_model_is_without_just_its_neurons(make_model):
-    variants = plan(NEURONS, 1, doses=[1, 2, 3, 5, 6], strengths=[1.0, 0.5])
-    lists = neurons_of(variants, NEURONS, make_model(), 0)
+    variants = plan({"": NEURONS}, 1, doses=[1, 2, 3, 5, 6], strengths=[1.0, 0.5])
+    lists = neurons_of(variants, {"": NEURONS}, make_model(), 0)
     ranking = NEURONS.neurons + NEURONS.next
     assert lists["baseline"] == []
     assert lists["pruned"] == NEURONS.neurons
@@ -130,8 +130,8 @@ def test_doses_are_taken_in_the_order_of_the_list_and_the_pruned_model_is_withou
 
 @pytest.mark.parametrize("seed", [0, 1, 42])
 def test_each_draw_of_a_control_has_as_many_neurons_per_layer_and_none_of_the_pruned(make_model, seed):
-    variants = plan(NEURONS, 1, controls=4)
-    lists = neurons_of(variants, NEURONS, make_model(), seed)
+    variants = plan({"": NEURONS}, 1, controls=4)
+    lists = neurons_of(variants, {"": NEURONS}, make_model(), seed)
     for variant in variants[2:]:
         off = lists[variant.name]
         assert [sum(n.module == module for n in off) for module in (UP, SECOND)] == [1, 2], variant.name
@@ -139,13 +139,13 @@ def test_each_draw_of_a_control_has_as_many_neurons_per_layer_and_none_of_the_pr
         assert not places(off) & places(NEURONS.neurons)
     random = {frozenset(places(lists[f"random_{i}"])) for i in range(4)}
     assert len(random) == 4, "draws differ"
-    assert places(lists["random_0"]) != places(neurons_of(variants, NEURONS, make_model(), seed + 1)["random_0"])
-    assert lists == neurons_of(variants, NEURONS, make_model(), seed)
+    assert places(lists["random_0"]) != places(neurons_of(variants, {"": NEURONS}, make_model(), seed + 1)["random_0"])
+    assert lists == neurons_of(variants, {"": NEURONS}, make_model(), seed)
 
 
 def test_random_neurons_come_from_the_whole_layer_and_the_least_relevant_from_their_list(make_model):
-    variants = plan(NEURONS, 1, controls=150)
-    lists = neurons_of(variants, NEURONS, make_model(), 0)
+    variants = plan({"": NEURONS}, 1, controls=150)
+    lists = neurons_of(variants, {"": NEURONS}, make_model(), 0)
     drawn = {kind: set().union(*(places(lists[v.name]) for v in of_kind(variants, kind))) for kind in CONTROLS}
     everywhere = {(module, i) for module in (UP, SECOND) for i in range(24)}
     assert drawn["random"] == everywhere - places(NEURONS.neurons)
@@ -158,8 +158,8 @@ def test_neurons_with_the_largest_weights_are_drawn_from_those_whose_rows_have_t
     model.get_submodule(SECOND).weight.data.mul_(0.01)
     for neuron in NEURONS.neurons:
         model.get_submodule(neuron.module).weight.data[neuron.index] *= 100
-    variants = plan(NEURONS, 1, controls=150)
-    lists = neurons_of(variants, NEURONS, model, 0)
+    variants = plan({"": NEURONS}, 1, controls=150)
+    lists = neurons_of(variants, {"": NEURONS}, model, 0)
     drawn = set().union(*(places(lists[v.name]) for v in of_kind(variants, "largest_weights")))
     expected = set()
     for module, number in [(UP, 1), (SECOND, 2)]:
@@ -175,7 +175,7 @@ def test_controls_of_gate_neurons_come_from_the_gates(make_model):
     neurons = NeuronList([Neuron(gate, 5, -1.0)])
     model = make_model()
     heavy = model.get_submodule(gate).weight.norm(dim=1).argsort(descending=True).tolist()
-    lists = neurons_of(plan(neurons, 1, controls=60), neurons, model, 0)
+    lists = neurons_of(plan({"": neurons}, 1, controls=60), {"": neurons}, model, 0)
     assert {n.module for off in lists.values() for n in off} == {gate}
     drawn = {lists[f"largest_weights_{i}"][0].index for i in range(60)}
     assert drawn == set([i for i in heavy if i != 5][:POOL])
@@ -200,6 +200,6 @@ def test_in_its_context_the_model_is_the_one_whose_columns_are_scaled_and_the_or
 
 
 def test_models_are_described_by_how_many_there_are_of_each_kind():
-    assert describe(plan(NEURONS, 1, 2, doses=[1])) == (
+    assert describe(plan({"": NEURONS}, 1, 2, doses=[1])) == (
         "1 baseline, 1 pruned, 1 dose, 2 random, 2 least relevant, 2 largest weights"
     )

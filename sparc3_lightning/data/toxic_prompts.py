@@ -19,7 +19,8 @@ class ToxicPrompts(ReferenceSamples):
         max_toxicity: Greatest toxicity to keep a prompt; a low one gives harmless samples.
         continuation_toxicity: Least and greatest toxicity of the continuation that RealToxicityPrompts has for a
             prompt: samples are then prompts of such continuations together with them, and with ``--model.target text``
-            the continuation's tokens alone count. None takes prompts alone.
+            the continuation's tokens alone count. None takes prompts alone. With ``by=continuation`` these are the
+            model's own continuations, each a sample.
         num_samples: Prompts to take, the first in the order of the file.
         batch_size: Samples in a batch. It changes speed and memory, not results.
         tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
@@ -46,8 +47,6 @@ class ToxicPrompts(ReferenceSamples):
                 "by=continuation needs a source: the completions.jsonl of a 'sparc3 evaluate' of this model (without "
                 "neurons), since the continuations are the model's own."
             )
-        if by == "continuation" and continuation_toxicity is not None:
-            raise ValueError("continuation_toxicity is of the data set's continuations: it needs by=prompt.")
         self.save_hyperparameters(logger=False)
         self.by = by
         self.min_toxicity = min_toxicity
@@ -57,7 +56,7 @@ class ToxicPrompts(ReferenceSamples):
 
     def read_samples(self, tokenizer: Any) -> list[Sample]:
         """Tokenize the prompts that are toxic enough."""
-        prompts = read_prompts(self.rows()) if self.by == "prompt" else self._continued_toxically()
+        prompts = read_prompts(self.rows()) if self.by == "prompt" else self._continued_by_the_model()
         kept = [prompt for prompt in prompts if self._is_wanted(prompt)]
         if len(kept) < self.num_samples:
             most = f" and at most {self.max_toxicity}" if self.max_toxicity < 1 else ""
@@ -86,14 +85,26 @@ class ToxicPrompts(ReferenceSamples):
         found = prompt.continuation_toxicity
         return bool(prompt.continuation) and found is not None and least <= found <= greatest
 
-    def _continued_toxically(self) -> list[Prompt]:
-        """Give each prompt of completions.jsonl the highest toxicity of the model's continuations of it."""
-        worst: dict[str, Prompt] = {}
+    def _continued_by_the_model(self) -> list[Prompt]:
+        """Read the model's own continuations from completions.jsonl, in the order of prompts.
+
+        Each is a sample, named by its prompt and number; or, if samples are prompts alone, the most toxic one of each
+        prompt gives the prompt its toxicity.
+        """
+        found = []
         for row in self.rows():
-            if not {"prompt_id", "prompt", "model", "toxicity"} <= row.keys():
+            if not {"prompt_id", "prompt", "model", "toxicity", "prompt_toxicity"} <= row.keys():
                 raise ValueError(f"{self.source} is not a completions.jsonl of 'sparc3 evaluate' (by=continuation).")
-            if row["model"] != "baseline" or row["toxicity"] is None:
-                continue
+            if row["model"] == "baseline" and row["toxicity"] is not None:
+                found.append(row)
+        if self.continuation_toxicity is not None:
+            return [
+                Prompt(f"{row['prompt_id']}/{row['continuation_index']}", row["prompt"], row["prompt_toxicity"],
+                       row["continuation"], row["toxicity"])
+                for row in found
+            ]  # fmt: skip
+        worst: dict[str, Prompt] = {}
+        for row in found:
             before = worst.get(row["prompt_id"])
             if before is None or row["toxicity"] > before.toxicity:
                 worst[row["prompt_id"]] = Prompt(row["prompt_id"], row["prompt"], row["toxicity"])
