@@ -1,12 +1,13 @@
 """The accumulator: hooks in, over a stream of samples, and one score per neuron or per weight out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sparc3_lightning.heads import head_relevance, is_heads, sum_heads
 from sparc3_lightning.linear import Linear, weight_of
 from sparc3_lightning.relevance import (
     absolute_relevance,
@@ -19,8 +20,8 @@ from sparc3_lightning.relevance import (
     whole,
 )
 
-Granularity = Literal["neuron", "weight"]
-# Scores that need the layer's output and its gradient alone.
+Granularity = Literal["neuron", "head", "weight"]
+# Scores of neurons that need the layer's output and its gradient alone.
 OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "squared": squared_relevance}
 # Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.
 CHECK_EVERY = 16
@@ -30,10 +31,15 @@ class NonfiniteRelevanceError(ValueError):
     """A relevance is NaN or infinite."""
 
 
-def check_granularity(granularity: Granularity, score: str) -> None:
-    """Raise ValueError if weights are to have a score that only neurons have."""
+def check_granularity(granularity: Granularity, score: str, targets: Iterable[str]) -> None:
+    """Raise ValueError if weights are to have a score that they have not, or the targets have no heads."""
     if granularity == "weight" and score in ("absolute", "squared"):
-        raise ValueError(f"--model.relevance {score} is of neurons only: choose --model.granularity neuron.")
+        raise ValueError(f"--model.relevance {score} is of neurons and heads: choose another --model.granularity.")
+    if granularity == "head" and not all(map(is_heads, targets)):
+        raise ValueError(
+            f"--model.granularity head scores attention heads at o_proj: give --model.targets '[o_proj]', got "
+            f"{list(targets)}."
+        )
 
 
 class ScoreAccumulator:
@@ -50,10 +56,13 @@ class ScoreAccumulator:
         score: ``magnitude``, ``signed``, ``absolute`` or ``squared`` relevance, or ``wanda``.
         nonfinite: On NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0 in place of
             the value and counts it in ``num_nonfinite``.
-        granularity: One score for each ``neuron``, summed over its incoming weights, or for each ``weight``.
+        granularity: One score for each ``neuron``, summed over its incoming weights; for each attention ``head``,
+            summed over its weights in o_proj; or for each ``weight``.
+        head_dims: Of each module, the inputs that belong to one head; for heads.
 
     Raises:
-        ValueError: If weights are to have squared or absolute relevance, which are of a neuron's output.
+        ValueError: If weights are to have squared or absolute relevance, which are of the output of a neuron or head;
+            if heads are not of an o_proj.
     """
 
     def __init__(
@@ -62,12 +71,14 @@ class ScoreAccumulator:
         score: Literal["magnitude", "signed", "absolute", "squared", "wanda"],
         nonfinite: Literal["error", "zero"] = "error",
         granularity: Granularity = "neuron",
+        head_dims: Mapping[str, int] | None = None,
     ) -> None:
-        check_granularity(granularity, score)
+        check_granularity(granularity, score, modules)
         self.modules = dict(modules)
         self.score = score
         self.nonfinite = nonfinite
         self.granularity = granularity
+        self.head_dims = head_dims or {}
         self.sums: dict[str, Tensor] = {}
         self.num_samples = 0
         self._nonfinite: int | Tensor = 0
@@ -172,7 +183,8 @@ class ScoreAccumulator:
         Relevance is the mean over the samples; Wanda's norm is over all tokens of all samples.
 
         Yields:
-            Name, and scores of shape ``[out_features]`` or, of weights, ``[out_features, in_features]``.
+            Name, and scores of shape ``[out_features]``, of heads ``[heads]`` or, of weights, ``[out_features,
+            in_features]``.
 
         Raises:
             ValueError: If no sample was recorded.
@@ -185,6 +197,8 @@ class ScoreAccumulator:
             total = self.sums[name]
             if self.score == "wanda":
                 score = wanda_score(whole(weight_of(module)), total, self.granularity == "neuron")
+                if self.granularity == "head":
+                    score = sum_heads(score.sum(dim=0), self.head_dims[name])
             else:
                 rows = _gather_rows(total, len(weight_of(module))) if self.sums_weights else total
                 score = rows / self.num_samples
@@ -208,6 +222,9 @@ class ScoreAccumulator:
 
             if self.sums_weights:
                 output.register_hook(lambda G: self._add_weights(name, weight(), A_BTI, unfold(G), real))
+            elif self.granularity == "head":
+                of_heads: Any = (self.head_dims[name], self.score)
+                output.register_hook(lambda G: self._set(name, head_relevance(weight(), A_BTI, unfold(G), *of_heads)))
             elif self.score == "magnitude":
                 output.register_hook(lambda G: self._set(name, magnitude_relevance(weight(), A_BTI, unfold(G))))
             else:

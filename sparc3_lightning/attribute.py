@@ -16,6 +16,7 @@ from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activa
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_space, check_writable
+from sparc3_lightning.heads import head_dims
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.lrp import Rule, family_of, lrp
 from sparc3_lightning.neurons import columns_of, neuron_layers
@@ -41,22 +42,23 @@ class Attribution(L.LightningModule):
             wheel>``.
         method: ``lrp``; ``gradient``, the same with the plain gradient in place of LRP's; or ``wanda`` (Sun et al.
             2023: weight magnitude times norm of the input).
-        relevance: Sum over a neuron's weights of the ``magnitude`` of the relevance, taken per sample, or of the
-            ``signed`` relevance, or its ``absolute`` value per sample; or the sum of the ``squared`` relevance of its
-            output over the tokens. Not for wanda.
+        relevance: Sum over the weights of the ``magnitude`` of relevance, taken per sample, or of the ``signed`` one,
+            or its ``absolute`` value per sample; or the sum of the ``squared`` relevance of the output over the tokens.
+            Not for wanda.
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
         target: What is explained: ``argmax``, the largest logit at the last token; ``text``, the mean log-probability
             of the sample's own tokens; ``lexicon``, the log-probability that the next token is a toxic one, averaged
-            over all positions; or ``lexicon_probability``, that probability itself, averaged over the positions of the
-            sample's continuation, or of all of it if it has none.
+            over all positions; ``lexicon_probability``, that probability itself, averaged over the positions of the
+            sample's continuation, or of all of it if it has none; or ``logit_difference``, the logit of the right next
+            token less that of the wrong one.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves.
         targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one,
             and by default it is the layer of the MLP neurons: ``up_proj``, ``fc1`` (OPT) or ``c_fc`` (GPT-2).
         activations: Also keep the mean activation of each neuron over each sample's tokens, in activations.safetensors:
             for ``sparc3 prune`` with the selection ``auroc`` or the edit ``mean``.
-        granularity: One score for each ``neuron``, or for each ``weight``. Scores of weights are as large as the model
-            in float32: on each device as much of them as its share, and on the disk all. Several ranks do not save
-            their sums of weights on the way.
+        granularity: One score for each ``neuron``; for each attention ``head``, with ``targets`` o_proj; or for each
+            ``weight``. Scores of weights are as large as the model in float32: on each device as much of them as its
+            share, and on the disk all. Several ranks do not save their sums of weights on the way.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         nonfinite: On a relevance of NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts
             0 in its place, counts it and reports the count.
@@ -88,7 +90,7 @@ class Attribution(L.LightningModule):
         super().__init__()
         if targets is not None and not targets:
             raise ValueError("--model.targets must name at least one layer type, for example up_proj.")
-        check_granularity(granularity, relevance)
+        check_granularity(granularity, relevance, targets or ())
         if method == "wanda" and target != "argmax":
             raise ValueError("--model.method wanda has no target: leave out --model.target.")
         if target in LEXICAL:
@@ -128,6 +130,7 @@ class Attribution(L.LightningModule):
         if self.target in LEXICAL:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(self.lexicon_scorer).score)
             data.notes["num_lexicon"] = len(self.lexicon)
+        data.check_target(self.target)
         self.identity = self._identify()
         check_same_on_all_ranks("checkpoint or data", self.identity)
         self._resume()
@@ -149,7 +152,8 @@ class Attribution(L.LightningModule):
         targets = find_targets(self.model, self.layers)
         if self.granularity == "weight":
             check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))
-        self.accumulator = ScoreAccumulator(targets, score, self.nonfinite, self.granularity)
+        dims = head_dims(self.model, targets) if self.granularity == "head" else {}
+        self.accumulator = ScoreAccumulator(targets, score, self.nonfinite, self.granularity, dims)
         self.recorder = ActivationRecorder(columns_of(self.model, targets) if self.activations else {})
         # Each rank then has its rows of all ranks' samples, so that a state of one rank is no state of its samples.
         self.saves = not (self.accumulator.sums_weights and self.trainer.world_size > 1)
@@ -176,8 +180,7 @@ class Attribution(L.LightningModule):
             self.recorder.recording(mask, batch["weights"]),
         ):
             if has_target:
-                of = (batch["input_ids"], mask, batch["start"], self.words)
-                target_of(self.model, self.target, *of).sum().backward()
+                target_of(self.model, self.target, batch, mask, self.words).sum().backward()
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
         self.done += [name for name, weight in zip(batch["sample_ids"], batch["weights"], strict=True) if weight]
@@ -238,9 +241,9 @@ class Attribution(L.LightningModule):
             return
         self.accumulator.check()  # before what is saved rests on it
         sums, count = self.accumulator.sums, self.accumulator.num_nonfinite
-        Progress(self.identity, sums, self.done, count, self.progress.attempt, self.recorder.rows()).save(
-            self.output.parent, self.trainer.global_rank
-        )
+        rows = self.recorder.rows()
+        state = Progress(self.identity, sums, self.done, count, self.progress.attempt, rows)
+        state.save(self.output.parent, self.trainer.global_rank)
         self.num_saved = len(self.done)
 
     def _write(self) -> None:
@@ -251,7 +254,7 @@ class Attribution(L.LightningModule):
             if is_writer:
                 lengths = {sample.id: len(sample.input_ids) for sample in self.reference_samples.samples}
                 Activations.join(parts, lengths).save(self.output.parent / ACTIVATIONS)
-        if self.granularity == "neuron":
+        if self.granularity != "weight":
             scores = self.accumulator.compute()
             if is_writer:
                 ScoreFile(scores, self._provenance()).save(self.output)
@@ -279,6 +282,7 @@ class Attribution(L.LightningModule):
             relevance=self.relevance if self.method != "wanda" else None,
             target=self.target if self.method != "wanda" else None,
             lexicon=self.lexicon_scorer if self.target in LEXICAL else None,
+            granularity=self.granularity,
             targets=self.layers,
             dtype=str(self.model.dtype).removeprefix("torch."),
             data={"class": type(data).__name__, **options, **data.notes},

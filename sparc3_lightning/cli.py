@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import sparc3_lightning
 from sparc3_lightning.attribute import SCORES, Attribution
+from sparc3_lightning.circuit import CIRCUIT, Circuit
 from sparc3_lightning.compare import COMPARISON, Comparison
 from sparc3_lightning.data import EvaluationData
 from sparc3_lightning.data.base import ReferenceSamples
@@ -67,6 +68,11 @@ class SparC3Trainer(Trainer):
         """Compare the pruned neurons of several behaviours: which they share, and which are specific to one."""
         rank_zero_info(model.compare(Path(self.log_dir or ".")))
 
+    def circuit(self, model: Circuit, datamodule: LightningDataModule) -> None:
+        """Take the least relevant components out step by step, and find the sparsest circuit that keeps a behaviour."""
+        self.predict(model, datamodule=datamodule, return_predictions=False)
+        rank_zero_info(model.summary())
+
     def run(self, model: Experiment, plan: Path | None = None) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report.
 
@@ -93,6 +99,7 @@ STAGES = {
     "evaluate": Stage(Evaluation, EvaluationData),
     "sweep": Stage(Sweep, EvaluationData),
     "compare": Stage(Comparison),
+    "circuit": Stage(Circuit, ReferenceSamples),
     "run": Stage(Experiment, is_experiment=True),
 }
 
@@ -104,7 +111,7 @@ class SaveConfig(SaveConfigCallback):
         """Save the config."""
         folder = trainer.log_dir
         if folder is not None:
-            for name in (SCORES, INDEX, NEURONS, RESULTS, COMPARISON):
+            for name in (SCORES, INDEX, NEURONS, RESULTS, COMPARISON, CIRCUIT):
                 check_absent(Path(folder) / name)
         self.overwrite = True
         super().setup(trainer, pl_module, stage)

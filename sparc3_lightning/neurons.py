@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_lightning.files import write_atomically
+from sparc3_lightning.heads import check_heads, is_heads, mask_heads, prune_heads_
 from sparc3_lightning.linear import Linear, weight_of
 
 # The layers whose row i, and the layer whose column i, make up neuron i: of a gated MLP (LLaMA, Qwen, Gemma3), and of
@@ -25,15 +27,15 @@ FORMAT = "sparc3_lightning neurons 1"
 
 @dataclass(frozen=True, slots=True)
 class Neuron:
-    """A neuron, and what is done to it.
+    """A neuron, or a head, and what is done to it.
 
     Args:
-        module: Fully qualified name of its layer.
-        index: Its row there.
+        module: Fully qualified name of its layer; of a head that of the o_proj.
+        index: Its row there; of a head its number.
         score: The one it was selected by.
         strength: 1 switches it off; a fraction leaves ``1 - strength`` of its activation.
         constant: What takes the place of what is taken away, times ``strength``: 0 for pruning, the neuron's mean
-            activation for mean ablation.
+            activation for mean ablation. Of a head always 0.
     """
 
     module: str
@@ -89,17 +91,19 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
 
 @contextmanager
 def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> Iterator[None]:
-    """Switch neurons off, or damp them, for the length of a ``with`` block, without touching a weight.
+    """Switch neurons or heads off, or damp them, for the length of a ``with`` block, without touching a weight.
 
     Args:
         model: A causal language model whose MLPs are in ``MLPS``.
-        neurons: The neurons, each with its own strength and constant.
+        neurons: The neurons and heads, each with its own strength and constant.
         strength: Times the strength of each.
 
     Raises:
         ValueError: If the model has no such neuron.
     """
+    heads, neurons = _apart(neurons)
     with ExitStack() as undo:
+        undo.enter_context(mask_heads(model, heads, strength))
         for mlp in _by_mlp(model, neurons):
             factor, constant = _edit(mlp, strength)
 
@@ -137,15 +141,18 @@ def prune_(model: nn.Module, neurons: Iterable[Neuron]) -> None:
 
     Args:
         model: A causal language model whose MLPs are in ``MLPS``.
-        neurons: The neurons.
+        neurons: The neurons and heads.
 
     Raises:
         ValueError: If the model has no such neuron, or its architecture has no bias to put a constant in. Nothing is
             changed then.
     """
+    heads, neurons = _apart(neurons)
     mlps = _by_mlp(model, neurons)
+    check_heads(model, heads)
     if any(neuron.constant for mlp in mlps for neuron in mlp.neurons):
         _add_biases(model, mlps)
+    prune_heads_(model, heads)
     with torch.no_grad():
         for mlp in mlps:
             off = [neuron.index for neuron in mlp.neurons if neuron.strength == 1]
@@ -207,7 +214,23 @@ def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
 
 def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
     """Raise ValueError unless the model has all these neurons. A model on the meta device suffices."""
+    heads, neurons = _apart(neurons)
+    check_heads(model, heads)
     _by_mlp(model, neurons)
+
+
+def _apart(neurons: Iterable[Neuron]) -> tuple[dict[str, dict[int, float]], list[Neuron]]:
+    """Return the strength for each head, by the name of its layer and its number, and the neurons of MLPs."""
+    heads: dict[str, dict[int, float]] = defaultdict(dict)
+    others = []
+    for neuron in neurons:
+        if not is_heads(neuron.module):
+            others.append(neuron)
+        elif neuron.constant:
+            raise ValueError(f"Head {neuron.index} of {neuron.module} has a constant, which only a neuron can have.")
+        else:
+            heads[neuron.module][neuron.index] = neuron.strength
+    return dict(heads), others
 
 
 def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> list[_Mlp]:

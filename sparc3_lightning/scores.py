@@ -6,7 +6,7 @@ them holds the header.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ MUST_MATCH = (
     "lexicon",
     "targets",
     "dtype",
+    "granularity",
 )
 
 
@@ -58,6 +59,7 @@ class Provenance:
         git_hash: Commit of this package's working tree, if it is one.
         target: As in ``targets.Target``; None for Wanda.
         lexicon: The scorer that the lexicon is by.
+        granularity: ``neuron``, ``head`` or ``weight``.
     """
 
     checkpoint: str
@@ -79,6 +81,7 @@ class Provenance:
     git_hash: str | None = None
     target: str | None = "argmax"  # the only one there was before this field
     lexicon: str | None = None
+    granularity: str = "neuron"
 
     @property
     def revision(self) -> str | None:
@@ -92,7 +95,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """Scores per target module, shape ``[out_features]``, float32, and their provenance."""
+    """Scores per target module, shape ``[out_features]`` or of heads ``[heads]``, float32, and their provenance."""
 
     scores: dict[str, Tensor]
     provenance: Provenance
@@ -116,7 +119,8 @@ class ScoreFile:
         if path.name == INDEX:
             weights = WeightScores(path)
             sums = {name: score.sum(dim=1) for name, score in weights}
-            return cls({name: sums[name] for name in sorted(sums, key=_natural)}, weights.provenance, path)
+            of_neurons = replace(weights.provenance, granularity="neuron")
+            return cls({name: sums[name] for name in sorted(sums, key=_natural)}, of_neurons, path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

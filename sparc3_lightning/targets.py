@@ -3,18 +3,18 @@
 Shape letters: B samples, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Target = Literal["argmax", "text", "lexicon", "lexicon_probability"]
+Target = Literal["argmax", "text", "lexicon", "lexicon_probability", "logit_difference"]
 LEXICAL = ("lexicon", "lexicon_probability")  # those that speak of a lexicon
 
 
-def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Return the largest logit at the last token of each sample.
+def last_logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Return the logits at the last token of each sample.
 
     The head is applied to the last token of each sample, so that no other logits are formed. All weights are frozen, so
     there is a graph only above an output that somebody asks the gradient of, as the accumulator does of its layers'.
@@ -26,7 +26,7 @@ def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
             transformers a look at it.
 
     Returns:
-        Shape ``[samples]``.
+        Shape ``[samples, vocabulary]``.
     """
     rows = torch.arange(len(input_ids), device=input_ids.device)
     last = -torch.ones_like(rows) if attention_mask is None else attention_mask.sum(dim=1) - 1
@@ -37,7 +37,31 @@ def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     finally:
         handle.remove()
-    return logits[:, 0].max(dim=-1).values
+    return logits[:, 0]
+
+
+def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Return the largest logit at the last token of each sample, shape ``[samples]``; see ``last_logits``."""
+    return last_logits(model, input_ids, attention_mask).max(dim=-1).values
+
+
+def logit_difference(model: Any, input_ids: Tensor, attention_mask: Tensor | None, contrast: Tensor) -> Tensor:
+    """Return how much higher the logit of one token is than that of another, at the last token of each sample.
+
+    Source: Wang et al. 2022, arXiv:2211.00593, section 2.
+
+    Args:
+        model: Causal language model of transformers.
+        input_ids: Padded on the right, shape ``[samples, tokens]``.
+        attention_mask: 1 at tokens, 0 at padding, of the same shape; None if there is no padding.
+        contrast: The two tokens, shape ``[samples, 2]``.
+
+    Returns:
+        Shape ``[samples]``, float32 or wider.
+    """
+    logits_BV = last_logits(model, input_ids, attention_mask)
+    first, second = logits_BV.gather(1, contrast).to(torch.promote_types(logits_BV.dtype, torch.float32)).unbind(dim=1)
+    return first - second
 
 
 def text_log_probability(model: Any, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor) -> Tensor:
@@ -116,15 +140,18 @@ def _log_of_lexicon(model: Any, input_ids: Tensor, attention_mask: Tensor | None
 
 
 def target_of(
-    model: Any, target: Target, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor, lexicon: Tensor
+    model: Any, target: Target, batch: Mapping[str, Tensor], attention_mask: Tensor | None, lexicon: Tensor
 ) -> Tensor:
-    """Return the target of a name for each sample, shape ``[samples]``; see the functions above."""
+    """Return the target of a name for each sample of a padded batch, shape ``[samples]``; see the functions above."""
+    input_ids = batch["input_ids"]
     if target == "text":
-        return text_log_probability(model, input_ids, attention_mask, start)
+        return text_log_probability(model, input_ids, attention_mask, batch["start"])
     if target == "lexicon_probability":
-        return lexicon_probability(model, input_ids, attention_mask, start, lexicon)
+        return lexicon_probability(model, input_ids, attention_mask, batch["start"], lexicon)
     if target == "lexicon":
         return lexicon_log_probability(model, input_ids, attention_mask, lexicon)
+    if target == "logit_difference":
+        return logit_difference(model, input_ids, attention_mask, batch["contrast"])
     return largest_logit(model, input_ids, attention_mask)
 
 

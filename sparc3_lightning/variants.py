@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sparc3_lightning.controls import draw_like, lowest, random_like
+from sparc3_lightning.heads import head_norms, is_heads, num_heads
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.neurons import Neuron, NeuronList, mask
 from sparc3_lightning.relevance import whole
@@ -147,14 +148,14 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
         return {variant.name: [] for variant in variants}
     first = next(iter(lists.values()))
     pruned = first.neurons
-    layers = {module: model.get_submodule(module) for module in dict.fromkeys(n.module for n in pruned)}
+    modules = list(dict.fromkeys(n.module for n in pruned))
     kinds = {variant.kind for variant in variants}
-    heaviest = lowest(pruned, _negative_norms(layers)) if "largest_weights" in kinds else []
+    heaviest = lowest(pruned, _negative_norms(model, modules)) if "largest_weights" in kinds else []
 
     def of(variant: Variant) -> list[Neuron]:
         draw = 1000 * seed + variant.draw
         if variant.kind == "random":
-            return random_like(pruned, {name: len(weight_of(layer)) for name, layer in layers.items()}, draw)
+            return random_like(pruned, {name: _count(model, name) for name in modules}, draw)
         if variant.kind in CONTROLS:
             pool = heaviest if variant.kind == "largest_weights" else first.least_relevant
             return draw_like(pruned, pool, draw)
@@ -163,8 +164,18 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
     return {variant.name: of(variant) for variant in variants}
 
 
-def _negative_norms(layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: -whole(weight_of(layer).float().norm(dim=1)).cpu() for name, layer in layers.items()}
+def _count(model: Any, module: str) -> int:
+    """Return how many neurons or heads a layer has."""
+    return num_heads(model, module) if is_heads(module) else len(weight_of(model.get_submodule(module)))
+
+
+def _negative_norms(model: Any, modules: Sequence[str]) -> dict[str, Tensor]:
+    def norms(module: str) -> Tensor:
+        if is_heads(module):
+            return head_norms(model, module)
+        return whole(weight_of(model.get_submodule(module)).float().norm(dim=1))
+
+    return {module: -norms(module).cpu() for module in modules}
 
 
 def describe(variants: Sequence[Variant]) -> str:

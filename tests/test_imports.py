@@ -16,8 +16,9 @@ MODULES = {
 LAYERS = (
     {"cli"},
     {"experiment"},
-    {"attribute", "prune", "budget", "evaluate", "sweep", "compare", "data", "completions"},
+    {"attribute", "prune", "budget", "evaluate", "sweep", "compare", "circuit", "data", "completions"},
     {"report"},
+    {"score_groups"},
     {
         "scores",
         "checkpoints",
@@ -30,16 +31,26 @@ LAYERS = (
         "classifiers",
         "activations",
     },
-    {"overlap_findings", "overlap_tables", "overlap_figures", "findings", "verdict", "variants", "figures", "tables"},
-    {"accumulator", "selections", "controls", "neurons"},
+    {
+        "overlap_findings",
+        "overlap_tables",
+        "overlap_figures",
+        "circuit_tables",
+        "findings",
+        "verdict",
+        "variants",
+        "figures",
+        "tables",
+    },
+    {"accumulator", "selections", "controls", "orders", "neurons", "heads"},
     {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap"},
     {"linear"},
 )
 # A script of its own that nothing imports.
 SCRIPTS = {"train_scorer", "__main__"}
 PURE = ("lrp", "relevance", "targets", "selections", "accumulator", "metrics", "generation", "neurons", "intervals")
-PURE += ("controls", "overlap", "linear")
-STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "experiment", "cli", "data")
+PURE += ("controls", "overlap", "heads", "orders", "linear")
+STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "circuit", "experiment", "cli", "data")
 
 
 def imports_of(path: Path) -> set[str]:

@@ -39,6 +39,7 @@ OTHER = {
     "lexicon": "small",
     "targets": ["gate_proj", "up_proj"],
     "dtype": "bfloat16",
+    "granularity": "head",
 }
 
 

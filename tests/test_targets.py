@@ -191,7 +191,7 @@ def test_harmless_prompts_are_chosen_by_a_range(tiny_checkpoint, prompts):
     [
         ({"method": "wanda", "target": "text"}, "wanda has no target"),
         ({"target": "lexicon", "lexicon": "no_such_package:score"}, "--model.lexicon"),
-        ({"relevance": "squared", "granularity": "weight"}, "neurons only"),
+        ({"relevance": "squared", "granularity": "weight"}, "neurons and heads"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(options, words):

@@ -16,11 +16,16 @@ from sparc3_lightning.sources import read_records, resolve
 
 
 class Sample(NamedTuple):
-    """A tokenized text, a name for it, and its first token that counts where the target is the text itself."""
+    """A tokenized text and a name for it.
+
+    ``start`` is its first token that counts where the target is the text itself; ``contrast`` the right and the wrong
+    next token where that is the difference of two logits.
+    """
 
     id: str
     input_ids: list[int]
     start: int = 0
+    contrast: tuple[int, int] | None = None
 
 
 class Share(DistributedSampler):
@@ -187,6 +192,14 @@ class ReferenceSamples(TextDataModule):
         """Number of tokens of all samples."""
         return sum(len(sample.input_ids) for sample in self.samples)
 
+    def check_target(self, target: str) -> None:
+        """Raise ValueError unless each sample has what a target needs: for a difference of logits two tokens."""
+        if target == "logit_difference" and any(sample.contrast is None for sample in self.samples):
+            raise ValueError(
+                f"{type(self).__name__} has no right and wrong next token for each sample, whose logits could be "
+                "compared: choose --data sparc3_lightning.data.IOI."
+            )
+
     def fingerprint(self) -> str:
         """Hash the token ids of all samples, in order."""
         digest = hashlib.sha256()
@@ -212,7 +225,8 @@ def pad_right(samples: list[Sample], pad_token_id: int) -> dict[str, Any]:
 
     Returns:
         ``input_ids`` and ``attention_mask``, int64 of shape ``[samples, tokens]``; ``is_padded``, whether there is any
-        padding; ``start``, the first token of each that counts, shape ``[samples]``; and ``sample_ids``, a list.
+        padding; ``start``, the first token of each that counts, shape ``[samples]``; ``contrast``, shape
+        ``[samples, 2]``, 0 where a sample has none; and ``sample_ids``, a list.
     """
     longest = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full((len(samples), longest), pad_token_id)
@@ -226,4 +240,5 @@ def pad_right(samples: list[Sample], pad_token_id: int) -> dict[str, Any]:
         "is_padded": any(len(sample.input_ids) < longest for sample in samples),
         "sample_ids": [sample.id for sample in samples],
         "start": torch.tensor([sample.start for sample in samples]),
+        "contrast": torch.tensor([sample.contrast or (0, 0) for sample in samples]),
     }

