@@ -16,11 +16,12 @@ MODULES = {
 LAYERS = (
     {"cli"},
     {"experiment"},
+    {"screening"},
     {"attribute", "prune", "evaluate", "sweep", "compare", "data", "completions"},
     {"report"},
     {"scores", "checkpoints", "scorers", "sources", "provenance", "sharding", "progress", "zero_shot", "classifiers"},
     {"overlap_findings", "overlap_tables", "overlap_figures", "findings", "verdict", "variants", "figures", "tables"},
-    {"accumulator", "selections", "controls", "neurons"},
+    {"accumulator", "selections", "controls", "neurons", "preferences"},
     {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap"},
 )
 # A script of its own that nothing imports.
