@@ -187,3 +187,24 @@ def test_demo_yaml_needs_nothing_but_pypi_and_a_cpu(parsed):
     sources += [options[name]["init_args"]["source"] for name in ("general", "behavior")]
     sources += [options["data"][name]["init_args"]["source"] for name in ("text", "prompts")]
     assert all(source.startswith("pypi:") for source in sources)
+
+
+@pytest.mark.parametrize("name", ["repetition.yaml", "gender.yaml", "race.yaml"])
+@pytest.mark.parametrize("base", ["demo.yaml", "run.yaml"])
+def test_a_behavior_is_an_overlay_whose_prompts_the_model_chooses_and_that_needs_nothing_but_pypi(name, base, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--config", base, "--config", name, "--print_config"])
+    options = yaml.safe_load(capsys.readouterr().out)
+    behavior, prompts, pairs = options["behavior"], options["data"]["prompts"], options["data"]["pairs"]
+    assert options["screen"]["init_args"]["source"].startswith("pypi:")
+    assert includes(behavior["init_args"], {"source": None, "by": "continuation", "min_toxicity": None})
+    assert includes(prompts["init_args"], {"min_toxicity": None, "num_nontoxic": 0})
+    if name == "repetition.yaml":
+        expected = {"scorer": "repetition", "second_scorer": None, "protocol": "greedy", "num_continuations": 1}
+        assert includes(options["evaluate"], expected)
+        assert options["prune"]["num_neurons"] == 20
+        assert pairs is None
+    else:
+        assert prompts["init_args"]["where"] == {"bias_type": name.removesuffix(".yaml")}
+        assert pairs["init_args"]["source"].startswith("pypi:")
+        assert options["evaluate"]["behavior"] == "toxicity", "what the scorer of the base scores"
