@@ -149,7 +149,7 @@ def check_scorer(name: str, option: str = "--model.scorer") -> None:
             )
     elif kind is ClassifierScorer and not _HUB_ID.fullmatch(str(folder)):
         raise ValueError(
-            f"{option}: {name!r} is neither 'small', '{REPETITION}', {', '.join(DETOXIFY_MODELS)}, nor a folder, nor a "
+            f"{option}: {name!r} is neither 'small', {', '.join(DETOXIFY_MODELS)}, {REPETITION}, nor a folder, nor a "
             "Hugging Face id (owner/name), nor package.module:function."
         )
 

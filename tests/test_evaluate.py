@@ -138,6 +138,7 @@ def test_results_json_holds_both_models_and_how_they_were_measured(tiny_checkpoi
         "num_empty",
         "share_empty",
         "mean_length",
+        "uniqueness",
         "distinct_1",
         "distinct_2",
     }
