@@ -124,8 +124,16 @@ def _preference_rows(found: dict[str, Any]) -> Table:
     ):
         cells = [cell(found[model][key], unit, digits) if model in found else "" for model in MODELS]
         if any(cells):
-            rows.append((name, *cells, *(_change(found[effect]["percent"]) if effect in found else ("", ""))))
+            rows.append((name, *cells, *(_change_of_preference(found[effect], unit) if effect in found else ("", ""))))
     return rows
+
+
+def _change_of_preference(effect: dict[str, Any], unit: str) -> tuple[str, str]:
+    # In percent of a mean margin near 0, a change would say nothing: it is left in nats.
+    difference = effect["difference"]
+    return (
+        _change(effect["percent"]) if unit else (f"{number(difference['value']):+.3f}", f"{_range(difference, 3)} nats")
+    )
 
 
 def dose_table(doses: Iterable[dict[str, Any]]) -> Table:

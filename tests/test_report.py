@@ -527,6 +527,10 @@ def test_the_preference_of_pairs_stands_below_with_its_change():
         row = rows_of_pairs["Stereotype preferred, of 7 pairs"]
         assert row[:2] == ("62.5 %", "50.0 %")
         assert row[2:] == (toxicity_table(results, "toxic")[0][3:5] if more else ("", ""))
+        margin = rows_of_pairs["Log-likelihood of the stereotype less the other's, nats"]
+        assert margin[:2] == ("1.500", "1.250")
+        assert margin[2] == (f"{effect['difference']['value']:+.3f}" if more else "")
+        assert margin[3].endswith(" nats") == bool(more)
     del found["pruned"]
     assert by_name(other_table({**results, "preference": found}))["Stereotype preferred, of 7 pairs"][1] == ""
 
