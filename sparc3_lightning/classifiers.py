@@ -1,7 +1,7 @@
-"""Scorers of other families than Detoxify's: any text-classification checkpoint, and any function of a package."""
+"""Scorers of other kinds than Detoxify's: text-classification checkpoints, repetition, any function of a package."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparc3_lightning.checkpoints import explain_hub_error, fetch_checkpoint, load_tokenizer
+from sparc3_lightning.metrics import uniqueness
 
 
 class ClassifierScorer:
@@ -67,6 +68,26 @@ class ClassifierScorer:
             for i, value in zip(chunk, probabilities[:, self._label].tolist(), strict=True):
                 scores[i] = value if math.isfinite(value) else math.nan
         return scores
+
+
+class RepetitionScorer:
+    """How much a continuation repeats itself: 1 less the share of its tokens that are different ones.
+
+    Args:
+        name: ``repetition``.
+        device: Not used.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+        self.name = name
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """Return the repetition of each text over its words, in [0, 1]; NaN where there is no word."""
+        return self.score_tokens([text.split() for text in texts])
+
+    def score_tokens(self, continuations: Sequence[Sequence[Hashable]]) -> list[float]:
+        """Return the repetition of each continuation over the model's own tokens, in [0, 1]; NaN if it is empty."""
+        return [1 - uniqueness(tokens) for tokens in continuations]
 
 
 class FunctionScorer:

@@ -20,7 +20,7 @@ import sparc3_lightning
 from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.circuit import CIRCUIT, Circuit
 from sparc3_lightning.compare import COMPARISON, Comparison
-from sparc3_lightning.data import EvaluationData
+from sparc3_lightning.data import EvaluationData, RealToxicityPrompts
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.evaluate import RESULTS, Evaluation
 from sparc3_lightning.experiment import Experiment
@@ -167,6 +167,7 @@ class SparC3CLI(LightningCLI):
         shared = {"checkpoint", "dtype", "revision"}
         parser.add_class_arguments(Experiment, "model")
         parser.add_class_arguments(Attribution, "attribute", skip=shared, instantiate=False)
+        parser.add_subclass_arguments(RealToxicityPrompts, "screen", instantiate=False, required=False)
         parser.add_subclass_arguments(ReferenceSamples, "general", instantiate=False, required=True)
         parser.add_subclass_arguments(ReferenceSamples, "behavior", instantiate=False, required=True)
         parser.add_class_arguments(Pruning, "prune", skip={"general", "behavior", "contrast"}, instantiate=False)
@@ -211,7 +212,8 @@ class SparC3CLI(LightningCLI):
     def _options(self) -> dict[str, Any]:
         """Return the config of this verb as plain values."""
         parser = self._parser(self.subcommand)
-        return yaml.safe_load(parser.dump(self.config[self.subcommand]))
+        # None is kept: left out, an option that was set to None would fall back to its default in the stage.
+        return yaml.safe_load(parser.dump(self.config[self.subcommand], skip_none=False))
 
 
 def _run_stage(verb: str, config: Path) -> None:

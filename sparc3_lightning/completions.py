@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparc3_lightning.data.real_toxicity_prompts import Prompt
+from sparc3_lightning.data.prompts import Prompt
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.generation import Continuation
 
@@ -114,6 +114,7 @@ def completion_rows(
                 "prompt_toxicity": prompt.toxicity,
                 "continuation": text,
                 "num_tokens": len(continuation.input_ids),
+                "num_unique_tokens": len(set(continuation.input_ids)),
                 **dict(zip(SCORES, found, strict=False)),
             }
         )

@@ -17,8 +17,9 @@ from sparc3_lightning.findings import findings
 from sparc3_lightning.generation import PROTOCOLS, Sampling, continue_prompts, draw_keys
 from sparc3_lightning.metrics import Perplexity, last_hidden_state, score_windows
 from sparc3_lightning.neurons import NeuronList, check_neurons
-from sparc3_lightning.provenance import git_hash, run_seed, versions
-from sparc3_lightning.scorers import Remembering, Scorer, check_scorer, load_scorer
+from sparc3_lightning.preferences import pair_rows, preference
+from sparc3_lightning.provenance import evaluation_settings, run_seed
+from sparc3_lightning.scorers import Remembering, check_scorer, load_scorer
 from sparc3_lightning.sharding import check_same_on_all_ranks, gather, is_sharded, load_for
 from sparc3_lightning.variants import Variant, describe, neurons_of, plan
 from sparc3_lightning.verdict import verdict
@@ -40,15 +41,18 @@ class Evaluation(L.LightningModule):
         scorer: What scores a continuation: a Detoxify model (``original``, ``unbiased``, ``multilingual``,
             ``original-small``, ``unbiased-small``); ``small``, which this package ships; a folder with a checkpoint of
             Detoxify's format; a folder or Hugging Face id of a text-classification checkpoint, if need be with ``#``
-            and the label that means toxic; or ``package.module:function`` from texts to numbers in [0, 1].
+            and the label that means toxic; ``package.module:function`` from texts to numbers in [0, 1]; or
+            ``repetition``, the share of its tokens that a continuation repeats.
+        behavior: What the scorer scores, as tables and report name it.
         second_scorer: A scorer of another family, side by side with the first; None for none.
         protocol: How continuations are drawn: ``short``, 1 of up to 50 tokens a prompt at temperature 0.7 and top-p
-            0.9; or ``rtp``, that of RealToxicityPrompts, 25 of up to 20 tokens at temperature 1 and top-p 0.9.
+            0.9; ``rtp``, that of RealToxicityPrompts, 25 of up to 20 tokens at temperature 1 and top-p 0.9; or
+            ``greedy``, 1 of up to 50 tokens at temperature 0.
         num_continuations: Continuations drawn per prompt; None as the protocol says, like the next three.
         num_seeds: Seeds that a prompt's continuations are divided over, from ``seed_everything`` on; figures by seed
             show how much is the luck of the draw.
         max_new_tokens: Length of a continuation at most, in tokens.
-        temperature: Of sampling.
+        temperature: Of sampling; 0 is greedy decoding.
         top_p: Probability mass of nucleus sampling.
         controls: How many draws of each control to measure beside the pruned model: as many random neurons, spread over
             the layers alike; of the least relevant ones; of those with the largest weights. 0 for none.
@@ -71,8 +75,9 @@ class Evaluation(L.LightningModule):
         checkpoint: str,
         neurons: Path | None = None,
         scorer: str = "original",
+        behavior: str = "toxicity",
         second_scorer: str | None = None,
-        protocol: Literal["short", "rtp"] = "short",
+        protocol: Literal["short", "rtp", "greedy"] = "short",
         num_continuations: int | None = None,
         num_seeds: int = 1,
         max_new_tokens: int | None = None,
@@ -99,7 +104,7 @@ class Evaluation(L.LightningModule):
             preset.temperature if temperature is None else temperature,
             preset.top_p if top_p is None else top_p,
         )
-        self.sampling.check()
+        self.sampling.check(self.num_continuations)
         check_scorer(scorer)
         if second_scorer is not None:
             check_scorer(second_scorer, "--model.second_scorer")
@@ -110,13 +115,14 @@ class Evaluation(L.LightningModule):
         self.lists = self.lists or ({} if self.neurons is None else {"": self.neurons})
         self.variants = plan(self.lists, self.num_continuations, controls, control_continuations, doses, strengths)
         self.save_hyperparameters()
+        self.behavior = behavior
         self.checkpoint = checkpoint
         self.neurons_path = neurons
         self.scorer_names = [name for name in (scorer, second_scorer) if name is not None]
         self.dtype_name: Dtype = dtype
         self.revision = revision
         self.model = None
-        self.scorers: list[Scorer] = []
+        self.scorers: list[Remembering] = []
         self.results: dict[str, Any] = {}
 
     @property
@@ -139,6 +145,8 @@ class Evaluation(L.LightningModule):
         data = self.data
         check_context(config, data.text.window, "--data.text.window")
         check_context(config, data.prompts.longest + self.sampling.max_new_tokens, "--model.max_new_tokens")
+        if data.pairs is not None:
+            check_context(config, data.pairs.longest, "--data.pairs")
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         for selection, neurons in self.lists.items():
@@ -173,14 +181,15 @@ class Evaluation(L.LightningModule):
             for convention in self._conventions_of(variant)
         }
         self.completions: list[dict[str, Any]] = [row for rows in self.kept.values() for row in rows]
+        self.pair_rows: list[dict[str, Any]] = []
 
     def _conventions_of(self, variant: Variant) -> tuple[str, ...]:
         """Return the conventions of perplexity that a model is measured by; one is enough for comparison."""
         return self.data.text.conventions[: None if variant.kind in ("baseline", "pruned") else 1]
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure every model on one batch of windows, or of prompts."""
-        measure = self._measure_perplexity if dataloader_idx == 0 else self._measure_toxicity
+        """Measure every model on one batch of windows, of prompts, or of pairs of sentences."""
+        measure = (self._measure_perplexity, self._measure_toxicity, self._measure_preference)[dataloader_idx]
         self._original: torch.Tensor | None = None
         for variant in self.variants:
             with variant.as_context(self.model, self.off[variant.name]):
@@ -213,14 +222,19 @@ class Evaluation(L.LightningModule):
             all_ranks_step_together=is_sharded(self),
         )
         flat = [continuation for of_prompt in drawn for continuation in of_prompt]
-        texts = self.data.prompts._tokenizer.batch_decode([row.input_ids for row in flat], skip_special_tokens=True)
-        scores = [scorer.score(texts) for scorer in self.scorers]
+        tokens = [row.input_ids for row in flat]
+        texts = self.data.prompts._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        scores = [scorer.score_drawn(texts, tokens) for scorer in self.scorers]
         for i, (prompt, weight) in enumerate(zip(prompts, batch["weights"], strict=True)):
             if weight:  # not a filler
                 k = slice(i * variant.num_continuations, (i + 1) * variant.num_continuations)
                 rows = completion_rows(variant.name, prompt, flat[k], texts[k], [of_one[k] for of_one in scores])
                 self.completions += rows
                 self.log_of_completions.append(rows)
+
+    def _measure_preference(self, variant: Variant, batch: dict[str, Any]) -> None:
+        if variant.kind in ("baseline", "pruned"):
+            self.pair_rows += pair_rows(variant.name, self.model, batch)
 
     def _resume(self) -> None:
         """Keep the continuations of a run with the same config that broke off, and leave their prompts out."""
@@ -254,10 +268,16 @@ class Evaluation(L.LightningModule):
         order = {variant.name: i for i, variant in enumerate(self.variants)}
         self.completions.sort(key=lambda row: (row["prompt_id"], row["continuation_index"], order[row["model"]]))
         found = findings(self.completions, windows, self.variants, self.scorer_names, self.per_seed)
+        if self.data.pairs is not None:
+            found["preference"] = preference(gather(self.pair_rows))
         if self.zero_shot[0]:
             both = [(v.name, v.as_context(self.model, self.off[v.name])) for v in self.variants[:2]]
             found["zero_shot"] = accuracies(self.model, both, self.data.prompts._tokenizer, *self.zero_shot)
-        self.results = {"verdict": verdict(found, self.num_neurons, self.scorer_names), **found, **self._settings()}
+        self.results = {
+            "verdict": verdict(found, self.num_neurons, self.scorer_names, self.behavior),
+            **found,
+            **evaluation_settings(self, self.data),
+        }
         if self.logger is not None:
             models = {"baseline", "pruned"} & found.keys()
             self.logger.log_metrics(
@@ -284,33 +304,6 @@ class Evaluation(L.LightningModule):
 
         lines = ["", summary_table(self.results), "", self.results["verdict"], "", f"Results: {self.folder / RESULTS}"]
         return "\n".join(lines + ([f"Report:  {self.folder / REPORT}"] if self.neurons is not None else []))
-
-    def _settings(self) -> dict[str, Any]:
-        data = self.data
-        return {
-            "protocol": {
-                **data.describe(),
-                "toxicity": {
-                    **self.sampling._asdict(),
-                    "num_continuations": self.num_continuations,
-                    "num_seeds": self.num_continuations // self.per_seed,
-                    "scorers": self.scorer_names,
-                    "seed": run_seed(),
-                },
-            },
-            "checkpoint": self.checkpoint,
-            "checkpoint_fingerprint": self.fingerprint,
-            "neurons": str(self.neurons_path) if self.neurons_path else None,
-            "num_neurons": self.num_neurons,
-            "config": {
-                "verb": self.verb,
-                "model": {name: str(v) if isinstance(v, Path) else v for name, v in self.hparams.items()},
-                "text": dict(data.text.hparams),
-                "prompts": dict(data.prompts.hparams),
-            },
-            "versions": versions(),
-            "git_hash": git_hash(),
-        }
 
     @property
     def data(self) -> EvaluationData:

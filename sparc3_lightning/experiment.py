@@ -20,11 +20,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, fingerprint
 from sparc3_lightning.classifiers import split_label
-from sparc3_lightning.evaluate import REPORT, RESULTS
+from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.prune import NEURONS
 from sparc3_lightning.report import summary_table
 from sparc3_lightning.scorers import fetch_scorer
+from sparc3_lightning.screening import from_screening, screening, wants_screening
 from sparc3_lightning.sources import is_local, sha256_of
 from sparc3_lightning.targets import LEXICAL
 
@@ -96,7 +97,8 @@ class Experiment:
 
         Args:
             options: Config of ``sparc3 run`` with the groups ``seed_everything``, ``trainer``, ``attribute``,
-                ``general``, ``behavior``, ``budget`` (which may be None), ``prune``, ``evaluate`` and ``data``.
+                ``general``, ``behavior``, ``budget`` (which may be None), ``prune``, ``evaluate`` and ``data``; and, for
+                prompts that are chosen by what the model makes of them, ``screen``.
         """
         if len(self.general_seeds) > 1 and not _takes_seed(options["general"]):
             raise ValueError(
@@ -108,13 +110,19 @@ class Experiment:
         of_behavior = _checked({**options["attribute"], **self.behavior_attribute, **model})
         if not of_general.get("granularity", "neuron") == of_behavior["granularity"] == "neuron":
             raise ValueError("--attribute.granularity must be neuron: what is pruned here are neurons.")
+        screened: list[StageRun] = []
+        if options.get("screen") is not None:
+            screened.append(self._stage("screen", "evaluate", options, screening(options, model), RESULTS))
+        completions = screened[0].folder / COMPLETIONS if screened else None
+        behavior_data = from_screening(options["behavior"], completions)
+        data = {**options["data"], "prompts": from_screening(options["data"]["prompts"], completions)}
         references: list[tuple[str, Any, Any]] = [
             (f"general_{seed}", of_general, _with_seed(options["general"], seed)) for seed in self.general_seeds
         ]
-        references.append(("behavior", of_behavior, options["behavior"]))
+        references.append(("behavior", of_behavior, behavior_data))
         stages = [
-            self._stage(name, "attribute", options, {"model": attribution, "data": data}, SCORES)
-            for name, attribution, data in references
+            self._stage(name, "attribute", options, {"model": attribution, "data": samples}, SCORES, completions)
+            for name, attribution, samples in references
         ]
         *general, behavior = [str(stage.folder / SCORES) for stage in stages]
         pruning = {"model": {**options["prune"], "general": general, "behavior": behavior}}
@@ -123,16 +131,25 @@ class Experiment:
         stages.append(self._stage("neurons", "prune", options, pruning, NEURONS))
         evaluation = {**options["evaluate"], **model, "neurons": str(stages[-1].folder / NEURONS)}
         stages.append(
-            self._stage("evaluation", "evaluate", options, {"model": evaluation, "data": options["data"]}, RESULTS)
+            self._stage("evaluation", "evaluate", options, {"model": evaluation, "data": data}, RESULTS, completions)
         )
-        return stages
+        return screened + stages
 
-    def _stage(self, name: str, verb: str, options: dict[str, Any], config: dict[str, Any], output: str) -> StageRun:
+    def _stage(
+        self,
+        name: str,
+        verb: str,
+        options: dict[str, Any],
+        config: dict[str, Any],
+        output: str,
+        made: Path | None = None,
+    ) -> StageRun:
         trainer = {key: value for key, value in options["trainer"].items() if key not in _NOT_RESULTS}
         seed = options["seed_everything"]
         # Options that are None are left out, so that a new option with that default does not make old results unknown.
         identity = [verb, version("sparc3_lightning"), seed, _without_none(trainer), _without_none(config)]
-        digest = hashlib.sha256(json.dumps([*identity, _local_files(config)], sort_keys=True).encode()).hexdigest()[:8]
+        files = _local_files(config, made)
+        digest = hashlib.sha256(json.dumps([*identity, files], sort_keys=True).encode()).hexdigest()[:8]
         config = {"seed_everything": seed, "trainer": copy.deepcopy(options["trainer"]), **copy.deepcopy(config)}
         where = {"save_dir": str(self.logs), "name": verb, "version": f"{name}-{digest}"}
         config["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": where}
@@ -207,10 +224,15 @@ class Experiment:
         attributions = ({**options["attribute"], **self.behavior_attribute}, options["attribute"])
         for lexicon in {of["lexicon"] for of in attributions if of.get("target") in LEXICAL}:
             needs.append(("lexicon", lambda name=lexicon: fetch_scorer(name)))  # type: ignore[misc]
-        sets = [(f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds]
-        sets += [(name, options[name]) for name in ("behavior", "budget") if options.get(name) is not None]
-        sets += [(name, options["data"][name]) for name in ("text", "prompts")]
+        sets: list[tuple[str, Any]] = [
+            (f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds
+        ]
+        sets += [(name, options.get(name)) for name in ("behavior", "budget")]
+        sets += [(name, options["data"].get(name)) for name in ("text", "prompts", "pairs")]
+        sets += [("screen", options.get("screen"))]
         for name, data in sets:
+            if data is None or wants_screening(data):
+                continue
             needs.append((name, lambda data=data: self._fetch_data(data)))  # type: ignore[misc]
         files = []
         for purpose, fetch in needs:
@@ -267,8 +289,11 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def _local_files(value: Any) -> list[str]:
-    """Identify the content of every local file or folder that a config reads: sources, checkpoint and scorer."""
+def _local_files(value: Any, made: Path | None) -> list[str]:
+    """Identify the content of every local file or folder that a config reads: sources, checkpoint and scorer.
+
+    Not that of the file that an earlier stage of the same experiment makes: its path tells what it will hold.
+    """
     if not isinstance(value, dict):
         return []
     found = []
@@ -276,9 +301,9 @@ def _local_files(value: Any) -> list[str]:
         path = value.get(key)
         if isinstance(path, str) and key.endswith("scorer"):
             path = split_label(path)[0]
-        if isinstance(path, str) and is_local(path):
+        if isinstance(path, str) and is_local(path) and path != str(made):
             found.append(fingerprint(path) if key == "checkpoint" else _content(Path(path).expanduser()))
-    return found + [digest for item in value.values() for digest in _local_files(item)]
+    return found + [digest for item in value.values() for digest in _local_files(item, made)]
 
 
 def _content(path: Path) -> str:

@@ -73,12 +73,13 @@ def draw_differential(selection: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_scatter(pairs: dict[str, list[tuple[float, float]]], path: Path) -> None:
+def draw_scatter(pairs: dict[str, list[tuple[float, float]]], path: Path, behavior: str = "toxicity") -> None:
     """Draw the mean toxicity of each prompt's continuations before against after.
 
     Args:
         pairs: Before and after, by the name of the group of prompts.
         path: Of the picture.
+        behavior: What was scored in the place of toxicity.
     """
     figure, axes = _new_figure(4.0)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
@@ -88,7 +89,8 @@ def draw_scatter(pairs: dict[str, list[tuple[float, float]]], path: Path) -> Non
     )
     for (name, points), style in zip(pairs.items(), styles, strict=False):
         axes.scatter(*zip(*points, strict=True), s=22, alpha=0.65, label=name, **style)
-    axes.set(xlabel="toxicity before", ylabel="toxicity after", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    axes.set(xlabel=f"{behavior} before", ylabel=f"{behavior} after", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.set_aspect("equal")
     if len(pairs) > 1:
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
     _save(figure, path)
@@ -170,7 +172,9 @@ def _mean(values: Iterable[float | None]) -> float:
     return sum(known) / len(known)
 
 
-def draw_doses(doses: Sequence[dict[str, Any]], controls: dict[str, Any], path: Path) -> None:
+def draw_doses(
+    doses: Sequence[dict[str, Any]], controls: dict[str, Any], path: Path, behavior: str = "toxicity"
+) -> None:
     """Draw the change of toxicity against that of perplexity: a point per number of neurons, a line per strength.
 
     Of several selections each has a line.
@@ -207,7 +211,7 @@ def draw_doses(doses: Sequence[dict[str, Any]], controls: dict[str, Any], path: 
         x, y = ([number(draw[key]["value"]) for draw in draws] for key in AXES)
         axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=CONTROLS[kind])
     limits = [_limits([dose[key] for dose in shown]) for key in AXES]
-    axes.set(xlabel="change of perplexity, %", ylabel="change of mean toxicity, %", xlim=limits[0], ylim=limits[1])
+    axes.set(xlabel="change of perplexity, %", ylabel=f"change of mean {behavior}, %", xlim=limits[0], ylim=limits[1])
     if limits[0][1] > 300:  # a large dose that wrecks the model would press the others together
         axes.set_xscale("symlog", linthresh=10)
         axes.set_xlim(left=min(-2.0, *(number(dose[AXES[0]]["value"]) - 2 for dose in shown)))

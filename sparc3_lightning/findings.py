@@ -33,7 +33,7 @@ class Continuations:
 
     Args:
         rows: Per continuation its ``model``, ``prompt_id``, ``continuation_index``, ``prompt_toxicity``,
-            ``continuation``, ``num_tokens``, and under each scorer its toxicity or None.
+            ``continuation``, ``num_tokens``, ``num_unique_tokens``, and under each scorer its toxicity or None.
         per_seed: Continuations of a prompt that one seed drew; None for all.
     """
 
@@ -46,6 +46,8 @@ class Continuations:
         for prompt, found in self._rows["baseline"].items():
             toxic = (found[0]["prompt_toxicity"] or 0.0) >= TOXIC_FROM
             self.groups["toxic" if toxic else "nontoxic"].append(prompt)
+        if all(found[0]["prompt_toxicity"] is None for found in self._rows["baseline"].values()):
+            self.groups = {"all": self.groups["nontoxic"]}
         self.groups = {name: prompts for name, prompts in self.groups.items() if prompts}
         self.headline = next(iter(self.groups))
 
@@ -96,9 +98,16 @@ def figures(continuations: Continuations, model: str, group: str) -> dict[str, f
         "num_empty": empty,
         "share_empty": empty / len(rows),
         "mean_length": _mean([row["num_tokens"] for row in rows]),
+        "uniqueness": _mean([_uniqueness(row) for row in rows]),
         "distinct_1": _mean([distinct(found, 1) for found in texts]),
         "distinct_2": _mean([distinct(found, 2) for found in texts]),
     }
+
+
+def _uniqueness(row: Row) -> float:
+    # The continuations that an earlier version left unfinished do not say it.
+    number = row.get("num_unique_tokens", math.nan)
+    return number / row["num_tokens"] if row["num_tokens"] else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -14,18 +14,26 @@ from torch import Tensor
 
 
 class Sampling(NamedTuple):
-    """How continuations are drawn: new tokens at most, temperature, and the probability mass of nucleus sampling."""
+    """How continuations are drawn: new tokens at most, temperature, and the probability mass of nucleus sampling.
+
+    At temperature 0 the likeliest token is always taken: greedy decoding.
+    """
 
     max_new_tokens: int
     temperature: float
     top_p: float
 
-    def check(self) -> None:
-        """Raise ValueError unless the values make sense."""
+    def check(self, num_continuations: int = 1) -> None:
+        """Raise ValueError unless the values make sense for as many continuations of a prompt."""
         if self.max_new_tokens < 1:
             raise ValueError(f"--model.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not self.temperature > 0:
-            raise ValueError(f"--model.temperature must be above 0, got {self.temperature}.")
+        if not self.temperature >= 0:
+            raise ValueError(f"--model.temperature must be at least 0, got {self.temperature}.")
+        if self.temperature == 0 and num_continuations > 1:
+            raise ValueError(
+                f"--model.num_continuations must be 1 at --model.temperature 0, got {num_continuations}: greedy "
+                "decoding gives the same continuation each time."
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--model.top_p must be above 0 and at most 1, got {self.top_p}.")
 
@@ -34,6 +42,7 @@ class Sampling(NamedTuple):
 PROTOCOLS = {
     "short": (1, Sampling(50, 0.7, 0.9)),  # the reproduction of SparC3 on LLaMA-3-8B
     "rtp": (25, Sampling(20, 1.0, 0.9)),  # RealToxicityPrompts (Gehman et al. 2020, arXiv:2009.11462)
+    "greedy": (1, Sampling(50, 0.0, 1.0)),  # what a model repeats of itself shows without noise
 }
 
 
@@ -90,6 +99,8 @@ def draw_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> 
     Returns:
         Token ids, int64, shape ``[rows]``.
     """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=1)
     logits = logits.float() / sampling.temperature
     normalizer = logits.logsumexp(dim=1, keepdim=True)
     drawn = torch.empty(len(logits), dtype=torch.long, device=logits.device)

@@ -6,6 +6,7 @@ import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("sparc3_lightning", "torch", "lightning", "transformers", "lxt", "detoxify", "datasets", "safetensors")
 
@@ -35,6 +36,40 @@ def git_hash() -> str | None:
     except OSError:  # no git
         return None
     return done.stdout.strip() or None if tracked.returncode == 0 and done.returncode == 0 else None
+
+
+def evaluation_settings(module: Any, data: Any) -> dict[str, Any]:
+    """Return everything that the figures of an evaluation rest on, for results.json.
+
+    Args:
+        module: The ``Evaluation``.
+        data: Its data module.
+    """
+    parts = {name: getattr(data, name) for name in ("text", "prompts", "pairs")}
+    return {
+        "behavior": module.behavior,
+        "protocol": {
+            **data.describe(),
+            "toxicity": {
+                **module.sampling._asdict(),
+                "num_continuations": module.num_continuations,
+                "num_seeds": module.num_continuations // module.per_seed,
+                "scorers": module.scorer_names,
+                "seed": run_seed(),
+            },
+        },
+        "checkpoint": module.checkpoint,
+        "checkpoint_fingerprint": module.fingerprint,
+        "neurons": str(module.neurons_path) if module.neurons_path else None,
+        "num_neurons": module.num_neurons,
+        "config": {
+            "verb": module.verb,
+            "model": {name: str(v) if isinstance(v, Path) else v for name, v in module.hparams.items()},
+            **{name: dict(part.hparams) for name, part in parts.items() if part is not None},
+        },
+        "versions": versions(),
+        "git_hash": git_hash(),
+    }
 
 
 def run_seed() -> int:

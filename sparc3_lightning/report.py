@@ -16,6 +16,7 @@ from sparc3_lightning.metrics import TOXIC_FROM
 from sparc3_lightning.neurons import NeuronList
 from sparc3_lightning.scorers import Scorer
 from sparc3_lightning.tables import (
+    behavior_of,
     cell,
     control_table,
     dose_table,
@@ -27,7 +28,7 @@ from sparc3_lightning.tables import (
 
 MODEL_CARD = "model_card.md"
 DOSES = "doses.csv"
-GROUPS = {"toxic": "toxic prompts", "nontoxic": "non-toxic prompts"}
+GROUPS = {"toxic": "toxic prompts", "nontoxic": "non-toxic prompts", "all": "prompts"}
 # In the card; a README without it is somebody's own.
 MARK = "<!-- Written by sparc3, and again by the next evaluation unless this line is removed. -->"
 Prompts = dict[str, dict[str, list[dict[str, Any]]]]
@@ -58,12 +59,13 @@ def by_prompt(completions: Iterable[dict[str, Any]]) -> Prompts:
 def mean_pairs(prompts: Prompts) -> dict[str, list[tuple[float, float]]]:
     """Return the mean toxicity of each prompt's continuations, before and after, by group of prompts."""
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in GROUPS.values()}
+    of_one_group = all(models["baseline"][0]["prompt_toxicity"] is None for models in prompts.values())
     for models in prompts.values():
         toxic = (models["baseline"][0]["prompt_toxicity"] or 0.0) >= TOXIC_FROM
         before, after = (
             sum(row["toxicity"] for row in models[name]) / len(models[name]) for name in ("baseline", "pruned")
         )
-        pairs[GROUPS["toxic" if toxic else "nontoxic"]].append((before, after))
+        pairs[GROUPS["all" if of_one_group else "toxic" if toxic else "nontoxic"]].append((before, after))
     return {name: found for name, found in pairs.items() if found}
 
 
@@ -147,8 +149,10 @@ def write_report(
     again = f"sparc3 {results['config']['verb']} --config {shlex.quote(str(config))}"
     shared = {
         "results": results,
+        "behavior": behavior_of(results),
         "neurons": neurons,
         "name": results["checkpoint"].rstrip("/").split("/")[-1],
+        "group_names": GROUPS,
         "groups": [
             (GROUPS[group], of["baseline"]["num_prompts"], toxicity_table(results, group))
             for group, of in results["groups"].items()
@@ -190,17 +194,18 @@ def _draw(
 ) -> list[tuple[str, Path]]:
     """Draw the pictures, and return their titles and files."""
     pictures = []
-    titles = {"toxicity": "Change of mean toxicity", "perplexity": "Change of perplexity"}
+    behavior = behavior_of(results)
+    titles = {"toxicity": f"Change of mean {behavior}", "perplexity": "Change of perplexity"}
     for (name, title), rows in zip(titles.items(), change_rows(results), strict=True):
         if rows:
             pictures.append((title, folder / f"{name}.png"))
             draw_changes(rows, pictures[-1][1])
     if len(results["doses"]) > 1:
         pictures.append(("Fewer or more neurons", folder / "doses.png"))
-        draw_doses(results["doses"], results["controls"], pictures[-1][1])
+        draw_doses(results["doses"], results["controls"], pictures[-1][1], behavior=behavior)
     if prompts:
-        pictures.append(("Each prompt: less toxic below the line", folder / "scatter.png"))
-        draw_scatter(mean_pairs(prompts), pictures[-1][1])
+        pictures.append((f"Each prompt: less {behavior} below the line", folder / "scatter.png"))
+        draw_scatter(mean_pairs(prompts), pictures[-1][1], behavior=behavior)
     drawn = [neurons_folder / name for name in ("layers.png", "differential.png")] if neurons_folder else []
     if not drawn or not drawn[0].is_file():
         drawn = [folder / "layers.png", *drawn[1:]]

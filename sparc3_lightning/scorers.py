@@ -12,6 +12,7 @@ import torch
 from sparc3_lightning.classifiers import (
     ClassifierScorer,
     FunctionScorer,
+    RepetitionScorer,
     check_function,
     fetch_classifier,
     is_function,
@@ -22,6 +23,7 @@ from sparc3_lightning.sources import sha256_of
 SHIPPED = Path(__file__).parent / "toxicity_checkpoint"
 SHIPPED_SHA256 = "0a79cd962a8b40a0f22136fd2cef88e86080622cff4f7bd69a917fa83db9c5df"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+REPETITION = "repetition"
 DETOXIFY_MODELS = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")
 
 
@@ -78,9 +80,9 @@ def load_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
     """Load the scorer of a name.
 
     Args:
-        name: One of Detoxify's models; ``small``; a folder with a Detoxify checkpoint; a folder or Hugging Face id of a
-            text-classification checkpoint, if need be with ``#`` and the label that means toxic; or
-            ``package.module:function``.
+        name: One of Detoxify's models; ``small``; ``repetition``; a folder with a Detoxify checkpoint; a folder or
+            Hugging Face id of a text-classification checkpoint, if need be with ``#`` and the label that means toxic;
+            or ``package.module:function``.
         device: Where to score.
     """
     return _kind(name)(name, device)
@@ -105,8 +107,14 @@ class Remembering:
             self._known |= zip(new, self._scorer.score(new), strict=True)
         return [self._known[text] for text in texts]
 
+    def score_drawn(self, texts: Sequence[str], tokens: Sequence[Sequence[int]]) -> list[float]:
+        """Return the score of each continuation, by its text, or by the tokens that were drawn if these are counted."""
+        return self._scorer.score_tokens(tokens) if isinstance(self._scorer, RepetitionScorer) else self.score(texts)
 
-def _kind(name: str) -> type[DetoxifyScorer] | type[ClassifierScorer] | type[FunctionScorer]:
+
+def _kind(name: str) -> type[DetoxifyScorer] | type[ClassifierScorer] | type[FunctionScorer] | type[RepetitionScorer]:
+    if name == REPETITION:
+        return RepetitionScorer
     folder = Path(split_label(name)[0])
     if name == "small" or name in DETOXIFY_MODELS or any(folder.glob("*.ckpt")):
         return DetoxifyScorer
@@ -122,6 +130,8 @@ def check_scorer(name: str, option: str = "--model.scorer") -> None:
         FileNotFoundError: If a folder lacks one of its files.
     """
     kind, folder = _kind(name), Path(split_label(name)[0])
+    if kind is RepetitionScorer:
+        return
     if name == "small":
         if sha256_of(SHIPPED / "toxicity.ckpt") != SHIPPED_SHA256:
             raise ValueError(f"{SHIPPED / 'toxicity.ckpt'} is not the file that was shipped (its sha256 differs).")
@@ -139,15 +149,15 @@ def check_scorer(name: str, option: str = "--model.scorer") -> None:
             )
     elif kind is ClassifierScorer and not _HUB_ID.fullmatch(str(folder)):
         raise ValueError(
-            f"{option}: {name!r} is neither 'small', {', '.join(DETOXIFY_MODELS)}, nor a folder, nor a Hugging Face "
-            "id (owner/name), nor package.module:function."
+            f"{option}: {name!r} is neither 'small', {', '.join(DETOXIFY_MODELS)}, {REPETITION}, nor a folder, nor a "
+            "Hugging Face id (owner/name), nor package.module:function."
         )
 
 
 def fetch_scorer(name: str) -> list[Path]:
     """Fetch what a scorer needs, and return the files."""
     kind = _kind(name)
-    if kind is FunctionScorer:
+    if kind in (FunctionScorer, RepetitionScorer):
         return []
     if kind is ClassifierScorer:
         return fetch_classifier(name)

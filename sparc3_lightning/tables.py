@@ -8,15 +8,17 @@ from typing import Any
 
 from sparc3_lightning.variants import CONTROLS
 
-# Measures of toxicity, by their name in results.json: name in tables, unit, digits.
+# Measures of toxicity, or of the behaviour in its place, by their name in results.json: name in tables, unit, digits.
 MEASURES = {
-    "toxicity_mean": ("Mean toxicity", "", 4),
-    "expected_maximum_toxicity": ("Expected maximum toxicity", "", 4),
-    "toxicity_probability": ("Prompts with a toxic continuation", "%", 1),
+    "toxicity_mean": ("Mean {}", "", 4),
+    "expected_maximum_toxicity": ("Expected maximum {}", "", 4),
+    "toxicity_probability": ("Prompts with {} of 0.5 or more", "%", 1),
 }
+TOXIC = "Prompts with a toxic continuation"  # what the last of them is called for toxicity itself
 # What else changed.
 OTHERS = {
     "kl": ("KL to the original, nats a token", "", 4),
+    "uniqueness": ("Unique tokens of a continuation", "", 3),
     "distinct_1": ("Distinct words (distinct-1)", "", 3),
     "distinct_2": ("Distinct pairs of words (distinct-2)", "", 3),
     "mean_length": ("Length of a continuation, tokens", "", 1),
@@ -43,15 +45,23 @@ def ends(interval: Interval) -> tuple[float, float]:
     return low, math.inf if not math.isnan(low) and math.isnan(high) else high
 
 
+def behavior_of(results: dict[str, Any]) -> str:
+    """Return what was scored; results.json of earlier versions are of toxicity and do not say so."""
+    return results.get("behavior", "toxicity")
+
+
 def toxicity_table(results: dict[str, Any], group: str) -> Table:
     """Return rows of name, before, after, change, its interval, p of the sign test and of the permutation test.
 
     What the second scorer says of a measure follows what the first does.
     """
     rows: Table = []
+    behavior = behavior_of(results)
     figures = results["groups"][group]
     second = results.get("second_scorer", {}).get("effect", {}).get(group, {})
-    for key, (name, unit, digits) in MEASURES.items():
+    for key, (template, unit, digits) in MEASURES.items():
+        is_toxic = behavior == "toxicity" and key == "toxicity_probability"
+        name = TOXIC if is_toxic else template.format(behavior)
         cells = [cell(figures[model][key], unit, digits) if model in figures else "" for model in MODELS]
         rows.append((name, *cells, *_effect(results.get("effect", {}).get(group, {}).get(key))))
         if second.get(key):
@@ -97,11 +107,33 @@ def other_table(results: dict[str, Any]) -> Table:
         rows.append((name, *cells, *missing, *(_change(change) if change else ("", ""))))
     for key, (name, unit, digits) in OTHERS.items():
         rows.append((name, *(cell(results[model].get(key), unit, digits) for model in models), *missing, "", ""))
+    rows += _preference_rows(results.get("preference", {}))
     accuracies = results.get("zero_shot", {})
     for task in accuracies.get("baseline", {}):
         cells = [cell(accuracies[model][task].get("accuracy"), "%", 1) for model in models]
         rows.append((f"Zero-shot accuracy, {task}", *cells, *missing, "", ""))
     return rows
+
+
+def _preference_rows(found: dict[str, Any]) -> Table:
+    """Return the share of pairs of sentences in which the stereotypical one is preferred, and by how much it is."""
+    rows: Table = []
+    for key, effect, name, unit, digits in (
+        ("share", "effect", f"Stereotype preferred, of {found.get('num_pairs')} pairs", "%", 1),
+        ("margin", "margin_effect", "Log-likelihood of the stereotype less the other's, nats", "", 3),
+    ):
+        cells = [cell(found[model][key], unit, digits) if model in found else "" for model in MODELS]
+        if any(cells):
+            rows.append((name, *cells, *(_change_of_preference(found[effect], unit) if effect in found else ("", ""))))
+    return rows
+
+
+def _change_of_preference(effect: dict[str, Any], unit: str) -> tuple[str, str]:
+    # In percent of a mean margin near 0, a change would say nothing: it is left in nats.
+    difference = effect["difference"]
+    return (
+        _change(effect["percent"]) if unit else (f"{number(difference['value']):+.3f}", f"{_range(difference, 3)} nats")
+    )
 
 
 def dose_table(doses: Iterable[dict[str, Any]]) -> Table:

@@ -8,13 +8,14 @@ from sparc3_lightning.intervals import MIN_CHANGED
 from sparc3_lightning.variants import CONTROLS
 
 
-def verdict(found: dict[str, Any], num_neurons: int, scorers: Sequence[str]) -> str:
+def verdict(found: dict[str, Any], num_neurons: int, scorers: Sequence[str], behavior: str = "toxicity") -> str:
     """Say what switching the neurons off did, with intervals of 95 %.
 
     Args:
         found: From ``findings``.
         num_neurons: How many neurons are off.
         scorers: Names of the scorers.
+        behavior: What they score.
     """
     if "pruned" not in found:
         return "The model was measured as it is; no neurons were given to switch off."
@@ -24,7 +25,7 @@ def verdict(found: dict[str, Any], num_neurons: int, scorers: Sequence[str]) -> 
     neurons = f"{num_neurons} neuron{'s' if num_neurons != 1 else ''}"
     price = f"perplexity {moved(next(iter(found['perplexity_change'].values())))}"
     if effect["evidence"]:
-        sentences = [f"With {neurons} switched off, mean toxicity {moved(effect['percent'])}, and {price}."]
+        sentences = [f"With {neurons} switched off, mean {behavior} {moved(effect['percent'])}, and {price}."]
     else:
         changed = effect["num_better"] + effect["num_worse"]
         why = (
@@ -33,10 +34,11 @@ def verdict(found: dict[str, Any], num_neurons: int, scorers: Sequence[str]) -> 
             else f"only {changed} prompt{'s' if changed != 1 else ''} changed"
         )
         sentences = [
-            f"No evidence that switching {neurons} off changes toxicity: its mean {moved(effect['percent'])}, and "
+            f"No evidence that switching {neurons} off changes {behavior}: its mean {moved(effect['percent'])}, and "
             f"{why}; {price}."
         ]
-    return " ".join(sentences + _controls(found, effect["evidence"]) + _second(found, effect["evidence"], scorers))
+    sentences += _controls(found, effect["evidence"]) + _second(found, effect["evidence"], scorers)
+    return " ".join(sentences + _preference(found.get("preference", {})))
 
 
 def _controls(found: dict[str, Any], evidence: bool) -> list[str]:
@@ -66,6 +68,18 @@ def _second(found: dict[str, Any], evidence: bool, scorers: Sequence[str]) -> li
     first = found["effect"][found["headline"]]["toxicity_mean"]
     agrees = evidence and (effect["difference"]["value"] < 0) == (first["difference"]["value"] < 0)
     return [f"The second scorer, {scorers[1]}, {'agrees' if agrees else 'differs'}: {_signed(effect['percent'])}."]
+
+
+def _preference(found: dict[str, Any]) -> list[str]:
+    if "effect" not in found:
+        return []
+    effect = found["effect"]
+    points = {end: 100 * effect["difference"][end] for end in ("value", "low", "high")}
+    change = f"{points['value']:+.1f} points ({points['low']:+.1f} to {points['high']:+.1f})"
+    return [
+        f"The more stereotypical sentence of a pair is the likelier one in {100 * effect['before']:.1f} % before and "
+        f"{100 * effect['after']:.1f} % after, {change}{'' if effect['evidence'] else ', which is no evidence'}."
+    ]
 
 
 def moved(percent: dict[str, float]) -> str:

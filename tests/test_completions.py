@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sparc3_lightning.completions import CompletionLog, completion_rows
-from sparc3_lightning.data.real_toxicity_prompts import Prompt
+from sparc3_lightning.data.prompts import Prompt
 from sparc3_lightning.generation import Continuation
 
 PROMPT = Prompt("p", "the dog", 0.95)
@@ -37,7 +37,7 @@ def begin(folder: Path, prompts: list[str], rows_per_prompt: int = 5) -> dict[st
 
 
 def test_a_row_says_by_which_model_what_was_continued_how_long_and_how_toxic_it_is() -> None:
-    drawn = [Continuation([5, 6, 7], False), Continuation([], False)]
+    drawn = [Continuation([5, 6, 5], False), Continuation([], False)]
     assert completion_rows("random_0", PROMPT, drawn, ["runs far", ""], [[0.5, 0.25]]) == [
         {
             "model": "random_0",
@@ -47,9 +47,10 @@ def test_a_row_says_by_which_model_what_was_continued_how_long_and_how_toxic_it_
             "prompt_toxicity": 0.95,
             "continuation": text,
             "num_tokens": tokens,
+            "num_unique_tokens": unique,
             "toxicity": toxicity,
         }
-        for j, (text, tokens, toxicity) in enumerate([("runs far", 3, 0.5), ("", 0, 0.25)])
+        for j, (text, tokens, unique, toxicity) in enumerate([("runs far", 3, 2, 0.5), ("", 0, 0, 0.25)])
     ]
 
 

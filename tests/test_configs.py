@@ -75,8 +75,8 @@ def test_a_shipped_config_says_in_a_second_comment_what_it_computes(path):
     assert len(comments) >= 2
     assert all(len(line) <= 132 for line in path.read_text().splitlines())
     groups = [line.partition(":")[0] for line in path.read_text().splitlines() if re.match(r"\w+:", line)]
-    order = ["seed_everything", "trainer", "model", "attribute", "general", "behavior", "prune", "evaluate", "data"]
-    assert groups == [group for group in order if group in groups]
+    order = ["seed_everything", "trainer", "model", "attribute", "screen", "general", "behavior", "prune", "evaluate"]
+    assert groups == [group for group in [*order, "data"] if group in groups]
 
 
 def test_run_yaml_prepares_too(capsys):
@@ -198,3 +198,24 @@ def test_circuit_yaml_measures_the_model_of_ioi_yaml_on_sentences_of_another_see
         assert options["data"]["class_path"] == "sparc3_lightning.data.IOI"
         assert includes(options["data"]["init_args"], {"num_samples": 128, "order": "both"})
     assert circuit["data"]["init_args"]["seed"] > attribution["data"]["init_args"]["seed"] + 5  # of six seeds
+
+
+@pytest.mark.parametrize("name", ["repetition.yaml", "gender.yaml", "race.yaml"])
+@pytest.mark.parametrize("base", ["demo.yaml", "run.yaml"])
+def test_a_behavior_is_an_overlay_whose_prompts_the_model_chooses_and_that_needs_nothing_but_pypi(name, base, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--config", base, "--config", name, "--print_config"])
+    options = yaml.safe_load(capsys.readouterr().out)
+    behavior, prompts, pairs = options["behavior"], options["data"]["prompts"], options["data"]["pairs"]
+    assert options["screen"]["init_args"]["source"].startswith("pypi:")
+    assert includes(behavior["init_args"], {"source": None, "by": "continuation", "min_toxicity": None})
+    assert includes(prompts["init_args"], {"min_toxicity": None, "num_nontoxic": 0})
+    if name == "repetition.yaml":
+        expected = {"scorer": "repetition", "second_scorer": None, "protocol": "greedy", "num_continuations": 1}
+        assert includes(options["evaluate"], expected)
+        assert options["prune"]["num_neurons"] == 20
+        assert pairs is None
+    else:
+        assert prompts["init_args"]["where"] == {"bias_type": name.removesuffix(".yaml")}
+        assert pairs["init_args"]["source"].startswith("pypi:")
+        assert options["evaluate"]["behavior"] == "toxicity", "what the scorer of the base scores"

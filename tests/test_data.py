@@ -14,7 +14,7 @@ from conftest import WORDS, sentence
 from sparc3_lightning.checkpoints import load_tokenizer
 from sparc3_lightning.data import C4, EvaluationData, RealToxicityPrompts, ToxicPrompts, WikiText2
 from sparc3_lightning.data.base import HubDataset, Sample, pad_right
-from sparc3_lightning.data.real_toxicity_prompts import Prompt, prompt_id, read_prompts
+from sparc3_lightning.data.prompts import Prompt, prompt_id, read_prompts
 from sparc3_lightning.data.wikitext2 import disjoint_windows, sliding_windows
 from sparc3_lightning.sources import read_records
 

@@ -16,7 +16,7 @@ from conftest import sentence
 from sparc3_lightning import evaluate, report, zero_shot
 from sparc3_lightning.checkpoints import export_pruned, fingerprint, load_model
 from sparc3_lightning.data import EvaluationData, RealToxicityPrompts, WikiText2
-from sparc3_lightning.data.real_toxicity_prompts import prompt_id
+from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS, Evaluation
 from sparc3_lightning.neurons import Neuron, NeuronList, mask
 from sparc3_lightning.scorers import DetoxifyScorer
@@ -138,6 +138,7 @@ def test_results_json_holds_both_models_and_how_they_were_measured(tiny_checkpoi
         "num_empty",
         "share_empty",
         "mean_length",
+        "uniqueness",
         "distinct_1",
         "distinct_2",
     }
@@ -955,7 +956,7 @@ def test_a_data_module_of_another_kind_is_refused(tiny_checkpoint):
     [
         ({"num_continuations": 0}, "--model.num_continuations must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "--model.max_new_tokens must be at least 1, got 0"),
-        ({"temperature": 0.0}, "--model.temperature must be above 0"),
+        ({"temperature": -0.5}, "--model.temperature must be at least 0"),
         ({"top_p": 1.5}, "--model.top_p must be above 0 and at most 1"),
         ({"scorer": "perspective"}, r"--model.scorer: 'perspective' is neither 'small', original"),
         ({"second_scorer": "perspective"}, r"--model.second_scorer: 'perspective' is neither 'small', original"),

@@ -61,6 +61,7 @@ def rows_of(scores: Table, second: Any = None) -> list[dict[str, Any]]:
                     "prompt_toxicity": PROMPTS.get(prompt, 0.9),
                     "continuation": f"word{j} word{j} of {prompt}",
                     "num_tokens": 4,
+                    "num_unique_tokens": 3,
                     "toxicity": value,
                 }
                 rows.append(row if second is None else {**row, "second_toxicity": second(model, prompt, j)})

@@ -285,9 +285,10 @@ def test_generation_equals_the_obvious_loop_over_tokens(make_model, family):
         assert continue_rows(model, [prompt], sampling) == [Continuation(tokens[len(prompt) :], False)]
 
 
-def test_a_very_low_temperature_is_greedy(make_model):
+@pytest.mark.parametrize("temperature", [0.0, 1e-4])
+def test_temperature_0_and_a_very_low_one_are_greedy(make_model, temperature):
     model = make_model()
-    (drawn,) = continue_rows(model, [[1, 10, 20]], Sampling(6, 1e-4, 1.0))
+    (drawn,) = continue_rows(model, [[1, 10, 20]], Sampling(6, temperature, 1.0))
     tokens = [1, 10, 20]
     for _ in range(6):
         tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
@@ -381,7 +382,7 @@ def test_what_a_checkpoint_ships_as_its_generation_config_does_not_change_the_dr
     [
         (Sampling(0, 1.0, 0.9), "--model.max_new_tokens"),
         (Sampling(-1, 1.0, 0.9), "--model.max_new_tokens"),
-        (Sampling(5, 0.0, 0.9), "--model.temperature"),
+        (Sampling(5, -0.1, 0.9), "--model.temperature"),
         (Sampling(5, -1.0, 0.9), "--model.temperature"),
         (Sampling(5, math.nan, 0.9), "--model.temperature"),
         (Sampling(5, 1.0, 0.0), "--model.top_p"),
@@ -404,3 +405,11 @@ def test_protocols_are_those_that_were_published():
     assert PROTOCOLS["rtp"] == (25, Sampling(20, 1.0, 0.9))
     for _, sampling in PROTOCOLS.values():
         sampling.check()
+
+
+def test_greedy_decoding_gives_one_continuation_and_more_are_refused():
+    number, sampling = PROTOCOLS["greedy"]
+    assert (number, sampling.temperature) == (1, 0.0)
+    sampling.check(number)
+    with pytest.raises(ValueError, match=r"--model.num_continuations must be 1 at --model.temperature 0, got 4"):
+        sampling.check(4)

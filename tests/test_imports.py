@@ -16,6 +16,7 @@ MODULES = {
 LAYERS = (
     {"cli"},
     {"experiment"},
+    {"screening"},
     {"attribute", "prune", "budget", "evaluate", "sweep", "compare", "circuit", "data", "completions"},
     {"report"},
     {"score_groups"},
@@ -42,7 +43,7 @@ LAYERS = (
         "figures",
         "tables",
     },
-    {"accumulator", "selections", "controls", "orders", "neurons", "heads"},
+    {"accumulator", "selections", "controls", "orders", "neurons", "heads", "preferences"},
     {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap"},
     {"linear"},
 )

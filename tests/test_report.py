@@ -51,7 +51,7 @@ NASTY = "<script>alert('x')</script><img src=http://evil/x.png onerror=alert(1)>
 def pictures_take_no_time(monkeypatch):
     """Drawing takes a second a page; test_figures.py and test_browser.py look at real pictures."""
     for name in ("draw_changes", "draw_doses", "draw_layers", "draw_scatter"):
-        monkeypatch.setattr(report, name, lambda *given: write_atomically(given[-1], f"PNG {given[-1].name}"))
+        monkeypatch.setattr(report, name, lambda *given, **_: write_atomically(given[-1], f"PNG {given[-1].name}"))
 
 
 class Words:
@@ -92,6 +92,7 @@ def evaluation(num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, 
             "prompt_toxicity": 0.95 if i < num_toxic else 0.1,
             "continuation": f" then an Idiot number {i} draw {j} by {variant.name}",
             "num_tokens": 9,
+            "num_unique_tokens": 6,
             "toxicity": toxicity(variant.name, i, j),
             **({"second_toxicity": math.sqrt(toxicity(variant.name, i, j))} if second else {}),
         }
@@ -501,7 +502,37 @@ def test_the_means_of_a_prompt_are_kept_apart_by_group():
     }
     for row in rows:
         row["prompt_toxicity"] = None  # prompts of one's own, never scored
-    assert list(mean_pairs(by_prompt(rows))) == ["non-toxic prompts"]
+    assert list(mean_pairs(by_prompt(rows))) == ["prompts"]
+
+
+def test_another_behavior_than_toxicity_is_named_in_table_card_and_page():
+    results, rows = made_up()
+    results |= {"behavior": "repetition", "verdict": "Less."}
+    assert [row[0] for row in toxicity_table(results, "nontoxic")[:1]] == ["Mean repetition"]
+    assert toxicity_table(results, "nontoxic")[-1][0].startswith("Prompts with repetition of 0.5 or more")
+    page = write(results, rows)
+    for words in ("Expected maximum repetition", "with less repetition", "before: repetition"):
+        assert words in page.words, words
+    for words in ("oxicity", "less toxic", "detoxification", "toxic text"):
+        assert words not in page.words.split("Run it again")[0], words
+        assert words not in Path("out/model_card.md").read_text().replace("real-toxicity-prompts", ""), words
+
+
+def test_the_preference_of_pairs_stands_below_with_its_change():
+    results, _ = made_up()
+    effect = results["effect"]["toxic"]["toxicity_mean"]
+    found = {"num_pairs": 7, "baseline": {"share": 0.625, "margin": 1.5}, "pruned": {"share": 0.5, "margin": 1.25}}
+    for more in ({}, {"effect": effect, "margin_effect": effect}):
+        rows_of_pairs = by_name(other_table({**results, "preference": {**found, **more}}))
+        row = rows_of_pairs["Stereotype preferred, of 7 pairs"]
+        assert row[:2] == ("62.5 %", "50.0 %")
+        assert row[2:] == (toxicity_table(results, "toxic")[0][3:5] if more else ("", ""))
+        margin = rows_of_pairs["Log-likelihood of the stereotype less the other's, nats"]
+        assert margin[:2] == ("1.500", "1.250")
+        assert margin[2] == (f"{effect['difference']['value']:+.3f}" if more else "")
+        assert margin[3].endswith(" nats") == bool(more)
+    del found["pruned"]
+    assert by_name(other_table({**results, "preference": found}))["Stereotype preferred, of 7 pairs"][1] == ""
 
 
 def test_the_page_renders_when_no_prompt_was_scored_for_both_models():
@@ -605,7 +636,7 @@ def test_the_page_tells_the_verdict_the_protocol_the_neurons_and_the_settings():
         "2 neurons of A-Model",
         "somebody/A-Model",
         *results["verdict"].split(". "),
-        f"{results['effect']['toxic']['toxicity_mean']['num_better']} were continued less toxically",
+        f"{results['effect']['toxic']['toxicity_mean']['num_better']} were continued with less toxicity",
         "700 predicted tokens",
         "windows of 2048 tokens",
         "stride 512",

@@ -225,10 +225,40 @@ def test_every_line_of_a_text_file_is_a_row_and_blank_ones_stay(name: str, tmp_p
     assert [row["text"] for row in read_records(tmp_path / name)] == ["one", "", "  two ", "δ"]
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.gz", "jsonl"])
+def test_a_csv_file_gives_its_rows_with_commas_quotes_and_line_breaks_inside_a_field(tmp_path: Path) -> None:
+    (tmp_path / "a.CSV").write_text(',text,kind\n0,"one, ""two""\nthree",δ\n1,four,\n', encoding="utf-8")
+    rows = list(read_records(tmp_path / "a.CSV"))
+    assert rows == [{"": "0", "text": 'one, "two"\nthree', "kind": "δ"}, {"": "1", "text": "four", "kind": ""}]
+
+
+def test_a_csv_file_that_ends_inside_a_quote_is_an_error_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n"one')
+    with pytest.raises(ValueError, match=r"a.csv is damaged, or not what its ending says"):
+        list(read_records(tmp_path / "a.csv"))
+
+
+def test_a_json_file_gives_the_rows_of_its_list_or_a_row_per_text_of_its_groups(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    assert list(read_records(tmp_path / "a.json")) == ROWS
+    (tmp_path / "b.json").write_text(json.dumps({"g": {"n": ["one ", "two"], "m": []}, "h": {"n": ["three"]}}))
+    found = [(row["group"], row["name"], row["text"]) for row in read_records(tmp_path / "b.json")]
+    assert found == [("g", "n", "one"), ("g", "n", "two"), ("h", "n", "three")]
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"a": ["text"]}', '{"a": {"b": "text"}}', '{"a": {"b": [1]}}', "3"])
+def test_json_of_another_form_is_an_error_that_says_which_are_read(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a.json must hold a list of rows, or texts by group and name"):
+        list(read_records(tmp_path / "a.json"))
+    (tmp_path / "a.json").write_text(content[:-1] + "[")
+    with pytest.raises(ValueError, match=r"a.json is not valid JSON"):
+        list(read_records(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.json5", "a.gz", "jsonl"])
 def test_another_ending_is_an_error_that_names_the_valid_ones(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
-    with pytest.raises(ValueError, match=r"must be one of \.jsonl, \.jsonl\.gz, \.parquet, \.txt, \.raw"):
+    with pytest.raises(ValueError, match=r"must be one of .jsonl, .jsonl.gz, .json, .csv, .parquet, .txt, .raw"):
         list(read_records(tmp_path / name))
 
 

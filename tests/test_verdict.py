@@ -200,3 +200,19 @@ def test_every_control_that_can_be_planned_has_a_sentence():
     kinds = {variant.kind for variant in plan(neurons, 1, controls=1)} - {"baseline", "pruned"}
     controls = {kind: control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)) for kind in kinds}
     assert verdict(found(controls=controls), 1, ["some"]).count("As many ") == len(kinds) == 3
+
+
+def test_another_behavior_is_named_in_the_place_of_toxicity():
+    for toxicity in (FELL, UNCLEAR):
+        words = verdict(found(toxicity), 20, ["repetition"], "repetition")
+        assert "repetition" in words
+        assert "toxic" not in words
+
+
+@pytest.mark.parametrize(
+    ("evidence", "end"), [(True, "(-9.0 to -1.0)."), (False, "(-9.0 to -1.0), which is no evidence.")]
+)
+def test_the_preference_of_pairs_is_told_in_points_and_so_is_that_there_is_no_evidence(evidence, end):
+    effect = {"before": 0.6, "after": 0.55, "difference": figure(-0.05, -0.09, -0.01), "evidence": evidence}
+    words = verdict({**found(), "preference": {"effect": effect}}, 20, ["small"])
+    assert words.endswith(f"is the likelier one in 60.0 % before and 55.0 % after, -5.0 points {end}")

