@@ -97,8 +97,8 @@ class Experiment:
 
         Args:
             options: Config of ``sparc3 run`` with the groups ``seed_everything``, ``trainer``, ``attribute``,
-                ``general``, ``behavior``, ``budget`` (which may be None), ``prune``, ``evaluate`` and ``data``; and, for
-                prompts that are chosen by what the model makes of them, ``screen``.
+                ``general``, ``behavior``, ``budget`` (which may be None), ``prune``, ``evaluate`` and ``data``; and,
+                for prompts that are chosen by what the model makes of them, ``screen``.
         """
         if len(self.general_seeds) > 1 and not _takes_seed(options["general"]):
             raise ValueError(
