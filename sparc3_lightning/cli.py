@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 import sparc3_lightning
 from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.compare import COMPARISON, Comparison
+from sparc3_lightning.compress import SPARSITY, Compression
 from sparc3_lightning.data import EvaluationData
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.evaluate import RESULTS, Evaluation
@@ -67,6 +68,10 @@ class SparC3Trainer(Trainer):
         """Compare the pruned neurons of several behaviours: which they share, and which are specific to one."""
         rank_zero_info(model.compare(Path(self.log_dir or ".")))
 
+    def compress(self, model: Compression) -> None:
+        """Set the weights of the lowest scores to zero, and write the sparse checkpoint."""
+        rank_zero_info(model.compress(Path(self.log_dir or ".")))
+
     def run(self, model: Experiment, plan: Path | None = None) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report.
 
@@ -93,6 +98,7 @@ STAGES = {
     "evaluate": Stage(Evaluation, EvaluationData),
     "sweep": Stage(Sweep, EvaluationData),
     "compare": Stage(Comparison),
+    "compress": Stage(Compression),
     "run": Stage(Experiment, is_experiment=True),
 }
 
@@ -104,7 +110,7 @@ class SaveConfig(SaveConfigCallback):
         """Save the config."""
         folder = trainer.log_dir
         if folder is not None:
-            for name in (SCORES, INDEX, NEURONS, RESULTS, COMPARISON):
+            for name in (SCORES, INDEX, NEURONS, RESULTS, COMPARISON, SPARSITY):
                 check_absent(Path(folder) / name)
         self.overwrite = True
         super().setup(trainer, pl_module, stage)
@@ -180,6 +186,7 @@ class SparC3CLI(LightningCLI):
 
     before_prune = _save_config
     before_compare = _save_config
+    before_compress = _save_config
     before_prepare = _save_config
     before_run = _save_config
 

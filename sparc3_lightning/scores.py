@@ -5,7 +5,7 @@ them holds the header.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,11 @@ class ScoreFile:
     provenance: Provenance
     path: Path | None = None
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of the scores of each module."""
+        return {name: list(score.shape) for name, score in self.scores.items()}
+
     def save(self, path: Path) -> None:
         """Write the file under a temporary name, and rename it."""
         metadata = {"format": FORMAT, "provenance": json.dumps(asdict(self.provenance))}
@@ -160,17 +165,32 @@ class WeightScores:
             raise ValueError(f"{path} is an index, but not of scores: it does not say {INDEX_FORMAT!r}.")
         self.provenance = _provenance(path, metadata)
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of the scores of each module, which are not read for it."""
+        return {
+            name: self._open(name, lambda file, name: list(file.get_slice(name).get_shape())) for name in self._names
+        }
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name in sorted(self.files, key=_natural):
-            shard = self.path.parent / self.files[name]
-            try:
-                with safe_open(shard, framework="pt") as file:
-                    score = file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{shard}, which {self.path.name} names, is missing or damaged: {error}") from None
+        for name in self._names:
+            score = self._open(name, lambda file, name: file.get_tensor(name))
             if score.dim() != 2 or not torch.isfinite(score).all():
+                shard = self.path.parent / self.files[name]
                 raise ValueError(f"{shard}: {name} has shape {list(score.shape)}, or holds NaN or infinity.")
             yield name, score
+
+    @property
+    def _names(self) -> list[str]:
+        return sorted(self.files, key=_natural)
+
+    def _open(self, name: str, read: Callable[[Any, str], Any]) -> Any:
+        shard = self.path.parent / self.files[name]
+        try:
+            with safe_open(shard, framework="pt") as file:
+                return read(file, name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{shard}, which {self.path.name} names, is missing or damaged: {error}") from None
 
 
 class ShardWriter:
@@ -238,7 +258,7 @@ def load_matching(paths: Sequence[Path]) -> list[ScoreFile]:
     return files
 
 
-def check_match(files: Sequence[ScoreFile], must_match: Sequence[str] = MUST_MATCH) -> None:
+def check_match(files: Sequence[ScoreFile | WeightScores], must_match: Sequence[str] = MUST_MATCH) -> None:
     """Raise ValueError if two score files differ in one of these fields, in modules or in shapes."""
     first = files[0]
     for other in files[1:]:
@@ -249,7 +269,7 @@ def check_match(files: Sequence[ScoreFile], must_match: Sequence[str] = MUST_MAT
                     f"The score files do not belong together: {name} is {mine!r} in {first.path} but {theirs!r} in "
                     f"{other.path}."
                 )
-        shapes, others = ({n: list(s.shape) for n, s in file.scores.items()} for file in (first, other))
+        shapes, others = first.shapes, other.shapes
         for name in sorted(shapes.keys() | others.keys()):
             if shapes.get(name) != others.get(name):
                 raise ValueError(

@@ -16,7 +16,7 @@ MODULES = {
 LAYERS = (
     {"cli"},
     {"experiment"},
-    {"attribute", "prune", "budget", "evaluate", "sweep", "compare", "data", "completions"},
+    {"attribute", "prune", "budget", "evaluate", "sweep", "compare", "compress", "data", "completions"},
     {"report"},
     {
         "scores",
@@ -32,13 +32,13 @@ LAYERS = (
     },
     {"overlap_findings", "overlap_tables", "overlap_figures", "findings", "verdict", "variants", "figures", "tables"},
     {"accumulator", "selections", "controls", "neurons"},
-    {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap"},
+    {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap", "sparsity"},
 )
 # A script of its own that nothing imports.
 SCRIPTS = {"train_scorer", "__main__"}
 PURE = ("lrp", "relevance", "targets", "selections", "accumulator", "metrics", "generation", "neurons", "intervals")
-PURE += ("controls", "overlap")
-STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "experiment", "cli", "data")
+PURE += ("controls", "overlap", "sparsity")
+STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "compress", "experiment", "cli", "data")
 
 
 def imports_of(path: Path) -> set[str]:
