@@ -41,9 +41,9 @@ class Provenance:
     Args:
         checkpoint: As given by ``--model.checkpoint``.
         checkpoint_fingerprint: Commit at the hub, or a hash of the local files.
-        method: ``lrp``, ``gradient`` or ``wanda``.
+        method: ``lrp``, ``gradient``, ``wanda``, ``activation``, ``magnitude`` or ``random``.
         rule: ``attnlrp`` or ``cp_lrp``; None but for LRP.
-        relevance: ``magnitude``, ``signed``, ``absolute`` or ``squared``; None for Wanda.
+        relevance: ``magnitude``, ``signed``, ``absolute`` or ``squared``; None but for LRP and the gradient.
         targets: Names of the target layer types.
         dtype: Dtype of the model.
         data: Data module and its options.
@@ -56,7 +56,7 @@ class Provenance:
         sample_ids: Of each sample; for prompts they tell evaluation which to leave out.
         versions: Of this package, its main dependencies and Python.
         git_hash: Commit of this package's working tree, if it is one.
-        target: As in ``targets.Target``; None for Wanda.
+        target: As in ``targets.Target``; None but for LRP and the gradient.
         lexicon: The scorer that the lexicon is by.
     """
 
