@@ -8,7 +8,7 @@ shared/data beside the checkout.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,25 +26,28 @@ from sparc3_lightning.lrp import lrp
 from sparc3_lightning.metrics import last_hidden_state, score_windows
 from sparc3_lightning.relevance import find_targets
 from sparc3_lightning.sparsity import prune_mask
-from sparc3_lightning.targets import Target, target_of
+from sparc3_lightning.targets import largest_logit, text_log_probability
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SPARSITIES = (0.3, 0.5, 0.6)
 Scores = dict[str, Tensor]
 
 
-def lrp_scores(model: Any, documents: C4, target: Target, *kinds: Any) -> list[Scores]:
+def lrp_scores(model: Any, documents: C4, target: Callable[..., Tensor], *kinds: Any) -> list[Scores]:
     """Return scores of each weight of all linear layers, of several kinds in one pass."""
     targets = find_targets(model, ["all"])
     accumulators = [ScoreAccumulator(targets, kind, granularity="weight") for kind in kinds]
-    nothing = torch.tensor([], dtype=torch.long)
     for sample in documents.samples:
         with lrp(model), ExitStack() as recording:
             for accumulator in accumulators:
                 recording.enter_context(accumulator.recording(None, [sample.id]))
-            input_ids = torch.tensor([sample.input_ids])
-            target_of(model, target, input_ids, None, torch.tensor([0]), nothing).sum().backward()
+            target(model, torch.tensor([sample.input_ids])).sum().backward()
     return [accumulator.compute() for accumulator in accumulators]
+
+
+def log_probability(model: Any, input_ids: Tensor) -> Tensor:
+    """Return the mean log-probability of the tokens."""
+    return text_log_probability(model, input_ids, None, torch.tensor([0]))
 
 
 @torch.no_grad()
@@ -100,8 +103,8 @@ def main() -> None:
             str(options.c4), num_samples=options.samples, seq_len=options.seq_len, seed=seed, tokenizer=CHECKPOINT
         )
         documents.setup("predict")
-        wanda, by_logit = lrp_scores(model, documents, "argmax", "wanda", "magnitude")
-        (by_text,) = lrp_scores(model, documents, "text", "magnitude")
+        wanda, by_logit = lrp_scores(model, documents, largest_logit, "wanda", "magnitude")
+        (by_text,) = lrp_scores(model, documents, log_probability, "magnitude")
         measure("Wanda", wanda)
         measure("LRP of the largest logit", by_logit)
         measure("LRP of the text", by_text)
