@@ -74,7 +74,9 @@ def lowest(S_GK: Tensor, number: int) -> Tensor:
 def _below(S_GK: Tensor, threshold: Tensor, num_ties: Tensor) -> Tensor:
     """Mark scores below the threshold of their group, and so many of the first ones that are equal to it."""
     ties = S_GK.eq(threshold)
-    return S_GK.lt(threshold) | (ties & (ties.cumsum(dim=1) <= num_ties))
+    if (ties.sum(dim=1, keepdim=True) > num_ties).any():  # seldom, and the cumulated sum costs more than all the rest
+        ties &= ties.cumsum(dim=1) <= num_ties
+    return S_GK.lt(threshold) | ties
 
 
 def prune_mask(S_OI: Tensor, sparsity: float, pattern: str = "row") -> Tensor:
