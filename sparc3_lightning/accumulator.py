@@ -12,6 +12,7 @@ from sparc3_lightning.linear import Linear, weight_of
 from sparc3_lightning.relevance import (
     absolute_relevance,
     magnitude_relevance,
+    mean_magnitude,
     signed_relevance,
     squared_norms,
     squared_relevance,
@@ -47,13 +48,14 @@ class ScoreAccumulator:
 
     For relevance, run the model inside ``with lrp(model), accumulator.recording(...)`` and call ``backward`` there:
     each layer's score is formed as its gradient arrives, so that neither gradients nor activations are kept. For Wanda
-    a forward pass suffices. Nothing makes the host wait for an accelerator, but for ``check`` now and then.
+    and activations a forward pass suffices. Nothing makes the host wait for an accelerator, but for ``check`` at times.
 
     Scores of weights are summed in float32 on the device. Of several ranks each keeps the sums of its own rows.
 
     Args:
-        modules: The target layers by their fully qualified name.
-        score: ``magnitude``, ``signed``, ``absolute`` or ``squared`` relevance, or ``wanda``.
+        modules: The target layers by their fully qualified name; for ``activation`` by that name the layers whose
+            inputs are the activations of the target's neurons.
+        score: ``magnitude``, ``signed``, ``absolute`` or ``squared`` relevance, ``wanda`` or ``activation``.
         nonfinite: On NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0 in place of
             the value and counts it in ``num_nonfinite``.
         granularity: One score for each ``neuron``, summed over its incoming weights; for each attention ``head``,
@@ -68,7 +70,7 @@ class ScoreAccumulator:
     def __init__(
         self,
         modules: Mapping[str, Linear],
-        score: Literal["magnitude", "signed", "absolute", "squared", "wanda"],
+        score: Literal["magnitude", "signed", "absolute", "squared", "wanda", "activation"],
         nonfinite: Literal["error", "zero"] = "error",
         granularity: Granularity = "neuron",
         head_dims: Mapping[str, int] | None = None,
@@ -180,7 +182,7 @@ class ScoreAccumulator:
     def each(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each module and its scores, float32 on the CPU; all ranks must ask together.
 
-        Relevance is the mean over the samples; Wanda's norm is over all tokens of all samples.
+        Relevance and activations are the mean over the samples; Wanda's norm is over all tokens of all samples.
 
         Yields:
             Name, and scores of shape ``[out_features]``, of heads ``[heads]`` or, of weights, ``[out_features,
@@ -213,6 +215,9 @@ class ScoreAccumulator:
             A_BTI = unfold(inputs[0])
             if self.score == "wanda":
                 self._batch[name] = squared_norms(A_BTI, mask_BT)
+                return
+            if self.score == "activation":
+                self._batch[name] = mean_magnitude(A_BTI, mask_BT)
                 return
             # All weights are frozen: the graph begins here, at the first target, and not at the embeddings.
             output.requires_grad_()

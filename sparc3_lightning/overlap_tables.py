@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparc3_lightning.neurons import NeuronList
+from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.overlap_findings import RANDOM, WITHIN_LAYERS, Key
 from sparc3_lightning.tables import Table, cell
 

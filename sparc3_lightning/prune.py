@@ -18,7 +18,8 @@ from sparc3_lightning.checkpoints import Dtype, export_pruned, fingerprint, reso
 from sparc3_lightning.controls import lowest
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
-from sparc3_lightning.neurons import Neuron, NeuronList, select
+from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import Neuron, select
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.relevance import differential_relevance, differential_strength
 from sparc3_lightning.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching

@@ -5,7 +5,7 @@ them holds the header.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from sparc3_lightning.files import replacing, write_atomically
+from sparc3_lightning.provenance import git_hash, run_seed, versions
 
 FORMAT = "sparc3_lightning scores 1"
 INDEX = "weight_scores.safetensors.index.json"
@@ -42,9 +43,9 @@ class Provenance:
     Args:
         checkpoint: As given by ``--model.checkpoint``.
         checkpoint_fingerprint: Commit at the hub, or a hash of the local files.
-        method: ``lrp``, ``gradient`` or ``wanda``.
+        method: ``lrp``, ``gradient``, ``wanda``, ``activation``, ``magnitude`` or ``random``.
         rule: ``attnlrp`` or ``cp_lrp``; None but for LRP.
-        relevance: ``magnitude``, ``signed``, ``absolute`` or ``squared``; None for Wanda.
+        relevance: ``magnitude``, ``signed``, ``absolute`` or ``squared``; None but for LRP and the gradient.
         targets: Names of the target layer types.
         dtype: Dtype of the model.
         data: Data module and its options.
@@ -57,7 +58,7 @@ class Provenance:
         sample_ids: Of each sample; for prompts they tell evaluation which to leave out.
         versions: Of this package, its main dependencies and Python.
         git_hash: Commit of this package's working tree, if it is one.
-        target: As in ``targets.Target``; None for Wanda.
+        target: As in ``targets.Target``; None but for LRP and the gradient.
         lexicon: The scorer that the lexicon is by.
         granularity: ``neuron``, ``head`` or ``weight``.
     """
@@ -83,6 +84,38 @@ class Provenance:
     lexicon: str | None = None
     granularity: str = "neuron"
 
+    @classmethod
+    def of(cls, module: Any, data: Any) -> "Provenance":
+        """Return that of an attribution.
+
+        Args:
+            module: The ``Attribution``, once its loop has ended.
+            data: Its data module.
+        """
+        options = {name: value for name, value in data.hparams.items() if name != "tokenizer"}
+        return cls(
+            checkpoint=module.checkpoint,
+            checkpoint_fingerprint=module.identity["checkpoint_fingerprint"],
+            method=module.method,
+            rule=module.rule if module.method == "lrp" else None,
+            relevance=module.relevance if module.has_target else None,
+            target=module.target if module.has_target else None,
+            lexicon=module.lexicon_scorer if module.lexicon else None,
+            granularity=module.granularity,
+            targets=module.layers,
+            dtype=str(module.model.dtype).removeprefix("torch."),
+            data={"class": type(data).__name__, **options, **data.notes},
+            data_fingerprint=data.fingerprint(),
+            num_samples=module.accumulator.num_samples,
+            num_tokens=data.num_tokens,
+            seq_len=data.longest,
+            seed=run_seed(),
+            num_nonfinite=module.accumulator.num_nonfinite,
+            sample_ids=[sample.id for sample in data.samples],
+            versions=versions(),
+            git_hash=git_hash(),
+        )
+
     @property
     def revision(self) -> str | None:
         """Commit of the checkpoint at the hub; None for a local one."""
@@ -100,6 +133,11 @@ class ScoreFile:
     scores: dict[str, Tensor]
     provenance: Provenance
     path: Path | None = None
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of the scores of each module."""
+        return {name: list(score.shape) for name, score in self.scores.items()}
 
     def save(self, path: Path) -> None:
         """Write the file under a temporary name, and rename it."""
@@ -164,17 +202,32 @@ class WeightScores:
             raise ValueError(f"{path} is an index, but not of scores: it does not say {INDEX_FORMAT!r}.")
         self.provenance = _provenance(path, metadata)
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of the scores of each module, which are not read for it."""
+        return {
+            name: self._open(name, lambda file, name: list(file.get_slice(name).get_shape())) for name in self._names
+        }
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name in sorted(self.files, key=_natural):
-            shard = self.path.parent / self.files[name]
-            try:
-                with safe_open(shard, framework="pt") as file:
-                    score = file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{shard}, which {self.path.name} names, is missing or damaged: {error}") from None
+        for name in self._names:
+            score = self._open(name, lambda file, name: file.get_tensor(name))
             if score.dim() != 2 or not torch.isfinite(score).all():
+                shard = self.path.parent / self.files[name]
                 raise ValueError(f"{shard}: {name} has shape {list(score.shape)}, or holds NaN or infinity.")
             yield name, score
+
+    @property
+    def _names(self) -> list[str]:
+        return sorted(self.files, key=_natural)
+
+    def _open(self, name: str, read: Callable[[Any, str], Any]) -> Any:
+        shard = self.path.parent / self.files[name]
+        try:
+            with safe_open(shard, framework="pt") as file:
+                return read(file, name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{shard}, which {self.path.name} names, is missing or damaged: {error}") from None
 
 
 class ShardWriter:
@@ -242,7 +295,7 @@ def load_matching(paths: Sequence[Path]) -> list[ScoreFile]:
     return files
 
 
-def check_match(files: Sequence[ScoreFile], must_match: Sequence[str] = MUST_MATCH) -> None:
+def check_match(files: Sequence[ScoreFile | WeightScores], must_match: Sequence[str] = MUST_MATCH) -> None:
     """Raise ValueError if two score files differ in one of these fields, in modules or in shapes."""
     first = files[0]
     for other in files[1:]:
@@ -253,7 +306,7 @@ def check_match(files: Sequence[ScoreFile], must_match: Sequence[str] = MUST_MAT
                     f"The score files do not belong together: {name} is {mine!r} in {first.path} but {theirs!r} in "
                     f"{other.path}."
                 )
-        shapes, others = ({n: list(s.shape) for n, s in file.scores.items()} for file in (first, other))
+        shapes, others = first.shapes, other.shapes
         for name in sorted(shapes.keys() | others.keys()):
             if shapes.get(name) != others.get(name):
                 raise ValueError(

@@ -10,7 +10,8 @@ from torch import Tensor
 from sparc3_lightning.controls import draw_like, lowest, random_like
 from sparc3_lightning.heads import head_norms, is_heads, num_heads
 from sparc3_lightning.linear import weight_of
-from sparc3_lightning.neurons import Neuron, NeuronList, mask
+from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import Neuron, mask
 from sparc3_lightning.relevance import whole
 
 CONTROLS = {

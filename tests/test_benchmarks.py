@@ -22,6 +22,13 @@ def test_one_command_runs_the_benchmarks_by_name_and_writes_json(tmp_path):
     assert set(json.loads((tmp_path / "found.json").read_text())) == {"machine", "python"}
 
 
+def test_the_benchmark_of_compression_says_which_text_is_missing():
+    command = [sys.executable, str(BENCHMARKS / "compression.py"), "--c4", "nowhere.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "--c4: nowhere.jsonl does not exist; give the path of a copy." in done.stderr
+
+
 def test_the_benchmark_of_the_gpu_runs_on_a_tiny_model(tmp_path):
     said = run(str(BENCHMARKS / "gpu.py"), "--shape", "tiny", "--json", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())

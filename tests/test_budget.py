@@ -14,7 +14,8 @@ from sparc3_lightning.budget import Budget, PerplexityRise, largest_within, spen
 from sparc3_lightning.checkpoints import fingerprint
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import Sample, pad_right
-from sparc3_lightning.neurons import Neuron, NeuronList, mask
+from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import Neuron, mask
 
 LENGTHS = (9, 6, 8, 3)
 

@@ -22,7 +22,8 @@ from sparc3_lightning.circuit import CIRCUIT, RANDOM, Circuit
 from sparc3_lightning.cli import main
 from sparc3_lightning.data import C4, IOI
 from sparc3_lightning.lrp import lrp
-from sparc3_lightning.neurons import NeuronList, mask, prune_
+from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import mask, prune_
 from sparc3_lightning.orders import ComponentOrder
 from sparc3_lightning.score_groups import group_scores
 from sparc3_lightning.scores import INDEX, ScoreFile, ShardWriter

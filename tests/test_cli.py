@@ -17,6 +17,7 @@ from conftest import sentence
 from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.cli import STAGES, entry_point, main
 from sparc3_lightning.compare import Comparison
+from sparc3_lightning.compress import Compression
 from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.experiment import Experiment
 from sparc3_lightning.prune import Pruning
@@ -122,6 +123,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(capsys, ver
         "evaluate": "Measure perplexity and toxicity",
         "sweep": "Measure toxicity against perplexity",
         "compare": "Compare the pruned neurons",
+        "compress": "Set the weights of the lowest scores to zero",
         "run": "Carry out the whole experiment",
     }[verb]
     assert sentence_of_verb in out
@@ -138,6 +140,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(capsys, ver
         ("evaluate", "model", Evaluation, set()),
         ("sweep", "model", Sweep, {"options"}),
         ("compare", "model", Comparison, set()),
+        ("compress", "model", Compression, set()),
         ("prepare", "model", Experiment, set()),
         ("run", "model", Experiment, set()),
         ("run", "attribute", Attribution, {"checkpoint", "dtype", "revision"}),
@@ -266,6 +269,7 @@ def test_an_overlay_of_one_option_keeps_the_rest_of_the_data(capsys):
         ("sweep", ["-c", "sweep.yaml"], ["required", "model.neurons"]),
         ("sweep", ["-c", "sweep.yaml", "--model.neurons", "n", "--model.dose", "3"], ["model.dose"]),
         ("compare", [], ["required", "model.neurons"]),
+        ("compress", [], ["required", "model.general", "model.export"]),
         ("run", [], ["required", "general", "behavior"]),
         ("run", ["-c", "demo.yaml", "--prune.general", "[x]"], ["prune.general"]),
     ],

@@ -11,6 +11,7 @@ import yaml
 from sparc3_lightning.cli import STAGES, main
 from sparc3_lightning.data import C4, RealToxicityPrompts, ToxicPrompts, WikiText2
 from sparc3_lightning.generation import PROTOCOLS, Sampling
+from sparc3_lightning.zero_shot import check_tasks
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -169,6 +170,21 @@ def test_sweep_yaml_measures_doses_that_prune_yaml_ranks_at_two_strengths_on_the
     text, prompts = (options["data"][name]["init_args"] for name in ("text", "prompts"))
     assert includes(text, {"source": None, "window": 2048, "stride": 512, "conventions": ["sliding"]})
     assert includes(prompts, {"source": None, "min_toxicity": 0.9, "num_nontoxic": 0})
+
+
+def test_compress_yaml_prunes_half_of_each_row_as_published(parsed):
+    options = parsed(named("compress.yaml"))
+    assert includes(options["model"], {"sparsity": 0.5, "pattern": "row", "export_dtype": "auto"})
+
+
+def test_zero_shot_yaml_adds_the_seven_published_tasks_which_lm_eval_knows(parsed):
+    whole, options = parsed(named("evaluate.yaml")), parsed(named("zero_shot.yaml"))
+    tasks = options["model"]["lm_eval_tasks"]
+    assert tasks == ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+    assert options["data"]["text"]["init_args"]["conventions"] == ["disjoint"]
+    assert options["data"]["prompts"] == whole["data"]["prompts"]
+    pytest.importorskip("lm_eval")
+    check_tasks(tasks, None)
 
 
 def test_the_data_sets_of_the_hub_are_those_of_the_published_experiment():

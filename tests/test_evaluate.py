@@ -18,7 +18,8 @@ from sparc3_lightning.checkpoints import export_pruned, fingerprint, load_model
 from sparc3_lightning.data import EvaluationData, RealToxicityPrompts, WikiText2
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS, Evaluation
-from sparc3_lightning.neurons import Neuron, NeuronList, mask
+from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import Neuron, mask
 from sparc3_lightning.scorers import DetoxifyScorer
 from sparc3_lightning.sharding import load_for
 

@@ -21,7 +21,8 @@ from sparc3_lightning.controls import POOL
 from sparc3_lightning.data import ToxicPrompts
 from sparc3_lightning.data.real_toxicity_prompts import prompt_id
 from sparc3_lightning.linear import weight_of
-from sparc3_lightning.neurons import Neuron, NeuronList, mask
+from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import Neuron, mask
 from sparc3_lightning.scores import INDEX, ScoreFile
 from sparc3_lightning.sharding import blocks_of, load_sharded
 from sparc3_lightning.variants import CONTROLS, neurons_of, plan

@@ -14,7 +14,8 @@ from sparc3_lightning.files import to_json
 from sparc3_lightning.findings import Continuations, figures, findings, perplexity_change, perplexity_interval
 from sparc3_lightning.intervals import paired_difference
 from sparc3_lightning.metrics import Perplexity
-from sparc3_lightning.neurons import Neuron, NeuronList
+from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import Neuron
 from sparc3_lightning.variants import plan
 
 # Per model and prompt the toxicity of each continuation; None where it could not be scored.

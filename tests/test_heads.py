@@ -19,7 +19,8 @@ from sparc3_lightning.data import C4
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.heads import head_dims, head_norms, mask_heads, num_heads, prune_heads_
 from sparc3_lightning.lrp import FAMILIES, lrp
-from sparc3_lightning.neurons import Neuron, NeuronList, check_neurons, mask, prune_
+from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import Neuron, check_neurons, mask, prune_
 from sparc3_lightning.scores import ScoreFile
 from sparc3_lightning.targets import largest_logit
 from sparc3_lightning.variants import neurons_of, plan

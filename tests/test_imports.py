@@ -17,7 +17,7 @@ LAYERS = (
     {"cli"},
     {"experiment"},
     {"screening"},
-    {"attribute", "prune", "budget", "evaluate", "sweep", "compare", "circuit", "data", "completions"},
+    {"attribute", "prune", "budget", "evaluate", "sweep", "compare", "circuit", "compress", "data", "completions"},
     {"report"},
     {"score_groups"},
     {
@@ -43,15 +43,25 @@ LAYERS = (
         "figures",
         "tables",
     },
-    {"accumulator", "selections", "controls", "orders", "neurons", "heads", "preferences"},
-    {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap"},
+    {
+        "accumulator",
+        "static_scores",
+        "selections",
+        "controls",
+        "orders",
+        "neurons",
+        "heads",
+        "preferences",
+        "neuron_list",
+    },
+    {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap", "sparsity"},
     {"linear"},
 )
 # A script of its own that nothing imports.
 SCRIPTS = {"train_scorer", "__main__"}
 PURE = ("lrp", "relevance", "targets", "selections", "accumulator", "metrics", "generation", "neurons", "intervals")
-PURE += ("controls", "overlap", "heads", "orders", "linear")
-STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "circuit", "experiment", "cli", "data")
+PURE += ("controls", "overlap", "heads", "orders", "linear", "sparsity", "static_scores")
+STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "circuit", "compress", "experiment", "cli", "data")
 
 
 def imports_of(path: Path) -> set[str]:

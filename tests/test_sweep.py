@@ -16,7 +16,7 @@ from sparc3_lightning import evaluate
 from sparc3_lightning.checkpoints import fingerprint
 from sparc3_lightning.cli import main
 from sparc3_lightning.evaluate import Evaluation
-from sparc3_lightning.neurons import NeuronList
+from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.prune import Pruning
 from sparc3_lightning.scores import Provenance, ScoreFile
 from sparc3_lightning.sharding import load_for

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparc3_lightning.controls import POOL
-from sparc3_lightning.neurons import Neuron, NeuronList
+from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import Neuron
 from sparc3_lightning.variants import CONTROLS, Variant, describe, neurons_of, of_kind, plan
 
 UP, SECOND = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"

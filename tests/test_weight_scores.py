@@ -20,7 +20,7 @@ from sparc3_lightning.checkpoints import load_model
 from sparc3_lightning.data import ToxicPrompts
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.lrp import lrp
-from sparc3_lightning.neurons import NeuronList
+from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.progress import load_progress
 from sparc3_lightning.prune import NEURONS, Pruning
 from sparc3_lightning.relevance import find_targets

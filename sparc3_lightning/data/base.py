@@ -220,6 +220,37 @@ class ReferenceSamples(TextDataModule):
         return share_dataloader(ordered, self.trainer, self.batch_size, collate)
 
 
+class NoSamples(ReferenceSamples):
+    """No samples, for methods that read none: the magnitude of weights, and random scores."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None, 1)
+        self.save_hyperparameters(logger=False)
+
+    def prepare_data(self) -> None:
+        """Fetch nothing."""
+
+    def fetched_files(self) -> list[Path]:
+        """Return no files."""
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Read nothing."""
+
+    def read_samples(self, tokenizer: Any) -> list[Sample]:
+        """Return no samples."""
+        return []
+
+    @property
+    def longest(self) -> int:
+        """No tokens."""
+        return 0
+
+    def predict_dataloader(self) -> DataLoader:
+        """Return one empty batch, since Lightning runs no loop at all over no batches."""
+        return share_dataloader([None], self.trainer, 1, lambda _: {"sample_ids": []})
+
+
 def pad_right(samples: list[Sample], pad_token_id: int) -> dict[str, Any]:
     """Collate samples of different lengths.
 

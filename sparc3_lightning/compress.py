@@ -1,0 +1,202 @@
+"""Compression: from the scores of weights to a sparse checkpoint, as a plain one with zeros in it.
+
+It is a verb beside ``sparc3 prune``, with which it shares no option but the export: there is no behaviour and no list
+of neurons here, and what it makes is the checkpoint.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparc3_lightning.checkpoints import Dtype, export_edited, fingerprint, load_config, resolve_dtype
+from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
+from sparc3_lightning.linear import weight_of
+from sparc3_lightning.provenance import git_hash, versions
+from sparc3_lightning.relevance import ALL, find_targets
+from sparc3_lightning.scores import INDEX, WeightScores, check_match
+from sparc3_lightning.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
+
+SPARSITY = "sparsity.json"
+
+
+class Ranking:
+    """What weights are ranked by, one layer at a time: the absolute value of their mean score over the files.
+
+    Signed relevance so counts by its size, whichever way a weight pulls; the other scores are not negative anyway.
+
+    Args:
+        files: The scores of weights, of the same layers; each file weighs the same.
+    """
+
+    def __init__(self, files: Sequence[WeightScores]) -> None:
+        self.files = files
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for layers in zip(*self.files, strict=True):
+            yield layers[0][0], torch.stack([score for _, score in layers]).mean(dim=0).abs_()
+
+    def masks(self, sparsity: float, pattern: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of each layer, and True where a weight is pruned, shape ``[out_features, in_features]``."""
+        if pattern == "global":
+            yield from global_masks(self, global_threshold(self, sparsity))
+            return
+        for name, score in self:
+            yield name, prune_mask(score, sparsity, pattern)
+
+
+class Compression(L.LightningModule):
+    """Sets the weights of the lowest scores to zero, and writes the sparse checkpoint.
+
+    The layers are those that were scored: ``sparc3 attribute --model.granularity weight --model.targets '[all]'``
+    scores every linear layer but the head. Embeddings and head are never pruned.
+
+    Args:
+        general: Indexes of scores of weights on general reference samples, one per seed; they are averaged. Signed
+            relevance is ranked by the absolute value of its mean.
+        export: Folder to write the sparse checkpoint to, in Hugging Face format with its tokenizer. It must not exist.
+        sparsity: Share of the weights of those layers that becomes zero, in [0, 1].
+        pattern: Which weights are compared with each other: those of a ``row``, the incoming weights of a neuron, as
+            Wanda and SparC3 do; of a ``layer``; ``global``, of all layers; or n:m, such as ``2:4``, which keeps at most
+            n of m weights side by side in a row.
+        export_dtype: Of the exported weights; ``auto`` is the dtype the scores were computed in.
+    """
+
+    def __init__(
+        self,
+        general: Sequence[Path],
+        export: Path,
+        sparsity: float = 0.5,
+        pattern: str = "row",
+        export_dtype: Dtype = "auto",
+    ) -> None:
+        super().__init__()
+        if not general:
+            raise ValueError("--model.general must name at least one index of scores of weights.")
+        check_sparsity(sparsity, pattern)
+        if Path(export).exists():
+            raise FileExistsError(f"--model.export: {export} exists already; nothing was overwritten.")
+        self.save_hyperparameters()
+        self.general = [Path(path) for path in general]
+        self.export = Path(export)
+        self.sparsity = sparsity
+        self.pattern = pattern
+        self.export_dtype: Dtype = export_dtype
+
+    def compress(self, folder: Path) -> str:
+        """Write the sparse checkpoint, and sparsity.json to a folder: the sparsity of each layer and its origin.
+
+        Args:
+            folder: Where sparsity.json goes.
+
+        Returns:
+            A sentence for the terminal.
+
+        Raises:
+            FileNotFoundError, ValueError: If a file of scores is missing, damaged, not of weights, or does not match
+                the others or the checkpoint; if the pattern does not fit a layer.
+            FileExistsError: If the folder holds a sparsity.json.
+        """
+        check_writable(folder)
+        check_absent(folder / SPARSITY)
+        files = [_load(path) for path in self.general]
+        check_match(files)
+        source = files[0].provenance
+        revision = source.checkpoint_fingerprint.partition("commit:")[2] or None
+        if fingerprint(source.checkpoint, revision) != source.checkpoint_fingerprint:
+            raise ValueError(
+                f"The checkpoint {source.checkpoint!r} is no longer the one that was attributed "
+                f"({source.checkpoint_fingerprint}); it was not compressed."
+            )
+        num_parameters = _check_layers(files[0], revision)
+        found: dict[str, Any] = {}
+        name: Any = source.dtype if self.export_dtype == "auto" else self.export_dtype
+        export_edited(
+            source.checkpoint,
+            lambda model: found.update(zero_(model, Ranking(files).masks(self.sparsity, self.pattern))),
+            self.export,
+            dtype=resolve_dtype(name, torch.device("cpu")),
+            revision=revision,
+        )
+        share = found["num_pruned"] / num_parameters
+        content = {
+            "pattern": self.pattern,
+            "sparsity": self.sparsity,
+            **found,
+            "share_of_all_parameters": share,
+            "export": str(self.export),
+            "checkpoint": source.checkpoint,
+            "checkpoint_fingerprint": source.checkpoint_fingerprint,
+            "general": [{"path": str(file.path), **file.provenance.summary()} for file in files],
+            "versions": versions(),
+            "git_hash": git_hash(),
+        }
+        # Last, since a folder with sparsity.json counts as complete.
+        write_atomically(folder / SPARSITY, to_json(content))
+        return (
+            f"{found['num_pruned']:,} of {found['num_weights']:,} weights in {len(found['layers'])} layers are zero, "
+            f"{share:.1%} of all parameters: {self.export}\nSparsity of each layer: {folder / SPARSITY}"
+        )
+
+
+def zero_(model: Any, masks: Iterator[tuple[str, Tensor]]) -> dict[str, Any]:
+    """Set weights to zero in place, and say which.
+
+    Args:
+        model: Any model.
+        masks: Name of each linear layer, and True where a weight is pruned, shape ``[out_features, in_features]``.
+
+    Returns:
+        ``num_pruned``, ``num_weights``, ``masks``, a hash of them all, and ``layers``, the sparsity of each.
+    """
+    digest, layers = hashlib.sha256(), {}
+    num_pruned = num_weights = 0
+    for name, pruned in masks:
+        weight = weight_of(model.get_submodule(name))
+        weight.data.masked_fill_(pruned.to(weight.device), 0)
+        digest.update(name.encode() + np.packbits(pruned.cpu().numpy()).tobytes())
+        count = int(pruned.sum())
+        layers[name] = count / pruned.numel()
+        num_pruned += count
+        num_weights += pruned.numel()
+    return {"num_pruned": num_pruned, "num_weights": num_weights, "masks": digest.hexdigest()[:16], "layers": layers}
+
+
+def _load(path: Path) -> WeightScores:
+    if not path.is_file():
+        raise FileNotFoundError(f"--model.general: {path} does not exist; 'sparc3 attribute' writes it.")
+    if path.name != INDEX:
+        raise ValueError(
+            f"--model.general: expected {INDEX}, the index of scores of weights, got {path}: run 'sparc3 attribute' "
+            "with --model.granularity weight --model.targets '[all]'."
+        )
+    return WeightScores(path)
+
+
+def _check_layers(scores: WeightScores, revision: str | None) -> int:
+    """Check that the model has the layers, none of them the head, before it is loaded; return its number of parameters.
+
+    Raises:
+        ValueError: If a layer is not there, or has another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(scores.provenance.checkpoint, revision))
+    layers = find_targets(model, [ALL])
+    for name, shape in scores.shapes.items():
+        if name not in layers:
+            raise ValueError(
+                f"{scores.path}: {name} is the head, which is never pruned, or no linear layer of the model: attribute "
+                "with --model.targets '[all]'."
+            )
+        if shape != list(weight_of(layers[name]).shape):
+            raise ValueError(
+                f"{scores.path}: {name} has shape {shape}, but {list(weight_of(layers[name]).shape)} in the model."
+            )
+    return sum(parameter.numel() for parameter in model.parameters())

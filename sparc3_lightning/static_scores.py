@@ -1,0 +1,88 @@
+"""Scores that need no samples: the magnitude of the weights, and random ones, by the accumulator's protocol."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparc3_lightning.accumulator import Granularity
+from sparc3_lightning.linear import Linear, weight_of
+from sparc3_lightning.relevance import whole
+
+STATIC = ("magnitude", "random")
+
+
+def random_scores(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Draw scores from the uniform distribution on [0, 1), the same for a module's name whatever others there are.
+
+    Args:
+        name: Of the module.
+        shape: Of the scores.
+        seed: Of all modules.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.rand(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little")))
+
+
+class StaticScores:
+    """Scores linear layers as they are: what ``ScoreAccumulator`` does over samples, without any.
+
+    The magnitude of a weight is |W_oi|, that of a neuron the sum over its incoming weights (Han et al. 2015,
+    arXiv:1506.02626, prune weights by it); random scores are uniform, a floor for every other method.
+
+    Args:
+        modules: The target layers by their fully qualified name.
+        score: ``magnitude`` or ``random``.
+        granularity: One score for each ``neuron``, or for each ``weight``.
+        seed: Of the random scores.
+    """
+
+    num_samples = 0
+    num_nonfinite = 0
+    sums_weights = False
+
+    def __init__(
+        self,
+        modules: Mapping[str, Linear],
+        score: Literal["magnitude", "random"],
+        granularity: Granularity = "neuron",
+        seed: int = 0,
+    ) -> None:
+        self.modules = dict(modules)
+        self.score = score
+        self.granularity = granularity
+        self.seed = seed
+        self.sums: dict[str, Tensor] = {}
+
+    def recording(self, *_: Any) -> nullcontext[None]:
+        """Record nothing."""
+        return nullcontext()
+
+    def check(self) -> None:
+        """Find nothing to look at."""
+
+    def reduce_(self) -> None:
+        """Add up nothing: every rank has the same scores."""
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return all scores, see ``each``."""
+        return dict(self.each())
+
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each module and its scores, float32 on the CPU; all ranks must ask together.
+
+        Yields:
+            Name, and scores of shape ``[out_features]`` or, of weights, ``[out_features, in_features]``.
+        """
+        of_neurons = self.granularity == "neuron"
+        for name, module in self.modules.items():
+            if self.score == "random":
+                rows, columns = weight_of(module).shape
+                shape = (rows,) if of_neurons else (rows, columns)
+                yield name, random_scores(name, shape, self.seed)
+            else:
+                magnitude = whole(weight_of(module)).float().abs()
+                yield name, (magnitude.sum(dim=1) if of_neurons else magnitude).cpu()
