@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sparc3_lightning.linear import Linear, weight_of
 from sparc3_lightning.relevance import (
     absolute_relevance,
     magnitude_relevance,
@@ -32,8 +33,9 @@ class NonfiniteRelevanceError(ValueError):
 
 def check_granularity(granularity: Granularity, score: str) -> None:
     """Raise ValueError if weights are to have a score that only neurons have."""
-    if granularity == "weight" and score in ("absolute", "squared"):
-        raise ValueError(f"--model.relevance {score} is of neurons only: choose --model.granularity neuron.")
+    if granularity == "weight" and score in ("absolute", "squared", "activation"):
+        option = "method" if score == "activation" else "relevance"
+        raise ValueError(f"--model.{option} {score} is of neurons only: choose --model.granularity neuron.")
 
 
 class ScoreAccumulator:
@@ -59,7 +61,7 @@ class ScoreAccumulator:
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Linear],
+        modules: Mapping[str, Linear],
         score: Literal["magnitude", "signed", "absolute", "squared", "wanda", "activation"],
         nonfinite: Literal["error", "zero"] = "error",
         granularity: Granularity = "neuron",
@@ -107,7 +109,7 @@ class ScoreAccumulator:
         self._batch = {}
         real = [i for i, weight in enumerate(weights) if weight] if weights is not None else range(len(sample_ids))
         handles = [
-            module.register_forward_hook(self._hook(name, mask_BT, real), prepend=True)
+            module.register_forward_hook(self._hook(name, mask_BT, real, len(sample_ids)), prepend=True)
             for name, module in self.modules.items()
         ]
         try:
@@ -185,15 +187,19 @@ class ScoreAccumulator:
         for name, module in self.modules.items():
             total = self.sums[name]
             if self.score == "wanda":
-                score = wanda_score(whole(module.weight), total, self.granularity == "neuron")
+                score = wanda_score(whole(weight_of(module)), total, self.granularity == "neuron")
             else:
-                rows = _gather_rows(total, module.out_features) if self.sums_weights else total
+                rows = _gather_rows(total, len(weight_of(module))) if self.sums_weights else total
                 score = rows / self.num_samples
             yield name, score.float().cpu()
 
-    def _hook(self, name: str, mask_BT: Tensor | None, real: Sequence[int]):
-        def record(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
-            A_BTI = inputs[0].detach()
+    def _hook(self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int):
+        def unfold(tensor: Tensor) -> Tensor:
+            # OPT's MLP gets the tokens of all samples as one row after the other.
+            return tensor.detach().reshape(num_samples, -1, tensor.shape[-1])
+
+        def record(module: Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+            A_BTI = unfold(inputs[0])
             if self.score == "wanda":
                 self._batch[name] = squared_norms(A_BTI, mask_BT)
                 return
@@ -202,14 +208,18 @@ class ScoreAccumulator:
                 return
             # All weights are frozen: the graph begins here, at the first target, and not at the embeddings.
             output.requires_grad_()
+
+            def weight() -> Tensor:  # asked for in the backward pass, where that of a sharded model is whole
+                return weight_of(module).detach()
+
             if self.sums_weights:
-                output.register_hook(lambda G: self._add_weights(name, module.weight.detach(), A_BTI, G.detach(), real))
+                output.register_hook(lambda G: self._add_weights(name, weight(), A_BTI, unfold(G), real))
             elif self.score == "magnitude":
-                output.register_hook(lambda G: self._set(name, magnitude_relevance(module.weight.detach(), A_BTI, G)))
+                output.register_hook(lambda G: self._set(name, magnitude_relevance(weight(), A_BTI, unfold(G))))
             else:
-                Z_BTO = output.detach() if module.bias is None else output.detach() - module.bias.detach()
+                Z_BTO = unfold(output if module.bias is None else output.detach() - module.bias.detach())
                 of = OF_OUTPUT[self.score]
-                output.register_hook(lambda G: self._set(name, of(Z_BTO, G)))
+                output.register_hook(lambda G: self._set(name, of(Z_BTO, unfold(G))))
 
         return record
 

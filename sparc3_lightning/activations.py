@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sparc3_lightning.files import write_atomically
+from sparc3_lightning.linear import Linear
 
 ACTIVATIONS = "activations.safetensors"
 FORMAT = "sparc3_lightning activations 1"
@@ -24,7 +25,7 @@ class ActivationRecorder:
         columns: By the name of the module that is scored, the layer whose input is its neurons' activations.
     """
 
-    def __init__(self, columns: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, columns: Mapping[str, Linear]) -> None:
         self.columns = dict(columns)
         self._rows: dict[str, list[Tensor]] = {name: [] for name in columns}
 
@@ -43,7 +44,9 @@ class ActivationRecorder:
 
     def _hook(self, name: str, mask_BT: Tensor | None, weights: Sequence[int]):
         def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            means = mean_activations(inputs[0].detach(), mask_BT)
+            # OPT's MLP gets the tokens of all samples as one row after the other.
+            A_BTI = inputs[0].detach().reshape(len(weights), -1, inputs[0].shape[-1])
+            means = mean_activations(A_BTI, mask_BT)
             self._rows[name].append(means[[i for i, weight in enumerate(weights) if weight]])
 
         return record

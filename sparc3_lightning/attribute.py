@@ -16,8 +16,9 @@ from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activa
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
 from sparc3_lightning.data.base import NoSamples, ReferenceSamples
 from sparc3_lightning.files import check_absent, check_space, check_writable
+from sparc3_lightning.linear import weight_of
 from sparc3_lightning.lrp import Rule, family_of, lrp
-from sparc3_lightning.neurons import columns_of
+from sparc3_lightning.neurons import columns_of, neuron_layers
 from sparc3_lightning.progress import Progress, StopRequest, go_on, remove_progress
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.relevance import Relevance, find_targets
@@ -51,7 +52,8 @@ class Attribution(L.LightningModule):
             over all positions; or ``lexicon_probability``, that probability itself, averaged over the positions of the
             sample's continuation, or of all of it if it has none.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves.
-        targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
+        targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one,
+            and by default it is the layer of the MLP neurons: ``up_proj``, ``fc1`` (OPT) or ``c_fc`` (GPT-2).
         activations: Also keep the mean activation of each neuron over each sample's tokens, in activations.safetensors:
             for ``sparc3 prune`` with the selection ``auroc`` or the edit ``mean``.
         granularity: One score for each ``neuron``, or for each ``weight``. Scores of weights are as large as the model
@@ -76,7 +78,7 @@ class Attribution(L.LightningModule):
         rule: Rule = "attnlrp",
         target: Target = "argmax",
         lexicon: str = "original",
-        targets: Sequence[str] = ("up_proj",),
+        targets: Sequence[str] | None = None,
         activations: bool = False,
         granularity: Granularity = "neuron",
         dtype: Dtype = "auto",
@@ -86,12 +88,10 @@ class Attribution(L.LightningModule):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        if not targets:
+        if targets is not None and not targets:
             raise ValueError("--model.targets must name at least one layer type, for example up_proj.")
-        check_granularity(granularity, relevance)
-        if granularity == "weight" and method == "activation":
-            raise ValueError("--model.method activation is of neurons only: choose --model.granularity neuron.")
         self.has_target = method in ("lrp", "gradient")
+        check_granularity(granularity, relevance if self.has_target else method)
         if not self.has_target and target != "argmax":
             raise ValueError(f"--model.method {method} has no target: leave out --model.target.")
         if target in LEXICAL:
@@ -107,7 +107,7 @@ class Attribution(L.LightningModule):
         self.lexicon: list[int] = []
         self.relevance: Relevance = relevance
         self.rule: Rule = rule
-        self.targets = list(targets)
+        self.targets = None if targets is None else list(targets)
         self.activations = activations
         self.granularity: Granularity = granularity
         self.dtype_name: Dtype = dtype
@@ -153,7 +153,8 @@ class Attribution(L.LightningModule):
             raise RuntimeError("Relevance needs gradients: build the trainer with Trainer(inference_mode=False).")
         self.model.eval()
         score: Any = self.relevance if self.has_target else self.method
-        targets = find_targets(self.model, self.targets)
+        self.layers = self.targets or neuron_layers(self.model)
+        targets = find_targets(self.model, self.layers)
         if self.granularity == "weight":
             check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))
         if self.method in STATIC:
@@ -268,7 +269,7 @@ class Attribution(L.LightningModule):
             if is_writer:
                 ScoreFile(scores, self._provenance()).save(self.output)
         else:
-            shapes = {name: module.weight.shape for name, module in self.accumulator.modules.items()}
+            shapes = {name: weight_of(module).shape for name, module in self.accumulator.modules.items()}
             writer = ShardWriter(self.output.parent, shapes)
             for name, score in self.accumulator.each():
                 if is_writer:
@@ -291,7 +292,7 @@ class Attribution(L.LightningModule):
             relevance=self.relevance if self.has_target else None,
             target=self.target if self.has_target else None,
             lexicon=self.lexicon_scorer if self.target in LEXICAL else None,
-            targets=self.targets,
+            targets=self.layers,
             dtype=str(self.model.dtype).removeprefix("torch."),
             data={"class": type(data).__name__, **options, **data.notes},
             data_fingerprint=data.fingerprint(),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparc3_lightning.checkpoints import Dtype, export_edited, fingerprint, load_config, resolve_dtype
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
+from sparc3_lightning.linear import weight_of
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.relevance import ALL, find_targets
 from sparc3_lightning.scores import INDEX, WeightScores, check_match
@@ -156,8 +157,8 @@ def zero_(model: Any, masks: Iterator[tuple[str, Tensor]]) -> dict[str, Any]:
     digest, layers = hashlib.sha256(), {}
     num_pruned = num_weights = 0
     for name, pruned in masks:
-        weight = model.get_submodule(name).weight
-        weight.data.masked_fill_(pruned.to(weight.device), 0)
+        weight = weight_of(model.get_submodule(name)).data
+        weight.masked_fill_(pruned.to(weight.device), 0)
         digest.update(name.encode() + np.packbits(pruned.cpu().numpy()).tobytes())
         count = int(pruned.sum())
         layers[name] = count / pruned.numel()
@@ -194,8 +195,8 @@ def _check_layers(scores: WeightScores, revision: str | None) -> int:
                 f"{scores.path}: {name} is the head, which is never pruned, or no linear layer of the model: attribute "
                 "with --model.targets '[all]'."
             )
-        if shape != list(layers[name].weight.shape):
+        if shape != list(weight_of(layers[name]).shape):
             raise ValueError(
-                f"{scores.path}: {name} has shape {shape}, but {list(layers[name].weight.shape)} in the model."
+                f"{scores.path}: {name} has shape {shape}, but {list(weight_of(layers[name]).shape)} in the model."
             )
     return sum(parameter.numel() for parameter in model.parameters())

@@ -7,6 +7,7 @@ taken off again. Relevance is then gradient times input, with the gradient that 
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal
 
@@ -14,16 +15,37 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparc3_lightning.linear import Linear
+
 Rule = Literal["attnlrp", "cp_lrp"]
 
-# model_type of transformers: the classes of the gated MLP and of the norm, and the method of the norm that is replaced.
+
+@dataclass(frozen=True)
+class Family:
+    """What the modules are called that need a rule.
+
+    Args:
+        norm: Class of the norms: LayerNorm, or one that divides by the root mean square.
+        gated_mlp: Class of the MLPs, if they have a gate.
+        activation: Name of the activation in a block, if they have none.
+    """
+
+    norm: str
+    gated_mlp: str | None = None
+    activation: str | None = None
+
+
+# By the model_type of transformers.
 FAMILIES = {
-    "llama": ("LlamaMLP", "LlamaRMSNorm", "forward"),
-    "qwen2": ("Qwen2MLP", "Qwen2RMSNorm", "forward"),
-    "gemma3_text": ("Gemma3MLP", "Gemma3RMSNorm", "_norm"),
+    "gemma3_text": Family("Gemma3RMSNorm", gated_mlp="Gemma3MLP"),
+    "gpt2": Family("LayerNorm", activation="act"),
+    "llama": Family("LlamaRMSNorm", gated_mlp="LlamaMLP"),
+    "opt": Family("LayerNorm", activation="activation_fn"),
+    "qwen2": Family("Qwen2RMSNorm", gated_mlp="Qwen2MLP"),
+    "qwen3": Family("Qwen3RMSNorm", gated_mlp="Qwen3MLP"),
 }
 # Modules that are linear in their input, or that relevance does not pass.
-_NEED_NO_RULE = (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity)
+_NEED_NO_RULE = (Linear, nn.Embedding, nn.Dropout, nn.Identity)
 
 
 @contextmanager
@@ -38,10 +60,13 @@ def lrp(model: PreTrainedModel, rule: Rule = "attnlrp") -> Iterator[None]:
     =================  ==========================================  =======================================
     attention          half to the values, a quarter each to the   all to the values, none through softmax
                        queries and the keys
-    activation         identity rule                               none through the gate
+    activation         identity rule                               identity rule; none through a gate
     gate times up      half to each                                all to up_proj
     norm               identity rule                               identity rule
     =================  ==========================================  =======================================
+
+    A bias keeps its part of the relevance, and so do learned positions (GPT-2, OPT): the relevance of the input is the
+    less by it.
 
     Source: Achtibat et al. 2024, arXiv:2402.05602, equations 5 to 9; CP-LRP: Ali et al. 2022, arXiv:2202.07304.
 
@@ -54,23 +79,26 @@ def lrp(model: PreTrainedModel, rule: Rule = "attnlrp") -> Iterator[None]:
             identity rule divides by its input plus 1e-10, which is 0 there), or the rules are applied already.
     """
     rules = _Rules(rule)
-    mlp_class, norm_class, norm_method = family_of(model.config)
+    family = family_of(model.config)
     _check_applicable(model)
     reached: set[str] = set()
     with ExitStack() as undo:
         for name, module in model.named_modules():
-            if type(module).__name__ == mlp_class:
+            if type(module).__name__ == family.gated_mlp:
                 undo.enter_context(_bound(module, "forward", rules.gated_mlp))
                 reached |= {name, f"{name}.act_fn"}
-            elif type(module).__name__ == norm_class:
-                undo.enter_context(_bound(module, norm_method, rules.norms[norm_method]))
+            elif name.rpartition(".")[2] == family.activation:
+                undo.enter_context(_bound(module, "forward", rules.activation(module.forward)))
+                reached.add(name)
+            elif type(module).__name__ == family.norm:
+                undo.enter_context(_bound(module, *rules.norm(family.norm)))
                 reached.add(name)
         _check_reached(model, reached)
         undo.enter_context(_attention(model, rules.name, rules.attention))
         yield
 
 
-def family_of(config: Any) -> tuple[str, str, str]:
+def family_of(config: Any) -> Family:
     """Return the entry of ``FAMILIES`` for the config of a model.
 
     Raises:
@@ -96,7 +124,19 @@ class _Rules:
         attnlrp = rule == "attnlrp"
         self.gated_mlp = patches.gated_mlp_forward if attnlrp else patches.cp_gated_mlp_forward
         self.attention = patches.wrap_attention_forward if attnlrp else patches.cp_wrap_attention_forward
-        self.norms = {"forward": patches.rms_norm_forward, "_norm": _gemma3_norm}
+        self.patches = patches
+
+    def norm(self, kind: str) -> tuple[str, Callable]:
+        """Return the method of a class of norms that is replaced, and by what."""
+        if kind == "LayerNorm":
+            return "forward", _layer_norm(self.patches.layer_norm_forward)
+        if kind == "Gemma3RMSNorm":
+            return "_norm", _gemma3_norm
+        return "forward", self.patches.rms_norm_forward
+
+    def activation(self, forward: Callable) -> Callable:
+        """Return the forward of an activation under the identity rule."""
+        return lambda _, x: self.patches.identity_rule_implicit(forward, x)
 
 
 def _import_lxt() -> Any:
@@ -126,6 +166,18 @@ def _import_lxt() -> Any:
 def _gemma3_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     """Normalise by the root mean square, with no gradient through it: the identity rule."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps).detach()
+
+
+def _layer_norm(forward: Callable) -> Callable:
+    """Return torch's layer norm with the gradient of lxt's, which passes the mean and not the standard deviation."""
+
+    def layer_norm(self: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+        ruled = forward(self, x)
+        # lxt's has other roundings than torch's, and the logits are to stay what they are.
+        exact = nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).detach()
+        return exact + (ruled - ruled.detach())
+
+    return layer_norm
 
 
 @contextmanager

@@ -4,8 +4,7 @@ import hashlib
 import json
 import math
 import operator
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_lightning.files import write_atomically
+from sparc3_lightning.linear import Linear, weight_of
 
-# Of a gated MLP (LLaMA, Qwen2, Gemma3): the layers whose row i, and the layer whose column i, make up neuron i.
-ROWS = ("up_proj", "gate_proj")
-COLUMN = "down_proj"
+# The layers whose row i, and the layer whose column i, make up neuron i: of a gated MLP (LLaMA, Qwen, Gemma3), and of
+# the plain ones of OPT and GPT-2. The first is the one that is scored.
+MLPS = ((("up_proj", "gate_proj"), "down_proj"), (("fc1",), "fc2"), (("c_fc",), "c_proj"))
+_KNOWN = ", ".join(f"{' or '.join(rows)} beside {column}" for rows, column in MLPS)
 FORMAT = "sparc3_lightning neurons 1"
 
 
@@ -40,6 +41,15 @@ class Neuron:
     score: float
     strength: float = 1.0
     constant: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """The layers of an MLP, and neurons of it."""
+
+    rows: list[Any]
+    column: Any
+    neurons: list[Neuron]
 
 
 def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
@@ -82,7 +92,7 @@ def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> 
     """Switch neurons off, or damp them, for the length of a ``with`` block, without touching a weight.
 
     Args:
-        model: A causal language model with gated MLPs.
+        model: A causal language model whose MLPs are in ``MLPS``.
         neurons: The neurons, each with its own strength and constant.
         strength: Times the strength of each.
 
@@ -90,9 +100,8 @@ def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> 
         ValueError: If the model has no such neuron.
     """
     with ExitStack() as undo:
-        for parent, of_mlp in _by_mlp(model, neurons).items():
-            column: Any = model.get_submodule(f"{parent}.{COLUMN}")
-            factor, constant = _edit(column, of_mlp, strength)
+        for mlp in _by_mlp(model, neurons):
+            factor, constant = _edit(mlp, strength)
 
             def damp(
                 module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor, constant: Tensor | None = constant
@@ -101,21 +110,22 @@ def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> 
                 damped = torch.where(factor == 0, 0, inputs[0] * factor)
                 return (damped if constant is None else damped + constant,)
 
-            undo.callback(column.register_forward_pre_hook(damp).remove)
+            undo.callback(mlp.column.register_forward_pre_hook(damp).remove)
         yield
 
 
-def _edit(column: nn.Linear, neurons: Sequence[Neuron], strength: float = 1.0) -> tuple[Tensor, Tensor | None]:
+def _edit(mlp: _Mlp, strength: float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Return the factor of each activation, and what is added to it; None if nothing is."""
-    like: dict[str, Any] = {"device": column.weight.device, "dtype": column.weight.dtype}
-    indices = [neuron.index for neuron in neurons]
-    taken = [strength * neuron.strength for neuron in neurons]
-    factor = torch.ones(column.in_features, **like)
+    weight = weight_of(mlp.column)
+    like: Any = {"device": weight.device, "dtype": weight.dtype}
+    indices = [neuron.index for neuron in mlp.neurons]
+    taken = [strength * neuron.strength for neuron in mlp.neurons]
+    factor = torch.ones(weight.shape[1], **like)
     factor[indices] = torch.tensor([1 - part for part in taken], **like)
-    if not any(neuron.constant for neuron in neurons):
+    if not any(neuron.constant for neuron in mlp.neurons):
         return factor, None
-    constant = torch.zeros(column.in_features, **like)
-    constant[indices] = torch.tensor([p * n.constant for p, n in zip(taken, neurons, strict=True)], **like)
+    constant = torch.zeros(weight.shape[1], **like)
+    constant[indices] = torch.tensor([p * n.constant for p, n in zip(taken, mlp.neurons, strict=True)], **like)
     return factor, constant
 
 
@@ -126,60 +136,73 @@ def prune_(model: nn.Module, neurons: Iterable[Neuron]) -> None:
     smaller. What takes the place of a neuron is constant, and goes into the bias of the layer after it.
 
     Args:
-        model: A causal language model with gated MLPs.
+        model: A causal language model whose MLPs are in ``MLPS``.
         neurons: The neurons.
 
     Raises:
         ValueError: If the model has no such neuron, or its architecture has no bias to put a constant in. Nothing is
             changed then.
     """
-    groups = _by_mlp(model, neurons)
-    if any(neuron.constant for of_mlp in groups.values() for neuron in of_mlp):
-        _add_biases(model)
+    mlps = _by_mlp(model, neurons)
+    if any(neuron.constant for mlp in mlps for neuron in mlp.neurons):
+        _add_biases(model, mlps)
     with torch.no_grad():
-        for parent, of_mlp in groups.items():
-            off = [neuron.index for neuron in of_mlp if neuron.strength == 1]
-            column: Any = model.get_submodule(f"{parent}.{COLUMN}")
-            factor, constant = _edit(column, of_mlp)
+        for mlp in mlps:
+            off = [neuron.index for neuron in mlp.neurons if neuron.strength == 1]
+            factor, constant = _edit(mlp)
+            column = weight_of(mlp.column)
             if constant is not None:
-                column.bias += column.weight @ constant
-            for name in ROWS:
-                row: Any = model.get_submodule(f"{parent}.{name}")
-                row.weight[off] = 0
+                mlp.column.bias += column @ constant
+            for row in mlp.rows:
+                weight_of(row)[off] = 0
                 if row.bias is not None:
                     row.bias[off] = 0
-            column.weight *= factor
-            column.weight[:, off] = 0  # where a weight is infinite
+            column *= factor
+            column[:, off] = 0  # where a weight is infinite
 
 
-def _add_biases(model: Any) -> None:
-    """Give the layers of all MLPs a bias of 0, where the architecture has one to switch on.
+def _add_biases(model: Any, mlps: Iterable[_Mlp]) -> None:
+    """Give the layers of all MLPs a bias of 0, where they have none and the architecture has one to switch on.
 
     Raises:
         ValueError: If it has none.
     """
+    if all(mlp.column.bias is not None for mlp in mlps):
+        return
     if getattr(model.config, "mlp_bias", None) is None:
         raise ValueError(
             f"The architecture {model.config.model_type!r} has no bias in its MLPs, so that a checkpoint of it has no "
             "place for the mean of a neuron: export with --model.edit off or damp. (LLaMA has the config's mlp_bias.)"
         )
     model.config.mlp_bias = True
+    names = {name for rows, column in MLPS for name in (*rows, column)}
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and layer.bias is None and name.rpartition(".")[2] in (*ROWS, COLUMN):
+        if isinstance(layer, nn.Linear) and layer.bias is None and name.rpartition(".")[2] in names:
             layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)
 
 
-def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, nn.Linear]:
+def neuron_layers(model: nn.Module) -> list[str]:
+    """Return the name that the scored layer of an MLP has in each block of a model, such as ``up_proj``.
+
+    Raises:
+        ValueError: If the model has no MLP of a known kind.
+    """
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    found = [rows[0] for rows, column in MLPS if {*rows, column} <= names]
+    if not found:
+        raise ValueError(
+            f"The model has no MLP of a known kind ({_KNOWN}): name the layers to score with --model.targets."
+        )
+    return found
+
+
+def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
     """Return the layer whose input is the activations of a module's neurons, by the name of the module.
 
     Raises:
         ValueError: If one of the modules is not a layer of MLP neurons.
     """
-    columns = {}
-    for name in modules:
-        (parent,) = _by_mlp(model, [Neuron(name, 0, 0.0)])
-        columns[name] = model.get_submodule(f"{parent}.{COLUMN}")
-    return columns  # type: ignore[return-value]
+    return {name: _by_mlp(model, [Neuron(name, 0, 0.0)])[0].column for name in modules}
 
 
 def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
@@ -187,25 +210,28 @@ def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
     _by_mlp(model, neurons)
 
 
-def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> dict[str, list[Neuron]]:
-    """Group neurons by the name of the MLP they belong to."""
-    groups: dict[str, list[Neuron]] = defaultdict(list)
+def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> list[_Mlp]:
+    """Group neurons by the MLP they belong to."""
+    groups: dict[str, _Mlp] = {}
     modules = dict(model.named_modules())
     for neuron in neurons:
         parent, _, layer = neuron.module.rpartition(".")
-        if layer not in ROWS or not all(f"{parent}.{name}" in modules for name in (*ROWS, COLUMN)):
+        rows, column = next(((rows, column) for rows, column in MLPS if layer in rows), ((), ""))
+        if not rows or not all(f"{parent}.{name}" in modules for name in (*rows, column)):
             raise ValueError(
-                f"{neuron.module!r} is not a layer of MLP neurons of this model: expected the name of an up_proj or "
-                "gate_proj beside a down_proj. Is neurons.json of another model?"
+                f"{neuron.module!r} is not a layer of MLP neurons of this model: expected {_KNOWN}. Is neurons.json "
+                "of another model?"
             )
-        out_features = modules[neuron.module].out_features
-        if not 0 <= neuron.index < out_features:
+        num_neurons = len(weight_of(modules[neuron.module]))
+        if not 0 <= neuron.index < num_neurons:
             raise ValueError(
-                f"Neuron {neuron.index} of {neuron.module} does not exist: the layer has {out_features} neurons. "
+                f"Neuron {neuron.index} of {neuron.module} does not exist: the layer has {num_neurons} neurons. "
                 "Is neurons.json of another model?"
             )
-        groups[parent].append(neuron)
-    return dict(groups)
+        if parent not in groups:
+            groups[parent] = _Mlp([modules[f"{parent}.{row}"] for row in rows], modules[f"{parent}.{column}"], [])
+        groups[parent].neurons.append(neuron)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)

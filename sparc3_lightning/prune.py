@@ -168,16 +168,17 @@ class Pruning(L.LightningModule):
         if self.selection == "difference":
             strength = differential_strength(general, behavior)
             self._check_strength(strength)
-        # With the number to prune first: it is that option which is wrong if there are not as many.
-        chosen = self._edited(select(ranked, self.num_neurons))
-        listed = self._edited(select(ranked, min(max(self.num_ranked, self.num_neurons), len(flat))))
         provenance = _provenance(general_files, files[len(general_files) :])
-        if self.max_perplexity_increase is not None:
+        if self.max_perplexity_increase is None:
+            # With the number to prune first: it is that option which is wrong if there are not as many.
+            chosen = self._edited(select(ranked, self.num_neurons))
+            listed = self._edited(select(ranked, min(max(self.num_ranked, self.num_neurons), len(flat))))
+        else:
             assert text is not None
+            listed = self._edited(select(ranked, min(self.num_ranked, len(flat))))
             budget = Budget(self.max_perplexity_increase, self.strengths, self.refine)
-            chosen, provenance["budget"] = within_budget(
-                budget, listed, text, general_files, device or torch.device("cpu")
-            )
+            of_text = (text, general_files, device or torch.device("cpu"))
+            chosen, provenance["budget"] = within_budget(budget, listed, *of_text)
         taken = {(neuron.module, neuron.index) for neuron in chosen}
         following = [neuron for neuron in listed if (neuron.module, neuron.index) not in taken]
         provenance |= {"selection": self.selection, "replacement": self.replacement, "strength": chosen[0].strength}

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from sparc3_lightning.linear import Linear
 
 Relevance = Literal["magnitude", "signed", "absolute", "squared"]
 ALL = "all"
 TILE = 4096  # rows of a weight whose relevance is held at a time
 
 
-def find_targets(model: Any, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def find_targets(model: Any, targets: Sequence[str]) -> dict[str, Linear]:
     """Return the linear layers whose own name is one of ``targets``, by fully qualified name.
 
     Args:
@@ -25,7 +27,7 @@ def find_targets(model: Any, targets: Sequence[str]) -> dict[str, nn.Linear]:
     Raises:
         ValueError: If a name matches no linear layer; the names there are are listed.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     kinds = {name.rpartition(".")[2] for name in linear}
     unknown = [target for target in targets if target not in kinds | {ALL}]
     if unknown:

@@ -118,12 +118,19 @@ def gather(rows: list[Any]) -> list[Any]:
     return [row for part in parts for row in part]
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model of transformers, whatever it calls the list of them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def checkpoint_blocks_(model: Any) -> None:
     """Keep only the input of each block for the backward pass, and compute the rest again there.
 
     transformers' own gradient checkpointing wants the training mode, in which LRP is not defined.
     """
-    for block in model.get_decoder().layers:
+    for block in blocks_of(model):
         block.forward = partial(activation_checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
@@ -160,7 +167,7 @@ def load_sharded(
     model.eval().requires_grad_(False)
     if gradient_checkpointing:
         checkpoint_blocks_(model)
-    for block in model.get_decoder().layers:
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model.to_empty(device=device)
@@ -181,12 +188,17 @@ def _compute_buffers_(model: Any) -> None:
                 model._init_weights(module)
 
 
-def _read_shards_(model: nn.Module, files: dict[str, Path]) -> None:
-    tied = getattr(model, "_tied_weights_keys", None) or {}
+def _read_shards_(model: Any, files: dict[str, Path]) -> None:
+    keys = getattr(model, "_tied_weights_keys", None)
+    tied: dict[str, str] = keys if isinstance(keys, dict) else {}
+    prefix = f"{model.base_model_prefix}."
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            source = name if name in files else (tied.get(name) if isinstance(tied, dict) else None)
-            if source not in files:
+            names = (name, tied.get(name, name))
+            # GPT-2's own checkpoint is that of the model without its head, and has names without its prefix.
+            names += tuple(known.removeprefix(prefix) for known in names)
+            source = next((known for known in names if known in files), None)
+            if source is None:
                 raise ValueError(f"The checkpoint holds no weight {name!r}.")
             # Opened for one weight at a time: the pages of a file stay in memory as long as it is open.
             with safe_open(files[source], framework="pt") as file:

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparc3_lightning.accumulator import Granularity
+from sparc3_lightning.linear import Linear, weight_of
 from sparc3_lightning.relevance import whole
 
 STATIC = ("magnitude", "random")
@@ -45,7 +46,7 @@ class StaticScores:
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Linear],
+        modules: Mapping[str, Linear],
         score: Literal["magnitude", "random"],
         granularity: Granularity = "neuron",
         seed: int = 0,
@@ -79,8 +80,8 @@ class StaticScores:
         of_neurons = self.granularity == "neuron"
         for name, module in self.modules.items():
             if self.score == "random":
-                shape = (module.out_features,) if of_neurons else (module.out_features, module.in_features)
-                yield name, random_scores(name, shape, self.seed)
+                shape = tuple(weight_of(module).shape)
+                yield name, random_scores(name, shape[:1] if of_neurons else shape, self.seed)
             else:
-                magnitude = whole(module.weight).float().abs()
+                magnitude = whole(weight_of(module)).float().abs()
                 yield name, (magnitude.sum(dim=1) if of_neurons else magnitude).cpu()

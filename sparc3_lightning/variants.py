@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sparc3_lightning.controls import draw_like, lowest, random_like
+from sparc3_lightning.linear import weight_of
 from sparc3_lightning.neurons import Neuron, NeuronList, mask
 from sparc3_lightning.relevance import whole
 
@@ -153,7 +154,7 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
     def of(variant: Variant) -> list[Neuron]:
         draw = 1000 * seed + variant.draw
         if variant.kind == "random":
-            return random_like(pruned, {name: layer.out_features for name, layer in layers.items()}, draw)
+            return random_like(pruned, {name: len(weight_of(layer)) for name, layer in layers.items()}, draw)
         if variant.kind in CONTROLS:
             pool = heaviest if variant.kind == "largest_weights" else first.least_relevant
             return draw_like(pruned, pool, draw)
@@ -163,7 +164,7 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
 
 
 def _negative_norms(layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: -whole(layer.weight.float().norm(dim=1)).cpu() for name, layer in layers.items()}
+    return {name: -whole(weight_of(layer).float().norm(dim=1)).cpu() for name, layer in layers.items()}
 
 
 def describe(variants: Sequence[Variant]) -> str:

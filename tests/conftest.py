@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,16 @@ import torch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 # Tiny models are fastest on one core, and two cores that wait for each other are slow when others use them too.
@@ -27,6 +34,21 @@ TEXT = (
     "leave call ask need feel become "
 )
 WORDS = TEXT.split()
+# Of each family the classes, what its config calls otherwise than LLaMA's or lacks, and what it adds.
+FAMILIES: dict[str, tuple[Any, Any, dict[str, str | None], dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}, {"head_dim": 4}),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, {}, {"head_dim": 4, "sliding_window": 32}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {"intermediate_size": "n_inner", "num_key_value_heads": None}, {}),
+    "opt": (OPTConfig, OPTForCausalLM, {"intermediate_size": "ffn_dim", "num_key_value_heads": None}, {}),
+}
+# The MLP of a block, the layers that hold its neurons' rows, of which the first is scored, and the one of the columns.
+MLPS = {
+    "gpt2": ("transformer.h.{}.mlp", ["c_fc"], "c_proj"),
+    "opt": ("model.decoder.layers.{}", ["fc1"], "fc2"),
+}
+GATED_MLP = ("model.layers.{}.mlp", ["up_proj", "gate_proj"], "down_proj")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +66,7 @@ def classes_stay_unpatched() -> Iterator[None]:
 
     def state() -> tuple[Any, ...]:
         registries = (sorted(ALL_ATTENTION_FUNCTIONS), sorted(ALL_MASK_ATTENTION_FUNCTIONS))
-        return (LlamaMLP.forward, LlamaRMSNorm.forward, *registries)
+        return (LlamaMLP.forward, LlamaRMSNorm.forward, torch.nn.LayerNorm.forward, torch.nn.ReLU.forward, *registries)
 
     before = state()
     yield
@@ -89,9 +111,15 @@ def make_config(family: str, **changes: Any) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3_text": Gemma3TextConfig}
-    extra = {"head_dim": 4, "sliding_window": 32} if family == "gemma3_text" else {}
-    return classes[family](**{**sizes, **extra, **changes})
+    config, _, names, extra = FAMILIES[family]
+    options = {names.get(name, name): value for name, value in {**sizes, **extra, **changes}.items()}
+    return config(**{name: value for name, value in options.items() if name is not None})
+
+
+def mlp_of(family: str, block: int) -> tuple[list[str], str]:
+    """Return the names of the layers with the rows of a block's neurons, the scored one first, and with the columns."""
+    mlp, rows, column = MLPS.get(family, GATED_MLP)
+    return [f"{mlp.format(block)}.{row}" for row in rows], f"{mlp.format(block)}.{column}"
 
 
 @pytest.fixture
@@ -99,9 +127,8 @@ def make_model() -> Callable[..., Any]:
     """Return a factory of tiny random float64 models: ``make_model("llama", num_hidden_layers=1)``."""
 
     def make(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
-        classes = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "gemma3_text": Gemma3ForCausalLM}
         torch.manual_seed(seed)
-        model = classes[family](make_config(family, **changes)).to(dtype).eval().requires_grad_(False)
+        model = FAMILIES[family][1](make_config(family, **changes)).to(dtype).eval().requires_grad_(False)
         for name, parameter in model.named_parameters():
             # transformers starts with norms of 1 and tiny weights: make every parameter matter.
             scale = 0.3 if "norm" in name else 0.4
@@ -112,23 +139,34 @@ def make_model() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny random LLaMA in float32 and a word-level tokenizer, as save_pretrained writes them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Return a maker of folders with a tiny random model in float32 and a word-level tokenizer, one of each family."""
 
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(make_config("llama"))
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-    return str(folder)
+    @cache
+    def make(family: str) -> str:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        folder = tmp_path_factory.mktemp("checkpoint") / f"tiny-{family}"
+        torch.manual_seed(0)
+        model = FAMILIES[family][1](make_config(family))
+        for parameter in model.parameters():
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+        words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_checkpoint: Callable[[str], str]) -> str:
+    """A folder with a tiny random LLaMA, as save_pretrained writes it."""
+    return make_checkpoint("llama")
 
 
 def sentence(seed: int, num_words: int) -> str:

@@ -96,7 +96,7 @@ def test_a_stock_trainer_writes_scores_with_shapes_and_a_full_header(tiny_checkp
         "method": "lrp",
         "rule": "attnlrp",
         "relevance": "magnitude",
-        "targets": ["up_proj"],
+        "targets": ["up_proj"],  # what the default stands for
         "dtype": "float32",
         "data_fingerprint": data.fingerprint(),
         "num_samples": 3,
@@ -277,12 +277,13 @@ def test_too_few_documents_are_an_error_before_the_model_is_loaded(tiny_checkpoi
 def test_an_architecture_without_rules_is_refused_for_lrp_before_the_model_is_loaded(
     tmp_path, tiny_checkpoint, documents
 ):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=8, n_layer=1, n_head=1, n_positions=64)).save_pretrained("gpt2")
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=99, max_position_embeddings=64, **sizes)).save_pretrained("neox")
     data = C4(documents, num_samples=2, seq_len=8, tokenizer=tiny_checkpoint)
-    with pytest.raises(ValueError, match=r"'gpt2'.*llama.*--model.method wanda"):
-        trainer().predict(Attribution("gpt2"), datamodule=data)
+    with pytest.raises(ValueError, match=r"'gpt_neox'.*gpt2, llama, opt.*--model.method wanda"):
+        trainer().predict(Attribution("neox"), datamodule=data)
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")

@@ -95,7 +95,7 @@ def test_run_yaml_holds_every_default_of_the_published_experiment(parsed):
     options = parsed(named("run.yaml"))
     assert includes(options["model"], {"checkpoint": "meta-llama/Meta-Llama-3-8B", "dtype": "bfloat16"})
     assert options["model"]["general_seeds"] == [0, 1, 2]
-    attribute = {"method": "lrp", "relevance": "magnitude", "rule": "attnlrp", "targets": ["up_proj"]}
+    attribute = {"method": "lrp", "relevance": "magnitude", "rule": "attnlrp", "targets": None}
     assert includes(options["attribute"], attribute | {"nonfinite": "error"})
     assert options["general"]["class_path"] == "sparc3_lightning.data.C4"
     general = {"source": None, "num_samples": 128, "seq_len": 2048, "crop": "head", "buffer_size": 10_000}

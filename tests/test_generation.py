@@ -136,7 +136,7 @@ def test_draws_at_two_steps_are_independent():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt2", "opt"])
 def test_continuations_depend_neither_on_batch_size_nor_on_the_order_of_the_prompts(make_model, family, dtype):
     model = make_model(family, dtype)
     sampling = Sampling(12, 1.0, 0.9)
@@ -268,8 +268,9 @@ def test_the_same_seed_draws_the_same_and_another_seed_draws_something_else(make
     assert continue_rows(model, PROMPTS, sampling, seed=1) != first
 
 
-def test_generation_equals_the_obvious_loop_over_tokens(make_model):
-    model = make_model()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_generation_equals_the_obvious_loop_over_tokens(make_model, family):
+    model = make_model(family)
     sampling = Sampling(10, 0.8, 1.0)
     for prompt in PROMPTS:
         key = torch.tensor([draw_key(0, str(prompt), 0)])

@@ -33,11 +33,12 @@ LAYERS = (
     {"overlap_findings", "overlap_tables", "overlap_figures", "findings", "verdict", "variants", "figures", "tables"},
     {"accumulator", "static_scores", "selections", "controls", "neurons"},
     {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap", "sparsity"},
+    {"linear"},
 )
 # A script of its own that nothing imports.
 SCRIPTS = {"train_scorer", "__main__"}
 PURE = ("lrp", "relevance", "targets", "selections", "accumulator", "metrics", "generation", "neurons", "intervals")
-PURE += ("controls", "overlap", "sparsity", "static_scores")
+PURE += ("controls", "overlap", "linear", "sparsity", "static_scores")
 STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "compress", "experiment", "cli", "data")
 
 

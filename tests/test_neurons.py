@@ -2,15 +2,28 @@ import copy
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from conftest import mlp_of
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.lrp import FAMILIES
-from sparc3_lightning.neurons import FORMAT, Neuron, NeuronList, check_neurons, mask, prune_, select
+from sparc3_lightning.neurons import (
+    FORMAT,
+    Neuron,
+    NeuronList,
+    check_neurons,
+    columns_of,
+    mask,
+    neuron_layers,
+    prune_,
+    select,
+)
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 NEURONS = [
@@ -28,9 +41,16 @@ UNKNOWN_MODULES = [
     "",
 ]
 
-# Every family, and a LLaMA whose MLPs have biases.
-MODELS = [*({"family": family} for family in sorted(FAMILIES)), {"family": "llama", "mlp_bias": True}]
+# Every family, a LLaMA whose MLPs have biases, and an OPT without any.
+MODELS: list[dict[str, Any]] = [{"family": family} for family in sorted(FAMILIES)]
+MODELS += [{"family": "llama", "mlp_bias": True}, {"family": "opt", "enable_bias": False}]
 all_models = pytest.mark.parametrize("options", MODELS, ids=lambda options: "-".join(map(str, options.values())))
+
+
+def in_family(neurons: list[Neuron], family: str) -> list[Neuron]:
+    """Return the same neurons of a model of another family."""
+    blocks = [int(neuron.module.split(".")[2]) for neuron in neurons]
+    return [replace(n, module=mlp_of(family, k)[0][0]) for n, k in zip(neurons, blocks, strict=True)]
 
 
 def logits(model: Any) -> Tensor:
@@ -54,17 +74,19 @@ def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 def without(model: Any, neurons: list[Neuron]) -> Any:
     """Return a copy of a model whose MLPs are narrower: the rows and columns of the neurons are not there."""
     narrow = copy.deepcopy(model)
-    for k, block in enumerate(narrow.model.layers):
-        gone = {neuron.index for neuron in neurons if neuron.module.startswith(f"model.layers.{k}.mlp.")}
-        kept = [i for i in range(block.mlp.up_proj.out_features) if i not in gone]
-        for name in ("up_proj", "gate_proj", "down_proj"):
-            layer = getattr(block.mlp, name)
-            weight = layer.weight[:, kept] if name == "down_proj" else layer.weight[kept]
-            small = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=weight.dtype)
-            small.weight.data = weight.clone()
-            if layer.bias is not None:
-                small.bias.data = layer.bias.clone() if name == "down_proj" else layer.bias[kept].clone()
-            setattr(block.mlp, name, small)
+    for k in range(2):
+        rows, column = mlp_of(model.config.model_type, k)
+        gone = {neuron.index for neuron in neurons if neuron.module in rows}
+        kept = [i for i in range(24) if i not in gone]
+        for name in (*rows, column):
+            layer = narrow.get_submodule(name)
+            axis = 1 if name == column else 0
+            if isinstance(layer, Conv1D):  # its weight is [in, out]
+                axis = 1 - axis
+                layer.nf = layer.nf if name == column else len(kept)
+            layer.weight.data = layer.weight.data.index_select(axis, torch.tensor(kept))
+            if layer.bias is not None and name != column:
+                layer.bias.data = layer.bias.data[kept]
     return narrow
 
 
@@ -108,41 +130,41 @@ def test_scores_with_nan_cannot_be_ranked():
 
 @all_models
 def test_masking_is_taking_the_rows_and_columns_out_of_the_model(make_model, options):
-    model = make_model(**options)
+    model, neurons = make_model(**options), in_family(NEURONS, options["family"])
     before = logits(model)
-    with mask(model, NEURONS):
+    with mask(model, neurons):
         masked = logits(model)
-    expected = logits(without(model, NEURONS))
+    expected = logits(without(model, neurons))
     torch.testing.assert_close(masked, expected, rtol=1e-6, atol=1e-6)
     assert (masked - before).abs().max() > 1e-3
 
 
 @all_models
 def test_pruning_is_masking(make_model, options):
-    model = make_model(**options)
-    with mask(model, NEURONS):
+    model, neurons = make_model(**options), in_family(NEURONS, options["family"])
+    with mask(model, neurons):
         masked = logits(model)
-    prune_(model, NEURONS)
+    prune_(model, neurons)
     assert torch.equal(logits(model), masked)
 
 
 @all_models
 def test_pruning_zeroes_the_rows_and_columns_and_nothing_else(make_model, options):
-    model = make_model(**options)
+    model, neurons = make_model(**options), in_family(NEURONS, options["family"])
     before = weights(model)
-    prune_(model, NEURONS)
+    prune_(model, neurons)
     after = weights(model)
-    for name, value in before.items():
-        for k in range(2):
-            indices = [neuron.index for neuron in NEURONS if neuron.module == f"model.layers.{k}.mlp.up_proj"]
-            for layer in ("up_proj", "gate_proj"):
-                if name.startswith(f"model.layers.{k}.mlp.{layer}."):
-                    for i in indices:
-                        assert value[i].abs().max() > 0
-                        value[i] = 0
-            if name == f"model.layers.{k}.mlp.down_proj.weight":
-                for i in indices:
-                    value[:, i] = 0
+    for neuron, k in zip(neurons, [0, 1, 0, 0], strict=True):
+        rows, column = mlp_of(options["family"], k)
+        for name in rows:
+            layer = model.get_submodule(name)
+            row = before[f"{name}.weight"].T if isinstance(layer, Conv1D) else before[f"{name}.weight"]
+            assert row[neuron.index].abs().max() > 0
+            row[neuron.index] = 0
+            if layer.bias is not None:
+                before[f"{name}.bias"][neuron.index] = 0
+        weight = before[f"{column}.weight"]
+        (weight if isinstance(model.get_submodule(column), Conv1D) else weight.T)[neuron.index] = 0
     assert_same_bits(after, before)
 
 
@@ -150,7 +172,8 @@ def test_pruning_zeroes_the_rows_and_columns_and_nothing_else(make_model, option
 def test_greedy_continuations_of_a_masked_model_are_those_of_the_pruned_one(make_model, options):
     model = make_model(**options)
     pruned = copy.deepcopy(model)
-    neurons = [Neuron(f"model.layers.{k}.mlp.up_proj", i, 0.0) for k in range(2) for i in range(0, 24, 2)]
+    layers = [mlp_of(options["family"], k)[0][0] for k in range(2)]
+    neurons = [Neuron(layer, i, 0.0) for layer in layers for i in range(0, 24, 2)]
     prune_(pruned, neurons)
 
     def continuation(model: Any) -> list[int]:
@@ -216,19 +239,20 @@ def damped(model: Any, neurons: list[Neuron], strength: float) -> Any:
     """Return a copy of a model in which the columns of the neurons are smaller."""
     small = copy.deepcopy(model)
     for neuron in neurons:
-        column = small.get_submodule(neuron.module.replace("up_proj", "down_proj"))
-        column.weight[:, neuron.index] *= 1 - strength
+        layers = [mlp_of(model.config.model_type, k) for k in range(2)]
+        column = small.get_submodule(next(column for rows, column in layers if neuron.module in rows))
+        (column.weight if isinstance(column, Conv1D) else column.weight.T)[neuron.index] *= 1 - strength
     return small
 
 
 @all_models
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.75, 1.0])
 def test_a_mask_of_some_strength_makes_the_neurons_columns_smaller_by_that_much(make_model, options, strength):
-    model = make_model(**options)
+    model, neurons = make_model(**options), in_family(NEURONS, options["family"])
     before, weights_before = logits(model), weights(model)
-    with mask(model, NEURONS, strength):
+    with mask(model, neurons, strength):
         masked = logits(model)
-    torch.testing.assert_close(masked, logits(damped(model, NEURONS, strength)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(masked, logits(damped(model, neurons, strength)), rtol=1e-9, atol=1e-9)
     assert (masked - before).abs().max() > 1e-4
     assert torch.equal(logits(model), before)
     assert_same_bits(weights(model), weights_before)
@@ -445,59 +469,85 @@ EDITED = [
 def by_hand(model: Any, neurons: list[Neuron]) -> Tensor:
     """The logits if each activation becomes (1 - strength) of itself plus strength times the constant."""
 
-    def edit(parent: str):
+    def edit(rows: list[str]):
         def hook(module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
             activations = inputs[0].clone()
             for n in neurons:
-                if n.module.startswith(f"{parent}."):
+                if n.module in rows:
                     activations[..., n.index] = (1 - n.strength) * activations[..., n.index] + n.strength * n.constant
             return (activations,)
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(edit(name.removesuffix(".down_proj")))
-        for name, module in model.named_modules()
-        if name.endswith("down_proj")
-    ]
+    layers = [mlp_of(model.config.model_type, k) for k in range(2)]
+    handles = [model.get_submodule(column).register_forward_pre_hook(edit(rows)) for rows, column in layers]
     found = logits(model)
     for handle in handles:
         handle.remove()
     return found
 
 
-def test_each_neuron_is_damped_by_its_own_strength_and_replaced_by_its_own_constant(make_model):
-    model = make_model()
-    expected = by_hand(model, EDITED)
-    with mask(model, EDITED):
+@all_models
+def test_each_neuron_is_damped_by_its_own_strength_and_replaced_by_its_own_constant(make_model, options):
+    model, edited = make_model(**options), in_family(EDITED, options["family"])
+    expected = by_hand(model, edited)
+    with mask(model, edited):
         torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(expected, logits(model))
 
 
-@pytest.mark.parametrize("options", [{}, {"mlp_bias": True}])
+with_biases = pytest.mark.parametrize(
+    "options", [{}, {"mlp_bias": True}, {"family": "gpt2"}, {"family": "opt"}], ids=lambda options: str(options)
+)
+
+
+@with_biases
 def test_an_edit_is_written_into_plain_weights(make_model, options):
-    model = make_model(**options)
-    expected = by_hand(model, EDITED)
-    prune_(model, EDITED)
-    assert model.config.mlp_bias
+    model, edited = make_model(**options), in_family(EDITED, options.get("family", "llama"))
+    names, expected = set(weights(model)), by_hand(model, edited)
+    prune_(model, edited)
+    if "family" in options:
+        assert set(weights(model)) == names, "the architecture has biases, and none is added"
+    else:
+        assert model.config.mlp_bias
     torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_an_edited_model_is_the_same_once_saved_and_loaded(make_model, tmp_path):
-    model = make_model()
-    expected = by_hand(model, EDITED)
-    prune_(model, EDITED)
+@with_biases
+def test_an_edited_model_is_the_same_once_saved_and_loaded(make_model, tmp_path, options):
+    model, edited = make_model(**options), in_family(EDITED, options.get("family", "llama"))
+    expected = by_hand(model, edited)
+    prune_(model, edited)
     model.save_pretrained(tmp_path / "edited")
     again = type(model).from_pretrained(tmp_path / "edited", dtype=torch.float64).eval()
     torch.testing.assert_close(logits(again), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_constant_is_refused_where_a_checkpoint_has_no_place_for_it(make_model):
-    model = make_model("qwen2")
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"'qwen2' has no bias .* --model.edit off or damp"):
-        prune_(model, EDITED)
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+@pytest.mark.parametrize(
+    "options",
+    [{"family": "qwen2"}, {"family": "qwen3"}, {"family": "gemma3_text"}, {"family": "opt", "enable_bias": False}],
+)
+def test_a_constant_is_refused_where_a_checkpoint_has_no_place_for_it(make_model, options):
+    model, edited = make_model(**options), in_family(EDITED, options["family"])
+    before = weights(model)
+    with pytest.raises(ValueError, match=rf"'{options['family']}' has no bias .* --model.edit off or damp"):
+        prune_(model, edited)
+    assert_same_bits(weights(model), before)
+
+
+@all_models
+def test_the_scored_layer_and_the_layer_that_reads_the_activations_are_known_by_family(make_model, options):
+    model = make_model(**options)
+    layers = [mlp_of(options["family"], k) for k in range(2)]
+    (name,) = neuron_layers(model)
+    assert all(rows[0].endswith(f".{name}") for rows, _ in layers)
+    columns = columns_of(model, [rows[0] for rows, _ in layers])
+    assert columns == {rows[0]: model.get_submodule(column) for rows, column in layers}
+
+
+def test_a_model_without_an_mlp_of_a_known_kind_has_no_default_layer(make_model):
+    with pytest.raises(ValueError, match=r"up_proj or gate_proj beside down_proj, fc1 .*--model\.targets"):
+        neuron_layers(make_model().model.layers[0].self_attn)
 
 
 def test_what_is_done_to_a_neuron_survives_saving_and_loading_and_is_in_the_digest(tmp_path):

@@ -3,7 +3,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import mlp_of
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.accumulator import NonfiniteRelevanceError, ScoreAccumulator
 from sparc3_lightning.data.base import Sample, pad_right
@@ -35,6 +37,17 @@ def make(make_model: Callable[..., Any]) -> Callable[..., Any]:
         return make_model(family, **{**(window if family == "gemma3_text" else {}), **changes})
 
     return make
+
+
+def in_out(module: Any, of_weight: Tensor) -> Tensor:
+    """Return what has the shape of a layer's weight with a row for each output: GPT-2 has a column."""
+    return of_weight.T if isinstance(module, Conv1D) else of_weight
+
+
+def kinds_of(family: str) -> tuple[str, str]:
+    """Return what the layers of a family's MLP are called: the scored one, and the one after the activation."""
+    (row, *_), column = mlp_of(family, 0)
+    return row.rpartition(".")[2], column.rpartition(".")[2]
 
 
 def make_samples(num_samples: int = 5, seed: int = 0) -> list[Sample]:
@@ -69,7 +82,8 @@ def weight_relevance(model: Any, sample: Sample, names: list[str], rule: Any = "
         found = torch.autograd.grad(target, weights)
     for weight in weights:
         weight.requires_grad_(False)
-    return {name: weight.detach() * grad for name, weight, grad in zip(names, weights, found, strict=True)}
+    products = [weight.detach() * grad for weight, grad in zip(weights, found, strict=True)]
+    return {name: in_out(model.get_submodule(name), R) for name, R in zip(names, products, strict=True)}
 
 
 def naive_scores(model: Any, samples: list[Sample], score: str, targets=("up_proj",), rule: Any = "attnlrp"):
@@ -79,7 +93,7 @@ def naive_scores(model: Any, samples: list[Sample], score: str, targets=("up_pro
     if score == "wanda":
         tokens: dict[str, list[Tensor]] = {name: [] for name in names}
         handles = [
-            module.register_forward_hook(lambda m, inputs, out, name=name: tokens[name].extend(inputs[0][0]))
+            module.register_forward_hook(lambda m, i, out, name=name: tokens[name].extend(i[0].flatten(0, -2)))
             for name, module in modules.items()
         ]
         for sample in samples:
@@ -87,7 +101,7 @@ def naive_scores(model: Any, samples: list[Sample], score: str, targets=("up_pro
         for handle in handles:
             handle.remove()
         norms = {name: torch.stack(rows).norm(dim=0) for name, rows in tokens.items()}
-        return {name: (modules[name].weight.abs() * norms[name]).sum(dim=1) for name in names}
+        return {name: (in_out(m, m.weight).abs() * norms[name]).sum(dim=1) for name, m in modules.items()}
     per_sample = [weight_relevance(model, sample, names, rule) for sample in samples]
     if score == "magnitude":
         per_sample = [{name: R.abs() for name, R in found.items()} for found in per_sample]
@@ -179,10 +193,11 @@ def test_scores_of_bfloat16_tensors_are_summed_in_float32(layer):
 @pytest.mark.parametrize("rule", ["attnlrp", "cp_lrp"])
 def test_row_sums_of_weight_times_gradient_are_sums_over_tokens_of_output_times_gradient(make, family, rule):
     model = make(family)
-    names = list(find_targets(model, ["up_proj", "down_proj"]))
+    kinds = kinds_of(family)
+    names = list(find_targets(model, kinds))
     for sample in make_samples():
         rows = {name: R.sum(dim=1) for name, R in weight_relevance(model, sample, names, rule).items()}
-        got = accumulate(model, [sample], "signed", 1, targets=("up_proj", "down_proj"), rule=rule)
+        got = accumulate(model, [sample], "signed", 1, targets=kinds, rule=rule)
         assert_agree(got.compute(), rows)
         assert_agree({name: got.sums[name] for name in rows}, rows, rtol=1e-10)
 
@@ -193,9 +208,11 @@ def test_row_sums_of_weight_times_gradient_are_sums_over_tokens_of_output_times_
 def test_streaming_padded_batches_gives_the_scores_of_one_sample_after_the_other(make, family, score, batch_size):
     model = make(family)
     samples = make_samples()
-    accumulator = accumulate(model, samples, score, batch_size)
+    targets = kinds_of(family)[:1]
+    accumulator = accumulate(model, samples, score, batch_size, targets)
     assert accumulator.num_samples == len(samples)
-    assert_agree(accumulator.compute(), naive_scores(model, samples, score))
+    assert list(accumulator.modules) == [mlp_of(family, k)[0][0] for k in range(2)]
+    assert_agree(accumulator.compute(), naive_scores(model, samples, score, targets))
 
 
 @all_scores
@@ -206,14 +223,22 @@ def test_batches_are_exact_with_eager_and_sdpa_attention(make, score, implementa
     assert_agree(accumulate(model, samples, score, 3).compute(), naive_scores(model, samples, score))
 
 
+LINEAR = {
+    "gpt2": ("c_attn", "c_proj", "c_fc"),  # c_proj in the attention and in the MLP
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+@pytest.mark.parametrize("family", LINEAR)
 @all_scores
-def test_every_kind_of_linear_layer_can_be_scored(make, score):
-    model = make()
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+def test_every_kind_of_linear_layer_can_be_scored(make, family, score):
+    model = make(family)
     samples = make_samples(3)
-    got = accumulate(model, samples, score, 2, targets=targets).compute()
-    assert len(got) == 7 * model.config.num_hidden_layers
-    assert_agree(got, naive_scores(model, samples, score, targets))
+    got = accumulate(model, samples, score, 2, targets=LINEAR[family]).compute()
+    assert len(got) == {"gpt2": 4, "opt": 6, "llama": 7}[family] * model.config.num_hidden_layers
+    assert_agree(got, naive_scores(model, samples, score, LINEAR[family]))
+    assert list(find_targets(model, ["all"])) == list(got), "every one but the head"
 
 
 @all_scores
@@ -254,7 +279,7 @@ def test_padding_gets_no_gradient(make, family, rule):
 
         return hook
 
-    modules = find_targets(model, ["up_proj", "v_proj", "down_proj"])
+    modules = find_targets(model, [*kinds_of(family), "c_attn" if family == "gpt2" else "v_proj"])
     handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     batch = pad_right(make_samples(), PAD)
     mask = batch["attention_mask"]
@@ -264,6 +289,7 @@ def test_padding_gets_no_gradient(make, family, rule):
         handle.remove()
     assert seen.keys() == modules.keys()
     for G in seen.values():
+        G = G.reshape(*mask.shape, -1)  # OPT's MLP gets the tokens of all samples as one row after the other
         assert G[mask == 0].numel() > 0
         assert G[mask == 0].abs().max() == 0
         assert G[mask == 1].abs().max() > 0

@@ -1,0 +1,192 @@
+"""A budget of perplexity: what is measured, bisection against a scan, costs against finite differences, and refusals."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import sentence
+from test_prune import MODULES, provenance, random_scores, save_scores
+
+from sparc3_lightning.budget import Budget, PerplexityRise, largest_within, spend
+from sparc3_lightning.checkpoints import fingerprint
+from sparc3_lightning.cli import main
+from sparc3_lightning.data.base import Sample, pad_right
+from sparc3_lightning.neurons import Neuron, NeuronList, mask
+
+LENGTHS = (9, 6, 8, 3)
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture
+def samples() -> list[Sample]:
+    draw = torch.Generator().manual_seed(0)
+    return [Sample(f"s{i}", torch.randint(4, 60, (n,), generator=draw).tolist()) for i, n in enumerate(LENGTHS)]
+
+
+@pytest.fixture
+def rise(model, samples) -> PerplexityRise:
+    return PerplexityRise(model, [pad_right(samples[:3], 0), pad_right(samples[3:], 0)])
+
+
+def ranking(number: int = 20, **edit: float) -> list[Neuron]:
+    return [Neuron(MODULES[i % 2], i, -1.0 / (1 + i), **edit) for i in range(number)]
+
+
+def nats_by_hand(model, samples: list[Sample]) -> float:
+    """One sample and one token at a time."""
+    total = 0.0
+    for sample in samples:
+        logs = model(torch.tensor([sample.input_ids])).logits[0].log_softmax(dim=-1)
+        total -= sum(logs[t, token].item() for t, token in enumerate(sample.input_ids[1:]))
+    return total / sum(len(sample.input_ids) - 1 for sample in samples)
+
+
+@pytest.mark.parametrize("edit", [{}, {"strength": 0.5}, {"constant": 0.3}])
+def test_the_rise_is_that_of_perplexity_over_all_tokens_but_the_first_of_each_sample(model, samples, rise, edit):
+    neurons = ranking(7, **edit)
+    before = nats_by_hand(model, samples)
+    with mask(model, neurons):
+        after = nats_by_hand(model, samples)
+    assert rise.perplexity == pytest.approx(math.exp(before), rel=1e-6)
+    assert rise(neurons) == pytest.approx(math.exp(after - before) - 1, rel=1e-4)
+    assert rise.num_tokens == sum(LENGTHS) - 4
+    assert rise.measured[-1]["num_neurons"] == 7
+
+
+@pytest.mark.parametrize("edit", [{}, {"strength": 0.5, "constant": 0.3}])
+def test_costs_are_the_slopes_at_both_ends_by_finite_differences(model, samples, rise, edit):
+    neurons = ranking(6, **edit)
+    found = rise.costs(neurons)
+    step = 1e-5
+    for i, neuron in enumerate(neurons):
+        slopes = []
+        for others, here in ((0.0, step), (1.0, 1.0)):
+            losses = []
+            for part in (here, here - step):
+                strengths = [others] * len(neurons)
+                strengths[i] = part
+                off = [replace(n, strength=n.strength * s) for n, s in zip(neurons, strengths, strict=True) if s]
+                with mask(model, off):
+                    losses.append(nats_by_hand(model, samples))
+            slopes.append((losses[0] - losses[1]) / step)
+        assert found[i].item() == pytest.approx(sum(slopes) / 2, rel=1e-3, abs=1e-6)
+        assert neuron.score < 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.0, 3.0, 17.5, 99.5, 1000.0])
+@pytest.mark.parametrize("most", [1, 2, 64, 100])
+def test_bisection_finds_what_a_scan_finds_where_the_rise_grows(budget, most):
+    asked = []
+
+    def rise(number: int) -> float:
+        asked.append(number)
+        return float(number)
+
+    expected = max([n for n in range(1, most + 1) if n <= budget], default=0)
+    assert largest_within(rise, most, budget) == expected
+    assert len(asked) <= 2 + math.ceil(math.log2(most))
+
+
+def test_what_bisection_returns_is_within_the_budget_even_where_the_rise_falls_again():
+    rises = [0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.9]
+    found = largest_within(lambda number: rises[number - 1], len(rises), 0.5)
+    assert found in (1, 3, 5)
+
+
+def test_the_longest_head_within_the_budget_is_taken(rise):
+    ranked = ranking()
+    rises = [rise(ranked[:n]) for n in range(1, 21)]
+    budget = sorted(rises)[10] * 1.0001
+    chosen = spend(rise, ranked, Budget(budget))
+    assert chosen == ranked[: len(chosen)]
+    assert rises[len(chosen) - 1] <= budget
+    assert len(chosen) == 20 or rises[len(chosen)] > budget
+
+
+def test_of_several_strengths_that_with_the_highest_sum_of_scores_is_taken(rise):
+    ranked = ranking()
+    budget = max(rise([n]) for n in ranked[:2]) + 1e-9
+    options = {}
+    for strength in (1.0, 0.5, 0.25):
+        chosen = spend(rise, ranked, Budget(budget, (strength,)))
+        assert {n.strength for n in chosen} == {strength}
+        options[strength] = -strength * sum(n.score for n in chosen)
+    chosen = spend(rise, ranked, Budget(budget, (1.0, 0.5, 0.25)))
+    assert options[chosen[0].strength] == max(options.values())
+
+
+def test_a_round_of_refinement_keeps_to_the_budget_and_never_gains_less(rise):
+    ranked = ranking()
+    budget = Budget(abs(rise(ranked[:8])) + 1e-6)
+    plain = spend(rise, ranked, budget)
+    refined = spend(rise, ranked, budget._replace(rounds=3))
+    assert rise(refined) <= budget.max_perplexity_increase
+    assert sum(n.score for n in refined) <= sum(n.score for n in plain)
+
+
+def test_a_budget_that_pays_for_no_neuron_is_refused(rise):
+    costly = max(ranking(), key=lambda n: rise([n]))
+    assert rise([costly]) > 0
+    with pytest.raises(ValueError, match=r"Not even one neuron is within --model.max_perplexity_increase 1e-09"):
+        spend(rise, [costly], Budget(1e-9))
+
+
+@pytest.fixture
+def files(tiny_checkpoint) -> tuple[Path, Path, Path]:
+    of = provenance(tiny_checkpoint, fingerprint(tiny_checkpoint))
+    documents = Path("documents.jsonl")
+    documents.write_text("\n".join(json.dumps({"text": sentence(i, 14)}) for i in range(12)))
+    data = {"class": "C4", "source": str(documents)}
+    used = [f"document-{i}" for i in (1, 2, 3)]
+    general = save_scores("g/scores.safetensors", random_scores(0), of, data=data, sample_ids=used)
+    return general, save_scores("b/scores.safetensors", random_scores(9, 0.5), of), documents
+
+
+def prune(general: Path, behavior: Path, *options: str) -> Path:
+    args = ["prune", f"--model.general=[{general}]", f"--model.behavior={behavior}", "--trainer.accelerator=cpu"]
+    return Path(main([*args, *options]).trainer.log_dir)
+
+
+def test_prune_spends_a_budget_on_documents_that_were_not_attributed(files):
+    general, behavior, documents = files
+    data = [f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=12", "--data.batch_size=5"]
+    folder = prune(general, behavior, "--model.max_perplexity_increase=0.02", "--data=C4", *data)
+    found = NeuronList.load(folder / "neurons.json")
+    budget = found.provenance["budget"]
+    assert budget["num_documents"] == 9
+    assert budget["num_tokens"] == 9 * 11
+    assert budget["rise"] <= 0.02
+    assert len(found.neurons) + len(found.next) == 48
+    assert len(budget["measured"]) >= 2
+    selection = json.loads((folder / "selection.json").read_text())
+    assert selection["num_neurons"] == len(found.neurons)
+    assert selection["budget"]["rise"] == budget["rise"]
+
+
+def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files):
+    general, behavior, _ = files
+    with pytest.raises(ValueError, match=r"--model.max_perplexity_increase needs a text: --data C4"):
+        prune(general, behavior, "--model.max_perplexity_increase=0.02")
+    with pytest.raises(ValueError, match=r"--model.max_perplexity_increase must be above 0"):
+        prune(general, behavior, "--model.max_perplexity_increase=0")
+    with pytest.raises(ValueError, match=r"need --model.max_perplexity_increase"):
+        prune(general, behavior, "--model.refine=2")
+    with pytest.raises(ValueError, match=r"--model.strengths must be above 0 and at most 1"):
+        prune(general, behavior, "--model.strengths=[1.5]")
+
+
+def test_a_text_of_attributed_documents_alone_is_refused(files):
+    general, behavior, documents = files
+    lines = documents.read_text().splitlines()
+    documents.write_text("\n".join(lines[:3]))
+    data = [f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=3"]
+    with pytest.raises(ValueError, match=r"holds no document that was not used to attribute"):
+        prune(general, behavior, "--model.max_perplexity_increase=0.02", "--data=C4", *data)
