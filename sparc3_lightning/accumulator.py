@@ -33,9 +33,12 @@ class NonfiniteRelevanceError(ValueError):
 
 
 def check_granularity(granularity: Granularity, score: str, targets: Iterable[str]) -> None:
-    """Raise ValueError if weights are to have a score that they have not, or the targets have no heads."""
-    if granularity == "weight" and score in ("absolute", "squared"):
-        raise ValueError(f"--model.relevance {score} is of neurons and heads: choose another --model.granularity.")
+    """Raise ValueError if weights or heads are to have a score that they have not, or the targets have no heads."""
+    option = "relevance" if score in ("absolute", "squared") else "method"
+    if granularity == "weight" and score in ("absolute", "squared", "activation"):
+        raise ValueError(f"--model.{option} {score} is not of weights: choose another --model.granularity.")
+    if granularity == "head" and score == "activation":
+        raise ValueError(f"--model.method {score} is not of heads: choose another --model.granularity.")
     if granularity == "head" and not all(map(is_heads, targets)):
         raise ValueError(
             f"--model.granularity head scores attention heads at o_proj: give --model.targets '[o_proj]', got "

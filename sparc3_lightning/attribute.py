@@ -92,12 +92,10 @@ class Attribution(L.LightningModule):
         super().__init__()
         if targets is not None and not targets:
             raise ValueError("--model.targets must name at least one layer type, for example up_proj.")
-        check_granularity(granularity, relevance, targets or ())
-        if granularity != "neuron" and method == "activation":
-            raise ValueError("--model.method activation is of neurons only: choose --model.granularity neuron.")
-        if granularity == "head" and method in STATIC:
-            raise ValueError(f"--model.method {method} is of neurons and weights: choose another --model.granularity.")
         self.has_target = method in ("lrp", "gradient")
+        check_granularity(granularity, relevance if self.has_target else method, targets or ())
+        if granularity == "head" and method in STATIC:
+            raise ValueError(f"--model.method {method} is not of heads: choose another --model.granularity.")
         if not self.has_target and target != "argmax":
             raise ValueError(f"--model.method {method} has no target: leave out --model.target.")
         if target in LEXICAL:

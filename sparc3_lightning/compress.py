@@ -157,8 +157,8 @@ def zero_(model: Any, masks: Iterator[tuple[str, Tensor]]) -> dict[str, Any]:
     digest, layers = hashlib.sha256(), {}
     num_pruned = num_weights = 0
     for name, pruned in masks:
-        weight = weight_of(model.get_submodule(name))
-        weight.data.masked_fill_(pruned.to(weight.device), 0)
+        weight = weight_of(model.get_submodule(name)).data
+        weight.masked_fill_(pruned.to(weight.device), 0)
         digest.update(name.encode() + np.packbits(pruned.cpu().numpy()).tobytes())
         count = int(pruned.sum())
         layers[name] = count / pruned.numel()

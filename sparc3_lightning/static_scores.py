@@ -80,9 +80,8 @@ class StaticScores:
         of_neurons = self.granularity == "neuron"
         for name, module in self.modules.items():
             if self.score == "random":
-                rows, columns = weight_of(module).shape
-                shape = (rows,) if of_neurons else (rows, columns)
-                yield name, random_scores(name, shape, self.seed)
+                shape = tuple(weight_of(module).shape)
+                yield name, random_scores(name, shape[:1] if of_neurons else shape, self.seed)
             else:
                 magnitude = whole(weight_of(module)).float().abs()
                 yield name, (magnitude.sum(dim=1) if of_neurons else magnitude).cpu()

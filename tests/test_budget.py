@@ -65,19 +65,19 @@ def test_the_rise_is_that_of_perplexity_over_all_tokens_but_the_first_of_each_sa
 def test_costs_are_the_slopes_at_both_ends_by_finite_differences(model, samples, rise, edit):
     neurons = ranking(6, **edit)
     found = rise.costs(neurons)
-    step = 1e-5
+    step = 1e-2  # the norms of transformers are computed in float32
     for i, neuron in enumerate(neurons):
         slopes = []
-        for others, here in ((0.0, step), (1.0, 1.0)):
+        for end in (0.0, 1.0):
             losses = []
-            for part in (here, here - step):
-                strengths = [others] * len(neurons)
+            for part in (end + step, end - step):
+                strengths = [end] * len(neurons)
                 strengths[i] = part
                 off = [replace(n, strength=n.strength * s) for n, s in zip(neurons, strengths, strict=True) if s]
                 with mask(model, off):
                     losses.append(nats_by_hand(model, samples))
-            slopes.append((losses[0] - losses[1]) / step)
-        assert found[i].item() == pytest.approx(sum(slopes) / 2, rel=1e-3, abs=1e-6)
+            slopes.append((losses[0] - losses[1]) / (2 * step))
+        assert found[i].item() == pytest.approx(sum(slopes) / 2, rel=1e-2, abs=2e-4)
         assert neuron.score < 0
     assert all(p.grad is None for p in model.parameters())
 

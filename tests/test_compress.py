@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.checkpoints import fingerprint, load_model, load_tokenizer
 from sparc3_lightning.cli import main
-from sparc3_lightning.compress import SPARSITY, Compression, Ranking
+from sparc3_lightning.compress import SPARSITY, Compression, Ranking, zero_
 from sparc3_lightning.relevance import find_targets
 from sparc3_lightning.scores import INDEX, Provenance, ScoreFile, ShardWriter, WeightScores
 from sparc3_lightning.sparsity import global_masks, global_threshold, prune_mask
@@ -187,3 +188,12 @@ def test_the_verb_writes_to_its_folder_and_its_saved_config_repeats_it(make_scor
     second = json.loads(Path("lightning_logs/compress/version_1", SPARSITY).read_text())
     assert {**first, "export": "again"} == second
     assert fingerprint("sparse") == fingerprint("again")
+
+
+def test_a_weight_that_is_kept_transposed_as_in_gpt2_is_pruned_by_output_and_input():
+    model = torch.nn.ModuleDict({"layer": Conv1D(2, 3)}).requires_grad_(False)
+    whole = model["layer"].weight.clone()
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+    found = zero_(model, iter([("layer", mask)]))
+    assert torch.equal(model["layer"].weight, whole.masked_fill(mask.T, 0))
+    assert (found["num_pruned"], found["num_weights"], found["layers"]) == (3, 6, {"layer": 0.5})
