@@ -125,10 +125,11 @@ def _scaled(neurons: Sequence[Neuron], factor: Tensor) -> Callable[..., tuple[Te
 
 
 def largest_within(rise: Callable[[int], float], most: int, budget: float) -> int:
-    """Return the largest number whose rise is within the budget, by bisection; 0 if there is none.
+    """Return the largest number whose rise is within the budget; 0 if there is none.
 
-    The rise is taken to grow with the number. Where it does not, what is returned is within the budget all the same,
-    though a larger number may be so too.
+    The rise is taken to grow with the number, and to do so smoothly: the next number to measure lies where a straight
+    line between the two known rises meets the budget, and in the middle whenever that did not halve what is left. Where
+    the rise does not grow, what is returned is within the budget all the same, though a larger number may be so too.
 
     Args:
         rise: Of a number of neurons, from 1 on.
@@ -139,14 +140,21 @@ def largest_within(rise: Callable[[int], float], most: int, budget: float) -> in
         >>> largest_within(lambda number: 0.001 * number, 1000, 0.01)
         10
     """
-    if most < 1:
-        return 0
-    if rise(most) <= budget:
+    low, of_low = 0, 0.0
+    high, of_high = most, rise(most)
+    if of_high <= budget:
         return most
-    low, high = 0, most
+    halve = of_high > 10 * budget  # far out it is no line
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if rise(middle) <= budget else (low, middle)
+        before = high - low
+        share = 0.5 if halve or of_high <= of_low else (budget - of_low) / (of_high - of_low)
+        middle = min(max(low + round(share * before), low + 1), high - 1)
+        found = rise(middle)
+        if found <= budget:
+            low, of_low = middle, found
+        else:
+            high, of_high = middle, found
+        halve = of_high > 10 * budget or (not halve and 2 * (high - low) > before)
     return low
 
 

@@ -93,7 +93,21 @@ def test_bisection_finds_what_a_scan_finds_where_the_rise_grows(budget, most):
 
     expected = max([n for n in range(1, most + 1) if n <= budget], default=0)
     assert largest_within(rise, most, budget) == expected
-    assert len(asked) <= 2 + math.ceil(math.log2(most))
+    assert len(asked) <= 3 + 2 * math.ceil(math.log2(most))
+    assert len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5, 3.0])
+def test_few_measurements_are_made_where_the_rise_is_smooth(power):
+    asked = []
+
+    def rise(number: int) -> float:
+        asked.append(number)
+        return 2e-4 * number**power
+
+    found = largest_within(rise, 1000, 0.01)
+    assert rise(found) <= 0.01 < rise(found + 1)
+    assert len(asked) <= 16
 
 
 def test_what_bisection_returns_is_within_the_budget_even_where_the_rise_falls_again():
