@@ -58,6 +58,7 @@ class PerplexityRise:
             rise = math.expm1(self._nats() - self.nats)
         strength = neurons[0].strength if neurons else 1.0
         self.measured.append({"num_neurons": len(neurons), "strength": strength, "rise": rise})
+        rank_zero_info(f"{len(neurons):>6} neurons at strength {strength:g}: perplexity {100 * rise:+.2f} %")
         return rise
 
     @torch.no_grad()

@@ -76,7 +76,8 @@ def test_a_shipped_config_says_in_a_second_comment_what_it_computes(path):
     assert len(comments) >= 2
     assert all(len(line) <= 132 for line in path.read_text().splitlines())
     groups = [line.partition(":")[0] for line in path.read_text().splitlines() if re.match(r"\w+:", line)]
-    order = ["seed_everything", "trainer", "model", "attribute", "screen", "general", "behavior", "prune", "evaluate"]
+    order = ["seed_everything", "trainer", "model", "attribute", "screen", "general", "behavior"]
+    order += ["budget", "prune", "evaluate"]
     assert groups == [group for group in [*order, "data"] if group in groups]
 
 
@@ -150,9 +151,29 @@ def test_wanda_yaml_takes_the_score_and_the_random_crops_of_wanda(parsed):
     assert includes(options["data"]["init_args"], expected)
 
 
-def test_prune_yaml_and_evaluate_yaml_are_the_last_stages_of_the_published_experiment(parsed):
+def test_prune_yaml_is_the_selection_of_lexicon_yaml_with_its_budget(parsed):
+    chosen = ("selection", "top_behavior", "top_general", "max_perplexity_increase", "replacement", "strengths")
+    options, whole = parsed(named("prune.yaml")), parsed(named("lexicon.yaml"))
+    assert {name: options["model"][name] for name in chosen} == {name: whole["prune"][name] for name in chosen}
+    assert options["data"] == whole["budget"]
+    # A seed that no general sample of the published experiment has.
+    assert options["data"]["init_args"]["seed"] not in whole["model"]["general_seeds"]
+
+
+def test_lexicon_yaml_explains_continuations_of_the_model_and_lexicon_demo_yaml_needs_nothing_but_pypi(parsed):
+    for name in ("lexicon.yaml", "lexicon_demo.yaml"):
+        options = parsed(named(name))
+        assert includes(options["attribute"], {"method": "gradient", "target": "text", "relevance": "absolute"})
+        behavior = {"target": "lexicon_probability", "relevance": "signed"}
+        assert options["model"]["behavior_attribute"] == behavior
+        data = {"source": None, "by": "continuation", "continuation_toxicity": [0.0, 1.0]}
+        assert includes(options["behavior"]["init_args"], data)
+    sources = [options[group]["init_args"]["source"] for group in ("general", "screen", "budget")]
+    assert all(source.startswith("pypi:") for source in sources)
+
+
+def test_evaluate_yaml_is_the_last_stage_of_the_published_experiment(parsed):
     whole = parsed(named("run.yaml"))
-    assert includes(parsed(named("prune.yaml"))["model"], whole["prune"])
     options = parsed(named("evaluate.yaml"))
     assert options["model"]["checkpoint"] == "meta-llama/Meta-Llama-3-8B"
     assert_evaluation(options["model"])

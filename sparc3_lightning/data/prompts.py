@@ -119,7 +119,8 @@ def worst_continued(rows: Iterable[dict[str, Any]], source: str | None) -> list[
 def continued(rows: Iterable[dict[str, Any]], source: str | None) -> list[Prompt]:
     """Return every continuation of the original model in completions.jsonl, with its prompt.
 
-    Its id is that of the prompt and its number, ``<prompt>/<continuation>``.
+    The first one of every prompt comes first, so that a few are of many prompts. The id of each is that of its prompt
+    and its number, ``<prompt>/<continuation>``.
 
     Args:
         rows: Of completions.jsonl.
@@ -136,7 +137,7 @@ def continued(rows: Iterable[dict[str, Any]], source: str | None) -> list[Prompt
             row["continuation"],
             row["toxicity"],
         )
-        for row in _of_the_original(rows, source)
+        for row in sorted(_of_the_original(rows, source), key=lambda row: row["continuation_index"])
     ]
 
 
