@@ -35,15 +35,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Return plain values as JSON; NaN and infinity, which it has not, become null."""
-    return json.dumps(_without_nan(value), indent=2) + "\n"
+    """Return plain values as JSON; NaN and infinity, which it has not, become null, and a path a string."""
+    return json.dumps(_as_json(value), indent=2) + "\n"
 
 
-def _without_nan(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [_as_json(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -64,7 +64,7 @@ def evaluation_settings(module: Any, data: Any) -> dict[str, Any]:
         "num_neurons": module.num_neurons,
         "config": {
             "verb": module.verb,
-            "model": {name: str(v) if isinstance(v, Path) else v for name, v in module.hparams.items()},
+            "model": dict(module.hparams),
             **{name: dict(part.hparams) for name, part in parts.items() if part is not None},
         },
         "versions": versions(),

@@ -103,6 +103,8 @@ class Pruning(L.LightningModule):
                 f"--model.top_behavior must be in (0, 1] and --model.top_general in [0, 1), got {top_behavior} and "
                 f"{top_general}."
             )
+        if contrast is not None and selection == "auroc":
+            raise ValueError("--model.contrast is of scores, but --model.selection auroc ranks by activations alone.")
         if not strengths or not all(0 < strength <= 1 for strength in strengths):
             raise ValueError(f"--model.strengths must be above 0 and at most 1, got {list(strengths)}.")
         if max_perplexity_increase is None and (len(strengths) > 1 or refine):

@@ -47,11 +47,12 @@ class Sweep(Evaluation):
         paths = [Path(path) for path in ([neurons] if isinstance(neurons, str | Path) else neurons)]
         if not paths:
             raise ValueError("--model.neurons must name at least one neurons.json.")
-        if names is not None and (len(names) != len(paths) or len(set(names)) != len(names)):
-            raise ValueError(f"--model.names must be {len(paths)} different names, one a list, got {list(names)}.")
-        if len(paths) > 1:
+        if len(paths) > 1 or names is not None:
             lists = [NeuronList.load(path) for path in paths]
-            self.lists = dict(zip(names if names is not None else _names(lists, paths), lists, strict=True))
+            named = list(names) if names is not None else _names(lists, paths)
+            if len(named) != len(paths) or len(set(named)) != len(named):
+                raise ValueError(f"--model.names must be {len(paths)} different names, one a list, got {named}.")
+            self.lists = dict(zip(named, lists, strict=True))
         self.max_perplexity_increase = max_perplexity_increase
         super().__init__(checkpoint, paths[0], doses=doses, strengths=strengths, controls=controls, **options)
 

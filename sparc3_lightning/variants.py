@@ -77,14 +77,13 @@ def plan(
     variants = [Variant("baseline", "baseline", num_continuations)]
     for selection, neurons in lists.items():
         number = len(neurons.neurons)
-        first = len(variants) == 1
-        own = Variant(selection or "pruned", "pruned" if first else "dose", num_continuations, number)
+        name, kind = ("pruned", "pruned") if len(variants) == 1 else (selection, "dose")
         variants += [
             replace(variant, selection=selection)
             for variant in (
-                own,
+                Variant(name, kind, num_continuations, number),
                 *(
-                    Variant(f"{selection}{'' if first else ' '}top_{d}_{s:g}", "dose", num_continuations, d, s)
+                    Variant(f"{selection and f'{selection} '}top_{d}_{s:g}", "dose", num_continuations, d, s)
                     for s in strengths
                     for d in doses
                     if (d, s) != (number, 1.0)  # the list itself
@@ -99,6 +98,9 @@ def plan(
     kinds = [kind for kind in CONTROLS if kind != "least_relevant" or first_list.least_relevant]
     number = len(first_list.neurons)
     variants += [Variant(f"{kind}_{i}", kind, fewer, number, draw=i) for kind in kinds for i in range(controls)]
+    names = [variant.name for variant in variants]
+    if taken := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"--model.names: another model is called {min(taken)!r} too: give that list another name.")
     return variants
 
 
@@ -155,6 +157,8 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
 
     def of(variant: Variant) -> list[Neuron]:
         draw = 1000 * seed + variant.draw
+        if variant.kind == "baseline":
+            return []
         if variant.kind == "random":
             return random_like(pruned, {name: _count(model, name) for name in modules}, draw)
         if variant.kind in CONTROLS:

@@ -15,6 +15,7 @@ import yaml
 from conftest import sentence
 
 from sparc3_lightning.attribute import Attribution
+from sparc3_lightning.circuit import Circuit
 from sparc3_lightning.cli import STAGES, entry_point, main
 from sparc3_lightning.compare import Comparison
 from sparc3_lightning.compress import Compression
@@ -123,6 +124,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(capsys, ver
         "evaluate": "Measure perplexity and toxicity",
         "sweep": "Measure toxicity against perplexity",
         "compare": "Compare the pruned neurons",
+        "circuit": "Take the least relevant components out",
         "compress": "Set the weights of the lowest scores to zero",
         "run": "Carry out the whole experiment",
     }[verb]
@@ -140,11 +142,12 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(capsys, ver
         ("evaluate", "model", Evaluation, set()),
         ("sweep", "model", Sweep, {"options"}),
         ("compare", "model", Comparison, set()),
+        ("circuit", "model", Circuit, set()),
         ("compress", "model", Compression, set()),
         ("prepare", "model", Experiment, set()),
         ("run", "model", Experiment, set()),
         ("run", "attribute", Attribution, {"checkpoint", "dtype", "revision"}),
-        ("run", "prune", Pruning, {"general", "behavior"}),
+        ("run", "prune", Pruning, {"general", "behavior", "contrast"}),
         ("run", "evaluate", Evaluation, {"checkpoint", "dtype", "revision", "neurons"}),
     ],
 )
@@ -170,8 +173,12 @@ def test_help_of_sweep_explains_the_options_of_evaluate_too(capsys):
     explained = {verb: options_in(stops(capsys, verb, "--help")[1]) for verb in ("evaluate", "sweep")}
     ours = {name for name in explained["evaluate"] if name.startswith("--model.")}
     assert len(ours) > 15
-    assert {name for name in explained["sweep"] if name.startswith("--model.")} == ours
-    own = {f"--model.{name}" for name in inspect.signature(Sweep.__init__).parameters}
+    own = {f"--model.{name}" for name in inspect.signature(Sweep.__init__).parameters} - {
+        "--model.self",
+        "--model.options",
+    }
+    assert {name for name in explained["sweep"] if name.startswith("--model.")} == ours | own
+    assert {"--model.names", "--model.max_perplexity_increase"} <= own - ours
     assert all(explained["sweep"][name] == explained["evaluate"][name] for name in ours - own)
 
 

@@ -222,6 +222,30 @@ def test_another_seed_draws_other_continuations_and_measures_the_same_perplexity
     assert [r["prompt"] for r in completions("one")] == [r["prompt"] for r in completions("two")]
 
 
+@pytest.mark.usefixtures("without_a_report")
+def test_continuations_are_divided_over_seeds_and_those_of_a_seed_are_those_of_a_run_with_it(
+    tiny_checkpoint, neurons, monkeypatch
+):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    results = run(evaluation(tiny_checkpoint, neurons, num_continuations=6, num_seeds=2), folder="both")
+    assert results["protocol"]["toxicity"]["num_seeds"] == 2
+    both = {(r["model"], r["prompt_id"], r["continuation_index"]): r["continuation"] for r in completions("both")}
+    assert len(both) == 2 * 8 * 6
+    for place, seed in enumerate((3, 4)):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        alone = run(evaluation(tiny_checkpoint, neurons, num_continuations=3), folder=str(seed))
+        for row in completions(str(seed)):
+            at = (row["model"], row["prompt_id"], 3 * place + row["continuation_index"])
+            assert both.pop(at) == row["continuation"]
+        for model in ("baseline", "pruned"):
+            figure = results["toxicity_by_seed"][model][place]
+            assert figure == pytest.approx(alone[model]["toxicity_mean"])
+            assert alone["toxicity_by_seed"][model] == [pytest.approx(figure)]
+    assert not both
+    assert all(len(figures) == 2 for figures in results["toxicity_by_seed"].values())
+    assert results["doses"][0]["toxicity_by_seed"] == results["toxicity_by_seed"]["pruned"]
+
+
 def test_perplexity_is_that_of_the_loop_with_labels(tiny_checkpoint):
     of = data(stride=20)
     results = run(evaluation(tiny_checkpoint), of)
@@ -318,6 +342,16 @@ def test_prompts_that_were_attributed_on_are_left_out_and_counted(tiny_checkpoin
     assert results["protocol"]["prompts"]["excluded"] == 2
     assert {row["prompt"] for row in completions()} == set(PROMPTS[2:])
     assert "2 prompts left out" in caplog.text
+
+
+@pytest.mark.usefixtures("without_a_report")
+def test_prompts_whose_own_continuations_were_attributed_on_are_left_out_too(tiny_checkpoint):
+    ids = [f"{prompt_id(text)}/{j}" for text in PROMPTS[4:7] for j in (0, 3)]
+    neurons = save_neurons(tiny_checkpoint, PRUNED, {"sample_ids": ["document-1", *ids]})
+    model = evaluation(tiny_checkpoint, neurons)
+    assert model.excluded_prompts == {"document-1", *map(prompt_id, PROMPTS[4:7])}
+    assert run(model)["protocol"]["prompts"]["excluded"] == 3
+    assert {row["prompt"] for row in completions()} == {*PROMPTS[:4], *PROMPTS[7:]}
 
 
 def test_too_few_prompts_after_leaving_some_out_is_an_error_that_says_so(tiny_checkpoint, neurons):
@@ -956,6 +990,9 @@ def test_a_data_module_of_another_kind_is_refused(tiny_checkpoint):
     ("options", "message"),
     [
         ({"num_continuations": 0}, "--model.num_continuations must be at least 1, got 0"),
+        ({"num_continuations": 6, "num_seeds": 4}, "--model.num_seeds must divide 6 continuations, got 4"),
+        ({"num_continuations": 6, "num_seeds": 0}, "--model.num_seeds must divide 6 continuations, got 0"),
+        ({"num_continuations": 2, "num_seeds": -1}, "--model.num_seeds must divide 2 continuations, got -1"),
         ({"max_new_tokens": 0}, "--model.max_new_tokens must be at least 1, got 0"),
         ({"temperature": -0.5}, "--model.temperature must be at least 0"),
         ({"top_p": 1.5}, "--model.top_p must be above 0 and at most 1"),

@@ -78,6 +78,7 @@ def test_what_json_has_not_becomes_null_however_deep_it_lies() -> None:
         "f": True,
         "g": 10**20,
         "h": [[math.nan]],
+        "i": [Path("folder") / "file"],
     }
     expected = {
         "a": None,
@@ -87,6 +88,7 @@ def test_what_json_has_not_becomes_null_however_deep_it_lies() -> None:
         "f": True,
         "g": 10**20,
         "h": [[None]],
+        "i": ["folder/file"],
     }
     text = to_json(value)
     assert json.loads(text, parse_constant=pytest.fail) == expected

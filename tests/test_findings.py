@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.files import to_json
-from sparc3_lightning.findings import Continuations, figures, findings, perplexity_change, perplexity_interval
+from sparc3_lightning.findings import (
+    PRICES,
+    Continuations,
+    figures,
+    findings,
+    front,
+    perplexity_change,
+    perplexity_interval,
+)
 from sparc3_lightning.intervals import paired_difference
 from sparc3_lightning.metrics import Perplexity
 from sparc3_lightning.neuron_list import NeuronList
@@ -347,6 +355,51 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
         assert point["effect"] == difference(means(scores["baseline"], prompts), means(scores[point["name"]], prompts))
     assert results["controls"] == {}
     assert points[0]["effect"] == results["effect"]["toxic"]["toxicity_mean"]
+
+
+def priced(name: str, perplexity: float, toxicity: float | None) -> dict[str, Any]:
+    """Return what a front reads of a dose."""
+    of = None if toxicity is None else {"value": toxicity}
+    return {"name": name, "perplexity_percent": {"value": perplexity}, "toxicity_percent": of}
+
+
+def slow_area(points: list[dict[str, Any]]) -> float:
+    """Average the fall of toxicity that is reached at a price over many prices, the original model being a point."""
+    found = []
+    for i in range(1000):
+        price = (i + 0.5) * PRICES[-1] / 1000
+        within = [p for p in points if p["toxicity_percent"] and p["perplexity_percent"]["value"] <= price]
+        found.append(max([0.0, *(-p["toxicity_percent"]["value"] for p in within)]))
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_area_of_a_front_is_the_mean_over_prices_of_the_fall_of_toxicity_reached_at_each(seed):
+    draw = random.Random(seed)
+    points = [priced(f"p{i}", draw.randint(-20, 150) / 10, draw.uniform(-60, 20)) for i in range(draw.randint(1, 9))]
+    points += [priced("not scored", 0.5, None), priced("broken", math.inf, -100.0)]
+    found = front(points)
+    assert found["area"] == pytest.approx(slow_area(points))
+    for price in PRICES:
+        rows = [p for p in points if p["toxicity_percent"] and p["perplexity_percent"]["value"] <= price]
+        lowest = min(rows, key=lambda p: p["toxicity_percent"]["value"], default=None)
+        helps = lowest is not None and lowest["toxicity_percent"]["value"] < 0
+        assert found["best"][f"{price:g}"] == (lowest["name"] if helps else None)
+
+
+def test_a_selection_that_only_harms_has_no_front():
+    harmful = [priced("worse", 0.5, 3.0), priced("dear", 11.0, -90.0)]
+    assert front(harmful) == {"area": 0.0, "best": {"1": None, "5": None, "10": None}}
+
+
+def test_the_mean_toxicity_by_seed_is_that_of_the_continuations_that_the_seed_drew():
+    found = small(per_seed=1)["toxicity_by_seed"]
+    toxic = [prompt for prompt in TOXICITY["baseline"] if prompt.startswith("t")]
+    for model, of_prompts in TOXICITY.items():
+        columns = [[of_prompts[prompt][j] for prompt in toxic] for j in range(3)]
+        known = [[value for value in column if value is not None] for column in columns]
+        assert found[model] == pytest.approx([sum(values) / len(values) for values in known])
+    assert [len(by_seed) for by_seed in small()["toxicity_by_seed"].values()] == [1, 1]
 
 
 def second_toxicity(model: str, prompt: str, j: int) -> float | None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparc3_lightning import prune as prune_module
 from sparc3_lightning import selections
+from sparc3_lightning.activations import ACTIVATIONS, Activations
 from sparc3_lightning.checkpoints import fingerprint, load_model, load_tokenizer
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import mask, select
@@ -183,6 +184,78 @@ def test_other_selections_take_sides_of_another_target_and_need_no_strength(file
     assert sum(found["histogram"]["counts"]) <= 48
     with pytest.raises(ValueError, match=r"do not belong together: (relevance|target)"):
         Pruning(general, behavior, num_neurons=5).prune(Path("difference"))
+
+
+def save_side(folder: str, seed: int, num_samples: int, scale: float = 1.0, **changes) -> Path:
+    """Save scores in a folder of their own, with the activations of as many samples of 3, 4, ... tokens beside them."""
+    Path(folder).mkdir()
+    draw = torch.Generator().manual_seed(100 + seed)
+    rows = {name: torch.randint(6, (num_samples, 24), generator=draw).float() for name in MODULES}
+    ids = [f"{folder}-{i}" for i in range(num_samples)]
+    Activations(rows, ids, list(range(3, 3 + num_samples))).save(Path(folder, ACTIVATIONS))
+    return save_scores(f"{folder}/scores.safetensors", random_scores(seed, scale), sample_ids=ids, **changes)
+
+
+@pytest.fixture
+def sides() -> tuple[list[Path], Path]:
+    """Two folders of general scores and one of the behaviour's, with activations."""
+    return [save_side("general_0", 0, 7), save_side("general_1", 1, 5)], save_side("behavior", 9, 6, 0.5)
+
+
+@pytest.mark.parametrize("selection", ["auroc", "weighted_difference"])
+def test_selections_by_activation_read_those_of_all_seeds_beside_their_scores(sides, selection):
+    general, behavior = sides
+    found = Pruning(general, behavior, selection=selection, num_neurons=6, num_ranked=9).prune(OUT)
+    parts = [Activations.load(path.parent / ACTIVATIONS).rows for path in (*general, behavior)]
+    ours = {name: torch.cat([part[name] for part in parts[:2]]) for name in MODULES}
+    area = {name: selections.auroc(ours[name], parts[2][name]) for name in MODULES}
+    ranked = {name: -area[name] for name in MODULES}
+    if selection == "weighted_difference":
+        mean = {name: (random_scores(0)[name] + random_scores(1)[name]) / 2 for name in MODULES}
+        ranked = selections.weighted_difference(mean, random_scores(9, 0.5), area)
+    expected = select(ranked, 9)
+    assert [(n.module, n.index) for n in found.neurons + found.next] == [(n.module, n.index) for n in expected]
+    assert [n.score for n in found.neurons + found.next] == pytest.approx([n.score for n in expected])
+    assert found.provenance["selection"] == selection
+    (behavior.parent / ACTIVATIONS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"behavior/activations\.safetensors .*--model\.activations true"):
+        Pruning(general, behavior, selection=selection, num_neurons=6).prune(Path("without"))
+
+
+def test_neurons_can_be_held_at_their_mean_over_the_tokens_of_each_seed_averaged_over_the_seeds(sides):
+    general, behavior = sides
+    found = Pruning(general, behavior, replacement="mean", num_neurons=4, num_ranked=8).prune(OUT)
+    for neuron in found.neurons + found.next:
+        means = []
+        for path in general:
+            activations = Activations.load(path.parent / ACTIVATIONS)
+            of_samples = activations.rows[neuron.module][:, neuron.index].tolist()
+            total = sum(n * value for n, value in zip(activations.num_tokens, of_samples, strict=True))
+            means.append(total / sum(activations.num_tokens))
+        assert neuron.constant == pytest.approx(sum(means) / 2)
+    assert found.provenance["replacement"] == "mean"
+    assert NeuronList.load(OUT / NEURONS) == found
+
+
+def test_what_the_behaviour_shares_with_samples_without_it_is_subtracted_first(files):
+    general, behavior = files
+    contrast = save_scores("contrast.safetensors", random_scores(5, 0.3), sample_ids=["harmless"])
+    found = Pruning(general, behavior, contrast=contrast, num_neurons=7).prune(OUT)
+    less = {name: random_scores(9, 0.5)[name] - random_scores(5, 0.3)[name] for name in MODULES}
+    expected = strongest_by_hand([random_scores(0), random_scores(1)], less, 7)
+    assert [(neuron.module, neuron.index) for neuron in found.neurons] == [(name, i) for _, name, i in expected]
+    assert [neuron.score for neuron in found.neurons] == pytest.approx([score for score, _, _ in expected], abs=1e-6)
+    assert found.provenance["contrast"]["path"] == str(contrast)
+    assert set(found.provenance["sample_ids"]) == {"p1", "p2", "document-0", "document-1", "harmless"}
+
+
+def test_a_contrast_of_another_target_or_without_a_place_in_the_selection_is_refused(files):
+    general, behavior = files
+    contrast = save_scores("contrast.safetensors", random_scores(5), target="lexicon")
+    with pytest.raises(ValueError, match=r"do not belong together: target .*contrast\.safetensors"):
+        Pruning(general, behavior, contrast=contrast, selection="ratio", num_neurons=5).prune(OUT)
+    with pytest.raises(ValueError, match=r"--model\.contrast .*--model\.selection auroc"):
+        Pruning(general, behavior, contrast=contrast, selection="auroc")
 
 
 def test_a_selection_that_leaves_too_few_neurons_is_refused_and_nothing_is_written(files):

@@ -11,6 +11,7 @@ from sparc3_lightning.accumulator import NonfiniteRelevanceError, ScoreAccumulat
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.lrp import FAMILIES, lrp
 from sparc3_lightning.relevance import (
+    absolute_relevance,
     differential_relevance,
     differential_strength,
     find_targets,
@@ -146,6 +147,15 @@ def test_signed_relevance_is_the_loop_over_samples_neurons_and_tokens(layer):
         for o in range(4):
             expected[b, o] = sum(Z[b, t, o].item() * G[b, t, o].item() for t in range(5))
     torch.testing.assert_close(signed_relevance(Z, G), expected, rtol=1e-12, atol=0)
+
+
+def test_absolute_relevance_is_the_magnitude_of_the_sum_over_the_tokens_of_each_sample(layer):
+    Z, G = layer["Z"], layer["G"]
+    expected = torch.zeros(2, 4, dtype=torch.float64)
+    for b in range(2):
+        for o in range(4):
+            expected[b, o] = abs(sum(Z[b, t, o].item() * G[b, t, o].item() for t in range(5)))
+    torch.testing.assert_close(absolute_relevance(Z, G), expected, rtol=1e-12, atol=0)
 
 
 def test_squared_norms_are_the_loop_over_the_tokens_that_are_not_padding(layer):
@@ -340,6 +350,9 @@ def test_the_magnitude_is_taken_per_sample_and_not_of_the_mean(in_one_batch):
     for rows in [opposite] if in_one_batch else [[row] for row in opposite]:
         play(layer, accumulator, rows)
     # The magnitude of the mean would be 0 and 6.
+    assert accumulator.compute()["layer"].tolist() == [3.0, 6.0]
+    layer, accumulator = toy("absolute")
+    play(layer, accumulator, opposite)
     assert accumulator.compute()["layer"].tolist() == [3.0, 6.0]
     layer, accumulator = toy("signed")
     play(layer, accumulator, opposite)

@@ -6,7 +6,15 @@ from torch import Tensor
 
 from sparc3_lightning.neurons import select
 from sparc3_lightning.relevance import differential_relevance
-from sparc3_lightning.selections import auroc, difference, normalized_difference, ratio, set_difference
+from sparc3_lightning.selections import (
+    auroc,
+    by_auroc,
+    difference,
+    normalized_difference,
+    ratio,
+    set_difference,
+    weighted_difference,
+)
 
 BOTH = (difference, normalized_difference, set_difference, ratio)
 
@@ -81,14 +89,44 @@ def test_no_more_neurons_are_selected_than_a_selection_leaves():
         select(ranked, 5)
 
 
-def test_auroc_is_the_share_of_pairs_in_which_the_behaviour_is_higher():
-    draw = torch.Generator().manual_seed(0)
-    general, behavior = (torch.randint(6, (n, 5), generator=draw).float() for n in (17, 9))
-    expected = []
-    for neuron in range(5):
+def activations(seed: int, num_samples: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: torch.randint(6, (num_samples, n), generator=draw).float() for name, n in (("a", 13), ("b", 7))}
+
+
+def share_of_pairs(general: Tensor, behavior: Tensor) -> list[float]:
+    """Per neuron, in how many pairs of samples the behaviour's is higher; a tie counts half."""
+    shares = []
+    for neuron in range(general.shape[1]):
         pairs = [(g, b) for g in general[:, neuron].tolist() for b in behavior[:, neuron].tolist()]
-        expected.append(sum(1.0 if b > g else 0.5 if b == g else 0.0 for g, b in pairs) / len(pairs))
-    assert auroc(general, behavior).tolist() == pytest.approx(expected)
+        shares.append(sum(1.0 if b > g else 0.5 if b == g else 0.0 for g, b in pairs) / len(pairs))
+    return shares
+
+
+def test_auroc_is_the_share_of_pairs_in_which_the_behaviour_is_higher():
+    general, behavior = activations(0, 17)["a"], activations(1, 9)["a"]
+    assert auroc(general, behavior).tolist() == pytest.approx(share_of_pairs(general, behavior))
+
+
+def test_by_auroc_takes_the_neuron_first_that_tells_the_behaviour_best():
+    general, behavior = activations(0, 17), activations(1, 9)
+    found = by_auroc(general, behavior)
+    shares = {(m, i): s for m in general for i, s in enumerate(share_of_pairs(general[m], behavior[m]))}
+    assert flat(found) == pytest.approx([-share for share in shares.values()])
+    first = select(found, 1)[0]
+    assert (first.module, first.index) == max(shares, key=lambda place: shares[place])
+
+
+def test_weighted_difference_is_the_difference_times_what_the_activation_tells_beyond_chance():
+    general, behavior = scores(0), scores(1)
+    of_general, of_behavior = activations(0, 17), activations(1, 9)
+    shares = [s for m in general for s in share_of_pairs(of_general[m], of_behavior[m])]
+    expected = [
+        (g - b) * max(2 * share - 1, 0.0) for g, b, share in zip(flat(general), flat(behavior), shares, strict=True)
+    ]
+    assert any(share < 0.5 for share in shares)
+    weight = {name: auroc(of_general[name], of_behavior[name]) for name in general}
+    assert flat(weighted_difference(general, behavior, weight)) == pytest.approx(expected)
 
 
 def test_auroc_of_what_is_apart_and_of_what_is_alike():

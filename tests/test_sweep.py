@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from conftest import sentence
 from sparc3_lightning import evaluate
 from sparc3_lightning.checkpoints import fingerprint
 from sparc3_lightning.cli import main
+from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.evaluate import Evaluation
+from sparc3_lightning.findings import front
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.prune import Pruning
 from sparc3_lightning.scores import Provenance, ScoreFile
@@ -158,3 +161,87 @@ def test_by_default_ten_to_a_thousand_neurons_are_switched_off_and_damped_withou
     grid = [(variant.num_neurons, variant.strength) for variant in model.variants if variant.kind == "dose"]
     assert grid == [(dose, strength) for strength in (1.0, 0.5) for dose in (10, 30, 100, 300, 1000)]
     assert {variant.kind for variant in model.variants} == {"baseline", "pruned", "dose"}
+
+
+# Several lists.
+
+
+@pytest.fixture
+def lists() -> str:
+    """A second list beside the first, by another selection and with another number of neurons."""
+    pruning = Pruning(
+        [Path("general.safetensors")], Path("behavior.safetensors"), selection="ratio", num_neurons=7, num_ranked=12
+    )
+    pruning.prune(Path("other"))
+    return "[pruned/neurons.json, other/neurons.json]"
+
+
+def test_every_list_is_measured_as_it_stands_and_compared_by_its_front(lists, monkeypatch):
+    results, folder = sweep("--model.neurons", lists, "--model.doses", "[]")
+    points = {point["selection"]: point for point in results["doses"]}
+    assert [(of["name"], of["num_neurons"]) for of in points.values()] == [("pruned", 5), ("ratio", 7)]
+    assert list(points) == ["difference", "ratio"] == list(results["fronts"])
+    assert results["fronts"] == {name: front([point]) for name, point in points.items()}
+    models = Counter(json.loads(line)["model"] for line in (folder / "completions.jsonl").read_text().splitlines())
+    assert models == {"baseline": 6, "pruned": 6, "ratio": 6}
+    rows = list(csv.DictReader((folder / "doses.csv").read_text().splitlines()))
+    assert [(row["selection"], row["num_neurons"]) for row in rows] == [("difference", "5"), ("ratio", "7")]
+    assert results["config"]["model"]["neurons"] == ["pruned/neurons.json", "other/neurons.json"]
+    assert all(f"<td>{name}" in (folder / "report.html").read_text() for name in points)
+    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    alone, _ = sweep("--model.neurons", "other/neurons.json", "--model.doses", "[]")
+    assert alone["doses"] == [points["ratio"] | {"name": "pruned", "selection": ""}]
+    assert alone["pruned"]["toxicity_mean"] == points["ratio"]["toxicity_mean"]
+
+
+def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike(lists):
+    paths = [Path("pruned/neurons.json"), Path("other/neurons.json")]
+
+    def names(of: list[Path], **options: Any) -> list[str]:
+        return list(Sweep("tiny", of, doses=[], scorer="small", **options).lists)
+
+    assert names(paths) == ["difference", "ratio"]
+    assert names(paths, names=["a", "b"]) == ["a", "b"]
+    shutil.copytree("pruned", "again/pruned")
+    shutil.copytree("pruned", "third")
+    assert names([paths[0], Path("third/neurons.json")]) == ["difference (pruned)", "difference (third)"]
+    for wrong in (["a"], ["a", "a"], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match=r"--model.names must be 2 different names, one a list, got \['a'"):
+            names(paths, names=wrong)
+    with pytest.raises(ValueError, match=r"2 different names.*\['difference \(pruned\)', 'difference \(pruned\)'\]"):
+        names([paths[0], Path("again/pruned/neurons.json")])
+
+
+def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other_prompts(lists, monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    grid = ["--model.neurons", lists, "--model.doses", "[2, 12]", "--model.strengths", "[1, 0.5]"]
+    results, _ = sweep(*grid)
+    rises = sorted(point["perplexity_percent"]["value"] / 100 for point in results["doses"])
+    budget = rises[len(rises) // 2]
+    results, folder = sweep(*grid, "--model.max_perplexity_increase", str(budget))
+    within = [point for point in results["doses"] if point["perplexity_percent"]["value"] <= 100 * budget]
+    assert 1 < len(within) < len(rises)
+    best = min(within, key=lambda point: point["toxicity_mean"])
+    chosen = NeuronList.load(folder / "chosen/neurons.json")
+    source = NeuronList.load(Path({"difference": "pruned", "ratio": "other"}[best["selection"]], "neurons.json"))
+    places = [(neuron.module, neuron.index) for neuron in source.neurons + source.next]
+    assert [(neuron.module, neuron.index) for neuron in chosen.neurons + chosen.next] == places
+    assert len(chosen.neurons) == best["num_neurons"]
+    assert {neuron.strength for neuron in chosen.neurons} == {best["strength"]}
+    assert chosen.provenance["chosen"]["name"] == best["name"]
+    rows = [json.loads(line)["text"] for line in Path("prompts.jsonl").read_text().splitlines()]
+    lines = (folder / "completions.jsonl").read_text().splitlines()
+    used = {json.loads(line)["prompt_id"] for line in lines}
+    assert set(chosen.provenance["sample_ids"]) == used | {"p"}
+    model = ["--model.neurons", str(folder / "chosen/neurons.json"), "--model.controls", "0"]
+    done = main(["evaluate", "--config", "sweep.yaml", *model, "--data.prompts.init_args.num_prompts", "2"])
+    lines = Path(done.trainer.log_dir, "completions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["prompt_id"] for line in lines} == {prompt_id(text) for text in rows} - used
+
+
+def test_nothing_is_chosen_where_nothing_is_within_the_price(lists, caplog, monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    with caplog.at_level("INFO"):
+        _, folder = sweep("--model.neurons", lists, "--model.doses", "[]", "--model.max_perplexity_increase", "-0.99")
+    assert "Nothing was measured whose perplexity rises by at most -99 %" in caplog.text
+    assert not (folder / "chosen").exists()

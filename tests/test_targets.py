@@ -15,7 +15,7 @@ from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.data import ToxicPrompts
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.scores import ScoreFile
-from sparc3_lightning.targets import lexicon_log_probability, lexicon_of, text_log_probability
+from sparc3_lightning.targets import lexicon_log_probability, lexicon_of, lexicon_probability, text_log_probability
 
 LEXICON = [5, 17, 40]
 
@@ -38,6 +38,9 @@ def oracle(model: Any, sample: Sample, target: str, lexicon: list[int]) -> Tenso
     log = log_probabilities(model, sample.input_ids)
     if target == "lexicon":
         return torch.stack([log[t, lexicon].exp().sum().log() for t in range(len(log))]).mean()
+    if target == "lexicon_probability":
+        before = range(max(sample.start - 1, 0), len(log))
+        return torch.stack([sum(log[t, word].exp() for word in lexicon) for t in before]).mean()
     counted = range(max(sample.start, 1), len(log))
     return torch.stack([log[t - 1, sample.input_ids[t]] for t in counted]).mean()
 
@@ -49,6 +52,7 @@ def test_targets_are_means_over_positions_whatever_the_padding(make_model, sampl
     found = {
         "text": text_log_probability(model, ids, mask, batch["start"]),
         "lexicon": lexicon_log_probability(model, ids, mask, torch.tensor(LEXICON)),
+        "lexicon_probability": lexicon_probability(model, ids, mask, batch["start"], torch.tensor(LEXICON)),
     }
     for target, values in found.items():
         expected = torch.stack([oracle(model, sample, target, LEXICON) for sample in samples])
@@ -56,6 +60,8 @@ def test_targets_are_means_over_positions_whatever_the_padding(make_model, sampl
     alone = torch.tensor([samples[0].input_ids])
     torch.testing.assert_close(text_log_probability(model, alone, None, torch.tensor([0])), found["text"][:1])
     torch.testing.assert_close(lexicon_log_probability(model, alone, None, torch.tensor(LEXICON)), found["lexicon"][:1])
+    one = lexicon_probability(model, alone, None, torch.tensor([0]), torch.tensor(LEXICON))
+    torch.testing.assert_close(one, found["lexicon_probability"][:1])
 
 
 def test_a_sample_of_which_no_token_counts_has_the_target_zero(make_model):
@@ -139,19 +145,19 @@ def oracle_scores(module: Attribution, relevance: str, target: str) -> dict[str,
 
 
 @pytest.mark.parametrize("relevance", ["signed", "squared"])
-@pytest.mark.parametrize("target", ["text", "lexicon"])
+@pytest.mark.parametrize("target", ["text", "lexicon", "lexicon_probability"])
 def test_the_gradient_of_a_neuron_is_its_activation_times_gradient(
     tiny_checkpoint, prompts, toy_lexicon, relevance, target
 ):
     data = ToxicPrompts(prompts, num_samples=2, continuation_toxicity=(0.5, 1.0), batch_size=2)
     options = {"method": "gradient", "relevance": relevance, "target": target, "lexicon": toy_lexicon}
     found, module = run(tiny_checkpoint, data, **options)
-    assert len(module.lexicon) == (3 if target == "lexicon" else 0)
+    assert len(module.lexicon) == (0 if target == "text" else 3)
     for name, expected in oracle_scores(module, relevance, target).items():
         torch.testing.assert_close(found[name], expected.float(), rtol=1e-4, atol=1e-12)
     provenance = ScoreFile.load(module.output).provenance
     assert (provenance.method, provenance.rule, provenance.target) == ("gradient", None, target)
-    assert provenance.lexicon == (toy_lexicon if target == "lexicon" else None)
+    assert provenance.lexicon == (None if target == "text" else toy_lexicon)
 
 
 def test_targets_are_propagated_by_lrp_too(tiny_checkpoint, prompts, toy_lexicon):
@@ -182,8 +188,32 @@ def test_harmless_prompts_are_chosen_by_a_range(tiny_checkpoint, prompts):
         ToxicPrompts(prompts, num_samples=4, min_toxicity=0.0, max_toxicity=0.2).read_samples(
             load_tokenizer(tiny_checkpoint)
         )
-    with pytest.raises(ValueError, match="needs by=prompt"):
-        ToxicPrompts(prompts, by="continuation", continuation_toxicity=(0.5, 1.0))
+
+
+def test_the_models_own_continuations_are_samples_of_their_own(tiny_checkpoint):
+    fields = ("model", "prompt_id", "continuation_index", "prompt", "prompt_toxicity", "continuation", "toxicity")
+    rows = [
+        (model, f"prompt{i}", j, sentence(i, 3 + i), 0.95, f" {sentence(10 * i + j, 4)}", toxicity)
+        for model in ("baseline", "pruned")
+        for i in range(3)
+        for j, toxicity in enumerate((0.9, 0.2, None, 0.7))
+    ]
+    lines = [json.dumps(dict(zip(fields, row, strict=True))) for row in rows]
+    Path("completions.jsonl").write_text("\n".join(lines))
+    tokenizer = load_tokenizer(tiny_checkpoint)
+
+    def samples(number: int) -> list[Sample]:
+        of = {"by": "continuation", "continuation_toxicity": (0.5, 1.0), "num_samples": number}
+        return ToxicPrompts("completions.jsonl", **of).read_samples(tokenizer)
+
+    expected = [
+        Sample(f"{prompt}/{j}", tokenizer(text + following)["input_ids"], len(tokenizer(text)["input_ids"]))
+        for model, prompt, j, text, _, following, toxicity in sorted(rows, key=lambda row: row[2])
+        if model == "baseline" and toxicity is not None and toxicity >= 0.5
+    ]
+    assert samples(6) == expected
+    with pytest.raises(ValueError, match=r"Only 6 of 9 prompts .* a continuation of \(0.5, 1.0\), but --data.num_sam"):
+        samples(7)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +221,7 @@ def test_harmless_prompts_are_chosen_by_a_range(tiny_checkpoint, prompts):
     [
         ({"method": "wanda", "target": "text"}, "wanda has no target"),
         ({"target": "lexicon", "lexicon": "no_such_package:score"}, "--model.lexicon"),
-        ({"relevance": "squared", "granularity": "weight"}, "neurons and heads"),
+        ({"relevance": "squared", "granularity": "weight"}, "squared is not of weights: .*--model.granularity"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(options, words):

@@ -81,6 +81,28 @@ def test_every_dose_is_measured_at_every_strength_and_the_pruned_model_not_twice
     assert names(plan({"": NEURONS}, 2, doses=[3], strengths=[0.25])) == ["baseline", "pruned", "top_3_0.25"]
 
 
+def test_further_lists_are_measured_as_they_stand_and_at_each_dose_and_controls_are_those_of_the_first():
+    other = NeuronList(neurons=NEURONS.next[:2], next=NEURONS.neurons)
+    lists = {"first": NEURONS, "second": other}
+    variants = plan(lists, 2, controls=1, doses=[2], strengths=[1.0, 0.5])
+    assert [(v.name, v.kind, v.selection, v.num_neurons, v.strength) for v in variants[1:-3]] == [
+        ("pruned", "pruned", "first", 3, 1.0),
+        ("first top_2_1", "dose", "first", 2, 1.0),
+        ("first top_2_0.5", "dose", "first", 2, 0.5),
+        ("second", "dose", "second", 2, 1.0),
+        ("second top_2_0.5", "dose", "second", 2, 0.5),
+    ]
+    assert {(v.kind, v.num_neurons) for v in variants[-3:]} == {(kind, 3) for kind in CONTROLS}
+    assert names(plan(lists, 2)) == ["baseline", "pruned", "second"]
+    off = neurons_of(variants[:-3], lists, None, 0)
+    assert off["baseline"] == []
+    assert off["pruned"] == NEURONS.neurons
+    assert off["first top_2_1"] == off["first top_2_0.5"] == NEURONS.neurons[:2]
+    assert off["second"] == off["second top_2_0.5"] == other.neurons
+    with pytest.raises(ValueError, match="--model.names: another model is called 'random_0' too"):
+        plan({"first": NEURONS, "random_0": other}, 2, controls=1)
+
+
 def test_no_two_models_have_the_same_name():
     found = names(plan({"": NEURONS}, 2, 3, doses=[1, 2, 3, 4, 5, 6], strengths=[1.0, 0.5, 0.25, 0.125]))
     assert len(set(found)) == len(found) == 2 + 3 * 3 + 4 * 6 - 1
