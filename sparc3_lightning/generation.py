@@ -194,7 +194,9 @@ def _continue_together(
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = output.past_key_values
+    # transformers 5.24 calls the cache so, and warns of the name it had before.
+    name = "cache" if "cache" in output else "past_key_values"
+    cache = output[name]
     cache.batch_repeat_interleave(repeats)
     logits = output.logits[:, -1].repeat_interleave(repeats, dim=0)
     attention_mask = attention_mask.repeat_interleave(repeats, dim=0)
@@ -215,9 +217,9 @@ def _continue_together(
             input_ids=drawn[-1].unsqueeze(1),
             attention_mask=attention_mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{name: cache},
         )
         logits = output.logits[:, -1]
     continuations = []

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PARTS = ("startup", "attribution", "growth", "agreement", "evaluation", "ranks", "compression", "gpu")
+PARTS = ("startup", "attribution", "growth", "agreement", "evaluation", "ranks", "compression", "selections", "gpu")
 
 
 def main() -> None:
