@@ -198,7 +198,7 @@ def test_a_change_in_words_has_its_sign_in_the_verb():
 def test_every_control_that_can_be_planned_has_a_sentence():
     up = "model.layers.0.mlp.up_proj"
     neurons = NeuronList([Neuron(up, 0, -1.0)], least_relevant=[Neuron(up, 1, 0.0)])
-    kinds = {variant.kind for variant in plan(neurons, 1, controls=1)} - {"baseline", "pruned"}
+    kinds = {variant.kind for variant in plan({"": neurons}, 1, controls=1)} - {"baseline", "pruned"}
     controls = {kind: control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)) for kind in kinds}
     assert verdict(found(controls=controls), 1, ["some"]).count("As many ") == len(kinds) == 3
 
