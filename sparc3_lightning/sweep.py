@@ -77,12 +77,15 @@ class Sweep(Evaluation):
         source = self.lists[best["selection"]]
         off = [replace(n, strength=n.strength * best["strength"]) for n in self.off[best["name"]]]
         taken = {(neuron.module, neuron.index) for neuron in off}
-        following = [n for n in [*source.neurons, *source.next] if (n.module, n.index) not in taken]
+        following, least = (
+            [neuron for neuron in of if (neuron.module, neuron.index) not in taken]
+            for of in ([*source.neurons, *source.next], source.least_relevant)
+        )
         used = self.excluded_prompts | {row["prompt_id"] for row in self.completions}
         chosen = {key: best[key] for key in ("num_neurons", "strength", "toxicity_percent", "perplexity_percent")}
         chosen |= {"by": str(self.folder), "name": best["name"], "max_perplexity_increase": budget}
         provenance = {**source.provenance, "sample_ids": sorted(used), "chosen": chosen, "export": None}
-        NeuronList(off, provenance, following, source.least_relevant).save(self.folder / CHOSEN)
+        NeuronList(off, provenance, following, least).save(self.folder / CHOSEN)
         rank_zero_info(f"Chosen:  {best['name']}, {self.folder / CHOSEN}")
 
 

@@ -226,8 +226,10 @@ def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other
     source = NeuronList.load(Path({"difference": "pruned", "ratio": "other"}[best["selection"]], "neurons.json"))
     places = [(neuron.module, neuron.index) for neuron in source.neurons + source.next]
     assert [(neuron.module, neuron.index) for neuron in chosen.neurons + chosen.next] == places
-    assert len(chosen.neurons) == best["num_neurons"]
-    assert {neuron.strength for neuron in chosen.neurons} == {best["strength"]}
+    off = chosen.neurons
+    assert len(off) == best["num_neurons"]
+    assert {neuron.strength for neuron in off} == {best["strength"]}
+    assert chosen.least_relevant == [n for n in source.least_relevant if (n.module, n.index) not in places[: len(off)]]
     assert chosen.provenance["chosen"]["name"] == best["name"]
     rows = [json.loads(line)["text"] for line in Path("prompts.jsonl").read_text().splitlines()]
     lines = (folder / "completions.jsonl").read_text().splitlines()
