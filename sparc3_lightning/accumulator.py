@@ -1,6 +1,6 @@
 """The accumulator: hooks in, over a stream of samples, and one score per neuron or per weight out."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -32,17 +32,17 @@ class NonfiniteRelevanceError(ValueError):
     """A relevance is NaN or infinite."""
 
 
-def check_granularity(granularity: Granularity, score: str, targets: Iterable[str]) -> None:
+def check_granularity(granularity: Granularity, score: str, targets: Collection[str]) -> None:
     """Raise ValueError if weights or heads are to have a score that they have not, or the targets have no heads."""
     option = "relevance" if score in ("absolute", "squared") else "method"
     if granularity == "weight" and score in ("absolute", "squared", "activation"):
         raise ValueError(f"--model.{option} {score} is not of weights: choose another --model.granularity.")
     if granularity == "head" and score == "activation":
         raise ValueError(f"--model.method {score} is not of heads: choose another --model.granularity.")
-    if granularity == "head" and not all(map(is_heads, targets)):
+    if granularity == "head" and not (targets and all(map(is_heads, targets))):
         raise ValueError(
             f"--model.granularity head scores attention heads at o_proj: give --model.targets '[o_proj]', got "
-            f"{list(targets)}."
+            f"{list(targets) or 'none'}."
         )
 
 

@@ -183,8 +183,8 @@ def test_controls_of_a_sharded_model_have_the_largest_weights(make_checkpoint, f
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     sharded = load_sharded(make_checkpoint(family), torch.float32, mesh, torch.device("cpu"))
-    variants = plan(pruned, 1, controls=10)
+    variants = plan({"": pruned}, 1, controls=10)
     for of in (model, sharded):
-        off = neurons_of(variants, pruned, of, 0)
+        off = neurons_of(variants, {"": pruned}, of, 0)
         assert {off[f"largest_weights_{i}"][0].index for i in range(10)} <= set(heaviest)
         assert len({off[f"random_{i}"][0].index for i in range(10)}) > 3

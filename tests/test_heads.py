@@ -21,6 +21,7 @@ from sparc3_lightning.heads import head_dims, head_norms, mask_heads, num_heads,
 from sparc3_lightning.lrp import FAMILIES, lrp
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import Neuron, check_neurons, mask, prune_
+from sparc3_lightning.relevance import find_targets
 from sparc3_lightning.scores import ScoreFile
 from sparc3_lightning.targets import largest_logit
 from sparc3_lightning.variants import neurons_of, plan
@@ -31,8 +32,10 @@ AS_NEURONS = [Neuron(name, index, 0.0) for name, indices in HEADS.items() for in
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 D = 4  # dimensions of a head
 FORMS = ("magnitude", "signed", "absolute", "squared", "wanda")
-# Every family, and a LLaMA whose attention has biases.
-MODELS = [*({"family": family} for family in sorted(FAMILIES)), {"family": "llama", "attention_bias": True}]
+# Every family whose attention has an o_proj, and a LLaMA whose attention has biases.
+WITHOUT_HEADS = {"gpt2": "transformer.h.0.attn", "opt": "model.decoder.layers.0.self_attn"}
+MODELS: list[dict[str, Any]] = [{"family": family} for family in sorted(FAMILIES - WITHOUT_HEADS.keys())]
+MODELS += [{"family": "llama", "attention_bias": True}]
 all_models = pytest.mark.parametrize("options", MODELS, ids=lambda options: "-".join(map(str, options.values())))
 
 
@@ -135,7 +138,19 @@ def test_heads_are_of_o_proj_only(make_model):
     with pytest.raises(ValueError, match=r"--model\.granularity head .*--model\.targets '\[o_proj\]'"):
         ScoreAccumulator(modules, "signed", granularity="head")
     with pytest.raises(ValueError, match=r"--model\.targets '\[o_proj\]', got \['up_proj'\]"):
+        Attribution("tiny", granularity="head", targets=["up_proj"])
+    with pytest.raises(ValueError, match=r"--model\.targets '\[o_proj\]', got none"):
         Attribution("tiny", granularity="head")
+
+
+@pytest.mark.parametrize(("family", "attention"), WITHOUT_HEADS.items())
+def test_an_attention_without_o_proj_has_no_heads_and_says_so(make_model, family, attention):
+    model = make_model(family)
+    with pytest.raises(ValueError, match=r"--model\.targets: the model has no linear layer 'o_proj'; it has \["):
+        find_targets(model, ["o_proj"])
+    for name in ("o_proj", "out_proj", "c_proj"):
+        with pytest.raises(ValueError, match=r"not a layer of attention heads of this model: expected .* an o_proj"):
+            head_dims(model, [f"{attention}.{name}"])
 
 
 @pytest.mark.parametrize("method", ["lrp", "wanda"])

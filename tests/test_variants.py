@@ -99,7 +99,7 @@ def test_further_lists_are_measured_as_they_stand_and_at_each_dose_and_controls_
     assert off["pruned"] == NEURONS.neurons
     assert off["first top_2_1"] == off["first top_2_0.5"] == NEURONS.neurons[:2]
     assert off["second"] == off["second top_2_0.5"] == other.neurons
-    with pytest.raises(ValueError, match="--model.names: another model is called 'random_0' too"):
+    with pytest.raises(ValueError, match=r"--model\.names: another model is called 'random_0' too"):
         plan({"first": NEURONS, "random_0": other}, 2, controls=1)
 
 
