@@ -15,6 +15,8 @@ from sparc3_lightning.metrics import last_hidden_state, score_windows
 from sparc3_lightning.neurons import Neuron, columns_of, mask
 from sparc3_lightning.scores import ScoreFile
 
+FEWEST = 20  # neurons that a round of refinement considers at least
+
 
 class Budget(NamedTuple):
     """What may be spent, and how.
@@ -163,8 +165,9 @@ def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> lis
     """Choose neurons from the head of a ranking, and their strength, for the most benefit within a budget.
 
     The benefit of a list is estimated by the sum of what its neurons were ranked by, times their strength. Each round
-    of refinement then measures what every neuron of the list costs, drops the tenth that gives least for it, and fills
-    up from the ranking; it is kept if its estimated benefit is higher.
+    of refinement then measures what each neuron costs among twice as many as were chosen, drops the tenth that gives
+    least for it, and fills up from the ranking; a list is kept if its estimated benefit is higher. A costly neuron at
+    the head of a ranking, which would keep all others out, goes in this way.
 
     Args:
         rise: Of the model and text.
@@ -185,16 +188,14 @@ def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> lis
         )
     dropped: set[tuple[str, int]] = set()
     for _ in range(budget.rounds):
-        worth = torch.tensor([max(-n.score, 0.0) for n in best], dtype=torch.float64) / rise.costs(best).clamp(
-            min=1e-12
-        )
-        worst = worth.argsort()[: max(1, len(best) // 10)].tolist()
-        dropped |= {(best[i].module, best[i].index) for i in worst}
         left = [replace(n, strength=best[0].strength) for n in ranked if (n.module, n.index) not in dropped]
-        refined = _head(rise, left, most)
-        if _benefit(refined) <= _benefit(best):
-            break
-        best = refined
+        considered = left[: max(2 * len(best), FEWEST)]
+        worth = torch.tensor([max(-n.score, 0.0) for n in considered]) / rise.costs(considered).clamp(min=1e-12)
+        worst = {considered[i] for i in worth.argsort()[: max(1, len(considered) // 10)].tolist()}
+        refined = _head(rise, [n for n in left if n not in worst], most)
+        if _benefit(refined) > _benefit(best):
+            best = refined
+        dropped |= {(n.module, n.index) for n in worst}
     return best
 
 

@@ -63,7 +63,8 @@ class Pruning(L.LightningModule):
         max_perplexity_increase: Price: the largest rise of perplexity on the text of ``--data``, such as 0.01. As many
             neurons are taken as stay within it, and the strength with the highest sum of scores. Documents that were
             used to attribute are left out of the text. None prunes ``num_neurons``.
-        refine: Rounds that measure what each chosen neuron costs, drop the tenth that gives least for it, and fill up.
+        refine: Rounds that measure what each neuron costs among twice as many as were chosen, drop the tenth that gives
+            least for it, and fill up; kept if the sum of scores grows.
         num_ranked: Neurons that neurons.json lists, those that are pruned and those that come next, so that ``sparc3
             sweep`` can measure larger doses; and the most that ``max_perplexity_increase`` takes.
         min_strength: Least differential strength, (sum of general scores - sum of the behaviour's) / sum of general

@@ -147,6 +147,42 @@ def test_a_round_of_refinement_keeps_to_the_budget_and_never_gains_less(rise):
     assert sum(n.score for n in refined) <= sum(n.score for n in plain)
 
 
+class Additive:
+    """Stands for a model in which each neuron costs what it is given, whatever the others do."""
+
+    def __init__(self, of: dict[int, float]) -> None:
+        self.of = of
+        self.measured: list[dict[str, float]] = []
+
+    def __call__(self, neurons: list[Neuron]) -> float:
+        self.measured.append({"rise": sum(self.costs(neurons).tolist())})
+        return self.measured[-1]["rise"]
+
+    def costs(self, neurons: list[Neuron]) -> torch.Tensor:
+        return torch.tensor([self.of[n.index] * n.strength**2 for n in neurons], dtype=torch.float64)
+
+
+def test_refinement_drops_a_costly_neuron_at_the_head_that_would_keep_the_others_out():
+    rise = Additive({i: 1.0 if i == 2 else 1e-3 for i in range(50)})
+    ranked = [Neuron(MODULES[0], i, -2.0 + 0.01 * i) for i in range(50)]
+    assert [n.index for n in spend(rise, ranked, Budget(0.0101))] == [0, 1]
+    refined = [n.index for n in spend(rise, ranked, Budget(0.0101, rounds=1))]
+    assert refined[:2] == [0, 1]
+    assert 2 not in refined
+    assert len(refined) == 10
+    assert spend(rise, ranked, Budget(0.0101, rounds=4)) == sorted(
+        spend(rise, ranked, Budget(0.0101, rounds=4)), key=lambda n: n.score
+    )
+
+
+def test_half_the_strength_pays_for_four_times_the_neurons_where_costs_are_quadratic():
+    rise = Additive(dict.fromkeys(range(50), 1e-3))
+    ranked = [Neuron(MODULES[0], i, -1.0) for i in range(50)]
+    chosen = spend(rise, ranked, Budget(0.0101, (1.0, 0.5)))
+    assert len(chosen) == 40
+    assert {n.strength for n in chosen} == {0.5}
+
+
 def test_a_budget_that_pays_for_no_neuron_is_refused(rise):
     costly = max(ranking(), key=lambda n: rise([n]))
     assert rise([costly]) > 0
