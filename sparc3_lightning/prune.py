@@ -46,7 +46,8 @@ class Pruning(L.LightningModule):
     Args:
         general: Score files of general reference samples, one per seed; they are averaged.
         behavior: Score file of reference samples of the behaviour.
-        contrast: Score file of samples like the behaviour's without the behaviour; subtracted from the behaviour's.
+        contrast: Score file of samples like the behaviour's without the behaviour; subtracted from the behaviour's. Not
+            for ``auroc``, which ranks by activations alone.
         selection: ``difference``, the most negative differential relevance, as published; ``normalized_difference``,
             each side divided by its own total first; ``set_difference``, the highest for the behaviour in the top share
             by the behaviour and not in that by general text; ``ratio``, the highest for the behaviour for each unit of
