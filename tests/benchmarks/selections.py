@@ -152,10 +152,10 @@ def main() -> None:
             ranks = (
                 ["--trainer.strategy=ddp", f"--trainer.devices={options.processes}"] if options.processes > 1 else []
             )
-            folder = sparc3(
-                "sweep", f"report_{budget:g}", *measured, *draws, *ranks, named, f"--model.neurons=[{','.join(lists)}]",
-                "--model.doses=[]", "--model.second_scorer=profanity_check:predict_prob", "--model.dtype=bfloat16",
-            )  # fmt: skip
+            files = [named, f"--model.neurons=[{','.join(lists)}]", "--model.doses=[]"]
+            scored = ["--model.second_scorer=profanity_check:predict_prob", "--model.dtype=bfloat16"]
+            version = "_".join(["report", f"{budget:g}", *options.selections])
+            folder = sparc3("sweep", version, *measured, *draws, *ranks, *files, *scored)
             found[f"{budget:g}"] = table(json.loads((folder / "results.json").read_text()), budget)
     options.json = json_file
     write(options, found)
