@@ -60,7 +60,7 @@ def draw_layers(neurons_per_module: dict[str, int], path: Path) -> None:
 
 
 def draw_differential(selection: dict[str, Any], path: Path) -> None:
-    """Draw the histogram of the differential relevance of all neurons, with the threshold of the pruned ones."""
+    """Draw the histogram of what ranks all neurons, with the threshold of the pruned ones."""
     figure, axes = _new_figure()
     histogram = selection["histogram"]
     axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=BEFORE)
@@ -68,7 +68,13 @@ def draw_differential(selection: dict[str, Any], path: Path) -> None:
     # Above the axes, since the histogram may lie on either side of the line.
     axes.set_title(f"left of the line: the {selection['num_neurons']} pruned", color=AFTER, fontsize=10)
     axes.set_yscale("log")
-    axes.set(xlabel="differential relevance (general - behaviour)", ylabel="neurons (log scale)")
+    name = selection.get("selection", "difference")
+    by = (
+        "differential relevance (general - behaviour)"
+        if name == "difference"
+        else f"{name.replace('_', ' ')}, lowest first"
+    )
+    axes.set(xlabel=by, ylabel="neurons (log scale)")
     axes.xaxis.get_major_locator().set_params(nbins=5)
     _save(figure, path)
 

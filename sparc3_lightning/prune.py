@@ -194,6 +194,7 @@ class Pruning(L.LightningModule):
         least = lowest(chosen, {name: score.abs() for name, score in general.items()})
         neurons = NeuronList(chosen, provenance, following, least)
         selection = {
+            "selection": self.selection,
             "num_neurons": len(chosen),
             "num_candidates": sum(map(len, ranked.values())),
             "differential_strength_percent": strength,

@@ -210,7 +210,9 @@ def _draw(
     if not drawn or not drawn[0].is_file():
         drawn = [folder / "layers.png", *drawn[1:]]
         draw_layers(Counter(neuron.module for neuron in neurons.neurons), drawn[0])
-    titles_of_prune = ("Where the pruned neurons lie", "All neurons by differential relevance")
+    selection = neurons.provenance.get("selection", "difference")
+    ranked_by = "differential relevance" if selection == "difference" else selection.replace("_", " ")
+    titles_of_prune = ("Where the pruned neurons lie", f"All neurons by {ranked_by}")
     return pictures + [(title, file) for title, file in zip(titles_of_prune, drawn, strict=False) if file.is_file()]
 
 
