@@ -31,7 +31,8 @@ def layer_of(module: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture as PNG, under a temporary name first."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=200)
 
@@ -56,7 +57,7 @@ def draw_layers(neurons_per_module: dict[str, int], path: Path) -> None:
     axes.set(xlabel="layer", ylabel="pruned neurons")
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_differential(selection: dict[str, Any], path: Path) -> None:
@@ -76,7 +77,7 @@ def draw_differential(selection: dict[str, Any], path: Path) -> None:
     )
     axes.set(xlabel=by, ylabel="neurons (log scale)")
     axes.xaxis.get_major_locator().set_params(nbins=5)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_scatter(pairs: dict[str, list[tuple[float, float]]], path: Path, behavior: str = "toxicity") -> None:
@@ -99,7 +100,7 @@ def draw_scatter(pairs: dict[str, list[tuple[float, float]]], path: Path, behavi
     axes.set_aspect("equal")
     if len(pairs) > 1:
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_changes(rows: Sequence[Row], path: Path) -> None:
@@ -121,7 +122,7 @@ def draw_changes(rows: Sequence[Row], path: Path) -> None:
     axes.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel="%, the original model being 0")
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.tick_params(axis="y", length=0)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _limits(changes: Sequence[Interval], draws: Sequence[float] = ()) -> tuple[float, float]:
@@ -224,7 +225,7 @@ def draw_doses(
         axes.xaxis.set_major_formatter("{x:g}")
     if shown:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, columnspacing=1.0)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_circuit(results: dict[str, Any], path: Path) -> None:
@@ -258,4 +259,4 @@ def draw_circuit(results: dict[str, Any], path: Path) -> None:
         axes.legend(frameon=False, fontsize=8, loc="lower left")
     panels[-1].set(xlabel="sparsity in % (least relevant first)", ylim=(-3, 103))
     figure.supylabel("accuracy in %", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)

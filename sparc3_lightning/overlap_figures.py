@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparc3_lightning.figures import AFTER, BEFORE, _save
+from sparc3_lightning.figures import AFTER, BEFORE, save_figure
 
 MAX_COLUMNS = 20  # of an UpSet plot: more are too narrow on a phone
 FAINT = "0.88"
@@ -53,7 +53,7 @@ def draw_overlap(lists: Sequence[dict[str, Any]], overlaps: Sequence[dict[str, A
     if left_out:
         number = sum(row["exclusive"] for row in left_out)
         figure.supxlabel(f"and {len(left_out)} smaller combinations of {number} neurons", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_correlation(names: Sequence[str], found: dict[str, list[list[float]]], path: Path) -> None:
@@ -81,7 +81,7 @@ def draw_correlation(names: Sequence[str], found: dict[str, list[list[float]]], 
     axes.spines[:].set_visible(False)
     axes.set_title("correlation of differential relevance;\nabove the diagonal: given general text", fontsize=10)
     figure.colorbar(image, ax=axes, location="bottom", ticks=[-1, -0.5, 0, 0.5, 1], aspect=30)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_profiles(layers: dict[str, Any], path: Path) -> None:
@@ -107,4 +107,4 @@ def draw_profiles(layers: dict[str, Any], path: Path) -> None:
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
     )
-    _save(figure, path)
+    save_figure(figure, path)

@@ -36,7 +36,7 @@ SELECTION = {
 def drawn(monkeypatch) -> list[Any]:
     """The figures that a test draws, instead of files."""
     found: list[Any] = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: found.append(figure))
     return found
 
 

@@ -21,7 +21,7 @@ MODULES = {f"model.layers.{i}.mlp.up_proj": 50 for i in range(12)}
 def drawn(monkeypatch) -> list[Any]:
     """The figures that a test draws, instead of files."""
     found: list[Any] = []
-    monkeypatch.setattr(overlap_figures, "_save", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(overlap_figures, "save_figure", lambda figure, path: found.append(figure))
     return found
 
 
