@@ -148,8 +148,6 @@ class Evaluation(L.LightningModule):
         check_context(config, data.prompts.longest + self.sampling.max_new_tokens, "--model.max_new_tokens")
         if data.pairs is not None:
             check_context(config, data.pairs.longest, "--data.pairs")
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
         for selection, neurons in self.lists.items():
             of, theirs = neurons.provenance, neurons.provenance.get("checkpoint_fingerprint")
             if theirs != self.fingerprint:
@@ -157,7 +155,11 @@ class Evaluation(L.LightningModule):
                     f"{selection or self.neurons_path} is for the checkpoint {of.get('checkpoint')!r} ({theirs}), but "
                     f"--model.checkpoint is {self.checkpoint!r} ({self.fingerprint})."
                 )
-            check_neurons(skeleton, neurons.all())
+        if self.lists:
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(config)
+            for neurons in self.lists.values():
+                check_neurons(skeleton, neurons.all())
         self._resume()
         rank_zero_info(
             f"{len(data.text.windows)} windows of {data.text.window} tokens; {len(data.prompts.prompts)} prompts x "

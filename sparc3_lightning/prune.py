@@ -175,9 +175,9 @@ class Pruning(L.LightningModule):
             self._check_strength(strength)
         provenance = _provenance(general_files, files[len(general_files) :])
         if self.max_perplexity_increase is None:
-            # With the number to prune first: it is that option which is wrong if there are not as many.
-            chosen = self._edited(select(ranked, self.num_neurons))
-            listed = self._edited(select(ranked, min(max(self.num_ranked, self.num_neurons), len(flat))))
+            # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.
+            listed = self._edited(select(ranked, max(self.num_neurons, min(self.num_ranked, len(flat)))))
+            chosen = listed[: self.num_neurons]
         else:
             assert text is not None
             listed = self._edited(select(ranked, min(self.num_ranked, len(flat))))
