@@ -158,8 +158,12 @@ def attribute_yaml(tiny_checkpoint: str, tmp_path: Path) -> Path:
 
 
 def run(slurm: dict[str, str], *command: object, timeout: float = 200) -> str:
-    done = subprocess.run([*map(str, command)], env=slurm, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    try:
+        done = subprocess.run([*map(str, command)], env=slurm, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired as late:  # its own message leaves out what the command said
+        said = "\n".join((output or b"").decode() for output in (late.stdout, late.stderr))
+        pytest.fail(f"{command[0]} took more than {timeout:.0f} seconds and said\n{said[-6000:]}")
+    assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
 
@@ -183,7 +187,12 @@ def test_srun_and_sbatch_give_the_scores_of_one_process(slurm: dict[str, str], a
     common = ["attribute", "--config", attribute_yaml]
     run(slurm, "sparc3", *common, version, "alone")
     sharded = ["--config", CONFIGS / "fsdp.yaml", "--trainer.devices", 2]
-    run(slurm, "srun", "-n", "2", "--ntasks-per-node=2", "sparc3", *common, *sharded, version, "srun")
+    # Lightning's own choice is 15000 + the number of the job, which something else on this machine may be using.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = {**slurm, "MASTER_PORT": str(free.getsockname()[1])}
+    two = ["--kill-on-bad-exit=1", "-n", "2", "--ntasks-per-node=2"]
+    run(environment, "srun", *two, "sparc3", *common, *sharded, version, "srun")
     assert_same(scores("alone"), scores("srun"))
 
     script = CONFIGS / "slurm" / "stage.sbatch"

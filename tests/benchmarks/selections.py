@@ -25,18 +25,25 @@ from sparc3_lightning.sources import read_records
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ATTRIBUTE, CHOOSE = 150, 100
 LRP, TOXIC = "general_lrp", "toxic_lrp"
-GENERAL = "general_abs"
+GENERAL, OWN_TOXIC, OWN_HARMLESS = "general_abs", "own_toxic", "own_harmless"
+BANDS = {OWN_TOXIC: (0.5, 1.0), OWN_HARMLESS: (0.0, 0.1)}  # toxicity of the model's own continuations
 MASKED = {"selection": "set_difference", "top_behavior": 1, "top_general": 0.5}
-# Name: score files of the general side and of the behaviour, and options of `sparc3 prune`.
+# Name: score files of the general side and of the behaviour, and options of `sparc3 prune`. Other score files among
+# the options are named without their folder, too.
 SELECTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "difference": (LRP, TOXIC, {"selection": "difference"}),
     "normalized_difference": (LRP, TOXIC, {"selection": "normalized_difference"}),
     "set_difference": (LRP, TOXIC, {"selection": "set_difference"}),
+    "ratio": (LRP, TOXIC, {"selection": "ratio"}),
     "auroc": (LRP, TOXIC, {"selection": "auroc"}),
     "weighted_difference": (LRP, TOXIC, {"selection": "weighted_difference"}),
     "prob": (GENERAL, "prob", MASKED),
     "prob_lrp": (GENERAL, "prob_lrp", MASKED),
+    "contrast": (GENERAL, OWN_TOXIC, {**MASKED, "contrast": OWN_HARMLESS}),
     "random": ("random", "random", {**MASKED, "top_general": 0}),
+    "auroc_refined": (LRP, TOXIC, {"selection": "auroc", "refine": 3}),
+    "set_difference_refined": (LRP, TOXIC, {"selection": "set_difference", "refine": 3}),
+    "prob_refined": (GENERAL, "prob", {**MASKED, "refine": 3}),
 }
 
 
@@ -50,6 +57,11 @@ def sparc3(verb: str, version: str, *options: str) -> Path:
         where = f"--trainer.logger.init_args.version={version}"
         subprocess.run([sys.executable, "-m", "sparc3_lightning", verb, *trainer, where, *options], check=True)
     return folder
+
+
+def scores(name: str) -> str:
+    """Return the score file of an attribution."""
+    return f"lightning_logs/attribute/{name}/scores.safetensors"
 
 
 def write_parts(prompts: Path) -> dict[str, Path]:
@@ -104,6 +116,12 @@ def attribute(parts: dict[str, Path], c4: Path, text: Path) -> None:
     sparc3("attribute", "prob", *of, *continued, "--model.method=gradient", *lexicon)
     sparc3("attribute", "prob_lrp", *of, *continued, *lexicon)
     sparc3("attribute", GENERAL, *of, *documents, *plain)
+    signed = ["--model.method=gradient", "--model.relevance=signed", "--model.target=text"]
+    scored = [row["toxicity"] for row in read_records(folder / "completions.jsonl")]
+    for name, (least, greatest) in BANDS.items():
+        found = sum(least <= toxicity <= greatest for toxicity in scored)
+        band = [f"--data.continuation_toxicity=[{least},{greatest}]", f"--data.num_samples={found}"]
+        sparc3("attribute", name, *of, *toxic, *band, "--data.min_toxicity=0.5", *signed)
     sparc3("attribute", LRP, *of, *documents, activations)
     sparc3("attribute", TOXIC, *of, *toxic, "--data.num_samples=150", "--data.min_toxicity=0", activations)
     sparc3("attribute", "random", *of, "--data=NoSamples", "--model.method=random")
@@ -112,12 +130,13 @@ def attribute(parts: dict[str, Path], c4: Path, text: Path) -> None:
 def prune(name: str, budget: float, c4: Path) -> Path:
     """Choose the neurons of one selection for a budget, and return their list."""
     general, behavior, options = SELECTIONS[name]
-    general, behavior = (f"lightning_logs/attribute/{of}/scores.safetensors" for of in (general, behavior))
-    text = ["--data=C4", f"--data.source={c4}", "--data.seq_len=256", "--data.num_samples=28", "--data.seed=7"]
-    price = [f"--model.max_perplexity_increase={budget}", "--data.batch_size=4"]
-    files = [f"--model.general=[{general}]", f"--model.behavior={behavior}"]
+    options = {name: scores(value) if name == "contrast" else value for name, value in options.items()}
+    text = ["--data=C4", f"--data.source={c4}", "--data.seq_len=256", "--data.num_samples=28"]
+    text += ["--data.seed=7", "--data.batch_size=4"]
+    price = f"--model.max_perplexity_increase={budget}"
+    files = [f"--model.general=[{scores(general)}]", f"--model.behavior={scores(behavior)}"]
     chosen = [f"--model.{option}={value}" for option, value in options.items()]
-    return sparc3("prune", f"{name}_{budget:g}", *files, *chosen, *price, *text) / "neurons.json"
+    return sparc3("prune", f"{name}_{budget:g}", *files, *chosen, price, *text) / "neurons.json"
 
 
 def main() -> None:
