@@ -16,6 +16,8 @@ from sparc3_lightning.neurons import Neuron, columns_of, mask
 from sparc3_lightning.scores import ScoreFile
 
 FEWEST = 20  # neurons that a round of refinement considers at least
+FIRST = 100  # neurons whose rise is measured first
+SLACK = 0.01  # share of the budget that may be left: which side of it a neuron more falls on is noise
 
 
 class Budget(NamedTuple):
@@ -127,28 +129,37 @@ def _scaled(neurons: Sequence[Neuron], factor: Tensor) -> Callable[..., tuple[Te
     return scale
 
 
-def largest_within(rise: Callable[[int], float], most: int, budget: float) -> int:
-    """Return the largest number whose rise is within the budget; 0 if there is none.
+def largest_within(
+    rise: Callable[[int], float], most: int, budget: float, start: int = FIRST, slack: float = SLACK
+) -> int:
+    """Return the largest number whose rise is within the budget, or one that hardly leaves any; 0 if there is none.
 
-    The rise is taken to grow with the number, and to do so smoothly: the next number to measure lies where a straight
-    line between the two known rises meets the budget, and in the middle whenever that did not halve what is left. Where
-    the rise does not grow, what is returned is within the budget all the same, though a larger number may be so too.
+    The rise is taken to grow with the number, and to do so smoothly: from the first number on it is doubled until the
+    rise is beyond the budget; then the next number to measure lies where a straight line between the two known rises
+    meets the budget, and in the middle whenever that did not halve what is left. Where the rise does not grow, what is
+    returned is within the budget all the same, though a larger number may be so too.
 
     Args:
         rise: Of a number of neurons, from 1 on.
         most: Largest number.
         budget: Largest rise.
+        start: Number to measure first.
+        slack: Share of the budget that may be left: a rise within it ends the search.
 
     Example:
         >>> largest_within(lambda number: 0.001 * number, 1000, 0.01)
         10
     """
     low, of_low = 0, 0.0
-    high, of_high = most, rise(most)
-    if of_high <= budget:
-        return most
+    high, of_high = min(start, most), rise(min(start, most))
+    while of_high <= budget:
+        if high == most or of_high >= (1 - slack) * budget:
+            return high
+        low, of_low = high, of_high
+        high = min(2 * high, most)
+        of_high = rise(high)
     halve = of_high > 10 * budget  # far out it is no line
-    while high - low > 1:
+    while high - low > 1 and of_low < (1 - slack) * budget:
         before = high - low
         share = 0.5 if halve or of_high <= of_low else (budget - of_low) / (of_high - of_low)
         middle = min(max(low + round(share * before), low + 1), high - 1)
@@ -192,15 +203,15 @@ def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> lis
         considered = left[: max(2 * len(best), FEWEST)]
         worth = torch.tensor([max(-n.score, 0.0) for n in considered]) / rise.costs(considered).clamp(min=1e-12)
         worst = {considered[i] for i in worth.argsort()[: max(1, len(considered) // 10)].tolist()}
-        refined = _head(rise, [n for n in left if n not in worst], most)
+        refined = _head(rise, [n for n in left if n not in worst], most, start=len(best))
         if _benefit(refined) > _benefit(best):
             best = refined
         dropped |= {(n.module, n.index) for n in worst}
     return best
 
 
-def _head(rise: PerplexityRise, ranked: Sequence[Neuron], budget: float) -> list[Neuron]:
-    return list(ranked[: largest_within(lambda number: rise(ranked[:number]), len(ranked), budget)])
+def _head(rise: PerplexityRise, ranked: Sequence[Neuron], budget: float, start: int = FIRST) -> list[Neuron]:
+    return list(ranked[: largest_within(lambda number: rise(ranked[:number]), len(ranked), budget, start)])
 
 
 def _benefit(neurons: Sequence[Neuron]) -> float:
