@@ -173,7 +173,7 @@ def _add_biases(model: Any, mlps: Iterable[_Mlp]) -> None:
     if getattr(model.config, "mlp_bias", None) is None:
         raise ValueError(
             f"The architecture {model.config.model_type!r} has no bias in its MLPs, so that a checkpoint of it has no "
-            "place for the mean of a neuron: export with --model.edit off or damp. (LLaMA has the config's mlp_bias.)"
+            "place for the mean of a neuron: choose --model.replacement zero. (LLaMA has the config's mlp_bias.)"
         )
     model.config.mlp_bias = True
     names = {name for rows, column in MLPS for name in (*rows, column)}

@@ -521,7 +521,7 @@ def test_an_edited_model_is_the_same_once_saved_and_loaded(make_model, tmp_path,
 def test_a_constant_is_refused_where_a_checkpoint_has_no_place_for_it(make_model, options):
     model, edited = make_model(**options), in_family(EDITED, options["family"])
     before = weights(model)
-    with pytest.raises(ValueError, match=rf"'{options['family']}' has no bias .* --model.edit off or damp"):
+    with pytest.raises(ValueError, match=rf"'{options['family']}' has no bias .* --model\.replacement zero"):
         prune_(model, edited)
     assert_same_bits(weights(model), before)
 
