@@ -197,7 +197,7 @@ def test_srun_and_sbatch_give_the_scores_of_one_process(slurm: dict[str, str], a
 
     script = CONFIGS / "slurm" / "stage.sbatch"
     overlay = ["--config", CONFIGS / "fsdp.yaml"]
-    job = run(slurm, "sbatch", "--parsable", "--wait", "--ntasks-per-node=2", script, *common, *overlay).strip()
+    job = run(environment, "sbatch", "--parsable", "--wait", "--ntasks-per-node=2", script, *common, *overlay).strip()
     assert state_of(slurm, job) == "COMPLETED", Path(f"slurm-{job}.out").read_text()
     assert_same(scores("alone"), scores(f"version_{job}"))
 
