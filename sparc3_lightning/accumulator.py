@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparc3_lightning.heads import head_relevance, is_heads, sum_heads
+from sparc3_lightning.heads import ATTENTIONS, head_relevance, is_heads, sum_heads
 from sparc3_lightning.linear import Linear, weight_of
 from sparc3_lightning.relevance import (
     absolute_relevance,
@@ -33,16 +33,16 @@ class NonfiniteRelevanceError(ValueError):
 
 
 def check_granularity(granularity: Granularity, score: str, targets: Collection[str]) -> None:
-    """Raise ValueError if weights or heads are to have a score that they have not, or the targets have no heads."""
+    """Raise ValueError if weights or heads are to have a score that they have not, or a target has no heads."""
     option = "relevance" if score in ("absolute", "squared") else "method"
     if granularity == "weight" and score in ("absolute", "squared", "activation"):
         raise ValueError(f"--model.{option} {score} is not of weights: choose another --model.granularity.")
     if granularity == "head" and score == "activation":
         raise ValueError(f"--model.method {score} is not of heads: choose another --model.granularity.")
-    if granularity == "head" and not (targets and all(map(is_heads, targets))):
+    if granularity == "head" and not all(map(is_heads, targets)):
         raise ValueError(
-            f"--model.granularity head scores attention heads at o_proj: give --model.targets '[o_proj]', got "
-            f"{list(targets) or 'none'}."
+            f"--model.granularity head scores attention heads, at the last layer of each attention: expected "
+            f"--model.targets to be among {list(ATTENTIONS)}, or left out for all, got {list(targets)}."
         )
 
 
@@ -62,12 +62,12 @@ class ScoreAccumulator:
         nonfinite: On NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0 in place of
             the value and counts it in ``num_nonfinite``.
         granularity: One score for each ``neuron``, summed over its incoming weights; for each attention ``head``,
-            summed over its weights in o_proj; or for each ``weight``.
+            summed over its outgoing weights; or for each ``weight``.
         head_dims: Of each module, the inputs that belong to one head; for heads.
 
     Raises:
         ValueError: If weights are to have squared or absolute relevance, which are of the output of a neuron or head;
-            if heads are not of an o_proj.
+            if heads are not of the last layer of an attention.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activa
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
 from sparc3_lightning.data.base import NoSamples, ReferenceSamples
 from sparc3_lightning.files import check_absent, check_space, check_writable
-from sparc3_lightning.heads import head_dims
+from sparc3_lightning.heads import head_dims, head_layers
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.lrp import Rule, family_of, lrp
 from sparc3_lightning.neurons import columns_of, neuron_layers
@@ -54,13 +54,14 @@ class Attribution(L.LightningModule):
             sample's continuation, or of all of it if it has none; or ``logit_difference``, the logit of the right next
             token less that of the wrong one.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves.
-        targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one,
-            and by default it is the layer of the MLP neurons: ``up_proj``, ``fc1`` (OPT) or ``c_fc`` (GPT-2).
+        targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
+            By default it is the layer of the MLP neurons: ``up_proj``, ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads
+            the last one of the attention: ``o_proj``, ``out_proj`` (OPT) or ``attn.c_proj`` (GPT-2).
         activations: Also keep the mean activation of each neuron over each sample's tokens, in activations.safetensors:
             for ``sparc3 prune`` with the selection ``auroc`` or the edit ``mean``.
-        granularity: One score for each ``neuron``; for each attention ``head``, with ``targets`` o_proj; or for each
-            ``weight``. Scores of weights are as large as the model in float32: on each device as much of them as its
-            share, and on the disk all. Several ranks do not save their sums of weights on the way.
+        granularity: One score for each ``neuron``, each attention ``head`` or each ``weight``. Scores of weights are as
+            large as the model in float32: on each device as much of them as its share, and on the disk all. Several
+            ranks do not save their sums of weights on the way.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         nonfinite: On a relevance of NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts
             0 in its place, counts it and reports the count.
@@ -158,7 +159,10 @@ class Attribution(L.LightningModule):
             raise RuntimeError("Relevance needs gradients: build the trainer with Trainer(inference_mode=False).")
         self.model.eval()
         score: Any = self.relevance if self.has_target else self.method
-        self.layers = self.targets or neuron_layers(self.model)
+        if self.granularity == "head":
+            self.layers = head_layers(self.model, self.targets)
+        else:
+            self.layers = self.targets or neuron_layers(self.model)
         targets = find_targets(self.model, self.layers)
         if self.granularity == "weight":
             check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))

@@ -1,55 +1,87 @@
-"""Attention heads: their relevance at the input of o_proj, and how they are masked for a while or pruned for good.
+"""Attention heads: their relevance as they leave the attention, and how they are masked for a while or pruned for good.
 
-A head is a block of ``head_dim`` inputs of its layer's o_proj. Shape letters: B samples, T tokens, H heads, I inputs
-and O outputs of o_proj.
+A head is a block of ``head_dim`` inputs of its attention's last layer. Shape letters: B samples, T tokens, H heads, I
+inputs and O outputs of that layer.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from sparc3_lightning.relevance import weight_relevance, whole
+from sparc3_lightning.linear import Linear, weight_of
+from sparc3_lightning.relevance import ends_in, weight_relevance, whole
 
-OUTPUT, VALUE = "o_proj", "v_proj"
+# The last layer of an attention, the layer of its values beside it, and of which kind both are: of LLaMA, Qwen and
+# Gemma, of OPT, and of GPT-2, whose c_attn holds queries, keys and values side by side. The kind tells GPT-2 from
+# GPT-BigCode, which has the same names, but another order of rows.
+ATTENTIONS: dict[str, tuple[str, type[Linear]]] = {
+    "o_proj": ("v_proj", nn.Linear),
+    "out_proj": ("v_proj", nn.Linear),
+    "attn.c_proj": ("c_attn", Conv1D),
+}
+_KNOWN = ", ".join(f"{output} beside {values}" for output, (values, _) in ATTENTIONS.items())
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The last layer of an attention, the layer whose last rows are its values, and the dimensions of a head."""
+
+    output: Linear
+    values: Linear
+    head_dim: int
 
 
 def is_heads(module: str) -> bool:
     """Tell whether the components of a layer, by its fully qualified name, are heads."""
-    return module.rpartition(".")[2] == OUTPUT
+    return any(ends_in(module, output) for output in ATTENTIONS)
+
+
+def head_layers(model: nn.Module, targets: Sequence[str] | None = None) -> list[str]:
+    """Return what the last layer of each attention of a model is called, such as ``o_proj``, or the targets if given.
+
+    Raises:
+        ValueError: If the model has no attention of a known kind, or one of the targets is no last layer of one.
+    """
+    found = [name for name, _ in model.named_modules() if _find_attention(model, name) is not None]
+    layers = [output for output in ATTENTIONS if any(ends_in(name, output) for name in found)]
+    if not layers:
+        linear = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, Linear)})
+        raise ValueError(
+            f"--model.granularity head: the model has no attention of a known kind ({_KNOWN}); its linear layers are "
+            f"{linear}."
+        )
+    for target in targets or ():
+        if not any(ends_in(name, target) for name in found):
+            raise ValueError(
+                f"--model.targets: {target!r} is no layer of attention heads of this model, which has {layers}: leave "
+                "out --model.targets for all heads."
+            )
+    return list(targets or layers)
 
 
 def head_dim(model: Any, module: str) -> int:
-    """Return how many inputs of an o_proj belong to one head.
+    """Return how many inputs of an attention's last layer belong to one head.
 
     Raises:
-        ValueError: If ``module`` is not the o_proj of an attention that says so.
+        ValueError: If ``module`` is not the last layer of an attention of a known kind that has a ``head_dim``.
     """
-    parent = module.rpartition(".")[0]
-    try:
-        size = model.get_submodule(parent).head_dim if is_heads(module) else None
-        model.get_submodule(module)
-    except AttributeError:
-        size = None
-    if size is None:
-        raise ValueError(
-            f"{module!r} is not a layer of attention heads of this model: expected the name of an {OUTPUT} of an "
-            "attention with a head_dim. Is neurons.json of another model?"
-        )
-    return size
+    return _attention(model, module).head_dim
 
 
 def head_dims(model: Any, modules: Iterable[str]) -> dict[str, int]:
-    """Return the ``head_dim`` of each of several o_proj."""
+    """Return the ``head_dim`` of each of several layers."""
     return {module: head_dim(model, module) for module in modules}
 
 
 def num_heads(model: Any, module: str) -> int:
-    """Return the number of heads before an o_proj; see ``head_dim``."""
-    size = head_dim(model, module)  # first, since it says what is wrong
-    return model.get_submodule(module).in_features // size
+    """Return the number of heads before an attention's last layer; see ``head_dim``."""
+    attention = _attention(model, module)
+    return weight_of(attention.output).shape[1] // attention.head_dim
 
 
 def sum_heads(values: Tensor, head_dim: int) -> Tensor:
@@ -66,16 +98,16 @@ def head_relevance(
 ) -> Tensor:
     """Return the relevance of each head, per sample.
 
-    ``signed`` is the sum of z * dtarget/dz over the tokens and the head's dimensions, z being the input of o_proj; it
-    equals the sum of the signed relevance of the head's weights in o_proj. ``magnitude`` sums |relevance| over these
-    weights, as for a neuron over its incoming ones. ``squared`` sums the square of the head's share at each token,
-    and ``absolute`` is the magnitude of what is signed.
+    ``signed`` is the sum of z * dtarget/dz over the tokens and the head's dimensions, z being the input of the
+    attention's last layer; it equals the sum of the signed relevance of the head's weights there. ``magnitude`` sums
+    |relevance| over these weights, as for a neuron over its incoming ones. ``squared`` sums the square of the head's
+    share at each token, and ``absolute`` is the magnitude of what is signed.
 
     Args:
-        W_OI: Weight of o_proj, shape ``[out_features, in_features]``.
-        A_BTI: Input of o_proj, shape ``[samples, tokens, in_features]``.
-        G_BTO: Gradient of the target with respect to o_proj's output under LRP, shape
-            ``[samples, tokens, out_features]``; zero at padding.
+        W_OI: Weight of the attention's last layer, shape ``[out_features, in_features]``.
+        A_BTI: Input of that layer, shape ``[samples, tokens, in_features]``.
+        G_BTO: Gradient of the target with respect to its output under LRP, shape ``[samples, tokens, out_features]``;
+            zero at padding.
         head_dim: Inputs that belong to one head.
         form: How relevance is summed.
 
@@ -96,9 +128,9 @@ def head_relevance(
 
 
 def head_norms(model: Any, module: str) -> Tensor:
-    """Return the norm of each head's weights in o_proj, shape ``[heads]``; all ranks ask together if it is sharded."""
-    W_OI = model.get_submodule(module).weight.float()
-    return sum_heads(whole(W_OI.square().sum(dim=0)), head_dim(model, module)).sqrt()
+    """Return the norm of each head's outgoing weights, shape ``[heads]``; all ranks ask together if sharded."""
+    attention = _attention(model, module)
+    return sum_heads(whole(weight_of(attention.output).float().square().sum(dim=0)), attention.head_dim).sqrt()
 
 
 @contextmanager
@@ -106,8 +138,8 @@ def mask_heads(model: nn.Module, heads: Mapping[str, Mapping[int, float]], stren
     """Switch heads off, or damp them, for the length of a ``with`` block, without touching a weight.
 
     Args:
-        model: A causal language model whose attention has an o_proj.
-        heads: Strength for each head, by the name of its o_proj and its number: 1 is off, a fraction leaves
+        model: A causal language model whose attentions are in ``ATTENTIONS``.
+        heads: Strength for each head, by the name of its layer and its number: 1 is off, a fraction leaves
             ``1 - strength`` of its output.
         strength: Times the strength of each.
 
@@ -130,12 +162,12 @@ def mask_heads(model: nn.Module, heads: Mapping[str, Mapping[int, float]], stren
 def prune_heads_(model: Any, heads: Mapping[str, Mapping[int, float]]) -> None:
     """Write what ``mask_heads`` does into the weights, in place.
 
-    The columns of a head in o_proj become smaller, or zero where it is off. The rows of v_proj that it reads become
-    zero too, unless another head shares them (grouped-query attention) and is not off.
+    The columns of a head in the attention's last layer become smaller, or zero where it is off. The rows of the values
+    that it reads become zero too, unless another head shares them (grouped-query attention) and is not off.
 
     Args:
-        model: A causal language model whose attention has an o_proj and a v_proj.
-        heads: Strength for each head, by the name of its o_proj and its number.
+        model: A causal language model whose attentions are in ``ATTENTIONS``.
+        heads: Strength for each head, by the name of its layer and its number.
 
     Raises:
         ValueError: If the model has no such head. Nothing is changed then.
@@ -143,17 +175,19 @@ def prune_heads_(model: Any, heads: Mapping[str, Mapping[int, float]]) -> None:
     check_heads(model, heads)
     with torch.no_grad():
         for name, strengths in heads.items():
-            output, factor = model.get_submodule(name), _factor(model, name, strengths)
-            output.weight *= factor
-            output.weight[:, factor == 0] = 0  # where a weight is infinite
-            size = head_dim(model, name)
-            value = model.get_submodule(f"{name.rpartition('.')[0]}.{VALUE}")
-            group = num_heads(model, name) // (value.out_features // size)  # heads to a value head
-            for k in range(value.out_features // size):
+            attention, factor = _attention(model, name), _factor(model, name, strengths)
+            output, size = weight_of(attention.output), attention.head_dim
+            output *= factor
+            output[:, factor == 0] = 0  # where a weight is infinite
+            # There are no more values than heads' outputs: in v_proj these are all rows, in c_attn the last ones.
+            values = [weight_of(attention.values)[-len(factor) :]]
+            if attention.values.bias is not None:
+                values.append(attention.values.bias[-len(factor) :])
+            group = len(factor) // len(values[0])  # heads to a value head
+            for k in range(len(values[0]) // size):
                 if all(strengths.get(head) == 1 for head in range(k * group, (k + 1) * group)):
-                    value.weight[k * size : (k + 1) * size] = 0
-                    if value.bias is not None:
-                        value.bias[k * size : (k + 1) * size] = 0
+                    for of_values in values:
+                        of_values[k * size : (k + 1) * size] = 0
 
 
 def check_heads(model: Any, heads: Mapping[str, Iterable[int]]) -> None:
@@ -168,10 +202,34 @@ def check_heads(model: Any, heads: Mapping[str, Iterable[int]]) -> None:
                 )
 
 
+def _attention(model: Any, module: str) -> _Attention:
+    attention = _find_attention(model, module)
+    if attention is None:
+        raise ValueError(
+            f"{module!r} is not a layer of attention heads of this model: expected the last layer of an attention with "
+            f"a head_dim ({_KNOWN}). Is neurons.json of another model?"
+        )
+    return attention
+
+
+def _find_attention(model: Any, module: str) -> _Attention | None:
+    """Return the attention of which a module, by its fully qualified name, is the last layer; None if it is not."""
+    for output, (values, kind) in ATTENTIONS.items():
+        if ends_in(module, output):
+            try:
+                attention = model.get_submodule(module.rpartition(".")[0])
+                found = _Attention(model.get_submodule(module), attention.get_submodule(values), attention.head_dim)
+            except AttributeError:
+                return None
+            return found if isinstance(found.output, kind) and isinstance(found.values, kind) else None
+    return None
+
+
 def _factor(model: Any, name: str, strengths: Mapping[int, float], strength: float = 1.0) -> Tensor:
-    """Return the factor of each input of an o_proj, shape ``[in_features]``."""
-    size, output = head_dim(model, name), model.get_submodule(name)
-    factor = torch.ones(output.in_features, device=output.weight.device, dtype=output.weight.dtype)
+    """Return the factor of each input of an attention's last layer, shape ``[in_features]``."""
+    attention = _attention(model, name)
+    weight, size = weight_of(attention.output), attention.head_dim
+    factor = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
     for index, of_head in strengths.items():
         factor[index * size : (index + 1) * size] = 1 - strength * of_head
     return factor

@@ -24,7 +24,7 @@ class Neuron:
     """A neuron, or a head, and what is done to it.
 
     Args:
-        module: Fully qualified name of its layer; of a head that of the o_proj.
+        module: Fully qualified name of its layer; of a head the last one of its attention.
         index: Its row there; of a head its number.
         score: The one it was selected by.
         strength: 1 switches it off; a fraction leaves ``1 - strength`` of its activation.

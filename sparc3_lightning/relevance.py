@@ -18,26 +18,31 @@ TILE = 4096  # rows of a weight whose relevance is held at a time
 
 
 def find_targets(model: Any, targets: Sequence[str]) -> dict[str, Linear]:
-    """Return the linear layers whose own name is one of ``targets``, by fully qualified name.
+    """Return the linear layers whose name is, or ends in, one of ``targets``, by fully qualified name.
 
     Args:
         model: Any model.
-        targets: Such as ``up_proj``; ``all`` stands for every linear layer but the head.
+        targets: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head.
 
     Raises:
         ValueError: If a name matches no linear layer; the names there are are listed.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    kinds = {name.rpartition(".")[2] for name in linear}
-    unknown = [target for target in targets if target not in kinds | {ALL}]
+    unknown = [target for target in targets if target != ALL and not any(ends_in(name, target) for name in linear)]
     if unknown:
-        raise ValueError(f"--model.targets: the model has no linear layer {unknown[0]!r}; it has {sorted(kinds)}.")
+        kinds = sorted({name.rpartition(".")[2] for name in linear})
+        raise ValueError(f"--model.targets: the model has no linear layer {unknown[0]!r}; it has {kinds}.")
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         name: module
         for name, module in linear.items()
-        if name.rpartition(".")[2] in targets or (ALL in targets and module is not head)
+        if any(ends_in(name, target) for target in targets) or (ALL in targets and module is not head)
     }
+
+
+def ends_in(name: str, end: str) -> bool:
+    """Tell whether a fully qualified name ends in a name, or in several joined by dots, such as ``attn.c_proj``."""
+    return f".{name}".endswith(f".{end}")
 
 
 def weight_relevance(W_OI: Tensor, A_TI: Tensor, G_TO: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -253,7 +253,7 @@ def test_attribution_explains_the_difference_of_two_logits(checkpoint):
 def test_the_commands_from_sentences_to_a_circuit_that_can_be_loaded(checkpoint, caplog):
     common = ["--model.checkpoint", checkpoint, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar=false"]
     ioi = ["--data", "sparc3_lightning.data.IOI", "--data.init_args.num_samples", "6"]
-    heads = ["--model.granularity", "head", "--model.targets", "[o_proj]"]
+    heads = ["--model.granularity", "head"]
     target = ["--model.target", "logit_difference"]
     main(["attribute", *common, *ioi, *target])
     main(["attribute", *common, *ioi, *target, *heads])

@@ -144,11 +144,12 @@ def test_layers_of_another_family_are_refused_with_the_names_there_are(make_chec
         scores_of(make_checkpoint("opt"), "out", 4, targets=["up_proj"])
 
 
-@pytest.mark.parametrize("granularity", ["neuron", "weight"])
+@pytest.mark.parametrize("granularity", ["neuron", "head", "weight"])
 @all_families
 def test_a_sharded_model_has_the_same_scores(make_checkpoint, family, granularity):
     checkpoint = make_checkpoint(family)
-    of = {"granularity": granularity, "targets": ["all"], "gradient_checkpointing": True}
+    targets = None if granularity == "head" else ["all"]
+    of = {"granularity": granularity, "targets": targets, "gradient_checkpointing": True}
     whole, sharded = (scores_of(checkpoint, strategy, 4, strategy, **of) for strategy in ("auto", "fsdp2"))
     assert list(whole.scores) == list(sharded.scores)
     for name, score in whole.scores.items():

@@ -251,6 +251,23 @@ def test_every_kind_of_linear_layer_can_be_scored(make, family, score):
     assert list(find_targets(model, ["all"])) == list(got), "every one but the head"
 
 
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        (["attn.c_proj"], ["attn.c_proj"]),
+        (["mlp.c_proj", "c_attn"], ["attn.c_attn", "mlp.c_proj"]),
+        (["c_proj"], ["attn.c_proj", "mlp.c_proj"]),
+        (["transformer.h.0.mlp.c_fc"], ["mlp.c_fc"]),
+    ],
+)
+def test_a_layer_is_found_by_the_end_of_its_name_at_a_dot(make, targets, found):
+    model = make("gpt2", num_hidden_layers=1)
+    assert list(find_targets(model, targets)) == [f"transformer.h.0.{name}" for name in found]
+    for wrong in ("proj", "tn.c_proj", ".c_proj", "h.1.attn.c_proj", ""):
+        with pytest.raises(ValueError, match=rf"no linear layer '{wrong}'; it has \['c_attn', 'c_fc', 'c_proj', 'lm_"):
+            find_targets(model, [*targets, wrong])
+
+
 @all_scores
 def test_a_bias_is_no_weight_and_does_not_count(make, score):
     model = make("llama", mlp_bias=True, attention_bias=True)
