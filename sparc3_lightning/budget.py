@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparc3_lightning.checkpoints import check_context, load_config, load_model
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.metrics import last_hidden_state, score_windows
-from sparc3_lightning.neurons import Neuron, columns_of, mask
+from sparc3_lightning.neurons import Key, Neuron, columns_of, mask
 from sparc3_lightning.scores import ScoreFile
 
 FEWEST = 20  # neurons that a round of refinement considers at least
@@ -84,7 +84,7 @@ class PerplexityRise:
         """
         groups = {neuron.module: [n for n in neurons if n.module == neuron.module] for neuron in neurons}
         slopes = torch.zeros(len(neurons), dtype=torch.float64)
-        place = {(neuron.module, neuron.index): i for i, neuron in enumerate(neurons)}
+        place = {neuron.key: i for i, neuron in enumerate(neurons)}
         for strength in (0.0, 1.0):
             factors = {
                 module: torch.full((len(of),), strength, device=self._batches[0][0].device, requires_grad=True)
@@ -103,7 +103,7 @@ class PerplexityRise:
                     handle.remove()
             for module, of in groups.items():
                 for neuron, slope in zip(of, factors[module].grad.tolist(), strict=True):  # type: ignore[union-attr]
-                    slopes[place[neuron.module, neuron.index]] += slope / 2 / self.num_tokens
+                    slopes[place[neuron.key]] += slope / 2 / self.num_tokens
         return slopes
 
     def _loss(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -197,16 +197,16 @@ def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> lis
             f"Not even one neuron is within --model.max_perplexity_increase {most:g} (the first raises perplexity by "
             f"{100 * min(of['rise'] for of in rise.measured):.2f} %): raise it, or choose another --model.selection."
         )
-    dropped: set[tuple[str, int]] = set()
+    dropped: set[Key] = set()
     for _ in range(budget.rounds):
-        left = [replace(n, strength=best[0].strength) for n in ranked if (n.module, n.index) not in dropped]
+        left = [replace(n, strength=best[0].strength) for n in ranked if n.key not in dropped]
         considered = left[: max(2 * len(best), FEWEST)]
         worth = torch.tensor([max(-n.score, 0.0) for n in considered]) / rise.costs(considered).clamp(min=1e-12)
         worst = {considered[i] for i in worth.argsort()[: max(1, len(considered) // 10)].tolist()}
         refined = _head(rise, [n for n in left if n not in worst], most, start=len(best))
         if _benefit(refined) > _benefit(best):
             best = refined
-        dropped |= {(n.module, n.index) for n in worst}
+        dropped |= {n.key for n in worst}
     return best
 
 

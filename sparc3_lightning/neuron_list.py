@@ -1,4 +1,4 @@
-"""neurons.json: the neurons that ``sparc3 prune`` selected, what is done to them, and where they come from."""
+"""neurons.json: the neurons or weights that ``sparc3 prune`` selected, what is done to them, and their origin."""
 
 import hashlib
 import json
@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparc3_lightning.accumulator import Granularity
 from sparc3_lightning.files import write_atomically
+from sparc3_lightning.heads import is_heads
 from sparc3_lightning.neurons import Neuron
 
 FORMAT = "sparc3_lightning neurons 1"
@@ -30,13 +32,21 @@ class NeuronList:
     next: list[Neuron] = field(default_factory=list)
     least_relevant: list[Neuron] = field(default_factory=list)
 
+    @property
+    def granularity(self) -> Granularity:
+        """What was pruned: ``weight``, ``head`` or ``neuron``; neurons and heads together are neurons."""
+        kinds: set[Granularity] = {
+            "weight" if n.input is not None else "head" if is_heads(n.module) else "neuron" for n in self.neurons
+        }
+        return kinds.pop() if len(kinds) == 1 else "neuron"
+
     def all(self) -> list[Neuron]:
         """Return the neurons of all lists."""
         return [*self.neurons, *self.next, *self.least_relevant]
 
     def digest(self) -> str:
         """Return a hash of which neurons are in which list, in which order, and what is done to them."""
-        lists = [[(n.module, n.index, n.strength, n.constant) for n in getattr(self, name)] for name in _LISTS]
+        lists = [[(*n.key, n.strength, n.constant) for n in getattr(self, name)] for name in _LISTS]
         return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
@@ -67,8 +77,10 @@ class NeuronList:
             raise ValueError(f"{path} is not a neurons.json of format {FORMAT!r}: {error!s:.200}") from None
         if not lists["neurons"]:
             raise ValueError(f"{path} holds no neurons.")
+        if len({neuron.input is None for neurons in lists.values() for neuron in neurons}) > 1:
+            raise ValueError(f"{path} holds both neurons and single weights: prune them as two lists.")
         for neurons in (lists["neurons"] + lists["next"], lists["least_relevant"]):
-            if len({(neuron.module, neuron.index) for neuron in neurons}) != len(neurons):
+            if len({neuron.key for neuron in neurons}) != len(neurons):
                 raise ValueError(f"{path} names a neuron more than once.")
             if not all(math.isfinite(neuron.score) and math.isfinite(neuron.constant) for neuron in neurons):
                 raise ValueError(f"{path} holds a score or a constant that is NaN or infinite.")
@@ -78,14 +90,15 @@ class NeuronList:
 
 
 _LISTS = ("neurons", "next", "least_relevant")
-_PRUNED = {"strength": 1.0, "constant": 0.0}
+_DEFAULTS: dict[str, Any] = {"strength": 1.0, "constant": 0.0, "input": None}
 
 
 def _row(neuron: Neuron) -> dict[str, Any]:
     """Return the fields of a neuron, without those that every pruned one shares."""
-    return {name: value for name, value in asdict(neuron).items() if value != _PRUNED.get(name)}
+    return {name: value for name, value in asdict(neuron).items() if value != _DEFAULTS.get(name)}
 
 
 def _read(row: dict[str, Any]) -> Neuron:
-    edit = {name: float(row.get(name, value)) for name, value in _PRUNED.items()}
-    return Neuron(str(row["module"]), operator.index(row["index"]), float(row["score"]), **edit)
+    strength, constant = (float(row.get(name, _DEFAULTS[name])) for name in ("strength", "constant"))
+    column = None if row.get("input") is None else operator.index(row["input"])
+    return Neuron(str(row["module"]), operator.index(row["index"]), float(row["score"]), strength, constant, column)

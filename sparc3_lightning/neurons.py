@@ -12,24 +12,27 @@ from torch import Tensor, nn
 
 from sparc3_lightning.heads import check_heads, is_heads, mask_heads, prune_heads_
 from sparc3_lightning.linear import Linear, weight_of
+from sparc3_lightning.weights import check_weights, mask_weights, prune_weights_
 
 # The layers whose row i, and the layer whose column i, make up neuron i: of a gated MLP (LLaMA, Qwen, Gemma3), and of
 # the plain ones of OPT and GPT-2. The first is the one that is scored.
 MLPS = ((("up_proj", "gate_proj"), "down_proj"), (("fc1",), "fc2"), (("c_fc",), "c_proj"))
+Key = tuple[str, int] | tuple[str, int, int]  # module and index, and of a weight its input
 _KNOWN = ", ".join(f"{' or '.join(rows)} beside {column}" for rows, column in MLPS)
 
 
 @dataclass(frozen=True, slots=True)
 class Neuron:
-    """A neuron, or a head, and what is done to it.
+    """A neuron, a head or a single weight, and what is done to it.
 
     Args:
-        module: Fully qualified name of its layer; of a head the last one of its attention.
+        module: Fully qualified name of its layer; of a head the last one of its attention, of a weight any linear one.
         index: Its row there; of a head its number.
         score: The one it was selected by.
         strength: 1 switches it off; a fraction leaves ``1 - strength`` of its activation.
         constant: What takes the place of what is taken away, times ``strength``: 0 for pruning, the neuron's mean
-            activation for mean ablation. Of a head always 0.
+            activation for mean ablation. Of a head or a weight always 0.
+        input: Of a weight its column, the layer's weight being ``[out_features, in_features]``; else None.
     """
 
     module: str
@@ -37,6 +40,12 @@ class Neuron:
     score: float
     strength: float = 1.0
     constant: float = 0.0
+    input: int | None = None
+
+    @property
+    def key(self) -> Key:
+        """What tells it from any other of its model, whatever is done to it."""
+        return (self.module, self.index) if self.input is None else (self.module, self.index, self.input)
 
 
 @dataclass(frozen=True)
@@ -85,19 +94,22 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
 
 @contextmanager
 def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> Iterator[None]:
-    """Switch neurons or heads off, or damp them, for the length of a ``with`` block, without touching a weight.
+    """Switch neurons, heads or weights off, or damp them, for the length of a ``with`` block.
+
+    Of neurons and heads no weight is touched; single weights are what they were after the block.
 
     Args:
         model: A causal language model whose MLPs are in ``MLPS``.
-        neurons: The neurons and heads, each with its own strength and constant.
+        neurons: The neurons, heads and weights, each with its own strength and constant.
         strength: Times the strength of each.
 
     Raises:
         ValueError: If the model has no such neuron.
     """
-    heads, neurons = _apart(neurons)
+    weights, heads, neurons = _apart(neurons)
     with ExitStack() as undo:
         undo.enter_context(mask_heads(model, heads, strength))
+        undo.enter_context(mask_weights(model, weights, strength))
         for mlp in _by_mlp(model, neurons):
             factor, constant = _edit(mlp, strength)
 
@@ -135,18 +147,20 @@ def prune_(model: nn.Module, neurons: Iterable[Neuron]) -> None:
 
     Args:
         model: A causal language model whose MLPs are in ``MLPS``.
-        neurons: The neurons and heads.
+        neurons: The neurons, heads and weights.
 
     Raises:
         ValueError: If the model has no such neuron, or its architecture has no bias to put a constant in. Nothing is
             changed then.
     """
-    heads, neurons = _apart(neurons)
+    weights, heads, neurons = _apart(neurons)
     mlps = _by_mlp(model, neurons)
     check_heads(model, heads)
+    check_weights(model, weights)
     if any(neuron.constant for mlp in mlps for neuron in mlp.neurons):
         _add_biases(model, mlps)
     prune_heads_(model, heads)
+    prune_weights_(model, weights)
     with torch.no_grad():
         for mlp in mlps:
             off = [neuron.index for neuron in mlp.neurons if neuron.strength == 1]
@@ -208,23 +222,30 @@ def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
 
 def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
     """Raise ValueError unless the model has all these neurons. A model on the meta device suffices."""
-    heads, neurons = _apart(neurons)
+    weights, heads, neurons = _apart(neurons)
+    check_weights(model, weights)
     check_heads(model, heads)
     _by_mlp(model, neurons)
 
 
-def _apart(neurons: Iterable[Neuron]) -> tuple[dict[str, dict[int, float]], list[Neuron]]:
-    """Return the strength for each head, by the name of its layer and its number, and the neurons of MLPs."""
+def _apart(
+    neurons: Iterable[Neuron],
+) -> tuple[dict[str, dict[tuple[int, int], float]], dict[str, dict[int, float]], list[Neuron]]:
+    """Return the strength of each weight and each head, by the name of its layer and its place; and the others."""
+    weights: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
     heads: dict[str, dict[int, float]] = defaultdict(dict)
     others = []
     for neuron in neurons:
-        if not is_heads(neuron.module):
-            others.append(neuron)
-        elif neuron.constant:
-            raise ValueError(f"Head {neuron.index} of {neuron.module} has a constant, which only a neuron can have.")
-        else:
+        if neuron.constant and (neuron.input is not None or is_heads(neuron.module)):
+            what = "Head" if neuron.input is None else "A weight of neuron"
+            raise ValueError(f"{what} {neuron.index} of {neuron.module} has a constant, which only a neuron can have.")
+        if neuron.input is not None:
+            weights[neuron.module][neuron.index, neuron.input] = neuron.strength
+        elif is_heads(neuron.module):
             heads[neuron.module][neuron.index] = neuron.strength
-    return dict(heads), others
+        else:
+            others.append(neuron)
+    return dict(weights), dict(heads), others
 
 
 def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> list[_Mlp]:

@@ -76,9 +76,9 @@ class Sweep(Evaluation):
             return
         source = self.lists[best["selection"]]
         off = [replace(n, strength=n.strength * best["strength"]) for n in self.off[best["name"]]]
-        taken = {(neuron.module, neuron.index) for neuron in off}
+        taken = {neuron.key for neuron in off}
         following, least = (
-            [neuron for neuron in of if (neuron.module, neuron.index) not in taken]
+            [neuron for neuron in of if neuron.key not in taken]
             for of in ([*source.neurons, *source.next], source.least_relevant)
         )
         used = self.excluded_prompts | {row["prompt_id"] for row in self.completions}

@@ -1,0 +1,98 @@
+"""Single weights: how they are set to zero or made smaller for a while, or for good.
+
+A weight is an entry of the ``[out_features, in_features]`` matrix of a linear layer, whichever way the layer keeps it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparc3_lightning.linear import weight_of
+from sparc3_lightning.relevance import ALL, find_targets, whole
+
+Strengths = Mapping[tuple[int, int], float]  # by row and column
+
+
+@contextmanager
+def mask_weights(model: Any, weights: Mapping[str, Strengths], strength: float = 1.0) -> Iterator[None]:
+    """Set weights to zero, or make them smaller, for the length of a ``with`` block; then they are what they were.
+
+    Args:
+        model: A causal language model, which is not sharded.
+        weights: Strength for each weight, by the name of its layer and its row and column: 1 makes it zero, a fraction
+            leaves ``1 - strength`` of it.
+        strength: Times the strength of each.
+
+    Raises:
+        ValueError: If the model has no such weight.
+    """
+    check_weights(model, weights)
+    kept: list[tuple[Tensor, tuple[Tensor, Tensor], Tensor]] = []
+    try:
+        for name, strengths in weights.items():
+            W_OI = weight_of(model.get_submodule(name)).data
+            place = _place(strengths, W_OI)
+            kept.append((W_OI, place, W_OI[place]))
+            W_OI[place] = _damped(W_OI[place], strengths, strength)
+        yield
+    finally:
+        for W_OI, place, values in kept:
+            W_OI[place] = values
+
+
+def prune_weights_(model: Any, weights: Mapping[str, Strengths]) -> None:
+    """Write what ``mask_weights`` does into the weights, in place.
+
+    Args:
+        model: A causal language model, which is not sharded.
+        weights: Strength for each weight, by the name of its layer and its row and column.
+
+    Raises:
+        ValueError: If the model has no such weight. Nothing is changed then.
+    """
+    check_weights(model, weights)
+    for name, strengths in weights.items():
+        W_OI = weight_of(model.get_submodule(name)).data
+        place = _place(strengths, W_OI)
+        W_OI[place] = _damped(W_OI[place], strengths)
+
+
+def check_weights(model: Any, weights: Mapping[str, Iterable[tuple[int, int]]]) -> None:
+    """Raise ValueError unless the model has all these weights. A model on the meta device suffices."""
+    layers = find_targets(model, [ALL]) if weights else {}
+    for name, places in weights.items():
+        if name not in layers:
+            raise ValueError(
+                f"{name!r} is not a layer whose single weights can be pruned: expected a linear layer of this model "
+                "other than its head. Is neurons.json of another model?"
+            )
+        rows, columns = weight_of(layers[name]).shape
+        for row, column in places:
+            if not (0 <= row < rows and 0 <= column < columns):
+                raise ValueError(
+                    f"Weight [{row}, {column}] of {name} does not exist: the layer has {rows} x {columns} weights. Is "
+                    "neurons.json of another model?"
+                )
+
+
+def weight_magnitudes(model: Any, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each layer and the magnitudes of its weights, float32 on the CPU, one layer in memory at a time."""
+    for name in modules:
+        yield name, whole(weight_of(model.get_submodule(name))).float().abs().cpu()
+
+
+def _place(strengths: Strengths, W_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows and the columns of weights, as an index of their matrix."""
+    rows, columns = torch.tensor(list(strengths), device=W_OI.device).T
+    return rows, columns
+
+
+def _damped(values: Tensor, strengths: Strengths, strength: float = 1.0) -> Tensor:
+    """Return what is left of the values of weights, shape ``[weights]``."""
+    taken = torch.tensor([strength * of_one for of_one in strengths.values()], dtype=torch.float64)
+    factor = (1 - taken).to(values)
+    # Not a product alone: what is off is 0 even where the weight is infinite.
+    return torch.where(factor == 0, 0, values * factor)
