@@ -20,7 +20,7 @@ from sparc3_lightning.orders import ComponentOrder, Order, Scores, WeightOrder, 
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.score_groups import Group, group_scores, load_scores
 from sparc3_lightning.scores import ScoreFile
-from sparc3_lightning.sharding import check_same_on_all_ranks, gather, is_sharded, load_for
+from sparc3_lightning.sharding import check_is_whole, check_same_on_all_ranks, gather, load_for
 from sparc3_lightning.targets import logit_difference
 
 CIRCUIT = "circuit.json"
@@ -124,8 +124,7 @@ class Circuit(L.LightningModule):
                         f"({self.fingerprint})."
                     )
             if of.granularity == "weight":
-                if is_sharded(self):
-                    raise ValueError("Single weights can be taken out of a whole model only: use --trainer.devices 1.")
+                check_is_whole(self)
                 continue
             scores = ScoreFile.load(of.paths[0]).scores
             check_neurons(model, [Neuron(name, len(score) - 1, 0.0) for name, score in scores.items()])

@@ -19,8 +19,9 @@ from sparc3_lightning.files import check_absent, check_writable, to_json, write_
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.relevance import ALL, find_targets
-from sparc3_lightning.scores import INDEX, WeightScores, check_match
+from sparc3_lightning.scores import WeightScores, check_match
 from sparc3_lightning.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
+from sparc3_lightning.weight_selection import load_index
 
 SPARSITY = "sparsity.json"
 
@@ -104,7 +105,7 @@ class Compression(L.LightningModule):
         """
         check_writable(folder)
         check_absent(folder / SPARSITY)
-        files = [_load(path) for path in self.general]
+        files = [load_index(path, "--model.general") for path in self.general]
         check_match(files)
         source = files[0].provenance
         revision = source.checkpoint_fingerprint.partition("commit:")[2] or None
@@ -165,17 +166,6 @@ def zero_(model: Any, masks: Iterator[tuple[str, Tensor]]) -> dict[str, Any]:
         num_pruned += count
         num_weights += pruned.numel()
     return {"num_pruned": num_pruned, "num_weights": num_weights, "masks": digest.hexdigest()[:16], "layers": layers}
-
-
-def _load(path: Path) -> WeightScores:
-    if not path.is_file():
-        raise FileNotFoundError(f"--model.general: {path} does not exist; 'sparc3 attribute' writes it.")
-    if path.name != INDEX:
-        raise ValueError(
-            f"--model.general: expected {INDEX}, the index of scores of weights, got {path}: run 'sparc3 attribute' "
-            "with --model.granularity weight --model.targets '[all]'."
-        )
-    return WeightScores(path)
 
 
 def _check_layers(scores: WeightScores, revision: str | None) -> int:

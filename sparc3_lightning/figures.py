@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sparc3_lightning.files import replacing
 from sparc3_lightning.tables import Interval, cell, ends, in_order, number
-from sparc3_lightning.variants import CONTROLS
+from sparc3_lightning.variants import control_name
 
 BEFORE, AFTER, CONTROL = "#4477aa", "#cc6677", "#777777"
 AXES = ("perplexity_percent", "toxicity_percent")
@@ -47,14 +47,14 @@ def _new_figure(height: float = 2.8) -> tuple[Any, Any]:
     return figure, axes
 
 
-def draw_layers(neurons_per_module: dict[str, int], path: Path) -> None:
+def draw_layers(neurons_per_module: dict[str, int], path: Path, granularity: str = "neuron") -> None:
     """Draw how many of the pruned neurons lie in each layer."""
     counts: dict[int, int] = defaultdict(int)
     for module, count in neurons_per_module.items():
         counts[layer_of(module)] += count
     figure, axes = _new_figure()
     axes.bar(list(counts), list(counts.values()), color=AFTER, width=0.8)
-    axes.set(xlabel="layer", ylabel="pruned neurons")
+    axes.set(xlabel="layer", ylabel=f"pruned {granularity}s")
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     save_figure(figure, path)
@@ -75,7 +75,7 @@ def draw_differential(selection: dict[str, Any], path: Path) -> None:
         if name == "difference"
         else f"{name.replace('_', ' ')}, lowest first"
     )
-    axes.set(xlabel=by, ylabel="neurons (log scale)")
+    axes.set(xlabel=by, ylabel=f"{selection.get('granularity', 'neuron')}s (log scale)")
     axes.xaxis.get_major_locator().set_params(nbins=5)
     save_figure(figure, path)
 
@@ -158,7 +158,7 @@ def change_rows(results: dict[str, Any]) -> tuple[list[Row], list[Row]]:
     before, after = (results["perplexity_interval"][model][convention]["value"] for model in ("baseline", "pruned"))
     perplexity.append(Row(_label(chosen, before, after, 2), AFTER, price))
     for kind, control in results["controls"].items():
-        name = CONTROLS[kind].removeprefix("neurons with the ").removesuffix(" neurons")
+        name = kind.replace("_", " ")
         effects = [draw["effect"] for draw in control["draws"] if draw["effect"]]
         if "effect_percent" in control:
             mean = [_mean(effect[end] for effect in effects) for end in ("before", "after")]
@@ -180,7 +180,11 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def draw_doses(
-    doses: Sequence[dict[str, Any]], controls: dict[str, Any], path: Path, behavior: str = "toxicity"
+    doses: Sequence[dict[str, Any]],
+    controls: dict[str, Any],
+    path: Path,
+    behavior: str = "toxicity",
+    granularity: str = "neuron",
 ) -> None:
     """Draw the change of toxicity against that of perplexity: a point per number of neurons, a line per strength.
 
@@ -216,7 +220,7 @@ def draw_doses(
         draws = [draw for draw in control["draws"] if draw["effect"]]
         shown += draws
         x, y = ([number(draw[key]["value"]) for draw in draws] for key in AXES)
-        axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=CONTROLS[kind])
+        axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=control_name(kind, granularity))
     limits = [_limits([dose[key] for dose in shown]) for key in AXES]
     axes.set(xlabel="change of perplexity, %", ylabel=f"change of mean {behavior}, %", xlim=limits[0], ylim=limits[1])
     if limits[0][1] > 300:  # a large dose that wrecks the model would press the others together

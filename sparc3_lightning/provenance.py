@@ -62,6 +62,7 @@ def evaluation_settings(module: Any, data: Any) -> dict[str, Any]:
         "checkpoint_fingerprint": module.fingerprint,
         "neurons": str(module.neurons_path) if module.neurons_path else None,
         "num_neurons": module.num_neurons,
+        "granularity": module.granularity,
         "config": {
             "verb": module.verb,
             "model": dict(module.hparams),

@@ -20,9 +20,9 @@ from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import Neuron, select
-from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.relevance import differential_relevance, differential_strength
 from sparc3_lightning.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching
+from sparc3_lightning.selected import Selected, histogram, origin
 from sparc3_lightning.selections import (
     by_auroc,
     difference,
@@ -31,6 +31,7 @@ from sparc3_lightning.selections import (
     set_difference,
     weighted_difference,
 )
+from sparc3_lightning.weight_selection import DifferentialWeights, select_weights
 
 NEURONS = "neurons.json"
 SELECTION = "selection.json"
@@ -41,7 +42,7 @@ COMPARES_SIDES = ("difference", "weighted_difference")
 
 
 class Pruning(L.LightningModule):
-    """Selects the neurons that serve the behaviour most over all layers, and writes neurons.json.
+    """Selects the neurons, or single weights, that serve the behaviour most over all layers, and writes neurons.json.
 
     Args:
         general: Score files of general reference samples, one per seed; they are averaged.
@@ -58,7 +59,7 @@ class Pruning(L.LightningModule):
         top_general: For ``set_difference``, share of all neurons by general text that is left out.
         replacement: What takes the place of a neuron's activation: ``zero``, or its ``mean`` over the general samples,
             which needs ``sparc3 attribute --model.activations true``.
-        num_neurons: Neurons to prune, over all layers; not with ``max_perplexity_increase``.
+        num_neurons: Neurons, or weights, to prune, over all layers; not with ``max_perplexity_increase``.
         strengths: How far a neuron is switched off: 1 is off, a fraction leaves the rest of its activation. Several are
             for ``max_perplexity_increase`` to choose from.
         max_perplexity_increase: Price: the largest rise of perplexity on the text of ``--data``, such as 0.01. As many
@@ -71,6 +72,9 @@ class Pruning(L.LightningModule):
         min_strength: Least differential strength, (sum of general scores - sum of the behaviour's) / sum of general
             scores, in percent. It partly measures the length of the samples. For ``difference`` only.
         weak: What to do below ``min_strength``: ``warn`` and go on, or stop with an ``error``.
+        granularity: ``neuron``, or ``weight`` to prune single weights, by the ``difference`` alone and without any
+            contrast, replacement or price. It needs scores of weights (``sparc3 attribute --model.granularity
+            weight``), which for neurons are summed.
         export: Folder to write the pruned checkpoint to, in Hugging Face format with its tokenizer; None writes none.
             It must not exist.
         export_dtype: Of the exported weights; ``auto`` is the dtype the scores were computed in.
@@ -92,6 +96,7 @@ class Pruning(L.LightningModule):
         num_ranked: int = 1000,
         min_strength: float = 15.0,
         weak: Literal["warn", "error"] = "warn",
+        granularity: Literal["neuron", "weight"] = "neuron",
         export: Path | None = None,
         export_dtype: Dtype = "auto",
     ) -> None:
@@ -113,6 +118,15 @@ class Pruning(L.LightningModule):
             raise ValueError("Several --model.strengths, and --model.refine, need --model.max_perplexity_increase.")
         if max_perplexity_increase is not None and max_perplexity_increase <= 0:
             raise ValueError(f"--model.max_perplexity_increase must be above 0, got {max_perplexity_increase}.")
+        if granularity == "weight":
+            others = {
+                f"--model.selection {selection}": selection != "difference",
+                "--model.contrast": contrast is not None,
+                f"--model.replacement {replacement}": replacement != "zero",
+                "--model.max_perplexity_increase": max_perplexity_increase is not None,
+            }
+            if given := [option for option, is_given in others.items() if is_given]:
+                raise ValueError(f"--model.granularity weight goes with none of {', '.join(given)}: leave them out.")
         if export is not None and Path(export).exists():
             raise FileExistsError(f"--model.export: {export} exists already; nothing was overwritten.")
         self.save_hyperparameters()
@@ -130,6 +144,7 @@ class Pruning(L.LightningModule):
         self.num_ranked = num_ranked
         self.min_strength = min_strength
         self.weak = weak
+        self.granularity = granularity
         self.export = None if export is None else Path(export)
         self.export_dtype: Dtype = export_dtype
 
@@ -156,6 +171,30 @@ class Pruning(L.LightningModule):
         check_absent(folder / NEURONS)
         if self.max_perplexity_increase is not None and text is None:
             raise ValueError("--model.max_perplexity_increase needs a text: --data C4 --data.source <file> and so on.")
+        found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
+        provenance |= {} if found.budget is None else {"budget": found.budget}
+        provenance |= {"selection": self.selection, "replacement": self.replacement}
+        provenance["strength"] = found.chosen[0].strength
+        if self.selection == "set_difference":
+            provenance |= {"top_behavior": self.top_behavior, "top_general": self.top_general}
+        provenance |= {} if found.strength is None else {"differential_strength_percent": found.strength}
+        provenance["export"] = None if self.export is None else str(self.export)
+        neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
+        selection = {"selection": self.selection, "granularity": neurons.granularity, **found.figures()}
+        from sparc3_lightning.figures import draw_differential, draw_layers
+
+        draw_layers(selection["neurons_per_module"], folder / "layers.png", neurons.granularity)
+        draw_differential(selection, folder / "differential.png")
+        write_atomically(folder / SELECTION, json.dumps(selection, indent=1) + "\n")
+        if self.export is not None:
+            self._export(neurons)
+        # Last, since a folder with neurons.json counts as complete.
+        neurons.save(folder / NEURONS)
+        self._describe(neurons, selection, folder)
+        return neurons
+
+    def _neurons(self, text: ReferenceSamples | None, device: torch.device | None) -> tuple[Selected, dict[str, Any]]:
+        """Select neurons by scores of neurons, or of weights that are summed; and say where the scores come from."""
         general_files, behavior_file = load_matching(self.general), ScoreFile.load(self.behavior)
         compares = self.selection in COMPARES_SIDES
         check_match(
@@ -173,7 +212,7 @@ class Pruning(L.LightningModule):
         if self.selection == "difference":
             strength = differential_strength(general, behavior)
             self._check_strength(strength)
-        provenance = _provenance(general_files, files[len(general_files) :])
+        spent = None
         if self.max_perplexity_increase is None:
             # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.
             listed = self._edited(select(ranked, max(self.num_neurons, min(self.num_ranked, len(flat)))))
@@ -182,39 +221,29 @@ class Pruning(L.LightningModule):
             assert text is not None
             listed = self._edited(select(ranked, min(self.num_ranked, len(flat))))
             budget = Budget(self.max_perplexity_increase, self.strengths, self.refine)
-            of_text = (text, general_files, device or torch.device("cpu"))
-            chosen, provenance["budget"] = within_budget(budget, listed, *of_text)
-        taken = {(neuron.module, neuron.index) for neuron in chosen}
-        following = [neuron for neuron in listed if (neuron.module, neuron.index) not in taken]
-        provenance |= {"selection": self.selection, "replacement": self.replacement, "strength": chosen[0].strength}
-        if self.selection == "set_difference":
-            provenance |= {"top_behavior": self.top_behavior, "top_general": self.top_general}
-        provenance |= {} if strength is None else {"differential_strength_percent": strength}
-        provenance["export"] = None if self.export is None else str(self.export)
-        least = lowest(chosen, {name: score.abs() for name, score in general.items()})
-        neurons = NeuronList(chosen, provenance, following, least)
-        selection = {
-            "selection": self.selection,
-            "num_neurons": len(chosen),
-            "num_candidates": sum(map(len, ranked.values())),
-            "differential_strength_percent": strength,
-            "num_negative": int((flat < 0).sum()),
-            "threshold": chosen[-1].score,
-            "neurons_per_module": {name: sum(n.module == name for n in chosen) for name in ranked},
-            "histogram": histogram(flat),
-            "budget": provenance.get("budget"),
-        }
-        from sparc3_lightning.figures import draw_differential, draw_layers
+            chosen, spent = within_budget(budget, listed, text, general_files, device or torch.device("cpu"))
+        taken = {neuron.key for neuron in chosen}
+        found = Selected(
+            chosen,
+            [neuron for neuron in listed if neuron.key not in taken],
+            lowest(chosen, ((name, score.abs()) for name, score in general.items())),
+            modules=list(ranked),
+            num_candidates=sum(map(len, ranked.values())),
+            num_negative=int((flat < 0).sum()),
+            histogram=histogram(flat),
+            strength=strength,
+            budget=spent,
+        )
+        return found, origin(general_files, files[len(general_files) :])
 
-        draw_layers(selection["neurons_per_module"], folder / "layers.png")  # type: ignore[arg-type]
-        draw_differential(selection, folder / "differential.png")
-        write_atomically(folder / SELECTION, json.dumps(selection, indent=1) + "\n")
-        if self.export is not None:
-            self._export(neurons, behavior_file)
-        # Last, since a folder with neurons.json counts as complete.
-        neurons.save(folder / NEURONS)
-        self._describe(neurons, selection, folder)
-        return neurons
+    def _weights(self) -> tuple[Selected, dict[str, Any]]:
+        """Select single weights by scores of weights; and say where the scores come from."""
+        layers = DifferentialWeights(self.general, self.behavior)
+        found = select_weights(layers, self.num_neurons, self.num_ranked)
+        assert found.strength is not None
+        self._check_strength(found.strength)
+        edited = replace(found, chosen=self._edited(found.chosen), next=self._edited(found.next))
+        return edited, origin(layers.general, [layers.behavior])
 
     def _rank(self, general: dict[str, Tensor], behavior: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.selection == "set_difference":
@@ -258,53 +287,27 @@ class Pruning(L.LightningModule):
         if selection["budget"]:
             of += f", strength {neurons.neurons[0].strength:g}, perplexity {100 * selection['budget']['rise']:+.2f} %"
         rank_zero_info(
-            f"{len(neurons.neurons)} of {selection['num_candidates']:,} neurons in {layers} layers, {of}: "
-            f"{folder / NEURONS}"
+            f"{len(neurons.neurons)} of {selection['num_candidates']:,} {neurons.granularity}s in {layers} layers, "
+            f"{of}: {folder / NEURONS}"
         )
 
-    def _export(self, neurons: NeuronList, scores: ScoreFile) -> None:
+    def _export(self, neurons: NeuronList) -> None:
         assert self.export is not None
-        source = scores.provenance
-        revision = source.revision
-        if fingerprint(source.checkpoint, revision) != source.checkpoint_fingerprint:
+        of = neurons.provenance
+        checkpoint, identity = of["checkpoint"], of["checkpoint_fingerprint"]
+        revision = identity.partition("commit:")[2] or None
+        if fingerprint(checkpoint, revision) != identity:
             raise ValueError(
-                f"The checkpoint {source.checkpoint!r} is no longer the one that was attributed "
-                f"({source.checkpoint_fingerprint}); it was not exported."
+                f"The checkpoint {checkpoint!r} is no longer the one that was attributed ({identity}); it was not "
+                "exported."
             )
-        name: Any = source.dtype if self.export_dtype == "auto" else self.export_dtype
+        name: Any = of["behavior"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
         dtype = resolve_dtype(name, torch.device("cpu"))
-        export_pruned(source.checkpoint, neurons.neurons, self.export, dtype=dtype, revision=revision)
+        export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype, revision=revision)
         rank_zero_info(f"Pruned checkpoint: {self.export}")
-
-
-def histogram(values: torch.Tensor, num_bins: int = 81) -> dict[str, list[float]]:
-    """Count values in bins of equal width, between the smallest and the largest.
-
-    Returns:
-        ``edges``, one more than there are bins, and ``counts``.
-    """
-    counts, edges = torch.histogram(values.double(), bins=num_bins)
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
 def _activations(scores: Sequence[Path]) -> dict[str, Tensor]:
     """Return the mean activations in every sample of several score files, per module, shape ``[samples, neurons]``."""
     parts = [Activations.load(path.parent / ACTIVATIONS).rows for path in scores]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _provenance(general: list[ScoreFile], behavior: list[ScoreFile]) -> dict[str, Any]:
-    of_general, (of_behavior, *of_contrast) = (
-        [{"path": str(file.path), **file.provenance.summary()} for file in files] for files in (general, behavior)
-    )
-    shared = behavior[0].provenance
-    return {
-        "checkpoint": shared.checkpoint,
-        "checkpoint_fingerprint": shared.checkpoint_fingerprint,
-        "general": of_general,
-        "behavior": of_behavior,
-        **({"contrast": of_contrast[0]} if of_contrast else {}),
-        "sample_ids": sorted({id_ for file in (*general, *behavior) for id_ in file.provenance.sample_ids}),
-        "versions": versions(),
-        "git_hash": git_hash(),
-    }

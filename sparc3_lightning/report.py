@@ -22,6 +22,7 @@ from sparc3_lightning.tables import (
     dose_table,
     doses_csv,
     front_table,
+    granularity_of,
     other_table,
     toxicity_table,
 )
@@ -150,6 +151,7 @@ def write_report(
     shared = {
         "results": results,
         "behavior": behavior_of(results),
+        "granularity": granularity_of(results),
         "neurons": neurons,
         "name": results["checkpoint"].rstrip("/").split("/")[-1],
         "group_names": GROUPS,
@@ -194,25 +196,25 @@ def _draw(
 ) -> list[tuple[str, Path]]:
     """Draw the pictures, and return their titles and files."""
     pictures = []
-    behavior = behavior_of(results)
+    behavior, of = behavior_of(results), granularity_of(results)
     titles = {"toxicity": f"Change of mean {behavior}", "perplexity": "Change of perplexity"}
     for (name, title), rows in zip(titles.items(), change_rows(results), strict=True):
         if rows:
             pictures.append((title, folder / f"{name}.png"))
             draw_changes(rows, pictures[-1][1])
     if len(results["doses"]) > 1:
-        pictures.append(("Fewer or more neurons", folder / "doses.png"))
-        draw_doses(results["doses"], results["controls"], pictures[-1][1], behavior=behavior)
+        pictures.append((f"Fewer or more {of}s", folder / "doses.png"))
+        draw_doses(results["doses"], results["controls"], pictures[-1][1], behavior, of)
     if prompts:
         pictures.append((f"Each prompt: less {behavior} below the line", folder / "scatter.png"))
         draw_scatter(mean_pairs(prompts), pictures[-1][1], behavior=behavior)
     drawn = [neurons_folder / name for name in ("layers.png", "differential.png")] if neurons_folder else []
     if not drawn or not drawn[0].is_file():
         drawn = [folder / "layers.png", *drawn[1:]]
-        draw_layers(Counter(neuron.module for neuron in neurons.neurons), drawn[0])
+        draw_layers(Counter(neuron.module for neuron in neurons.neurons), drawn[0], of)
     selection = neurons.provenance.get("selection", "difference")
     ranked_by = "differential relevance" if selection == "difference" else selection.replace("_", " ")
-    titles_of_prune = ("Where the pruned neurons lie", f"All neurons by {ranked_by}")
+    titles_of_prune = (f"Where the pruned {of}s lie", f"All {of}s by {ranked_by}")
     return pictures + [(title, file) for title, file in zip(titles_of_prune, drawn, strict=False) if file.is_file()]
 
 

@@ -98,6 +98,12 @@ def is_sharded(module: L.LightningModule) -> bool:
     return isinstance(module.trainer.strategy, ModelParallelStrategy)
 
 
+def check_is_whole(module: L.LightningModule) -> None:
+    """Raise ValueError if the model is sharded: single weights are taken out of a whole one only."""
+    if is_sharded(module):
+        raise ValueError("Single weights can be taken out of a whole model only: use --trainer.devices 1.")
+
+
 def check_same_on_all_ranks(what: str, value: Any) -> None:
     """Raise ValueError unless every rank has the same value, for example the hash of a file that each reads."""
     values = gather([value])

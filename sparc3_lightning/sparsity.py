@@ -79,6 +79,25 @@ def _below(S_GK: Tensor, threshold: Tensor, num_ties: Tensor) -> Tensor:
     return S_GK.lt(threshold) | ties
 
 
+def lowest_first(scores: Tensor, number: int) -> Tensor:
+    """Return the places of the lowest of all scores, from the lowest up; of equal ones the first is first.
+
+    Args:
+        scores: Without NaN, of any shape.
+        number: How many places; all if there are fewer.
+
+    Returns:
+        Places in the flattened scores, int64 of shape ``[number]``, as a stable sort of all of them would give.
+
+    Example:
+        >>> lowest_first(torch.tensor([3.0, 1.0, 2.0, 1.0]), 3).tolist()
+        [1, 3, 2]
+    """
+    flat = scores.flatten()
+    found = lowest(flat.unsqueeze(0), min(number, len(flat)))[0].nonzero().squeeze(1)
+    return found[flat[found].argsort(stable=True)]
+
+
 def prune_mask(S_OI: Tensor, sparsity: float, pattern: str = "row") -> Tensor:
     """Mark the weights of one layer that are pruned.
 

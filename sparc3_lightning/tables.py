@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from sparc3_lightning.variants import CONTROLS
+from sparc3_lightning.variants import control_name
 
 # Measures of toxicity, or of the behaviour in its place, by their name in results.json: name in tables, unit, digits.
 MEASURES = {
@@ -50,6 +50,11 @@ def behavior_of(results: dict[str, Any]) -> str:
     return results.get("behavior", "toxicity")
 
 
+def granularity_of(results: dict[str, Any]) -> str:
+    """Return what was switched off; results.json of earlier versions are of neurons and do not say so."""
+    return results.get("granularity", "neuron")
+
+
 def toxicity_table(results: dict[str, Any], group: str) -> Table:
     """Return rows of name, before, after, change, its interval, p of the sign test and of the permutation test.
 
@@ -83,7 +88,7 @@ def control_table(results: dict[str, Any]) -> Table:
     rows: Table = [(f"The {results['num_neurons']} chosen", *(found or [UNKNOWN] * 4), _percent(price), "", "", "")]
     for kind, control in results["controls"].items():
         draws = [draw["effect"] for draw in control["draws"] if draw["effect"]]
-        name, further = CONTROLS[kind].capitalize(), control.get("pruned_less_control")
+        name, further = control_name(kind, granularity_of(results)).capitalize(), control.get("pruned_less_control")
         if not further:  # no prompt has a score of every draw
             rows.append((name, *[UNKNOWN] * 8))
             continue

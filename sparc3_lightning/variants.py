@@ -7,18 +7,27 @@ from typing import Any
 
 from torch import Tensor
 
-from sparc3_lightning.controls import draw_like, lowest, random_like
+from sparc3_lightning.controls import draw_like, lowest, random_like, random_weights
 from sparc3_lightning.heads import head_norms, is_heads, num_heads
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import Neuron, mask
 from sparc3_lightning.relevance import whole
+from sparc3_lightning.weights import weight_magnitudes
 
-CONTROLS = {
-    "random": "random neurons",
-    "least_relevant": "least relevant neurons",
-    "largest_weights": "neurons with the largest weights",
-}
+CONTROLS = ("random", "least_relevant", "largest_weights")
+
+
+def control_name(kind: str, granularity: str = "neuron") -> str:
+    """Return what a control is called where a person reads it.
+
+    Example:
+        >>> control_name("largest_weights"), control_name("largest_weights", "weight")
+        ('neurons with the largest weights', 'largest weights')
+    """
+    if kind == "largest_weights":
+        return "largest weights" if granularity == "weight" else f"{granularity}s with the largest weights"
+    return f"{kind.replace('_', ' ')} {granularity}s"
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,9 @@ def _check(
         known = len(neurons.neurons) + len(neurons.next)
         if doses and max(doses) > known:
             raise ValueError(
-                f"--model.doses asks for {max(doses)} neurons, but --model.neurons{selection and f' ({selection})'} "
-                f"lists {known}: run 'sparc3 prune' with --model.num_ranked {max(doses)}."
+                f"--model.doses asks for {max(doses)} {neurons.granularity}s, but --model.neurons"
+                f"{selection and f' ({selection})'} lists {known}: run 'sparc3 prune' with --model.num_ranked "
+                f"{max(doses)}."
             )
 
 
@@ -150,16 +160,22 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
     if not lists:
         return {variant.name: [] for variant in variants}
     first = next(iter(lists.values()))
-    pruned = first.neurons
+    pruned, of_weights = first.neurons, first.granularity == "weight"
     modules = list(dict.fromkeys(n.module for n in pruned))
     kinds = {variant.kind for variant in variants}
-    heaviest = lowest(pruned, _negative_norms(model, modules)) if "largest_weights" in kinds else []
+    heaviest: list[Neuron] = []
+    if "largest_weights" in kinds:
+        norms = weight_magnitudes(model, modules) if of_weights else _norms(model, modules)
+        heaviest = lowest(pruned, ((name, -of_module) for name, of_module in norms))
 
     def of(variant: Variant) -> list[Neuron]:
         draw = 1000 * seed + variant.draw
         if variant.kind == "baseline":
             return []
         if variant.kind == "random":
+            if of_weights:
+                shapes = {name: weight_of(model.get_submodule(name)).shape for name in modules}
+                return random_weights(pruned, shapes, draw)
             return random_like(pruned, {name: _count(model, name) for name in modules}, draw)
         if variant.kind in CONTROLS:
             pool = heaviest if variant.kind == "largest_weights" else first.least_relevant
@@ -174,13 +190,12 @@ def _count(model: Any, module: str) -> int:
     return num_heads(model, module) if is_heads(module) else len(weight_of(model.get_submodule(module)))
 
 
-def _negative_norms(model: Any, modules: Sequence[str]) -> dict[str, Tensor]:
-    def norms(module: str) -> Tensor:
+def _norms(model: Any, modules: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    for module in modules:
         if is_heads(module):
-            return head_norms(model, module)
-        return whole(weight_of(model.get_submodule(module)).float().norm(dim=1))
-
-    return {module: -norms(module).cpu() for module in modules}
+            yield module, head_norms(model, module).cpu()
+        else:
+            yield module, whole(weight_of(model.get_submodule(module)).float().norm(dim=1)).cpu()
 
 
 def describe(variants: Sequence[Variant]) -> str:

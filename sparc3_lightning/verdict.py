@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparc3_lightning.intervals import MIN_CHANGED
-from sparc3_lightning.variants import CONTROLS
+from sparc3_lightning.variants import CONTROLS, control_name
 
 
-def verdict(found: dict[str, Any], num_neurons: int, scorers: Sequence[str], behavior: str = "toxicity") -> str:
+def verdict(
+    found: dict[str, Any],
+    num_neurons: int,
+    scorers: Sequence[str],
+    behavior: str = "toxicity",
+    granularity: str = "neuron",
+) -> str:
     """Say what switching the neurons off did, with intervals of 95 %.
 
     Args:
@@ -16,13 +22,14 @@ def verdict(found: dict[str, Any], num_neurons: int, scorers: Sequence[str], beh
         num_neurons: How many neurons are off.
         scorers: Names of the scorers.
         behavior: What they score.
+        granularity: What was switched off: ``neuron``, ``head`` or ``weight``.
     """
     if "pruned" not in found:
         return "The model was measured as it is; no neurons were given to switch off."
     effect = found["effect"][found["headline"]]["toxicity_mean"]
     if effect is None:
         return "No continuation of both models could be scored, so nothing is known of the effect."
-    neurons = f"{num_neurons} neuron{'s' if num_neurons != 1 else ''}"
+    neurons = f"{num_neurons} {granularity}{'s' if num_neurons != 1 else ''}"
     price = f"perplexity {moved(next(iter(found['perplexity_change'].values())))}"
     if effect["evidence"]:
         sentences = [f"With {neurons} switched off, mean {behavior} {moved(effect['percent'])}, and {price}."]
@@ -37,22 +44,23 @@ def verdict(found: dict[str, Any], num_neurons: int, scorers: Sequence[str], beh
             f"No evidence that switching {neurons} off changes {behavior}: its mean {moved(effect['percent'])}, and "
             f"{why}; {price}."
         ]
-    sentences += _controls(found, effect["evidence"]) + _second(found, effect["evidence"], scorers)
+    sentences += _controls(found, effect["evidence"], granularity) + _second(found, effect["evidence"], scorers)
     return " ".join(sentences + _preference(found.get("preference", {})))
 
 
-def _controls(found: dict[str, Any], evidence: bool) -> list[str]:
+def _controls(found: dict[str, Any], evidence: bool, granularity: str) -> list[str]:
     sentences = []
-    for kind, name in CONTROLS.items():
+    for kind in CONTROLS:
         control = found.get("controls", {}).get(kind)
         if not control or "effect_percent" not in control:
             continue
         draws = len(control["draws"])
-        sentence = f"As many {name} ({draws} draw{'s' if draws != 1 else ''}): {_signed(control['effect_percent'])}"
+        as_many = f"As many {control_name(kind, granularity)} ({draws} draw{'s' if draws != 1 else ''})"
+        sentence = f"{as_many}: {_signed(control['effect_percent'])}"
         further = control["pruned_less_control"]
         fell = found["effect"][found["headline"]]["toxicity_mean"]["difference"]["value"] < 0
         if evidence and not (further["high"] < 0 if fell else further["low"] > 0):
-            sentence += ", which is no evidence that the chosen neurons do more"
+            sentence += f", which is no evidence that the chosen {granularity}s do more"
         sentences.append(sentence + ".")
     return sentences
 

@@ -19,7 +19,7 @@ LAYERS = (
     {"screening"},
     {"attribute", "prune", "budget", "evaluate", "sweep", "compare", "circuit", "compress", "data", "completions"},
     {"report"},
-    {"score_groups"},
+    {"score_groups", "weight_selection", "selected"},
     {
         "scores",
         "checkpoints",
@@ -44,14 +44,14 @@ LAYERS = (
         "tables",
     },
     {"neuron_list", "preferences"},
-    {"accumulator", "static_scores", "selections", "controls", "orders", "neurons", "heads"},
+    {"accumulator", "static_scores", "selections", "controls", "orders", "neurons", "heads", "weights"},
     {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap", "sparsity"},
     {"linear"},
 )
 # A script of its own that nothing imports.
 SCRIPTS = {"train_scorer", "__main__"}
 PURE = ("lrp", "relevance", "targets", "selections", "accumulator", "metrics", "generation", "neurons", "intervals")
-PURE += ("controls", "overlap", "heads", "orders", "linear", "sparsity", "static_scores")
+PURE += ("controls", "overlap", "heads", "orders", "linear", "sparsity", "static_scores", "weights")
 STAGES = ("attribute", "prune", "evaluate", "sweep", "compare", "circuit", "compress", "experiment", "cli", "data")
 
 
