@@ -32,6 +32,11 @@ from sparc3_lightning.targets import LEXICAL, Target, lexicon_of, target_of
 SCORES = "scores.safetensors"
 
 
+def file_of(granularity: Granularity) -> str:
+    """Return the name of the file that ends an attribution: of weights it is the index of their shards."""
+    return INDEX if granularity == "weight" else SCORES
+
+
 class Attribution(L.LightningModule):
     """Scores the neurons of a model on reference samples.
 
@@ -125,7 +130,7 @@ class Attribution(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
         # Asked for once, by every rank: the answer is a broadcast.
-        self.output = Path(self.trainer.log_dir or ".") / (INDEX if self.granularity == "weight" else SCORES)
+        self.output = Path(self.trainer.log_dir or ".") / file_of(self.granularity)
         check_writable(self.output.parent)
         check_absent(self.output)
         config = load_config(self.checkpoint, self.revision)

@@ -14,7 +14,8 @@ from torch import Tensor
 from sparc3_lightning.figures import layer_of
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.overlap_findings import Key, find_classes, find_correlations, find_overlaps, find_profiles
+from sparc3_lightning.neurons import Key
+from sparc3_lightning.overlap_findings import find_classes, find_correlations, find_overlaps, find_profiles
 from sparc3_lightning.overlap_tables import neurons_csv, overlaps_csv, summary
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.prune import NEURONS, SELECTION
@@ -34,6 +35,8 @@ class Sides(NamedTuple):
 
 class Comparison(L.LightningModule):
     """Compares the pruned neurons of several behaviours, and the differential relevance of all neurons.
+
+    Of lists of single weights the pruned ones alone are compared.
 
     Args:
         neurons: The neurons.json of each behaviour, two or more, all of one checkpoint.
@@ -102,7 +105,8 @@ class Comparison(L.LightningModule):
         check_absent(folder / COMPARISON)
         lists = [NeuronList.load(path) for path in self.paths]
         self._check_same_model(lists)
-        sides = self._load_sides(lists)
+        granularity = lists[0].granularity
+        sides = None if granularity == "weight" else self._load_sides(lists)
         keys = sorted({key for pruned in lists for key in _keys(pruned)}, key=lambda key: (layer_of(key[0]), *key))
         member_SN = torch.tensor([[key in held for key in keys] for held in map(_keys, lists)])
         sizes = {} if sides is None else {name: len(score) for name, score in sides[0].behavior.scores.items()}
@@ -111,6 +115,7 @@ class Comparison(L.LightningModule):
             "checkpoint": lists[0].provenance.get("checkpoint"),
             "checkpoint_fingerprint": lists[0].provenance.get("checkpoint_fingerprint"),
             "num_candidates": self._count_candidates(sizes, len(keys)),
+            "granularity": granularity,
             "normalize": self.normalize,
             "lists": [self._describe(i, pruned, sides) for i, pruned in enumerate(lists)],
         }
@@ -126,8 +131,8 @@ class Comparison(L.LightningModule):
         results |= {"versions": versions(), "git_hash": git_hash()}
         from sparc3_lightning.overlap_figures import draw_correlation, draw_overlap, draw_profiles
 
-        draw_overlap(results["lists"], results["overlaps"], folder / "overlap.png")
-        draw_profiles(results["layers"], folder / "layers.png")
+        draw_overlap(results["lists"], results["overlaps"], folder / "overlap.png", granularity)
+        draw_profiles(results["layers"], folder / "layers.png", granularity)
         if sides is not None:
             draw_correlation(self.names, results["correlation"], folder / "correlation.png")
         write_atomically(folder / "overlap.csv", overlaps_csv(results["overlaps"]))
@@ -142,6 +147,7 @@ class Comparison(L.LightningModule):
         of = {
             "checkpoint_fingerprint": [provenance.get("checkpoint_fingerprint") for provenance in found],
             "targets": [provenance.get("behavior", {}).get("targets") for provenance in found],
+            "granularity": ["weight" if of_one.granularity == "weight" else "neuron" for of_one in lists],
         }
         for name, values in of.items():
             for path, value in zip(self.paths, values, strict=True):
@@ -150,6 +156,12 @@ class Comparison(L.LightningModule):
                         f"--model.neurons: the lists are not of the same neurons: {name} is {values[0]!r} in "
                         f"{self.paths[0]} but {value!r} in {path}."
                     )
+        if lists[0].granularity == "weight":
+            if self.general is not None or self.behaviors is not None:
+                raise ValueError(
+                    "--model.general and --model.behaviors are for neurons: weights are compared without scores."
+                )
+            rank_zero_warn("Lists of weights are compared without scores: there are no correlations and no classes.")
 
     def _load_sides(self, lists: Sequence[NeuronList]) -> list[Sides] | None:
         """Read the score files of each behaviour; None, with a warning, if none was asked for and one is gone."""
@@ -252,16 +264,16 @@ def _names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def _keys(pruned: NeuronList) -> set[Key]:
-    return {(neuron.module, neuron.index) for neuron in pruned.neurons}
+    return {neuron.key for neuron in pruned.neurons}
 
 
 def _rows(keys: Sequence[Key], sizes: dict[str, int]) -> list[int]:
     """Return the place of each neuron among those of all modules, one after the other."""
     starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
-    for module, index in keys:
+    for module, index, *_ in keys:
         if not 0 <= index < sizes.get(module, 0):
             raise ValueError(f"The score files hold no neuron {index} of {module}, which --model.neurons names.")
-    return [starts[module] + index for module, index in keys]
+    return [starts[module] + index for module, index, *_ in keys]
 
 
 def _stack(of_behaviors: Sequence[Scores]) -> Tensor:

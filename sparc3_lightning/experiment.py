@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from sparc3_lightning.attribute import SCORES, Attribution
+from sparc3_lightning.attribute import Attribution, file_of
 from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, fingerprint
 from sparc3_lightning.classifiers import split_label
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS
@@ -108,8 +108,7 @@ class Experiment:
         model = {"checkpoint": self.checkpoint, "dtype": self.dtype, "revision": self.revision}
         of_general = {**options["attribute"], **model}
         of_behavior = _checked({**options["attribute"], **self.behavior_attribute, **model})
-        if not of_general.get("granularity", "neuron") == of_behavior["granularity"] == "neuron":
-            raise ValueError("--attribute.granularity must be neuron: what is pruned here are neurons.")
+        _check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
         screened: list[StageRun] = []
         if options.get("screen") is not None:
             screened.append(self._stage("screen", "evaluate", options, screening(options, model), RESULTS))
@@ -121,10 +120,12 @@ class Experiment:
         ]
         references.append(("behavior", of_behavior, behavior_data))
         stages = [
-            self._stage(name, "attribute", options, {"model": attribution, "data": samples}, SCORES, completions)
-            for name, attribution, samples in references
+            self._stage(
+                name, "attribute", options, {"model": of, "data": samples}, file_of(of["granularity"]), completions
+            )
+            for name, of, samples in references
         ]
-        *general, behavior = [str(stage.folder / SCORES) for stage in stages]
+        *general, behavior = [str(stage.folder / stage.output) for stage in stages]
         pruning = {"model": {**options["prune"], "general": general, "behavior": behavior}}
         if options.get("budget") is not None:
             pruning["data"] = options["budget"]
@@ -276,6 +277,14 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
         return parser.parse_object(options).as_dict()
     except ArgumentError as error:
         raise ValueError(f"--model.behavior_attribute: {error}") from None
+
+
+def _check_granularities(pruned: str, *attributed: str) -> None:
+    """Raise ValueError unless what is attributed can be pruned; scores of weights are summed for those of neurons."""
+    if pruned == "weight" and set(attributed) != {"weight"}:
+        raise ValueError("--prune.granularity weight needs scores of weights: give --attribute.granularity weight too.")
+    if "head" in attributed:
+        raise ValueError("--attribute.granularity must be neuron or weight: no heads are pruned here.")
 
 
 def _takes_seed(data: dict[str, Any]) -> bool:

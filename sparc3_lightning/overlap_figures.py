@@ -12,7 +12,9 @@ MAX_COLUMNS = 20  # of an UpSet plot: more are too narrow on a phone
 FAINT = "0.88"
 
 
-def draw_overlap(lists: Sequence[dict[str, Any]], overlaps: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_overlap(
+    lists: Sequence[dict[str, Any]], overlaps: Sequence[dict[str, Any]], path: Path, granularity: str = "neuron"
+) -> None:
     """Draw an UpSet plot: for each combination of lists a bar, of the neurons in these and no others, over its dots.
 
     Source: Lex et al. 2014, IEEE TVCG 20(12):1983.
@@ -21,6 +23,7 @@ def draw_overlap(lists: Sequence[dict[str, Any]], overlaps: Sequence[dict[str, A
         lists: Name and number of neurons of each.
         overlaps: Lists and exclusive size of each combination; those of none are left out if there are many.
         path: Of the picture.
+        granularity: What the lists are of.
     """
     from matplotlib.figure import Figure
 
@@ -42,7 +45,7 @@ def draw_overlap(lists: Sequence[dict[str, Any]], overlaps: Sequence[dict[str, A
         dots.plot([x, x], [min(rows), max(rows)], "-", color=color, linewidth=2)
         dots.plot([x] * len(rows), rows, "o", color=color, markersize=7)
     bars.spines[["top", "right"]].set_visible(False)
-    bars.set(ylabel="pruned neurons")
+    bars.set(ylabel=f"pruned {granularity}s")
     bars.margins(y=0.12)
     bars.yaxis.get_major_locator().set_params(integer=True)
     bars.tick_params(axis="x", length=0)
@@ -52,7 +55,7 @@ def draw_overlap(lists: Sequence[dict[str, Any]], overlaps: Sequence[dict[str, A
     dots.tick_params(axis="y", length=0)
     if left_out:
         number = sum(row["exclusive"] for row in left_out)
-        figure.supxlabel(f"and {len(left_out)} smaller combinations of {number} neurons", fontsize=10)
+        figure.supxlabel(f"and {len(left_out)} smaller combinations of {number} {granularity}s", fontsize=10)
     save_figure(figure, path)
 
 
@@ -84,12 +87,13 @@ def draw_correlation(names: Sequence[str], found: dict[str, list[list[float]]], 
     save_figure(figure, path)
 
 
-def draw_profiles(layers: dict[str, Any], path: Path) -> None:
+def draw_profiles(layers: dict[str, Any], path: Path, granularity: str = "neuron") -> None:
     """Draw how many pruned neurons of each list lie in each layer, and how many of those another list holds too.
 
     Args:
         layers: Numbers in each layer by the name of the list, of the ``pruned`` and of the ``shared`` neurons.
         path: Of the picture.
+        granularity: What the lists are of.
     """
     from matplotlib.figure import Figure
 
@@ -103,7 +107,7 @@ def draw_profiles(layers: dict[str, Any], path: Path) -> None:
         axes.yaxis.get_major_locator().set_params(integer=True)
     panels[-1].set(xlabel="layer")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.supylabel("pruned neurons", fontsize=10)
+    figure.supylabel(f"pruned {granularity}s", fontsize=10)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
     )

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sparc3_lightning.figures import layer_of
 from sparc3_lightning.intervals import correlation, ranks
+from sparc3_lightning.neurons import Key
 from sparc3_lightning.overlap import Stratum, exclusive_sizes, inclusive_sizes, overlap, sign_classes, without_linear
 
-Key = tuple[str, int]  # module and index of a neuron
 # Ways to draw sets at random: from all neurons alike, or with the number of each in every layer kept.
 RANDOM, WITHIN_LAYERS = "random", "random_within_layers"
 
@@ -29,7 +29,7 @@ def find_overlaps(
     """
     exclusive = exclusive_sizes(member_SN)
     inclusive = inclusive_sizes(exclusive)
-    modules = [module for module, _ in keys]
+    modules = [module for module, *_ in keys]
     held = {name: member_SN[:, [module == name for module in modules]].sum(dim=1).tolist() for name in sizes}
     found = []
     for combination in filter(None, exclusive):
@@ -59,7 +59,7 @@ def find_profiles(
         member_SN: Whether a list holds a neuron, shape ``[lists, neurons]``.
         sizes: Neurons of each module, which tell the last layer; empty if they are not known.
     """
-    layers = torch.tensor([layer_of(module) for module, _ in keys])
+    layers = torch.tensor([layer_of(module) for module, *_ in keys])
     num_layers = 1 + max(int(layers.max()), *map(layer_of, sizes), 0)
     shared_SN = member_SN & (member_SN.sum(dim=0) > 1)
     return {

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.overlap_findings import RANDOM, WITHIN_LAYERS, Key
-from sparc3_lightning.tables import Table, cell
+from sparc3_lightning.neurons import Key
+from sparc3_lightning.overlap_findings import RANDOM, WITHIN_LAYERS
+from sparc3_lightning.tables import Table, cell, granularity_of
 
 FIGURES = ("expected", "enrichment", "p_value", "log10_p_value")
 BETWEEN = " & "
@@ -21,7 +22,8 @@ MAX_IN_FULL = 4  # lists whose 15 combinations are all printed; of more lists th
 def summary(results: dict[str, Any]) -> str:
     """Return the tables of a comparison as text: what the lists share, the correlations, and the classes by sign."""
     checkpoint = f" of {results['checkpoint']}" if results["checkpoint"] else ""
-    parts = [f"{results['num_candidates']:,} neurons{checkpoint}", aligned(_overlap_table(results["overlaps"]))]
+    of = f"{granularity_of(results)}s"
+    parts = [f"{results['num_candidates']:,} {of}{checkpoint}", aligned(_overlap_table(results["overlaps"], of))]
     if "correlation" in results:
         parts.append(aligned(_correlation_table(results)))
         parts.append(aligned(_class_table(results["classes"])))
@@ -70,12 +72,18 @@ def neurons_csv(
 
     Args:
         names: Of the behaviours.
-        keys: Module and index of each neuron.
+        keys: Of each neuron, or weight.
         lists: Of each behaviour.
         differential_SN: Shape ``[behaviours, neurons]``, if it is known.
     """
-    ranks = [{(n.module, n.index): rank for rank, n in enumerate(pruned.neurons, start=1)} for pruned in lists]
-    heads = ["module", "index", "num_lists", *(f"rank_{name}" for name in names)]
+    ranks = [{n.key: rank for rank, n in enumerate(pruned.neurons, start=1)} for pruned in lists]
+    heads = [
+        "module",
+        "index",
+        *(["input"] if len(keys[0]) > 2 else []),
+        "num_lists",
+        *(f"rank_{name}" for name in names),
+    ]
     if differential_SN is not None:
         heads += [f"differential_{name}" for name in names]
     rows = []
@@ -101,10 +109,10 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
     return file.getvalue()
 
 
-def _overlap_table(overlaps: Sequence[dict[str, Any]]) -> Table:
+def _overlap_table(overlaps: Sequence[dict[str, Any]], of: str) -> Table:
     kinds = [kind for kind in (RANDOM, WITHIN_LAYERS) if kind in overlaps[-1]]
     heads = {RANDOM: ("by chance", "enrichment", "p"), WITHIN_LAYERS: ("within layers", "enrichment", "p")}
-    rows: Table = [("pruned neurons", "shared", "in no other", *(head for kind in kinds for head in heads[kind]))]
+    rows: Table = [(f"pruned {of}", "shared", "in no other", *(head for kind in kinds for head in heads[kind]))]
     num_lists = len(overlaps[-1]["lists"])
     for row in overlaps:
         if num_lists > MAX_IN_FULL and 2 < len(row["lists"]) < num_lists:

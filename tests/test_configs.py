@@ -237,6 +237,20 @@ def test_circuit_yaml_measures_the_model_of_ioi_yaml_on_sentences_of_another_see
     assert circuit["data"]["init_args"]["seed"] > attribution["data"]["init_args"]["seed"] + 5  # of six seeds
 
 
+@pytest.mark.parametrize("base", ["demo.yaml", "run.yaml"])
+def test_repetition_weights_yaml_is_an_overlay_that_prunes_the_published_number_of_weights(base, capsys):
+    overlays = ["--config", "repetition.yaml", "--config", "repetition_weights.yaml"]
+    with pytest.raises(SystemExit):
+        main(["run", "--config", base, *overlays, "--print_config"])
+    options = yaml.safe_load(capsys.readouterr().out)
+    assert options["attribute"]["granularity"] == options["prune"]["granularity"] == "weight"
+    assert options["prune"]["num_neurons"] == 7000
+    assert includes(
+        options["prune"], {"selection": "difference", "replacement": "zero", "max_perplexity_increase": None}
+    )
+    assert includes(options["evaluate"], {"scorer": "repetition", "protocol": "greedy", "doses": []})
+
+
 @pytest.mark.parametrize("name", ["repetition.yaml", "gender.yaml", "race.yaml"])
 @pytest.mark.parametrize("base", ["demo.yaml", "run.yaml"])
 def test_a_behavior_is_an_overlay_whose_prompts_the_model_chooses_and_that_needs_nothing_but_pypi(name, base, capsys):

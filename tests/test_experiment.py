@@ -200,9 +200,11 @@ def test_an_unknown_option_for_the_behaviour_is_refused_before_any_stage(verbs_r
     assert not verbs_run
 
 
-def test_scores_of_weights_are_refused_before_any_stage(verbs_run):
-    with pytest.raises(ValueError, match=r"--attribute\.granularity must be neuron"):
-        run("--attribute.granularity", "weight")
+def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(verbs_run):
+    with pytest.raises(ValueError, match=r"--attribute\.granularity must be neuron or weight"):
+        run("--attribute.granularity", "head", "--attribute.targets", "[o_proj]")
+    with pytest.raises(ValueError, match=r"--prune\.granularity weight .*--attribute\.granularity weight"):
+        run("--prune.granularity", "weight")
     assert not verbs_run
 
 
