@@ -204,14 +204,14 @@ def _draw(
             draw_changes(rows, pictures[-1][1])
     if len(results["doses"]) > 1:
         pictures.append((f"Fewer or more {of}s", folder / "doses.png"))
-        draw_doses(results["doses"], results["controls"], pictures[-1][1], behavior, of)
+        draw_doses(results["doses"], results["controls"], pictures[-1][1], behavior=behavior, granularity=of)
     if prompts:
         pictures.append((f"Each prompt: less {behavior} below the line", folder / "scatter.png"))
         draw_scatter(mean_pairs(prompts), pictures[-1][1], behavior=behavior)
     drawn = [neurons_folder / name for name in ("layers.png", "differential.png")] if neurons_folder else []
     if not drawn or not drawn[0].is_file():
         drawn = [folder / "layers.png", *drawn[1:]]
-        draw_layers(Counter(neuron.module for neuron in neurons.neurons), drawn[0], of)
+        draw_layers(Counter(neuron.module for neuron in neurons.neurons), drawn[0], granularity=of)
     selection = neurons.provenance.get("selection", "difference")
     ranked_by = "differential relevance" if selection == "difference" else selection.replace("_", " ")
     titles_of_prune = (f"Where the pruned {of}s lie", f"All {of}s by {ranked_by}")
