@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparc3_lightning.linear import weight_of
 from sparc3_lightning.neurons import Neuron, mask, select
 
 Scores = Mapping[str, Tensor]
@@ -70,7 +71,7 @@ class WeightOrder:
         threshold, out, kept = self.ordered[number - 1], 0, {}
         try:
             for name, magnitude in self.magnitudes.items():
-                weight = model.get_submodule(name).weight
+                weight = weight_of(model.get_submodule(name))
                 kept[name] = weight.detach().clone()
                 off = magnitude <= threshold
                 out += int(off.sum())
@@ -78,7 +79,7 @@ class WeightOrder:
             yield out
         finally:
             for name, weight in kept.items():
-                model.get_submodule(name).weight.data.copy_(weight)
+                weight_of(model.get_submodule(name)).data.copy_(weight)
 
 
 def random_scores(like: Scores, seed: int) -> dict[str, Tensor]:

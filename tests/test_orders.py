@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import mlp_of
 from torch import Tensor
 
 from sparc3_lightning.neurons import mask
@@ -44,14 +45,15 @@ def test_components_go_by_the_magnitude_of_their_score_over_all_layers(make_mode
 
 
 @pytest.mark.parametrize("number", [1, 100, 700, 768])
-def test_weights_are_zero_while_they_are_out_and_come_back_bit_for_bit(make_model, number):
-    model = make_model()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_weights_are_zero_while_they_are_out_and_come_back_bit_for_bit(make_model, family, number):
+    model = make_model(family)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    scores = normal(dict.fromkeys(UP_PROJ, (24, 16)))
+    scores = normal(dict.fromkeys([mlp_of(family, i)[0][0] for i in range(2)], (24, 16)))
     by_hand = copy.deepcopy(model)
     rows = [(abs(R_OI[o, i].item()), name, o, i) for name, R_OI in scores.items() for o in range(24) for i in range(16)]
     for _, name, o, i in sorted(rows)[:number]:
-        by_hand.get_submodule(name).weight[o, i] = 0
+        by_hand.get_submodule(name).weight[(i, o) if family == "gpt2" else (o, i)] = 0  # Conv1D is transposed
     with WeightOrder(scores).without(model, number) as out:
         assert out == number
         for (name, parameter), expected in zip(model.named_parameters(), by_hand.parameters(), strict=True):
