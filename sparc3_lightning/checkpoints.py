@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from sparc3_lightning.neurons import Neuron, prune_
+from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.sources import cache_folder, resolve, sha256_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
@@ -270,6 +271,17 @@ def fingerprint(checkpoint: str, revision: str | None = None) -> str:
                 file.seek(start)
                 digest.update(file.read(1 << 16))
     return f"files:{digest.hexdigest()[:16]}"
+
+
+def check_unchanged(checkpoint: str, attributed: str) -> str | None:
+    """Raise ValueError unless a checkpoint has the fingerprint it was attributed with; return its revision."""
+    revision = revision_of(attributed)
+    if fingerprint(checkpoint, revision) != attributed:
+        raise ValueError(
+            f"The checkpoint {checkpoint!r} is no longer the one that was attributed ({attributed}); it was not "
+            "exported."
+        )
+    return revision
 
 
 def export_pruned(checkpoint: str, neurons: Iterable[Neuron], folder: Path, **options: Any) -> None:

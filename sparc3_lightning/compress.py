@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparc3_lightning.checkpoints import Dtype, export_edited, fingerprint, load_config, resolve_dtype
+from sparc3_lightning.checkpoints import Dtype, check_unchanged, export_edited, load_config, resolve_dtype
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.provenance import git_hash, versions
@@ -108,12 +108,7 @@ class Compression(L.LightningModule):
         files = [load_index(path, "--model.general") for path in self.general]
         check_match(files)
         source = files[0].provenance
-        revision = source.checkpoint_fingerprint.partition("commit:")[2] or None
-        if fingerprint(source.checkpoint, revision) != source.checkpoint_fingerprint:
-            raise ValueError(
-                f"The checkpoint {source.checkpoint!r} is no longer the one that was attributed "
-                f"({source.checkpoint_fingerprint}); it was not compressed."
-            )
+        revision = check_unchanged(source.checkpoint, source.checkpoint_fingerprint)
         num_parameters = _check_layers(files[0], revision)
         found: dict[str, Any] = {}
         name: Any = source.dtype if self.export_dtype == "auto" else self.export_dtype

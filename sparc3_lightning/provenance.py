@@ -38,6 +38,11 @@ def git_hash() -> str | None:
     return done.stdout.strip() or None if tracked.returncode == 0 and done.returncode == 0 else None
 
 
+def revision_of(checkpoint_fingerprint: str) -> str | None:
+    """Return the commit of a checkpoint at the hub by its fingerprint; None for a local one."""
+    return checkpoint_fingerprint.partition("commit:")[2] or None
+
+
 def evaluation_settings(module: Any, data: Any) -> dict[str, Any]:
     """Return everything that the figures of an evaluation rest on, for results.json.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparc3_lightning.activations import ACTIVATIONS, Activations
 from sparc3_lightning.budget import Budget, within_budget
-from sparc3_lightning.checkpoints import Dtype, export_pruned, fingerprint, resolve_dtype
+from sparc3_lightning.checkpoints import Dtype, check_unchanged, export_pruned, resolve_dtype
 from sparc3_lightning.controls import lowest
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
@@ -294,13 +294,8 @@ class Pruning(L.LightningModule):
     def _export(self, neurons: NeuronList) -> None:
         assert self.export is not None
         of = neurons.provenance
-        checkpoint, identity = of["checkpoint"], of["checkpoint_fingerprint"]
-        revision = identity.partition("commit:")[2] or None
-        if fingerprint(checkpoint, revision) != identity:
-            raise ValueError(
-                f"The checkpoint {checkpoint!r} is no longer the one that was attributed ({identity}); it was not "
-                "exported."
-            )
+        checkpoint = of["checkpoint"]
+        revision = check_unchanged(checkpoint, of["checkpoint_fingerprint"])
         name: Any = of["behavior"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
         dtype = resolve_dtype(name, torch.device("cpu"))
         export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype, revision=revision)

@@ -16,7 +16,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from sparc3_lightning.files import replacing, write_atomically
-from sparc3_lightning.provenance import git_hash, run_seed, versions
+from sparc3_lightning.provenance import git_hash, revision_of, run_seed, versions
 
 FORMAT = "sparc3_lightning scores 1"
 INDEX = "weight_scores.safetensors.index.json"
@@ -119,7 +119,7 @@ class Provenance:
     @property
     def revision(self) -> str | None:
         """Commit of the checkpoint at the hub; None for a local one."""
-        return self.checkpoint_fingerprint.partition("commit:")[2] or None
+        return revision_of(self.checkpoint_fingerprint)
 
     def summary(self) -> dict[str, Any]:
         """Return the provenance without the list of samples."""

@@ -173,3 +173,11 @@ def sentence(seed: int, num_words: int) -> str:
     """Return random words, the same for the same seed."""
     draw = torch.Generator().manual_seed(seed)
     return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (num_words,), generator=draw).tolist())
+
+
+def fail_if_masked(model: Any, neurons: list[Any]) -> None:
+    """Mask neurons that are not there, which must be refused before the block is entered."""
+    from sparc3_lightning.neurons import mask
+
+    with mask(model, neurons):
+        pytest.fail("the block was entered")

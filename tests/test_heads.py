@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import mlp_of, sentence
+from conftest import fail_if_masked, mlp_of, sentence
 from test_attribute import trainer
 from test_evaluate import evaluation, run, save_neurons, write_inputs
 from torch import Tensor
@@ -265,7 +265,7 @@ def test_each_head_has_a_strength_of_its_own_in_a_mask_and_in_the_weights(make_m
 
 
 def test_a_head_has_no_constant(make_model):
-    for use in (_masked, prune_, check_neurons):
+    for use in (fail_if_masked, prune_, check_neurons):
         with pytest.raises(ValueError, match=r"Head 1 of .* has a constant"):
             use(make_model(), [Neuron(O_PROJ[0], 1, 0.0, constant=0.5)])
 
@@ -315,12 +315,7 @@ def test_neurons_and_heads_can_be_off_together(make_model, family):
     torch.testing.assert_close(logits(model), masked, rtol=1e-9, atol=1e-9)
 
 
-def _masked(model: Any, neurons: list[Neuron]) -> None:
-    with mask(model, neurons):
-        pytest.fail("the block was entered")
-
-
-@pytest.mark.parametrize("use", [_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import mlp_of
+from conftest import fail_if_masked, mlp_of
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -287,12 +287,7 @@ def test_neurons_may_come_from_a_generator(make_model):
     assert torch.equal(logits(model), expected)
 
 
-def _masked(model: Any, neurons: list[Neuron]) -> None:
-    with mask(model, neurons):
-        pytest.fail("the block was entered")
-
-
-@pytest.mark.parametrize("use", [_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
 @pytest.mark.parametrize("module", UNKNOWN_MODULES)
 def test_a_neuron_of_no_such_layer_is_refused_and_nothing_is_changed(make_model, use: Callable, module):
     model = make_model()
@@ -303,7 +298,7 @@ def test_a_neuron_of_no_such_layer_is_refused_and_nothing_is_changed(make_model,
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("use", [_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
 @pytest.mark.parametrize("index", [-1, 24, 1000])
 def test_a_neuron_of_no_such_index_is_refused_and_nothing_is_changed(make_model, use: Callable, index):
     model = make_model()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import mlp_of, sentence
+from conftest import fail_if_masked, mlp_of, sentence
 from test_evaluate import evaluation, run, save_neurons, write_inputs
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -131,12 +131,7 @@ def test_weights_neurons_and_heads_can_be_off_together(make_model):
     torch.testing.assert_close(logits(model), found, rtol=1e-9, atol=1e-9)
 
 
-def _masked(model: Any, neurons: list[Neuron]) -> None:
-    with mask(model, neurons):
-        pytest.fail("the block was entered")
-
-
-@pytest.mark.parametrize("use", [_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [

@@ -133,11 +133,11 @@ def prune(name: str, budget: float, c4: Path) -> Path:
     options = {name: scores(value) if name == "contrast" else value for name, value in options.items()}
     text = ["--data=C4", f"--data.source={c4}", "--data.seq_len=256", "--data.num_samples=28"]
     text += ["--data.seed=7", "--data.batch_size=4"]
-    text += ["--model.num_ranked=4000"] if budget > 0.05 else []  # of prob more than 1000 are within 10 %
-    price = f"--model.max_perplexity_increase={budget}"
+    price = [f"--model.max_perplexity_increase={budget}"]
+    price += ["--model.num_ranked=4000"] if budget > 0.05 else []  # of prob more than 1000 are within 10 %
     files = [f"--model.general=[{scores(general)}]", f"--model.behavior={scores(behavior)}"]
     chosen = [f"--model.{option}={value}" for option, value in options.items()]
-    return sparc3("prune", f"{name}_{budget:g}", *files, *chosen, price, *text) / "neurons.json"
+    return sparc3("prune", f"{name}_{budget:g}", *files, *chosen, *price, *text) / "neurons.json"
 
 
 def main() -> None:
