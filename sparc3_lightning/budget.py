@@ -50,6 +50,7 @@ class PerplexityRise:
         self.num_tokens = sum(int((lengths - 1).sum()) for _, lengths in self._batches)
         self.nats = self._nats()
         self.measured: list[dict[str, float]] = []
+        self._rises: dict[tuple[Neuron, ...], float] = {}
 
     @property
     def perplexity(self) -> float:
@@ -57,9 +58,11 @@ class PerplexityRise:
         return math.exp(self.nats)
 
     def __call__(self, neurons: Sequence[Neuron]) -> float:
-        """Return perplexity with the neurons off, over that of the model as it is, less 1."""
+        """Return perplexity with the neurons off, over that of the model as it is, less 1; measured once a list."""
+        if tuple(neurons) in self._rises:
+            return self._rises[tuple(neurons)]
         with mask(self.model, neurons):
-            rise = math.expm1(self._nats() - self.nats)
+            rise = self._rises[tuple(neurons)] = math.expm1(self._nats() - self.nats)
         strength = neurons[0].strength if neurons else 1.0
         self.measured.append({"num_neurons": len(neurons), "strength": strength, "rise": rise})
         rank_zero_info(f"{len(neurons):>6} neurons at strength {strength:g}: perplexity {100 * rise:+.2f} %")
@@ -255,7 +258,6 @@ def within_budget(
     model = load_model(of.checkpoint, getattr(torch, of.dtype), of.revision).to(device)
     rise = PerplexityRise(model, text.predict_dataloader())
     chosen = spend(rise, ranked, budget)
-    measured = list(rise.measured)
     return chosen, {
         "max_perplexity_increase": budget.max_perplexity_increase,
         "rise": rise(chosen),
@@ -263,5 +265,5 @@ def within_budget(
         "num_tokens": rise.num_tokens,
         "num_documents": len(left),
         "data": {"class": type(text).__name__, **text.hparams},
-        "measured": measured,
+        "measured": rise.measured,
     }

@@ -220,6 +220,22 @@ def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
     return {name: _by_mlp(model, [Neuron(name, 0, 0.0)])[0].column for name in modules}
 
 
+def check_are_neurons(modules: Iterable[str]) -> None:
+    """Raise ValueError where the rows of a layer, by its fully qualified name, are no MLP neurons. Needs no model.
+
+    The rows of other layers have scores too, but there is nothing to switch off: what a row of an attention writes is
+    a sum over its heads.
+    """
+    known = {row for rows, _ in MLPS for row in rows}
+    others = sorted({name.rpartition(".")[2] for name in modules} - known)
+    if others:
+        raise ValueError(
+            f"The rows of {', '.join(others)} are no neurons that could be switched off: expected {_KNOWN}. For an "
+            "attention score its heads (sparc3 attribute --model.granularity head), for other layers their weights "
+            "(--model.granularity weight of attribute and prune)."
+        )
+
+
 def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
     """Raise ValueError unless the model has all these neurons. A model on the meta device suffices."""
     weights, heads, neurons = _apart(neurons)

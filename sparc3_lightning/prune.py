@@ -19,7 +19,7 @@ from sparc3_lightning.controls import lowest
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron, select
+from sparc3_lightning.neurons import Neuron, check_are_neurons, select
 from sparc3_lightning.relevance import differential_relevance, differential_strength
 from sparc3_lightning.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching
 from sparc3_lightning.selected import Selected, histogram, origin
@@ -200,6 +200,8 @@ class Pruning(L.LightningModule):
         check_match(
             [general_files[0], behavior_file], MUST_MATCH if compares else ("checkpoint_fingerprint", "targets")
         )
+        if behavior_file.provenance.granularity == "neuron":
+            check_are_neurons(behavior_file.scores)
         general, behavior = average(general_files), behavior_file.scores
         files = [*general_files, behavior_file]
         if self.contrast is not None:

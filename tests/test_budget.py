@@ -61,6 +61,14 @@ def test_the_rise_is_that_of_perplexity_over_all_tokens_but_the_first_of_each_sa
     assert rise.measured[-1]["num_neurons"] == 7
 
 
+def test_a_list_that_was_measured_is_not_measured_again_but_one_of_another_strength_is(rise):
+    first = rise(ranking(7))
+    assert rise(ranking(7)) == first
+    assert len(rise.measured) == 1
+    assert rise(ranking(7, strength=0.5)) != first
+    assert len(rise.measured) == 2
+
+
 @pytest.mark.parametrize("edit", [{}, {"strength": 0.5, "constant": 0.3}])
 def test_costs_are_the_slopes_at_both_ends_by_finite_differences(model, samples, rise, edit):
     neurons = ranking(6, **edit)

@@ -369,6 +369,15 @@ def test_score_files_of_other_shapes_or_modules_are_refused(files):
         Pruning(general, fewer, num_neurons=3).prune(OUT)
 
 
+@pytest.mark.parametrize("layer", ["self_attn.o_proj", "self_attn.q_proj", "mlp.down_proj"])
+def test_scores_of_rows_that_are_no_neurons_are_refused(layer):
+    names = (MODULES[0], f"model.layers.1.{layer}")
+    one, other = (save_scores(f"{i}.safetensors", {name: torch.rand(24) for name in names}) for i in range(2))
+    with pytest.raises(ValueError, match=rf"The rows of {layer.rpartition('.')[2]} are no neurons .*granularity head"):
+        Pruning([one], other, num_neurons=3, min_strength=-100).prune(OUT)
+    assert not list(OUT.iterdir())
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_score_file_with_a_nan_or_infinity_is_refused_by_name(files, value):
     scores = random_scores(1)
