@@ -60,6 +60,30 @@ def test_numbers_are_asked_for_as_they_are_written() -> None:
     assert list(select([{"label": 1}, {"label": 2}], {"label": "2"})) == [{"label": 2}]
 
 
+@pytest.mark.parametrize("by", [ToxicPrompts, RealToxicityPrompts])
+def test_a_toxicity_written_in_a_csv_file_counts_and_a_prompt_without_one_has_none(
+    tiny_checkpoint: str, by: Any
+) -> None:
+    Path("a.csv").write_text("text,toxicity\nthe dog,0.95\nthe cat,0.1\nthe horse,\nthe house,nan\n")
+    found = read_prompts(read_records(Path("a.csv")))
+    assert [prompt.toxicity for prompt in found] == [0.95, 0.1, None, None]
+    if by is ToxicPrompts:
+        data = by("a.csv", num_samples=1, tokenizer=tiny_checkpoint)
+        chosen = [sample.id for sample in data.read_samples(data.load_tokenizer())]
+        with pytest.raises(ValueError, match=r"Only 1 of 4 prompts have a toxicity of at least 0\.9"):
+            by("a.csv", num_samples=2).read_samples(data.load_tokenizer())
+    else:
+        data = by("a.csv", num_prompts=None, tokenizer=tiny_checkpoint)
+        data.setup_prompts((), data.load_tokenizer())
+        chosen = [prompt.id for prompt in data.prompts]
+    assert chosen == [prompt_id("the dog")]
+
+
+def test_a_toxicity_that_is_no_number_is_an_error_that_names_the_row() -> None:
+    with pytest.raises(ValueError, match=r"Row 2 of the prompts has the toxicity 'high', expected a number"):
+        read_prompts([{"text": "the dog", "toxicity": "0.5"}, {"text": "the cat", "toxicity": "high"}])
+
+
 def test_a_wrong_text_field_is_an_error_that_names_the_fields_there_are() -> None:
     with pytest.raises(ValueError, match=r"'prompt.text' or 'text' \(option text_field\); it has \['context'"):
         read_prompts(CONTEXTS)

@@ -1,6 +1,7 @@
 """Prompts: read from rows of any form, named after their text, and kept by what the model itself made of them."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,7 +43,8 @@ def read_prompts(
         where: Per field the value, or the values, of the rows to take; None for all rows.
 
     Raises:
-        ValueError: If there is no row, a row has no prompt, or a prompt is only white space.
+        ValueError: If there is no row, a row has no prompt or a toxicity that is no number, or a prompt is only white
+            space.
     """
     prompts: dict[str, Prompt] = {}
     num_without = 0
@@ -62,15 +64,23 @@ def read_prompts(
         if not text.strip():
             raise ValueError(f"Row {number} of the prompts is only white space: remove it.")
         following = row["continuation"] if isinstance(row.get("continuation"), dict) else {}
-        prompt = Prompt(
-            prompt_id(text), text, content.get("toxicity"), following.get("text"), following.get("toxicity")
-        )
+        toxicity, of_continuation = (_score(of.get("toxicity"), number) for of in (content, following))
+        prompt = Prompt(prompt_id(text), text, toxicity, following.get("text"), of_continuation)
         prompts.setdefault(prompt.id, prompt)
     if num_without:
         rank_zero_info(f"{num_without} prompts are passed over: nothing stands before {until!r} (option until).")
     if not prompts:
         raise ValueError("The file of prompts is empty.")
     return list(prompts.values())
+
+
+def _score(value: Any, number: int) -> float | None:
+    """Return a toxicity as a number; None where there is none, which csv writes as an empty text and pandas as NaN."""
+    try:
+        score = math.nan if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"Row {number} of the prompts has the toxicity {value!r}, expected a number.") from None
+    return None if math.isnan(score) else score
 
 
 def select(rows: Iterable[dict[str, Any]], where: Where | None) -> Iterable[dict[str, Any]]:
