@@ -3,7 +3,8 @@
 import random
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def random_like(pruned: Sequence[Neuron], num_neurons: Mapping[str, int], seed: 
 def draw_like(pruned: Sequence[Neuron], pool: Iterable[Neuron], seed: int) -> list[Neuron]:
     """Draw from a pool, at random and without repetition, as many neurons of each module as were pruned there.
 
-    Where the pool has fewer of a module, all of them are taken.
+    Each is switched off as far as one of those. Where the pool has fewer of a module, all of them are taken.
     """
     by_module: dict[str, list[Neuron]] = {module: [] for module in _per_module(pruned)}
     for neuron in pool:
@@ -46,7 +47,8 @@ def draw_like(pruned: Sequence[Neuron], pool: Iterable[Neuron], seed: int) -> li
     for module, number in _per_module(pruned).items():
         candidates = by_module[module]
         order = torch.randperm(len(candidates), generator=generator)[:number].tolist()
-        drawn += [candidates[i] for i in order]
+        strengths = _strengths(pruned, module)
+        drawn += [replace(candidates[i], strength=next(strengths)) for i in order]
     return drawn
 
 
@@ -66,9 +68,10 @@ def random_weights(pruned: Sequence[Neuron], shapes: Mapping[str, Sequence[int]]
         free = rows * columns - len(taken)
         # The k-th taken place has taken[k] - k free ones before it, which says how many to skip.
         before = [place - k for k, place in enumerate(taken)]
+        strengths = _strengths(pruned, module)
         for rank in draw.sample(range(free), min(number, free)):
             row, column = divmod(rank + bisect_right(before, rank), columns)
-            drawn.append(Neuron(module, row, 0.0, input=column))
+            drawn.append(Neuron(module, row, 0.0, next(strengths), input=column))
     return drawn
 
 
@@ -99,6 +102,10 @@ def lowest(pruned: Sequence[Neuron], scores: Iterable[tuple[str, Tensor]]) -> li
 def _places(pruned: Iterable[Neuron], module: str, columns: int) -> set[int]:
     """Return the places of pruned neurons, or weights, in the flattened scores of their module."""
     return {n.index if n.input is None else n.index * columns + n.input for n in pruned if n.module == module}
+
+
+def _strengths(pruned: Iterable[Neuron], module: str) -> Iterator[float]:
+    return (neuron.strength for neuron in pruned if neuron.module == module)
 
 
 def _per_module(pruned: Iterable[Neuron]) -> Counter[str]:

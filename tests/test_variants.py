@@ -1,6 +1,7 @@
 """The models of an evaluation: their names, how many there are, and which neurons each is without."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,19 @@ def test_each_draw_of_a_control_has_as_many_neurons_per_layer_and_none_of_the_pr
     assert len(random) == 4, "draws differ"
     assert places(lists["random_0"]) != places(neurons_of(variants, {"": NEURONS}, make_model(), seed + 1)["random_0"])
     assert lists == neurons_of(variants, {"": NEURONS}, make_model(), seed)
+
+
+def test_controls_of_damped_neurons_or_weights_are_damped_alike(make_model):
+    strengths = [0.5, 0.25, 0.75]
+    damped = [replace(n, strength=s) for n, s in zip(NEURONS.neurons, strengths, strict=True)]
+    of_weights = [replace(n, input=3) for n in damped]
+    for neurons, pool in ((damped, NEURONS.least_relevant), (of_weights, [])):
+        lists = {"": NeuronList(neurons, least_relevant=pool)}
+        variants = plan(lists, 1, controls=2)
+        for name, off in neurons_of(variants, lists, make_model(), 0).items():
+            if name != "baseline":
+                found = sorted((n.module, n.strength) for n in off)
+                assert found == [(UP, 0.25), (SECOND, 0.5), (SECOND, 0.75)], name
 
 
 def test_random_neurons_come_from_the_whole_layer_and_the_least_relevant_from_their_list(make_model):
