@@ -227,7 +227,7 @@ class Pruning(L.LightningModule):
         taken = {neuron.key for neuron in chosen}
         found = Selected(
             chosen,
-            [neuron for neuron in listed if neuron.key not in taken],
+            [replace(n, strength=chosen[0].strength) for n in listed if n.key not in taken],
             lowest(chosen, ((name, score.abs()) for name, score in general.items())),
             modules=list(ranked),
             num_candidates=sum(map(len, ranked.values())),

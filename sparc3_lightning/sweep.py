@@ -75,12 +75,10 @@ class Sweep(Evaluation):
             rank_zero_info(f"Nothing was measured whose perplexity rises by at most {100 * budget:g} %.")
             return
         source = self.lists[best["selection"]]
-        off = [replace(n, strength=n.strength * best["strength"]) for n in self.off[best["name"]]]
+        ranked = [replace(n, strength=n.strength * best["strength"]) for n in [*source.neurons, *source.next]]
+        off, following = ranked[: best["num_neurons"]], ranked[best["num_neurons"] :]
         taken = {neuron.key for neuron in off}
-        following, least = (
-            [neuron for neuron in of if neuron.key not in taken]
-            for of in ([*source.neurons, *source.next], source.least_relevant)
-        )
+        least = [neuron for neuron in source.least_relevant if neuron.key not in taken]
         used = self.excluded_prompts | {row["prompt_id"] for row in self.completions}
         chosen = {key: best[key] for key in ("num_neurons", "strength", "toxicity_percent", "perplexity_percent")}
         chosen |= {"by": str(self.folder), "name": best["name"], "max_perplexity_increase": budget}

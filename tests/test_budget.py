@@ -236,6 +236,16 @@ def test_prune_spends_a_budget_on_documents_that_were_not_attributed(files):
     assert selection["budget"]["rise"] == budget["rise"]
 
 
+def test_the_neurons_that_come_next_are_switched_off_as_far_as_those_that_a_budget_paid_for(files):
+    general, behavior, documents = files
+    data = [f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=12"]
+    options = ["--model.max_perplexity_increase=0.02", "--model.strengths=[0.125,1.0]", "--data=C4", *data]
+    found = NeuronList.load(prune(general, behavior, *options) / "neurons.json")
+    assert found.provenance["strength"] == 1
+    assert found.next
+    assert {neuron.strength for neuron in found.neurons + found.next} == {1.0}
+
+
 def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files):
     general, behavior, _ = files
     with pytest.raises(ValueError, match=r"--model.max_perplexity_increase needs a text: --data C4"):

@@ -5,6 +5,7 @@ import csv
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,22 @@ def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other
     done = main(["evaluate", "--config", "sweep.yaml", *model, "--data.prompts.init_args.num_prompts", "2"])
     lines = Path(done.trainer.log_dir, "completions.jsonl").read_text().splitlines()
     assert {json.loads(line)["prompt_id"] for line in lines} == {prompt_id(text) for text in rows} - used
+
+
+def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path):
+    listed = NeuronList.load(Path("pruned/neurons.json"))
+    every = [replace(neuron, strength=0.5) for neuron in listed.neurons + listed.next]
+    NeuronList(every[:5], listed.provenance, every[5:]).save(Path("damped.json"))
+    module = Sweep("tiny", Path("damped.json"), doses=[2], strengths=[0.25], scorer="small")
+    name, figure = "top_2_0.25", {"value": -1.0}
+    best = {"name": name, "selection": "", "num_neurons": 2, "strength": 0.25, "effect": {"evidence": True}}
+    best |= {"toxicity_mean": 0.1, "toxicity_percent": figure, "perplexity_percent": figure}
+    module.results, module.off, module.completions, module.folder = {"doses": [best]}, {name: every[:2]}, [], tmp_path
+    module._choose(0.01)
+    chosen = NeuronList.load(tmp_path / "chosen/neurons.json")
+    assert [n.key for n in chosen.neurons + chosen.next] == [n.key for n in every]
+    assert len(chosen.neurons) == 2
+    assert {neuron.strength for neuron in chosen.neurons + chosen.next} == {0.125}
 
 
 def test_nothing_is_chosen_where_nothing_is_within_the_price(lists, caplog, monkeypatch):
