@@ -1,8 +1,9 @@
 """How many neurons a stated rise of perplexity pays for: measured on a text, found by bisection."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -248,9 +249,8 @@ def within_budget(
     text.prepare_data()
     text.setup("predict")
     check_context(load_config(of.checkpoint, of.revision), text.longest, "--data.seq_len")
-    if text.source is not None:  # in a file the id of a document is its row; in a stream it depends on the seed
-        same = [file.provenance for file in general if file.provenance.data.get("source") == text.source]
-        text.leave_out = {id_ for provenance in same for id_ in provenance.sample_ids}
+    same = [file.provenance for file in general if _are_of_one_source(text, file.provenance.data)]
+    text.leave_out = {id_ for provenance in same for id_ in provenance.sample_ids}
     left = [sample for sample in text.samples if sample.id not in text.leave_out]
     if not left:
         raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
@@ -267,3 +267,16 @@ def within_budget(
         "data": {"class": type(text).__name__, **text.hparams},
         "measured": rise.measured,
     }
+
+
+def _are_of_one_source(text: ReferenceSamples, data: Mapping[str, Any]) -> bool:
+    """Tell whether an id names the same document in a text and in the data of a score file."""
+    if text.source is not None:  # in a file the id of a document is its row
+        return data.get("source") is not None and _place(data["source"]) == _place(text.source)
+    # In a stream it is the place after the shuffle.
+    mine = {"class": type(text).__name__, **text.hparams}
+    return all(data.get(name) == mine.get(name) for name in ("class", "source", "seed", "buffer_size"))
+
+
+def _place(source: str) -> str:
+    return source if source.startswith("pypi:") else str(Path(source).expanduser().resolve())

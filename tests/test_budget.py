@@ -13,9 +13,11 @@ from test_prune import MODULES, provenance, random_scores, save_scores
 from sparc3_lightning.budget import Budget, PerplexityRise, largest_within, spend
 from sparc3_lightning.checkpoints import fingerprint
 from sparc3_lightning.cli import main
+from sparc3_lightning.data import C4
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import Neuron, mask
+from sparc3_lightning.scores import ScoreFile
 
 LENGTHS = (9, 6, 8, 3)
 
@@ -256,6 +258,28 @@ def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files)
         prune(general, behavior, "--model.refine=2")
     with pytest.raises(ValueError, match=r"--model.strengths must be above 0 and at most 1"):
         prune(general, behavior, "--model.strengths=[1.5]")
+
+
+def test_attributed_documents_are_left_out_however_the_path_of_their_file_is_written(files):
+    general, behavior, documents = files
+    data = [f"--data.source={documents.absolute()}", "--data.seq_len=12", "--data.num_samples=12"]
+    folder = prune(general, behavior, "--model.max_perplexity_increase=0.02", "--data=C4", *data)
+    assert NeuronList.load(folder / "neurons.json").provenance["budget"]["num_documents"] == 9
+
+
+@pytest.mark.parametrize(("seed", "num_left"), [(0, 9), (3, 12)])
+def test_of_a_stream_those_are_left_out_that_have_the_same_place_after_the_same_shuffle(
+    files, monkeypatch, seed, num_left
+):
+    general, behavior, documents = files
+    rows = [json.loads(line) for line in documents.read_text().splitlines()]
+    monkeypatch.setenv("SPARC3_CACHE", "cache")
+    monkeypatch.setattr(C4, "_stream", lambda self: ((i, row["text"]) for i, row in enumerate(rows)))
+    of = {"class": "C4", "source": None, "seed": 0, "buffer_size": 10_000}
+    streamed = save_scores("s/scores.safetensors", random_scores(0), ScoreFile.load(general).provenance, data=of)
+    data = [f"--data.seed={seed}", "--data.seq_len=12", "--data.num_samples=12"]
+    folder = prune(streamed, behavior, "--model.max_perplexity_increase=0.02", "--data=C4", *data)
+    assert NeuronList.load(folder / "neurons.json").provenance["budget"]["num_documents"] == num_left
 
 
 def test_a_text_of_attributed_documents_alone_is_refused(files):
