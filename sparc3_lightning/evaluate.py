@@ -22,7 +22,7 @@ from sparc3_lightning.preferences import pair_rows, preference
 from sparc3_lightning.provenance import evaluation_settings, run_seed
 from sparc3_lightning.scorers import Remembering, check_scorer, load_scorer
 from sparc3_lightning.sharding import check_is_whole, check_same_on_all_ranks, gather, is_sharded, load_for
-from sparc3_lightning.variants import Variant, describe, neurons_of, plan
+from sparc3_lightning.variants import Variant, counted, describe, neurons_of, plan
 from sparc3_lightning.verdict import verdict
 from sparc3_lightning.zero_shot import accuracies, check_tasks
 
@@ -181,6 +181,7 @@ class Evaluation(L.LightningModule):
         """Decide which neurons each model is without, and make its metrics."""
         self.model.eval()
         self.off = neurons_of(self.variants, self.lists, self.model, run_seed())
+        self.variants = counted(self.variants, self.off)
         self.perplexity = {
             (variant.name, convention): Perplexity().to(self.device)
             for variant in self.variants

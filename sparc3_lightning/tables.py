@@ -89,6 +89,8 @@ def control_table(results: dict[str, Any]) -> Table:
     for kind, control in results["controls"].items():
         draws = [draw["effect"] for draw in control["draws"] if draw["effect"]]
         name, further = control_name(kind, granularity_of(results)).capitalize(), control.get("pruned_less_control")
+        if (number_off := control["draws"][0]["num_neurons"]) != results["num_neurons"]:
+            name += f", {number_off} alone"
         if not further:  # no prompt has a score of every draw
             rows.append((name, *[UNKNOWN] * 8))
             continue

@@ -185,6 +185,11 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
     return {variant.name: of(variant) for variant in variants}
 
 
+def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Neuron]]) -> list[Variant]:
+    """Return the variants with the numbers of neurons that are off: fewer of a control whose layers have no more."""
+    return [replace(variant, num_neurons=len(off[variant.name])) for variant in variants]
+
+
 def _count(model: Any, module: str) -> int:
     """Return how many neurons or heads a layer has."""
     return num_heads(model, module) if is_heads(module) else len(weight_of(model.get_submodule(module)))

@@ -44,19 +44,20 @@ def verdict(
             f"No evidence that switching {neurons} off changes {behavior}: its mean {moved(effect['percent'])}, and "
             f"{why}; {price}."
         ]
-    sentences += _controls(found, effect["evidence"], granularity) + _second(found, effect["evidence"], scorers)
+    sentences += _controls(found, effect["evidence"], num_neurons, granularity)
+    sentences += _second(found, effect["evidence"], scorers)
     return " ".join(sentences + _preference(found.get("preference", {})))
 
 
-def _controls(found: dict[str, Any], evidence: bool, granularity: str) -> list[str]:
+def _controls(found: dict[str, Any], evidence: bool, num_neurons: int, granularity: str) -> list[str]:
     sentences = []
     for kind in CONTROLS:
         control = found.get("controls", {}).get(kind)
         if not control or "effect_percent" not in control:
             continue
-        draws = len(control["draws"])
-        as_many = f"As many {control_name(kind, granularity)} ({draws} draw{'s' if draws != 1 else ''})"
-        sentence = f"{as_many}: {_signed(control['effect_percent'])}"
+        draws, number, name = len(control["draws"]), control["draws"][0]["num_neurons"], control_name(kind, granularity)
+        as_many = f"As many {name}" if number == num_neurons else f"Only {number} {name}, all there are to draw from,"
+        sentence = f"{as_many} ({draws} draw{'s' if draws != 1 else ''}): {_signed(control['effect_percent'])}"
         further = control["pruned_less_control"]
         fell = found["effect"][found["headline"]]["toxicity_mean"]["difference"]["value"] < 0
         if evidence and not (further["high"] < 0 if fell else further["low"] > 0):

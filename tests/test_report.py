@@ -314,6 +314,12 @@ def test_the_controls_stand_beside_the_chosen_neurons():
     assert write(results).tables[2][1:] == [list(row) for row in control_table(results)]
 
 
+def test_a_control_of_fewer_neurons_says_of_how_many():
+    results, _ = made_up()
+    results["controls"]["random"]["draws"] = [{**d, "num_neurons": 1} for d in results["controls"]["random"]["draws"]]
+    assert list(by_name(control_table(results)))[1:3] == ["Random neurons, 1 alone", "Least relevant neurons"]
+
+
 def test_a_control_of_which_nothing_was_scored_is_a_row_of_dashes():
     results, rows = made_up()
     control = results["controls"]["random"]

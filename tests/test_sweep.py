@@ -21,6 +21,7 @@ from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.findings import front
 from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.neurons import Neuron
 from sparc3_lightning.prune import Pruning
 from sparc3_lightning.scores import Provenance, ScoreFile
 from sparc3_lightning.sharding import load_for
@@ -134,6 +135,16 @@ def test_controls_can_be_measured_beside_the_doses(monkeypatch):
     results, _ = sweep("--model.doses", "[2]", "--model.strengths", "[1.0]", "--model.controls", "1")
     assert list(results["controls"]) == ["random", "least_relevant", "largest_weights"]
     assert [point["name"] for point in results["doses"]] == ["pruned", "top_2_1"]
+
+
+def test_a_control_has_the_number_of_neurons_that_are_left_where_most_are_pruned(monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    listed = NeuronList.load(Path("pruned/neurons.json"))
+    most = [Neuron(module, i, 0.0) for module in MODULES for i in range(20)]
+    NeuronList(most, listed.provenance).save(Path("most.json"))
+    results, _ = sweep("--model.neurons", "most.json", "--model.doses", "[]", "--model.controls", "1")
+    assert [draw["num_neurons"] for draw in results["controls"]["random"]["draws"]] == [8]
+    assert "Only 8 random neurons, all there are to draw from, (1 draw):" in results["verdict"]
 
 
 @pytest.mark.parametrize("doses", ["[13]", "[2, 1000]"])

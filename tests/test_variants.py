@@ -9,7 +9,7 @@ import torch
 from sparc3_lightning.controls import POOL
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import Neuron
-from sparc3_lightning.variants import CONTROLS, Variant, describe, neurons_of, of_kind, plan
+from sparc3_lightning.variants import CONTROLS, Variant, counted, describe, neurons_of, of_kind, plan
 
 UP, SECOND = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
 NEURONS = NeuronList(
@@ -178,6 +178,15 @@ def test_controls_of_damped_neurons_or_weights_are_damped_alike(make_model):
             if name != "baseline":
                 found = sorted((n.module, n.strength) for n in off)
                 assert found == [(UP, 0.25), (SECOND, 0.5), (SECOND, 0.75)], name
+
+
+def test_the_number_of_a_control_whose_layers_have_no_more_is_that_of_those_that_are_off(make_model):
+    lists = {"": NeuronList([Neuron(UP, i, -1.0) for i in range(18)], least_relevant=[Neuron(UP, 20, 0.0)])}
+    variants = plan(lists, 1, controls=1, doses=[4])
+    off = neurons_of(variants, lists, make_model(), 0)
+    found = {variant.kind: variant.num_neurons for variant in counted(variants, off)}
+    expected = {"baseline": 0, "pruned": 18, "dose": 4, "random": 6, "least_relevant": 1, "largest_weights": 6}
+    assert found == expected
 
 
 def test_random_neurons_come_from_the_whole_layer_and_the_least_relevant_from_their_list(make_model):

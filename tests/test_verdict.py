@@ -55,9 +55,9 @@ def found(toxicity: Any = FELL, second: Any = None, controls: Any = None, perple
     return results
 
 
-def control(percent: Any, further: Any, draws: int = 3) -> dict[str, Any]:
+def control(percent: Any, further: Any, draws: int = 3, number: int = 30) -> dict[str, Any]:
     return {
-        "draws": [{}] * draws,
+        "draws": [{"num_neurons": number}] * draws,
         "effect_percent": figure(*percent),
         "effect": figure(*percent),
         "pruned_less_control": figure(*further),
@@ -195,12 +195,18 @@ def test_a_change_in_words_has_its_sign_in_the_verb():
     assert moved(figure(12.36, -1.0, 20.06)) == "rose by 12.4 % (95 % interval -1.0 to +20.1 %)"
 
 
+def test_a_control_of_fewer_neurons_is_not_said_to_be_of_as_many():
+    words = verdict(found(controls={"random": control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05), number=12)}), 30, ["some"])
+    assert "Only 12 random neurons, all there are to draw from, (3 draws): +1.0 % (-2.0 to +4.0 %)." in words
+    assert "As many" not in words
+
+
 def test_every_control_that_can_be_planned_has_a_sentence():
     up = "model.layers.0.mlp.up_proj"
     neurons = NeuronList([Neuron(up, 0, -1.0)], least_relevant=[Neuron(up, 1, 0.0)])
     kinds = {variant.kind for variant in plan({"": neurons}, 1, controls=1)} - {"baseline", "pruned"}
     controls = {kind: control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)) for kind in kinds}
-    assert verdict(found(controls=controls), 1, ["some"]).count("As many ") == len(kinds) == 3
+    assert verdict(found(controls=controls), 30, ["some"]).count("As many ") == len(kinds) == 3
 
 
 def test_another_behavior_is_named_in_the_place_of_toxicity():
