@@ -113,7 +113,7 @@ class Evaluation(L.LightningModule):
         self.zero_shot = (list(lm_eval_tasks), lm_eval_folder, lm_eval_limit)
         self.neurons = None if neurons is None else NeuronList.load(Path(neurons))
         self.num_neurons = len(self.neurons.neurons) if self.neurons else 0
-        self.granularity = self.neurons.granularity if self.neurons else "neuron"
+        self.granularity, self.edit = (self.neurons.granularity, self.neurons.edit) if self.neurons else ("neuron", "")
         self.lists = self.lists or ({} if self.neurons is None else {"": self.neurons})
         self.variants = plan(self.lists, self.num_continuations, controls, control_continuations, doses, strengths)
         self.save_hyperparameters()
@@ -281,7 +281,7 @@ class Evaluation(L.LightningModule):
             both = [(v.name, v.as_context(self.model, self.off[v.name])) for v in self.variants[:2]]
             found["zero_shot"] = accuracies(self.model, both, self.data.prompts._tokenizer, *self.zero_shot)
         self.results = {
-            "verdict": verdict(found, self.num_neurons, self.scorer_names, self.behavior, self.granularity),
+            "verdict": verdict(found, self.num_neurons, self.scorer_names, self.behavior, self.granularity, self.edit),
             **found,
             **evaluation_settings(self, self.data),
         }

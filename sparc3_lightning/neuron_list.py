@@ -40,6 +40,19 @@ class NeuronList:
         }
         return kinds.pop() if len(kinds) == 1 else "neuron"
 
+    @property
+    def edit(self) -> str:
+        """What is done to the neurons, in words: they are ``switched off``, or damped, or held at their mean."""
+        strengths = {n.strength for n in self.neurons}
+        if len(strengths) > 1:
+            words = "switched off or damped" if 1 in strengths else "damped"
+        else:
+            (strength,) = strengths
+            words = "switched off" if strength == 1 else f"damped by {100 * strength:g} %"
+        if not any(n.constant for n in self.neurons):
+            return words
+        return "held at their mean activation" if words == "switched off" else f"{words} towards their mean activation"
+
     def all(self) -> list[Neuron]:
         """Return the neurons of all lists."""
         return [*self.neurons, *self.next, *self.least_relevant]

@@ -14,6 +14,7 @@ def verdict(
     scorers: Sequence[str],
     behavior: str = "toxicity",
     granularity: str = "neuron",
+    edit: str = "switched off",
 ) -> str:
     """Say what switching the neurons off did, with intervals of 95 %.
 
@@ -23,6 +24,7 @@ def verdict(
         scorers: Names of the scorers.
         behavior: What they score.
         granularity: What was switched off: ``neuron``, ``head`` or ``weight``.
+        edit: What was done to them in its place, such as ``damped by 50 %``.
     """
     if "pruned" not in found:
         return "The model was measured as it is; no neurons were given to switch off."
@@ -32,7 +34,7 @@ def verdict(
     neurons = f"{num_neurons} {granularity}{'s' if num_neurons != 1 else ''}"
     price = f"perplexity {moved(next(iter(found['perplexity_change'].values())))}"
     if effect["evidence"]:
-        sentences = [f"With {neurons} switched off, mean {behavior} {moved(effect['percent'])}, and {price}."]
+        sentences = [f"With {neurons} {edit}, mean {behavior} {moved(effect['percent'])}, and {price}."]
     else:
         changed = effect["num_better"] + effect["num_worse"]
         why = (
@@ -40,9 +42,9 @@ def verdict(
             if changed >= MIN_CHANGED
             else f"only {changed} prompt{'s' if changed != 1 else ''} changed"
         )
+        what = f"switching {neurons} off" if edit == "switched off" else f"having {neurons} {edit}"
         sentences = [
-            f"No evidence that switching {neurons} off changes {behavior}: its mean {moved(effect['percent'])}, and "
-            f"{why}; {price}."
+            f"No evidence that {what} changes {behavior}: its mean {moved(effect['percent'])}, and {why}; {price}."
         ]
     sentences += _controls(found, effect["evidence"], num_neurons, granularity)
     sentences += _second(found, effect["evidence"], scorers)

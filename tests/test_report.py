@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import functools
 import json
 import math
@@ -312,6 +313,15 @@ def test_the_controls_stand_beside_the_chosen_neurons():
     assert further == f"{pruned - after:+.4f}"
     assert its == "{low:+.4f} to {high:+.4f}".format(**control["pruned_less_control"])
     assert write(results).tables[2][1:] == [list(row) for row in control_table(results)]
+
+
+def test_the_card_of_damped_neurons_does_not_say_that_their_weights_are_zero():
+    damped = dataclasses.replace(NEURONS, neurons=[dataclasses.replace(n, strength=0.5) for n in NEURONS.neurons])
+    write(neurons=damped)
+    card = CARD.read_text()
+    assert "# A-Model with 2 neurons damped by 50 %" in card
+    assert "were damped by 50 %. The base model" in card
+    assert "zero" not in card.partition("## How it was made")[2]
 
 
 def test_a_control_of_fewer_neurons_says_of_how_many():

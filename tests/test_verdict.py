@@ -201,6 +201,27 @@ def test_a_control_of_fewer_neurons_is_not_said_to_be_of_as_many():
     assert "As many" not in words
 
 
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        ([(1.0, 0.0)] * 2, "switched off"),
+        ([(0.5, 0.0)] * 2, "damped by 50 %"),
+        ([(0.5, 0.0), (0.25, 0.0)], "damped"),
+        ([(1.0, 0.0), (0.25, 0.0)], "switched off or damped"),
+        ([(1.0, 0.3), (1.0, 0.0)], "held at their mean activation"),
+        ([(0.5, 0.3)] * 2, "damped by 50 % towards their mean activation"),
+    ],
+)
+def test_neurons_that_are_damped_or_held_at_their_mean_are_not_said_to_be_off(edits, words):
+    up = "model.layers.0.mlp.up_proj"
+    edit = NeuronList([Neuron(up, i, -1.0, *of) for i, of in enumerate(edits)]).edit
+    assert edit == words
+    assert verdict(found(), 2, ["some"], edit=edit).startswith(f"With 2 neurons {words}, mean toxicity fell")
+    off = words == "switched off"
+    what = "switching 2 neurons off" if off else f"having 2 neurons {words}"
+    assert verdict(found(UNCLEAR), 2, ["some"], edit=edit).startswith(f"No evidence that {what} changes toxicity: its")
+
+
 def test_every_control_that_can_be_planned_has_a_sentence():
     up = "model.layers.0.mlp.up_proj"
     neurons = NeuronList([Neuron(up, 0, -1.0)], least_relevant=[Neuron(up, 1, 0.0)])
