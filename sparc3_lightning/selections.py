@@ -71,10 +71,15 @@ def ratio(general: Scores, behavior: Scores, floor: float = 0.05) -> dict[str, T
         floor: Added to every cost, in units of the mean one, since small costs are not known well.
 
     Raises:
-        ValueError: If the modules or shapes of the two differ, or no general score is above 0.
+        ValueError: If the modules or shapes of the two differ, a general score is below 0, or none is above it.
     """
     check_same_modules(general, behavior)
     mean = torch.cat([score.double().flatten() for score in general.values()]).mean()
+    if any((score < 0).any() for score in general.values()):
+        raise ValueError(
+            "A general score is below 0, and a cost cannot be: attribute general text with --model.relevance "
+            "magnitude, absolute or squared for --model.selection ratio."
+        )
     if not mean > 0:
         raise ValueError("The general scores must be above 0 on average to divide by them.")
     return {name: -behavior[name].double() / (general[name].double() + floor * mean) for name in general}

@@ -60,6 +60,12 @@ def test_set_difference_is_the_top_of_one_less_the_top_of_the_other(top_behavior
     assert flat(set_difference(general, behavior, top_behavior, top_general)) == pytest.approx(expected)
 
 
+def test_ratio_refuses_costs_below_zero_which_would_turn_its_order_round():
+    general, behavior = {"a": torch.tensor([1.0, 1.0, -0.06])}, {"a": torch.tensor([0.1, 0.1, -0.5])}
+    with pytest.raises(ValueError, match=r"A general score is below 0.*--model\.relevance magnitude"):
+        ratio(general, behavior)
+
+
 def test_ratio_prefers_what_gains_as_much_for_less():
     general, behavior = {"a": torch.tensor([1.0, 4.0, 1.0])}, {"a": torch.tensor([1.0, 1.0, 3.0])}
     found = ratio(general, behavior, floor=0.5)["a"].tolist()
