@@ -1,5 +1,6 @@
 """Circuits: how few components of a model keep a behaviour, as the least relevant ones are taken out step by step."""
 
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -262,7 +263,9 @@ def curve_of(name: str, granularity: str, num_components: int, curves: list[list
         }
         for figure in FIGURES:
             values = [of_seed[figure] for of_seed in of_seeds]
-            deviation = statistics.stdev(values) if len(values) > 1 else None
+            deviation = None
+            if len(values) > 1:  # statistics.stdev ends in an AttributeError where a value is NaN or infinite
+                deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
             step |= {f"{figure}_mean": statistics.fmean(values), f"{figure}_sd": deviation, figure: values}
         steps.append(step)
     return {

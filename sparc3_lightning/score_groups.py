@@ -54,7 +54,9 @@ def group_scores(paths: Sequence[Path]) -> list[Group]:
         key = tuple(str(getattr(provenance, name)) for name in MUST_MATCH)
         of = groups.setdefault(key, Group(provenance.method, [], []))
         for other, theirs in zip(of.paths, of.provenances, strict=True):
-            if (provenance.data_fingerprint, provenance.seed) == (theirs.data_fingerprint, theirs.seed):
+            # The seed of the run is in nothing but random scores.
+            is_other = provenance.method == "random" and provenance.seed != theirs.seed
+            if provenance.data_fingerprint == theirs.data_fingerprint and not is_other:
                 raise ValueError(
                     f"--model.scores: {path} and {other} are by the same method on the same samples, so they are "
                     "not two seeds: leave one out, or attribute with another --data.init_args.seed."

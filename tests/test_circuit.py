@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.checkpoints import fingerprint, load_model
-from sparc3_lightning.circuit import CIRCUIT, RANDOM, Circuit
+from sparc3_lightning.circuit import CIRCUIT, RANDOM, Circuit, curve_of
 from sparc3_lightning.cli import main
 from sparc3_lightning.data import C4, IOI
 from sparc3_lightning.lrp import lrp
@@ -295,8 +296,21 @@ def test_the_same_samples_twice_are_no_two_seeds(save):
     paths = [save("a", UP_PROJ, 0), save("b", UP_PROJ, 1, data_fingerprint="a")]
     with pytest.raises(ValueError, match=r"--model\.scores: b.* and a.* are not two seeds"):
         group_scores(paths)
-    other_seed = save("c", UP_PROJ, 1, data_fingerprint="a", seed=1)  # such as a random order
-    assert len(group_scores([paths[0], other_seed])) == 1
+    again = save("c", UP_PROJ, 0, data_fingerprint="a", seed=1)  # the seed of the run chooses no samples
+    with pytest.raises(ValueError, match=r"--model\.scores: c.* and a.* are not two seeds"):
+        group_scores([paths[0], again])
+    orders = [save(f"random-{i}", UP_PROJ, i, data_fingerprint="none", method="random", seed=i) for i in range(2)]
+    assert len(group_scores(orders)) == 1
+
+
+def test_a_seed_whose_logits_are_not_finite_gives_a_deviation_that_is_not_known():
+    of_seeds = [[{"sparsity": 0.5, "num_removed": 1, "accuracy": a, "logit_difference": d}] for a, d in NOT_FINITE]
+    (step,) = curve_of("lrp", "neuron", 2, of_seeds)["steps"]
+    assert step["accuracy_sd"] == pytest.approx(statistics.stdev([0.5, 0.0]))
+    assert math.isnan(step["logit_difference_sd"])
+
+
+NOT_FINITE = [(0.5, 1.0), (0.0, math.nan)]
 
 
 def test_scores_of_another_checkpoint_or_of_components_it_has_not_are_refused(checkpoint, save):
