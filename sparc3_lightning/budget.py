@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from sparc3_lightning.checkpoints import check_context, load_config, load_model
+from sparc3_lightning.checkpoints import check_context, check_unchanged, load_config, load_model
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.metrics import last_hidden_state, score_windows
 from sparc3_lightning.neurons import Key, Neuron, columns_of, mask
@@ -242,20 +242,21 @@ def within_budget(
         The chosen neurons; and what was measured.
 
     Raises:
-        ValueError: If no document is left, or not one neuron is within the budget.
+        ValueError: If the checkpoint has changed, no document is left, or not one neuron is within the budget.
     """
     of = general[0].provenance
+    revision = check_unchanged(of.checkpoint, of.checkpoint_fingerprint)
     text.tokenizer = text.tokenizer or of.checkpoint
     text.prepare_data()
     text.setup("predict")
-    check_context(load_config(of.checkpoint, of.revision), text.longest, "--data.seq_len")
+    check_context(load_config(of.checkpoint, revision), text.longest, "--data.seq_len")
     same = [file.provenance for file in general if _are_of_one_source(text, file.provenance.data)]
     text.leave_out = {id_ for provenance in same for id_ in provenance.sample_ids}
     left = [sample for sample in text.samples if sample.id not in text.leave_out]
     if not left:
         raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
-    model = load_model(of.checkpoint, getattr(torch, of.dtype), of.revision).to(device)
+    model = load_model(of.checkpoint, getattr(torch, of.dtype), revision).to(device)
     rise = PerplexityRise(model, text.predict_dataloader())
     chosen = spend(rise, ranked, budget)
     return chosen, {

@@ -278,8 +278,8 @@ def check_unchanged(checkpoint: str, attributed: str) -> str | None:
     revision = revision_of(attributed)
     if fingerprint(checkpoint, revision) != attributed:
         raise ValueError(
-            f"The checkpoint {checkpoint!r} is no longer the one that was attributed ({attributed}); it was not "
-            "exported."
+            f"The checkpoint {checkpoint!r} is no longer the one that was attributed ({attributed}), so it was not "
+            "used: attribute again."
         )
     return revision
 

@@ -16,7 +16,7 @@ from sparc3_lightning.circuit_tables import circuit_csv, summary
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron, check_neurons
+from sparc3_lightning.neurons import Neuron, check_are_neurons, check_neurons
 from sparc3_lightning.orders import ComponentOrder, Order, Scores, WeightOrder, random_scores
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.score_groups import Group, group_scores, load_scores
@@ -128,6 +128,8 @@ class Circuit(L.LightningModule):
                 check_is_whole(self)
                 continue
             scores = ScoreFile.load(of.paths[0]).scores
+            if of.granularity == "neuron":
+                check_are_neurons(scores)
             check_neurons(model, [Neuron(name, len(score) - 1, 0.0) for name, score in scores.items()])
 
     def configure_model(self) -> None:

@@ -28,7 +28,8 @@ def circuit_csv(curves: Sequence[dict[str, Any]]) -> str:
 def summary(results: dict[str, Any]) -> str:
     """Return the sparsest circuit of each method as text."""
     whole = results["whole_model"]
-    rows: Table = [("circuit", "seeds", "sparsity", "kept", "accuracy", "accuracy at half, mean +- sd")]
+    middle = min((step["sparsity"] for step in results["curves"][0]["steps"]), key=lambda sparsity: abs(sparsity - 0.5))
+    rows: Table = [("circuit", "seeds", "sparsity", "kept", "accuracy", f"accuracy at {middle:.0%}, mean +- sd")]
     for curve in results["curves"]:
         # A random order is a control: it has a curve and no circuit.
         circuit = curve.get("circuit")
@@ -36,10 +37,10 @@ def summary(results: dict[str, Any]) -> str:
         if circuit:
             kept = f"{circuit['num_kept']:,} of {curve['num_components']:,}"
             cells = (f"{circuit['sparsity']:.1%}", kept, f"{circuit['accuracy']:.1%}")
-        half = min(curve["steps"], key=lambda step: abs(step["sparsity"] - 0.5))
-        spread = "" if half["accuracy_sd"] is None else f" +- {half['accuracy_sd']:.1%}"
+        (step,) = (step for step in curve["steps"] if step["sparsity"] == middle)
+        spread = "" if step["accuracy_sd"] is None else f" +- {step['accuracy_sd']:.1%}"
         name = f"{curve['granularity']}s, {curve['method']}"
-        rows.append((name, str(curve["num_seeds"]), *cells, f"{half['accuracy_mean']:.1%}{spread}"))
+        rows.append((name, str(curve["num_seeds"]), *cells, f"{step['accuracy_mean']:.1%}{spread}"))
     return (
         f"The whole model is right on {whole['accuracy']:.1%} of {results['num_samples']} samples; a circuit keeps "
         f"{results['threshold']:.0%} of that.\n\n{aligned(rows)}"

@@ -1,8 +1,8 @@
 """What a neuron is; how neurons are selected from scores, masked for a while, or pruned for good."""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -220,11 +220,11 @@ def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
     return {name: _by_mlp(model, [Neuron(name, 0, 0.0)])[0].column for name in modules}
 
 
-def check_are_neurons(modules: Iterable[str]) -> None:
-    """Raise ValueError where the rows of a layer, by its fully qualified name, are no MLP neurons. Needs no model.
+def check_are_neurons(modules: Collection[str]) -> None:
+    """Raise ValueError unless the rows of layers, by their fully qualified names, are MLP neurons, each once.
 
     The rows of other layers have scores too, but there is nothing to switch off: what a row of an attention writes is
-    a sum over its heads.
+    a sum over its heads. Needs no model.
     """
     known = {row for rows, _ in MLPS for row in rows}
     others = sorted({name.rpartition(".")[2] for name in modules} - known)
@@ -233,6 +233,12 @@ def check_are_neurons(modules: Iterable[str]) -> None:
             f"The rows of {', '.join(others)} are no neurons that could be switched off: expected {_KNOWN}. For an "
             "attention score its heads (sparc3 attribute --model.granularity head), for other layers their weights "
             "(--model.granularity weight of attribute and prune)."
+        )
+    mlps = Counter(name.rpartition(".")[0] for name in modules)
+    if max(mlps.values()) > 1:
+        raise ValueError(
+            f"The neurons of {mlps.most_common(1)[0][0]} are scored twice, by their row in up_proj and in gate_proj: "
+            "attribute one of the two (--model.targets '[up_proj]')."
         )
 
 

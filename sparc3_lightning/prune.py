@@ -202,6 +202,8 @@ class Pruning(L.LightningModule):
         )
         if behavior_file.provenance.granularity == "neuron":
             check_are_neurons(behavior_file.scores)
+        elif self.refine:
+            raise ValueError("--model.refine is for neurons, and these are scores of heads: leave it out.")
         general, behavior = average(general_files), behavior_file.scores
         files = [*general_files, behavior_file]
         if self.contrast is not None:

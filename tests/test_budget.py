@@ -260,6 +260,23 @@ def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files)
         prune(general, behavior, "--model.strengths=[1.5]")
 
 
+def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(files, monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.budget.load_model", lambda *_: pytest.fail("the model was loaded"))
+    general, behavior, documents = files
+    price = ["--model.max_perplexity_increase=0.02", "--data=C4", f"--data.source={documents}", "--data.seq_len=12"]
+    of = ScoreFile.load(behavior).provenance
+    heads = {f"model.layers.{i}.self_attn.o_proj": torch.rand(4) for i in range(2)}
+    of_heads = [save_scores(f"{i}.safetensors", heads, of, granularity="head", targets=["o_proj"]) for i in range(2)]
+    with pytest.raises(ValueError, match=r"--model.refine is for neurons, and these are scores of heads"):
+        prune(*of_heads, *price, "--model.refine=1", "--model.min_strength=-100")
+    before = [
+        save_scores(f"before{i}.safetensors", random_scores(i), of, checkpoint_fingerprint="files:before")
+        for i in range(2)
+    ]
+    with pytest.raises(ValueError, match=r"no longer the one that was attributed \(files:before\), so it was not used"):
+        prune(*before, *price, "--model.min_strength=-100")
+
+
 def test_attributed_documents_are_left_out_however_the_path_of_their_file_is_written(files):
     general, behavior, documents = files
     data = [f"--data.source={documents.absolute()}", "--data.seq_len=12", "--data.num_samples=12"]

@@ -316,9 +316,11 @@ NOT_FINITE = [(0.5, 1.0), (0.0, math.nan)]
 def test_scores_of_another_checkpoint_or_of_components_it_has_not_are_refused(checkpoint, save):
     with pytest.raises(ValueError, match=r"is for the checkpoint .* but --model\.checkpoint is"):
         find(checkpoint, [save("other", UP_PROJ, 0, checkpoint_fingerprint="files:other")])
-    with pytest.raises(ValueError, match="not a layer of MLP neurons"):
+    with pytest.raises(ValueError, match="The rows of down_proj are no neurons"):
         find(checkpoint, [save("down", {"model.layers.0.mlp.down_proj": (16,)}, 0)])
-    with pytest.raises(ValueError, match=r"Head 15 of .* has 4 heads"):
+    with pytest.raises(ValueError, match=r"Neuron 98 of model.layers.0.mlp.up_proj does not exist"):
+        find(checkpoint, [save("long", {"model.layers.0.mlp.up_proj": (99,)}, 0)])
+    with pytest.raises(ValueError, match=r"The rows of o_proj are no neurons"):
         find(checkpoint, [save("rows", {"model.layers.0.self_attn.o_proj": (16,)}, 0)])
 
 

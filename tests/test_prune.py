@@ -378,6 +378,14 @@ def test_scores_of_rows_that_are_no_neurons_are_refused(layer):
     assert not list(OUT.iterdir())
 
 
+def test_neurons_that_are_scored_by_two_of_their_rows_are_refused():
+    names = [f"model.layers.{i}.mlp.{layer}" for i in range(2) for layer in ("gate_proj", "up_proj")]
+    one, other = (save_scores(f"{i}.safetensors", {name: torch.rand(24) for name in names}) for i in range(2))
+    with pytest.raises(ValueError, match=r"The neurons of model.layers.0.mlp are scored twice"):
+        Pruning([one], other, num_neurons=3, min_strength=-100).prune(OUT)
+    assert not list(OUT.iterdir())
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_score_file_with_a_nan_or_infinity_is_refused_by_name(files, value):
     scores = random_scores(1)
