@@ -262,7 +262,7 @@ def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files)
 
 def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(files, monkeypatch):
     monkeypatch.setattr("sparc3_lightning.budget.load_model", lambda *_: pytest.fail("the model was loaded"))
-    general, behavior, documents = files
+    _, behavior, documents = files
     price = ["--model.max_perplexity_increase=0.02", "--data=C4", f"--data.source={documents}", "--data.seq_len=12"]
     of = ScoreFile.load(behavior).provenance
     heads = {f"model.layers.{i}.self_attn.o_proj": torch.rand(4) for i in range(2)}

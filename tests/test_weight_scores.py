@@ -233,7 +233,7 @@ def attribute(checkpoint: str, prompts: str, folder: str, num_samples: int = 8, 
     return module
 
 
-def test_attribute_writes_scores_of_every_linear_layer_that_prune_can_take(tiny_checkpoint, prompts, monkeypatch):
+def test_attribute_writes_scores_of_every_linear_layer(tiny_checkpoint, prompts, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     module = attribute(tiny_checkpoint, prompts, "out")
     assert module.summary() == "Scores of 14 layers: out/weight_scores.safetensors.index.json"
@@ -250,7 +250,14 @@ def test_prune_takes_scores_of_weights_for_those_of_their_neurons(tiny_checkpoin
     chosen = {}
     for granularity in ("weight", "neuron"):
         first, second = (
-            attribute(tiny_checkpoint, prompts, f"{granularity}-{n}", granularity=granularity, num_samples=n).output
+            attribute(
+                tiny_checkpoint,
+                prompts,
+                f"{granularity}-{n}",
+                granularity=granularity,
+                num_samples=n,
+                targets=["up_proj"],
+            ).output
             for n in (8, 5)
         )
         Pruning([first], second, num_neurons=5).prune(Path(granularity))
