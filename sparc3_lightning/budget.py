@@ -50,7 +50,6 @@ class PerplexityRise:
         self._batches = [(b["input_ids"].to(device), b["attention_mask"].sum(dim=1)) for b in batches]
         self.num_tokens = sum(int((lengths - 1).sum()) for _, lengths in self._batches)
         self.nats = self._nats()
-        self.measured: list[dict[str, float]] = []
         self._rises: dict[tuple[Neuron, ...], float] = {}
 
     @property
@@ -58,16 +57,20 @@ class PerplexityRise:
         """Perplexity of the model as it is."""
         return math.exp(self.nats)
 
+    @property
+    def measured(self) -> list[dict[str, float]]:
+        """What was measured, in the order it was: number of neurons, strength and rise."""
+        return [{"num_neurons": len(of), "strength": _strength(of), "rise": rise} for of, rise in self._rises.items()]
+
     def __call__(self, neurons: Sequence[Neuron]) -> float:
         """Return perplexity with the neurons off, over that of the model as it is, less 1; measured once a list."""
-        if tuple(neurons) in self._rises:
-            return self._rises[tuple(neurons)]
-        with mask(self.model, neurons):
-            rise = self._rises[tuple(neurons)] = math.expm1(self._nats() - self.nats)
-        strength = neurons[0].strength if neurons else 1.0
-        self.measured.append({"num_neurons": len(neurons), "strength": strength, "rise": rise})
-        rank_zero_info(f"{len(neurons):>6} neurons at strength {strength:g}: perplexity {100 * rise:+.2f} %")
-        return rise
+        of = tuple(neurons)
+        if of not in self._rises:
+            with mask(self.model, of):
+                self._rises[of] = math.expm1(self._nats() - self.nats)
+            rise = 100 * self._rises[of]
+            rank_zero_info(f"{len(of):>6} neurons at strength {_strength(of):g}: perplexity {rise:+.2f} %")
+        return self._rises[of]
 
     @torch.no_grad()
     def _nats(self) -> float:
@@ -115,6 +118,11 @@ class PerplexityRise:
         nll = nn.functional.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
         counts = torch.arange(1, input_ids.shape[1], device=nll.device) < lengths.to(nll.device).unsqueeze(1)
         return (nll * counts).sum()
+
+
+def _strength(neurons: Sequence[Neuron]) -> float:
+    """Return the one strength of a list."""
+    return neurons[0].strength if neurons else 1.0
 
 
 def _scaled(neurons: Sequence[Neuron], factor: Tensor) -> Callable[..., tuple[Tensor]]:
