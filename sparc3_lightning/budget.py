@@ -170,7 +170,7 @@ def largest_within(
         low, of_low = high, of_high
         high = min(2 * high, most)
         of_high = rise(high)
-    halve = of_high > 10 * budget  # far out it is no line
+    halve = not of_high <= 10 * budget  # far out it is no line, and NaN is none
     while high - low > 1 and of_low < (1 - slack) * budget:
         before = high - low
         share = 0.5 if halve or of_high <= of_low else (budget - of_low) / (of_high - of_low)
@@ -180,7 +180,7 @@ def largest_within(
             low, of_low = middle, found
         else:
             high, of_high = middle, found
-        halve = of_high > 10 * budget or (not halve and 2 * (high - low) > before)
+        halve = not of_high <= 10 * budget or (not halve and 2 * (high - low) > before)
     return low
 
 

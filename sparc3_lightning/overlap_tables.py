@@ -26,7 +26,7 @@ def summary(results: dict[str, Any]) -> str:
     parts = [f"{results['num_candidates']:,} {of}{checkpoint}", aligned(_overlap_table(results["overlaps"], of))]
     if "correlation" in results:
         parts.append(aligned(_correlation_table(results)))
-        parts.append(aligned(_class_table(results["classes"])))
+        parts.append(aligned(_class_table(results["classes"], of)))
     return "\n\n".join(parts)
 
 
@@ -138,10 +138,10 @@ def _correlation_table(results: dict[str, Any]) -> Table:
     return rows
 
 
-def _class_table(classes: dict[str, Any]) -> Table:
+def _class_table(classes: dict[str, Any], of: str) -> Table:
     """Return the classes by sign, as numbers and shares of all neurons and of those that are pruned for a behaviour."""
     every, pruned = classes["all"], classes["pruned"]
-    rows: Table = [("sign of differential relevance", "all neurons", "", "pruned", "")]
+    rows: Table = [("sign of differential relevance", f"all {of}", "", "pruned", "")]
 
     def add(name: str, number: int, of_pruned: int) -> None:
         cells = [(f"{n:,}", cell(n / of["neurons"], "%", 1)) for n, of in ((number, every), (of_pruned, pruned))]

@@ -132,6 +132,11 @@ def test_what_bisection_returns_is_within_the_budget_even_where_the_rise_falls_a
     assert found in (1, 3, 5)
 
 
+def test_a_rise_that_is_no_number_is_beyond_every_budget():
+    assert largest_within(lambda number: 0.1 if number <= 7 else math.nan, 1000, 0.5) == 7
+    assert largest_within(lambda number: math.nan, 1000, 0.5) == 0
+
+
 def test_the_longest_head_within_the_budget_is_taken(rise):
     ranked = ranking()
     rises = [rise(ranked[:n]) for n in range(1, 21)]

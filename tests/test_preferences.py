@@ -114,6 +114,10 @@ def test_pairs_are_those_of_one_kind_and_as_many_as_asked_for_each_once(tiny_che
     assert len(data.pairs) == 3
     assert data.longest == max(len(pair.more) for pair in data.pairs)
     assert len(set_up(tiny_checkpoint, num_pairs=2).pairs) == 2
+    twice = [PAIRS[0], PAIRS[0], *PAIRS[1:]]
+    assert {pair.id for pair in set_up(tiny_checkpoint, rows=twice, num_pairs=2).pairs} == {
+        pair.id for pair in set_up(tiny_checkpoint, num_pairs=2).pairs
+    }
     with pytest.raises(ValueError, match=r"Only 3 pairs are left \(0 begin .* --data.pairs.num_pairs is 4"):
         set_up(tiny_checkpoint, where={"bias_type": "b"}, num_pairs=4)
     with pytest.raises(ValueError, match=r"no text in 'sent_more' or 'stereotype' .*it has \['bias_type', 'sent_less'"):

@@ -163,6 +163,14 @@ def test_groups_of_prompts_need_a_toxicity_of_their_own() -> None:
         RealToxicityPrompts(by="continuation").prepare_data()
 
 
+@pytest.mark.parametrize("data", [ToxicPrompts, RealToxicityPrompts])
+@pytest.mark.parametrize("option", [{"text_field": "context"}, {"until": "BLANK"}, {"where": {"bias_type": "race"}}])
+def test_options_for_rows_of_prompts_are_refused_for_a_file_of_completions(data: Any, option: dict[str, Any]) -> None:
+    data(source="prompts.jsonl", **option)
+    with pytest.raises(ValueError, match=f"With by=continuation the option {next(iter(option))} has no meaning"):
+        data(source="completions.jsonl", by="continuation", **option)
+
+
 @pytest.mark.realdata
 def test_the_real_stereoset_gives_beginnings_of_sentences_of_one_kind_of_bias(shared: Path) -> None:
     rows = list(read_records(shared / "data" / "stereoset" / "dev.jsonl"))

@@ -108,6 +108,17 @@ def select(rows: Iterable[dict[str, Any]], where: Where | None) -> Iterable[dict
         raise ValueError(f"No row has {dict(where or {})} (option where). In the rows, {known}.")
 
 
+def check_options(by: str, text_field: str, until: str | None, where: Where | None) -> None:
+    """Raise ValueError if options that read and choose rows of prompts are given for a completions.jsonl."""
+    given = {"text_field": text_field != "text", "until": until is not None, "where": bool(where)}
+    if by == "continuation" and any(given.values()):
+        raise ValueError(
+            f"With by=continuation the option {', '.join(name for name, is_given in given.items() if is_given)} has no "
+            "meaning: the prompts of a completions.jsonl were read and chosen when 'sparc3 evaluate' wrote it. Give it "
+            "to the data of that run (in 'sparc3 run' the group screen), and leave it out here."
+        )
+
+
 def worst_continued(rows: Iterable[dict[str, Any]], source: str | None) -> list[Prompt]:
     """Give each prompt of completions.jsonl the highest score of the original model's continuations of it.
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
-from sparc3_lightning.data.prompts import Prompt, read_prompts, worst_continued, worst_first
+from sparc3_lightning.data.prompts import Prompt, check_options, read_prompts, worst_continued, worst_first
 from sparc3_lightning.metrics import TOXIC_FROM
 from sparc3_lightning.sources import read_records, resolve
 
@@ -68,6 +68,7 @@ class RealToxicityPrompts(TextDataModule):
                 f"With num_nontoxic {num_nontoxic}, min_toxicity must be at least {TOXIC_FROM}, got {min_toxicity} "
                 f"(by={by}): otherwise the two groups would overlap."
             )
+        check_options(by, text_field, until, where)
         self.save_hyperparameters(logger=False)
         self.num_prompts = num_prompts
         self.min_toxicity = min_toxicity

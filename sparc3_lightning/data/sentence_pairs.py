@@ -68,7 +68,7 @@ class SentencePairs(TextDataModule):
         if begin is None:
             raise ValueError("The tokenizer has no token that begins or ends a text: leave out --data.pairs.")
         used = set(exclude)
-        kept: list[list[str]] = []
+        kept: dict[str, list[str]] = {}  # a pair that occurs again counts once
         for number, row in enumerate(select(self.rows(), self.where), start=1):
             sentences = [text for text in map(row.get, self.fields) if isinstance(text, str) and text.strip()]
             if len(sentences) < 2:
@@ -79,7 +79,7 @@ class SentencePairs(TextDataModule):
             if used and any(beginnings(text) & used for text in sentences):
                 self.num_excluded += 1
                 continue
-            kept.append(sentences)
+            kept.setdefault(prompt_id("\n".join(sentences)), sentences)
         if not kept or len(kept) < (self.num_pairs or 1):
             raise ValueError(
                 f"Only {len(kept)} pairs are left ({self.num_excluded} begin with a prompt that was used to attribute) "
@@ -87,15 +87,14 @@ class SentencePairs(TextDataModule):
             )
         pairs = [
             Pair(
-                prompt_id("\n".join(sentences)),
+                name,
                 *([begin, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in sentences),
             )
-            for sentences in kept[: self.num_pairs]
+            for name, sentences in list(kept.items())[: self.num_pairs]
         ]
         self.longest = max(max(len(pair.more), len(pair.less)) for pair in pairs)
-        # Pairs of like length side by side, the longest first; a pair that occurs again counts once.
-        unique = {pair.id: pair for pair in pairs}.values()
-        self.pairs = sorted(unique, key=lambda pair: (-max(len(pair.more), len(pair.less)), pair.id))
+        # Pairs of like length side by side, the longest first.
+        self.pairs = sorted(pairs, key=lambda pair: (-max(len(pair.more), len(pair.less)), pair.id))
 
     def test_dataloader(self) -> DataLoader:
         """Return batches: ``pair_ids`` and ``weights`` per pair; ``input_ids`` and ``lengths`` of both sentences."""

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from sparc3_lightning.data.base import HubDataset, ReferenceSamples, Sample
-from sparc3_lightning.data.prompts import Prompt, continued, read_prompts, worst_continued, worst_first
+from sparc3_lightning.data.prompts import Prompt, check_options, continued, read_prompts, worst_continued, worst_first
 from sparc3_lightning.data.real_toxicity_prompts import HUB
 
 
@@ -57,6 +57,7 @@ class ToxicPrompts(ReferenceSamples):
                 "by=continuation needs a source: the completions.jsonl of a 'sparc3 evaluate' of this model (without "
                 "neurons), since the continuations are the model's own."
             )
+        check_options(by, text_field, until, where)
         self.save_hyperparameters(logger=False)
         self.by = by
         self.min_toxicity = min_toxicity
