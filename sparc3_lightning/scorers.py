@@ -55,9 +55,8 @@ class DetoxifyScorer:
         self.name = name
         self.batch_size = batch_size
         checkpoint, config = _checkpoint_of(name)
-        self._detoxify = Detoxify(
-            checkpoint=_without_pickles(checkpoint, config), device=device, huggingface_config_path=config
-        )
+        # Not by huggingface_config_path, with which Detoxify takes the number of labels of the config, not its own.
+        self._detoxify = Detoxify(checkpoint=_without_pickles(checkpoint, config), device=device)
         self._detoxify.model.eval()
         limit = self._detoxify.model.config.max_position_embeddings
         self._detoxify.tokenizer.model_max_length = min(self._detoxify.tokenizer.model_max_length, limit)
@@ -216,8 +215,8 @@ def _load(path: Path) -> dict[str, Any]:
 def _without_pickles(path: Path, config: str) -> io.BytesIO:
     """Return the checkpoint as Detoxify can take it, read and written again without unpickling anything.
 
-    Detoxify unpickles the file it is given, so it is given bytes that were written here from plain tensors. It also
-    resolves ``model_type`` before it looks at the folder it was told, so the folder is put there.
+    Detoxify unpickles the file it is given, so it is given bytes that were written here from plain tensors. Its config
+    and tokenizer it takes from ``model_type``, so their folder is put there.
     """
     checkpoint = _load(path)
     checkpoint["config"]["arch"]["args"]["model_type"] = config

@@ -372,6 +372,28 @@ def test_a_model_of_detoxify_is_fetched_once_with_its_digest_and_its_config(
     assert {path.name for path in files} >= {"config.json", "tokenizer.json"}
 
 
+def test_a_model_of_detoxify_has_the_labels_of_its_checkpoint_where_the_config_of_the_hub_names_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: DetoxifyScorer
+) -> None:
+    import huggingface_hub
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "label" not in k}))
+    checkpoint = torch.load(folder / "toxicity.ckpt", weights_only=True)
+    classes = ["severe_toxic", "toxic", "obscene", "threat", "insult", "identity_hate"]
+    checkpoint["config"]["dataset"]["args"]["classes"] = classes
+    checkpoint["config"]["arch"]["args"]["num_classes"] = len(classes)
+    for name in ("classifier.weight", "classifier.bias"):
+        row = checkpoint["state_dict"][name]
+        checkpoint["state_dict"][name] = torch.cat([0 * row, row, *[0 * row] * 4])
+    (folder / "toxicity.ckpt").unlink()
+    torch.save(checkpoint, tmp_path / "six.ckpt")
+    monkeypatch.setenv("SPARC3_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, to, **_: shutil.copy(tmp_path / "six.ckpt", to))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    assert DetoxifyScorer("original").score(INSULTS) == pytest.approx(small.score(INSULTS), abs=1e-6)
+
+
 @pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("invalid hash value"), ConnectionError("refused")])
 def test_a_model_of_detoxify_that_cannot_be_fetched_is_an_error_with_the_way_out(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
