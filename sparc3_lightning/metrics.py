@@ -16,16 +16,26 @@ def last_hidden_state(model: Any, input_ids: Tensor) -> Tensor:
     """Return what the head gets, shape ``[windows, tokens, hidden]``.
 
     The model is called as a whole, since that gathers the weights of a sharded one.
+
+    Raises:
+        ValueError: If the model makes more of its head's output than is known here, such as scaling it.
     """
     captured: list[Tensor] = []
     handle = model.get_decoder().register_forward_hook(
         lambda module, inputs, output: captured.append(output.last_hidden_state)
     )
     try:
-        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
     finally:
         handle.remove()
-    return captured[0]
+    hidden = captured[0]
+    off = (_logits(model, hidden[:, -1]) - logits).abs().amax()
+    if off > 0.02 * logits.abs().amax():  # bfloat16 rounds to 0.004
+        raise ValueError(
+            f"The logits of {type(model).__name__} are not the output of its head (they may be scaled): there is no "
+            "perplexity of this architecture."
+        )
+    return hidden
 
 
 def score_windows(
@@ -61,11 +71,13 @@ def score_windows(
 
 
 def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:
+    return _logits(model, hidden).log_softmax(dim=1)
+
+
+def _logits(model: Any, hidden: Tensor) -> Tensor:
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    return logits.log_softmax(dim=1)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 class Perplexity(Metric):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from sparc3_lightning.data import WikiText2
 from sparc3_lightning.data.wikitext2 import Window, disjoint_windows, sliding_windows
@@ -124,11 +125,27 @@ def test_hidden_states_are_taken_without_forming_the_logits_of_all_positions(mak
     shapes = []
     handle = model.lm_head.register_forward_hook(lambda _m, inputs, _o: shapes.append(tuple(inputs[0].shape[:-1])))
     hidden = last_hidden_state(model, text[:40].reshape(2, 20))
-    assert shapes == [(2, 1)]
+    assert shapes == [(2, 1), (2,)]  # by the model, and to compare with it
     shapes.clear()
     score_windows(model, hidden, text[:40].reshape(2, 20), torch.tensor([[1, 20], [15, 20]]), chunk=8)
     handle.remove()
     assert shapes == [(8,), (8,), (3,), (5,)]
+
+
+@pytest.mark.parametrize("architecture", ["Granite", "Cohere"])
+def test_a_model_that_scales_its_logits_has_no_perplexity(architecture):
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **({"logits_scaling": 8.0} if architecture == "Granite" else {}),
+    )
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    with pytest.raises(ValueError, match=f"The logits of {architecture}ForCausalLM are not the output of its head"):
+        last_hidden_state(model, torch.tensor([[5, 17, 42, 8]]))
 
 
 def slow_divergence(original: torch.Tensor, changed: torch.Tensor, spans: list[list[int]]) -> list[float]:
