@@ -165,7 +165,8 @@ def load_sharded(
         FileNotFoundError: If a file of the checkpoint is missing.
         ValueError: If a weight is missing, or has another shape than the config says.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
 
     config = load_config(checkpoint, revision)
     with torch.device("meta"):
@@ -179,6 +180,8 @@ def load_sharded(
     model.to_empty(device=device)
     _compute_buffers_(model)
     folder = fetch_checkpoint(checkpoint, revision)[0].parent
+    if (folder / GENERATION_CONFIG_NAME).is_file():  # which from_pretrained reads too: it may name more end tokens
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     _read_shards_(model, weight_files(folder))
     return model
 

@@ -1,6 +1,7 @@
 """The plain MLPs of OPT and GPT-2, from the command line to a checkpoint that is reloaded, whole and sharded."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,19 @@ def test_a_checkpoint_of_the_model_without_its_head_is_read_in_shards_too(make_c
     with torch.no_grad():
         torch.testing.assert_close(sharded(input_ids).logits, model(input_ids).logits)
     assert len(blocks_of(sharded)) == 2
+
+
+def test_a_sharded_model_ends_at_the_tokens_of_its_generation_config(make_checkpoint, tmp_path):
+    folder = Path(shutil.copytree(make_checkpoint("llama"), tmp_path / "two_ends"))
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [2, 5]}))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for model in (
+        load_model(str(folder), torch.float32),
+        load_sharded(str(folder), torch.float32, mesh, torch.device("cpu")),
+    ):
+        assert model.generation_config.eos_token_id == [2, 5]
 
 
 @all_families
