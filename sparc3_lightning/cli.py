@@ -28,7 +28,7 @@ from sparc3_lightning.experiment import Experiment
 from sparc3_lightning.files import check_absent
 from sparc3_lightning.prune import NEURONS, Pruning
 from sparc3_lightning.scores import INDEX
-from sparc3_lightning.sharding import check_slurm_tasks
+from sparc3_lightning.sharding import check_slurm_tasks, usable_accelerator
 from sparc3_lightning.sweep import Sweep
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.
@@ -185,6 +185,7 @@ class SparC3CLI(LightningCLI):
         """Check what Lightning would find out too late."""
         trainer = self.config[self.subcommand]["trainer"]
         check_slurm_tasks(trainer["devices"], trainer["num_nodes"], os.environ)
+        trainer["accelerator"] = usable_accelerator(trainer["accelerator"])
 
     def _save_config(self) -> None:
         """Save config.yaml for a verb that starts no loop, where the callback would."""

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -62,6 +63,29 @@ def check_slurm_tasks(devices: Any, num_nodes: int, environment: Mapping[str, st
         f"{num_nodes} asks for {int(devices) * num_nodes}: give srun --ntasks-per-node={devices} --nodes={num_nodes}, "
         "or change these options."
     )
+
+
+def usable_accelerator(accelerator: Any) -> Any:
+    """Return the accelerator to take: the CPU where ``auto`` would be an Apple GPU, which has no float64.
+
+    Args:
+        accelerator: Option ``--trainer.accelerator``.
+
+    Raises:
+        ValueError: If such a GPU is asked for by name.
+    """
+    from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+
+    is_apple = MPSAccelerator.is_available() and not CUDAAccelerator.is_available()
+    if not is_apple or accelerator not in ("auto", "gpu", "mps"):
+        return accelerator
+    if accelerator != "auto":
+        raise ValueError(
+            f"--trainer.accelerator {accelerator}: an Apple GPU has no float64, in which sums are kept and tokens are "
+            "drawn. Use cpu."
+        )
+    rank_zero_info("The CPU is used: an Apple GPU has no float64, in which sums are kept and tokens are drawn.")
+    return "cpu"
 
 
 def load_for(

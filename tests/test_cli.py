@@ -23,6 +23,7 @@ from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.experiment import Experiment
 from sparc3_lightning.prune import Pruning
 from sparc3_lightning.scores import ScoreFile
+from sparc3_lightning.sharding import usable_accelerator
 from sparc3_lightning.sweep import Sweep
 
 LOGS = Path("lightning_logs")
@@ -421,6 +422,19 @@ def test_a_run_goes_into_a_folder_of_its_own(tiny_checkpoint):
     folder = attribute(tiny_checkpoint, *logger)
     assert folder.parts[:2] == ("elsewhere", "attribute")
     assert (folder / "scores.safetensors").is_file()
+
+
+def test_on_an_apple_gpu_which_has_no_float64_the_cpu_is_used(monkeypatch, tiny_checkpoint):
+    for given in ("auto", "gpu", "cpu"):
+        assert usable_accelerator(given) == given
+    monkeypatch.setattr("lightning.pytorch.accelerators.MPSAccelerator.is_available", lambda: True)
+    monkeypatch.setattr("lightning.pytorch.accelerators.CUDAAccelerator.is_available", lambda: False)
+    assert usable_accelerator("auto") == usable_accelerator("cpu") == "cpu"
+    for given in ("gpu", "mps"):
+        with pytest.raises(ValueError, match=f"--trainer.accelerator {given}: an Apple GPU has no float64.* Use cpu"):
+            usable_accelerator(given)
+    folder = attribute(tiny_checkpoint, "--trainer.accelerator", "auto")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["accelerator"] == "cpu"
 
 
 def test_an_error_at_the_shell_is_one_sentence_and_exit_code_1(monkeypatch, capsys):
