@@ -839,6 +839,15 @@ def test_continuations_of_the_same_run_are_taken_over(tiny_checkpoint, caplog):
     assert "Keeping the continuations of 2 prompts" in caplog.text
 
 
+@pytest.mark.usefixtures("in_a_folder_with_the_left_over", "without_a_report")
+def test_continuations_of_a_run_that_told_toxic_prompts_apart_are_of_the_one_group_of_this_run(tiny_checkpoint, caplog):
+    neurons = save_neurons(tiny_checkpoint, PRUNED, next=NEXT, least_relevant=LEAST)
+    with caplog.at_level("INFO"):
+        results = run(evaluation(tiny_checkpoint, neurons, **OPTIONS), data(2, min_toxicity=None))
+    assert "Keeping the continuations of 2 prompts" in caplog.text
+    assert {group: of["baseline"]["num_prompts"] for group, of in results["groups"].items()} == {"all": 8}
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
