@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sparc3_lightning.intervals import (
     Difference,
-    Interval,
     bootstrap_of_draws,
-    bootstrap_ratio,
     correlation,
     interval,
     paired_difference,
+    perplexity_change,
+    perplexity_interval,
     ranks,
     variance_factor,
 )
@@ -113,19 +113,6 @@ def _uniqueness(row: Row) -> float:
 def _mean(values: Sequence[float]) -> float:
     valid = [value for value in values if math.isfinite(value)]
     return sum(valid) / len(valid) if valid else math.nan
-
-
-def perplexity_interval(windows: Mapping[str, Tensor]) -> Interval:
-    """Return the perplexity of one model with its interval over windows."""
-    # torchmetrics makes a number of the one value of a text of one window.
-    resampled = bootstrap_ratio(windows["nll"].reshape(-1, 1), windows["tokens"].reshape(-1))[:, 0]
-    return interval(windows["perplexity"].item(), resampled.exp())
-
-
-def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Interval:
-    """Return by how much perplexity changed, in percent, with its interval over the same windows."""
-    resampled = bootstrap_ratio((after["nll"] - before["nll"]).reshape(-1, 1), before["tokens"].reshape(-1))[:, 0]
-    return interval(100 * ((after["perplexity"] / before["perplexity"]).item() - 1), 100 * (resampled.exp() - 1))
 
 
 def findings(

@@ -4,7 +4,7 @@ Prompts are the unit: continuations of one prompt are alike, so they are average
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -220,6 +220,19 @@ def variance_factor(before: Tensor, after: Tensor) -> float:
 
 def _percent(before: float, after: float) -> float:
     return 100 * (after - before) / before if before else math.nan
+
+
+def perplexity_interval(windows: Mapping[str, Tensor]) -> Interval:
+    """Return the perplexity of one model with its interval over windows."""
+    # torchmetrics makes a number of the one value of a text of one window.
+    resampled = bootstrap_ratio(windows["nll"].reshape(-1, 1), windows["tokens"].reshape(-1))[:, 0]
+    return interval(windows["perplexity"].item(), resampled.exp())
+
+
+def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Interval:
+    """Return by how much perplexity changed, in percent, with its interval over the same windows."""
+    resampled = bootstrap_ratio((after["nll"] - before["nll"]).reshape(-1, 1), before["tokens"].reshape(-1))[:, 0]
+    return interval(100 * ((after["perplexity"] / before["perplexity"]).item() - 1), 100 * (resampled.exp() - 1))
 
 
 def ranks(values: Tensor) -> Tensor:

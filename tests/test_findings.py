@@ -17,10 +17,8 @@ from sparc3_lightning.findings import (
     figures,
     findings,
     front,
-    perplexity_change,
-    perplexity_interval,
 )
-from sparc3_lightning.intervals import paired_difference
+from sparc3_lightning.intervals import paired_difference, perplexity_change, perplexity_interval
 from sparc3_lightning.metrics import Perplexity
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import Neuron
