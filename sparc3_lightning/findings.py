@@ -180,6 +180,8 @@ def _effects(
     }
     tables = [_table(found, name) for name in ("baseline", "pruned")]
     toxicity = effect[found.headline]["toxicity_mean"]
+    draws = {kind: list(of_kind(variants, kind)) for kind in CONTROLS}
+    held = any(variant.held for variant in of_kind(variants, "pruned"))
     return {
         "change": {
             "perplexity_percent": change[conventions[0]].value,
@@ -188,8 +190,9 @@ def _effects(
         "perplexity_change": {name: asdict(value) for name, value in change.items()},
         "effect": effect,
         "common_random_numbers_variance_factor": variance_factor(*tables),
-        "controls": {kind: _control(found, windows, list(of_kind(variants, kind))) for kind in CONTROLS
-                     if any(of_kind(variants, kind))},
+        # A control that is zeroed where the chosen neurons are held at their mean is not like for like.
+        "controls": {kind: {**_control(found, windows, of), "zeroed": held and not any(v.held for v in of)}
+                     for kind, of in draws.items() if of},
         "doses": (doses := [_point(found, windows, v) for v in variants if v.kind in ("pruned", "dose")]),
         "fronts": {selection: front([dose for dose in doses if dose["selection"] == selection])
                    for selection in dict.fromkeys(dose["selection"] for dose in doses)},

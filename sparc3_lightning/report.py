@@ -26,6 +26,7 @@ from sparc3_lightning.tables import (
     other_table,
     toxicity_table,
 )
+from sparc3_lightning.verdict import zeroed_controls
 
 MODEL_CARD = "model_card.md"
 DOSES = "doses.csv"
@@ -160,6 +161,7 @@ def write_report(
             for group, of in results["groups"].items()
         ],
         "controls": control_table(results) if results["controls"] else [],
+        "zeroed": zeroed_controls(results, neurons.edit, granularity_of(results)),
         "others": other_table(results),
         "doses": dose_table(results["doses"]) if has_doses else [],
         "fronts": front_table(results) if has_doses and len(results["fronts"]) > 1 else [],

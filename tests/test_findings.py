@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -253,6 +253,17 @@ def controlled() -> dict[str, Any]:
     return findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
 
 
+@pytest.mark.parametrize(
+    ("held", "zeroed"),
+    [((), ()), (("pruned",), ("random", "largest_weights")), (("pruned", "random"), ("largest_weights",))],
+)
+def test_a_control_is_said_to_be_zeroed_only_where_the_pruned_neurons_are_held_at_a_constant(held, zeroed):
+    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
+    variants = [replace(variant, held=variant.kind in held) for variant in variants]
+    found = findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
+    assert {kind for kind, control in found["controls"].items() if control["zeroed"]} == set(zeroed)
+
+
 def test_controls_are_compared_with_the_first_continuations_of_the_original_only():
     found = controlled()["controls"]
     prompts = [f"t{i}" for i in range(6)]
@@ -322,7 +333,7 @@ def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
     control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"])["controls"][
         "random"
     ]
-    assert set(control) == {"draws"}
+    assert set(control) == {"draws", "zeroed"}
     assert control["draws"][1]["effect"] is None
     assert control["draws"][1]["toxicity_percent"] is None
     assert math.isnan(control["draws"][1]["toxicity_mean"])

@@ -668,6 +668,19 @@ def test_the_page_tells_the_verdict_the_protocol_the_neurons_and_the_settings():
     assert "secret" not in page.hidden, "the ids of the samples are many, and in neurons.json"
 
 
+def test_page_and_card_say_that_controls_are_zeroed_beside_neurons_held_at_their_mean():
+    results, rows = made_up()
+    held = dataclasses.replace(NEURONS, neurons=[dataclasses.replace(n, constant=0.3) for n in NEURONS.neurons])
+    for zeroed in (True, False):
+        for control in results["controls"].values():
+            control["zeroed"] = zeroed
+        page = write(results, rows, held)
+        said = "The controls are switched off, not held at their mean."
+        assert f"below 0, the chosen ones did more.{f' {said}' if zeroed else '</p>'}" in PAGE.read_text()
+        assert (said in page.words) is (f"neurons did more. {said}\n\n|" in CARD.read_text()) is zeroed
+        assert "neurons did more.\n\n|" in CARD.read_text() or zeroed
+
+
 def test_the_page_says_how_to_run_it_again():
     assert "No config.yaml lies beside this page" in write().words
     PAGE.parent.mkdir(exist_ok=True)

@@ -222,6 +222,37 @@ def test_neurons_that_are_damped_or_held_at_their_mean_are_not_said_to_be_off(ed
     assert verdict(found(UNCLEAR), 2, ["some"], edit=edit).startswith(f"No evidence that {what} changes toxicity: its")
 
 
+@pytest.mark.parametrize(
+    ("edit", "zeroed", "said"),
+    [
+        (
+            "held at their mean activation",
+            ["random", "largest_weights"],
+            "The random heads and the heads with the largest weights are switched off, not held at their mean.",
+        ),
+        (
+            "held at their mean activation",
+            ["random", "least_relevant", "largest_weights"],
+            "The controls are switched off, not held at their mean.",
+        ),
+        (
+            "damped by 50 % towards their mean activation",
+            ["random", "least_relevant", "largest_weights"],
+            "The controls are damped by 50 % towards 0, not towards their mean.",
+        ),
+        ("held at their mean activation", [], ""),
+    ],
+)
+def test_controls_that_are_zeroed_beside_neurons_held_at_their_mean_are_said_to_be(edit, zeroed, said):
+    controls = {
+        kind: {**control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)), "zeroed": kind in zeroed}
+        for kind in ("random", "least_relevant", "largest_weights")
+    }
+    words = verdict(found(controls=controls), 30, ["some"], granularity="head", edit=edit)
+    assert words.endswith(f"+1.0 % (-2.0 to +4.0 %). {said}".rstrip())
+    assert ("their mean." in words) is bool(zeroed)
+
+
 def test_every_control_that_can_be_planned_has_a_sentence():
     up = "model.layers.0.mlp.up_proj"
     neurons = NeuronList([Neuron(up, 0, -1.0)], least_relevant=[Neuron(up, 1, 0.0)])
