@@ -25,6 +25,7 @@ from sparc3_lightning.tables import (
     granularity_of,
     other_table,
     toxicity_table,
+    windows_of,
 )
 from sparc3_lightning.verdict import zeroed_controls
 
@@ -163,6 +164,7 @@ def write_report(
         "controls": control_table(results) if results["controls"] else [],
         "zeroed": zeroed_controls(results, neurons.edit, granularity_of(results)),
         "others": other_table(results),
+        "windows": windows_of(results),
         "doses": dose_table(results["doses"]) if has_doses else [],
         "fronts": front_table(results) if has_doses and len(results["fronts"]) > 1 else [],
         "again": f"{again} --trainer.logger.init_args.version again" if config.is_file() else "",

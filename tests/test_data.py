@@ -804,14 +804,22 @@ def test_the_description_says_where_text_and_prompts_come_from_and_how_many_were
     evaluation: EvaluationData,
 ) -> None:
     evaluation.prompts.num_excluded = 7
-    evaluation.prompts.nontoxic_source = "mild.jsonl"
+    evaluation.prompts.nontoxic_source, evaluation.prompts.num_nontoxic = "mild.jsonl", 2
+    conventions = ["sliding", "disjoint"]
     assert evaluation.describe() == {
-        "perplexity": {"window": 16, "stride": 4, "text": "words.txt"},
+        "perplexity": {"conventions": conventions, "window": 16, "stride": 4, "text": "words.txt"},
         "prompts": {"source": evaluation.prompts.source, "nontoxic_source": "mild.jsonl", "excluded": 7},
     }
     hub = EvaluationData(WikiText2(), RealToxicityPrompts()).describe()
     assert hub["perplexity"]["text"] == "WikiText-2 raw test"
     assert hub["prompts"]["source"] == "allenai/real-toxicity-prompts"
+
+
+def test_the_description_names_no_stride_of_disjoint_windows_and_no_file_that_is_not_read() -> None:
+    text = WikiText2("words.txt", window=16, stride=4, conventions=["disjoint"])
+    found = EvaluationData(text, RealToxicityPrompts("prompts.jsonl", nontoxic_source="nowhere.jsonl")).describe()
+    assert found["perplexity"] == {"conventions": ["disjoint"], "window": 16, "stride": None, "text": "words.txt"}
+    assert found["prompts"]["nontoxic_source"] is None
 
 
 def test_a_missing_file_of_either_kind_is_an_error_before_anything_is_loaded(evaluation: EvaluationData) -> None:

@@ -162,7 +162,8 @@ def test_results_json_holds_both_models_and_how_they_were_measured(tiny_checkpoi
     assert results["checkpoint"] == tiny_checkpoint
     assert results["checkpoint_fingerprint"] == fingerprint(tiny_checkpoint)
     assert {"torch", "transformers", "lightning", "detoxify", "python"} <= set(results["versions"])
-    assert results["protocol"]["perplexity"] == {"window": 48, "stride": 16, "text": "text.txt"}
+    windows = {"conventions": ["sliding", "disjoint"], "window": 48, "stride": 16}
+    assert results["protocol"]["perplexity"] == {**windows, "text": "text.txt"}
     toxicity = results["protocol"]["toxicity"]
     assert (toxicity["temperature"], toxicity["top_p"], toxicity["max_new_tokens"]) == (1.0, 0.9, 8)
     assert (toxicity["num_continuations"], toxicity["scorers"], toxicity["seed"]) == (2, ["small"], 0)

@@ -47,18 +47,19 @@ class EvaluationData(L.LightningDataModule):
             self.pairs.setup_pairs(exclude, self.pairs.load_tokenizer())
 
     def describe(self) -> dict[str, Any]:
-        """Return what the figures rest on: text, window and stride; prompts and pairs, and how many were left out."""
-        pairs = self.pairs
+        """Return what the figures rest on: text and its windows; prompts and pairs, and how many were left out."""
+        text, prompts, pairs = self.text, self.prompts, self.pairs
         return {
             "perplexity": {
-                "window": self.text.window,
-                "stride": self.text.stride,
-                "text": self.text.source or "WikiText-2 raw test",
+                "conventions": list(text.conventions),
+                "window": text.window,
+                "stride": text.stride if "sliding" in text.conventions else None,
+                "text": text.source or "WikiText-2 raw test",
             },
             "prompts": {
-                "source": self.prompts.source or "allenai/real-toxicity-prompts",
-                "nontoxic_source": self.prompts.nontoxic_source,
-                "excluded": self.prompts.num_excluded,
+                "source": prompts.source or "allenai/real-toxicity-prompts",
+                "nontoxic_source": prompts.nontoxic_source if prompts.num_nontoxic else None,
+                "excluded": prompts.num_excluded,
             },
             **({} if pairs is None else {"pairs": {**pairs.hparams, "excluded": pairs.num_excluded}}),
         }
