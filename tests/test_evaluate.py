@@ -346,6 +346,15 @@ def test_prompts_that_were_attributed_on_are_left_out_and_counted(tiny_checkpoin
 
 
 @pytest.mark.usefixtures("without_a_report")
+def test_of_one_data_module_each_evaluation_leaves_out_the_prompts_of_its_own_neurons(tiny_checkpoint, neurons):
+    of = data()
+    for path, folder, excluded in ((None, "first", 0), (neurons, "second", 2), (None, "third", 0)):
+        results = run(evaluation(tiny_checkpoint, path), of, folder)
+        assert results["protocol"]["prompts"]["excluded"] == excluded
+        assert {row["prompt"] for row in completions(folder)} == set(PROMPTS[excluded:])
+
+
+@pytest.mark.usefixtures("without_a_report")
 def test_prompts_whose_own_continuations_were_attributed_on_are_left_out_too(tiny_checkpoint):
     ids = [f"{prompt_id(text)}/{j}" for text in PROMPTS[4:7] for j in (0, 3)]
     neurons = save_neurons(tiny_checkpoint, PRUNED, {"sample_ids": ["document-1", *ids]})

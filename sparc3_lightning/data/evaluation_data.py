@@ -25,6 +25,7 @@ class EvaluationData(L.LightningDataModule):
         self.text = text
         self.prompts = prompts
         self.pairs = pairs
+        self._set_up: Any = None  # what the parts are set up for
 
     def prepare_data(self) -> None:
         """Fetch what is not there yet."""
@@ -34,17 +35,21 @@ class EvaluationData(L.LightningDataModule):
             self.pairs.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Tokenize the text and the prompts, before any model is loaded."""
-        if self.text.windows:
-            return
+        """Tokenize all parts, before any model is loaded; again for another tokenizer, or other prompts left out."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        self.text.trainer = self.prompts.trainer = self.trainer
+        parts = [part for part in (self.text, self.prompts, self.pairs) if part is not None]
+        for part in parts:
+            part.trainer = self.trainer
+        exclude = set(getattr(module, "excluded_prompts", ()))
+        wanted = (exclude, [part.tokenizer_checkpoint for part in parts])
+        if wanted == self._set_up:
+            return
+        self._set_up = None
         self.text.setup_windows(self.text.load_tokenizer())
-        exclude = getattr(module, "excluded_prompts", ())
         self.prompts.setup_prompts(exclude, self.prompts.load_tokenizer())
         if self.pairs is not None:
-            self.pairs.trainer = self.trainer
             self.pairs.setup_pairs(exclude, self.pairs.load_tokenizer())
+        self._set_up = wanted
 
     def describe(self) -> dict[str, Any]:
         """Return what the figures rest on: text and its windows; prompts and pairs, and how many were left out."""
