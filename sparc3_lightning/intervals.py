@@ -223,16 +223,20 @@ def _percent(before: float, after: float) -> float:
 
 
 def perplexity_interval(windows: Mapping[str, Tensor]) -> Interval:
-    """Return the perplexity of one model with its interval over windows."""
-    # torchmetrics makes a number of the one value of a text of one window.
-    resampled = bootstrap_ratio(windows["nll"].reshape(-1, 1), windows["tokens"].reshape(-1))[:, 0]
-    return interval(windows["perplexity"].item(), resampled.exp())
+    """Return the perplexity of one model with its interval over windows; a single window has none, NaN."""
+    value = windows["perplexity"].item()
+    if windows["tokens"].numel() < 2:
+        return Interval(value, math.nan, math.nan)
+    return interval(value, bootstrap_ratio(windows["nll"].unsqueeze(1), windows["tokens"])[:, 0].exp())
 
 
 def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Interval:
-    """Return by how much perplexity changed, in percent, with its interval over the same windows."""
-    resampled = bootstrap_ratio((after["nll"] - before["nll"]).reshape(-1, 1), before["tokens"].reshape(-1))[:, 0]
-    return interval(100 * ((after["perplexity"] / before["perplexity"]).item() - 1), 100 * (resampled.exp() - 1))
+    """Return by how much perplexity changed, in percent, with its interval over the same windows, as above."""
+    value = 100 * ((after["perplexity"] / before["perplexity"]).item() - 1)
+    if before["tokens"].numel() < 2:
+        return Interval(value, math.nan, math.nan)
+    resampled = bootstrap_ratio((after["nll"] - before["nll"]).unsqueeze(1), before["tokens"])[:, 0]
+    return interval(value, 100 * (resampled.exp() - 1))
 
 
 def ranks(values: Tensor) -> Tensor:

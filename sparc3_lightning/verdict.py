@@ -114,13 +114,12 @@ def _preference(found: dict[str, Any]) -> list[str]:
 
 
 def moved(percent: dict[str, float]) -> str:
-    """Return a change in percent in words, with its interval."""
+    """Return a change in percent in words, with its interval if there is one: a text of one window has none."""
     value = percent["value"]
     if not math.isfinite(value):
         return "cannot be compared with 0"
-    if value == 0:
-        return f"did not change (95 % interval {_range(percent)})"
-    return f"{'fell' if value < 0 else 'rose'} by {abs(value):.1f} % (95 % interval {_range(percent)})"
+    words = f"{'fell' if value < 0 else 'rose'} by {abs(value):.1f} %" if value else "did not change"
+    return words if math.isnan(percent["low"]) else f"{words} (95 % interval {_range(percent)})"
 
 
 def _signed(percent: dict[str, float]) -> str:

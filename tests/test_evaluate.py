@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -268,6 +269,20 @@ def test_one_convention_alone_is_called_perplexity(tiny_checkpoint):
     alone = run(evaluation(tiny_checkpoint), data(conventions=["disjoint"]), "alone")
     assert alone["baseline"]["perplexity"] == both["baseline"]["perplexity_disjoint"]
     assert "perplexity_disjoint" not in alone["baseline"]
+
+
+def test_perplexity_of_a_single_window_has_no_interval_anywhere(tiny_checkpoint, neurons):
+    model = evaluation(tiny_checkpoint, neurons, doses=[1], controls=1)
+    results = run(model, data(num_tokens=48))
+    for of in (results["perplexity_change"], *results["perplexity_interval"].values()):
+        for convention in ("sliding", "disjoint"):
+            assert of[convention]["value"] is not None
+            assert of[convention]["low"] is of[convention]["high"] is None
+    told = re.search(r"perplexity (fell|rose) by [0-9.]+ %(.)", results["verdict"])
+    assert told
+    assert told[2] == "."
+    texts = [Path("out", name).read_text() for name in (REPORT, "model_card.md", "doses.csv")]
+    assert not any(re.search(r"\bnan\b", text) for text in (*texts, model.summary(), results["verdict"]))
 
 
 def test_without_neurons_only_the_model_as_it_is_is_measured(tiny_checkpoint):

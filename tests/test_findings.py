@@ -526,12 +526,15 @@ def test_a_perplexity_that_does_not_change_has_no_interval_to_speak_of():
         assert getattr(perplexity_change(measured(BASELINE_NLL, TOKENS), worse), side) == pytest.approx(1.005, abs=1e-3)
 
 
-def test_a_text_of_one_window_has_a_perplexity_too():
+def test_a_text_of_one_window_has_a_perplexity_too_but_no_interval():
     metric = Perplexity()
     metric.update(torch.tensor([0]), *torch.tensor([[20.0], [0.5]], dtype=torch.float64), torch.tensor([10]))
     windows = metric.compute()
     assert perplexity_interval(windows).value == pytest.approx(math.exp(2))
     assert perplexity_change(windows, windows).value == 0.0
+    for found in (perplexity_interval(windows), perplexity_change(windows, windows)):
+        assert math.isnan(found.low), "one window says nothing of how others would differ"
+        assert math.isnan(found.high)
 
 
 def test_perplexity_changes_and_intervals_are_given_for_each_convention():

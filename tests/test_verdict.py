@@ -195,6 +195,13 @@ def test_a_change_in_words_has_its_sign_in_the_verb():
     assert moved(figure(12.36, -1.0, 20.06)) == "rose by 12.4 % (95 % interval -1.0 to +20.1 %)"
 
 
+def test_a_change_that_has_no_interval_is_told_without_one():
+    assert moved(figure(12.36, math.nan, math.nan)) == "rose by 12.4 %"
+    assert moved(figure(0.0, math.nan, math.nan)) == "did not change"
+    said = verdict(found(perplexity=(3.0, math.nan, math.nan)), 30, ["some"])
+    assert said.endswith("(95 % interval -30.0 to -10.0 %), and perplexity rose by 3.0 %.")
+
+
 def test_a_control_of_fewer_neurons_is_not_said_to_be_of_as_many():
     words = verdict(found(controls={"random": control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05), number=12)}), 30, ["some"])
     assert "Only 12 random neurons, all there are to draw from, (3 draws): +1.0 % (-2.0 to +4.0 %)." in words
