@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,15 @@ class CompletionLog:
         self.path = folder / f"unfinished-{rank}.jsonl"
         self.header = json.loads(json.dumps({"identity": identity}))
 
-    def begin(self, prompt_ids: Collection[str], rows_per_prompt: int) -> dict[str, list[dict[str, Any]]]:
+    def begin(self, prompts: Iterable[Prompt], rows_per_prompt: int) -> dict[str, list[dict[str, Any]]]:
         """Take over what an earlier run left, on rank 0 before any rank appends.
 
         Args:
-            prompt_ids: The prompts of this run.
+            prompts: Those of this run.
             rows_per_prompt: Continuations of a prompt, by all models; a prompt with fewer is continued anew.
 
         Returns:
-            The rows of each prompt that is complete.
+            The rows of each prompt that is complete, with the toxicity that this run gives the prompt.
 
         Raises:
             ValueError: If the output folder holds the continuations of another run; the field that differs is named.
@@ -55,10 +55,13 @@ class CompletionLog:
                     self._refuse(header)
                 continue
             rows |= {(row["prompt_id"], row["model"], row["continuation_index"]): row for row in found}
+        # That run may have chosen its prompts in another way, by which a prompt is of another group.
+        toxicity = {prompt.id: prompt.toxicity for prompt in prompts}
         by_prompt = defaultdict(list)
         for row in rows.values():
-            by_prompt[row["prompt_id"]].append(row)
-        kept = {key: found for key, found in by_prompt.items() if key in prompt_ids and len(found) == rows_per_prompt}
+            if (key := row["prompt_id"]) in toxicity:
+                by_prompt[key].append(row | {"prompt_toxicity": toxicity[key]})
+        kept = {key: found for key, found in by_prompt.items() if len(found) == rows_per_prompt}
         lines = [json.dumps(line) for line in [self.header, *(row for found in kept.values() for row in found)]]
         write_atomically(self.path, "\n".join(lines) + "\n")
         for path in self.folder.glob(PATTERN):  # only now: their rows are in this file

@@ -259,8 +259,7 @@ class Evaluation(L.LightningModule):
         self.log_of_completions = CompletionLog(self.folder, self.trainer.global_rank, identity)
         kept: dict[str, list[dict[str, Any]]] = {}
         if self.trainer.is_global_zero:
-            wanted = {prompt.id for prompt in prompts.prompts}
-            kept = self.log_of_completions.begin(wanted, sum(v.num_continuations for v in self.variants))
+            kept = self.log_of_completions.begin(prompts.prompts, sum(v.num_continuations for v in self.variants))
             if kept:
                 rank_zero_info(f"Keeping the continuations of {len(kept)} prompts of a run that broke off.")
         prompts.leave_out = set(self.trainer.strategy.broadcast(list(kept)))

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sparc3_lightning.intervals import (
     Difference,
-    Interval,
     bootstrap_of_draws,
-    bootstrap_ratio,
     correlation,
     interval,
     paired_difference,
+    perplexity_change,
+    perplexity_interval,
     ranks,
     variance_factor,
 )
@@ -115,19 +115,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(valid) / len(valid) if valid else math.nan
 
 
-def perplexity_interval(windows: Mapping[str, Tensor]) -> Interval:
-    """Return the perplexity of one model with its interval over windows."""
-    # torchmetrics makes a number of the one value of a text of one window.
-    resampled = bootstrap_ratio(windows["nll"].reshape(-1, 1), windows["tokens"].reshape(-1))[:, 0]
-    return interval(windows["perplexity"].item(), resampled.exp())
-
-
-def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Interval:
-    """Return by how much perplexity changed, in percent, with its interval over the same windows."""
-    resampled = bootstrap_ratio((after["nll"] - before["nll"]).reshape(-1, 1), before["tokens"].reshape(-1))[:, 0]
-    return interval(100 * ((after["perplexity"] / before["perplexity"]).item() - 1), 100 * (resampled.exp() - 1))
-
-
 def findings(
     rows: Sequence[Row],
     windows: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
@@ -193,6 +180,8 @@ def _effects(
     }
     tables = [_table(found, name) for name in ("baseline", "pruned")]
     toxicity = effect[found.headline]["toxicity_mean"]
+    draws = {kind: list(of_kind(variants, kind)) for kind in CONTROLS}
+    held = any(variant.held for variant in of_kind(variants, "pruned"))
     return {
         "change": {
             "perplexity_percent": change[conventions[0]].value,
@@ -201,8 +190,9 @@ def _effects(
         "perplexity_change": {name: asdict(value) for name, value in change.items()},
         "effect": effect,
         "common_random_numbers_variance_factor": variance_factor(*tables),
-        "controls": {kind: _control(found, windows, list(of_kind(variants, kind))) for kind in CONTROLS
-                     if any(of_kind(variants, kind))},
+        # A control that is zeroed where the chosen neurons are held at their mean is not like for like.
+        "controls": {kind: {**_control(found, windows, of), "zeroed": held and not any(v.held for v in of)}
+                     for kind, of in draws.items() if of},
         "doses": (doses := [_point(found, windows, v) for v in variants if v.kind in ("pruned", "dose")]),
         "fronts": {selection: front([dose for dose in doses if dose["selection"] == selection])
                    for selection in dict.fromkeys(dose["selection"] for dose in doses)},

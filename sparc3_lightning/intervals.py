@@ -4,7 +4,7 @@ Prompts are the unit: continuations of one prompt are alike, so they are average
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -220,6 +220,23 @@ def variance_factor(before: Tensor, after: Tensor) -> float:
 
 def _percent(before: float, after: float) -> float:
     return 100 * (after - before) / before if before else math.nan
+
+
+def perplexity_interval(windows: Mapping[str, Tensor]) -> Interval:
+    """Return the perplexity of one model with its interval over windows; a single window has none, NaN."""
+    value = windows["perplexity"].item()
+    if windows["tokens"].numel() < 2:
+        return Interval(value, math.nan, math.nan)
+    return interval(value, bootstrap_ratio(windows["nll"].unsqueeze(1), windows["tokens"])[:, 0].exp())
+
+
+def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Interval:
+    """Return by how much perplexity changed, in percent, with its interval over the same windows, as above."""
+    value = 100 * ((after["perplexity"] / before["perplexity"]).item() - 1)
+    if before["tokens"].numel() < 2:
+        return Interval(value, math.nan, math.nan)
+    resampled = bootstrap_ratio((after["nll"] - before["nll"]).unsqueeze(1), before["tokens"])[:, 0]
+    return interval(value, 100 * (resampled.exp() - 1))
 
 
 def ranks(values: Tensor) -> Tensor:

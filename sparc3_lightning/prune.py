@@ -216,21 +216,21 @@ class Pruning(L.LightningModule):
         if self.selection == "difference":
             strength = differential_strength(general, behavior)
             self._check_strength(strength)
-        spent = None
+        spent, means = None, self._means()
         if self.max_perplexity_increase is None:
             # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.
-            listed = self._edited(select(ranked, max(self.num_neurons, min(self.num_ranked, len(flat)))))
+            listed = self._edited(select(ranked, max(self.num_neurons, min(self.num_ranked, len(flat)))), means)
             chosen = listed[: self.num_neurons]
         else:
             assert text is not None
-            listed = self._edited(select(ranked, min(self.num_ranked, len(flat))))
+            listed = self._edited(select(ranked, min(self.num_ranked, len(flat))), means)
             budget = Budget(self.max_perplexity_increase, self.strengths, self.refine)
             chosen, spent = within_budget(budget, listed, text, general_files, device or torch.device("cpu"))
         taken = {neuron.key for neuron in chosen}
         found = Selected(
             chosen,
             [replace(n, strength=chosen[0].strength) for n in listed if n.key not in taken],
-            lowest(chosen, ((name, score.abs()) for name, score in general.items())),
+            _held(lowest(chosen, ((name, score.abs()) for name, score in general.items())), means),
             modules=list(ranked),
             num_candidates=sum(map(len, ranked.values())),
             num_negative=int((flat < 0).sum()),
@@ -261,16 +261,16 @@ class Pruning(L.LightningModule):
             self.selection
         ](general, behavior)
 
-    def _edited(self, neurons: list[Neuron]) -> list[Neuron]:
+    def _means(self) -> dict[str, Tensor] | None:
+        """Return what takes the place of the activations, per module; None for 0."""
+        if self.replacement == "zero":
+            return None
+        parts = [Activations.load(path.parent / ACTIVATIONS).mean() for path in self.general]
+        return {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
+
+    def _edited(self, neurons: list[Neuron], means: dict[str, Tensor] | None = None) -> list[Neuron]:
         """Give each neuron its strength, and what takes its place."""
-        means = {}
-        if self.replacement == "mean":
-            parts = [Activations.load(path.parent / ACTIVATIONS).mean() for path in self.general]
-            means = {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
-        return [
-            replace(n, strength=self.strengths[0], constant=means[n.module][n.index].item() if means else 0.0)
-            for n in neurons
-        ]
+        return [replace(n, strength=self.strengths[0]) for n in _held(neurons, means)]
 
     def _check_strength(self, strength: float) -> None:
         if math.isfinite(strength) and strength >= self.min_strength:
@@ -304,6 +304,11 @@ class Pruning(L.LightningModule):
         dtype = resolve_dtype(name, torch.device("cpu"))
         export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype, revision=revision)
         rank_zero_info(f"Pruned checkpoint: {self.export}")
+
+
+def _held(neurons: list[Neuron], means: dict[str, Tensor] | None) -> list[Neuron]:
+    """Give each neuron its mean, if there are any, as what takes its place."""
+    return [replace(n, constant=means[n.module][n.index].item()) for n in neurons] if means else neurons
 
 
 def _activations(scores: Sequence[Path]) -> dict[str, Tensor]:

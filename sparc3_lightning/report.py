@@ -25,7 +25,9 @@ from sparc3_lightning.tables import (
     granularity_of,
     other_table,
     toxicity_table,
+    windows_of,
 )
+from sparc3_lightning.verdict import zeroed_controls
 
 MODEL_CARD = "model_card.md"
 DOSES = "doses.csv"
@@ -160,7 +162,9 @@ def write_report(
             for group, of in results["groups"].items()
         ],
         "controls": control_table(results) if results["controls"] else [],
+        "zeroed": zeroed_controls(results, neurons.edit, granularity_of(results)),
         "others": other_table(results),
+        "windows": windows_of(results),
         "doses": dose_table(results["doses"]) if has_doses else [],
         "fronts": front_table(results) if has_doses and len(results["fronts"]) > 1 else [],
         "again": f"{again} --trainer.logger.init_args.version again" if config.is_file() else "",

@@ -122,6 +122,17 @@ def other_table(results: dict[str, Any]) -> Table:
     return rows
 
 
+def windows_of(results: dict[str, Any]) -> str:
+    """Say what windows perplexity was measured in; results.json of earlier versions do not name the convention."""
+    of = results["protocol"]["perplexity"]
+    parts = []
+    for i, convention in enumerate(of.get("conventions", [""])):
+        tokens = results["baseline"][f"tokens_counted_{convention}" if i else "tokens_counted"]
+        stride = "" if convention == "disjoint" else f" with stride {of['stride']}"
+        parts.append(f"{convention} windows of {of['window']} tokens{stride} ({tokens:,} predicted tokens)".lstrip())
+    return " and ".join(parts)
+
+
 def _preference_rows(found: dict[str, Any]) -> Table:
     """Return the share of pairs of sentences in which the stereotypical one is preferred, and by how much it is."""
     rows: Table = []

@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--comments", default=COMMENTS, help="csv file with the columns is_offensive and text")
     parser.add_argument("--rtp", nargs="*", default=[], help="RealToxicityPrompts jsonl files, to measure on only")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "toxicity_checkpoint")
+    parser.add_argument("--output", type=Path, default=Path("toxicity_checkpoint"), help="folder to write to")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -156,6 +156,7 @@ def main() -> None:
 
     validation = [subset(True, 256)]
     prompts = [record["prompt"] for path in args.rtp for record in read_records(Path(path))]
+    prompts = [prompt for prompt in prompts if prompt["toxicity"] is not None]  # RealToxicityPrompts has such
     if prompts:
         toxic = [float(prompt["toxicity"] >= 0.5) for prompt in prompts]
         validation.append(loader(tokenizer, [prompt["text"] for prompt in prompts], toxic, batch_size=256, seed=0))

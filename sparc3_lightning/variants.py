@@ -42,6 +42,7 @@ class Variant:
         strength: 1 is off, a fraction damps.
         draw: Number of the draw of a control.
         selection: Name of the list its neurons are from.
+        held: Whether something other than 0 takes the place of an activation, such as its mean.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Variant:
     strength: float = 1.0
     draw: int = 0
     selection: str = ""
+    held: bool = False
 
     def as_context(self, model: Any, neurons: Sequence[Neuron]) -> AbstractContextManager[None]:
         """Return the context in which the one model in memory becomes this one."""
@@ -186,8 +188,15 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
 
 
 def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Neuron]]) -> list[Variant]:
-    """Return the variants with the numbers of neurons that are off: fewer of a control whose layers have no more."""
-    return [replace(variant, num_neurons=len(off[variant.name])) for variant in variants]
+    """Return the variants with the numbers of neurons that are off, and whether any is held at a constant.
+
+    There are fewer of a control whose layers have no more.
+    """
+    return [
+        replace(variant, num_neurons=len(neurons), held=any(neuron.constant for neuron in neurons))
+        for variant in variants
+        for neurons in (off[variant.name],)
+    ]
 
 
 def _count(model: Any, module: str) -> int:

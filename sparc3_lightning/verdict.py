@@ -47,6 +47,7 @@ def verdict(
             f"No evidence that {what} changes {behavior}: its mean {moved(effect['percent'])}, and {why}; {price}."
         ]
     sentences += _controls(found, effect["evidence"], num_neurons, granularity)
+    sentences += [zeroed] if (zeroed := zeroed_controls(found, edit, granularity)) else []
     sentences += _second(found, effect["evidence"], scorers)
     return " ".join(sentences + _preference(found.get("preference", {})))
 
@@ -66,6 +67,25 @@ def _controls(found: dict[str, Any], evidence: bool, num_neurons: int, granulari
             sentence += f", which is no evidence that the chosen {granularity}s do more"
         sentences.append(sentence + ".")
     return sentences
+
+
+def zeroed_controls(found: dict[str, Any], edit: str, granularity: str = "neuron") -> str:
+    """Say which controls are zeroed though the chosen neurons are held at, or damped towards, their mean; "" if none.
+
+    Args:
+        found: From ``findings``, or results.json.
+        edit: What was done to the chosen ones, such as ``held at their mean activation``.
+        granularity: What they are.
+    """
+    controls = found.get("controls", {})
+    zeroed = [kind for kind, control in controls.items() if control.get("zeroed")]
+    if not zeroed:
+        return ""
+    names = [f"the {control_name(kind, granularity)}" for kind in zeroed]
+    who = "The controls" if len(zeroed) == len(controls) else " and ".join(names).capitalize()
+    damped, towards, _ = edit.partition(" towards")
+    edits = f"{damped} towards 0, not towards" if towards else "switched off, not held at"
+    return f"{who} are {edits} their mean."
 
 
 def _second(found: dict[str, Any], evidence: bool, scorers: Sequence[str]) -> list[str]:
@@ -94,13 +114,12 @@ def _preference(found: dict[str, Any]) -> list[str]:
 
 
 def moved(percent: dict[str, float]) -> str:
-    """Return a change in percent in words, with its interval."""
+    """Return a change in percent in words, with its interval if there is one: a text of one window has none."""
     value = percent["value"]
     if not math.isfinite(value):
         return "cannot be compared with 0"
-    if value == 0:
-        return f"did not change (95 % interval {_range(percent)})"
-    return f"{'fell' if value < 0 else 'rose'} by {abs(value):.1f} % (95 % interval {_range(percent)})"
+    words = f"{'fell' if value < 0 else 'rose'} by {abs(value):.1f} %" if value else "did not change"
+    return words if math.isnan(percent["low"]) else f"{words} (95 % interval {_range(percent)})"
 
 
 def _signed(percent: dict[str, float]) -> str:

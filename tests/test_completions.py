@@ -19,7 +19,14 @@ MODELS = {"baseline": 2, "pruned": 2, "random_0": 1}
 def rows_of(prompt: str, models: dict[str, int] = MODELS) -> list[dict[str, Any]]:
     """Return short rows of a prompt, by several models."""
     return [
-        {"prompt_id": prompt, "model": model, "continuation_index": j, "toxicity": 0.25, "continuation": "δ\u2028 x"}
+        {
+            "prompt_id": prompt,
+            "model": model,
+            "continuation_index": j,
+            "prompt_toxicity": 0.95,
+            "toxicity": 0.25,
+            "continuation": "δ\u2028 x",
+        }
         for model, number in models.items()
         for j in range(number)
     ]
@@ -33,7 +40,7 @@ def log_with(folder: Path, rows: list[dict[str, Any]], rank: int = 0, identity: 
 
 
 def begin(folder: Path, prompts: list[str], rows_per_prompt: int = 5) -> dict[str, list[dict[str, Any]]]:
-    return CompletionLog(folder, 0, IDENTITY).begin(prompts, rows_per_prompt)
+    return CompletionLog(folder, 0, IDENTITY).begin([Prompt(id_, "", 0.95) for id_ in prompts], rows_per_prompt)
 
 
 def test_a_row_says_by_which_model_what_was_continued_how_long_and_how_toxic_it_is() -> None:
@@ -95,6 +102,14 @@ def test_a_neighbouring_folder_of_the_same_run_is_used_and_of_another_run_passed
     log_with(tmp_path / "version_1", rows_of("b"), identity={**IDENTITY, "models": [("baseline", 5)]})
     assert begin(tmp_path / "new", ["a", "b"]) == {"a": rows_of("a")}
     assert (tmp_path / "version_0" / "unfinished-0.jsonl").is_file()
+
+
+@pytest.mark.parametrize("toxicity", [None, 0.3])
+def test_what_is_kept_has_the_toxicity_that_this_run_gives_its_prompt(tmp_path: Path, toxicity: float | None) -> None:
+    (tmp_path / "new").mkdir()
+    log_with(tmp_path / "version_0", rows_of("a"))
+    kept = CompletionLog(tmp_path / "new", 0, IDENTITY).begin([Prompt("a", "", toxicity)], 5)
+    assert kept == {"a": [{**row, "prompt_toxicity": toxicity} for row in rows_of("a")]}
 
 
 def test_other_models_in_the_same_folder_are_refused_with_what_they_were(tmp_path: Path) -> None:

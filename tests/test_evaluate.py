@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,7 +163,8 @@ def test_results_json_holds_both_models_and_how_they_were_measured(tiny_checkpoi
     assert results["checkpoint"] == tiny_checkpoint
     assert results["checkpoint_fingerprint"] == fingerprint(tiny_checkpoint)
     assert {"torch", "transformers", "lightning", "detoxify", "python"} <= set(results["versions"])
-    assert results["protocol"]["perplexity"] == {"window": 48, "stride": 16, "text": "text.txt"}
+    windows = {"conventions": ["sliding", "disjoint"], "window": 48, "stride": 16}
+    assert results["protocol"]["perplexity"] == {**windows, "text": "text.txt"}
     toxicity = results["protocol"]["toxicity"]
     assert (toxicity["temperature"], toxicity["top_p"], toxicity["max_new_tokens"]) == (1.0, 0.9, 8)
     assert (toxicity["num_continuations"], toxicity["scorers"], toxicity["seed"]) == (2, ["small"], 0)
@@ -269,6 +271,20 @@ def test_one_convention_alone_is_called_perplexity(tiny_checkpoint):
     assert "perplexity_disjoint" not in alone["baseline"]
 
 
+def test_perplexity_of_a_single_window_has_no_interval_anywhere(tiny_checkpoint, neurons):
+    model = evaluation(tiny_checkpoint, neurons, doses=[1], controls=1)
+    results = run(model, data(num_tokens=48))
+    for of in (results["perplexity_change"], *results["perplexity_interval"].values()):
+        for convention in ("sliding", "disjoint"):
+            assert of[convention]["value"] is not None
+            assert of[convention]["low"] is of[convention]["high"] is None
+    told = re.search(r"perplexity (fell|rose) by [0-9.]+ %(.)", results["verdict"])
+    assert told
+    assert told[2] == "."
+    texts = [Path("out", name).read_text() for name in (REPORT, "model_card.md", "doses.csv")]
+    assert not any(re.search(r"\bnan\b", text) for text in (*texts, model.summary(), results["verdict"]))
+
+
 def test_without_neurons_only_the_model_as_it_is_is_measured(tiny_checkpoint):
     results = run(evaluation(tiny_checkpoint))
     assert "pruned" not in results
@@ -342,6 +358,15 @@ def test_prompts_that_were_attributed_on_are_left_out_and_counted(tiny_checkpoin
     assert results["protocol"]["prompts"]["excluded"] == 2
     assert {row["prompt"] for row in completions()} == set(PROMPTS[2:])
     assert "2 prompts left out" in caplog.text
+
+
+@pytest.mark.usefixtures("without_a_report")
+def test_of_one_data_module_each_evaluation_leaves_out_the_prompts_of_its_own_neurons(tiny_checkpoint, neurons):
+    of = data()
+    for path, folder, excluded in ((None, "first", 0), (neurons, "second", 2), (None, "third", 0)):
+        results = run(evaluation(tiny_checkpoint, path), of, folder)
+        assert results["protocol"]["prompts"]["excluded"] == excluded
+        assert {row["prompt"] for row in completions(folder)} == set(PROMPTS[excluded:])
 
 
 @pytest.mark.usefixtures("without_a_report")
@@ -837,6 +862,15 @@ def test_continuations_of_the_same_run_are_taken_over(tiny_checkpoint, caplog):
     with caplog.at_level("INFO"):
         run(evaluation(tiny_checkpoint, neurons, **OPTIONS), data(2))
     assert "Keeping the continuations of 2 prompts" in caplog.text
+
+
+@pytest.mark.usefixtures("in_a_folder_with_the_left_over", "without_a_report")
+def test_continuations_of_a_run_that_told_toxic_prompts_apart_are_of_the_one_group_of_this_run(tiny_checkpoint, caplog):
+    neurons = save_neurons(tiny_checkpoint, PRUNED, next=NEXT, least_relevant=LEAST)
+    with caplog.at_level("INFO"):
+        results = run(evaluation(tiny_checkpoint, neurons, **OPTIONS), data(2, min_toxicity=None))
+    assert "Keeping the continuations of 2 prompts" in caplog.text
+    assert {group: of["baseline"]["num_prompts"] for group, of in results["groups"].items()} == {"all": 8}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -17,10 +17,8 @@ from sparc3_lightning.findings import (
     figures,
     findings,
     front,
-    perplexity_change,
-    perplexity_interval,
 )
-from sparc3_lightning.intervals import paired_difference
+from sparc3_lightning.intervals import paired_difference, perplexity_change, perplexity_interval
 from sparc3_lightning.metrics import Perplexity
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import Neuron
@@ -255,6 +253,17 @@ def controlled() -> dict[str, Any]:
     return findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
 
 
+@pytest.mark.parametrize(
+    ("held", "zeroed"),
+    [((), ()), (("pruned",), ("random", "largest_weights")), (("pruned", "random"), ("largest_weights",))],
+)
+def test_a_control_is_said_to_be_zeroed_only_where_the_pruned_neurons_are_held_at_a_constant(held, zeroed):
+    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
+    variants = [replace(variant, held=variant.kind in held) for variant in variants]
+    found = findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
+    assert {kind for kind, control in found["controls"].items() if control["zeroed"]} == set(zeroed)
+
+
 def test_controls_are_compared_with_the_first_continuations_of_the_original_only():
     found = controlled()["controls"]
     prompts = [f"t{i}" for i in range(6)]
@@ -324,7 +333,7 @@ def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
     control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"])["controls"][
         "random"
     ]
-    assert set(control) == {"draws"}
+    assert set(control) == {"draws", "zeroed"}
     assert control["draws"][1]["effect"] is None
     assert control["draws"][1]["toxicity_percent"] is None
     assert math.isnan(control["draws"][1]["toxicity_mean"])
@@ -517,12 +526,15 @@ def test_a_perplexity_that_does_not_change_has_no_interval_to_speak_of():
         assert getattr(perplexity_change(measured(BASELINE_NLL, TOKENS), worse), side) == pytest.approx(1.005, abs=1e-3)
 
 
-def test_a_text_of_one_window_has_a_perplexity_too():
+def test_a_text_of_one_window_has_a_perplexity_too_but_no_interval():
     metric = Perplexity()
     metric.update(torch.tensor([0]), *torch.tensor([[20.0], [0.5]], dtype=torch.float64), torch.tensor([10]))
     windows = metric.compute()
     assert perplexity_interval(windows).value == pytest.approx(math.exp(2))
     assert perplexity_change(windows, windows).value == 0.0
+    for found in (perplexity_interval(windows), perplexity_change(windows, windows)):
+        assert math.isnan(found.low), "one window says nothing of how others would differ"
+        assert math.isnan(found.high)
 
 
 def test_perplexity_changes_and_intervals_are_given_for_each_convention():

@@ -107,6 +107,8 @@ def test_a_pair_that_begins_with_a_prompt_attributed_on_is_left_out_and_counted(
     assert data.num_excluded == 2
     assert len(data.pairs) == 5
     assert prompt_id(" ".join(first[:2])) in beginnings(PAIRS[0]["sent_more"])
+    data.setup_pairs((), data.load_tokenizer())
+    assert (data.num_excluded, len(data.pairs)) == (0, 7)
 
 
 def test_pairs_are_those_of_one_kind_and_as_many_as_asked_for_each_once(tiny_checkpoint):

@@ -225,7 +225,7 @@ def test_selections_by_activation_read_those_of_all_seeds_beside_their_scores(si
 def test_neurons_can_be_held_at_their_mean_over_the_tokens_of_each_seed_averaged_over_the_seeds(sides):
     general, behavior = sides
     found = Pruning(general, behavior, replacement="mean", num_neurons=4, num_ranked=8).prune(OUT)
-    for neuron in found.neurons + found.next:
+    for neuron in found.neurons + found.next + found.least_relevant:  # the last are for control, so like for like
         means = []
         for path in general:
             activations = Activations.load(path.parent / ACTIVATIONS)

@@ -135,7 +135,12 @@ def made_up_windows(shift: float, convention: int) -> dict[str, torch.Tensor]:
 def settings(scorers: list[str]) -> dict[str, Any]:
     return {
         "protocol": {
-            "perplexity": {"window": 2048, "stride": 512, "text": "WikiText-2 raw test"},
+            "perplexity": {
+                "conventions": ["sliding", "disjoint"],
+                "window": 2048,
+                "stride": 512,
+                "text": "WikiText-2 raw test",
+            },
             "prompts": {"source": "allenai/real-toxicity-prompts", "nontoxic_source": None, "excluded": 93},
             "toxicity": {
                 "max_new_tokens": 50,
@@ -565,7 +570,11 @@ def test_a_run_in_which_nothing_was_scored_has_a_page():
     _, rows = made_up(second=False, others=False)
     for row in rows:
         row["toxicity"] = None
-    windows = {name: {"sliding": made_up_windows(s, 0)} for name, s in (("baseline", 0.0), ("pruned", 0.1))}
+    conventions = ("sliding", "disjoint")
+    windows = {
+        name: {convention: made_up_windows(shift, 0) for convention in conventions}
+        for name, shift in (("baseline", 0.0), ("pruned", 0.1))
+    }
     found = findings(rows, windows, plan({"": NEURONS}, 3), ["small"])
     results = {"verdict": verdict(found, 2, ["small"]), **found, **settings(["small"])}
     page = write(results, rows)
@@ -654,9 +663,8 @@ def test_the_page_tells_the_verdict_the_protocol_the_neurons_and_the_settings():
         "somebody/A-Model",
         *results["verdict"].split(". "),
         f"{results['effect']['toxic']['toxicity_mean']['num_better']} were continued with less toxicity",
-        "700 predicted tokens",
-        "windows of 2048 tokens",
-        "stride 512",
+        "sliding windows of 2048 tokens with stride 512 (700 predicted tokens)",
+        "and disjoint windows of 2048 tokens (700 predicted tokens)",
         "“small”: 3 continuations a prompt of up to 50 tokens",
         "93 prompts that the neurons were attributed on are left out",
         "Differential strength of the scores: 21.5 %",
@@ -666,6 +674,39 @@ def test_the_page_tells_the_verdict_the_protocol_the_neurons_and_the_settings():
     for words in ("model.layers.12.mlp.up_proj", "345", "-0.0123", '"torch": "2"', '"general": [ "c4" ]', "files:abc"):
         assert words in hidden, words
     assert "secret" not in page.hidden, "the ids of the samples are many, and in neurons.json"
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "said"),
+    [
+        ({"conventions": ["disjoint"], "stride": None}, "disjoint windows of 2048 tokens (700 predicted tokens)"),
+        (
+            {"conventions": ["disjoint", "sliding"], "stride": 512},
+            "disjoint windows of 2048 tokens (700 predicted tokens) and sliding windows of 2048 tokens with stride 512 "
+            "(40,000 predicted tokens)",
+        ),
+        ({"stride": 512}, "windows of 2048 tokens with stride 512 (700 predicted tokens)"),
+    ],
+)
+def test_page_and_card_name_the_windows_that_were_measured_or_what_earlier_results_say_of_them(perplexity, said):
+    results, rows = made_up()
+    results["protocol"]["perplexity"] = {"window": 2048, "text": "a text", **perplexity}
+    results["baseline"]["tokens_counted_sliding"] = 40_000
+    assert f"Perplexity of a text, {said}; intervals over windows." in write(results, rows).words
+    assert f"- Perplexity: a text, {said}.\n" in CARD.read_text()
+
+
+def test_page_and_card_say_that_controls_are_zeroed_beside_neurons_held_at_their_mean():
+    results, rows = made_up()
+    held = dataclasses.replace(NEURONS, neurons=[dataclasses.replace(n, constant=0.3) for n in NEURONS.neurons])
+    for zeroed in (True, False):
+        for control in results["controls"].values():
+            control["zeroed"] = zeroed
+        page = write(results, rows, held)
+        said = "The controls are switched off, not held at their mean."
+        assert f"below 0, the chosen ones did more.{f' {said}' if zeroed else '</p>'}" in PAGE.read_text()
+        assert (said in page.words) is (f"neurons did more. {said}\n\n|" in CARD.read_text()) is zeroed
+        assert "neurons did more.\n\n|" in CARD.read_text() or zeroed
 
 
 def test_the_page_says_how_to_run_it_again():

@@ -437,14 +437,21 @@ def test_a_scorer_is_trained_from_a_csv_file_and_loaded_by_detoxify(tmp_path: Pa
         writer.writerows([i % 2, " ".join(draw.choices(words[i % 2].split(), k=8))] for i in range(1200))
     command = [sys.executable, "-m", "sparc3_lightning.train_scorer", "--comments", "comments.csv", "--epochs", "1"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # batches so small wait for each other longer than they compute
-    done = subprocess.run([*command, "--output", "trained"], env=one_thread, capture_output=True, text=True)
+    prompts = [("you stupid idiot", 0.9), ("a nice day", 0.1), ("never scored", None)]
+    rows = [{"prompt": {"text": text, "toxicity": toxicity}} for text, toxicity in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = subprocess.run([*command, "--rtp", "prompts.jsonl"], env=one_thread, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "trained" / "metrics.json").read_text())
+    trained = tmp_path / "toxicity_checkpoint"  # where it was run, never the one that is shipped
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["prompts"] == 2
     assert metrics["auc_held_out"] > 0.9
     assert metrics["comments_trained"] + metrics["comments_held_out"] == 1200
     assert 60 < metrics["comments_held_out"] < 200
-    assert metrics["sha256"] == sha256_of(tmp_path / "trained" / "toxicity.ckpt")
-    polite, rude = DetoxifyScorer("trained").score(["thank you for this nice day", "you stupid ugly idiot"])
+    assert metrics["sha256"] == sha256_of(trained / "toxicity.ckpt")
+    polite, rude = DetoxifyScorer("./toxicity_checkpoint").score(
+        ["thank you for this nice day", "you stupid ugly idiot"]
+    )
     assert polite < rude
 
 

@@ -189,6 +189,15 @@ def test_the_number_of_a_control_whose_layers_have_no_more_is_that_of_those_that
     assert found == expected
 
 
+def test_of_neurons_held_at_their_mean_it_is_known_which_controls_are_held_too(make_model):
+    held, pool = ([replace(n, constant=0.5) for n in of] for of in (NEURONS.neurons, NEURONS.least_relevant))
+    for least_relevant, expected in ((pool, {"pruned", "least_relevant"}), (NEURONS.least_relevant, {"pruned"})):
+        lists = {"": NeuronList(held, least_relevant=least_relevant)}
+        variants = plan(lists, 1, controls=1)
+        off = neurons_of(variants, lists, make_model(), 0)
+        assert {variant.kind for variant in counted(variants, off) if variant.held} == expected
+
+
 def test_random_neurons_come_from_the_whole_layer_and_the_least_relevant_from_their_list(make_model):
     variants = plan({"": NEURONS}, 1, controls=150)
     lists = neurons_of(variants, {"": NEURONS}, make_model(), 0)

@@ -195,6 +195,13 @@ def test_a_change_in_words_has_its_sign_in_the_verb():
     assert moved(figure(12.36, -1.0, 20.06)) == "rose by 12.4 % (95 % interval -1.0 to +20.1 %)"
 
 
+def test_a_change_that_has_no_interval_is_told_without_one():
+    assert moved(figure(12.36, math.nan, math.nan)) == "rose by 12.4 %"
+    assert moved(figure(0.0, math.nan, math.nan)) == "did not change"
+    said = verdict(found(perplexity=(3.0, math.nan, math.nan)), 30, ["some"])
+    assert said.endswith("(95 % interval -30.0 to -10.0 %), and perplexity rose by 3.0 %.")
+
+
 def test_a_control_of_fewer_neurons_is_not_said_to_be_of_as_many():
     words = verdict(found(controls={"random": control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05), number=12)}), 30, ["some"])
     assert "Only 12 random neurons, all there are to draw from, (3 draws): +1.0 % (-2.0 to +4.0 %)." in words
@@ -220,6 +227,37 @@ def test_neurons_that_are_damped_or_held_at_their_mean_are_not_said_to_be_off(ed
     off = words == "switched off"
     what = "switching 2 neurons off" if off else f"having 2 neurons {words}"
     assert verdict(found(UNCLEAR), 2, ["some"], edit=edit).startswith(f"No evidence that {what} changes toxicity: its")
+
+
+@pytest.mark.parametrize(
+    ("edit", "zeroed", "said"),
+    [
+        (
+            "held at their mean activation",
+            ["random", "largest_weights"],
+            "The random heads and the heads with the largest weights are switched off, not held at their mean.",
+        ),
+        (
+            "held at their mean activation",
+            ["random", "least_relevant", "largest_weights"],
+            "The controls are switched off, not held at their mean.",
+        ),
+        (
+            "damped by 50 % towards their mean activation",
+            ["random", "least_relevant", "largest_weights"],
+            "The controls are damped by 50 % towards 0, not towards their mean.",
+        ),
+        ("held at their mean activation", [], ""),
+    ],
+)
+def test_controls_that_are_zeroed_beside_neurons_held_at_their_mean_are_said_to_be(edit, zeroed, said):
+    controls = {
+        kind: {**control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)), "zeroed": kind in zeroed}
+        for kind in ("random", "least_relevant", "largest_weights")
+    }
+    words = verdict(found(controls=controls), 30, ["some"], granularity="head", edit=edit)
+    assert words.endswith(f"+1.0 % (-2.0 to +4.0 %). {said}".rstrip())
+    assert ("their mean." in words) is bool(zeroed)
 
 
 def test_every_control_that_can_be_planned_has_a_sentence():

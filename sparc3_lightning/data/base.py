@@ -170,17 +170,19 @@ class ReferenceSamples(TextDataModule):
         self.pad_token_id = 0
         self.notes: dict[str, Any] = {}
         self.leave_out: set[str] = set()  # ids of samples that an earlier run has done
+        self._set_up_for: tuple[str, str | None] | None = None
 
     @abstractmethod
     def read_samples(self, tokenizer: Any) -> list[Sample]:
         """Read and tokenize the samples; leave what was counted on the way in ``notes``."""
 
     def setup(self, stage: str) -> None:
-        """Tokenize the samples, before any model is loaded."""
-        if not self.samples:
+        """Tokenize the samples, before any model is loaded; again for another tokenizer."""
+        if self._set_up_for != self.tokenizer_checkpoint:
             tokenizer = self.load_tokenizer()
             self.pad_token_id = tokenizer.pad_token_id or 0
             self.samples = self.read_samples(tokenizer)
+            self._set_up_for = self.tokenizer_checkpoint
 
     @property
     def longest(self) -> int:

@@ -25,6 +25,7 @@ class EvaluationData(L.LightningDataModule):
         self.text = text
         self.prompts = prompts
         self.pairs = pairs
+        self._set_up: Any = None  # what the parts are set up for
 
     def prepare_data(self) -> None:
         """Fetch what is not there yet."""
@@ -34,31 +35,36 @@ class EvaluationData(L.LightningDataModule):
             self.pairs.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Tokenize the text and the prompts, before any model is loaded."""
-        if self.text.windows:
-            return
+        """Tokenize all parts, before any model is loaded; again for another tokenizer, or other prompts left out."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        self.text.trainer = self.prompts.trainer = self.trainer
+        parts = [part for part in (self.text, self.prompts, self.pairs) if part is not None]
+        for part in parts:
+            part.trainer = self.trainer
+        exclude = set(getattr(module, "excluded_prompts", ()))
+        wanted = (exclude, [part.tokenizer_checkpoint for part in parts])
+        if wanted == self._set_up:
+            return
+        self._set_up = None
         self.text.setup_windows(self.text.load_tokenizer())
-        exclude = getattr(module, "excluded_prompts", ())
         self.prompts.setup_prompts(exclude, self.prompts.load_tokenizer())
         if self.pairs is not None:
-            self.pairs.trainer = self.trainer
             self.pairs.setup_pairs(exclude, self.pairs.load_tokenizer())
+        self._set_up = wanted
 
     def describe(self) -> dict[str, Any]:
-        """Return what the figures rest on: text, window and stride; prompts and pairs, and how many were left out."""
-        pairs = self.pairs
+        """Return what the figures rest on: text and its windows; prompts and pairs, and how many were left out."""
+        text, prompts, pairs = self.text, self.prompts, self.pairs
         return {
             "perplexity": {
-                "window": self.text.window,
-                "stride": self.text.stride,
-                "text": self.text.source or "WikiText-2 raw test",
+                "conventions": list(text.conventions),
+                "window": text.window,
+                "stride": text.stride if "sliding" in text.conventions else None,
+                "text": text.source or "WikiText-2 raw test",
             },
             "prompts": {
-                "source": self.prompts.source or "allenai/real-toxicity-prompts",
-                "nontoxic_source": self.prompts.nontoxic_source,
-                "excluded": self.prompts.num_excluded,
+                "source": prompts.source or "allenai/real-toxicity-prompts",
+                "nontoxic_source": prompts.nontoxic_source if prompts.num_nontoxic else None,
+                "excluded": prompts.num_excluded,
             },
             **({} if pairs is None else {"pairs": {**pairs.hparams, "excluded": pairs.num_excluded}}),
         }

@@ -90,6 +90,7 @@ class RealToxicityPrompts(TextDataModule):
         Raises:
             ValueError: If fewer prompts than wanted are left.
         """
+        self.num_excluded = 0
         if self.by == "prompt":
             rows = read_prompts(self.rows(), self.text_field, self.until, self.where)
         else:

@@ -68,6 +68,7 @@ class SentencePairs(TextDataModule):
         if begin is None:
             raise ValueError("The tokenizer has no token that begins or ends a text: leave out --data.pairs.")
         used = set(exclude)
+        self.num_excluded = 0
         kept: dict[str, list[str]] = {}  # a pair that occurs again counts once
         for number, row in enumerate(select(self.rows(), self.where), start=1):
             sentences = [text for text in map(row.get, self.fields) if isinstance(text, str) and text.strip()]
