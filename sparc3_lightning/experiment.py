@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from sparc3_lightning.attribute import Attribution, file_of
+from sparc3_lightning.attribute import file_of
 from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, fingerprint
 from sparc3_lightning.classifiers import split_label
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS
 from sparc3_lightning.files import check_writable, write_atomically
+from sparc3_lightning.preflight import attribution_options, check_evaluation, check_granularities, check_pruning
 from sparc3_lightning.prune import NEURONS
 from sparc3_lightning.report import summary_table
 from sparc3_lightning.scorers import fetch_scorer
@@ -99,6 +99,9 @@ class Experiment:
             options: Config of ``sparc3 run`` with the groups ``seed_everything``, ``trainer``, ``attribute``,
                 ``general``, ``behavior``, ``budget`` (which may be None), ``prune``, ``evaluate`` and ``data``; and,
                 for prompts that are chosen by what the model makes of them, ``screen``.
+
+        Raises:
+            ValueError: If stages that are not done would refuse their options.
         """
         if len(self.general_seeds) > 1 and not _takes_seed(options["general"]):
             raise ValueError(
@@ -107,8 +110,8 @@ class Experiment:
             )
         model = {"checkpoint": self.checkpoint, "dtype": self.dtype, "revision": self.revision}
         of_general = {**options["attribute"], **model}
-        of_behavior = _checked({**options["attribute"], **self.behavior_attribute, **model})
-        _check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
+        of_behavior = attribution_options({**options["attribute"], **self.behavior_attribute, **model})
+        check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
         screened: list[StageRun] = []
         if options.get("screen") is not None:
             screened.append(self._stage("screen", "evaluate", options, screening(options, model), RESULTS))
@@ -130,10 +133,14 @@ class Experiment:
         if options.get("budget") is not None:
             pruning["data"] = options["budget"]
         stages.append(self._stage("neurons", "prune", options, pruning, NEURONS))
+        if not stages[-1].done:
+            check_pruning(pruning["model"], "data" in pruning)
         evaluation = {**options["evaluate"], **model, "neurons": str(stages[-1].folder / NEURONS)}
         stages.append(
             self._stage("evaluation", "evaluate", options, {"model": evaluation, "data": data}, RESULTS, completions)
         )
+        if not stages[-1].done:
+            check_evaluation(evaluation, options["prune"])
         return screened + stages
 
     def _stage(
@@ -263,28 +270,6 @@ def _write_config(stage: StageRun, number: int, folder: Path) -> Path:
 
 def _with_seed(data: dict[str, Any], seed: int) -> dict[str, Any]:
     return {**data, "init_args": {**data["init_args"], "seed": seed}} if _takes_seed(data) else data
-
-
-def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    """Return all options of an attribution, as its own verb would parse them.
-
-    Raises:
-        ValueError: If there is no such option, or a value is of the wrong type.
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Attribution, instantiate=False)
-    try:
-        return parser.parse_object(options).as_dict()
-    except ArgumentError as error:
-        raise ValueError(f"--model.behavior_attribute: {error}") from None
-
-
-def _check_granularities(pruned: str, *attributed: str) -> None:
-    """Raise ValueError unless what is attributed can be pruned; scores of weights are summed for those of neurons."""
-    if pruned == "weight" and set(attributed) != {"weight"}:
-        raise ValueError("--prune.granularity weight needs scores of weights: give --attribute.granularity weight too.")
-    if "head" in attributed:
-        raise ValueError("--attribute.granularity must be neuron or weight: no heads are pruned here.")
 
 
 def _takes_seed(data: dict[str, Any]) -> bool:

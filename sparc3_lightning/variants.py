@@ -82,7 +82,8 @@ def plan(
     Raises:
         ValueError: If a number is out of range, or a list has fewer neurons than a dose.
     """
-    _check(lists, num_continuations, controls, control_continuations, doses, strengths)
+    check_numbers(num_continuations, controls, control_continuations, doses, strengths)
+    _check_doses(lists, doses)
     variants = [Variant("baseline", "baseline", num_continuations)]
     for selection, neurons in lists.items():
         number = len(neurons.neurons)
@@ -113,14 +114,14 @@ def plan(
     return variants
 
 
-def _check(
-    lists: Lists,
+def check_numbers(
     num_continuations: int,
     controls: int,
     control_continuations: int | None,
     doses: Sequence[int],
     strengths: Sequence[float],
 ) -> None:
+    """Raise ValueError if a number is out of range, whatever the neurons; see ``plan``."""
     if num_continuations < 1:
         raise ValueError(f"--model.num_continuations must be at least 1, got {num_continuations}.")
     if controls < 0:
@@ -136,6 +137,9 @@ def _check(
         raise ValueError(f"--model.strengths must be different, got {list(strengths)}.")
     if len(set(doses)) != len(doses) or not all(dose > 0 for dose in doses):
         raise ValueError(f"--model.doses must be different numbers above 0, got {list(doses)}.")
+
+
+def _check_doses(lists: Lists, doses: Sequence[int]) -> None:
     if doses and not lists:
         raise ValueError("--model.doses needs --model.neurons.")
     for selection, neurons in lists.items():
