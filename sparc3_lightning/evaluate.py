@@ -57,7 +57,7 @@ class Evaluation(L.LightningModule):
         top_p: Probability mass of nucleus sampling.
         controls: How many draws of each control to measure beside the pruned model: as many random neurons, spread over
             the layers alike; of the least relevant ones; of those with the largest weights. 0 for none.
-        control_continuations: Continuations drawn per prompt by each control; None as by the other models.
+        control_continuations: Drawn per prompt by each control, at most as many as by the others; None for as many.
         doses: Further numbers of neurons to switch off, in the order of ``neurons``.
         strengths: For each dose: 1 is off, a fraction damps the neurons by that much.
         lm_eval_tasks: Tasks of lm-eval-harness to measure zero-shot accuracy on, before and after (extra ``lmeval``).
