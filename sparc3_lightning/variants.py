@@ -131,6 +131,11 @@ def check_numbers(
         raise ValueError(f"--model.control_continuations must be at least 1, got {control_continuations}.")
     if not all(0 < strength <= 1 for strength in strengths) or (doses and not strengths):
         raise ValueError(f"--model.strengths must be above 0 and at most 1, got {list(strengths)}.")
+    if not doses and any(strength != 1 for strength in strengths):
+        raise ValueError(
+            f"--model.strengths {list(strengths)} is for --model.doses, and there are none: how far the neurons of a "
+            "list are switched off is written there by 'sparc3 prune', whose option strengths says it."
+        )
     if len(set(strengths)) != len(strengths):
         raise ValueError(f"--model.strengths must be different, got {list(strengths)}.")
     if len(set(doses)) != len(doses) or not all(dose > 0 for dose in doses):

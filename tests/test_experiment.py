@@ -219,6 +219,7 @@ def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(verbs_run):
         (["--evaluate.doses", "[3, 11]", "--prune.num_ranked", "10"], r"--evaluate\.doses .* --prune\.num_ranked 11\."),
         (["--evaluate.doses", "[3, 3]"], r"--evaluate\.doses must be different"),
         (["--evaluate.doses", "[3]", "--evaluate.strengths", "[2]"], r"--evaluate\.strengths must be above 0"),
+        (["--evaluate.strengths", "[0.5]"], r"--evaluate\.strengths \[0.5\] is for --evaluate\.doses"),
         (
             ["--evaluate.lm_eval_tasks", "[mine]", "--evaluate.lm_eval_folder", "nowhere"],
             r"--evaluate\.lm_eval_folder: nowhere is no folder",

@@ -125,6 +125,8 @@ def test_no_two_models_have_the_same_name():
         ({"doses": [0, 1]}, "--model.doses must be different numbers above 0"),
         ({"doses": [-2]}, "--model.doses must be different numbers above 0"),
         ({"doses": [1], "strengths": [0.5, 0.5]}, "--model.strengths must be different"),
+        ({"strengths": [0.5]}, r"--model.strengths \[0.5\] is for --model.doses, and there are none.* 'sparc3 prune'"),
+        ({"strengths": [1.0, 0.5]}, r"--model.strengths \[1.0, 0.5\] is for --model.doses"),
         ({"doses": [1], "lists": {}}, "--model.doses needs --model.neurons"),
         ({"doses": [2, 7]}, "--model.doses asks for 7 neurons, but --model.neurons lists 6.* --model.num_ranked 7"),
         ({"doses": [4], "lists": {"": WITHOUT_POOL}}, "--model.doses asks for 4 neurons, but --model.neurons lists 3"),
