@@ -28,6 +28,7 @@ from sparc3_lightning.scorers import fetch_scorer
 from sparc3_lightning.screening import from_screening, screening, wants_screening
 from sparc3_lightning.sources import is_local, sha256_of
 from sparc3_lightning.targets import LEXICAL
+from sparc3_lightning.zero_shot import fetch_tasks
 
 MANIFEST = "manifest.json"
 # Options of the trainer that change where or how fast a stage runs, not what it computes.
@@ -229,6 +230,8 @@ class Experiment:
         second = options["evaluate"].get("second_scorer")
         if second is not None:
             needs.append(("second_scorer", lambda: fetch_scorer(second)))
+        tasks, of_ones_own = options["evaluate"]["lm_eval_tasks"], options["evaluate"]["lm_eval_folder"]
+        needs.append(("lm_eval_tasks", lambda: fetch_tasks(tasks, None if of_ones_own is None else Path(of_ones_own))))
         attributions = ({**options["attribute"], **self.behavior_attribute}, options["attribute"])
         for lexicon in {of["lexicon"] for of in attributions if of.get("target") in LEXICAL}:
             needs.append(("lexicon", lambda name=lexicon: fetch_scorer(name)))  # type: ignore[misc]
@@ -248,7 +251,7 @@ class Experiment:
                 files.append(
                     {"purpose": purpose, "path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
                 )
-                rank_zero_info(f"{purpose:>12}  {path.stat().st_size:>14,} bytes  {path}")
+                rank_zero_info(f"{purpose:>13}  {path.stat().st_size:>14,} bytes  {path}")
         manifest = {"files": files}
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         rank_zero_info(f"Manifest: {folder / MANIFEST}")

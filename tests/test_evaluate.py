@@ -917,6 +917,7 @@ def test_zero_shot_accuracy_is_measured_before_and_after_with_the_neurons_off(ti
         return {"toy": {"accuracy": 0.5 / len(seen), "standard_error": math.nan}}
 
     monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluate, "fetch_tasks", lambda *_: [])
     monkeypatch.setattr(zero_shot, "accuracy", accuracy)
     model = evaluation(tiny_checkpoint, neurons, lm_eval_tasks=["toy"], lm_eval_limit=7, max_new_tokens=2)
     results = run(model)
@@ -1061,6 +1062,19 @@ def test_a_function_scorer_that_does_not_exist_is_refused_before_the_model_is_lo
     monkeypatch.setattr(evaluate, "load_for", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=f"'{name}'"):
         run(evaluation(tiny_checkpoint, scorer=name))
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+def test_data_of_zero_shot_tasks_that_cannot_be_had_stop_the_run_before_the_model_is_loaded(
+    tiny_checkpoint, monkeypatch
+):
+    def fetch_tasks(*asked: Any) -> None:
+        raise ConnectionError(f"no data of {asked}")
+
+    monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluate, "fetch_tasks", fetch_tasks)
+    with pytest.raises(ConnectionError, match=r"no data of \(\['piqa'\], None\)"):
+        run(evaluation(tiny_checkpoint, lm_eval_tasks=["piqa"]))
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")

@@ -12,7 +12,7 @@ import yaml
 from conftest import sentence
 from safetensors.torch import load_file, save_file
 
-from sparc3_lightning import cli
+from sparc3_lightning import cli, experiment
 from sparc3_lightning.experiment import MANIFEST, Experiment
 from sparc3_lightning.scorers import SHIPPED
 from sparc3_lightning.scores import ScoreFile
@@ -494,6 +494,21 @@ def test_prepare_fetches_the_second_scorer_and_the_non_toxic_prompts_too():
     found = {(file["purpose"], Path(file["path"]).name) for file in files}
     assert {("scorer", "toxicity.ckpt"), ("second_scorer", "toxicity.ckpt"), ("prompts", "mild.jsonl")} <= found
     assert {Path(file["path"]).parent.name for file in files if file["purpose"] == "second_scorer"} == {"other"}
+
+
+def test_prepare_fetches_the_data_of_the_zero_shot_tasks_too(monkeypatch):
+    asked = []
+
+    def fetch_tasks(*of: Any) -> list[Path]:
+        asked.append(of)
+        return [Path("text.txt")]
+
+    monkeypatch.setattr(experiment, "fetch_tasks", fetch_tasks)
+    options = ["--evaluate.lm_eval_tasks", "[mine]", "--evaluate.lm_eval_folder", "tasks"]
+    done = cli.main(["prepare", "--config", "experiment.yaml", *options])
+    files = json.loads(Path(done.trainer.log_dir, MANIFEST).read_text())["files"]
+    assert asked == [(["mine"], Path("tasks"))]
+    assert [file["path"] for file in files if file["purpose"] == "lm_eval_tasks"] == ["text.txt"]
 
 
 def test_prepare_says_what_cannot_be_had():
