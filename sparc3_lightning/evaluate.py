@@ -24,7 +24,7 @@ from sparc3_lightning.scorers import Remembering, check_scorer, load_scorer
 from sparc3_lightning.sharding import check_is_whole, check_same_on_all_ranks, gather, is_sharded, load_for
 from sparc3_lightning.variants import Variant, counted, describe, neurons_of, plan
 from sparc3_lightning.verdict import verdict
-from sparc3_lightning.zero_shot import accuracies, check_tasks
+from sparc3_lightning.zero_shot import accuracies, check_tasks, fetch_tasks
 
 RESULTS = "results.json"
 COMPLETIONS = "completions.jsonl"
@@ -57,7 +57,7 @@ class Evaluation(L.LightningModule):
         top_p: Probability mass of nucleus sampling.
         controls: How many draws of each control to measure beside the pruned model: as many random neurons, spread over
             the layers alike; of the least relevant ones; of those with the largest weights. 0 for none.
-        control_continuations: Continuations drawn per prompt by each control; None as by the other models.
+        control_continuations: Drawn per prompt by each control, at most as many as by the others; None for as many.
         doses: Further numbers of neurons to switch off, in the order of ``neurons``.
         strengths: For each dose: 1 is off, a fraction damps the neurons by that much.
         lm_eval_tasks: Tasks of lm-eval-harness to measure zero-shot accuracy on, before and after (extra ``lmeval``).
@@ -118,11 +118,10 @@ class Evaluation(L.LightningModule):
         self.variants = plan(self.lists, self.num_continuations, controls, control_continuations, doses, strengths)
         self.save_hyperparameters()
         self.behavior = behavior
-        self.checkpoint = checkpoint
+        self.checkpoint, self.revision = checkpoint, revision
         self.neurons_path = neurons
         self.scorer_names = [name for name in (scorer, second_scorer) if name is not None]
         self.dtype_name: Dtype = dtype
-        self.revision = revision
         self.model = None
         self.scorers: list[Remembering] = []
         self.results: dict[str, Any] = {}
@@ -134,7 +133,7 @@ class Evaluation(L.LightningModule):
         return {id_.partition("/")[0] for ids in of_samples for id_ in ids}
 
     def setup(self, stage: str) -> None:
-        """Check all that can be checked before the model is loaded."""
+        """Check all that can be checked, and fetch what is missing, before the model is loaded."""
         from transformers import AutoModelForCausalLM
 
         self.folder = Path(self.trainer.log_dir or ".")  # asked for once, by every rank: the answer is a broadcast
@@ -163,6 +162,7 @@ class Evaluation(L.LightningModule):
                 skeleton = AutoModelForCausalLM.from_config(config)
             for neurons in self.lists.values():
                 check_neurons(skeleton, neurons.all())
+        fetch_tasks(*self.zero_shot[:2])
         self._resume()
         rank_zero_info(
             f"{len(data.text.windows)} windows of {data.text.window} tokens; {len(data.prompts.prompts)} prompts x "

@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from sparc3_lightning.attribute import Attribution, file_of
+from sparc3_lightning.attribute import file_of
 from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, fingerprint
 from sparc3_lightning.classifiers import split_label
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS
 from sparc3_lightning.files import check_writable, write_atomically
+from sparc3_lightning.preflight import attribution_options, check_evaluation, check_granularities, check_pruning
 from sparc3_lightning.prune import NEURONS
 from sparc3_lightning.report import summary_table
 from sparc3_lightning.scorers import fetch_scorer
 from sparc3_lightning.screening import from_screening, screening, wants_screening
 from sparc3_lightning.sources import is_local, sha256_of
 from sparc3_lightning.targets import LEXICAL
+from sparc3_lightning.zero_shot import fetch_tasks
 
 MANIFEST = "manifest.json"
 # Options of the trainer that change where or how fast a stage runs, not what it computes.
@@ -99,6 +100,9 @@ class Experiment:
             options: Config of ``sparc3 run`` with the groups ``seed_everything``, ``trainer``, ``attribute``,
                 ``general``, ``behavior``, ``budget`` (which may be None), ``prune``, ``evaluate`` and ``data``; and,
                 for prompts that are chosen by what the model makes of them, ``screen``.
+
+        Raises:
+            ValueError: If stages that are not done would refuse their options.
         """
         if len(self.general_seeds) > 1 and not _takes_seed(options["general"]):
             raise ValueError(
@@ -107,8 +111,8 @@ class Experiment:
             )
         model = {"checkpoint": self.checkpoint, "dtype": self.dtype, "revision": self.revision}
         of_general = {**options["attribute"], **model}
-        of_behavior = _checked({**options["attribute"], **self.behavior_attribute, **model})
-        _check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
+        of_behavior = attribution_options({**options["attribute"], **self.behavior_attribute, **model})
+        check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
         screened: list[StageRun] = []
         if options.get("screen") is not None:
             screened.append(self._stage("screen", "evaluate", options, screening(options, model), RESULTS))
@@ -130,10 +134,14 @@ class Experiment:
         if options.get("budget") is not None:
             pruning["data"] = options["budget"]
         stages.append(self._stage("neurons", "prune", options, pruning, NEURONS))
+        if not stages[-1].done:
+            check_pruning(pruning["model"], "data" in pruning)
         evaluation = {**options["evaluate"], **model, "neurons": str(stages[-1].folder / NEURONS)}
         stages.append(
             self._stage("evaluation", "evaluate", options, {"model": evaluation, "data": data}, RESULTS, completions)
         )
+        if not stages[-1].done:
+            check_evaluation(evaluation, options["prune"])
         return screened + stages
 
     def _stage(
@@ -222,6 +230,8 @@ class Experiment:
         second = options["evaluate"].get("second_scorer")
         if second is not None:
             needs.append(("second_scorer", lambda: fetch_scorer(second)))
+        tasks, of_ones_own = options["evaluate"]["lm_eval_tasks"], options["evaluate"]["lm_eval_folder"]
+        needs.append(("lm_eval_tasks", lambda: fetch_tasks(tasks, None if of_ones_own is None else Path(of_ones_own))))
         attributions = ({**options["attribute"], **self.behavior_attribute}, options["attribute"])
         for lexicon in {of["lexicon"] for of in attributions if of.get("target") in LEXICAL}:
             needs.append(("lexicon", lambda name=lexicon: fetch_scorer(name)))  # type: ignore[misc]
@@ -241,7 +251,7 @@ class Experiment:
                 files.append(
                     {"purpose": purpose, "path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
                 )
-                rank_zero_info(f"{purpose:>12}  {path.stat().st_size:>14,} bytes  {path}")
+                rank_zero_info(f"{purpose:>13}  {path.stat().st_size:>14,} bytes  {path}")
         manifest = {"files": files}
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         rank_zero_info(f"Manifest: {folder / MANIFEST}")
@@ -263,28 +273,6 @@ def _write_config(stage: StageRun, number: int, folder: Path) -> Path:
 
 def _with_seed(data: dict[str, Any], seed: int) -> dict[str, Any]:
     return {**data, "init_args": {**data["init_args"], "seed": seed}} if _takes_seed(data) else data
-
-
-def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    """Return all options of an attribution, as its own verb would parse them.
-
-    Raises:
-        ValueError: If there is no such option, or a value is of the wrong type.
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Attribution, instantiate=False)
-    try:
-        return parser.parse_object(options).as_dict()
-    except ArgumentError as error:
-        raise ValueError(f"--model.behavior_attribute: {error}") from None
-
-
-def _check_granularities(pruned: str, *attributed: str) -> None:
-    """Raise ValueError unless what is attributed can be pruned; scores of weights are summed for those of neurons."""
-    if pruned == "weight" and set(attributed) != {"weight"}:
-        raise ValueError("--prune.granularity weight needs scores of weights: give --attribute.granularity weight too.")
-    if "head" in attributed:
-        raise ValueError("--attribute.granularity must be neuron or weight: no heads are pruned here.")
 
 
 def _takes_seed(data: dict[str, Any]) -> bool:

@@ -15,7 +15,8 @@ def screening(options: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
         options: Config of ``sparc3 run`` with the groups ``evaluate``, ``data`` and ``screen``.
         model: Checkpoint, dtype and revision.
     """
-    alone: dict[str, Any] = {"neurons": None, "second_scorer": None, "controls": 0, "doses": [], "lm_eval_tasks": []}
+    alone: dict[str, Any] = {"neurons": None, "second_scorer": None, "controls": 0, "lm_eval_tasks": []}
+    alone |= {"doses": [], "strengths": [1.0]}
     text = options["data"]["text"]
     # An evaluation has a text for perplexity too: here its first window, which costs next to nothing.
     one_window = {"num_tokens": text["init_args"]["window"], "conventions": ["disjoint"]}

@@ -54,6 +54,8 @@ class Sweep(Evaluation):
                 raise ValueError(f"--model.names must be {len(paths)} different names, one a list, got {named}.")
             self.lists = dict(zip(named, lists, strict=True))
         self.max_perplexity_increase = max_perplexity_increase
+        if not doses:
+            strengths = (1.0,)  # those given, or the default, are for doses
         super().__init__(checkpoint, paths[0], doses=doses, strengths=strengths, controls=controls, **options)
 
     def on_test_end(self) -> None:

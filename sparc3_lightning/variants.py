@@ -77,14 +77,16 @@ def plan(
             model only.
         num_continuations: Continuations drawn per prompt.
         controls: Draws of each kind of control of the first list; 0 for none.
-        control_continuations: Continuations drawn per prompt by a control; None as by the others.
+        control_continuations: Continuations drawn per prompt by a control, at most as many as by the others; None for
+            as many.
         doses: Numbers of neurons, in the order of each list.
         strengths: For each dose: 1 is as the list has it, a fraction damps.
 
     Raises:
         ValueError: If a number is out of range, or a list has fewer neurons than a dose.
     """
-    _check(lists, num_continuations, controls, control_continuations, doses, strengths)
+    check_numbers(num_continuations, controls, control_continuations, doses, strengths)
+    _check_doses(lists, doses)
     variants = [Variant("baseline", "baseline", num_continuations)]
     for selection, neurons in lists.items():
         number = len(neurons.neurons)
@@ -103,7 +105,7 @@ def plan(
         ]
     if not lists:
         return variants
-    fewer = control_continuations or num_continuations
+    fewer = min(control_continuations or num_continuations, num_continuations)
     # A neurons.json that was not written by 'sparc3 prune' may not say which neurons are the least relevant.
     first_list = next(iter(lists.values()))
     kinds = [kind for kind in CONTROLS if kind != "least_relevant" or first_list.least_relevant]
@@ -115,29 +117,34 @@ def plan(
     return variants
 
 
-def _check(
-    lists: Lists,
+def check_numbers(
     num_continuations: int,
     controls: int,
     control_continuations: int | None,
     doses: Sequence[int],
     strengths: Sequence[float],
 ) -> None:
+    """Raise ValueError if a number is out of range, whatever the neurons; see ``plan``."""
     if num_continuations < 1:
         raise ValueError(f"--model.num_continuations must be at least 1, got {num_continuations}.")
     if controls < 0:
         raise ValueError(f"--model.controls must be at least 0, got {controls}.")
-    if control_continuations is not None and not 1 <= control_continuations <= num_continuations:
-        raise ValueError(
-            f"--model.control_continuations must be between 1 and --model.num_continuations {num_continuations}, got "
-            f"{control_continuations}."
-        )
+    if control_continuations is not None and control_continuations < 1:
+        raise ValueError(f"--model.control_continuations must be at least 1, got {control_continuations}.")
     if not all(0 < strength <= 1 for strength in strengths) or (doses and not strengths):
         raise ValueError(f"--model.strengths must be above 0 and at most 1, got {list(strengths)}.")
+    if not doses and any(strength != 1 for strength in strengths):
+        raise ValueError(
+            f"--model.strengths {list(strengths)} is for --model.doses, and there are none: how far the neurons of a "
+            "list are switched off is written there by 'sparc3 prune', whose option strengths says it."
+        )
     if len(set(strengths)) != len(strengths):
         raise ValueError(f"--model.strengths must be different, got {list(strengths)}.")
     if len(set(doses)) != len(doses) or not all(dose > 0 for dose in doses):
         raise ValueError(f"--model.doses must be different numbers above 0, got {list(doses)}.")
+
+
+def _check_doses(lists: Lists, doses: Sequence[int]) -> None:
     if doses and not lists:
         raise ValueError("--model.doses needs --model.neurons.")
     for selection, neurons in lists.items():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,27 @@ def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
             f"--model.lm_eval_tasks: lm-eval-harness knows no task {unknown[0]!r}; 'lm_eval ls tasks' lists them, and "
             "--model.lm_eval_folder names a folder with tasks of your own."
         )
+
+
+def fetch_tasks(tasks: Sequence[str], folder: Path | None) -> list[Path]:
+    """Build the tasks, which fetches their data, and return the files of these.
+
+    Raises:
+        ValueError: As ``check_tasks``.
+        ConnectionError: If the data are not in the cache and cannot be fetched, or a task cannot be built.
+    """
+    check_tasks(tasks, folder)
+    if not tasks:
+        return []
+    try:
+        built = _manager(folder).load(list(tasks))["tasks"]
+    except Exception as error:  # a task is code of others, and raises what it will
+        raise ConnectionError(
+            f"--model.lm_eval_tasks {list(tasks)} cannot be built ({type(error).__name__}: {error!s:.200}). If their "
+            "data cannot be had here, run 'sparc3 prepare' with --evaluate.lm_eval_tasks where there is a network."
+        ) from error
+    splits = [split for task in built.values() for split in dict(task.dataset or {}).values()]
+    return list(dict.fromkeys(Path(file["filename"]) for split in splits for file in getattr(split, "cache_files", ())))
 
 
 def accuracies(
@@ -73,6 +95,7 @@ def _plain(figures: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
+@cache  # an index of thousands of tasks, which takes seconds
 def _manager(folder: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 

@@ -10,6 +10,7 @@ import yaml
 
 from sparc3_lightning.cli import STAGES, main
 from sparc3_lightning.data import C4, RealToxicityPrompts, ToxicPrompts, WikiText2
+from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.generation import PROTOCOLS, Sampling
 from sparc3_lightning.zero_shot import check_tasks
 
@@ -179,6 +180,13 @@ def test_evaluate_yaml_is_the_last_stage_of_the_published_experiment(parsed):
     assert_evaluation(options["model"])
     assert includes(options["model"], {**whole["evaluate"], "doses": []})
     assert options["data"] == whole["data"]
+
+
+@pytest.mark.parametrize(("name", "group"), [("evaluate.yaml", "model"), ("run.yaml", "evaluate")])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_published_evaluation_takes_every_protocol(parsed, name, group, protocol):
+    options = parsed(named(name))[group]
+    Evaluation(**{**options, "checkpoint": "tiny", "neurons": None, "doses": [], "protocol": protocol})
 
 
 def test_sweep_yaml_measures_doses_that_prune_yaml_ranks_at_two_strengths_on_the_same_data(parsed):

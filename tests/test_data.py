@@ -139,6 +139,15 @@ def test_a_wrong_text_field_is_an_error_that_names_the_fields_there_are(c4: Any,
         c4(source=source, num_samples=1)
 
 
+def test_a_wrong_text_field_of_the_hub_is_an_error_that_names_the_fields_there_are(
+    stream: "Stream", tiny_checkpoint: str
+) -> None:
+    with pytest.raises(ValueError, match=r"allenai/c4: row 1 .* the field 'document' \(--data.text_field\)"):
+        from_hub(tiny_checkpoint, text_field="document").prepare_data()
+    with pytest.raises(ValueError, match=r"Salesforce/wikitext: row 1 .* it has \['text', 'url'\]"):
+        WikiText2(text_field="document").read_text()
+
+
 def test_another_text_field_and_a_text_file_give_the_same_samples(c4: Any, tmp_path: Path) -> None:
     renamed = write_jsonl(tmp_path / "renamed.jsonl", [{"document": text} for text in DOCUMENTS])
     (tmp_path / "plain.txt").write_text("\n".join(DOCUMENTS))
@@ -674,6 +683,23 @@ def test_a_raw_file_in_a_wheel_is_joined_alike_with_and_without_a_digest(
         path.write_text(TEXT)
     for source in ("pypi:wiki==1/data/wiki.raw", f"pypi:wiki==1/data/wiki.raw#sha256={digest}"):
         assert WikiText2(source).read_text() == "\n\n".join(hub_rows())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("w.csv", "id,body\n1,one\n", r"w.csv: row 1 .* 'text' \(--data.text.text_field\); it has \['body', 'id'\]"),
+        ("w.csv", "id,text\n1,one\n2\n", r"w.csv: row 2 has no text in the field 'text'"),
+        ("w.csv", "body\none,two\n", r"w.csv: row 1 .* it has \['None', 'body'\]"),
+        ("w.jsonl", '{"text": "one"}\n{"text": null}\n', r"w.jsonl: row 2 has no text in the field 'text'"),
+    ],
+)
+def test_a_wrong_text_field_of_the_text_is_an_error_that_names_the_fields_there_are(
+    tmp_path: Path, name: str, content: str, error: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=error):
+        WikiText2(str(tmp_path / name)).read_text()
 
 
 def test_rows_of_a_jsonl_file_are_joined_by_two_line_breaks(tmp_path: Path) -> None:

@@ -704,6 +704,17 @@ def test_another_seed_draws_other_controls(whole, tiny_checkpoint, monkeypatch):
 
 
 @pytest.mark.usefixtures("without_a_report")
+def test_controls_that_are_to_draw_more_than_the_other_models_draw_as_many_and_the_results_say_so(
+    tiny_checkpoint, neurons
+):
+    options = {"num_continuations": 2, "controls": 1, "control_continuations": 5, "max_new_tokens": 2}
+    results = run(evaluation(tiny_checkpoint, neurons, **options))
+    assert {of["num_continuations"] for of in results["controls"].values()} == {2}
+    drawn = [row for row in completions() if row["model"] == "random_0"]
+    assert len(drawn) == 2 * len({row["prompt_id"] for row in drawn})
+
+
+@pytest.mark.usefixtures("without_a_report")
 def test_without_a_list_of_the_least_relevant_neurons_that_control_is_left_out(tiny_checkpoint):
     neurons = save_neurons(tiny_checkpoint, PRUNED)
     results = run(evaluation(tiny_checkpoint, neurons, controls=1, max_new_tokens=2))
@@ -940,6 +951,7 @@ def test_zero_shot_accuracy_is_measured_before_and_after_with_the_neurons_off(ti
         return {"toy": {"accuracy": 0.5 / len(seen), "standard_error": math.nan}}
 
     monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluate, "fetch_tasks", lambda *_: [])
     monkeypatch.setattr(zero_shot, "accuracy", accuracy)
     model = evaluation(tiny_checkpoint, neurons, lm_eval_tasks=["toy"], lm_eval_limit=7, max_new_tokens=2)
     results = run(model)
@@ -1035,8 +1047,10 @@ def test_a_data_module_of_another_kind_is_refused(tiny_checkpoint):
         ({"scorer": "no_such_package:score"}, r"--model.scorer.*'no_such_package', which is not installed"),
         ({"second_scorer": "no_such_package:score"}, r"--model.second_scorer.*'no_such_package', which is not inst"),
         ({"controls": -1}, "--model.controls must be at least 0, got -1"),
-        ({"num_continuations": 2, "control_continuations": 0}, "--model.control_continuations must be between 1 and "),
-        ({"num_continuations": 2, "control_continuations": 3}, r"--model.num_continuations 2, got 3"),
+        (
+            {"num_continuations": 2, "control_continuations": 0},
+            "--model.control_continuations must be at least 1, got 0",
+        ),
         ({"doses": [3]}, "--model.doses needs --model.neurons"),
     ],
 )
@@ -1057,7 +1071,7 @@ def test_options_that_make_no_sense_are_refused_at_once(tiny_checkpoint, options
         ({"doses": [3], "strengths": [0.0]}, r"--model.strengths must be above 0 and at most 1, got \[0.0\]"),
         ({"doses": [3], "strengths": [0.5, 1.5]}, r"--model.strengths must be above 0 and at most 1"),
         ({"doses": [3], "strengths": []}, r"--model.strengths must be above 0 and at most 1, got \[\]"),
-        ({"controls": 1, "control_continuations": 2}, r"--model.control_continuations must be between 1 and"),
+        ({"controls": 1, "control_continuations": 0}, r"--model.control_continuations must be at least 1, got 0"),
     ],
 )
 def test_doses_strengths_and_controls_that_cannot_be_are_refused_at_once(tiny_checkpoint, options, message):
@@ -1082,6 +1096,19 @@ def test_a_function_scorer_that_does_not_exist_is_refused_before_the_model_is_lo
     monkeypatch.setattr(evaluate, "load_for", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=f"'{name}'"):
         run(evaluation(tiny_checkpoint, scorer=name))
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+def test_data_of_zero_shot_tasks_that_cannot_be_had_stop_the_run_before_the_model_is_loaded(
+    tiny_checkpoint, monkeypatch
+):
+    def fetch_tasks(*asked: Any) -> None:
+        raise ConnectionError(f"no data of {asked}")
+
+    monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluate, "fetch_tasks", fetch_tasks)
+    with pytest.raises(ConnectionError, match=r"no data of \(\['piqa'\], None\)"):
+        run(evaluation(tiny_checkpoint, lm_eval_tasks=["piqa"]))
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")

@@ -12,7 +12,7 @@ import yaml
 from conftest import sentence
 from safetensors.torch import load_file, save_file
 
-from sparc3_lightning import cli
+from sparc3_lightning import cli, experiment
 from sparc3_lightning.experiment import MANIFEST, Experiment
 from sparc3_lightning.scorers import SHIPPED
 from sparc3_lightning.scores import ScoreFile
@@ -208,6 +208,50 @@ def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(verbs_run):
     assert not verbs_run
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--evaluate.num_seeds", "7"], r"--evaluate\.num_seeds must divide 1 continuations, got 7"),
+        (["--evaluate.scorer", "orignal"], r"--evaluate\.scorer: 'orignal' is neither"),
+        (["--evaluate.second_scorer", "orignal"], r"--evaluate\.second_scorer: 'orignal' is neither"),
+        (["--evaluate.top_p", "2"], r"--evaluate\.top_p must be above 0"),
+        (["--evaluate.controls", "-1"], r"--evaluate\.controls must be at least 0"),
+        (["--evaluate.doses", "[3, 11]", "--prune.num_ranked", "10"], r"--evaluate\.doses .* --prune\.num_ranked 11\."),
+        (["--evaluate.doses", "[3, 3]"], r"--evaluate\.doses must be different"),
+        (["--evaluate.doses", "[3]", "--evaluate.strengths", "[2]"], r"--evaluate\.strengths must be above 0"),
+        (["--evaluate.strengths", "[0.5]"], r"--evaluate\.strengths \[0.5\] is for --evaluate\.doses"),
+        (
+            ["--evaluate.lm_eval_tasks", "[mine]", "--evaluate.lm_eval_folder", "nowhere"],
+            r"--evaluate\.lm_eval_folder: nowhere is no folder",
+        ),
+        (["--prune.strengths", "[0.5, 1]"], r"Several --prune\.strengths.* need --prune\.max_perplexity_increase"),
+        (["--prune.export", "general.txt"], r"--prune\.export: general.txt exists already"),
+        (["--prune.max_perplexity_increase", "0.1"], r"--prune\.max_perplexity_increase needs a text: .*'budget'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_any_stage_and_by_the_plan(verbs_run, options, error):
+    for more in ([], ["--plan", "plan.txt"]):
+        with pytest.raises(ValueError, match=error):
+            run(*options, *more)
+    assert not verbs_run
+    assert not Path("plan.txt").exists()
+
+
+def test_doses_and_strengths_that_the_pruning_will_list_are_planned(verbs_pretended):
+    run("--evaluate.doses", "[10]", "--evaluate.strengths", "[1, 0.5]", "--prune.num_ranked", "10")
+    assert verbs_pretended == ALL
+    run("--evaluate.doses", "[12]", "--prune.num_neurons", "12", "--prune.num_ranked", "10")
+
+
+def test_an_exported_checkpoint_of_a_stage_that_is_done_is_no_obstacle(verbs_pretended):
+    run("--prune.export", "exported")
+    Path("exported").mkdir()
+    verbs_pretended.clear()
+    run("--prune.export", "exported")
+    assert verbs_pretended == []
+
+
 @pytest.mark.usefixtures("prompts_as_general_samples")
 def test_several_seeds_of_samples_that_no_seed_changes_are_refused_before_any_stage(verbs_run):
     with pytest.raises(
@@ -310,6 +354,7 @@ def test_changed_content_of_the_second_scorer_or_of_the_non_toxic_prompts_reruns
 
 @pytest.mark.usefixtures("more_inputs")
 def test_the_label_of_a_local_scorer_leaves_its_content_in_sight(verbs_pretended):
+    Path("other/toxicity.ckpt").rename("other/model.safetensors")  # a label is for a text-classification checkpoint
     options = ["--evaluate.second_scorer", "other#toxic"]
     run(*options)
     verbs_pretended.clear()
@@ -449,6 +494,21 @@ def test_prepare_fetches_the_second_scorer_and_the_non_toxic_prompts_too():
     found = {(file["purpose"], Path(file["path"]).name) for file in files}
     assert {("scorer", "toxicity.ckpt"), ("second_scorer", "toxicity.ckpt"), ("prompts", "mild.jsonl")} <= found
     assert {Path(file["path"]).parent.name for file in files if file["purpose"] == "second_scorer"} == {"other"}
+
+
+def test_prepare_fetches_the_data_of_the_zero_shot_tasks_too(monkeypatch):
+    asked = []
+
+    def fetch_tasks(*of: Any) -> list[Path]:
+        asked.append(of)
+        return [Path("text.txt")]
+
+    monkeypatch.setattr(experiment, "fetch_tasks", fetch_tasks)
+    options = ["--evaluate.lm_eval_tasks", "[mine]", "--evaluate.lm_eval_folder", "tasks"]
+    done = cli.main(["prepare", "--config", "experiment.yaml", *options])
+    files = json.loads(Path(done.trainer.log_dir, MANIFEST).read_text())["files"]
+    assert asked == [(["mine"], Path("tasks"))]
+    assert [file["path"] for file in files if file["purpose"] == "lm_eval_tasks"] == ["text.txt"]
 
 
 def test_prepare_says_what_cannot_be_had():

@@ -114,8 +114,8 @@ def test_no_two_models_have_the_same_name():
     [
         ({"num_continuations": 0}, "--model.num_continuations must be at least 1, got 0"),
         ({"controls": -1}, "--model.controls must be at least 0, got -1"),
-        ({"control_continuations": 0}, "--model.control_continuations must be between 1 and .* 4, got 0"),
-        ({"control_continuations": 5}, "--model.control_continuations must be between 1 and .* 4, got 5"),
+        ({"control_continuations": 0}, "--model.control_continuations must be at least 1, got 0"),
+        ({"control_continuations": -5}, "--model.control_continuations must be at least 1, got -5"),
         ({"strengths": [0.0]}, r"--model.strengths must be above 0 and at most 1, got \[0.0\]"),
         ({"strengths": [0.5, 1.5]}, "--model.strengths must be above 0"),
         ({"strengths": [-0.5]}, "--model.strengths must be above 0"),
@@ -125,6 +125,8 @@ def test_no_two_models_have_the_same_name():
         ({"doses": [0, 1]}, "--model.doses must be different numbers above 0"),
         ({"doses": [-2]}, "--model.doses must be different numbers above 0"),
         ({"doses": [1], "strengths": [0.5, 0.5]}, "--model.strengths must be different"),
+        ({"strengths": [0.5]}, r"--model.strengths \[0.5\] is for --model.doses, and there are none.* 'sparc3 prune'"),
+        ({"strengths": [1.0, 0.5]}, r"--model.strengths \[1.0, 0.5\] is for --model.doses"),
         ({"doses": [1], "lists": {}}, "--model.doses needs --model.neurons"),
         ({"doses": [2, 7]}, "--model.doses asks for 7 neurons, but --model.neurons lists 6.* --model.num_ranked 7"),
         ({"doses": [4], "lists": {"": WITHOUT_POOL}}, "--model.doses asks for 4 neurons, but --model.neurons lists 3"),
@@ -134,6 +136,12 @@ def test_no_two_models_have_the_same_name():
 def test_numbers_that_make_no_sense_are_refused_by_the_name_of_their_option(arguments, option):
     with pytest.raises(ValueError, match=option):
         plan(**{"lists": {"": NEURONS}, "num_continuations": 4, **arguments})
+
+
+@pytest.mark.parametrize(("asked", "drawn"), [(None, 4), (1, 1), (4, 4), (5, 4)])
+def test_controls_draw_no_more_continuations_than_the_other_models(asked, drawn):
+    variants = plan({"": NEURONS}, 4, controls=1, control_continuations=asked)
+    assert [v.num_continuations for v in variants] == [4, 4, drawn, drawn, drawn]
 
 
 def test_numbers_at_the_edge_of_sense_are_taken():

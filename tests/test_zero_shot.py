@@ -15,7 +15,7 @@ from conftest import sentence
 from sparc3_lightning import zero_shot
 from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.neurons import Neuron, mask
-from sparc3_lightning.zero_shot import accuracy, check_tasks
+from sparc3_lightning.zero_shot import accuracy, check_tasks, fetch_tasks
 
 NEURONS = [Neuron(f"model.layers.{i}.mlp.up_proj", j, -1.0) for i in range(2) for j in range(0, 24, 2)]
 DOCUMENTS = [
@@ -127,6 +127,22 @@ def test_a_task_of_a_folder_is_known_and_another_is_an_error_that_says_how_to_fi
 def test_a_folder_of_tasks_that_does_not_exist_is_an_error_with_the_option() -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=r"--model.lm_eval_folder.*nowhere"):
         check_tasks(["toy_choice"], Path("nowhere"))
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+def test_the_data_of_tasks_are_fetched_without_a_model_and_their_files_named(folder: Path) -> None:
+    files = fetch_tasks(["toy_choice"], folder)
+    assert files
+    assert all(path.is_file() for path in files)
+    assert fetch_tasks([], folder) == []
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+def test_data_of_a_task_that_cannot_be_had_are_an_error_that_names_it_and_the_way_out(folder: Path) -> None:
+    (folder.parent / "documents.jsonl").unlink()
+    with pytest.raises(ConnectionError, match=r"--model.lm_eval_tasks \['toy_choice'\] .*documents.jsonl") as raised:
+        fetch_tasks(["toy_choice"], folder)
+    assert "sparc3 prepare" in str(raised.value)
 
 
 @pytest.mark.slow

@@ -146,6 +146,26 @@ class TextDataModule(L.LightningDataModule, ABC):
         else:
             yield from read_records(resolve(self.source))
 
+    def text_of(self, row: dict[str, Any], number: int, text_field: str, option: str) -> str:
+        """Return the text of a row.
+
+        Args:
+            row: From ``rows``, or a stream of them.
+            number: Of the row, from 1.
+            text_field: Name of the field that holds it.
+            option: That named the field, for the error.
+
+        Raises:
+            ValueError: If the row has no such field, or no text in it.
+        """
+        text = row.get(text_field)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{self.source or self.hub.repository}: row {number} has no text in the field {text_field!r} "
+                f"({option}); it has {sorted(map(str, row))}."
+            )
+        return text
+
     def load_tokenizer(self) -> Any:
         """Load the tokenizer that was given, else the model's."""
         return load_tokenizer(*self.tokenizer_checkpoint)

@@ -108,7 +108,8 @@ class C4(ReferenceSamples):
     def _stream(self) -> Iterator[tuple[int, str]]:
         """Yield the documents of the hub's shuffled stream, each with a number that names it."""
         stream = self.hub.rows(streaming=True).shuffle(seed=self.seed, buffer_size=self.buffer_size)
-        return ((number, row[self.text_field]) for number, row in enumerate(stream))
+        for number, row in enumerate(stream):
+            yield number, self.text_of(row, number + 1, self.text_field, "--data.text_field")
 
     @property
     def _kept_documents(self) -> Path:
@@ -122,11 +123,6 @@ class C4(ReferenceSamples):
         assert self.source is not None
         documents = []
         for number, record in enumerate(read_records(resolve(self.source)), start=1):
-            if not isinstance(record.get(self.text_field), str):
-                raise ValueError(
-                    f"{self.source}: row {number} has no text in the field {self.text_field!r} (--data.text_field); it "
-                    f"has {sorted(record)}."
-                )
-            documents.append((number, record[self.text_field]))
+            documents.append((number, self.text_of(record, number, self.text_field, "--data.text_field")))
         random.Random(self.seed).shuffle(documents)
         yield from documents

@@ -110,7 +110,8 @@ class WikiText2(TextDataModule):
             with path.open(encoding="utf-8") as lines:
                 # As the rows of the hub's data set: a line keeps its line break, a blank one is empty.
                 return "\n\n".join(line if line.strip() else "" for line in lines)
-        return "\n\n".join(row[self.text_field] for row in self.rows())
+        rows = enumerate(self.rows(), start=1)
+        return "\n\n".join(self.text_of(row, i, self.text_field, "--data.text.text_field") for i, row in rows)
 
     def setup_windows(self, tokenizer: Any) -> None:
         """Tokenize the text and cut it into windows.

@@ -1,0 +1,81 @@
+"""What is wrong with the options of an experiment's later stages, found before its first one has run for hours."""
+
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from sparc3_lightning.attribute import Attribution
+from sparc3_lightning.evaluate import Evaluation
+from sparc3_lightning.prune import Pruning
+from sparc3_lightning.variants import check_numbers
+
+
+def attribution_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return all options of an attribution, as its own verb would parse them.
+
+    Raises:
+        ValueError: If there is no such option, or a value is of the wrong type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Attribution, instantiate=False)
+    try:
+        return parser.parse_object(options).as_dict()
+    except ArgumentError as error:
+        raise ValueError(f"--model.behavior_attribute: {error}") from None
+
+
+def check_granularities(pruned: str, *attributed: str) -> None:
+    """Raise ValueError unless what is attributed can be pruned; scores of weights are summed for those of neurons."""
+    if pruned == "weight" and set(attributed) != {"weight"}:
+        raise ValueError("--prune.granularity weight needs scores of weights: give --attribute.granularity weight too.")
+    if "head" in attributed:
+        raise ValueError("--attribute.granularity must be neuron or weight: no heads are pruned here.")
+
+
+def check_pruning(options: dict[str, Any], has_text: bool) -> None:
+    """Raise ValueError if the pruning would refuse its options, or needs a text and there is none.
+
+    Args:
+        options: Of the stage.
+        has_text: Whether the experiment has the group ``budget``.
+    """
+    _construct("prune", Pruning, options)
+    if options["max_perplexity_increase"] is not None and not has_text:
+        raise ValueError("--prune.max_perplexity_increase needs a text: add the group 'budget', as lexicon.yaml does.")
+
+
+def check_evaluation(options: dict[str, Any], prune: dict[str, Any]) -> None:
+    """Raise ValueError if the evaluation would refuse its options; its neurons need not be there yet.
+
+    Args:
+        options: Of the stage.
+        prune: Of the pruning, which say how many neurons there will be for the doses.
+    """
+    doses, strengths = options["doses"], options["strengths"]
+    has_price = prune["max_perplexity_increase"] is not None
+    listed = prune["num_ranked"] if has_price else max(prune["num_neurons"], prune["num_ranked"])
+    if doses and max(doses) > listed:
+        raise ValueError(
+            f"--evaluate.doses asks for {max(doses)} {prune['granularity']}s, but the pruning lists at most {listed}: "
+            f"give --prune.num_ranked {max(doses)}."
+        )
+    without = {**options, "neurons": None, "doses": [], "strengths": [1.0]}  # doses need the list of neurons
+    module = _construct("evaluate", Evaluation, without)
+    numbers = options["controls"], options["control_continuations"], doses, strengths
+    _by_group("evaluate", check_numbers, module.num_continuations, *numbers)
+
+
+def _construct(group: str, of: type, options: dict[str, Any]) -> Any:
+    """Make a stage's module, which checks its options and loads nothing."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(of, group)
+    config = parser.parse_object({group: options})  # text becomes paths
+    return getattr(_by_group(group, parser.instantiate_classes, config), group)
+
+
+def _by_group(group: str, check: Any, *arguments: Any) -> Any:
+    """Call a check, whose error names an option as that stage's own verb does, and name it as ``run`` does."""
+    try:
+        return check(*arguments)
+    except (ValueError, OSError) as error:
+        raise ValueError(str(error).replace("--model.", f"--{group}.")) from None
