@@ -1,7 +1,7 @@
 """Activations of neurons: their mean over each sample's tokens, kept beside the scores of the same pass."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,19 +37,24 @@ class ActivationRecorder:
             mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
             weights: 1 for a sample, 0 for one that only fills the batch.
         """
+        batch: dict[str, Tensor] = {}
+
+        def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+            def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
+                # OPT's MLP gets the tokens of all samples as one row after the other.
+                A_BTI = inputs[0].detach().reshape(len(weights), -1, inputs[0].shape[-1])
+                means = mean_activations(A_BTI, mask_BT)
+                batch[name] = means[[i for i, weight in enumerate(weights) if weight]]
+
+            return record
+
         with ExitStack() as undo:
             for name, column in self.columns.items():
-                undo.callback(column.register_forward_pre_hook(self._hook(name, mask_BT, weights)).remove)
+                undo.callback(column.register_forward_pre_hook(recorder(name)).remove)
             yield
-
-    def _hook(self, name: str, mask_BT: Tensor | None, weights: Sequence[int]):
-        def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            # OPT's MLP gets the tokens of all samples as one row after the other.
-            A_BTI = inputs[0].detach().reshape(len(weights), -1, inputs[0].shape[-1])
-            means = mean_activations(A_BTI, mask_BT)
-            self._rows[name].append(means[[i for i, weight in enumerate(weights) if weight]])
-
-        return record
+        # Not in the hook: gradient checkpointing calls a layer a second time, in the backward pass.
+        for name, means in batch.items():
+            self._rows[name].append(means)
 
     def rows(self) -> dict[str, Tensor]:
         """Return per module a row for each sample so far, shape ``[samples, neurons]``, float32 on the CPU."""
@@ -98,7 +103,17 @@ class Activations:
         Args:
             parts: Of each rank the names of its samples, and its rows.
             lengths: Tokens of each sample, in the order that the samples get.
+
+        Raises:
+            ValueError: If a rank has not one row for each of its samples.
         """
+        for ids, rows in parts:
+            for module, rows_SN in rows.items():
+                if len(rows_SN) != len(ids):
+                    raise ValueError(
+                        f"{len(rows_SN)} rows of activations of {module} are there for {len(ids)} samples, so that "
+                        "they cannot be told apart: remove the files state-*.safetensors, if any, and attribute again."
+                    )
         place = {name: i for i, name in enumerate(lengths)}
         names = [name for ids, _ in parts for name in ids]
         order = sorted(range(len(names)), key=lambda i: place[names[i]])

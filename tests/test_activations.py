@@ -80,6 +80,17 @@ def test_scores_are_the_same_with_activations_beside_them(tiny_checkpoint, promp
     assert not (files[0].parent / ACTIVATIONS).exists()
 
 
+@pytest.mark.parametrize("method", ["lrp", "gradient"])
+def test_activations_are_the_same_with_gradient_checkpointing(tiny_checkpoint, prompts, method):
+    common = ("--model.activations=true", f"--model.method={method}", "--data.batch_size=2")
+    attribute(tiny_checkpoint, prompts, *common)
+    attribute(tiny_checkpoint, prompts, *common, "--model.gradient_checkpointing=true")
+    plain, again = (Activations.load(Path(f"lightning_logs/attribute/version_{i}") / ACTIVATIONS) for i in range(2))
+    assert (again.sample_ids, again.num_tokens) == (plain.sample_ids, plain.num_tokens)
+    for name, rows in plain.rows.items():
+        assert torch.equal(again.rows[name], rows)
+
+
 def test_rows_of_a_run_that_broke_off_come_first(make_model):
     model = make_model()
     recorder = ActivationRecorder(columns_of(model, [UP.format(0)]))
@@ -108,6 +119,11 @@ def test_parts_of_ranks_are_put_in_the_order_of_the_samples():
     assert joined.sample_ids == ["a", "b", "c"]
     assert joined.num_tokens == [5, 6, 7]
     assert joined.rows["m"].flatten().tolist() == [1.0, 2.0, 3.0]
+
+
+def test_rows_that_are_not_one_a_sample_are_refused():
+    with pytest.raises(ValueError, match="4 rows of activations of m are there for 2 samples"):
+        Activations.join([(["a", "b"], {"m": torch.zeros(4, 3)})], {"a": 5, "b": 6})
 
 
 def test_activations_of_layers_without_neurons_are_refused(tiny_checkpoint, prompts):
