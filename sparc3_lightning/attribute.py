@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.accumulator import CHECK_EVERY, Granularity, ScoreAccumulator, check_granularity
 from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations
-from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
+from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype, skeleton_of
 from sparc3_lightning.data.base import NoSamples, ReferenceSamples
 from sparc3_lightning.files import check_absent, check_space, check_writable
 from sparc3_lightning.heads import head_dims, head_layers
 from sparc3_lightning.linear import weight_of
-from sparc3_lightning.lrp import Rule, family_of, lrp
+from sparc3_lightning.lrp import Rule, check_have_relevance, family_of, lrp
 from sparc3_lightning.neurons import columns_of, neuron_layers
 from sparc3_lightning.progress import Progress, StopRequest, go_on, remove_progress
 from sparc3_lightning.provenance import run_seed
@@ -143,6 +143,7 @@ class Attribution(L.LightningModule):
             )
             raise ValueError(f"--model.method {self.method} {what}.")
         check_context(config, data.longest, "--data.seq_len")
+        self._find_targets(skeleton_of(config))
         if self.target in LEXICAL:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(self.lexicon_scorer).score)
             data.notes["num_lexicon"] = len(self.lexicon)
@@ -159,15 +160,11 @@ class Attribution(L.LightningModule):
             self.model = load_for(self, self.checkpoint, self.dtype_name, self.revision, self.gradient_checkpointing)
 
     def on_predict_start(self) -> None:
-        """Find the target layers."""
+        """Begin the sums, or go on with those of a run that broke off."""
         if self.has_target and torch.is_inference_mode_enabled():
             raise RuntimeError("Relevance needs gradients: build the trainer with Trainer(inference_mode=False).")
         self.model.eval()
         score: Any = self.relevance if self.has_target else self.method
-        if self.granularity == "head":
-            self.layers = head_layers(self.model, self.targets)
-        else:
-            self.layers = self.targets or neuron_layers(self.model)
         targets = find_targets(self.model, self.layers)
         if self.granularity == "weight":
             check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))
@@ -233,6 +230,16 @@ class Attribution(L.LightningModule):
         """Give the signals back."""
         if hasattr(self, "stop"):
             self.stop.give_back()
+
+    def _find_targets(self, skeleton: Any) -> None:
+        """Find what the target layers are called, and check that the model has them and they can be scored."""
+        if self.granularity == "head":
+            self.layers = head_layers(skeleton, self.targets)
+        else:
+            self.layers = self.targets or neuron_layers(skeleton)
+        targets = find_targets(skeleton, self.layers)
+        if self.method == "lrp":
+            check_have_relevance(targets, self.rule)
 
     def _identify(self) -> dict[str, Any]:
         """Return what tells this run from another one whose sums must not be added to its own."""

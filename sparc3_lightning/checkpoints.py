@@ -156,6 +156,14 @@ def load_config(checkpoint: str, revision: str | None = None) -> Any:
     return config
 
 
+def skeleton_of(config: Any) -> Any:
+    """Build the model of a config on the meta device: its modules and their shapes, without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def check_context(config: Any, num_tokens: int, option: str) -> None:
     """Raise ValueError if a sample is longer than the model's context."""
     context = getattr(config, "max_position_embeddings", None)

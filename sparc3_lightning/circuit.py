@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config
+from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
 from sparc3_lightning.circuit_tables import circuit_csv, summary
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
@@ -112,10 +112,7 @@ class Circuit(L.LightningModule):
 
     def _check_groups(self, config: Any) -> None:
         """Refuse score files of another model, and of what cannot be taken out of it."""
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = skeleton_of(config)
         for of in self.groups:
             for path, provenance in zip(of.paths, of.provenances, strict=True):
                 if provenance.checkpoint_fingerprint != self.fingerprint:

@@ -308,6 +308,33 @@ def test_a_data_module_of_another_kind_is_refused(tiny_checkpoint):
         trainer().predict(Attribution(tiny_checkpoint), datamodule=Other())
 
 
+@pytest.mark.usefixtures("no_model_is_loaded")
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (["gate_proj"], r"gate_proj: give --model.targets of other layers"),
+        (["self_attn.q_proj", "k_proj", "up_proj"], r"k_proj, q_proj: give --model.targets '\[up_proj\]'"),
+        (["all"], r"gate_proj, k_proj, q_proj: give --model.targets '\[down_proj, o_proj, up_proj, v_proj\]'"),
+    ],
+)
+def test_targets_that_cp_lrp_passes_no_relevance_through_are_refused(tiny_checkpoint, prompts, targets, named):
+    model = Attribution(tiny_checkpoint, rule="cp_lrp", targets=targets)
+    with pytest.raises(ValueError, match=rf"--model.rule cp_lrp passes no relevance through {named}"):
+        scores_of(model, ToxicPrompts(prompts, num_samples=2))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "opt"])
+def test_the_layers_that_cp_lrp_leaves_have_relevance_in_every_family(make_checkpoint, prompts, family):
+    none = {"gate_proj", "q_proj", "k_proj"}
+    checkpoint = make_checkpoint(family)
+    linear = find_targets(load_model(checkpoint, torch.float32), ["all"])
+    left = sorted({name.rpartition(".")[2] for name in linear} - none)
+    model = Attribution(checkpoint, rule="cp_lrp", targets=left)
+    found = scores_of(model, ToxicPrompts(prompts, num_samples=2)).scores
+    assert all(score.count_nonzero() for score in found.values())
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
 def test_an_unknown_target_is_refused_with_the_names_there_are(tiny_checkpoint, prompts):
     with pytest.raises(ValueError, match=r"--model.targets.*'fc1'.*'down_proj'.*'up_proj'"):
         scores_of(Attribution(tiny_checkpoint, targets=["up_proj", "fc1"]), ToxicPrompts(prompts, num_samples=2))
