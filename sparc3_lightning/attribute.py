@@ -66,7 +66,7 @@ class Attribution(L.LightningModule):
             for ``sparc3 prune`` with the selection ``auroc`` or the edit ``mean``.
         granularity: One score for each ``neuron``, each attention ``head`` or each ``weight``. Scores of weights are as
             large as the model in float32: on each device as much of them as its share, and on the disk all. Several
-            ranks do not save their sums of weights on the way.
+            ranks neither save their sums of weights on the way nor go on from those of one.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         nonfinite: On a relevance of NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts
             0 in its place, counts it and reports the count.
@@ -175,8 +175,6 @@ class Attribution(L.LightningModule):
             dims = head_dims(self.model, targets) if self.granularity == "head" else {}
             self.accumulator = ScoreAccumulator(scored, score, self.nonfinite, self.granularity, dims)
         self.recorder = ActivationRecorder(columns_of(self.model, targets) if self.activations else {})
-        # Each rank then has its rows of all ranks' samples, so that a state of one rank is no state of its samples.
-        self.saves = not (self.accumulator.sums_weights and self.trainer.world_size > 1)
         self.done: list[str] = []
         if self.trainer.is_global_zero and self.progress.sample_ids:
             self.accumulator.sums = {name: total.to(self.device) for name, total in self.progress.sums.items()}
@@ -261,8 +259,11 @@ class Attribution(L.LightningModule):
     def _resume(self) -> None:
         """Go on from the state in the output folder, or from that of a run with the same config that broke off."""
         self.progress = Progress(self.identity)
+        # Each of several ranks has its rows of the sums of weights of all samples: its state is not one of its samples.
+        sums_weights = self.granularity == "weight" and self.method not in ("wanda", *STATIC)
+        self.saves = not (sums_weights and self.trainer.world_size > 1)
         if self.trainer.is_global_zero:
-            self.progress = go_on(self.output, self.identity)
+            self.progress = go_on(self.output, self.identity, takes_sums=self.saves)
         done, attempt = self.trainer.strategy.broadcast((self.progress.sample_ids, self.progress.attempt))
         self.progress = replace(self.progress, attempt=attempt)
         self.reference_samples.leave_out = set(done)
