@@ -1,7 +1,7 @@
 """Activations of neurons: their mean over each sample's tokens, kept beside the scores of the same pass."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,22 @@ from torch import Tensor, nn
 
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.linear import Linear
+from sparc3_lightning.neurons import MLPS
 
 ACTIVATIONS = "activations.safetensors"
 FORMAT = "sparc3_lightning activations 1"
+
+
+def check_are_of_neurons(option: str, granularity: str, targets: Collection[str]) -> None:
+    """Raise ValueError if activations are asked for, by an option, of something else than neurons of an MLP."""
+    if granularity == "head":
+        raise ValueError(f"{option} is of neurons, not of heads: choose another --model.granularity.")
+    rows = [row for rows, _ in MLPS for row in rows]
+    if not all(target.rpartition(".")[2] in rows for target in targets):
+        raise ValueError(
+            f"{option} is of the neurons of MLPs: expected --model.targets to be among {rows}, or left out, got "
+            f"{list(targets)}."
+        )
 
 
 class ActivationRecorder:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.accumulator import CHECK_EVERY, Granularity, ScoreAccumulator, check_granularity
-from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations
+from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations, check_are_of_neurons
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype, skeleton_of
 from sparc3_lightning.data.base import NoSamples, ReferenceSamples
 from sparc3_lightning.files import check_absent, check_space, check_writable
@@ -26,7 +26,7 @@ from sparc3_lightning.relevance import Relevance, find_targets
 from sparc3_lightning.scorers import check_scorer, load_scorer
 from sparc3_lightning.scores import INDEX, Provenance, ScoreFile, ShardWriter
 from sparc3_lightning.sharding import check_same_on_all_ranks, gather, load_for
-from sparc3_lightning.static_scores import STATIC, StaticScores
+from sparc3_lightning.static_scores import STATIC, StaticScores, check_static
 from sparc3_lightning.targets import LEXICAL, Target, lexicon_of, target_of
 
 SCORES = "scores.safetensors"
@@ -100,8 +100,11 @@ class Attribution(L.LightningModule):
             raise ValueError("--model.targets must name at least one layer type, for example up_proj.")
         self.has_target = method in ("lrp", "gradient")
         check_granularity(granularity, relevance if self.has_target else method, targets or ())
-        if granularity == "head" and method in STATIC:
-            raise ValueError(f"--model.method {method} is not of heads: choose another --model.granularity.")
+        if method in STATIC:
+            check_static(method, granularity, activations)
+        if activations or method == "activation":
+            option = "--model.activations true" if activations else f"--model.method {method}"
+            check_are_of_neurons(option, granularity, targets or ())
         if not self.has_target and target != "argmax":
             raise ValueError(f"--model.method {method} has no target: leave out --model.target.")
         if target in LEXICAL:

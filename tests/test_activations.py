@@ -8,6 +8,7 @@ import torch
 from conftest import sentence
 
 from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations
+from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.cli import main
 from sparc3_lightning.neurons import columns_of
@@ -126,9 +127,29 @@ def test_rows_that_are_not_one_a_sample_are_refused():
         Activations.join([(["a", "b"], {"m": torch.zeros(4, 3)})], {"a": 5, "b": 6})
 
 
-def test_activations_of_layers_without_neurons_are_refused(tiny_checkpoint, prompts):
-    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.o_proj' is not a layer of MLP neurons"):
-        attribute(tiny_checkpoint, prompts, "--model.activations=true", "--model.targets=[o_proj]")
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"activations": True, "targets": ["o_proj"]}, r"--model.activations true .*--model.targets .*'up_proj'"),
+        ({"activations": True, "targets": ["up_proj", "all"]}, r"--model.activations true .*got \['up_proj', 'all'\]"),
+        ({"activations": True, "granularity": "head"}, r"--model.activations true .*not of heads.*--model.granularity"),
+        ({"activations": True, "method": "random"}, r"--model.method random .*leave out --model.activations"),
+        (
+            {"method": "activation", "targets": ["mlp.down_proj"]},
+            r"--model.method activation .*got \['mlp.down_",
+        ),
+        ({"method": "activation", "granularity": "head"}, r"--model.method activation is not of heads"),
+    ],
+)
+def test_activations_of_what_is_no_neuron_are_refused_by_the_options_alone(options, named):
+    with pytest.raises(ValueError, match=named):
+        Attribution("no/checkpoint", **options)
+
+
+@pytest.mark.parametrize("targets", [["mlp.up_proj"], ["model.layers.1.mlp.gate_proj"]])
+def test_activations_of_neurons_may_be_asked_for_by_a_longer_name(tiny_checkpoint, prompts, targets):
+    attribute(tiny_checkpoint, prompts, "--model.activations=true", f"--model.targets={targets}")
+    assert Activations.load(Path("lightning_logs/attribute/version_0") / ACTIVATIONS).rows
 
 
 def test_a_file_that_is_missing_or_something_else_is_refused(tmp_path):
