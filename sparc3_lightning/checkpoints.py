@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from sparc3_lightning.hub_errors import PICKLED, explain_hub_error, first_line
-from sparc3_lightning.neurons import Neuron, prune_
+from sparc3_lightning.neurons import Neuron, check_have_biases, columns_of, prune_
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.sources import cache_folder, resolve, sha256_of
 
@@ -253,6 +253,18 @@ def check_unchanged(checkpoint: str, attributed: str) -> str | None:
             "used: attribute again."
         )
     return revision
+
+
+def check_takes_means(checkpoint: str, attributed: str, modules: Iterable[str]) -> None:
+    """Raise ValueError, without loading weights, unless neurons' means can be written into a checkpoint.
+
+    Args:
+        checkpoint: See ``locate``.
+        attributed: The fingerprint it was attributed with.
+        modules: Layers of the neurons, by their fully qualified names.
+    """
+    skeleton = skeleton_of(load_config(checkpoint, check_unchanged(checkpoint, attributed)))
+    check_have_biases(skeleton, columns_of(skeleton, modules).values())
 
 
 def export_pruned(checkpoint: str, neurons: Iterable[Neuron], folder: Path, **options: Any) -> None:
