@@ -145,7 +145,7 @@ class Attribution(L.LightningModule):
                 "reads no samples: give --data NoSamples" if self.method in STATIC else "needs samples: give --data C4"
             )
             raise ValueError(f"--model.method {self.method} {what}.")
-        check_context(config, data.longest, "--data.seq_len")
+        check_context(config, data.longest, data.way_to_shorter)
         self._find_targets(skeleton_of(config))
         if self.target in LEXICAL:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(self.lexicon_scorer).score)

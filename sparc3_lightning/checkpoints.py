@@ -164,11 +164,11 @@ def skeleton_of(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def check_context(config: Any, num_tokens: int, option: str) -> None:
-    """Raise ValueError if a sample is longer than the model's context."""
+def check_context(config: Any, num_tokens: int, way_out: str) -> None:
+    """Raise ValueError, with the way out, if a sample is longer than the model's context."""
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and num_tokens > context:
-        raise ValueError(f"The longest sample has {num_tokens} tokens, the model's context {context}: lower {option}.")
+        raise ValueError(f"The longest sample has {num_tokens} tokens, the model's context {context}: {way_out}.")
 
 
 def load_model(checkpoint: str, dtype: torch.dtype, revision: str | None = None) -> Any:

@@ -94,7 +94,7 @@ class Circuit(L.LightningModule):
         if not isinstance(data, ReferenceSamples):
             raise TypeError(f"A circuit needs a data module of samples with two tokens to compare (IOI), got {data!r}.")
         data.check_target("logit_difference")
-        check_context(config, data.longest, "--data")
+        check_context(config, data.longest, data.way_to_shorter)
         self._check_groups(config)
         used = {name for of in self.groups for provenance in of.provenances for name in provenance.sample_ids}
         data.leave_out = used & {sample.id for sample in data.samples}

@@ -143,10 +143,10 @@ class Evaluation(L.LightningModule):
         config = load_config(self.checkpoint, self.revision)
         self.fingerprint = fingerprint(self.checkpoint, self.revision)
         data = self.data
-        check_context(config, data.text.window, "--data.text.window")
-        check_context(config, data.prompts.longest + self.sampling.max_new_tokens, "--model.max_new_tokens")
+        check_context(config, data.text.window, "lower --data.text.window")
+        check_context(config, data.prompts.longest + self.sampling.max_new_tokens, "lower --model.max_new_tokens")
         if data.pairs is not None:
-            check_context(config, data.pairs.longest, "--data.pairs")
+            check_context(config, data.pairs.longest, "take shorter --data.pairs")
         for selection, neurons in self.lists.items():
             of, theirs = neurons.provenance, neurons.provenance.get("checkpoint_fingerprint")
             if theirs != self.fingerprint:

@@ -259,6 +259,13 @@ def test_a_sample_longer_than_the_context_is_refused_before_the_model_is_loaded(
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")
+def test_a_prompt_longer_than_the_context_is_refused_without_an_option_that_prompts_have_not(tiny_checkpoint):
+    Path("long.jsonl").write_text(json.dumps({"text": sentence(0, 70), "toxicity": 0.95}))
+    with pytest.raises(ValueError, match=r"70 tokens, the model's context 64: take shorter samples\.$"):
+        trainer().predict(Attribution(tiny_checkpoint), datamodule=ToxicPrompts("long.jsonl", num_samples=1))
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
 def test_existing_scores_are_not_overwritten(tiny_checkpoint, documents):
     Path("out").mkdir()
     Path("out", SCORES).write_text("precious")
@@ -349,9 +356,9 @@ def test_targets_are_found_in_every_block(make_model):
 
 
 def test_a_context_that_the_config_does_not_state_is_not_checked(make_model):
-    check_context(make_model().config, 64, "--option")
-    check_context(SimpleNamespace(max_position_embeddings=None), 10**6, "--option")
-    check_context(SimpleNamespace(), 10**6, "--option")
+    check_context(make_model().config, 64, "")
+    check_context(SimpleNamespace(max_position_embeddings=None), 10**6, "")
+    check_context(SimpleNamespace(), 10**6, "")
 
 
 @pytest.fixture
