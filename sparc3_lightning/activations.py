@@ -1,7 +1,7 @@
 """Activations of neurons: their mean over each sample's tokens, kept beside the scores of the same pass."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,22 @@ from torch import Tensor, nn
 
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.linear import Linear
+from sparc3_lightning.neurons import MLPS
 
 ACTIVATIONS = "activations.safetensors"
 FORMAT = "sparc3_lightning activations 1"
+
+
+def check_are_of_neurons(option: str, granularity: str, targets: Collection[str]) -> None:
+    """Raise ValueError if activations are asked for, by an option, of something else than neurons of an MLP."""
+    if granularity == "head":
+        raise ValueError(f"{option} is of neurons, not of heads: choose another --model.granularity.")
+    rows = [row for rows, _ in MLPS for row in rows]
+    if not all(target.rpartition(".")[2] in rows for target in targets):
+        raise ValueError(
+            f"{option} is of the neurons of MLPs: expected --model.targets to be among {rows}, or left out, got "
+            f"{list(targets)}."
+        )
 
 
 class ActivationRecorder:
@@ -37,19 +50,24 @@ class ActivationRecorder:
             mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
             weights: 1 for a sample, 0 for one that only fills the batch.
         """
+        batch: dict[str, Tensor] = {}
+
+        def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+            def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
+                # OPT's MLP gets the tokens of all samples as one row after the other.
+                A_BTI = inputs[0].detach().reshape(len(weights), -1, inputs[0].shape[-1])
+                means = mean_activations(A_BTI, mask_BT)
+                batch[name] = means[[i for i, weight in enumerate(weights) if weight]]
+
+            return record
+
         with ExitStack() as undo:
             for name, column in self.columns.items():
-                undo.callback(column.register_forward_pre_hook(self._hook(name, mask_BT, weights)).remove)
+                undo.callback(column.register_forward_pre_hook(recorder(name)).remove)
             yield
-
-    def _hook(self, name: str, mask_BT: Tensor | None, weights: Sequence[int]):
-        def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            # OPT's MLP gets the tokens of all samples as one row after the other.
-            A_BTI = inputs[0].detach().reshape(len(weights), -1, inputs[0].shape[-1])
-            means = mean_activations(A_BTI, mask_BT)
-            self._rows[name].append(means[[i for i, weight in enumerate(weights) if weight]])
-
-        return record
+        # Not in the hook: gradient checkpointing calls a layer a second time, in the backward pass.
+        for name, means in batch.items():
+            self._rows[name].append(means)
 
     def rows(self) -> dict[str, Tensor]:
         """Return per module a row for each sample so far, shape ``[samples, neurons]``, float32 on the CPU."""
@@ -98,7 +116,17 @@ class Activations:
         Args:
             parts: Of each rank the names of its samples, and its rows.
             lengths: Tokens of each sample, in the order that the samples get.
+
+        Raises:
+            ValueError: If a rank has not one row for each of its samples.
         """
+        for ids, rows in parts:
+            for module, rows_SN in rows.items():
+                if len(rows_SN) != len(ids):
+                    raise ValueError(
+                        f"{len(rows_SN)} rows of activations of {module} are there for {len(ids)} samples, so that "
+                        "they cannot be told apart: remove the files state-*.safetensors, if any, and attribute again."
+                    )
         place = {name: i for i, name in enumerate(lengths)}
         names = [name for ids, _ in parts for name in ids]
         order = sorted(range(len(names)), key=lambda i: place[names[i]])

@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.accumulator import CHECK_EVERY, Granularity, ScoreAccumulator, check_granularity
-from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations
-from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype
+from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations, check_are_of_neurons
+from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, resolve_dtype, skeleton_of
 from sparc3_lightning.data.base import NoSamples, ReferenceSamples
 from sparc3_lightning.files import check_absent, check_space, check_writable
 from sparc3_lightning.heads import head_dims, head_layers
 from sparc3_lightning.linear import weight_of
-from sparc3_lightning.lrp import Rule, family_of, lrp
+from sparc3_lightning.lrp import Rule, check_have_relevance, family_of, lrp
 from sparc3_lightning.neurons import columns_of, neuron_layers
 from sparc3_lightning.progress import Progress, StopRequest, go_on, remove_progress
 from sparc3_lightning.provenance import run_seed
@@ -26,7 +26,7 @@ from sparc3_lightning.relevance import Relevance, find_targets
 from sparc3_lightning.scorers import check_scorer, load_scorer
 from sparc3_lightning.scores import INDEX, Provenance, ScoreFile, ShardWriter
 from sparc3_lightning.sharding import check_same_on_all_ranks, gather, load_for
-from sparc3_lightning.static_scores import STATIC, StaticScores
+from sparc3_lightning.static_scores import STATIC, StaticScores, check_static
 from sparc3_lightning.targets import LEXICAL, Target, lexicon_of, target_of
 
 SCORES = "scores.safetensors"
@@ -66,7 +66,7 @@ class Attribution(L.LightningModule):
             for ``sparc3 prune`` with the selection ``auroc`` or the edit ``mean``.
         granularity: One score for each ``neuron``, each attention ``head`` or each ``weight``. Scores of weights are as
             large as the model in float32: on each device as much of them as its share, and on the disk all. Several
-            ranks do not save their sums of weights on the way.
+            ranks neither save their sums of weights on the way nor go on from those of one.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         nonfinite: On a relevance of NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts
             0 in its place, counts it and reports the count.
@@ -100,8 +100,11 @@ class Attribution(L.LightningModule):
             raise ValueError("--model.targets must name at least one layer type, for example up_proj.")
         self.has_target = method in ("lrp", "gradient")
         check_granularity(granularity, relevance if self.has_target else method, targets or ())
-        if granularity == "head" and method in STATIC:
-            raise ValueError(f"--model.method {method} is not of heads: choose another --model.granularity.")
+        if method in STATIC:
+            check_static(method, granularity, activations)
+        if activations or method == "activation":
+            option = "--model.activations true" if activations else f"--model.method {method}"
+            check_are_of_neurons(option, granularity, targets or ())
         if not self.has_target and target != "argmax":
             raise ValueError(f"--model.method {method} has no target: leave out --model.target.")
         if target in LEXICAL:
@@ -142,7 +145,8 @@ class Attribution(L.LightningModule):
                 "reads no samples: give --data NoSamples" if self.method in STATIC else "needs samples: give --data C4"
             )
             raise ValueError(f"--model.method {self.method} {what}.")
-        check_context(config, data.longest, "--data.seq_len")
+        check_context(config, data.longest, data.way_to_shorter)
+        self._find_targets(skeleton_of(config))
         if self.target in LEXICAL:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(self.lexicon_scorer).score)
             data.notes["num_lexicon"] = len(self.lexicon)
@@ -159,15 +163,11 @@ class Attribution(L.LightningModule):
             self.model = load_for(self, self.checkpoint, self.dtype_name, self.revision, self.gradient_checkpointing)
 
     def on_predict_start(self) -> None:
-        """Find the target layers."""
+        """Begin the sums, or go on with those of a run that broke off."""
         if self.has_target and torch.is_inference_mode_enabled():
             raise RuntimeError("Relevance needs gradients: build the trainer with Trainer(inference_mode=False).")
         self.model.eval()
         score: Any = self.relevance if self.has_target else self.method
-        if self.granularity == "head":
-            self.layers = head_layers(self.model, self.targets)
-        else:
-            self.layers = self.targets or neuron_layers(self.model)
         targets = find_targets(self.model, self.layers)
         if self.granularity == "weight":
             check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))
@@ -178,8 +178,6 @@ class Attribution(L.LightningModule):
             dims = head_dims(self.model, targets) if self.granularity == "head" else {}
             self.accumulator = ScoreAccumulator(scored, score, self.nonfinite, self.granularity, dims)
         self.recorder = ActivationRecorder(columns_of(self.model, targets) if self.activations else {})
-        # Each rank then has its rows of all ranks' samples, so that a state of one rank is no state of its samples.
-        self.saves = not (self.accumulator.sums_weights and self.trainer.world_size > 1)
         self.done: list[str] = []
         if self.trainer.is_global_zero and self.progress.sample_ids:
             self.accumulator.sums = {name: total.to(self.device) for name, total in self.progress.sums.items()}
@@ -234,6 +232,16 @@ class Attribution(L.LightningModule):
         if hasattr(self, "stop"):
             self.stop.give_back()
 
+    def _find_targets(self, skeleton: Any) -> None:
+        """Find what the target layers are called, and check that the model has them and they can be scored."""
+        if self.granularity == "head":
+            self.layers = head_layers(skeleton, self.targets)
+        else:
+            self.layers = self.targets or neuron_layers(skeleton)
+        targets = find_targets(skeleton, self.layers)
+        if self.method == "lrp":
+            check_have_relevance(targets, self.rule)
+
     def _identify(self) -> dict[str, Any]:
         """Return what tells this run from another one whose sums must not be added to its own."""
         return {
@@ -254,8 +262,11 @@ class Attribution(L.LightningModule):
     def _resume(self) -> None:
         """Go on from the state in the output folder, or from that of a run with the same config that broke off."""
         self.progress = Progress(self.identity)
+        # Each of several ranks has its rows of the sums of weights of all samples: its state is not one of its samples.
+        sums_weights = self.granularity == "weight" and self.method not in ("wanda", *STATIC)
+        self.saves = not (sums_weights and self.trainer.world_size > 1)
         if self.trainer.is_global_zero:
-            self.progress = go_on(self.output, self.identity)
+            self.progress = go_on(self.output, self.identity, takes_sums=self.saves)
         done, attempt = self.trainer.strategy.broadcast((self.progress.sample_ids, self.progress.attempt))
         self.progress = replace(self.progress, attempt=attempt)
         self.reference_samples.leave_out = set(done)

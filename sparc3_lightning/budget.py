@@ -257,7 +257,7 @@ def within_budget(
     text.tokenizer = text.tokenizer or of.checkpoint
     text.prepare_data()
     text.setup("predict")
-    check_context(load_config(of.checkpoint, revision), text.longest, "--data.seq_len")
+    check_context(load_config(of.checkpoint, revision), text.longest, text.way_to_shorter)
     same = [file.provenance for file in general if _are_of_one_source(text, file.provenance.data)]
     text.leave_out = {id_ for provenance in same for id_ in provenance.sample_ids}
     left = [sample for sample in text.samples if sample.id not in text.leave_out]

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from sparc3_lightning.neurons import Neuron, prune_
+from sparc3_lightning.hub_errors import PICKLED, explain_hub_error, first_line
+from sparc3_lightning.neurons import Neuron, check_have_biases, columns_of, prune_
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.sources import cache_folder, resolve, sha256_of
 
@@ -42,10 +43,7 @@ def locate(checkpoint: str) -> str:
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"The folder {path} is not a checkpoint: it has no config.json.")
         if not any(path.glob("*.safetensors")):
-            raise FileNotFoundError(
-                f"The checkpoint folder {path} has no *.safetensors file. Pickled weights (*.bin) are never loaded: "
-                "convert them with save_pretrained on a machine that trusts them."
-            )
+            raise FileNotFoundError(f"The checkpoint folder {path} {PICKLED}")
         if (path / INDEX).is_file():
             weight_files(path)
         return str(path)
@@ -69,7 +67,7 @@ def _dequantized(gguf: Path) -> Path:
             model: Any = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
         except (ValueError, struct.error) as error:
             raise ValueError(
-                f"{gguf} is truncated, or not a GGUF file that transformers can read: {_first_line(error)}"
+                f"{gguf} is truncated, or not a GGUF file that transformers can read: {first_line(error)}"
             ) from None
         # save_pretrained refuses a model that says it is quantized, and so does transformers when it loads it again.
         model.hf_quantizer = None
@@ -116,7 +114,7 @@ def fetch_checkpoint(checkpoint: str, revision: str | None = None) -> list[Path]
     """Fetch a checkpoint with its tokenizer, and return its files.
 
     Raises:
-        OSError: If it cannot be had.
+        OSError: If it cannot be had, or has pickled weights only.
     """
     location = Path(locate(checkpoint))
     if not location.is_dir():
@@ -127,6 +125,8 @@ def fetch_checkpoint(checkpoint: str, revision: str | None = None) -> list[Path]
             location = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=FETCHED))
         except (OSError, HfHubHTTPError) as error:
             raise OSError(explain_hub_error(checkpoint, error)) from None
+        if not any(location.glob("*.safetensors")):
+            raise FileNotFoundError(f"{checkpoint!r} {PICKLED}")
     return sorted(path for path in location.iterdir() if path.is_file())
 
 
@@ -149,57 +149,26 @@ def load_config(checkpoint: str, revision: str | None = None) -> Any:
     except (ValueError, KeyError) as error:
         raise ValueError(
             f"transformers {transformers.__version__} does not know the architecture of {checkpoint!r}: upgrade it, or "
-            f"check the model_type in its config.json ({_first_line(error).split('. ')[0].rstrip('.')})."
+            f"check the model_type in its config.json ({first_line(error).split('. ')[0].rstrip('.')})."
         ) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{checkpoint!r} ({config.model_type}) is not a causal language model.")
     return config
 
 
-def check_context(config: Any, num_tokens: int, option: str) -> None:
-    """Raise ValueError if a sample is longer than the model's context."""
+def skeleton_of(config: Any) -> Any:
+    """Build the model of a config on the meta device: its modules and their shapes, without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_context(config: Any, num_tokens: int, way_out: str) -> None:
+    """Raise ValueError, with the way out, if a sample is longer than the model's context."""
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and num_tokens > context:
-        raise ValueError(f"The longest sample has {num_tokens} tokens, the model's context {context}: lower {option}.")
-
-
-def explain_hub_error(checkpoint: str, error: Exception) -> str:
-    """Put the failure to get a hub repository into one sentence with the way out."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    text = " ".join(str(cause) for cause in causes)
-
-    def is_any(kind: type[Exception]) -> bool:
-        return any(isinstance(cause, kind) for cause in causes)
-
-    # The classes come first: the hub's message for a repository that does not exist mentions gated ones too, and the
-    # address of every file holds "/resolve/".
-    is_missing = is_any(RepositoryNotFoundError) and not is_any(GatedRepoError)
-    if is_any(GatedRepoError) or ("gated repo" in text and not is_missing):
-        return (
-            f"{checkpoint!r} is gated: accept its licence on its page at the hub, then run 'hf auth login' or set "
-            "HF_TOKEN."
-        )
-    if is_missing or "not a valid model identifier" in text:
-        return f"{checkpoint!r} is neither a folder here nor a repository at the hub (or it is private: set HF_TOKEN)."
-    if is_any(RevisionNotFoundError) or "not a valid git identifier" in text:
-        return f"{checkpoint!r} has no such branch, tag or commit at the hub: correct --model.revision."
-    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
-    if answer is not None:
-        return f"{checkpoint!r} could not be loaded, the hub answered: {' '.join(str(answer).split()):.200}"
-    if "connect" in text or "offline" in text.lower() or "name resolution" in text:
-        return (
-            f"{checkpoint!r} is not on this machine and the hub cannot be reached: run 'sparc3 prepare' where there is "
-            "a network, or give the path of a local checkpoint folder."
-        )
-    return f"{checkpoint!r} could not be loaded: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"The longest sample has {num_tokens} tokens, the model's context {context}: {way_out}.")
 
 
 def load_model(checkpoint: str, dtype: torch.dtype, revision: str | None = None) -> Any:
@@ -218,12 +187,14 @@ def load_model(checkpoint: str, dtype: torch.dtype, revision: str | None = None)
 
     load_config(checkpoint, revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(locate(checkpoint), revision=revision, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            locate(checkpoint), revision=revision, dtype=dtype, use_safetensors=True
+        )
     except OSError as error:
         raise OSError(explain_hub_error(checkpoint, error)) from None
     except SafetensorError as error:
         raise OSError(
-            f"A weight file of {checkpoint!r} is damaged: fetch or copy it again ({_first_line(error)})."
+            f"A weight file of {checkpoint!r} is damaged: fetch or copy it again ({first_line(error)})."
         ) from None
     return model.eval().requires_grad_(False)
 
@@ -282,6 +253,18 @@ def check_unchanged(checkpoint: str, attributed: str) -> str | None:
             "used: attribute again."
         )
     return revision
+
+
+def check_takes_means(checkpoint: str, attributed: str, modules: Iterable[str]) -> None:
+    """Raise ValueError, without loading weights, unless neurons' means can be written into a checkpoint.
+
+    Args:
+        checkpoint: See ``locate``.
+        attributed: The fingerprint it was attributed with.
+        modules: Layers of the neurons, by their fully qualified names.
+    """
+    skeleton = skeleton_of(load_config(checkpoint, check_unchanged(checkpoint, attributed)))
+    check_have_biases(skeleton, columns_of(skeleton, modules).values())
 
 
 def export_pruned(checkpoint: str, neurons: Iterable[Neuron], folder: Path, **options: Any) -> None:

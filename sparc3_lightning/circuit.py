@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config
+from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
 from sparc3_lightning.circuit_tables import circuit_csv, summary
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
@@ -94,7 +94,7 @@ class Circuit(L.LightningModule):
         if not isinstance(data, ReferenceSamples):
             raise TypeError(f"A circuit needs a data module of samples with two tokens to compare (IOI), got {data!r}.")
         data.check_target("logit_difference")
-        check_context(config, data.longest, "--data")
+        check_context(config, data.longest, data.way_to_shorter)
         self._check_groups(config)
         used = {name for of in self.groups for provenance in of.provenances for name in provenance.sample_ids}
         data.leave_out = used & {sample.id for sample in data.samples}
@@ -112,10 +112,7 @@ class Circuit(L.LightningModule):
 
     def _check_groups(self, config: Any) -> None:
         """Refuse score files of another model, and of what cannot be taken out of it."""
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = skeleton_of(config)
         for of in self.groups:
             for path, provenance in zip(of.paths, of.provenances, strict=True):
                 if provenance.checkpoint_fingerprint != self.fingerprint:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparc3_lightning.checkpoints import Dtype, check_unchanged, export_edited, load_config, resolve_dtype
+from sparc3_lightning.checkpoints import Dtype, check_unchanged, export_edited, load_config, resolve_dtype, skeleton_of
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.provenance import git_hash, versions
@@ -169,10 +169,7 @@ def _check_layers(scores: WeightScores, revision: str | None) -> int:
     Raises:
         ValueError: If a layer is not there, or has another shape.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(scores.provenance.checkpoint, revision))
+    model = skeleton_of(load_config(scores.provenance.checkpoint, revision))
     layers = find_targets(model, [ALL])
     for name, shape in scores.shapes.items():
         if name not in layers:

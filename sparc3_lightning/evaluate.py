@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config
+from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
 from sparc3_lightning.completions import CompletionLog, completion_rows
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
@@ -134,8 +134,6 @@ class Evaluation(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked, and fetch what is missing, before the model is loaded."""
-        from transformers import AutoModelForCausalLM
-
         self.folder = Path(self.trainer.log_dir or ".")  # asked for once, by every rank: the answer is a broadcast
         check_writable(self.folder)
         check_absent(self.folder / RESULTS)
@@ -144,10 +142,10 @@ class Evaluation(L.LightningModule):
         config = load_config(self.checkpoint, self.revision)
         self.fingerprint = fingerprint(self.checkpoint, self.revision)
         data = self.data
-        check_context(config, data.text.window, "--data.text.window")
-        check_context(config, data.prompts.longest + self.sampling.max_new_tokens, "--model.max_new_tokens")
+        check_context(config, data.text.window, "lower --data.text.window")
+        check_context(config, data.prompts.longest + self.sampling.max_new_tokens, "lower --model.max_new_tokens")
         if data.pairs is not None:
-            check_context(config, data.pairs.longest, "--data.pairs")
+            check_context(config, data.pairs.longest, "take shorter --data.pairs")
         for selection, neurons in self.lists.items():
             of, theirs = neurons.provenance, neurons.provenance.get("checkpoint_fingerprint")
             if theirs != self.fingerprint:
@@ -158,8 +156,7 @@ class Evaluation(L.LightningModule):
         if any(of.granularity == "weight" for of in self.lists.values()):
             check_is_whole(self)
         if self.lists:
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = skeleton_of(config)
             for neurons in self.lists.values():
                 check_neurons(skeleton, neurons.all())
         fetch_tasks(*self.zero_shot[:2])

@@ -5,7 +5,7 @@ classes of transformers for the whole process, with no way back; here they are b
 taken off again. Relevance is then gradient times input, with the gradient that autograd computes inside the block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -44,6 +44,8 @@ FAMILIES = {
     "qwen2": Family("Qwen2RMSNorm", gated_mlp="Qwen2MLP"),
     "qwen3": Family("Qwen3RMSNorm", gated_mlp="Qwen3MLP"),
 }
+# Layers through which CP-LRP passes no relevance: what they put out goes into a gate, or into the softmax.
+_NONE_BY_CP_LRP = {"gate_proj", "q_proj", "k_proj"}
 # Modules that are linear in their input, or that relevance does not pass.
 _NEED_NO_RULE = (Linear, nn.Embedding, nn.Dropout, nn.Identity)
 
@@ -111,6 +113,18 @@ def family_of(config: Any) -> Family:
             "For another one use --model.method wanda, which needs no rules."
         )
     return FAMILIES[model_type]
+
+
+def check_have_relevance(modules: Iterable[str], rule: Rule) -> None:
+    """Raise ValueError if a rule passes no relevance through one of the layers, by their fully qualified names."""
+    names = {name.rpartition(".")[2] for name in modules}
+    none = names & _NONE_BY_CP_LRP if rule == "cp_lrp" else set()
+    if none:
+        others = f"'[{', '.join(sorted(names - none))}]'" if names - none else "of other layers"
+        raise ValueError(
+            f"--model.rule {rule} passes no relevance through {', '.join(sorted(none))}: give --model.targets "
+            f"{others}, or --model.rule attnlrp."
+        )
 
 
 class _Rules:

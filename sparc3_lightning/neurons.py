@@ -176,19 +176,28 @@ def prune_(model: nn.Module, neurons: Iterable[Neuron]) -> None:
             column[:, off] = 0  # where a weight is infinite
 
 
+def check_have_biases(model: Any, columns: Iterable[Linear]) -> None:
+    """Raise ValueError unless layers have a bias, or their architecture has one to switch on, to put constants in.
+
+    A model on the meta device suffices.
+    """
+    if any(column.bias is None for column in columns) and getattr(model.config, "mlp_bias", None) is None:
+        raise ValueError(
+            f"The architecture {model.config.model_type!r} has no bias in its MLPs, so that a checkpoint of it has no "
+            "place for the mean of a neuron: choose --model.replacement zero. (LLaMA has the config's mlp_bias.)"
+        )
+
+
 def _add_biases(model: Any, mlps: Iterable[_Mlp]) -> None:
     """Give the layers of all MLPs a bias of 0, where they have none and the architecture has one to switch on.
 
     Raises:
         ValueError: If it has none.
     """
-    if all(mlp.column.bias is not None for mlp in mlps):
+    columns = [mlp.column for mlp in mlps]
+    check_have_biases(model, columns)
+    if all(column.bias is not None for column in columns):
         return
-    if getattr(model.config, "mlp_bias", None) is None:
-        raise ValueError(
-            f"The architecture {model.config.model_type!r} has no bias in its MLPs, so that a checkpoint of it has no "
-            "place for the mean of a neuron: choose --model.replacement zero. (LLaMA has the config's mlp_bias.)"
-        )
     model.config.mlp_bias = True
     names = {name for rows, column in MLPS for name in (*rows, column)}
     for name, layer in model.named_modules():

@@ -121,44 +121,51 @@ def remove_progress(folder: Path, before: int | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
-def go_on(output: Path, identity: dict[str, Any]) -> Progress:
+def go_on(output: Path, identity: dict[str, Any], takes_sums: bool = True) -> Progress:
     """Begin an attempt: where the state in the output's folder, or of the same run in a folder beside it, left off.
 
     Args:
         output: The file that a run writes at its end.
         identity: Of this run.
+        takes_sums: Whether this run can add to sums of before; of several ranks that each keep some rows, none can.
 
     Returns:
         What was done before; empty if nothing was.
 
     Raises:
-        ValueError: If the folder holds the state of another run, or a damaged one.
+        ValueError: If the folder holds the state of another run, or a damaged one; or there are sums of before and this
+            run cannot add to them.
     """
     folder = output.parent
     found = load_progress(folder)
     if found is not None:
         found.check_identity(identity, folder)
     else:
-        found = _unfinished_elsewhere(output, identity)
+        found, folder = _unfinished_elsewhere(output, identity) or (None, folder)
     if found is None:
         return Progress(identity)
+    if not takes_sums:
+        raise ValueError(
+            f"{folder}/state-*.safetensors holds sums of weights of one device, which several devices cannot go on "
+            "from: give --trainer.devices 1 and --trainer.num_nodes 1, or remove that file to begin again."
+        )
     progress = replace(found, attempt=found.attempt + 1)
     # Before any rank adds to it: from here on the files of earlier attempts no longer count.
-    progress.save(folder, rank=0)
-    remove_progress(folder, before=progress.attempt)
+    progress.save(output.parent, rank=0)
+    remove_progress(output.parent, before=progress.attempt)
     rank_zero_info(f"Going on after {len(found.sample_ids)} samples of a run that broke off.")
     return progress
 
 
-def _unfinished_elsewhere(output: Path, identity: dict[str, Any]) -> Progress | None:
-    """Return the furthest state of the same run in a folder beside the output's."""
+def _unfinished_elsewhere(output: Path, identity: dict[str, Any]) -> tuple[Progress, Path] | None:
+    """Return the furthest state of the same run in a folder beside the output's, and that folder."""
     same = []
     for folder in sorted({path.parent for path in output.parent.parent.glob("*/state-*.safetensors")}):
         with suppress(ValueError):  # a damaged state of some other run is not this run's concern
             state = load_progress(folder)
             if state is not None and state.identity == identity and not (folder / output.name).exists():
-                same.append(state)
-    return max(same, key=lambda state: len(state.sample_ids), default=None)
+                same.append((state, folder))
+    return max(same, key=lambda found: len(found[0].sample_ids), default=None)
 
 
 class StopRequest:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparc3_lightning.activations import ACTIVATIONS, Activations
 from sparc3_lightning.budget import Budget, within_budget
-from sparc3_lightning.checkpoints import Dtype, check_unchanged, export_pruned, resolve_dtype
+from sparc3_lightning.checkpoints import Dtype, check_takes_means, check_unchanged, export_pruned, resolve_dtype
 from sparc3_lightning.controls import lowest
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
@@ -202,6 +202,9 @@ class Pruning(L.LightningModule):
         )
         if behavior_file.provenance.granularity == "neuron":
             check_are_neurons(behavior_file.scores)
+            if self.export is not None and self.replacement == "mean":
+                of = behavior_file.provenance
+                check_takes_means(of.checkpoint, of.checkpoint_fingerprint, behavior_file.scores)
         elif self.refine:
             raise ValueError("--model.refine is for neurons, and these are scores of heads: leave it out.")
         general, behavior = average(general_files), behavior_file.scores

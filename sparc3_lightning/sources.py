@@ -180,7 +180,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     elif name.endswith(".json"):
         yield from _json_rows(path)
     elif name.endswith(".csv"):
-        with path.open(encoding="utf-8", newline="") as lines:
+        csv.field_size_limit(2**31 - 1)  # a whole document may stand in a field; csv's own limit is 128 KiB
+        with path.open(encoding="utf-8-sig", newline="") as lines:  # Excel puts a byte-order mark in front
             yield from csv.DictReader(lines, strict=True)
     else:
         with path.open(encoding="utf-8") as lines:

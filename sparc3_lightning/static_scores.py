@@ -15,6 +15,14 @@ from sparc3_lightning.relevance import whole
 STATIC = ("magnitude", "random")
 
 
+def check_static(method: str, granularity: Granularity, activations: bool) -> None:
+    """Raise ValueError if heads are to have such a score, or activations of samples, which there are none, be kept."""
+    if granularity == "head":
+        raise ValueError(f"--model.method {method} is not of heads: choose another --model.granularity.")
+    if activations:
+        raise ValueError(f"--model.method {method} reads no samples: leave out --model.activations.")
+
+
 def random_scores(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Draw scores from the uniform distribution on [0, 1), the same for a module's name whatever others there are.
 

@@ -8,6 +8,7 @@ import torch
 from conftest import sentence
 
 from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations
+from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.cli import main
 from sparc3_lightning.neurons import columns_of
@@ -80,6 +81,17 @@ def test_scores_are_the_same_with_activations_beside_them(tiny_checkpoint, promp
     assert not (files[0].parent / ACTIVATIONS).exists()
 
 
+@pytest.mark.parametrize("method", ["lrp", "gradient"])
+def test_activations_are_the_same_with_gradient_checkpointing(tiny_checkpoint, prompts, method):
+    common = ("--model.activations=true", f"--model.method={method}", "--data.batch_size=2")
+    attribute(tiny_checkpoint, prompts, *common)
+    attribute(tiny_checkpoint, prompts, *common, "--model.gradient_checkpointing=true")
+    plain, again = (Activations.load(Path(f"lightning_logs/attribute/version_{i}") / ACTIVATIONS) for i in range(2))
+    assert (again.sample_ids, again.num_tokens) == (plain.sample_ids, plain.num_tokens)
+    for name, rows in plain.rows.items():
+        assert torch.equal(again.rows[name], rows)
+
+
 def test_rows_of_a_run_that_broke_off_come_first(make_model):
     model = make_model()
     recorder = ActivationRecorder(columns_of(model, [UP.format(0)]))
@@ -110,9 +122,34 @@ def test_parts_of_ranks_are_put_in_the_order_of_the_samples():
     assert joined.rows["m"].flatten().tolist() == [1.0, 2.0, 3.0]
 
 
-def test_activations_of_layers_without_neurons_are_refused(tiny_checkpoint, prompts):
-    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.o_proj' is not a layer of MLP neurons"):
-        attribute(tiny_checkpoint, prompts, "--model.activations=true", "--model.targets=[o_proj]")
+def test_rows_that_are_not_one_a_sample_are_refused():
+    with pytest.raises(ValueError, match="4 rows of activations of m are there for 2 samples"):
+        Activations.join([(["a", "b"], {"m": torch.zeros(4, 3)})], {"a": 5, "b": 6})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"activations": True, "targets": ["o_proj"]}, r"--model.activations true .*--model.targets .*'up_proj'"),
+        ({"activations": True, "targets": ["up_proj", "all"]}, r"--model.activations true .*got \['up_proj', 'all'\]"),
+        ({"activations": True, "granularity": "head"}, r"--model.activations true .*not of heads.*--model.granularity"),
+        ({"activations": True, "method": "random"}, r"--model.method random .*leave out --model.activations"),
+        (
+            {"method": "activation", "targets": ["mlp.down_proj"]},
+            r"--model.method activation .*got \['mlp.down_",
+        ),
+        ({"method": "activation", "granularity": "head"}, r"--model.method activation is not of heads"),
+    ],
+)
+def test_activations_of_what_is_no_neuron_are_refused_by_the_options_alone(options, named):
+    with pytest.raises(ValueError, match=named):
+        Attribution("no/checkpoint", **options)
+
+
+@pytest.mark.parametrize("targets", [["mlp.up_proj"], ["model.layers.1.mlp.gate_proj"]])
+def test_activations_of_neurons_may_be_asked_for_by_a_longer_name(tiny_checkpoint, prompts, targets):
+    attribute(tiny_checkpoint, prompts, "--model.activations=true", f"--model.targets={targets}")
+    assert Activations.load(Path("lightning_logs/attribute/version_0") / ACTIVATIONS).rows
 
 
 def test_a_file_that_is_missing_or_something_else_is_refused(tmp_path):

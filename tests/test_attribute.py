@@ -259,6 +259,13 @@ def test_a_sample_longer_than_the_context_is_refused_before_the_model_is_loaded(
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")
+def test_a_prompt_longer_than_the_context_is_refused_without_an_option_that_prompts_have_not(tiny_checkpoint):
+    Path("long.jsonl").write_text(json.dumps({"text": sentence(0, 70), "toxicity": 0.95}))
+    with pytest.raises(ValueError, match=r"70 tokens, the model's context 64: take shorter samples\.$"):
+        trainer().predict(Attribution(tiny_checkpoint), datamodule=ToxicPrompts("long.jsonl", num_samples=1))
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
 def test_existing_scores_are_not_overwritten(tiny_checkpoint, documents):
     Path("out").mkdir()
     Path("out", SCORES).write_text("precious")
@@ -308,6 +315,33 @@ def test_a_data_module_of_another_kind_is_refused(tiny_checkpoint):
         trainer().predict(Attribution(tiny_checkpoint), datamodule=Other())
 
 
+@pytest.mark.usefixtures("no_model_is_loaded")
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (["gate_proj"], r"gate_proj: give --model.targets of other layers"),
+        (["self_attn.q_proj", "k_proj", "up_proj"], r"k_proj, q_proj: give --model.targets '\[up_proj\]'"),
+        (["all"], r"gate_proj, k_proj, q_proj: give --model.targets '\[down_proj, o_proj, up_proj, v_proj\]'"),
+    ],
+)
+def test_targets_that_cp_lrp_passes_no_relevance_through_are_refused(tiny_checkpoint, prompts, targets, named):
+    model = Attribution(tiny_checkpoint, rule="cp_lrp", targets=targets)
+    with pytest.raises(ValueError, match=rf"--model.rule cp_lrp passes no relevance through {named}"):
+        scores_of(model, ToxicPrompts(prompts, num_samples=2))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "opt"])
+def test_the_layers_that_cp_lrp_leaves_have_relevance_in_every_family(make_checkpoint, prompts, family):
+    none = {"gate_proj", "q_proj", "k_proj"}
+    checkpoint = make_checkpoint(family)
+    linear = find_targets(load_model(checkpoint, torch.float32), ["all"])
+    left = sorted({name.rpartition(".")[2] for name in linear} - none)
+    model = Attribution(checkpoint, rule="cp_lrp", targets=left)
+    found = scores_of(model, ToxicPrompts(prompts, num_samples=2)).scores
+    assert all(score.count_nonzero() for score in found.values())
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
 def test_an_unknown_target_is_refused_with_the_names_there_are(tiny_checkpoint, prompts):
     with pytest.raises(ValueError, match=r"--model.targets.*'fc1'.*'down_proj'.*'up_proj'"):
         scores_of(Attribution(tiny_checkpoint, targets=["up_proj", "fc1"]), ToxicPrompts(prompts, num_samples=2))
@@ -322,9 +356,9 @@ def test_targets_are_found_in_every_block(make_model):
 
 
 def test_a_context_that_the_config_does_not_state_is_not_checked(make_model):
-    check_context(make_model().config, 64, "--option")
-    check_context(SimpleNamespace(max_position_embeddings=None), 10**6, "--option")
-    check_context(SimpleNamespace(), 10**6, "--option")
+    check_context(make_model().config, 64, "")
+    check_context(SimpleNamespace(max_position_embeddings=None), 10**6, "")
+    check_context(SimpleNamespace(), 10**6, "")
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from sparc3_lightning import checkpoints
 from sparc3_lightning.checkpoints import (
-    explain_hub_error,
     export_pruned,
     fetch_checkpoint,
     fingerprint,
@@ -29,6 +28,7 @@ from sparc3_lightning.checkpoints import (
     locate,
     resolve_dtype,
 )
+from sparc3_lightning.hub_errors import PICKLED, explain_hub_error
 from sparc3_lightning.neurons import Neuron, mask
 
 CPU = torch.device("cpu")
@@ -309,6 +309,38 @@ def test_a_repository_that_is_gated_or_missing_at_a_real_server_is_one_sentence(
         for name, text in expected.items()
         for ask in ("load_config", "fetch_checkpoint")
     }
+
+
+LOAD_PICKLED = """
+import torch
+from sparc3_lightning.checkpoints import fetch_checkpoint, load_model
+for load in (fetch_checkpoint, lambda name: load_model(name, torch.float32)):
+    try:
+        load("org/pickled")
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_pickled_weights_of_the_hub_are_not_loaded_and_said_not_to_be_there(copied: Path, tmp_path: Path) -> None:
+    """In a process of its own: the place of the cache is read when the hub's library is imported."""
+    commit = "0" * 40
+    repository = tmp_path / "hub" / "hub" / "models--org--pickled"
+    snapshot = repository / "snapshots" / commit
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    weights = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    shutil.copytree(copied, snapshot)
+    torch.save(weights, snapshot / "pytorch_model.bin")
+    # As the hub's library notes that it asked for these files in vain.
+    (repository / ".no_exist" / commit).mkdir(parents=True)
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        (repository / ".no_exist" / commit / name).touch()
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", LOAD_PICKLED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"'org/pickled' {PICKLED}"] * 2
 
 
 def test_the_fingerprint_of_a_folder_does_not_depend_on_its_name_or_its_tokenizer(

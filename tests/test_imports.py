@@ -45,7 +45,7 @@ LAYERS = (
     },
     {"neuron_list", "preferences"},
     {"accumulator", "static_scores", "selections", "controls", "orders", "neurons", "heads", "weights"},
-    {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap", "sparsity"},
+    {"lrp", "relevance", "targets", "metrics", "generation", "files", "intervals", "overlap", "sparsity", "hub_errors"},
     {"linear"},
 )
 # A script of its own that nothing imports.

@@ -139,6 +139,23 @@ def test_a_state_of_another_config_is_refused_with_the_field_that_differs(
     assert load_progress(Path("other")) is not None
 
 
+@pytest.mark.parametrize("again", ["runs/version_0", "runs/version_1"])
+def test_sums_of_weights_of_one_device_are_refused_by_several(
+    tiny_checkpoint: str, prompts: str, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(Attribution, "on_predict_epoch_end", lambda _: pytest.fail("it breaks off"))
+        with pytest.raises(pytest.fail.Exception, match="breaks off"):
+            attribute(tiny_checkpoint, prompts, "runs/version_0", granularity="weight")
+    with monkeypatch.context() as several:
+        several.setattr(Trainer, "world_size", 2)
+        with pytest.raises(ValueError, match=r"^runs/version_0/state-\*.safetensors holds.*--trainer.devices 1"):
+            attribute(tiny_checkpoint, prompts, again, granularity="weight")
+    assert not list(Path("runs").glob("version_1/state-*")), "nothing is copied by what is refused"
+    attribute(tiny_checkpoint, prompts, again, granularity="weight")
+    assert list(Path(again).glob("weight_scores*"))
+
+
 def test_states_of_several_ranks_add_up_and_only_the_last_attempt_counts(tmp_path: Path) -> None:
     identity = {"method": "lrp"}
     one, two = torch.tensor([1.0, 2.0]).double(), torch.tensor([0.5, 0.25]).double()

@@ -237,6 +237,27 @@ def test_neurons_can_be_held_at_their_mean_over_the_tokens_of_each_seed_averaged
     assert NeuronList.load(OUT / NEURONS) == found
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
+def test_means_that_a_checkpoint_has_no_place_for_are_refused_before_neurons_are_selected(
+    make_checkpoint, monkeypatch, family
+):
+    monkeypatch.setattr(Pruning, "_rank", lambda *_: pytest.fail("the neurons were ranked"))
+    checkpoint = make_checkpoint(family)
+    of = {"checkpoint": checkpoint, "checkpoint_fingerprint": fingerprint(checkpoint)}
+    sides = save_side("general", 0, 7, **of), save_side("behavior", 9, 6, 0.5, **of)
+    pruning = Pruning(sides[:1], sides[1], replacement="mean", num_neurons=4, export=Path("pruned"))
+    with pytest.raises(ValueError, match=rf"'{family}' has no bias .* --model\.replacement zero"):
+        pruning.prune(OUT)
+
+
+def test_means_are_exported_where_a_checkpoint_has_a_place_for_them(tiny_checkpoint):
+    of = {"checkpoint": tiny_checkpoint, "checkpoint_fingerprint": fingerprint(tiny_checkpoint)}
+    sides = save_side("general", 0, 7, **of), save_side("behavior", 9, 6, 0.5, **of)
+    Pruning(sides[:1], sides[1], replacement="mean", num_neurons=4, export=Path("pruned")).prune(OUT)
+    assert (OUT / NEURONS).is_file()
+    assert AutoModelForCausalLM.from_pretrained("pruned").config.mlp_bias
+
+
 def test_what_the_behaviour_shares_with_samples_without_it_is_subtracted_first(files):
     general, behavior = files
     contrast = save_scores("contrast.safetensors", random_scores(5, 0.3), sample_ids=["harmless"])

@@ -231,6 +231,17 @@ def test_a_csv_file_gives_its_rows_with_commas_quotes_and_line_breaks_inside_a_f
     assert rows == [{"": "0", "text": 'one, "two"\nthree', "kind": "δ"}, {"": "1", "text": "four", "kind": ""}]
 
 
+def test_a_csv_file_may_begin_with_the_byte_order_mark_of_excel(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("toxicity,text\n0.97,one\n", encoding="utf-8-sig")
+    assert list(read_records(tmp_path / "a.csv")) == [{"toxicity": "0.97", "text": "one"}]
+
+
+def test_a_field_of_a_csv_file_may_be_a_long_document(tmp_path: Path) -> None:
+    text = "word " * 30_000
+    (tmp_path / "a.csv").write_text(f'text\n"{text}"\n')
+    assert [row["text"] for row in read_records(tmp_path / "a.csv")] == [text]
+
+
 def test_a_csv_file_that_ends_inside_a_quote_is_an_error_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text\n"one')
     with pytest.raises(ValueError, match=r"a.csv is damaged, or not what its ending says"):

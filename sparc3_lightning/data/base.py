@@ -210,6 +210,11 @@ class ReferenceSamples(TextDataModule):
         return max(len(sample.input_ids) for sample in self.samples)
 
     @property
+    def way_to_shorter(self) -> str:
+        """What to do where samples are too long for a model; only some data has an option for it."""
+        return "lower --data.seq_len" if "seq_len" in self.hparams else "take shorter samples"
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens of all samples."""
         return sum(len(sample.input_ids) for sample in self.samples)
