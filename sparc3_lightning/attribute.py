@@ -125,7 +125,12 @@ class Attribution(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.revision = revision
         self.model = None
+        self.stop = StopRequest()
         self.written = ""
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Listen for signals."""
+        return [self.stop]
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
@@ -189,8 +194,6 @@ class Attribution(L.LightningModule):
             self.done = list(self.progress.sample_ids)
         self.num_saved = len(self.done)
         self.words = torch.tensor(self.lexicon, device=self.device)  # once: every copy makes the host wait
-        self.stop = StopRequest()
-        self.stop.listen()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the scores of one batch."""
@@ -219,7 +222,7 @@ class Attribution(L.LightningModule):
         if number is not None or len(self.done) - self.num_saved >= self.save_every:
             self._save_progress()
         if number is not None:
-            kept = f"{len(self.done)} samples of rank 0 are saved" if self.saves else "sums of weights are not saved"
+            kept = f"{len(self.done)} samples of rank 0 are saved" if self.saves else None
             self.stop.leave(kept, self.trainer.is_global_zero)
 
     def on_predict_epoch_end(self) -> None:
@@ -228,11 +231,6 @@ class Attribution(L.LightningModule):
         self._write()
         if self.trainer.is_global_zero:
             remove_progress(self.output.parent)
-
-    def teardown(self, stage: str) -> None:
-        """Give the signals back."""
-        if hasattr(self, "stop"):
-            self.stop.give_back()
 
     def _identify(self) -> dict[str, Any]:
         """Return what tells this run from another one whose sums must not be added to its own."""
