@@ -13,6 +13,7 @@ from conftest import sentence
 from safetensors.torch import load_file, save_file
 
 from sparc3_lightning import cli
+from sparc3_lightning.data import C4
 from sparc3_lightning.experiment import MANIFEST, Experiment
 from sparc3_lightning.scorers import SHIPPED
 from sparc3_lightning.scores import ScoreFile
@@ -449,6 +450,18 @@ def test_prepare_fetches_the_second_scorer_and_the_non_toxic_prompts_too():
     found = {(file["purpose"], Path(file["path"]).name) for file in files}
     assert {("scorer", "toxicity.ckpt"), ("second_scorer", "toxicity.ckpt"), ("prompts", "mild.jsonl")} <= found
     assert {Path(file["path"]).parent.name for file in files if file["purpose"] == "second_scorer"} == {"other"}
+
+
+def test_prepare_keeps_the_documents_that_the_stages_of_a_revision_look_for(monkeypatch, verbs_run):
+    monkeypatch.setenv("SPARC3_CACHE", "cache")
+    monkeypatch.setattr(C4, "_stream", lambda self: ((i, sentence(i, 20 + i)) for i in range(12)))
+    options = ["--model.revision", "v1", "--general.init_args.source", "null"]
+    options += ["--budget", "C4", "--budget.init_args.num_samples", "8", "--budget.init_args.seq_len", "16"]
+    options += ["--prune.max_perplexity_increase", "0.5"]
+    cli.main(["prepare", "--config", "experiment.yaml", *options])
+    monkeypatch.setattr(C4, "_stream", lambda self: pytest.fail("the stream was opened again"))
+    run(*options)
+    assert verbs_run == ALL
 
 
 def test_prepare_says_what_cannot_be_had():
