@@ -319,6 +319,29 @@ def test_the_label_of_a_local_scorer_leaves_its_content_in_sight(verbs_pretended
     assert verbs_pretended == ["evaluate"]
 
 
+@pytest.mark.usefixtures("more_inputs")
+def test_changed_content_of_the_lexicon_s_scorer_reruns_the_attribution_whose_target_it_is(verbs_pretended):
+    options = ["--attribute.lexicon", "other#toxic", "--model.behavior_attribute", '{"target": "lexicon"}']
+    run(*options)
+    verbs_pretended.clear()
+    Path("other/config.json").write_text(Path("other/config.json").read_text() + "\n")
+    run(*options)
+    assert verbs_pretended == ["attribute", "prune", "evaluate"]
+
+
+def test_a_changed_tokenizer_of_ones_own_reruns_what_it_reads(verbs_pretended, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, "words")
+    options = ["--general.init_args.tokenizer", "words"]
+    run(*options)
+    verbs_pretended.clear()
+    Path("words/model.safetensors").unlink()
+    run(*options)
+    assert verbs_pretended == []
+    Path("words/tokenizer.json").write_text(Path("words/tokenizer.json").read_text() + "\n")
+    run(*options)
+    assert verbs_pretended == ["attribute", "attribute", "prune", "evaluate"]
+
+
 def test_a_changed_task_of_ones_own_reruns_the_evaluation(verbs_pretended):
     Path("tasks").mkdir()
     Path("tasks/mine.yaml").write_text("task: mine\n")
