@@ -128,7 +128,12 @@ class Attribution(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.revision = revision
         self.model = None
+        self.stop = StopRequest()
         self.written = ""
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Listen for signals."""
+        return [self.stop]
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
@@ -187,8 +192,6 @@ class Attribution(L.LightningModule):
             self.done = list(self.progress.sample_ids)
         self.num_saved = len(self.done)
         self.words = torch.tensor(self.lexicon, device=self.device)  # once: every copy makes the host wait
-        self.stop = StopRequest()
-        self.stop.listen()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the scores of one batch."""
@@ -217,7 +220,7 @@ class Attribution(L.LightningModule):
         if number is not None or len(self.done) - self.num_saved >= self.save_every:
             self._save_progress()
         if number is not None:
-            kept = f"{len(self.done)} samples of rank 0 are saved" if self.saves else "sums of weights are not saved"
+            kept = f"{len(self.done)} samples of rank 0 are saved" if self.saves else None
             self.stop.leave(kept, self.trainer.is_global_zero)
 
     def on_predict_epoch_end(self) -> None:
@@ -226,11 +229,6 @@ class Attribution(L.LightningModule):
         self._write()
         if self.trainer.is_global_zero:
             remove_progress(self.output.parent)
-
-    def teardown(self, stage: str) -> None:
-        """Give the signals back."""
-        if hasattr(self, "stop"):
-            self.stop.give_back()
 
     def _find_targets(self, skeleton: Any) -> None:
         """Find what the target layers are called, and check that the model has them and they can be scored."""

@@ -254,7 +254,7 @@ def within_budget(
     """
     of = general[0].provenance
     revision = check_unchanged(of.checkpoint, of.checkpoint_fingerprint)
-    text.tokenizer = text.tokenizer or of.checkpoint
+    text.model_checkpoint = of.checkpoint, revision
     text.prepare_data()
     text.setup("predict")
     check_context(load_config(of.checkpoint, revision), text.longest, text.way_to_shorter)

@@ -18,6 +18,7 @@ from sparc3_lightning.files import check_absent, check_writable, to_json, write_
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import Neuron, check_are_neurons, check_neurons
 from sparc3_lightning.orders import ComponentOrder, Order, Scores, WeightOrder, random_scores
+from sparc3_lightning.progress import StopRequest
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.score_groups import Group, group_scores, load_scores
 from sparc3_lightning.scores import ScoreFile
@@ -79,8 +80,13 @@ class Circuit(L.LightningModule):
         self.dtype_name: Dtype = dtype
         self.revision = revision
         self.model = None
+        self.stop = StopRequest()
         self.batches: list[dict[str, Any]] = []
         self.written = ""
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Listen for signals."""
+        return [self.stop]
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
@@ -179,6 +185,8 @@ class Circuit(L.LightningModule):
         for sparsity in self.sparsities:
             with order.without(self.model, round(sparsity * len(order))) as num_removed:
                 steps.append({"sparsity": sparsity, "num_removed": num_removed, **self._measure()})
+            if self.stop.agreed(self.device) is not None:
+                self.stop.leave(None, self.trainer.is_global_zero)
         return steps
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
-from sparc3_lightning.completions import CompletionLog, completion_rows
+from sparc3_lightning.completions import CompletionLog, completion_rows, identity_of
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.findings import findings
@@ -19,6 +19,7 @@ from sparc3_lightning.metrics import Perplexity, last_hidden_state, score_window
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import check_neurons
 from sparc3_lightning.preferences import pair_rows, preference
+from sparc3_lightning.progress import StopRequest
 from sparc3_lightning.provenance import evaluation_settings, run_seed
 from sparc3_lightning.scorers import Remembering, check_scorer, load_scorer
 from sparc3_lightning.sharding import check_is_whole, check_same_on_all_ranks, gather, is_sharded, load_for
@@ -123,6 +124,7 @@ class Evaluation(L.LightningModule):
         self.scorer_names = [name for name in (scorer, second_scorer) if name is not None]
         self.dtype_name: Dtype = dtype
         self.model = None
+        self.stop = StopRequest()
         self.scorers: list[Remembering] = []
         self.results: dict[str, Any] = {}
 
@@ -131,6 +133,10 @@ class Evaluation(L.LightningModule):
         """Ids of the prompts that the neurons were attributed on; a continuation's begins with that of its prompt."""
         of_samples = (neurons.provenance.get("sample_ids", ()) for neurons in self.lists.values())
         return {id_.partition("/")[0] for ids in of_samples for id_ in ids}
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Listen for signals."""
+        return [self.stop]
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked, and fetch what is missing, before the model is loaded."""
@@ -199,6 +205,12 @@ class Evaluation(L.LightningModule):
             with variant.as_context(self.model, self.off[variant.name]):
                 measure(variant, batch)
 
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Stop if that is asked for: the continuations are on the disk."""
+        if self.stop.agreed(self.device) is not None:
+            new = len(self.completions) - sum(map(len, self.kept.values()))
+            self.stop.leave(f"{new} continuations of rank 0 are kept" if new else None, self.trainer.is_global_zero)
+
     def _measure_perplexity(self, variant: Variant, batch: dict[str, Any]) -> None:
         windows = batch["windows"]
         spans = torch.tensor([[w.end - w.start - w.num_scored, w.end - w.start] for w in windows])
@@ -242,25 +254,14 @@ class Evaluation(L.LightningModule):
 
     def _resume(self) -> None:
         """Keep the continuations of a run with the same config that broke off, and leave their prompts out."""
-        prompts = self.data.prompts
-        identity = {
-            "checkpoint_fingerprint": self.fingerprint,
-            "neurons": [neurons.digest() for neurons in self.lists.values()],
-            "scorers": self.scorer_names,
-            "sampling": [*self.sampling, self.per_seed],
-            "models": [(variant.name, variant.num_continuations) for variant in self.variants],
-            "dtype": self.dtype_name,
-            "seed": run_seed(),
-        }
-        check_same_on_all_ranks("checkpoint, neurons or prompts", [identity, [prompt.id for prompt in prompts.prompts]])
+        prompts, identity = self.data.prompts, identity_of(self)
+        ids = [prompt.id for prompt in prompts.prompts]
+        check_same_on_all_ranks("checkpoint, neurons or prompts", [identity, ids])
         self.log_of_completions = CompletionLog(self.folder, self.trainer.global_rank, identity)
-        kept: dict[str, list[dict[str, Any]]] = {}
+        self.kept: dict[str, list[dict[str, Any]]] = {}
         if self.trainer.is_global_zero:
-            kept = self.log_of_completions.begin(prompts.prompts, sum(v.num_continuations for v in self.variants))
-            if kept:
-                rank_zero_info(f"Keeping the continuations of {len(kept)} prompts of a run that broke off.")
-        prompts.leave_out = set(self.trainer.strategy.broadcast(list(kept)))
-        self.kept = kept
+            self.kept = self.log_of_completions.begin(prompts.prompts, sum(v.num_continuations for v in self.variants))
+        prompts.leave_out = set(self.trainer.strategy.broadcast(list(self.kept)))
 
     def on_test_end(self) -> None:
         """Write results.json, completions.jsonl and, given neurons, the report with its figures and a model card."""

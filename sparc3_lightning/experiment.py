@@ -18,15 +18,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.attribute import file_of
 from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, fingerprint
-from sparc3_lightning.classifiers import split_label
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS
 from sparc3_lightning.files import check_writable, write_atomically
+from sparc3_lightning.local_files import digests_of
 from sparc3_lightning.preflight import attribution_options, check_evaluation, check_granularities, check_pruning
+from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.prune import NEURONS
 from sparc3_lightning.report import summary_table
 from sparc3_lightning.scorers import fetch_scorer
 from sparc3_lightning.screening import from_screening, screening, wants_screening
-from sparc3_lightning.sources import is_local, sha256_of
+from sparc3_lightning.sources import sha256_of
 from sparc3_lightning.targets import LEXICAL
 from sparc3_lightning.zero_shot import fetch_tasks
 
@@ -157,7 +158,7 @@ class Experiment:
         seed = options["seed_everything"]
         # Options that are None are left out, so that a new option with that default does not make old results unknown.
         identity = [verb, version("sparc3_lightning"), seed, _without_none(trainer), _without_none(config)]
-        files = _local_files(config, made)
+        files = digests_of(config, made)
         digest = hashlib.sha256(json.dumps([*identity, files], sort_keys=True).encode()).hexdigest()[:8]
         config = {"seed_everything": seed, "trainer": copy.deepcopy(options["trainer"]), **copy.deepcopy(config)}
         where = {"save_dir": str(self.logs), "name": verb, "version": f"{name}-{digest}"}
@@ -244,7 +245,7 @@ class Experiment:
         for name, data in sets:
             if data is None or wants_screening(data):
                 continue
-            needs.append((name, lambda data=data: self._fetch_data(data)))  # type: ignore[misc]
+            needs.append((name, lambda name=name, data=data: self._fetch_data(name, data)))  # type: ignore[misc]
         files = []
         for purpose, fetch in needs:
             for path in fetch():
@@ -257,10 +258,11 @@ class Experiment:
         rank_zero_info(f"Manifest: {folder / MANIFEST}")
         return manifest
 
-    def _fetch_data(self, data: dict[str, Any]) -> list[Path]:
-        init = copy.deepcopy(data)
-        init["init_args"]["tokenizer"] = init["init_args"].get("tokenizer") or self.checkpoint
-        module = instantiate_class((), init)
+    def _fetch_data(self, name: str, data: dict[str, Any]) -> list[Path]:
+        module = instantiate_class((), data)
+        # A price is measured with the very commit that was attributed.
+        revision = revision_of(fingerprint(self.checkpoint, self.revision)) if name == "budget" else self.revision
+        module.model_checkpoint = (self.checkpoint, revision)
         module.prepare_data()
         return module.fetched_files()
 
@@ -284,25 +286,3 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return value
-
-
-def _local_files(value: Any, made: Path | None) -> list[str]:
-    """Identify the content of every local file or folder that a config reads: sources, checkpoint and scorer.
-
-    Not that of the file that an earlier stage of the same experiment makes: its path tells what it will hold.
-    """
-    if not isinstance(value, dict):
-        return []
-    found = []
-    for key in ("checkpoint", "source", "nontoxic_source", "scorer", "second_scorer", "lm_eval_folder"):
-        path = value.get(key)
-        if isinstance(path, str) and key.endswith("scorer"):
-            path = split_label(path)[0]
-        if isinstance(path, str) and is_local(path) and path != str(made):
-            found.append(fingerprint(path) if key == "checkpoint" else _content(Path(path).expanduser()))
-    return found + [digest for item in value.values() for digest in _local_files(item, made)]
-
-
-def _content(path: Path) -> str:
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    return "".join(sha256_of(file) for file in files)

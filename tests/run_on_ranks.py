@@ -3,6 +3,7 @@
 import itertools
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,20 @@ def attribute(checkpoint: str, prompts: str, folder: Path, strategy: str, ranks:
 
 
 def evaluate(
-    checkpoint: str, prompts: str, text: str, neurons: str, folder: Path, strategy: str, ranks: int
+    checkpoint: str,
+    prompts: str,
+    text: str,
+    neurons: str,
+    folder: Path,
+    strategy: str,
+    ranks: int,
+    of: type = Evaluation,
 ) -> Evaluation:
     data = EvaluationData(
         WikiText2(source=text, window=16, stride=8, batch_size=3),
         RealToxicityPrompts(source=prompts, num_prompts=13, min_toxicity=0.0, batch_size=2),
     )
-    module = Evaluation(
+    module = of(
         checkpoint,
         Path(neurons),
         scorer="small",
@@ -71,6 +79,15 @@ def evaluate(
     )
     trainer(folder / "evaluate", strategy, ranks).test(module, datamodule=data, verbose=False)
     return module
+
+
+class Signalled(Evaluation):
+    """Gets a signal on one rank alone."""
+
+    def test_step(self, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if (self.global_rank, dataloader_idx, batch_idx) == (1, 1, 1):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        super().test_step(batch, batch_idx, dataloader_idx)
 
 
 def fail_on_rank_one(checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int) -> None:
@@ -124,8 +141,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if task == "attribute":
         attribute(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))
-    elif task == "evaluate":
-        evaluate(*arguments[:4], Path(arguments[4]), arguments[5], int(arguments[6]))
+    elif task in ("evaluate", "signalled"):
+        of = Signalled if task == "signalled" else Evaluation
+        evaluate(*arguments[:4], Path(arguments[4]), arguments[5], int(arguments[6]), of)
     elif task in ("fail", "different", "mesh"):
         run = {"fail": fail_on_rank_one, "different": see_different_prompts, "mesh": use_two_dimensions}[task]
         run(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))

@@ -11,7 +11,7 @@ from conftest import sentence
 from test_prune import MODULES, provenance, random_scores, save_scores
 
 from sparc3_lightning.budget import Budget, PerplexityRise, largest_within, spend
-from sparc3_lightning.checkpoints import fingerprint
+from sparc3_lightning.checkpoints import fingerprint, load_tokenizer
 from sparc3_lightning.cli import main
 from sparc3_lightning.data import C4
 from sparc3_lightning.data.base import Sample, pad_right
@@ -280,6 +280,18 @@ def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(
     ]
     with pytest.raises(ValueError, match=r"no longer the one that was attributed \(files:before\), so it was not used"):
         prune(*before, *price, "--model.min_strength=-100")
+
+
+def test_the_text_is_tokenized_as_by_the_commit_that_was_attributed(files, monkeypatch):
+    general, behavior, documents = files
+    loaded = []
+    monkeypatch.setattr("sparc3_lightning.budget.check_unchanged", lambda *_: "0123abcd")
+    monkeypatch.setattr(
+        "sparc3_lightning.data.base.load_tokenizer", lambda *of: loaded.append(of) or load_tokenizer(*of)
+    )
+    data = [f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=12"]
+    prune(general, behavior, "--model.max_perplexity_increase=0.02", "--data=C4", *data)
+    assert loaded == [(ScoreFile.load(general).provenance.checkpoint, "0123abcd")]
 
 
 def test_attributed_documents_are_left_out_however_the_path_of_their_file_is_written(files):

@@ -4,7 +4,10 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import signal
 import statistics
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +339,26 @@ def test_a_folder_that_holds_a_circuit_is_left_alone(checkpoint, save):
     find(checkpoint, [path])
     with pytest.raises(FileExistsError, match=r"circuit\.json exists already"):
         find(checkpoint, [path])
+
+
+def test_a_circuit_stops_at_a_signal_without_a_result_and_is_not_put_into_the_queue_again(
+    checkpoint, save, monkeypatch, caplog
+):
+    for name, value in {"NTASKS": "1", "JOB_ID": "42", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(subprocess, "run", lambda *command, **_: pytest.fail(f"{command} was called"))
+    measure = Circuit._measure
+
+    def signalled(self: Circuit) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return measure(self)
+
+    monkeypatch.setattr(Circuit, "_measure", signalled)
+    before = signal.getsignal(signal.SIGUSR1)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit) as left:
+        find(checkpoint, [save("a", O_PROJ, 1)])
+    assert left.value.code == 128 + signal.SIGUSR1
+    assert "nothing new is kept. The job is not put into the queue again" in caplog.text
+    assert not (Path("out") / CIRCUIT).exists()
+    assert not list(Path().rglob("hpc_ckpt*"))
+    assert signal.getsignal(signal.SIGUSR1) == before

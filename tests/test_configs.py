@@ -89,6 +89,14 @@ def test_run_yaml_prepares_too(capsys):
     assert yaml.safe_load(capsys.readouterr().out)["model"]["checkpoint"] == "meta-llama/Meta-Llama-3-8B"
 
 
+@pytest.mark.parametrize("overlays", [[], ["--config", "lexicon.yaml"]])
+def test_run_yaml_can_be_planned_where_there_is_no_gpu(overlays, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.accelerators.cuda.CUDAAccelerator.is_available", lambda: False)
+    main(["run", "--config", "run.yaml", *overlays, "--plan", "plan.txt"])
+    verbs = [line.split()[0] for line in Path("plan.txt").read_text().splitlines()]
+    assert verbs == [*(["evaluate"] if overlays else []), *["attribute"] * 4, "prune", "evaluate"]
+
+
 def includes(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     return {name: found.get(name) for name in expected} == expected
 

@@ -179,6 +179,9 @@ def test_the_tokenizer_is_that_of_the_model_unless_another_is_named(documents: s
     assert len(set_up(data).samples) == 1
     data.tokenizer = "other"
     assert data.tokenizer_checkpoint == ("other", None)
+    data = C4(documents, num_samples=1, seq_len=5)
+    data.model_checkpoint = (tiny_checkpoint, "main")
+    assert data.tokenizer_checkpoint == (tiny_checkpoint, "main")
 
 
 class Stream:

@@ -110,6 +110,22 @@ def test_results_of_several_ranks_are_those_of_one_process(
     assert len(rows[0]) == 13 * (3 * 2 + 3), "two by the model as it is, pruned and damped, one by each of the controls"
 
 
+def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_batch(
+    tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
+) -> None:
+    of = (inputs["prompts.jsonl"], inputs["text.txt"], inputs["neurons.json"])
+    done = torchrun(2, "signalled", tiny_checkpoint, *of, tmp_path, "fsdp2", 2, check=False)
+    assert done.returncode != 0
+    kept = [(tmp_path / "evaluate" / f"unfinished-{rank}.jsonl").read_text().splitlines() for rank in range(2)]
+    assert [len(lines) for lines in kept] == [1 + 2 * 2 * (3 * 2 + 3)] * 2, "two batches of two prompts"
+    run_on_ranks.evaluate(tiny_checkpoint, *of, tmp_path, "auto", 1)
+    alone, again = (
+        [json.loads(line) for line in (folder / "evaluate" / "completions.jsonl").read_text().splitlines()]
+        for folder in (one_process, tmp_path)
+    )
+    assert [row["continuation"] for row in again] == [row["continuation"] for row in alone]
+
+
 def test_an_exception_on_one_rank_ends_all_ranks_within_a_minute(
     tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path
 ) -> None:

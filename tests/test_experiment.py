@@ -13,6 +13,7 @@ from conftest import sentence
 from safetensors.torch import load_file, save_file
 
 from sparc3_lightning import cli, experiment
+from sparc3_lightning.data import C4
 from sparc3_lightning.experiment import MANIFEST, Experiment
 from sparc3_lightning.scorers import SHIPPED
 from sparc3_lightning.scores import ScoreFile
@@ -363,6 +364,29 @@ def test_the_label_of_a_local_scorer_leaves_its_content_in_sight(verbs_pretended
     assert verbs_pretended == ["evaluate"]
 
 
+@pytest.mark.usefixtures("more_inputs")
+def test_changed_content_of_the_lexicon_s_scorer_reruns_the_attribution_whose_target_it_is(verbs_pretended):
+    options = ["--attribute.lexicon", "other#toxic", "--model.behavior_attribute", '{"target": "lexicon"}']
+    run(*options)
+    verbs_pretended.clear()
+    Path("other/config.json").write_text(Path("other/config.json").read_text() + "\n")
+    run(*options)
+    assert verbs_pretended == ["attribute", "prune", "evaluate"]
+
+
+def test_a_changed_tokenizer_of_ones_own_reruns_what_it_reads(verbs_pretended, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, "words")
+    options = ["--general.init_args.tokenizer", "words"]
+    run(*options)
+    verbs_pretended.clear()
+    Path("words/model.safetensors").unlink()
+    run(*options)
+    assert verbs_pretended == []
+    Path("words/tokenizer.json").write_text(Path("words/tokenizer.json").read_text() + "\n")
+    run(*options)
+    assert verbs_pretended == ["attribute", "attribute", "prune", "evaluate"]
+
+
 def test_a_changed_task_of_ones_own_reruns_the_evaluation(verbs_pretended):
     Path("tasks").mkdir()
     Path("tasks/mine.yaml").write_text("task: mine\n")
@@ -509,6 +533,18 @@ def test_prepare_fetches_the_data_of_the_zero_shot_tasks_too(monkeypatch):
     files = json.loads(Path(done.trainer.log_dir, MANIFEST).read_text())["files"]
     assert asked == [(["mine"], Path("tasks"))]
     assert [file["path"] for file in files if file["purpose"] == "lm_eval_tasks"] == ["text.txt"]
+
+
+def test_prepare_keeps_the_documents_that_the_stages_of_a_revision_look_for(monkeypatch, verbs_run):
+    monkeypatch.setenv("SPARC3_CACHE", "cache")
+    monkeypatch.setattr(C4, "_stream", lambda self: ((i, sentence(i, 20 + i)) for i in range(12)))
+    options = ["--model.revision", "v1", "--general.init_args.source", "null"]
+    options += ["--budget", "C4", "--budget.init_args.num_samples", "8", "--budget.init_args.seq_len", "16"]
+    options += ["--prune.max_perplexity_increase", "0.5"]
+    cli.main(["prepare", "--config", "experiment.yaml", *options])
+    monkeypatch.setattr(C4, "_stream", lambda self: pytest.fail("the stream was opened again"))
+    run(*options)
+    assert verbs_run == ALL
 
 
 def test_prepare_says_what_cannot_be_had():

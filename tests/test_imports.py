@@ -16,7 +16,7 @@ MODULES = {
 LAYERS = (
     {"cli"},
     {"experiment"},
-    {"screening", "preflight"},
+    {"screening", "preflight", "local_files"},
     {"attribute", "prune", "budget", "evaluate", "sweep", "compare", "circuit", "compress", "data", "completions"},
     {"report"},
     {"score_groups", "weight_selection", "selected"},

@@ -179,12 +179,25 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
         load_progress(tmp_path)
 
 
-def evaluate(checkpoint: str, prompts: str, text: str, folder: str, stop_after: int | None = None) -> Evaluation:
+def evaluate(
+    checkpoint: str,
+    prompts: str,
+    text: str,
+    folder: str,
+    stop_after: int | None = None,
+    number: signal.Signals = signal.SIGKILL,
+    in_text: bool = False,
+) -> Evaluation:
     class Stopping(Evaluation):
+        def _measure_perplexity(self, variant, batch):
+            if in_text:
+                os.kill(os.getpid(), number)
+            super()._measure_perplexity(variant, batch)
+
         def _measure_toxicity(self, name, batch):
             self.num_batches = getattr(self, "num_batches", 0) + 1
             if stop_after is not None and self.num_batches > stop_after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
             super()._measure_toxicity(name, batch)
 
     data = EvaluationData(
@@ -209,6 +222,60 @@ def test_an_evaluation_does_not_generate_twice_what_it_has_scored(tiny_checkpoin
     lines = [Path(folder, "completions.jsonl").read_text() for folder in ("whole", "broken")]
     assert lines[0] == lines[1]
     assert not list(Path("broken").glob("unfinished-*"))
+
+
+@pytest.fixture
+def slurm_job(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The environment of a Slurm job; returns the file that says what scontrol was asked."""
+    names = ("NTASKS", "JOB_ID", "JOB_NAME", "PROCID", "LOCALID", "NODEID")
+    for name, value in zip(names, ("1", "42", "sparc3", "0", "0", "0"), strict=True):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    asked, command = Path("asked").absolute(), Path("bin/scontrol")
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\necho "$@" >>{asked}\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent.absolute()}:{os.environ['PATH']}")
+    return asked
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_an_evaluation_stops_at_a_signal_and_goes_on_when_slurm_starts_it_again(
+    tiny_checkpoint: str, prompts: str, slurm_job: Path, number: signal.Signals
+) -> None:
+    Path("text.txt").write_text("\n".join(sentence(500 + i, 12) for i in range(10)))
+    whole = evaluate(tiny_checkpoint, prompts, "text.txt", "whole")
+    process = start(evaluate, tiny_checkpoint, prompts, "text.txt", "stopped", 2, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    # After SIGTERM it is Slurm itself, if anyone, who puts the job into the queue again.
+    assert slurm_job.exists() == (number == signal.SIGUSR1)
+    assert not list(Path().rglob("hpc_ckpt*"))
+    again = evaluate(tiny_checkpoint, prompts, "text.txt", "stopped")
+    assert (whole.num_batches, again.num_batches) == (5, 2), "the batch in which the signal came is kept too"
+    # While the loop does not listen yet, or no more, Lightning's handler must not write the model either.
+    assert not again.trainer._accelerator_connector.cluster_environment.auto_requeue
+    assert again.results["baseline"] == pytest.approx(whole.results["baseline"])
+
+
+def test_an_evaluation_that_has_kept_nothing_new_is_not_put_into_the_queue_again(
+    tiny_checkpoint: str, prompts: str, slurm_job: Path
+) -> None:
+    Path("text.txt").write_text("\n".join(sentence(500 + i, 12) for i in range(10)))
+    process = start(evaluate, tiny_checkpoint, prompts, "text.txt", "stopped", None, signal.SIGUSR1, True)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGUSR1
+    assert not slurm_job.exists()
+
+
+def test_weights_that_lightning_kept_of_another_job_are_refused(
+    tiny_checkpoint: str, prompts: str, slurm_job: Path
+) -> None:
+    Path("text.txt").write_text(sentence(0, 60))
+    Path("hpc_ckpt_1.ckpt").touch()
+    with pytest.raises(ValueError, match="is of a job that Lightning put into the queue again"):
+        evaluate(tiny_checkpoint, prompts, "text.txt", "out")
+    with pytest.raises(ValueError, match="is of a job that Lightning put into the queue again"):
+        attribute(tiny_checkpoint, prompts, "out")
 
 
 def test_continuations_of_another_run_are_refused_with_the_field_that_differs(tmp_path: Path) -> None:

@@ -255,6 +255,25 @@ def test_a_job_that_is_requeued_goes_on_and_ends_with_the_same_scores(
     assert not list(states.glob("state-*"))
 
 
+def test_every_stage_that_may_run_the_model_gets_its_resources_and_pruning_one_task_of_them(tmp_path: Path) -> None:
+    plan = [f"{verb} {verb}.yaml todo" for verb in ("attribute", "prune", "evaluate")]
+    commands = {
+        "sparc3": f'[ "$1" = prepare ] || printf "%s\\n" {" ".join(map(repr, plan))} >"${{@: -1}}"',
+        "sbatch": f'echo "$@" >>{tmp_path}/submitted; echo 1',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    resources = "--ntasks-per-node=4 --gpus-per-node=4"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SPARC3_MODEL_JOB": resources}
+    subprocess.run([CONFIGS / "slurm" / "pipeline.sh", "run.yaml"], env=environment, check=True)
+    options = [line.partition("/")[0].split() for line in (tmp_path / "submitted").read_text().splitlines()]
+    attribute, prune, evaluate, run = [" ".join(o for o in of if "dependency" not in o) for of in options]
+    assert attribute == evaluate == f"--parsable {resources}"
+    assert prune == f"--parsable {resources} --ntasks-per-node=1 --nodes=1", "sbatch takes the last of two values"
+    assert run == "--parsable --ntasks-per-node=1 --nodes=1"
+
+
 def test_the_pipeline_runs_to_its_end(slurm: dict[str, str], run_yaml: Path) -> None:
     environment = {**slurm, "SPARC3_MODEL_JOB": "--ntasks-per-node=1"}
     output = run(environment, CONFIGS / "slurm" / "pipeline.sh", run_yaml)

@@ -3,7 +3,8 @@
 #     configs/slurm/pipeline.sh run.yaml [any option of 'sparc3 run']
 # Run it where there is a network: what the jobs need is fetched here first. Stages that are done are not submitted.
 #     SPARC3_MODEL_JOB   options of sbatch for the stages that run the model, for example
-#                        "--ntasks-per-node=4 --gpus-per-node=4" together with an overlay that names a strategy
+#                        "--ntasks-per-node=4 --gpus-per-node=4" together with an overlay that names a strategy; prune,
+#                        which runs it where a rise of perplexity is the price, has them too, but as one task
 #     SPARC3_SETUP, SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT   see stage.sbatch
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -39,7 +40,7 @@ while read -r verb file state; do
         attributions+=":$job"
         ;;
     prune)
-        job=$(submit "$attributions" "--ntasks-per-node=1 --nodes=1" "$verb" --config "$file")
+        job=$(submit "$attributions" "${SPARC3_MODEL_JOB:-} --ntasks-per-node=1 --nodes=1" "$verb" --config "$file")
         last=":$job"
         ;;
     evaluate)

@@ -123,13 +123,13 @@ class TextDataModule(L.LightningDataModule, ABC):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         self.source = source
         self.tokenizer = tokenizer
+        self.model_checkpoint: tuple[str, str | None] | None = None  # and revision, where no trainer knows the model
         self.batch_size = batch_size
 
     def prepare_data(self) -> None:
         """Fetch what is not there yet."""
         if self.source is not None:
             resolve(self.source)
-
         else:
             self.hub.rows(streaming=False)
 
@@ -175,6 +175,8 @@ class TextDataModule(L.LightningDataModule, ABC):
         """Checkpoint and revision of the tokenizer."""
         if self.tokenizer is not None:
             return self.tokenizer, None
+        if self.model_checkpoint is not None:
+            return self.model_checkpoint
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         if not hasattr(module, "checkpoint"):
             raise ValueError("No tokenizer: give the data module the option 'tokenizer', a checkpoint.")
