@@ -21,7 +21,13 @@ from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, fingerprint
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.local_files import digests_of
-from sparc3_lightning.preflight import attribution_options, check_evaluation, check_granularities, check_pruning
+from sparc3_lightning.preflight import (
+    attribution_options,
+    check_attributions,
+    check_evaluation,
+    check_granularities,
+    check_pruning,
+)
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.prune import NEURONS
 from sparc3_lightning.report import summary_table
@@ -113,6 +119,7 @@ class Experiment:
         model = {"checkpoint": self.checkpoint, "dtype": self.dtype, "revision": self.revision}
         of_general = {**options["attribute"], **model}
         of_behavior = attribution_options({**options["attribute"], **self.behavior_attribute, **model})
+        check_attributions(of_general, of_behavior)
         check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
         screened: list[StageRun] = []
         if options.get("screen") is not None:

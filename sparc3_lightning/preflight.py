@@ -24,6 +24,15 @@ def attribution_options(options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--model.behavior_attribute: {error}") from None
 
 
+def check_attributions(general: dict[str, Any], behavior: dict[str, Any]) -> None:
+    """Raise ValueError if the attribution of general text, or that of the behaviour, would refuse its options."""
+    _construct("attribute", Attribution, general)
+    try:
+        _construct("attribute", Attribution, behavior)
+    except ValueError as error:
+        raise ValueError(f"{error} (with --model.behavior_attribute)") from None
+
+
 def check_granularities(pruned: str, *attributed: str) -> None:
     """Raise ValueError unless what is attributed can be pruned; scores of weights are summed for those of neurons."""
     if pruned == "weight" and set(attributed) != {"weight"}:
@@ -68,9 +77,9 @@ def check_evaluation(options: dict[str, Any], prune: dict[str, Any]) -> None:
 def _construct(group: str, of: type, options: dict[str, Any]) -> Any:
     """Make a stage's module, which checks its options and loads nothing."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(of, group)
-    config = parser.parse_object({group: options})  # text becomes paths
-    return getattr(_by_group(group, parser.instantiate_classes, config), group)
+    parser.add_class_arguments(of, "stage")
+    config = parser.parse_object({"stage": options})  # text becomes paths
+    return _by_group(group, parser.instantiate_classes, config).stage
 
 
 def _by_group(group: str, check: Any, *arguments: Any) -> Any:

@@ -212,6 +212,11 @@ def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(verbs_run):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
+        (["--attribute.method", "wanda", "--attribute.target", "text"], r"--attribute\.method wanda has no target"),
+        (
+            ["--model.behavior_attribute", "{method: wanda, target: text}"],
+            r"--attribute\.method wanda has no target: .* \(with --model\.behavior_attribute\)$",
+        ),
         (["--evaluate.num_seeds", "7"], r"--evaluate\.num_seeds must divide 1 continuations, got 7"),
         (["--evaluate.scorer", "orignal"], r"--evaluate\.scorer: 'orignal' is neither"),
         (["--evaluate.second_scorer", "orignal"], r"--evaluate\.second_scorer: 'orignal' is neither"),
@@ -366,6 +371,7 @@ def test_the_label_of_a_local_scorer_leaves_its_content_in_sight(verbs_pretended
 
 @pytest.mark.usefixtures("more_inputs")
 def test_changed_content_of_the_lexicon_s_scorer_reruns_the_attribution_whose_target_it_is(verbs_pretended):
+    Path("other/toxicity.ckpt").rename("other/model.safetensors")  # a label is for a text-classification checkpoint
     options = ["--attribute.lexicon", "other#toxic", "--model.behavior_attribute", '{"target": "lexicon"}']
     run(*options)
     verbs_pretended.clear()
