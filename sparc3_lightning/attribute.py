@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -20,7 +19,7 @@ from sparc3_lightning.heads import head_dims, head_layers
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.lrp import Rule, check_have_relevance, family_of, lrp
 from sparc3_lightning.neurons import columns_of, neuron_layers
-from sparc3_lightning.progress import Progress, StopRequest, go_on, remove_progress
+from sparc3_lightning.progress import Progress, StoppableModule, go_on, remove_progress
 from sparc3_lightning.provenance import run_seed
 from sparc3_lightning.relevance import Relevance, find_targets
 from sparc3_lightning.scorers import check_scorer, load_scorer
@@ -37,7 +36,7 @@ def file_of(granularity: Granularity) -> str:
     return INDEX if granularity == "weight" else SCORES
 
 
-class Attribution(L.LightningModule):
+class Attribution(StoppableModule):
     """Scores the neurons of a model on reference samples.
 
     The relevance of a sample's target is propagated to the incoming weights of each neuron of the target layers, summed
@@ -128,12 +127,7 @@ class Attribution(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.revision = revision
         self.model = None
-        self.stop = StopRequest()
         self.written = ""
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Listen for signals."""
-        return [self.stop]
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""

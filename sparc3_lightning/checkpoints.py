@@ -156,12 +156,12 @@ def load_config(checkpoint: str, revision: str | None = None) -> Any:
     return config
 
 
-def skeleton_of(config: Any) -> Any:
+def skeleton_of(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """Build the model of a config on the meta device: its modules and their shapes, without weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def check_context(config: Any, num_tokens: int, way_out: str) -> None:

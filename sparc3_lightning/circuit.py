@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -18,7 +17,7 @@ from sparc3_lightning.files import check_absent, check_writable, to_json, write_
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import Neuron, check_are_neurons, check_neurons
 from sparc3_lightning.orders import ComponentOrder, Order, Scores, WeightOrder, random_scores
-from sparc3_lightning.progress import StopRequest
+from sparc3_lightning.progress import StoppableModule
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.score_groups import Group, group_scores, load_scores
 from sparc3_lightning.scores import ScoreFile
@@ -31,7 +30,7 @@ RANDOM = "random order"
 FIGURES = ("accuracy", "logit_difference")
 
 
-class Circuit(L.LightningModule):
+class Circuit(StoppableModule):
     """Takes the least relevant components out of a model step by step, and measures how often it is still right.
 
     It is right on a sample where the logit of the right next token is above that of the wrong one: in indirect object
@@ -80,13 +79,8 @@ class Circuit(L.LightningModule):
         self.dtype_name: Dtype = dtype
         self.revision = revision
         self.model = None
-        self.stop = StopRequest()
         self.batches: list[dict[str, Any]] = []
         self.written = ""
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Listen for signals."""
-        return [self.stop]
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
@@ -19,7 +18,7 @@ from sparc3_lightning.metrics import Perplexity, last_hidden_state, score_window
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import check_neurons
 from sparc3_lightning.preferences import pair_rows, preference
-from sparc3_lightning.progress import StopRequest
+from sparc3_lightning.progress import StoppableModule
 from sparc3_lightning.provenance import evaluation_settings, run_seed
 from sparc3_lightning.scorers import Remembering, check_scorer, load_scorer
 from sparc3_lightning.sharding import check_is_whole, check_same_on_all_ranks, gather, is_sharded, load_for
@@ -32,7 +31,7 @@ COMPLETIONS = "completions.jsonl"
 REPORT = "report.html"
 
 
-class Evaluation(L.LightningModule):
+class Evaluation(StoppableModule):
     """Measures perplexity on a text and the toxicity of continuations of prompts, before and after neurons are off.
 
     Args:
@@ -124,7 +123,6 @@ class Evaluation(L.LightningModule):
         self.scorer_names = [name for name in (scorer, second_scorer) if name is not None]
         self.dtype_name: Dtype = dtype
         self.model = None
-        self.stop = StopRequest()
         self.scorers: list[Remembering] = []
         self.results: dict[str, Any] = {}
 
@@ -133,10 +131,6 @@ class Evaluation(L.LightningModule):
         """Ids of the prompts that the neurons were attributed on; a continuation's begins with that of its prompt."""
         of_samples = (neurons.provenance.get("sample_ids", ()) for neurons in self.lists.values())
         return {id_.partition("/")[0] for ids in of_samples for id_ in ids}
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Listen for signals."""
-        return [self.stop]
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked, and fetch what is missing, before the model is loaded."""

@@ -1,5 +1,6 @@
 """What is wrong with the options of an experiment's later stages, found before its first one has run for hours."""
 
+from functools import partial
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -26,9 +27,9 @@ def attribution_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def check_attributions(general: dict[str, Any], behavior: dict[str, Any]) -> None:
     """Raise ValueError if the attribution of general text, or that of the behaviour, would refuse its options."""
-    _construct("attribute", Attribution, general)
+    _by_group("attribute", partial(Attribution, **general))
     try:
-        _construct("attribute", Attribution, behavior)
+        _by_group("attribute", partial(Attribution, **behavior))
     except ValueError as error:
         raise ValueError(f"{error} (with --model.behavior_attribute)") from None
 

@@ -250,3 +250,15 @@ class StopRequest(L.Callback):
         if job and kept is not None and is_global_zero:
             subprocess.run(["scontrol", "requeue", job], check=False)
         raise SystemExit(128 + self.signal)
+
+
+class StoppableModule(L.LightningModule):
+    """A stage whose loop looks at ``stop`` between two forward passes, and leaves when that is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stop = StopRequest()
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Listen for signals."""
+        return [self.stop]

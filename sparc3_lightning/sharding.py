@@ -23,6 +23,7 @@ from sparc3_lightning.checkpoints import (
     load_config,
     load_model,
     resolve_dtype,
+    skeleton_of,
     weight_files,
 )
 
@@ -189,12 +190,10 @@ def load_sharded(
         FileNotFoundError: If a file of the checkpoint is missing.
         ValueError: If a weight is missing, or has another shape than the config says.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME
 
-    config = load_config(checkpoint, revision)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = skeleton_of(load_config(checkpoint, revision), dtype)
     model.eval().requires_grad_(False)
     if gradient_checkpointing:
         checkpoint_blocks_(model)
