@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparc3_lightning.distributed import gather_rows, num_ranks
 from sparc3_lightning.heads import ATTENTIONS, head_relevance, is_heads, sum_heads
 from sparc3_lightning.linear import Linear, weight_of
 from sparc3_lightning.relevance import (
@@ -166,7 +167,7 @@ class ScoreAccumulator:
     def reduce_(self) -> None:
         """Add up the sums of all ranks. Only sums cross ranks, never means or weights."""
         self.check()
-        if _num_ranks() == 1:
+        if num_ranks() == 1:
             return
         device = next(iter(self.sums.values())).device
         counts = torch.tensor([self.num_samples, self.num_nonfinite], device=device)
@@ -205,7 +206,7 @@ class ScoreAccumulator:
                 if self.granularity == "head":
                     score = sum_heads(score.sum(dim=0), self.head_dims[name])
             else:
-                rows = _gather_rows(total, len(weight_of(module))) if self.sums_weights else total
+                rows = gather_rows(total, len(weight_of(module))) if self.sums_weights else total
                 score = rows / self.num_samples
             yield name, score.float().cpu()
 
@@ -247,7 +248,7 @@ class ScoreAccumulator:
 
     def _add_weights(self, name: str, W_OI: Tensor, A_BTI: Tensor, G_BTO: Tensor, real: Sequence[int]) -> None:
         """Add the relevance of each weight to the sums; keep the sums over rows, for the look at what is finite."""
-        ranks = _num_ranks()
+        ranks = num_ranks()
         if ranks > 1:
             padded = torch.zeros(-(-len(W_OI) // ranks) * ranks, W_OI.shape[1], device=W_OI.device)
             into = padded[: len(W_OI)]
@@ -281,18 +282,3 @@ class ScoreAccumulator:
         self._unchecked.append((finite, sample_ids))
         if finite.device.type == "cpu" or len(self._unchecked) >= CHECK_EVERY:
             self.check()
-
-
-def _gather_rows(own: Tensor, num_rows: int) -> Tensor:
-    """Put the rows of all ranks together."""
-    ranks = _num_ranks()
-    if ranks == 1:
-        return own
-    rows = own.new_empty(len(own) * ranks, own.shape[1])
-    torch.distributed.all_gather_into_tensor(rows, own)
-    return rows[:num_rows]
-
-
-def _num_ranks() -> int:
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if is_distributed else 1

@@ -13,10 +13,9 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from sparc3_lightning.hub_errors import PICKLED, explain_hub_error, first_line
 from sparc3_lightning.neurons import Neuron, check_have_biases, columns_of, prune_
 from sparc3_lightning.provenance import revision_of
-from sparc3_lightning.sources import cache_folder, resolve, sha256_of
+from sparc3_lightning.sources import PICKLED, cache_folder, explain_hub_error, first_line, resolve, sha256_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")

@@ -21,14 +21,15 @@ from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.circuit import CIRCUIT, Circuit
 from sparc3_lightning.compare import COMPARISON, Comparison
 from sparc3_lightning.compress import SPARSITY, Compression
-from sparc3_lightning.data import EvaluationData, RealToxicityPrompts
 from sparc3_lightning.data.base import ReferenceSamples
+from sparc3_lightning.data.evaluation_data import EvaluationData
+from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
+from sparc3_lightning.distributed import check_slurm_tasks, usable_accelerator
 from sparc3_lightning.evaluate import RESULTS, Evaluation
 from sparc3_lightning.experiment import Experiment
 from sparc3_lightning.files import check_absent
 from sparc3_lightning.prune import NEURONS, Pruning
 from sparc3_lightning.scores import INDEX
-from sparc3_lightning.sharding import check_slurm_tasks, usable_accelerator
 from sparc3_lightning.sweep import Sweep
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
 from sparc3_lightning.completions import CompletionLog, completion_rows, identity_of
 from sparc3_lightning.data.evaluation_data import EvaluationData
+from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.findings import findings
 from sparc3_lightning.generation import PROTOCOLS, Sampling, continue_prompts, draw_keys
@@ -18,10 +19,10 @@ from sparc3_lightning.metrics import Perplexity, last_hidden_state, score_window
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import check_neurons
 from sparc3_lightning.preferences import pair_rows, preference
-from sparc3_lightning.progress import StoppableModule
 from sparc3_lightning.provenance import evaluation_settings, run_seed
 from sparc3_lightning.scorers import Remembering, check_scorer, load_scorer
-from sparc3_lightning.sharding import check_is_whole, check_same_on_all_ranks, gather, is_sharded, load_for
+from sparc3_lightning.sharding import check_is_whole, is_sharded, load_for
+from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.variants import Variant, counted, describe, neurons_of, plan
 from sparc3_lightning.verdict import verdict
 from sparc3_lightning.zero_shot import accuracies, check_tasks, fetch_tasks

@@ -1,6 +1,5 @@
 """The one file that knows sharding: FSDP2 over the blocks of a model, of whose weights each rank reads its own rows."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -42,51 +40,6 @@ class FSDP2(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="Weights sharded over all devices (fully_shard)")
-
-
-def check_slurm_tasks(devices: Any, num_nodes: int, environment: Mapping[str, str]) -> None:
-    """Raise unless srun started one task for each device.
-
-    Args:
-        devices: Option ``--trainer.devices``; only a number can be checked.
-        num_nodes: Option ``--trainer.num_nodes``.
-        environment: Variables of the process.
-
-    Raises:
-        ValueError: If the numbers differ. Without this the ranks would wait for each other until a timeout.
-    """
-    tasks = environment.get("SLURM_STEP_NUM_TASKS")
-    if tasks is None or not str(devices).isdigit() or int(devices) * num_nodes == int(tasks):
-        return
-    nodes = environment.get("SLURM_STEP_NUM_NODES", "1")
-    raise ValueError(
-        f"srun started {tasks} task(s) on {nodes} node(s), but --trainer.devices {devices} x --trainer.num_nodes "
-        f"{num_nodes} asks for {int(devices) * num_nodes}: give srun --ntasks-per-node={devices} --nodes={num_nodes}, "
-        "or change these options."
-    )
-
-
-def usable_accelerator(accelerator: Any) -> Any:
-    """Return the accelerator to take: the CPU where ``auto`` would be an Apple GPU, which has no float64.
-
-    Args:
-        accelerator: Option ``--trainer.accelerator``.
-
-    Raises:
-        ValueError: If such a GPU is asked for by name.
-    """
-    from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
-
-    is_apple = MPSAccelerator.is_available() and not CUDAAccelerator.is_available()
-    if not is_apple or accelerator not in ("auto", "gpu", "mps"):
-        return accelerator
-    if accelerator != "auto":
-        raise ValueError(
-            f"--trainer.accelerator {accelerator}: an Apple GPU has no float64, in which sums are kept and tokens are "
-            "drawn. Use cpu."
-        )
-    rank_zero_info("The CPU is used: an Apple GPU has no float64, in which sums are kept and tokens are drawn.")
-    return "cpu"
 
 
 def load_for(
@@ -127,26 +80,6 @@ def check_is_whole(module: L.LightningModule) -> None:
     """Raise ValueError if the model is sharded: single weights are taken out of a whole one only."""
     if is_sharded(module):
         raise ValueError("Single weights can be taken out of a whole model only: use --trainer.devices 1.")
-
-
-def check_same_on_all_ranks(what: str, value: Any) -> None:
-    """Raise ValueError unless every rank has the same value, for example the hash of a file that each reads."""
-    values = gather([value])
-    different = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
-    if different:
-        raise ValueError(
-            f"Rank {different[0]} sees another {what} than rank 0 ({values[different[0]]!r}, {values[0]!r}): put the "
-            "files where every node sees the same ones."
-        )
-
-
-def gather(rows: list[Any]) -> list[Any]:
-    """Return the rows of all ranks, on each of them."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return rows
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

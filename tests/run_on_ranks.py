@@ -14,7 +14,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sparc3_lightning.attribute import Attribution
-from sparc3_lightning.data import EvaluationData, RealToxicityPrompts, ToxicPrompts, WikiText2
+from sparc3_lightning.data.evaluation_data import EvaluationData
+from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
+from sparc3_lightning.data.toxic_prompts import ToxicPrompts
+from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluate import Evaluation
 
 SCORES = {

@@ -28,8 +28,8 @@ from sparc3_lightning.checkpoints import (
     locate,
     resolve_dtype,
 )
-from sparc3_lightning.hub_errors import PICKLED, explain_hub_error
 from sparc3_lightning.neurons import Neuron, mask
+from sparc3_lightning.sources import PICKLED, explain_hub_error
 
 CPU = torch.device("cpu")
 INPUT_IDS = torch.tensor([[5, 17, 33, 8, 21, 40]])

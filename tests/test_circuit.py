@@ -24,7 +24,8 @@ from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.checkpoints import fingerprint, load_model
 from sparc3_lightning.circuit import CIRCUIT, RANDOM, Circuit, curve_of
 from sparc3_lightning.cli import main
-from sparc3_lightning.data import C4, IOI
+from sparc3_lightning.data.c4 import C4
+from sparc3_lightning.data.ioi import IOI
 from sparc3_lightning.lrp import lrp
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import mask, prune_

@@ -9,7 +9,10 @@ import pytest
 import yaml
 
 from sparc3_lightning.cli import STAGES, main
-from sparc3_lightning.data import C4, RealToxicityPrompts, ToxicPrompts, WikiText2
+from sparc3_lightning.data.c4 import C4
+from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
+from sparc3_lightning.data.toxic_prompts import ToxicPrompts
+from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.generation import PROTOCOLS, Sampling
 from sparc3_lightning.zero_shot import check_tasks

@@ -16,8 +16,10 @@ from conftest import sentence
 
 from sparc3_lightning import evaluate, report, zero_shot
 from sparc3_lightning.checkpoints import export_pruned, fingerprint, load_model
-from sparc3_lightning.data import EvaluationData, RealToxicityPrompts, WikiText2
+from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.prompts import prompt_id
+from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
+from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS, Evaluation
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import Neuron, mask

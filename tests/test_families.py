@@ -19,8 +19,8 @@ from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.cli import main
 from sparc3_lightning.controls import POOL
-from sparc3_lightning.data import ToxicPrompts
 from sparc3_lightning.data.prompts import prompt_id
+from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import Neuron, mask

@@ -18,8 +18,8 @@ from sparc3_lightning.accumulator import ScoreAccumulator
 from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.checkpoints import export_pruned, load_model
 from sparc3_lightning.cli import main
-from sparc3_lightning.data import C4
 from sparc3_lightning.data.base import Sample, pad_right
+from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.heads import head_dims, head_layers, head_norms, is_heads, mask_heads, num_heads, prune_heads_
 from sparc3_lightning.linear import weight_of
 from sparc3_lightning.lrp import FAMILIES, lrp

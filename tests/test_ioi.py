@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparc3_lightning.data import C4, IOI
 from sparc3_lightning.data.base import Sample, pad_right
-from sparc3_lightning.data.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, name_tokens, sentence_id
+from sparc3_lightning.data.c4 import C4
+from sparc3_lightning.data.ioi import IOI, NAMES, OBJECTS, PLACES, TEMPLATES, name_tokens, sentence_id
 from sparc3_lightning.targets import last_logits, logit_difference, target_of
 
 

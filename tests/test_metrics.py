@@ -6,8 +6,7 @@ import pytest
 import torch
 import transformers
 
-from sparc3_lightning.data import WikiText2
-from sparc3_lightning.data.wikitext2 import Window, disjoint_windows, sliding_windows
+from sparc3_lightning.data.wikitext2 import WikiText2, Window, disjoint_windows, sliding_windows
 from sparc3_lightning.metrics import Perplexity, distinct, last_hidden_state, score_windows, toxicity_by_prompt
 from sparc3_lightning.neurons import Neuron, mask
 

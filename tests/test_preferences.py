@@ -10,9 +10,8 @@ import torch
 from conftest import sentence
 
 from sparc3_lightning.checkpoints import load_tokenizer
-from sparc3_lightning.data import SentencePairs
 from sparc3_lightning.data.prompts import prompt_id
-from sparc3_lightning.data.sentence_pairs import beginnings
+from sparc3_lightning.data.sentence_pairs import SentencePairs, beginnings
 from sparc3_lightning.intervals import paired_difference
 from sparc3_lightning.preferences import log_likelihoods, pair_rows, preference
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from conftest import sentence
 
-from sparc3_lightning.data import RealToxicityPrompts, ToxicPrompts
 from sparc3_lightning.data.prompts import prompt_id, read_prompts, select, worst_first
+from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
+from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.sources import read_records
 
 CONTEXTS = [

@@ -14,8 +14,9 @@ from sparc3_lightning.activations import ACTIVATIONS, Activations
 from sparc3_lightning.checkpoints import fingerprint, load_model, load_tokenizer
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.neurons import mask, select
-from sparc3_lightning.prune import NEURONS, SELECTION, Pruning, histogram
+from sparc3_lightning.prune import NEURONS, SELECTION, Pruning
 from sparc3_lightning.scores import Provenance, ScoreFile
+from sparc3_lightning.selected import histogram
 
 MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 OUT = Path("out")

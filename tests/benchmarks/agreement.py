@@ -16,7 +16,8 @@ from common import CHECKPOINT, PROMPTS, TEXT, parse, quiet_trainer, write
 from torch import Tensor
 
 from sparc3_lightning.attribute import SCORES, Attribution
-from sparc3_lightning.data import C4, ToxicPrompts
+from sparc3_lightning.data.c4 import C4
+from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.intervals import correlation, ranks
 from sparc3_lightning.neurons import select
 from sparc3_lightning.relevance import differential_relevance

@@ -21,7 +21,8 @@ from torch import Tensor
 from sparc3_lightning.accumulator import ScoreAccumulator
 from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.compress import zero_
-from sparc3_lightning.data import C4, WikiText2
+from sparc3_lightning.data.c4 import C4
+from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.lrp import lrp
 from sparc3_lightning.metrics import last_hidden_state, score_windows
 from sparc3_lightning.relevance import find_targets

@@ -11,7 +11,7 @@ from typing import Any
 from common import CHECKPOINT, TEXT, parse, peak_memory, quiet_trainer, write
 
 from sparc3_lightning.attribute import Attribution
-from sparc3_lightning.data import C4
+from sparc3_lightning.data.c4 import C4
 
 NUM_SAMPLES = (16, 64, 256)
 

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
 from sparc3_lightning.attribute import SCORES, Attribution
-from sparc3_lightning.data import ToxicPrompts
+from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 
 NUM_SAMPLES = 24
 
