@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.distributed import gather_rows, num_ranks
-from sparc3_lightning.heads import ATTENTIONS, head_relevance, is_heads, sum_heads
-from sparc3_lightning.linear import Linear, weight_of
+from sparc3_lightning.models.architectures import ATTENTIONS, Linear, is_heads, weight_of, whole
+from sparc3_lightning.models.components import Granularity
+from sparc3_lightning.models.heads import head_relevance, sum_heads
 from sparc3_lightning.relevance import (
     absolute_relevance,
     magnitude_relevance,
@@ -19,10 +20,8 @@ from sparc3_lightning.relevance import (
     squared_relevance,
     wanda_score,
     weight_relevance,
-    whole,
 )
 
-Granularity = Literal["neuron", "head", "weight"]
 # Scores of neurons that need the layer's output and its gradient alone.
 OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "squared": squared_relevance}
 # Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.

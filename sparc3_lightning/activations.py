@@ -12,8 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sparc3_lightning.files import write_atomically
-from sparc3_lightning.linear import Linear
-from sparc3_lightning.neurons import MLPS
+from sparc3_lightning.models.architectures import MLPS, Linear
 
 ACTIVATIONS = "activations.safetensors"
 FORMAT = "sparc3_lightning activations 1"

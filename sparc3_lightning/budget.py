@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from sparc3_lightning.checkpoints import check_context, check_unchanged, load_config, load_model
 from sparc3_lightning.data.base import ReferenceSamples
-from sparc3_lightning.metrics import last_hidden_state, score_windows
-from sparc3_lightning.neurons import Key, Neuron, columns_of, mask
+from sparc3_lightning.models.checkpoints import check_context, check_unchanged, load_config, load_model
+from sparc3_lightning.models.components import Key, Neuron, columns_of, mask
+from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.scores import ScoreFile
 
 FEWEST = 20  # neurons that a round of refinement considers at least

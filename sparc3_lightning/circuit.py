@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
 from sparc3_lightning.circuit_tables import circuit_csv, summary
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
+from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
+from sparc3_lightning.models.components import Neuron, check_are_neurons, check_neurons
+from sparc3_lightning.models.sharding import check_is_whole, load_for
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron, check_are_neurons, check_neurons
 from sparc3_lightning.orders import ComponentOrder, Order, Scores, WeightOrder, random_scores
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.score_groups import Group, group_scores, load_scores
 from sparc3_lightning.scores import ScoreFile
-from sparc3_lightning.sharding import check_is_whole, load_for
 from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.targets import logit_difference
 

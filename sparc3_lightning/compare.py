@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from sparc3_lightning.figures import layer_of
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
+from sparc3_lightning.models.architectures import layer_of
+from sparc3_lightning.models.components import Key
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Key
 from sparc3_lightning.overlap_findings import find_classes, find_correlations, find_overlaps, find_profiles
 from sparc3_lightning.overlap_tables import neurons_csv, overlaps_csv, summary
 from sparc3_lightning.provenance import git_hash, versions

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparc3_lightning.neurons import Neuron
+from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.sparsity import lowest_first
 
 POOL = 5  # candidates per neuron and layer, of which each draw takes one

@@ -8,20 +8,21 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from sparc3_lightning.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
 from sparc3_lightning.completions import CompletionLog, completion_rows, identity_of
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.findings import findings
 from sparc3_lightning.generation import PROTOCOLS, Sampling, continue_prompts, draw_keys
-from sparc3_lightning.metrics import Perplexity, last_hidden_state, score_windows
+from sparc3_lightning.metrics import Perplexity
+from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
+from sparc3_lightning.models.components import check_neurons
+from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
+from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import check_neurons
 from sparc3_lightning.preferences import pair_rows, preference
 from sparc3_lightning.provenance import evaluation_settings, run_seed
 from sparc3_lightning.scorers import Remembering, check_scorer, load_scorer
-from sparc3_lightning.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.variants import Variant, counted, describe, neurons_of, plan
 from sparc3_lightning.verdict import verdict

@@ -17,10 +17,10 @@ from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.attribute import file_of
-from sparc3_lightning.checkpoints import Dtype, fetch_checkpoint, fingerprint
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.local_files import digests_of
+from sparc3_lightning.models.checkpoints import Dtype, fetch_checkpoint, fingerprint
 from sparc3_lightning.preflight import (
     attribution_options,
     check_attributions,

@@ -1,13 +1,13 @@
 """Pictures of a selection and of an evaluation, as PNG files that a phone shows as readably as a desk."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparc3_lightning.files import replacing
+from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.tables import Interval, cell, ends, in_order, number
 from sparc3_lightning.variants import control_name
 
@@ -23,12 +23,6 @@ class Row(NamedTuple):
     color: str
     change: Interval
     draws: Sequence[float] = ()
-
-
-def layer_of(module: str) -> int:
-    """Return the number of the layer that a fully qualified name speaks of."""
-    match = re.search(r"\.(\d+)\.", module)
-    return int(match.group(1)) if match else 0
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from sparc3_lightning.checkpoints import fingerprint
 from sparc3_lightning.classifiers import split_label
+from sparc3_lightning.models.checkpoints import fingerprint
 from sparc3_lightning.sources import is_local, sha256_of
 from sparc3_lightning.targets import LEXICAL
 

@@ -7,7 +7,6 @@ taken off again. Relevance is then gradient times input, with the gradient that 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal
 
@@ -15,35 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparc3_lightning.linear import Linear
+from sparc3_lightning.models.architectures import Linear, family_of
 
 Rule = Literal["attnlrp", "cp_lrp"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the modules are called that need a rule.
-
-    Args:
-        norm: Class of the norms: LayerNorm, or one that divides by the root mean square.
-        gated_mlp: Class of the MLPs, if they have a gate.
-        activation: Name of the activation in a block, if they have none.
-    """
-
-    norm: str
-    gated_mlp: str | None = None
-    activation: str | None = None
-
-
-# By the model_type of transformers.
-FAMILIES = {
-    "gemma3_text": Family("Gemma3RMSNorm", gated_mlp="Gemma3MLP"),
-    "gpt2": Family("LayerNorm", activation="act"),
-    "llama": Family("LlamaRMSNorm", gated_mlp="LlamaMLP"),
-    "opt": Family("LayerNorm", activation="activation_fn"),
-    "qwen2": Family("Qwen2RMSNorm", gated_mlp="Qwen2MLP"),
-    "qwen3": Family("Qwen3RMSNorm", gated_mlp="Qwen3MLP"),
-}
 # Layers through which CP-LRP passes no relevance: what they put out goes into a gate, or into the softmax.
 _NONE_BY_CP_LRP = {"gate_proj", "q_proj", "k_proj"}
 # Modules that are linear in their input, or that relevance does not pass.
@@ -98,21 +71,6 @@ def lrp(model: PreTrainedModel, rule: Rule = "attnlrp") -> Iterator[None]:
         _check_reached(model, reached)
         undo.enter_context(_attention(model, rules.name, rules.attention))
         yield
-
-
-def family_of(config: Any) -> Family:
-    """Return the entry of ``FAMILIES`` for the config of a model.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    model_type = config.model_type
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"There are no LRP rules for the architecture {model_type!r}. Covered are: {', '.join(sorted(FAMILIES))}. "
-            "For another one use --model.method wanda, which needs no rules."
-        )
-    return FAMILIES[model_type]
 
 
 def check_have_relevance(modules: Iterable[str], rule: Rule) -> None:

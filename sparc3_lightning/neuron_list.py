@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparc3_lightning.accumulator import Granularity
 from sparc3_lightning.files import write_atomically
-from sparc3_lightning.heads import is_heads
-from sparc3_lightning.neurons import Neuron
+from sparc3_lightning.models.architectures import is_heads
+from sparc3_lightning.models.components import Granularity, Neuron
 
 FORMAT = "sparc3_lightning neurons 1"
 

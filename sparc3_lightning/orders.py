@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparc3_lightning.linear import weight_of
-from sparc3_lightning.neurons import Neuron, mask, select
+from sparc3_lightning.models.architectures import weight_of
+from sparc3_lightning.models.components import Neuron, mask, select
 
 Scores = Mapping[str, Tensor]
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc3_lightning.figures import layer_of
 from sparc3_lightning.intervals import correlation, ranks
-from sparc3_lightning.neurons import Key
+from sparc3_lightning.models.architectures import layer_of
+from sparc3_lightning.models.components import Key
 from sparc3_lightning.overlap import Stratum, exclusive_sizes, inclusive_sizes, overlap, sign_classes, without_linear
 
 # Ways to draw sets at random: from all neurons alike, or with the number of each in every layer kept.

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sparc3_lightning.models.components import Key
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Key
 from sparc3_lightning.overlap_findings import RANDOM, WITHIN_LAYERS
 from sparc3_lightning.tables import Table, cell, granularity_of
 

@@ -12,26 +12,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparc3_lightning.intervals import paired_difference
-from sparc3_lightning.metrics import last_hidden_state, score_windows
-
-
-def log_likelihoods(model: Any, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """Return the log-likelihood of each text, sum over t >= 1 of log P(token t | tokens before it).
-
-    Args:
-        model: Causal language model of transformers.
-        input_ids: Texts padded on the right, shape ``[texts, tokens]``; the first token is only read from.
-        lengths: Tokens of each text without padding, int64, shape ``[texts]``.
-
-    Returns:
-        Shape ``[texts]``, float64, in nats.
-    """
-    spans = torch.stack([torch.ones_like(lengths), lengths], dim=1)
-    nll, _ = score_windows(model, last_hidden_state(model, input_ids), input_ids, spans)
-    return -nll
+from sparc3_lightning.models.likelihood import log_likelihoods
 
 
 def pair_rows(model_name: str, model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from sparc3_lightning.activations import ACTIVATIONS, Activations
 from sparc3_lightning.budget import Budget, within_budget
-from sparc3_lightning.checkpoints import Dtype, check_takes_means, check_unchanged, export_pruned, resolve_dtype
 from sparc3_lightning.controls import lowest
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
+from sparc3_lightning.models.checkpoints import Dtype, check_unchanged, resolve_dtype
+from sparc3_lightning.models.components import Neuron, check_are_neurons, select
+from sparc3_lightning.models.export import check_takes_means, export_pruned
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron, check_are_neurons, select
 from sparc3_lightning.relevance import differential_relevance, differential_strength
 from sparc3_lightning.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching
 from sparc3_lightning.selected import Selected, histogram, origin

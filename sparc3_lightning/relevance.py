@@ -3,46 +3,14 @@
 Shape letters: B samples, T tokens, I inputs and O outputs (neurons) of one linear layer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-
-from sparc3_lightning.linear import Linear
 
 Relevance = Literal["magnitude", "signed", "absolute", "squared"]
-ALL = "all"
 TILE = 4096  # rows of a weight whose relevance is held at a time
-
-
-def find_targets(model: Any, targets: Sequence[str]) -> dict[str, Linear]:
-    """Return the linear layers whose name is, or ends in, one of ``targets``, by fully qualified name.
-
-    Args:
-        model: Any model.
-        targets: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head.
-
-    Raises:
-        ValueError: If a name matches no linear layer; the names there are are listed.
-    """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    unknown = [target for target in targets if target != ALL and not any(ends_in(name, target) for name in linear)]
-    if unknown:
-        kinds = sorted({name.rpartition(".")[2] for name in linear})
-        raise ValueError(f"--model.targets: the model has no linear layer {unknown[0]!r}; it has {kinds}.")
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    return {
-        name: module
-        for name, module in linear.items()
-        if any(ends_in(name, target) for target in targets) or (ALL in targets and module is not head)
-    }
-
-
-def ends_in(name: str, end: str) -> bool:
-    """Tell whether a fully qualified name ends in a name, or in several joined by dots, such as ``attn.c_proj``."""
-    return f".{name}".endswith(f".{end}")
 
 
 def weight_relevance(W_OI: Tensor, A_TI: Tensor, G_TO: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -222,8 +190,3 @@ def differential_strength(general: Mapping[str, Tensor], behavior: Mapping[str, 
     total = sum(float(score.double().sum()) for score in general.values())
     difference = sum(float(score.double().sum()) for score in differential_relevance(general, behavior).values())
     return 100 * difference / total if total else float("nan")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that may be sharded; then all ranks must ask for it together."""
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()

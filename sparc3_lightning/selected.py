@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc3_lightning.neurons import Neuron
+from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.scores import ScoreFile, WeightScores
 

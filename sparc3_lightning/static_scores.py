@@ -8,9 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparc3_lightning.accumulator import Granularity
-from sparc3_lightning.linear import Linear, weight_of
-from sparc3_lightning.relevance import whole
+from sparc3_lightning.models.architectures import Linear, weight_of, whole
+from sparc3_lightning.models.components import Granularity
 
 STATIC = ("magnitude", "random")
 

@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from sparc3_lightning.controls import draw_like, lowest, random_like, random_weights
-from sparc3_lightning.heads import head_norms, is_heads, num_heads
-from sparc3_lightning.linear import weight_of
+from sparc3_lightning.models.architectures import is_heads, weight_of, whole
+from sparc3_lightning.models.components import Neuron, mask
+from sparc3_lightning.models.heads import head_norms, num_heads
+from sparc3_lightning.models.weights import weight_magnitudes
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron, mask
-from sparc3_lightning.relevance import whole
-from sparc3_lightning.weights import weight_magnitudes
 
 CONTROLS = ("random", "least_relevant", "largest_weights")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.controls import lowest
-from sparc3_lightning.neurons import Neuron
+from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.scores import INDEX, WeightScores, check_match
 from sparc3_lightning.selected import NUM_BINS, Selected
 from sparc3_lightning.sparsity import lowest_first

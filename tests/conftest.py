@@ -177,7 +177,7 @@ def sentence(seed: int, num_words: int) -> str:
 
 def fail_if_masked(model: Any, neurons: list[Any]) -> None:
     """Mask neurons that are not there, which must be refused before the block is entered."""
-    from sparc3_lightning.neurons import mask
+    from sparc3_lightning.models.components import mask
 
     with mask(model, neurons):
         pytest.fail("the block was entered")

@@ -120,7 +120,7 @@ def load(checkpoint: str, folder: Path, ranks: int) -> None:
     """Load a checkpoint sharded, and write how far host memory rose above that before, and the size of the shard."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    from sparc3_lightning.sharding import load_sharded
+    from sparc3_lightning.models.sharding import load_sharded
 
     torch.distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (ranks,))

@@ -9,9 +9,9 @@ from conftest import sentence
 
 from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations
 from sparc3_lightning.attribute import Attribution
-from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.cli import main
-from sparc3_lightning.neurons import columns_of
+from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
+from sparc3_lightning.models.components import columns_of
 from sparc3_lightning.progress import Progress, load_progress
 
 UP = "model.layers.{}.mlp.up_proj"

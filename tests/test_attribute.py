@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from sparc3_lightning import attribute
 from sparc3_lightning.accumulator import NonfiniteRelevanceError
 from sparc3_lightning.attribute import SCORES, Attribution
-from sparc3_lightning.checkpoints import check_context, fingerprint, load_model
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.lrp import lrp
-from sparc3_lightning.relevance import find_targets
+from sparc3_lightning.models.architectures import find_targets
+from sparc3_lightning.models.checkpoints import check_context, fingerprint, load_model
 from sparc3_lightning.scores import Provenance, ScoreFile
 from sparc3_lightning.targets import largest_logit
 

@@ -17,9 +17,8 @@ import torch
 from conftest import WORDS, make_config, sentence
 from safetensors.torch import load_file, save_file
 
-from sparc3_lightning import checkpoints
-from sparc3_lightning.checkpoints import (
-    export_pruned,
+from sparc3_lightning.models import checkpoints
+from sparc3_lightning.models.checkpoints import (
     fetch_checkpoint,
     fingerprint,
     load_config,
@@ -28,7 +27,8 @@ from sparc3_lightning.checkpoints import (
     locate,
     resolve_dtype,
 )
-from sparc3_lightning.neurons import Neuron, mask
+from sparc3_lightning.models.components import Neuron, mask
+from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.sources import PICKLED, explain_hub_error
 
 CPU = torch.device("cpu")

@@ -21,14 +21,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from sparc3_lightning.attribute import SCORES, Attribution
-from sparc3_lightning.checkpoints import fingerprint, load_model
 from sparc3_lightning.circuit import CIRCUIT, RANDOM, Circuit, curve_of
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.ioi import IOI
 from sparc3_lightning.lrp import lrp
+from sparc3_lightning.models.checkpoints import fingerprint, load_model
+from sparc3_lightning.models.components import mask, prune_
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import mask, prune_
 from sparc3_lightning.orders import ComponentOrder
 from sparc3_lightning.score_groups import group_scores
 from sparc3_lightning.scores import INDEX, ScoreFile, ShardWriter

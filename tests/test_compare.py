@@ -13,8 +13,8 @@ from test_prune import MODULES, provenance, random_scores, save_scores
 
 from sparc3_lightning.cli import main
 from sparc3_lightning.compare import COMPARISON, Comparison
+from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron
 from sparc3_lightning.prune import Pruning
 
 NAMES = ["one", "two", "three"]

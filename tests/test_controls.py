@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparc3_lightning.controls import POOL, draw_like, lowest, random_like
-from sparc3_lightning.neurons import Neuron
+from sparc3_lightning.models.components import Neuron
 
 A, B, C = (f"model.layers.{i}.mlp.up_proj" for i in range(3))
 SIZES = {A: 10, B: 40, C: 7}

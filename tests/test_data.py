@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import WORDS, sentence
 
-from sparc3_lightning.checkpoints import load_tokenizer
 from sparc3_lightning.data.base import HubDataset, Sample, pad_right
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.evaluation_data import EvaluationData
@@ -20,6 +19,7 @@ from sparc3_lightning.data.prompts import Prompt, prompt_id, read_prompts
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2, disjoint_windows, sliding_windows
+from sparc3_lightning.models.checkpoints import load_tokenizer
 from sparc3_lightning.sources import read_records
 
 IDS = {word: number for number, word in enumerate(WORDS, start=4)}

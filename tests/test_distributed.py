@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from sparc3_lightning import cli
 from sparc3_lightning.attribute import Attribution
-from sparc3_lightning.checkpoints import fetch_checkpoint, fingerprint, load_model, locate
 from sparc3_lightning.data.base import Share
+from sparc3_lightning.models.checkpoints import fetch_checkpoint, fingerprint, load_model, locate
+from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron
 from sparc3_lightning.variants import CONTROLS
 
 pytestmark = pytest.mark.distributed

@@ -15,16 +15,17 @@ import torch
 from conftest import sentence
 
 from sparc3_lightning import evaluate, report, zero_shot
-from sparc3_lightning.checkpoints import export_pruned, fingerprint, load_model
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS, Evaluation
+from sparc3_lightning.models.checkpoints import fingerprint, load_model
+from sparc3_lightning.models.components import Neuron, mask
+from sparc3_lightning.models.export import export_pruned
+from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron, mask
 from sparc3_lightning.scorers import DetoxifyScorer
-from sparc3_lightning.sharding import load_for
 
 PROMPTS = [sentence(300 + i, 2 + i) for i in range(10)]
 MILD = [sentence(400 + i, 3 + i) for i in range(4)]

@@ -19,8 +19,8 @@ from sparc3_lightning.figures import (
     draw_doses,
     draw_layers,
     draw_scatter,
-    layer_of,
 )
+from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.report import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"

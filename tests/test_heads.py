@@ -16,18 +16,18 @@ from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.accumulator import ScoreAccumulator
 from sparc3_lightning.attribute import SCORES, Attribution
-from sparc3_lightning.checkpoints import export_pruned, load_model
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
-from sparc3_lightning.heads import head_dims, head_layers, head_norms, is_heads, mask_heads, num_heads, prune_heads_
-from sparc3_lightning.linear import weight_of
-from sparc3_lightning.lrp import FAMILIES, lrp
+from sparc3_lightning.lrp import lrp
+from sparc3_lightning.models.architectures import FAMILIES, find_targets, head_layers, is_heads, weight_of
+from sparc3_lightning.models.checkpoints import load_model
+from sparc3_lightning.models.components import Neuron, check_neurons, mask, prune_
+from sparc3_lightning.models.export import export_pruned
+from sparc3_lightning.models.heads import head_dims, head_norms, mask_heads, num_heads, prune_heads_
+from sparc3_lightning.models.sharding import load_sharded
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron, check_neurons, mask, prune_
-from sparc3_lightning.relevance import find_targets
 from sparc3_lightning.scores import ScoreFile
-from sparc3_lightning.sharding import load_sharded
 from sparc3_lightning.targets import largest_logit
 from sparc3_lightning.variants import neurons_of, plan
 

@@ -12,7 +12,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from sparc3_lightning.lrp import FAMILIES, lrp
+from sparc3_lightning.lrp import lrp
+from sparc3_lightning.models.architectures import FAMILIES
 
 EPS = 1e-10  # of the identity rule
 RULES = ["attnlrp", "cp_lrp"]

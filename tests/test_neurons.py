@@ -12,9 +12,9 @@ from conftest import fail_if_masked, mlp_of
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from sparc3_lightning.lrp import FAMILIES
+from sparc3_lightning.models.architectures import FAMILIES, neuron_layers
+from sparc3_lightning.models.components import Neuron, check_neurons, columns_of, mask, prune_, select
 from sparc3_lightning.neuron_list import FORMAT, NeuronList
-from sparc3_lightning.neurons import Neuron, check_neurons, columns_of, mask, neuron_layers, prune_, select
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 NEURONS = [

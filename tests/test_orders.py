@@ -8,7 +8,7 @@ import torch
 from conftest import mlp_of
 from torch import Tensor
 
-from sparc3_lightning.neurons import mask
+from sparc3_lightning.models.components import mask
 from sparc3_lightning.orders import ComponentOrder, WeightOrder, random_scores
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])

@@ -9,12 +9,12 @@ from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.accumulator import NonfiniteRelevanceError, ScoreAccumulator
 from sparc3_lightning.data.base import Sample, pad_right
-from sparc3_lightning.lrp import FAMILIES, lrp
+from sparc3_lightning.lrp import lrp
+from sparc3_lightning.models.architectures import FAMILIES, find_targets
 from sparc3_lightning.relevance import (
     absolute_relevance,
     differential_relevance,
     differential_strength,
-    find_targets,
     magnitude_relevance,
     signed_relevance,
     squared_norms,

@@ -21,8 +21,8 @@ import yaml
 from sparc3_lightning import report
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.findings import findings
+from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron
 from sparc3_lightning.report import (
     MARK,
     by_prompt,

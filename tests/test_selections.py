@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparc3_lightning.neurons import select
+from sparc3_lightning.models.components import select
 from sparc3_lightning.relevance import differential_relevance
 from sparc3_lightning.selections import (
     auroc,

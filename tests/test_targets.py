@@ -11,9 +11,9 @@ from conftest import WORDS, sentence
 from torch import Tensor
 
 from sparc3_lightning.attribute import SCORES, Attribution
-from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
+from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.scores import ScoreFile
 from sparc3_lightning.targets import lexicon_log_probability, lexicon_of, lexicon_probability, text_log_probability
 

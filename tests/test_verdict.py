@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron
 from sparc3_lightning.variants import plan
 from sparc3_lightning.verdict import moved, verdict
 

@@ -18,21 +18,22 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning import cli
-from sparc3_lightning.checkpoints import export_pruned, fingerprint, load_model
 from sparc3_lightning.compare import Comparison
 from sparc3_lightning.controls import POOL, lowest, random_weights
-from sparc3_lightning.linear import weight_of
+from sparc3_lightning.models.architectures import find_targets, weight_of
+from sparc3_lightning.models.checkpoints import fingerprint, load_model
+from sparc3_lightning.models.components import Neuron, check_neurons, mask, prune_, select
+from sparc3_lightning.models.export import export_pruned
+from sparc3_lightning.models.weights import mask_weights, prune_weights_
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.neurons import Neuron, check_neurons, mask, prune_, select
 from sparc3_lightning.prune import NEURONS, SELECTION, Pruning
-from sparc3_lightning.relevance import differential_strength, find_targets
+from sparc3_lightning.relevance import differential_strength
 from sparc3_lightning.scores import INDEX, Provenance, ShardWriter
 from sparc3_lightning.selected import histogram
 from sparc3_lightning.sparsity import lowest_first
 from sparc3_lightning.sweep import Sweep
 from sparc3_lightning.variants import neurons_of, of_kind, plan
 from sparc3_lightning.weight_selection import Lowest
-from sparc3_lightning.weights import mask_weights, prune_weights_
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 FAMILIES = ["llama", "gpt2"]
@@ -477,7 +478,7 @@ def test_sweep_takes_doses_of_weights_and_writes_the_chosen_ones(tiny_checkpoint
 @pytest.mark.usefixtures("inputs")
 def test_a_model_that_is_sharded_is_refused_before_it_is_loaded(tiny_checkpoint, weights, monkeypatch):
     path = save_neurons(tiny_checkpoint, weights)
-    monkeypatch.setattr("sparc3_lightning.sharding.is_sharded", lambda module: True)
+    monkeypatch.setattr("sparc3_lightning.models.sharding.is_sharded", lambda module: True)
     monkeypatch.setattr("sparc3_lightning.evaluate.load_for", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=r"a whole model only: use --trainer\.devices 1"):
         run(evaluation(tiny_checkpoint, path))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from sparc3_lightning.checkpoints import load_tokenizer
+from sparc3_lightning.models.checkpoints import load_tokenizer
 from sparc3_lightning.sources import read_records, resolve
 
 

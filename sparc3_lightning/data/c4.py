@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from sparc3_lightning.checkpoints import load_tokenizer
 from sparc3_lightning.data.base import HubDataset, ReferenceSamples, Sample
 from sparc3_lightning.files import write_atomically
+from sparc3_lightning.models.checkpoints import load_tokenizer
 from sparc3_lightning.sources import cache_folder, read_records, resolve
 
 

@@ -19,7 +19,7 @@ from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.intervals import correlation, ranks
-from sparc3_lightning.neurons import select
+from sparc3_lightning.models.components import select
 from sparc3_lightning.relevance import differential_relevance
 from sparc3_lightning.scores import ScoreFile
 

@@ -17,11 +17,11 @@ import torch
 from common import CHECKPOINT, PROMPTS, TEXT, parse, quiet_trainer, write
 from lightning import Callback
 
-from sparc3_lightning.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluate import RESULTS, Evaluation
+from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.scorers import load_scorer
 
 NUM_PROMPTS, NUM_CONTINUATIONS, NUM_TOKENS = 64, 4, 20

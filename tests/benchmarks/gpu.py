@@ -16,7 +16,7 @@ from attribution import floor, naive, ours
 from common import parse, write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sparc3_lightning.sharding import checkpoint_blocks_
+from sparc3_lightning.models.sharding import checkpoint_blocks_
 
 SHAPES = {
     "8b": {

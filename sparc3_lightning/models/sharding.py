@@ -8,14 +8,15 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils import checkpoint as activation_checkpoint
 
-from sparc3_lightning.checkpoints import (
+from sparc3_lightning.models.architectures import blocks_of
+from sparc3_lightning.models.checkpoints import (
     Dtype,
     fetch_checkpoint,
     load_config,
@@ -80,13 +81,6 @@ def check_is_whole(module: L.LightningModule) -> None:
     """Raise ValueError if the model is sharded: single weights are taken out of a whole one only."""
     if is_sharded(module):
         raise ValueError("Single weights can be taken out of a whole model only: use --trainer.devices 1.")
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a model of transformers, whatever it calls the list of them."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint_blocks_(model: Any) -> None:

@@ -4,64 +4,15 @@ A head is a block of ``head_dim`` inputs of its attention's last layer. Shape le
 inputs and O outputs of that layer.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from sparc3_lightning.linear import Linear, weight_of
-from sparc3_lightning.relevance import ends_in, weight_relevance, whole
-
-# The last layer of an attention, the layer of its values beside it, and of which kind both are: of LLaMA, Qwen and
-# Gemma, of OPT, and of GPT-2, whose c_attn holds queries, keys and values side by side. The kind tells GPT-2 from
-# GPT-BigCode, which has the same names, but another order of rows.
-ATTENTIONS: dict[str, tuple[str, type[Linear]]] = {
-    "o_proj": ("v_proj", nn.Linear),
-    "out_proj": ("v_proj", nn.Linear),
-    "attn.c_proj": ("c_attn", Conv1D),
-}
-_KNOWN = ", ".join(f"{output} beside {values}" for output, (values, _) in ATTENTIONS.items())
-
-
-@dataclass(frozen=True)
-class _Attention:
-    """The last layer of an attention, the layer whose last rows are its values, and the dimensions of a head."""
-
-    output: Linear
-    values: Linear
-    head_dim: int
-
-
-def is_heads(module: str) -> bool:
-    """Tell whether the components of a layer, by its fully qualified name, are heads."""
-    return any(ends_in(module, output) for output in ATTENTIONS)
-
-
-def head_layers(model: nn.Module, targets: Sequence[str] | None = None) -> list[str]:
-    """Return what the last layer of each attention of a model is called, such as ``o_proj``, or the targets if given.
-
-    Raises:
-        ValueError: If the model has no attention of a known kind, or one of the targets is no last layer of one.
-    """
-    found = [name for name, _ in model.named_modules() if _find_attention(model, name) is not None]
-    layers = [output for output in ATTENTIONS if any(ends_in(name, output) for name in found)]
-    if not layers:
-        linear = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, Linear)})
-        raise ValueError(
-            f"--model.granularity head: the model has no attention of a known kind ({_KNOWN}); its linear layers are "
-            f"{linear}."
-        )
-    for target in targets or ():
-        if not any(ends_in(name, target) for name in found):
-            raise ValueError(
-                f"--model.targets: {target!r} is no layer of attention heads of this model, which has {layers}: leave "
-                "out --model.targets for all heads."
-            )
-    return list(targets or layers)
+from sparc3_lightning.models.architectures import attention_of, weight_of, whole
+from sparc3_lightning.relevance import weight_relevance
 
 
 def head_dim(model: Any, module: str) -> int:
@@ -70,7 +21,7 @@ def head_dim(model: Any, module: str) -> int:
     Raises:
         ValueError: If ``module`` is not the last layer of an attention of a known kind that has a ``head_dim``.
     """
-    return _attention(model, module).head_dim
+    return attention_of(model, module).head_dim
 
 
 def head_dims(model: Any, modules: Iterable[str]) -> dict[str, int]:
@@ -80,7 +31,7 @@ def head_dims(model: Any, modules: Iterable[str]) -> dict[str, int]:
 
 def num_heads(model: Any, module: str) -> int:
     """Return the number of heads before an attention's last layer; see ``head_dim``."""
-    attention = _attention(model, module)
+    attention = attention_of(model, module)
     return weight_of(attention.output).shape[1] // attention.head_dim
 
 
@@ -129,7 +80,7 @@ def head_relevance(
 
 def head_norms(model: Any, module: str) -> Tensor:
     """Return the norm of each head's outgoing weights, shape ``[heads]``; all ranks ask together if sharded."""
-    attention = _attention(model, module)
+    attention = attention_of(model, module)
     return sum_heads(whole(weight_of(attention.output).float().square().sum(dim=0)), attention.head_dim).sqrt()
 
 
@@ -175,7 +126,7 @@ def prune_heads_(model: Any, heads: Mapping[str, Mapping[int, float]]) -> None:
     check_heads(model, heads)
     with torch.no_grad():
         for name, strengths in heads.items():
-            attention, factor = _attention(model, name), _factor(model, name, strengths)
+            attention, factor = attention_of(model, name), _factor(model, name, strengths)
             output, size = weight_of(attention.output), attention.head_dim
             output *= factor
             output[:, factor == 0] = 0  # where a weight is infinite
@@ -202,32 +153,9 @@ def check_heads(model: Any, heads: Mapping[str, Iterable[int]]) -> None:
                 )
 
 
-def _attention(model: Any, module: str) -> _Attention:
-    attention = _find_attention(model, module)
-    if attention is None:
-        raise ValueError(
-            f"{module!r} is not a layer of attention heads of this model: expected the last layer of an attention with "
-            f"a head_dim ({_KNOWN}). Is neurons.json of another model?"
-        )
-    return attention
-
-
-def _find_attention(model: Any, module: str) -> _Attention | None:
-    """Return the attention of which a module, by its fully qualified name, is the last layer; None if it is not."""
-    for output, (values, kind) in ATTENTIONS.items():
-        if ends_in(module, output):
-            try:
-                attention = model.get_submodule(module.rpartition(".")[0])
-                found = _Attention(model.get_submodule(module), attention.get_submodule(values), attention.head_dim)
-            except AttributeError:
-                return None
-            return found if isinstance(found.output, kind) and isinstance(found.values, kind) else None
-    return None
-
-
 def _factor(model: Any, name: str, strengths: Mapping[int, float], strength: float = 1.0) -> Tensor:
     """Return the factor of each input of an attention's last layer, shape ``[in_features]``."""
-    attention = _attention(model, name)
+    attention = attention_of(model, name)
     weight, size = weight_of(attention.output), attention.head_dim
     factor = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
     for index, of_head in strengths.items():

@@ -5,7 +5,6 @@ import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,6 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from sparc3_lightning.neurons import Neuron, check_have_biases, columns_of, prune_
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.sources import PICKLED, cache_folder, explain_hub_error, first_line, resolve, sha256_of
 
@@ -252,50 +250,3 @@ def check_unchanged(checkpoint: str, attributed: str) -> str | None:
             "used: attribute again."
         )
     return revision
-
-
-def check_takes_means(checkpoint: str, attributed: str, modules: Iterable[str]) -> None:
-    """Raise ValueError, without loading weights, unless neurons' means can be written into a checkpoint.
-
-    Args:
-        checkpoint: See ``locate``.
-        attributed: The fingerprint it was attributed with.
-        modules: Layers of the neurons, by their fully qualified names.
-    """
-    skeleton = skeleton_of(load_config(checkpoint, check_unchanged(checkpoint, attributed)))
-    check_have_biases(skeleton, columns_of(skeleton, modules).values())
-
-
-def export_pruned(checkpoint: str, neurons: Iterable[Neuron], folder: Path, **options: Any) -> None:
-    """Write the checkpoint with the neurons' weights set to zero, see ``export_edited``."""
-    export_edited(checkpoint, lambda model: prune_(model, neurons), folder, **options)
-
-
-def export_edited(
-    checkpoint: str, edit_: Callable[[Any], None], folder: Path, *, dtype: torch.dtype, revision: str | None = None
-) -> None:
-    """Write the checkpoint with changed weights, and its tokenizer, in Hugging Face format.
-
-    Args:
-        checkpoint: See ``locate``.
-        edit_: Changes the model in place.
-        folder: Where to write; must not exist yet. It appears when it is complete.
-        dtype: Of the weights written.
-        revision: Branch, tag or commit of a hub repository.
-
-    Raises:
-        FileExistsError: If the folder exists.
-    """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already; nothing was overwritten.")
-    model = load_model(checkpoint, dtype, revision)
-    edit_(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        temporary.chmod(0o755)
-        model.save_pretrained(temporary)
-        load_tokenizer(checkpoint, revision).save_pretrained(temporary)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

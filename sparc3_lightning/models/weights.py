@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc3_lightning.linear import weight_of
-from sparc3_lightning.relevance import ALL, find_targets, whole
+from sparc3_lightning.models.architectures import ALL, find_targets, weight_of, whole
 
 Strengths = Mapping[tuple[int, int], float]  # by row and column
 

@@ -5,20 +5,16 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparc3_lightning.heads import check_heads, is_heads, mask_heads, prune_heads_
-from sparc3_lightning.linear import Linear, weight_of
-from sparc3_lightning.weights import check_weights, mask_weights, prune_weights_
+from sparc3_lightning.models.architectures import KNOWN_MLPS, MLPS, Linear, is_heads, weight_of
+from sparc3_lightning.models.heads import check_heads, mask_heads, prune_heads_
+from sparc3_lightning.models.weights import check_weights, mask_weights, prune_weights_
 
-# The layers whose row i, and the layer whose column i, make up neuron i: of a gated MLP (LLaMA, Qwen, Gemma3), and of
-# the plain ones of OPT and GPT-2. The first is the one that is scored.
-MLPS = ((("up_proj", "gate_proj"), "down_proj"), (("fc1",), "fc2"), (("c_fc",), "c_proj"))
 Key = tuple[str, int] | tuple[str, int, int]  # module and index, and of a weight its input
-_KNOWN = ", ".join(f"{' or '.join(rows)} beside {column}" for rows, column in MLPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,21 +201,6 @@ def _add_biases(model: Any, mlps: Iterable[_Mlp]) -> None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)
 
 
-def neuron_layers(model: nn.Module) -> list[str]:
-    """Return the name that the scored layer of an MLP has in each block of a model, such as ``up_proj``.
-
-    Raises:
-        ValueError: If the model has no MLP of a known kind.
-    """
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    found = [rows[0] for rows, column in MLPS if {*rows, column} <= names]
-    if not found:
-        raise ValueError(
-            f"The model has no MLP of a known kind ({_KNOWN}): name the layers to score with --model.targets."
-        )
-    return found
-
-
 def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
     """Return the layer whose input is the activations of a module's neurons, by the name of the module.
 
@@ -239,7 +220,7 @@ def check_are_neurons(modules: Collection[str]) -> None:
     others = sorted({name.rpartition(".")[2] for name in modules} - known)
     if others:
         raise ValueError(
-            f"The rows of {', '.join(others)} are no neurons that could be switched off: expected {_KNOWN}. For an "
+            f"The rows of {', '.join(others)} are no neurons that could be switched off: expected {KNOWN_MLPS}. For an "
             "attention score its heads (sparc3 attribute --model.granularity head), for other layers their weights "
             "(--model.granularity weight of attribute and prune)."
         )
@@ -288,8 +269,8 @@ def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> list[_Mlp]:
         rows, column = next(((rows, column) for rows, column in MLPS if layer in rows), ((), ""))
         if not rows or not all(f"{parent}.{name}" in modules for name in (*rows, column)):
             raise ValueError(
-                f"{neuron.module!r} is not a layer of MLP neurons of this model: expected {_KNOWN}. Is neurons.json "
-                "of another model?"
+                f"{neuron.module!r} is not a layer of MLP neurons of this model: expected {KNOWN_MLPS}. Is "
+                "neurons.json of another model?"
             )
         num_neurons = len(weight_of(modules[neuron.module]))
         if not 0 <= neuron.index < num_neurons:
@@ -301,3 +282,6 @@ def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> list[_Mlp]:
             groups[parent] = _Mlp([modules[f"{parent}.{row}"] for row in rows], modules[f"{parent}.{column}"], [])
         groups[parent].neurons.append(neuron)
     return list(groups.values())
+
+
+Granularity = Literal["neuron", "head", "weight"]

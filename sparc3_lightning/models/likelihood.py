@@ -1,0 +1,90 @@
+"""How likely a model finds a text: the hidden states that its head gets, and sums over windows in nats."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def last_hidden_state(model: Any, input_ids: Tensor) -> Tensor:
+    """Return what the head gets, shape ``[windows, tokens, hidden]``.
+
+    The model is called as a whole, since that gathers the weights of a sharded one.
+
+    Raises:
+        ValueError: If the model makes more of its head's output than is known here, such as scaling it.
+    """
+    captured: list[Tensor] = []
+    handle = model.get_decoder().register_forward_hook(
+        lambda module, inputs, output: captured.append(output.last_hidden_state)
+    )
+    try:
+        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+    finally:
+        handle.remove()
+    hidden = captured[0]
+    off = (_logits(model, hidden[:, -1]) - logits).abs().amax()
+    if off > 0.02 * logits.abs().amax():  # bfloat16 rounds to 0.004
+        raise ValueError(
+            f"The logits of {type(model).__name__} are not the output of its head (they may be scaled): there is no "
+            "perplexity of this architecture."
+        )
+    return hidden
+
+
+def score_windows(
+    model: Any, hidden: Tensor, input_ids: Tensor, spans: Tensor, reference: Tensor | None = None, chunk: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Return the negative log-likelihood of the last tokens of each window, and their divergence from another model.
+
+    The head is applied to at most ``chunk`` positions at a time, and only to those that are scored.
+
+    Args:
+        model: Causal language model of transformers.
+        hidden: From ``last_hidden_state``, shape ``[windows, tokens, hidden]``.
+        input_ids: Windows padded on the right, shape ``[windows, tokens]``.
+        spans: Slice of positions per window as ``[start, end)``, int64, shape ``[windows, 2]``: the tokens at these
+            positions are predicted, each from all before it. ``start`` is at least 1.
+        reference: Hidden states of the original model on the same windows; None for no divergence.
+        chunk: Positions for which logits are held at a time.
+
+    Returns:
+        Two sums over the scored tokens of each window, in nats, float64, shape ``[windows]``: the negative
+        log-likelihood, and KL(original || model) between the predicted distributions (0 without a reference).
+    """
+    nll, divergence = torch.zeros(2, len(input_ids), dtype=torch.float64, device=input_ids.device)
+    for row, (start, end) in enumerate(spans.tolist()):
+        for low in range(start, end, chunk):
+            high = min(low + chunk, end)
+            logs = _log_probabilities(model, hidden[row, low - 1 : high - 1])
+            nll[row] -= logs.gather(1, input_ids[row, low:high].unsqueeze(1)).double().sum()
+            if reference is not None:
+                theirs = _log_probabilities(model, reference[row, low - 1 : high - 1])
+                divergence[row] += (theirs.exp() * (theirs - logs)).sum(dim=1).double().sum()
+    return nll, divergence
+
+
+def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:
+    return _logits(model, hidden).log_softmax(dim=1)
+
+
+def _logits(model: Any, hidden: Tensor) -> Tensor:
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def log_likelihoods(model: Any, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Return the log-likelihood of each text, sum over t >= 1 of log P(token t | tokens before it).
+
+    Args:
+        model: Causal language model of transformers.
+        input_ids: Texts padded on the right, shape ``[texts, tokens]``; the first token is only read from.
+        lengths: Tokens of each text without padding, int64, shape ``[texts]``.
+
+    Returns:
+        Shape ``[texts]``, float64, in nats.
+    """
+    spans = torch.stack([torch.ones_like(lengths), lengths], dim=1)
+    nll, _ = score_windows(model, last_hidden_state(model, input_ids), input_ids, spans)
+    return -nll
