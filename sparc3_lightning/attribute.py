@@ -10,12 +10,17 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from sparc3_lightning.accumulator import CHECK_EVERY, ScoreAccumulator, check_granularity
-from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations, check_are_of_neurons
+from sparc3_lightning.attribution.accumulator import CHECK_EVERY, ScoreAccumulator, check_granularity
+from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationRecorder, Activations, check_are_of_neurons
+from sparc3_lightning.attribution.lrp import Rule, check_have_relevance, lrp
+from sparc3_lightning.attribution.progress import Progress, go_on, remove_progress
+from sparc3_lightning.attribution.relevance import Relevance
+from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, ShardWriter
+from sparc3_lightning.attribution.static_scores import STATIC, StaticScores, check_static
+from sparc3_lightning.attribution.targets import LEXICAL, Target, lexicon_of, target_of
 from sparc3_lightning.data.base import NoSamples, ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.files import check_absent, check_space, check_writable
-from sparc3_lightning.lrp import Rule, check_have_relevance, lrp
 from sparc3_lightning.models.architectures import family_of, find_targets, head_layers, neuron_layers, weight_of
 from sparc3_lightning.models.checkpoints import (
     Dtype,
@@ -28,14 +33,9 @@ from sparc3_lightning.models.checkpoints import (
 from sparc3_lightning.models.components import Granularity, columns_of
 from sparc3_lightning.models.heads import head_dims
 from sparc3_lightning.models.sharding import load_for
-from sparc3_lightning.progress import Progress, go_on, remove_progress
 from sparc3_lightning.provenance import run_seed
-from sparc3_lightning.relevance import Relevance
 from sparc3_lightning.scorers import check_scorer, load_scorer
-from sparc3_lightning.scores import INDEX, Provenance, ScoreFile, ShardWriter
 from sparc3_lightning.signals import StoppableModule
-from sparc3_lightning.static_scores import STATIC, StaticScores, check_static
-from sparc3_lightning.targets import LEXICAL, Target, lexicon_of, target_of
 
 SCORES = "scores.safetensors"
 

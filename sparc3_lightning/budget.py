@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.models.checkpoints import check_context, check_unchanged, load_config, load_model
 from sparc3_lightning.models.components import Key, Neuron, columns_of, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
-from sparc3_lightning.scores import ScoreFile
 
 FEWEST = 20  # neurons that a round of refinement considers at least
 FIRST = 100  # neurons whose rise is measured first

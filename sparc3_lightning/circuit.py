@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from sparc3_lightning.attribution.scores import ScoreFile
+from sparc3_lightning.attribution.targets import logit_difference
 from sparc3_lightning.circuit_tables import circuit_csv, summary
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
@@ -21,9 +23,7 @@ from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.orders import ComponentOrder, Order, Scores, WeightOrder, random_scores
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.score_groups import Group, group_scores, load_scores
-from sparc3_lightning.scores import ScoreFile
 from sparc3_lightning.signals import StoppableModule
-from sparc3_lightning.targets import logit_difference
 
 CIRCUIT = "circuit.json"
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import sparc3_lightning
 from sparc3_lightning.attribute import SCORES, Attribution
+from sparc3_lightning.attribution.scores import INDEX
 from sparc3_lightning.circuit import CIRCUIT, Circuit
 from sparc3_lightning.compare import COMPARISON, Comparison
 from sparc3_lightning.compress import SPARSITY, Compression
@@ -29,7 +30,6 @@ from sparc3_lightning.evaluate import RESULTS, Evaluation
 from sparc3_lightning.experiment import Experiment
 from sparc3_lightning.files import check_absent
 from sparc3_lightning.prune import NEURONS, Pruning
-from sparc3_lightning.scores import INDEX
 from sparc3_lightning.sweep import Sweep
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.

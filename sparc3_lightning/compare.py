@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from sparc3_lightning.attribution.scores import MUST_MATCH, ScoreFile, average, check_match
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.models.components import Key
@@ -19,7 +20,6 @@ from sparc3_lightning.overlap_findings import find_classes, find_correlations, f
 from sparc3_lightning.overlap_tables import neurons_csv, overlaps_csv, summary
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.prune import NEURONS, SELECTION
-from sparc3_lightning.scores import MUST_MATCH, ScoreFile, average, check_match
 from sparc3_lightning.selections import Scores, difference, normalized_difference
 
 COMPARISON = "compare.json"

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparc3_lightning.attribution.scores import WeightScores, check_match, load_index
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.architectures import ALL, find_targets, weight_of
 from sparc3_lightning.models.checkpoints import Dtype, check_unchanged, load_config, resolve_dtype, skeleton_of
 from sparc3_lightning.models.export import export_edited
 from sparc3_lightning.provenance import git_hash, versions
-from sparc3_lightning.scores import WeightScores, check_match
 from sparc3_lightning.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
-from sparc3_lightning.weight_selection import load_index
 
 SPARSITY = "sparsity.json"
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from sparc3_lightning.attribution.targets import LEXICAL
 from sparc3_lightning.classifiers import split_label
 from sparc3_lightning.models.checkpoints import fingerprint
 from sparc3_lightning.sources import is_local, sha256_of
-from sparc3_lightning.targets import LEXICAL
 
 SCORERS = ("scorer", "second_scorer", "lexicon")
 KEYS = ("checkpoint", "tokenizer", "source", "nontoxic_source", *SCORERS, "lm_eval_folder")

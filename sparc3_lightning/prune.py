@@ -12,7 +12,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from sparc3_lightning.activations import ACTIVATIONS, Activations
+from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
+from sparc3_lightning.attribution.relevance import differential_relevance, differential_strength
+from sparc3_lightning.attribution.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching
 from sparc3_lightning.budget import Budget, within_budget
 from sparc3_lightning.controls import lowest
 from sparc3_lightning.data.base import ReferenceSamples
@@ -21,8 +23,6 @@ from sparc3_lightning.models.checkpoints import Dtype, check_unchanged, resolve_
 from sparc3_lightning.models.components import Neuron, check_are_neurons, select
 from sparc3_lightning.models.export import check_takes_means, export_pruned
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.relevance import differential_relevance, differential_strength
-from sparc3_lightning.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching
 from sparc3_lightning.selected import Selected, histogram, origin
 from sparc3_lightning.selections import (
     by_auroc,

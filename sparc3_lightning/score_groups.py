@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparc3_lightning.scores import INDEX, MUST_MATCH, Provenance, ScoreFile, WeightScores
+from sparc3_lightning.attribution.scores import INDEX, MUST_MATCH, Provenance, ScoreFile, WeightScores
 
 
 @dataclass

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparc3_lightning.attribution.scores import ScoreFile, WeightScores
 from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.provenance import git_hash, versions
-from sparc3_lightning.scores import ScoreFile, WeightScores
 
 NUM_BINS = 81
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparc3_lightning.relevance import check_same_modules, differential_relevance
+from sparc3_lightning.attribution.relevance import check_same_modules, differential_relevance
 
 Scores = Mapping[str, Tensor]
 

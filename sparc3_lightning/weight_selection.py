@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparc3_lightning.attribution.scores import check_match, load_index
 from sparc3_lightning.controls import lowest
 from sparc3_lightning.models.components import Neuron
-from sparc3_lightning.scores import INDEX, WeightScores, check_match
 from sparc3_lightning.selected import NUM_BINS, Selected
 from sparc3_lightning.sparsity import lowest_first
 
@@ -51,23 +51,6 @@ class DifferentialWeights:
         for (name, behavior_OI), *of_seeds in zip(self.behavior, *self.general, strict=True):
             general_OI = torch.stack([score_OI for _, score_OI in of_seeds]).mean(dim=0)
             yield Layer(name, general_OI, general_OI - behavior_OI)
-
-
-def load_index(path: Path, option: str) -> WeightScores:
-    """Open an index of scores of weights.
-
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{option}: {path} does not exist; 'sparc3 attribute' writes it.")
-    if path.name != INDEX:
-        raise ValueError(
-            f"{option}: expected {INDEX}, the index of scores of weights, got {path}: run 'sparc3 attribute' with "
-            "--model.granularity weight."
-        )
-    return WeightScores(path)
 
 
 class Lowest:

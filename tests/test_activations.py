@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import sentence
 
-from sparc3_lightning.activations import ACTIVATIONS, ActivationRecorder, Activations
 from sparc3_lightning.attribute import Attribution
+from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationRecorder, Activations
+from sparc3_lightning.attribution.progress import Progress, load_progress
 from sparc3_lightning.cli import main
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.models.components import columns_of
-from sparc3_lightning.progress import Progress, load_progress
 
 UP = "model.layers.{}.mlp.up_proj"
 
@@ -74,7 +74,7 @@ def test_scores_are_the_same_with_activations_beside_them(tiny_checkpoint, promp
     attribute(tiny_checkpoint, prompts)
     attribute(tiny_checkpoint, prompts, "--model.activations=true")
     files = [Path(f"lightning_logs/attribute/version_{i}/scores.safetensors") for i in range(2)]
-    from sparc3_lightning.scores import ScoreFile
+    from sparc3_lightning.attribution.scores import ScoreFile
 
     first, second = (ScoreFile.load(file).scores for file in files)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -15,6 +15,7 @@ import yaml
 from conftest import sentence
 
 from sparc3_lightning.attribute import Attribution
+from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.circuit import Circuit
 from sparc3_lightning.cli import STAGES, entry_point, main
 from sparc3_lightning.compare import Comparison
@@ -23,7 +24,6 @@ from sparc3_lightning.distributed import usable_accelerator
 from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.experiment import Experiment
 from sparc3_lightning.prune import Pruning
-from sparc3_lightning.scores import ScoreFile
 from sparc3_lightning.sweep import Sweep
 
 LOGS = Path("lightning_logs")

@@ -13,10 +13,10 @@ from conftest import sentence
 from safetensors.torch import load_file, save_file
 
 from sparc3_lightning import cli, experiment
+from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.experiment import MANIFEST, Experiment
 from sparc3_lightning.scorers import SHIPPED
-from sparc3_lightning.scores import ScoreFile
 
 LOGS = Path("lightning_logs")
 ALL = ["attribute", "attribute", "attribute", "prune", "evaluate"]

@@ -14,8 +14,9 @@ from conftest import mlp_of, sentence
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sparc3_lightning.activations import ACTIVATIONS, Activations
 from sparc3_lightning.attribute import Attribution
+from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
+from sparc3_lightning.attribution.scores import INDEX, ScoreFile
 from sparc3_lightning.cli import main
 from sparc3_lightning.controls import POOL
 from sparc3_lightning.data.prompts import prompt_id
@@ -25,7 +26,6 @@ from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.models.components import Neuron, mask
 from sparc3_lightning.models.sharding import load_sharded
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.scores import INDEX, ScoreFile
 from sparc3_lightning.variants import CONTROLS, neurons_of, plan
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]

@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, Phi3Config
 from transformers.pytorch_utils import Conv1D
 
-from sparc3_lightning.accumulator import ScoreAccumulator
 from sparc3_lightning.attribute import SCORES, Attribution
+from sparc3_lightning.attribution.accumulator import ScoreAccumulator
+from sparc3_lightning.attribution.lrp import lrp
+from sparc3_lightning.attribution.scores import ScoreFile
+from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
-from sparc3_lightning.lrp import lrp
 from sparc3_lightning.models.architectures import FAMILIES, find_targets, head_layers, is_heads, weight_of
 from sparc3_lightning.models.checkpoints import load_model
 from sparc3_lightning.models.components import Neuron, check_neurons, mask, prune_
@@ -27,8 +29,6 @@ from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.heads import head_dims, head_norms, mask_heads, num_heads, prune_heads_
 from sparc3_lightning.models.sharding import load_sharded
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.scores import ScoreFile
-from sparc3_lightning.targets import largest_logit
 from sparc3_lightning.variants import neurons_of, plan
 
 O_PROJ = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]

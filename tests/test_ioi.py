@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from sparc3_lightning.attribution.targets import last_logits, logit_difference, target_of
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.ioi import IOI, NAMES, OBJECTS, PLACES, TEMPLATES, name_tokens, sentence_id
-from sparc3_lightning.targets import last_logits, logit_difference, target_of
 
 
 def words_tokenizer(names: tuple[str, ...] = NAMES) -> Any:

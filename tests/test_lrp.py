@@ -12,7 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from sparc3_lightning.lrp import lrp
+from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.models.architectures import FAMILIES
 
 EPS = 1e-10  # of the identity rule

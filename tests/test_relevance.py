@@ -7,11 +7,9 @@ from conftest import mlp_of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparc3_lightning.accumulator import NonfiniteRelevanceError, ScoreAccumulator
-from sparc3_lightning.data.base import Sample, pad_right
-from sparc3_lightning.lrp import lrp
-from sparc3_lightning.models.architectures import FAMILIES, find_targets
-from sparc3_lightning.relevance import (
+from sparc3_lightning.attribution.accumulator import NonfiniteRelevanceError, ScoreAccumulator
+from sparc3_lightning.attribution.lrp import lrp
+from sparc3_lightning.attribution.relevance import (
     absolute_relevance,
     differential_relevance,
     differential_strength,
@@ -20,7 +18,9 @@ from sparc3_lightning.relevance import (
     squared_norms,
     wanda_score,
 )
-from sparc3_lightning.targets import largest_logit
+from sparc3_lightning.attribution.targets import largest_logit
+from sparc3_lightning.data.base import Sample, pad_right
+from sparc3_lightning.models.architectures import FAMILIES, find_targets
 
 SCORES: list[Any] = ["magnitude", "signed", "wanda"]
 PAD = 0

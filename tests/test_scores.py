@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparc3_lightning.scores import FORMAT, MUST_MATCH, Provenance, ScoreFile, average, load_matching
+from sparc3_lightning.attribution.scores import FORMAT, MUST_MATCH, Provenance, ScoreFile, average, load_matching
 
 PROVENANCE = Provenance(
     checkpoint="org/name",

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparc3_lightning.attribution.relevance import differential_relevance
 from sparc3_lightning.models.components import select
-from sparc3_lightning.relevance import differential_relevance
 from sparc3_lightning.selections import (
     auroc,
     by_auroc,

@@ -12,6 +12,8 @@ from conftest import sentence
 from torch import Tensor
 
 from sparc3_lightning.attribute import SCORES, Attribution
+from sparc3_lightning.attribution.scores import INDEX, ScoreFile, WeightScores
+from sparc3_lightning.attribution.static_scores import StaticScores, random_scores
 from sparc3_lightning.cli import main
 from sparc3_lightning.compress import SPARSITY
 from sparc3_lightning.data.base import NoSamples
@@ -20,8 +22,6 @@ from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import load_model
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.prune import NEURONS, Pruning
-from sparc3_lightning.scores import INDEX, ScoreFile, WeightScores
-from sparc3_lightning.static_scores import StaticScores, random_scores
 
 
 @pytest.fixture(autouse=True)

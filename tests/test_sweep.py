@@ -15,6 +15,7 @@ import yaml
 from conftest import sentence
 
 from sparc3_lightning import evaluate
+from sparc3_lightning.attribution.scores import Provenance, ScoreFile
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.evaluate import Evaluation
@@ -24,7 +25,6 @@ from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.prune import Pruning
-from sparc3_lightning.scores import Provenance, ScoreFile
 from sparc3_lightning.sweep import Sweep
 
 MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]

@@ -11,11 +11,16 @@ from conftest import WORDS, sentence
 from torch import Tensor
 
 from sparc3_lightning.attribute import SCORES, Attribution
+from sparc3_lightning.attribution.scores import ScoreFile
+from sparc3_lightning.attribution.targets import (
+    lexicon_log_probability,
+    lexicon_of,
+    lexicon_probability,
+    text_log_probability,
+)
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
-from sparc3_lightning.scores import ScoreFile
-from sparc3_lightning.targets import lexicon_log_probability, lexicon_of, lexicon_probability, text_log_probability
 
 LEXICON = [5, 17, 40]
 

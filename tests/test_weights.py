@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning import cli
+from sparc3_lightning.attribution.relevance import differential_strength
+from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
 from sparc3_lightning.compare import Comparison
 from sparc3_lightning.controls import POOL, lowest, random_weights
 from sparc3_lightning.models.architectures import find_targets, weight_of
@@ -27,8 +29,6 @@ from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.weights import mask_weights, prune_weights_
 from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.prune import NEURONS, SELECTION, Pruning
-from sparc3_lightning.relevance import differential_strength
-from sparc3_lightning.scores import INDEX, Provenance, ShardWriter
 from sparc3_lightning.selected import histogram
 from sparc3_lightning.sparsity import lowest_first
 from sparc3_lightning.sweep import Sweep

@@ -6,13 +6,12 @@ inputs and O outputs of that layer.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparc3_lightning.models.architectures import attention_of, weight_of, whole
-from sparc3_lightning.relevance import weight_relevance
 
 
 def head_dim(model: Any, module: str) -> int:
@@ -38,44 +37,6 @@ def num_heads(model: Any, module: str) -> int:
 def sum_heads(values: Tensor, head_dim: int) -> Tensor:
     """Sum over the dimensions of each head, shape ``[..., inputs]`` to ``[..., heads]``."""
     return values.unflatten(-1, (-1, head_dim)).sum(dim=-1)
-
-
-def head_relevance(
-    W_OI: Tensor,
-    A_BTI: Tensor,
-    G_BTO: Tensor,
-    head_dim: int,
-    form: Literal["magnitude", "signed", "absolute", "squared"],
-) -> Tensor:
-    """Return the relevance of each head, per sample.
-
-    ``signed`` is the sum of z * dtarget/dz over the tokens and the head's dimensions, z being the input of the
-    attention's last layer; it equals the sum of the signed relevance of the head's weights there. ``magnitude`` sums
-    |relevance| over these weights, as for a neuron over its incoming ones. ``squared`` sums the square of the head's
-    share at each token, and ``absolute`` is the magnitude of what is signed.
-
-    Args:
-        W_OI: Weight of the attention's last layer, shape ``[out_features, in_features]``.
-        A_BTI: Input of that layer, shape ``[samples, tokens, in_features]``.
-        G_BTO: Gradient of the target with respect to its output under LRP, shape ``[samples, tokens, out_features]``;
-            zero at padding.
-        head_dim: Inputs that belong to one head.
-        form: How relevance is summed.
-
-    Returns:
-        Shape ``[samples, heads]``, float32 or wider, in logits (squared: in their square).
-    """
-    wide = torch.promote_types(W_OI.dtype, torch.float32)
-    if form == "magnitude":
-        rows = []
-        for A_TI, G_TO in zip(A_BTI, G_BTO, strict=True):
-            tiles = weight_relevance(W_OI, A_TI, G_TO)
-            rows.append(torch.stack([R_OI.abs_().sum(dim=0, dtype=wide) for _, R_OI in tiles]).sum(dim=0))
-        return sum_heads(torch.stack(rows), head_dim)
-    R_BTH = sum_heads(A_BTI.to(wide) * (G_BTO @ W_OI).to(wide), head_dim)
-    if form == "squared":
-        return R_BTH.square().sum(dim=1)
-    return R_BTH.sum(dim=1) if form == "signed" else R_BTH.sum(dim=1).abs()
 
 
 def head_norms(model: Any, module: str) -> Tensor:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from common import CHECKPOINT, TEXT, parse, peak_memory, write
 
-from sparc3_lightning.accumulator import ScoreAccumulator
+from sparc3_lightning.attribution.accumulator import ScoreAccumulator
+from sparc3_lightning.attribution.lrp import lrp
+from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.lrp import lrp
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
-from sparc3_lightning.targets import largest_logit
 
 SHAPES = ((8, 256), (4, 1024))
 

@@ -318,3 +318,20 @@ def check_match(files: Sequence[ScoreFile | WeightScores], must_match: Sequence[
 def average(files: Sequence[ScoreFile]) -> dict[str, Tensor]:
     """Return the mean of the scores of several files, each weighing the same, as one over seeds."""
     return {name: torch.stack([file.scores[name] for file in files]).mean(dim=0) for name in files[0].scores}
+
+
+def load_index(path: Path, option: str) -> WeightScores:
+    """Open an index of scores of weights.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}: {path} does not exist; 'sparc3 attribute' writes it.")
+    if path.name != INDEX:
+        raise ValueError(
+            f"{option}: expected {INDEX}, the index of scores of weights, got {path}: run 'sparc3 attribute' with "
+            "--model.granularity weight."
+        )
+    return WeightScores(path)

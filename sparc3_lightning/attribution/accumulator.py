@@ -7,12 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparc3_lightning.distributed import gather_rows, num_ranks
-from sparc3_lightning.models.architectures import ATTENTIONS, Linear, is_heads, weight_of, whole
-from sparc3_lightning.models.components import Granularity
-from sparc3_lightning.models.heads import head_relevance, sum_heads
-from sparc3_lightning.relevance import (
+from sparc3_lightning.attribution.relevance import (
     absolute_relevance,
+    head_relevance,
     magnitude_relevance,
     mean_magnitude,
     signed_relevance,
@@ -21,6 +18,10 @@ from sparc3_lightning.relevance import (
     wanda_score,
     weight_relevance,
 )
+from sparc3_lightning.distributed import gather_rows, num_ranks
+from sparc3_lightning.models.architectures import ATTENTIONS, Linear, is_heads, weight_of, whole
+from sparc3_lightning.models.components import Granularity
+from sparc3_lightning.models.heads import sum_heads
 
 # Scores of neurons that need the layer's output and its gradient alone.
 OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "squared": squared_relevance}

@@ -1,0 +1,1 @@
+"""From samples, or none, to one score for each component of a model."""
