@@ -51,7 +51,6 @@ class DetoxifyScorer:
     def __init__(self, name: str, device: torch.device | str = "cpu", batch_size: int = 64) -> None:
         from detoxify import Detoxify
 
-        check_scorer(name)
         self.name = name
         self.batch_size = batch_size
         checkpoint, config = _checkpoint_of(name)
@@ -84,6 +83,7 @@ def load_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
             or ``package.module:function``.
         device: Where to score.
     """
+    check_scorer(name)
     return _kind(name)(name, device)
 
 
