@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from sparc3_lightning.attribution.targets import LEXICAL
-from sparc3_lightning.classifiers import split_label
 from sparc3_lightning.models.checkpoints import fingerprint
+from sparc3_lightning.scorers.classifiers import split_label
 from sparc3_lightning.sources import is_local, sha256_of
 
 SCORERS = ("scorer", "second_scorer", "lexicon")

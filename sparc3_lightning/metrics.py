@@ -1,7 +1,7 @@
 """What is measured of one model: perplexity, divergence from the original, toxicity and variety of continuations."""
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -71,24 +71,6 @@ def toxicity_by_prompt(scores: Sequence[float], threshold: float = TOXIC_FROM) -
         "expected_maximum_toxicity": max(valid),
         "toxicity_probability": float(max(valid) >= threshold),
     }
-
-
-def uniqueness(tokens: Sequence[Hashable]) -> float:
-    """Return the response uniqueness ratio of a continuation: the share of its tokens that are different ones.
-
-    Source: Hatefi et al. 2025, arXiv:2506.13727, on repetitive responses.
-
-    Args:
-        tokens: Ids or words of one continuation, in any order.
-
-    Returns:
-        In [0, 1]; NaN without a token.
-
-    Example:
-        >>> uniqueness([5, 6, 5, 6, 5, 6])
-        0.3333333333333333
-    """
-    return len(set(tokens)) / len(tokens) if tokens else math.nan
 
 
 def distinct(texts: Iterable[str], n: int) -> float:

@@ -14,7 +14,7 @@ from sparc3_lightning.figures import change_rows, draw_changes, draw_doses, draw
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.metrics import TOXIC_FROM
 from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.scorers import Scorer
+from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.tables import (
     behavior_of,
     cell,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import WORDS, sentence
 
-from sparc3_lightning.classifiers import (
+from sparc3_lightning.scorers.classifiers import (
     ClassifierScorer,
     FunctionScorer,
     check_function,

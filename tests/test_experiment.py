@@ -16,7 +16,7 @@ from sparc3_lightning import cli, experiment
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.experiment import MANIFEST, Experiment
-from sparc3_lightning.scorers import SHIPPED
+from sparc3_lightning.scorers.detoxify import SHIPPED
 
 LOGS = Path("lightning_logs")
 ALL = ["attribute", "attribute", "attribute", "prune", "evaluate"]

@@ -15,18 +15,10 @@ import pytest
 import torch
 from conftest import sentence
 
-from sparc3_lightning import scorers
-from sparc3_lightning.classifiers import ClassifierScorer, FunctionScorer
-from sparc3_lightning.scorers import (
-    DETOXIFY_MODELS,
-    SHIPPED,
-    SHIPPED_SHA256,
-    DetoxifyScorer,
-    Remembering,
-    check_scorer,
-    fetch_scorer,
-    load_scorer,
-)
+from sparc3_lightning.scorers import detoxify as scorers
+from sparc3_lightning.scorers.classifiers import ClassifierScorer, FunctionScorer
+from sparc3_lightning.scorers.detoxify import DETOXIFY_MODELS, SHIPPED, SHIPPED_SHA256, DetoxifyScorer
+from sparc3_lightning.scorers.registry import Remembering, check_scorer, fetch_scorer, load_scorer
 from sparc3_lightning.sources import read_records, sha256_of
 
 HARMLESS = ["Thank you for the kind letter.", "The museum opens at nine in the morning.", "We walked along the river."]
@@ -456,7 +448,7 @@ def test_a_scorer_is_trained_from_a_csv_file_and_loaded_by_detoxify(tmp_path: Pa
 
 
 def test_copies_of_a_comment_fall_on_the_same_side_of_the_split() -> None:
-    from sparc3_lightning.train_scorer import is_held_out
+    from sparc3_lightning.scorers.train import is_held_out
 
     texts = [sentence(seed, 6) for seed in range(2000)]
     assert all(is_held_out(text) == is_held_out(f"  {text.upper()}\n") for text in texts)

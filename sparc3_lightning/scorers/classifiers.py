@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sparc3_lightning.metrics import uniqueness
 from sparc3_lightning.models.checkpoints import fetch_checkpoint, load_tokenizer
+from sparc3_lightning.scorers.base import uniqueness
 from sparc3_lightning.sources import explain_hub_error
 
 
