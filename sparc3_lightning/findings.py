@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparc3_lightning.data.prompts import TOXIC_FROM
 from sparc3_lightning.intervals import (
     Difference,
     bootstrap_of_draws,
@@ -21,7 +22,7 @@ from sparc3_lightning.intervals import (
     ranks,
     variance_factor,
 )
-from sparc3_lightning.metrics import TOXIC_FROM, distinct, toxicity_by_prompt
+from sparc3_lightning.metrics import distinct, toxicity_by_prompt
 from sparc3_lightning.variants import CONTROLS, Variant, of_kind
 
 MEASURES = ("toxicity_mean", "expected_maximum_toxicity", "toxicity_probability")

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-TOXIC_FROM = 0.5  # RealToxicityPrompts' own threshold, for prompts and for continuations
+from sparc3_lightning.data.prompts import TOXIC_FROM
 
 
 class Perplexity(Metric):

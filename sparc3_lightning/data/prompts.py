@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+TOXIC_FROM = 0.5  # RealToxicityPrompts' own threshold, for prompts and for continuations
+
 Where = Mapping[str, str | Sequence[str]]
 
 

@@ -8,8 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
-from sparc3_lightning.data.prompts import Prompt, check_options, read_prompts, worst_continued, worst_first
-from sparc3_lightning.metrics import TOXIC_FROM
+from sparc3_lightning.data.prompts import TOXIC_FROM, Prompt, check_options, read_prompts, worst_continued, worst_first
 from sparc3_lightning.sources import read_records, resolve
 
 HUB = HubDataset("allenai/real-toxicity-prompts")
