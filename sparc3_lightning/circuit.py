@@ -19,10 +19,18 @@ from sparc3_lightning.files import check_absent, check_writable, to_json, write_
 from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
 from sparc3_lightning.models.components import Neuron, check_are_neurons, check_neurons
 from sparc3_lightning.models.sharding import check_is_whole, load_for
-from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.orders import ComponentOrder, Order, Scores, WeightOrder, random_scores
 from sparc3_lightning.provenance import git_hash, run_seed, versions
-from sparc3_lightning.score_groups import Group, group_scores, load_scores
+from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.orders import (
+    ComponentOrder,
+    Group,
+    Order,
+    Scores,
+    WeightOrder,
+    group_scores,
+    load_scores,
+    random_scores,
+)
 from sparc3_lightning.signals import StoppableModule
 
 CIRCUIT = "circuit.json"

@@ -20,7 +20,7 @@ from sparc3_lightning.models.architectures import ALL, find_targets, weight_of
 from sparc3_lightning.models.checkpoints import Dtype, check_unchanged, load_config, resolve_dtype, skeleton_of
 from sparc3_lightning.models.export import export_edited
 from sparc3_lightning.provenance import git_hash, versions
-from sparc3_lightning.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
+from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
 
 SPARSITY = "sparsity.json"
 

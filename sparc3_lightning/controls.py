@@ -2,17 +2,13 @@
 
 import random
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from sparc3_lightning.models.components import Neuron
-from sparc3_lightning.sparsity import lowest_first
-
-POOL = 5  # candidates per neuron and layer, of which each draw takes one
+from sparc3_lightning.selection.criteria import per_module, places_of
 
 
 def random_like(pruned: Sequence[Neuron], num_neurons: Mapping[str, int], seed: int) -> list[Neuron]:
@@ -26,7 +22,7 @@ def random_like(pruned: Sequence[Neuron], num_neurons: Mapping[str, int], seed: 
     taken = {neuron.key for neuron in pruned}
     pool = [
         Neuron(module, index, 0.0)
-        for module in _per_module(pruned)
+        for module in per_module(pruned)
         for index in range(num_neurons[module])
         if (module, index) not in taken
     ]
@@ -38,13 +34,13 @@ def draw_like(pruned: Sequence[Neuron], pool: Iterable[Neuron], seed: int) -> li
 
     Each is switched off as far as one of those. Where the pool has fewer of a module, all of them are taken.
     """
-    by_module: dict[str, list[Neuron]] = {module: [] for module in _per_module(pruned)}
+    by_module: dict[str, list[Neuron]] = {module: [] for module in per_module(pruned)}
     for neuron in pool:
         if neuron.module in by_module:
             by_module[neuron.module].append(neuron)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
-    for module, number in _per_module(pruned).items():
+    for module, number in per_module(pruned).items():
         candidates = by_module[module]
         order = torch.randperm(len(candidates), generator=generator)[:number].tolist()
         strengths = _strengths(pruned, module)
@@ -62,9 +58,9 @@ def random_weights(pruned: Sequence[Neuron], shapes: Mapping[str, Sequence[int]]
     """
     draw = random.Random(seed)
     drawn = []
-    for module, number in _per_module(pruned).items():
+    for module, number in per_module(pruned).items():
         rows, columns = shapes[module]
-        taken = sorted(_places(pruned, module, columns))
+        taken = sorted(places_of(pruned, module, columns))
         free = rows * columns - len(taken)
         # The k-th taken place has taken[k] - k free ones before it, which says how many to skip.
         before = [place - k for k, place in enumerate(taken)]
@@ -75,38 +71,5 @@ def random_weights(pruned: Sequence[Neuron], shapes: Mapping[str, Sequence[int]]
     return drawn
 
 
-def lowest(pruned: Sequence[Neuron], scores: Iterable[tuple[str, Tensor]]) -> list[Neuron]:
-    """Return, per module, the neurons with the lowest scores, ``POOL`` times as many as were pruned there.
-
-    Args:
-        pruned: The pruned neurons, or weights.
-        scores: Name and scores of each module, shape ``[out_features]``, or ``[out_features, in_features]`` of
-            weights, one module in memory at a time; the magnitude of the relevance, or the negative norm of weights.
-    """
-    pool: dict[str, list[Neuron]] = {module: [] for module in _per_module(pruned)}
-    for module, score in scores:
-        if module not in pool:
-            continue
-        taken = _places(pruned, module, score.shape[-1] if score.dim() == 2 else 1)
-        places = [p for p in lowest_first(score, (1 + POOL) * len(taken)).tolist() if p not in taken]
-        places = places[: POOL * len(taken)]
-        values = score.flatten()[places].tolist()
-        if score.dim() == 2:
-            at = [divmod(place, score.shape[1]) for place in places]
-            pool[module] = [Neuron(module, o, value, input=i) for (o, i), value in zip(at, values, strict=True)]
-        else:
-            pool[module] = [Neuron(module, o, value) for o, value in zip(places, values, strict=True)]
-    return [neuron for of_module in pool.values() for neuron in of_module]
-
-
-def _places(pruned: Iterable[Neuron], module: str, columns: int) -> set[int]:
-    """Return the places of pruned neurons, or weights, in the flattened scores of their module."""
-    return {n.index if n.input is None else n.index * columns + n.input for n in pruned if n.module == module}
-
-
 def _strengths(pruned: Iterable[Neuron], module: str) -> Iterator[float]:
     return (neuron.strength for neuron in pruned if neuron.module == module)
-
-
-def _per_module(pruned: Iterable[Neuron]) -> Counter[str]:
-    return Counter(neuron.module for neuron in pruned)

@@ -19,10 +19,10 @@ from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprin
 from sparc3_lightning.models.components import check_neurons
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
-from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.preferences import pair_rows, preference
 from sparc3_lightning.provenance import evaluation_settings, run_seed
 from sparc3_lightning.scorers.registry import Remembering, check_scorer, load_scorer
+from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.variants import Variant, counted, describe, neurons_of, plan
 from sparc3_lightning.verdict import verdict

@@ -14,15 +14,14 @@ from sparc3_lightning.data.prompts import TOXIC_FROM
 from sparc3_lightning.intervals import (
     Difference,
     bootstrap_of_draws,
-    correlation,
     interval,
     paired_difference,
     perplexity_change,
     perplexity_interval,
-    ranks,
     variance_factor,
 )
 from sparc3_lightning.metrics import distinct, toxicity_by_prompt
+from sparc3_lightning.selection.overlap import correlation, ranks
 from sparc3_lightning.variants import CONTROLS, Variant, of_kind
 
 MEASURES = ("toxicity_mean", "expected_maximum_toxicity", "toxicity_probability")

@@ -4,7 +4,7 @@ Prompts are the unit: continuations of one prompt are alike, so they are average
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -237,20 +237,3 @@ def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor])
         return Interval(value, math.nan, math.nan)
     resampled = bootstrap_ratio((after["nll"] - before["nll"]).unsqueeze(1), before["tokens"])[:, 0]
     return interval(value, 100 * (resampled.exp() - 1))
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Return the rank of each value from 0, ties sharing their mean rank."""
-    _, group, counts = values.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts.double() + 1) / 2)[group]
-
-
-def correlation(x: Tensor, y: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> float:
-    """Return Pearson's correlation, or with ``ranks`` as transform Spearman's; NaN if either does not vary."""
-    if transform is not None:
-        x, y = transform(x), transform(y)
-    # Equal values less their mean may be off 0 by rounding.
-    x, y = (v - v.mean() if (v != v[:1]).any() else torch.zeros_like(v) for v in (x.double(), y.double()))
-    norm = x.norm() * y.norm()
-    return ((x @ y) / norm).item() if norm else math.nan

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from sparc3_lightning.models.components import Key
-from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.overlap_findings import RANDOM, WITHIN_LAYERS
+from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.overlap import RANDOM, WITHIN_LAYERS
 from sparc3_lightning.tables import Table, cell, granularity_of
 
 FIGURES = ("expected", "enrichment", "p_value", "log10_p_value")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,26 +13,34 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
-from sparc3_lightning.attribution.relevance import differential_relevance, differential_strength
 from sparc3_lightning.attribution.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching
-from sparc3_lightning.budget import Budget, within_budget
-from sparc3_lightning.controls import lowest
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
-from sparc3_lightning.models.checkpoints import Dtype, check_unchanged, resolve_dtype
-from sparc3_lightning.models.components import Neuron, check_are_neurons, select
+from sparc3_lightning.models.checkpoints import (
+    Dtype,
+    check_context,
+    check_unchanged,
+    load_config,
+    load_model,
+    resolve_dtype,
+)
+from sparc3_lightning.models.components import Neuron, check_are_neurons
 from sparc3_lightning.models.export import check_takes_means, export_pruned
-from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.selected import Selected, histogram, origin
-from sparc3_lightning.selections import (
+from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
+from sparc3_lightning.selection.criteria import (
     by_auroc,
     difference,
+    differential_relevance,
+    differential_strength,
+    lowest_of_modules,
     normalized_difference,
     ratio,
+    select,
     set_difference,
     weighted_difference,
 )
-from sparc3_lightning.weight_selection import DifferentialWeights, select_weights
+from sparc3_lightning.selection.neuron_list import NeuronList, Selected, histogram, origin
+from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
 
 NEURONS = "neurons.json"
 SELECTION = "selection.json"
@@ -234,7 +242,7 @@ class Pruning(L.LightningModule):
         found = Selected(
             chosen,
             [replace(n, strength=chosen[0].strength) for n in listed if n.key not in taken],
-            _held(lowest(chosen, ((name, score.abs()) for name, score in general.items())), means),
+            _held(lowest_of_modules(chosen, ((name, score.abs()) for name, score in general.items())), means),
             modules=list(ranked),
             num_candidates=sum(map(len, ranked.values())),
             num_negative=int((flat < 0).sum()),
@@ -319,3 +327,64 @@ def _activations(scores: Sequence[Path]) -> dict[str, Tensor]:
     """Return the mean activations in every sample of several score files, per module, shape ``[samples, neurons]``."""
     parts = [Activations.load(path.parent / ACTIVATIONS).rows for path in scores]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def within_budget(
+    budget: Budget,
+    ranked: Sequence[Neuron],
+    text: ReferenceSamples,
+    general: Sequence[ScoreFile],
+    device: torch.device,
+) -> tuple[list[Neuron], dict[str, Any]]:
+    """Load the model that scores are of, and spend a budget on the head of a ranking.
+
+    Args:
+        budget: What may be spent.
+        ranked: The neurons, first the one to take first.
+        text: What perplexity is measured on. Documents that were used to attribute are left out.
+        general: Score files of general reference samples.
+        device: Where to measure.
+
+    Returns:
+        The chosen neurons; and what was measured.
+
+    Raises:
+        ValueError: If the checkpoint has changed, no document is left, or not one neuron is within the budget.
+    """
+    of = general[0].provenance
+    revision = check_unchanged(of.checkpoint, of.checkpoint_fingerprint)
+    text.model_checkpoint = of.checkpoint, revision
+    text.prepare_data()
+    text.setup("predict")
+    check_context(load_config(of.checkpoint, revision), text.longest, text.way_to_shorter)
+    same = [file.provenance for file in general if _are_of_one_source(text, file.provenance.data)]
+    text.leave_out = {id_ for provenance in same for id_ in provenance.sample_ids}
+    left = [sample for sample in text.samples if sample.id not in text.leave_out]
+    if not left:
+        raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
+    rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
+    model = load_model(of.checkpoint, getattr(torch, of.dtype), revision).to(device)
+    rise = PerplexityRise(model, text.predict_dataloader())
+    chosen = spend(rise, ranked, budget)
+    return chosen, {
+        "max_perplexity_increase": budget.max_perplexity_increase,
+        "rise": rise(chosen),
+        "perplexity": rise.perplexity,
+        "num_tokens": rise.num_tokens,
+        "num_documents": len(left),
+        "data": {"class": type(text).__name__, **text.hparams},
+        "measured": rise.measured,
+    }
+
+
+def _are_of_one_source(text: ReferenceSamples, data: Mapping[str, Any]) -> bool:
+    """Tell whether an id names the same document in a text and in the data of a score file."""
+    if text.source is not None:  # in a file the id of a document is its row
+        return data.get("source") is not None and _place(data["source"]) == _place(text.source)
+    # In a stream it is the place after the shuffle.
+    mine = {"class": type(text).__name__, **text.hparams}
+    return all(data.get(name) == mine.get(name) for name in ("class", "source", "seed", "buffer_size"))
+
+
+def _place(source: str) -> str:
+    return source if source.startswith("pypi:") else str(Path(source).expanduser().resolve())

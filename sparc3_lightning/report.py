@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from sparc3_lightning.data.prompts import TOXIC_FROM
 from sparc3_lightning.figures import change_rows, draw_changes, draw_doses, draw_layers, draw_scatter
 from sparc3_lightning.files import to_json, write_atomically
-from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.scorers.base import Scorer
+from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.tables import (
     behavior_of,
     cell,

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sparc3_lightning.controls import draw_like, lowest, random_like, random_weights
+from sparc3_lightning.controls import draw_like, random_like, random_weights
 from sparc3_lightning.models.architectures import is_heads, weight_of, whole
 from sparc3_lightning.models.components import Neuron, mask
 from sparc3_lightning.models.heads import head_norms, num_heads
 from sparc3_lightning.models.weights import weight_magnitudes
-from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.selection.criteria import lowest_of_modules
+from sparc3_lightning.selection.neuron_list import NeuronList
 
 CONTROLS = ("random", "least_relevant", "largest_weights")
 
@@ -174,7 +175,7 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
     heaviest: list[Neuron] = []
     if "largest_weights" in kinds:
         norms = weight_magnitudes(model, modules) if of_weights else _norms(model, modules)
-        heaviest = lowest(pruned, ((name, -of_module) for name, of_module in norms))
+        heaviest = lowest_of_modules(pruned, ((name, -of_module) for name, of_module in norms))
 
     def of(variant: Variant) -> list[Neuron]:
         draw = 1000 * seed + variant.draw

@@ -11,13 +11,13 @@ from conftest import sentence
 from test_prune import MODULES, provenance, random_scores, save_scores
 
 from sparc3_lightning.attribution.scores import ScoreFile
-from sparc3_lightning.budget import Budget, PerplexityRise, largest_within, spend
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.models.checkpoints import fingerprint, load_tokenizer
 from sparc3_lightning.models.components import Neuron, mask
-from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.selection.budget import Budget, PerplexityRise, largest_within, spend
+from sparc3_lightning.selection.neuron_list import NeuronList
 
 LENGTHS = (9, 6, 8, 3)
 

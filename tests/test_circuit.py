@@ -29,9 +29,8 @@ from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.ioi import IOI
 from sparc3_lightning.models.checkpoints import fingerprint, load_model
 from sparc3_lightning.models.components import mask, prune_
-from sparc3_lightning.neuron_list import NeuronList
-from sparc3_lightning.orders import ComponentOrder
-from sparc3_lightning.score_groups import group_scores
+from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.orders import ComponentOrder, group_scores
 
 UP_PROJ = {f"model.layers.{i}.mlp.up_proj": (24,) for i in range(2)}
 O_PROJ = {f"model.layers.{i}.self_attn.o_proj": (4,) for i in range(2)}

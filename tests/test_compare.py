@@ -14,8 +14,8 @@ from test_prune import MODULES, provenance, random_scores, save_scores
 from sparc3_lightning.cli import main
 from sparc3_lightning.compare import COMPARISON, Comparison
 from sparc3_lightning.models.components import Neuron
-from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.prune import Pruning
+from sparc3_lightning.selection.neuron_list import NeuronList
 
 NAMES = ["one", "two", "three"]
 OUT = Path("out")

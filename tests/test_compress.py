@@ -16,7 +16,7 @@ from sparc3_lightning.cli import main
 from sparc3_lightning.compress import SPARSITY, Compression, Ranking, zero_
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import fingerprint, load_model, load_tokenizer
-from sparc3_lightning.sparsity import global_masks, global_threshold, prune_mask
+from sparc3_lightning.selection.sparsity import global_masks, global_threshold, prune_mask
 
 OUT, EXPORT = Path("out"), Path("sparse")
 

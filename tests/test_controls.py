@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
-from sparc3_lightning.controls import POOL, draw_like, lowest, random_like
+from sparc3_lightning.controls import draw_like, random_like
 from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.selection.criteria import POOL, lowest_of_modules
 
 A, B, C = (f"model.layers.{i}.mlp.up_proj" for i in range(3))
 SIZES = {A: 10, B: 40, C: 7}
@@ -93,7 +94,7 @@ def test_where_nearly_a_whole_layer_was_pruned_random_neurons_are_those_that_are
 def test_the_pool_of_the_lowest_has_several_times_as_many_of_each_layer_from_the_lowest_up():
     scores = {name: torch.rand(size, generator=torch.Generator().manual_seed(size)) for name, size in SIZES.items()}
     scores[B] = -scores[B]  # lower than any of A: layers are not ranked against each other
-    pool = lowest(PRUNED, scores.items())
+    pool = lowest_of_modules(PRUNED, scores.items())
     for module, number in [(A, 2), (B, 3)]:
         taken = {neuron.index for neuron in PRUNED if neuron.module == module}
         free = sorted((score, i) for i, score in enumerate(scores[module].tolist()) if i not in taken)
@@ -106,19 +107,19 @@ def test_the_pool_of_the_lowest_has_several_times_as_many_of_each_layer_from_the
 def test_the_pruned_are_not_in_the_pool_even_if_they_are_the_lowest_of_all():
     scores = {A: torch.arange(10.0), B: torch.arange(40.0)}
     pruned = [Neuron(A, 0, 0.0), Neuron(B, 2, 0.0)]
-    assert places(lowest(pruned, scores.items())) == [
+    assert places(lowest_of_modules(pruned, scores.items())) == [
         *((A, i) for i in range(1, 6)),
         *((B, i) for i in (0, 1, 3, 4, 5)),
     ]
 
 
 def test_equal_scores_are_taken_in_the_order_of_their_index():
-    pool = lowest([Neuron(B, 1, 0.0)], {B: torch.zeros(40)}.items())
+    pool = lowest_of_modules([Neuron(B, 1, 0.0)], {B: torch.zeros(40)}.items())
     assert [neuron.index for neuron in pool] == [0, 2, 3, 4, 5]
 
 
 def test_draws_from_the_lowest_are_a_fifth_of_the_pool_each():
-    pool = lowest(PRUNED[1:2], {B: torch.arange(40.0)}.items())
+    pool = lowest_of_modules(PRUNED[1:2], {B: torch.arange(40.0)}.items())
     drawn = {neuron.index for seed in range(60) for neuron in draw_like(PRUNED[1:2], pool, seed)}
     assert drawn == {1, 2, 3, 4, 5}
     assert len(draw_like(PRUNED[1:2], pool, 0)) == 1

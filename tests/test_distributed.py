@@ -20,7 +20,7 @@ from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.data.base import Share
 from sparc3_lightning.models.checkpoints import fetch_checkpoint, fingerprint, load_model, locate
 from sparc3_lightning.models.components import Neuron
-from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.variants import CONTROLS
 
 pytestmark = pytest.mark.distributed

@@ -24,8 +24,8 @@ from sparc3_lightning.models.checkpoints import fingerprint, load_model
 from sparc3_lightning.models.components import Neuron, mask
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.sharding import load_for
-from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.scorers.detoxify import DetoxifyScorer
+from sparc3_lightning.selection.neuron_list import NeuronList
 
 PROMPTS = [sentence(300 + i, 2 + i) for i in range(10)]
 MILD = [sentence(400 + i, 3 + i) for i in range(4)]

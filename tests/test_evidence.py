@@ -11,7 +11,7 @@ from sparc3_lightning.controls import random_like
 from sparc3_lightning.findings import findings
 from sparc3_lightning.generation import Sampling, continue_prompts, draw_key
 from sparc3_lightning.models.components import Neuron
-from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.variants import Variant, neurons_of, plan
 from sparc3_lightning.verdict import verdict
 

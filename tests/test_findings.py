@@ -21,7 +21,7 @@ from sparc3_lightning.findings import (
 from sparc3_lightning.intervals import paired_difference, perplexity_change, perplexity_interval
 from sparc3_lightning.metrics import Perplexity
 from sparc3_lightning.models.components import Neuron
-from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.variants import plan
 
 # Per model and prompt the toxicity of each continuation; None where it could not be scored.

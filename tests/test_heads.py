@@ -28,7 +28,7 @@ from sparc3_lightning.models.components import Neuron, check_neurons, mask, prun
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.heads import head_dims, head_norms, mask_heads, num_heads, prune_heads_
 from sparc3_lightning.models.sharding import load_sharded
-from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.variants import neurons_of, plan
 
 O_PROJ = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]

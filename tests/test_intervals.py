@@ -14,14 +14,13 @@ from sparc3_lightning.intervals import (
     bootstrap,
     bootstrap_of_draws,
     bootstrap_ratio,
-    correlation,
     interval,
     paired_difference,
     permutation_test,
-    ranks,
     sign_test,
     variance_factor,
 )
+from sparc3_lightning.selection.overlap import correlation, ranks
 
 NAN = math.nan
 

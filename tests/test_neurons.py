@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.models.architectures import FAMILIES, neuron_layers
-from sparc3_lightning.models.components import Neuron, check_neurons, columns_of, mask, prune_, select
-from sparc3_lightning.neuron_list import FORMAT, NeuronList
+from sparc3_lightning.models.components import Neuron, check_neurons, columns_of, mask, prune_
+from sparc3_lightning.selection.criteria import select
+from sparc3_lightning.selection.neuron_list import FORMAT, NeuronList
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 NEURONS = [

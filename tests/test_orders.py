@@ -9,7 +9,7 @@ from conftest import mlp_of
 from torch import Tensor
 
 from sparc3_lightning.models.components import mask
-from sparc3_lightning.orders import ComponentOrder, WeightOrder, random_scores
+from sparc3_lightning.selection.orders import ComponentOrder, WeightOrder, random_scores
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 UP_PROJ = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]

@@ -9,8 +9,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from sparc3_lightning.intervals import correlation
-from sparc3_lightning.overlap import (
+from sparc3_lightning.selection.overlap import (
+    correlation,
     exclusive_sizes,
     inclusive_sizes,
     log_overlap,

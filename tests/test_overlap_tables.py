@@ -11,8 +11,8 @@ import torch
 
 from sparc3_lightning import overlap_figures
 from sparc3_lightning.overlap_figures import MAX_COLUMNS, draw_correlation, draw_overlap, draw_profiles
-from sparc3_lightning.overlap_findings import find_classes, find_correlations, find_overlaps, find_profiles
 from sparc3_lightning.overlap_tables import aligned, overlaps_csv, p_value, summary
+from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
 
 MODULES = {f"model.layers.{i}.mlp.up_proj": 50 for i in range(12)}
 

@@ -11,8 +11,6 @@ from sparc3_lightning.attribution.accumulator import NonfiniteRelevanceError, Sc
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.relevance import (
     absolute_relevance,
-    differential_relevance,
-    differential_strength,
     magnitude_relevance,
     signed_relevance,
     squared_norms,
@@ -21,6 +19,7 @@ from sparc3_lightning.attribution.relevance import (
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.models.architectures import FAMILIES, find_targets
+from sparc3_lightning.selection.criteria import differential_relevance, differential_strength
 
 SCORES: list[Any] = ["magnitude", "signed", "wanda"]
 PAD = 0

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparc3_lightning.attribution.relevance import differential_relevance
-from sparc3_lightning.models.components import select
-from sparc3_lightning.selections import (
+from sparc3_lightning.selection.criteria import (
     auroc,
     by_auroc,
     difference,
+    differential_relevance,
     normalized_difference,
     ratio,
+    select,
     set_difference,
     weighted_difference,
 )

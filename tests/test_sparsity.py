@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.relevance import squared_norms, wanda_score
-from sparc3_lightning.sparsity import check_sparsity, global_masks, global_threshold, num_pruned, prune_mask
+from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, num_pruned, prune_mask
 
 SPARSITIES = [0.0, 1e-4, 0.1, 0.3, 0.5, 0.77, 1.0]
 PATTERNS = ["row", "layer", "global"]

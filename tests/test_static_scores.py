@@ -20,8 +20,8 @@ from sparc3_lightning.data.base import NoSamples
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import load_model
-from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.prune import NEURONS, Pruning
+from sparc3_lightning.selection.neuron_list import NeuronList
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,8 @@ from sparc3_lightning.findings import front
 from sparc3_lightning.models.checkpoints import fingerprint
 from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.models.sharding import load_for
-from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.prune import Pruning
+from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.sweep import Sweep
 
 MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sparc3_lightning.models.components import Neuron
-from sparc3_lightning.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.variants import plan
 from sparc3_lightning.verdict import moved, verdict
 

@@ -24,8 +24,8 @@ from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import load_model
-from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.prune import NEURONS, Pruning
+from sparc3_lightning.selection.neuron_list import NeuronList
 
 SCORES: list[Any] = ["magnitude", "signed", "wanda"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -18,22 +18,20 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning import cli
-from sparc3_lightning.attribution.relevance import differential_strength
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
 from sparc3_lightning.compare import Comparison
-from sparc3_lightning.controls import POOL, lowest, random_weights
+from sparc3_lightning.controls import random_weights
 from sparc3_lightning.models.architectures import find_targets, weight_of
 from sparc3_lightning.models.checkpoints import fingerprint, load_model
-from sparc3_lightning.models.components import Neuron, check_neurons, mask, prune_, select
+from sparc3_lightning.models.components import Neuron, check_neurons, mask, prune_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.weights import mask_weights, prune_weights_
-from sparc3_lightning.neuron_list import NeuronList
 from sparc3_lightning.prune import NEURONS, SELECTION, Pruning
-from sparc3_lightning.selected import histogram
-from sparc3_lightning.sparsity import lowest_first
+from sparc3_lightning.selection.criteria import POOL, differential_strength, lowest_of_modules, select
+from sparc3_lightning.selection.lowest import Lowest, lowest_first
+from sparc3_lightning.selection.neuron_list import NeuronList, histogram
 from sparc3_lightning.sweep import Sweep
 from sparc3_lightning.variants import neurons_of, of_kind, plan
-from sparc3_lightning.weight_selection import Lowest
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 FAMILIES = ["llama", "gpt2"]
@@ -295,7 +293,7 @@ def test_prune_selects_the_weights_of_the_most_negative_difference_over_all_laye
     assert found.neurons + found.next == expected
     assert len(found.neurons) == 20
     assert NeuronList.load(OUT / NEURONS) == found
-    pool = lowest(found.neurons, [(name, score.abs()) for name, score in general.items()])
+    pool = lowest_of_modules(found.neurons, [(name, score.abs()) for name, score in general.items()])
     assert sorted(found.least_relevant, key=lambda n: n.key) == sorted(pool, key=lambda n: n.key)
     assert found.provenance["behavior"]["granularity"] == "weight"
     assert found.provenance["sample_ids"] == ["document-0", "document-1", "p1"]

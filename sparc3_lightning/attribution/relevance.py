@@ -3,7 +3,7 @@
 Shape letters: B samples, T tokens, I inputs and O outputs (neurons) of one linear layer.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -157,41 +157,6 @@ def wanda_score(W_OI: Tensor, squares_I: Tensor, of_neurons: bool = True) -> Ten
     """
     W_OI = W_OI.to(squares_I.dtype).abs()
     return W_OI @ squares_I.sqrt() if of_neurons else W_OI * squares_I.sqrt()
-
-
-def differential_relevance(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Subtract the relevance for the behaviour from the general one: what is most negative serves the behaviour.
-
-    Source: Hatefi et al. 2025, arXiv:2506.13727, equation 7.
-
-    Args:
-        general: Scores per module, each of shape ``[out_features]``, on general reference samples.
-        behavior: The same on reference samples of the behaviour.
-
-    Returns:
-        The difference per module.
-
-    Raises:
-        ValueError: If the modules or shapes of the two differ.
-    """
-    check_same_modules(general, behavior)
-    return {name: score - behavior[name] for name, score in general.items()}
-
-
-def check_same_modules(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if the modules or shapes of two sets of scores differ."""
-    if {name: score.shape for name, score in general.items()} != {n: s.shape for n, s in behavior.items()}:
-        raise ValueError("The general scores and those of the behaviour are not of the same modules and shapes.")
-
-
-def differential_strength(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> float:
-    """Return (sum R_general - sum R_behavior) / sum R_general, in percent.
-
-    A reproduction of SparC3 asks for at least 15 % before it goes on. It partly measures the length of the samples.
-    """
-    total = sum(float(score.double().sum()) for score in general.values())
-    difference = sum(float(score.double().sum()) for score in differential_relevance(general, behavior).values())
-    return 100 * difference / total if total else float("nan")
 
 
 def head_relevance(

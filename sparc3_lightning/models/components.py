@@ -1,8 +1,7 @@
 """What a neuron is; how neurons are selected from scores, masked for a while, or pruned for good."""
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,41 +50,6 @@ class _Mlp:
     rows: list[Any]
     column: Any
     neurons: list[Neuron]
-
-
-def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
-    """Select the neurons with the lowest scores over all modules, lowest first.
-
-    Ties are broken by the order of the modules, then by index, so that the selection is reproducible.
-
-    Args:
-        scores: Per module, shape ``[out_features]``; for the published selection the differential relevance.
-        num_neurons: How many to select.
-
-    Raises:
-        ValueError: If ``num_neurons`` is not between 1 and the number of neurons whose score is below infinity, or a
-            score is NaN.
-
-    Example:
-        >>> chosen = select({"a": torch.tensor([0.0, -2.0]), "b": torch.tensor([-1.0, 3.0])}, 2)
-        >>> [(neuron.module, neuron.index, neuron.score) for neuron in chosen]
-        [('a', 1, -2.0), ('b', 0, -1.0)]
-    """
-    names = list(scores)
-    flat = torch.cat([scores[name] for name in names])
-    if not 1 <= num_neurons <= len(flat):
-        raise ValueError(f"--model.num_neurons must be between 1 and {len(flat):,} (all neurons), got {num_neurons}.")
-    if torch.isnan(flat).any():
-        raise ValueError("The scores hold NaN, so neurons cannot be ranked.")
-    eligible = int((flat < math.inf).sum())
-    if num_neurons > eligible:
-        raise ValueError(
-            f"--model.num_neurons asks for {num_neurons} neurons, but --model.selection leaves only {eligible} of "
-            f"{len(flat):,}: raise --model.top_behavior, or lower --model.top_general."
-        )
-    order = flat.argsort(stable=True)[:num_neurons]
-    modules = [(name, i) for name in names for i in range(len(scores[name]))]
-    return [Neuron(name, i, flat[k].item()) for k in order.tolist() for name, i in [modules[k]]]
 
 
 @contextmanager

@@ -16,12 +16,11 @@ from common import CHECKPOINT, PROMPTS, TEXT, parse, quiet_trainer, write
 from torch import Tensor
 
 from sparc3_lightning.attribute import SCORES, Attribution
-from sparc3_lightning.attribution.relevance import differential_relevance
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
-from sparc3_lightning.intervals import correlation, ranks
-from sparc3_lightning.models.components import select
+from sparc3_lightning.selection.criteria import differential_relevance, select
+from sparc3_lightning.selection.overlap import correlation, ranks
 
 
 def scores(data: Any, dtype: Any) -> tuple[dict[str, Tensor], float]:

@@ -27,7 +27,7 @@ from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
-from sparc3_lightning.sparsity import prune_mask
+from sparc3_lightning.selection.sparsity import prune_mask
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SPARSITIES = (0.3, 0.5, 0.6)

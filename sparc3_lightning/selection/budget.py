@@ -1,18 +1,14 @@
 """How many neurons a stated rise of perplexity pays for: measured on a text, found by bisection."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from sparc3_lightning.attribution.scores import ScoreFile
-from sparc3_lightning.data.base import ReferenceSamples
-from sparc3_lightning.models.checkpoints import check_context, check_unchanged, load_config, load_model
 from sparc3_lightning.models.components import Key, Neuron, columns_of, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 
@@ -228,64 +224,3 @@ def _head(rise: PerplexityRise, ranked: Sequence[Neuron], budget: float, start: 
 
 def _benefit(neurons: Sequence[Neuron]) -> float:
     return sum(max(-neuron.score, 0.0) * neuron.strength for neuron in neurons)
-
-
-def within_budget(
-    budget: Budget,
-    ranked: Sequence[Neuron],
-    text: ReferenceSamples,
-    general: Sequence[ScoreFile],
-    device: torch.device,
-) -> tuple[list[Neuron], dict[str, Any]]:
-    """Load the model that scores are of, and spend a budget on the head of a ranking.
-
-    Args:
-        budget: What may be spent.
-        ranked: The neurons, first the one to take first.
-        text: What perplexity is measured on. Documents that were used to attribute are left out.
-        general: Score files of general reference samples.
-        device: Where to measure.
-
-    Returns:
-        The chosen neurons; and what was measured.
-
-    Raises:
-        ValueError: If the checkpoint has changed, no document is left, or not one neuron is within the budget.
-    """
-    of = general[0].provenance
-    revision = check_unchanged(of.checkpoint, of.checkpoint_fingerprint)
-    text.model_checkpoint = of.checkpoint, revision
-    text.prepare_data()
-    text.setup("predict")
-    check_context(load_config(of.checkpoint, revision), text.longest, text.way_to_shorter)
-    same = [file.provenance for file in general if _are_of_one_source(text, file.provenance.data)]
-    text.leave_out = {id_ for provenance in same for id_ in provenance.sample_ids}
-    left = [sample for sample in text.samples if sample.id not in text.leave_out]
-    if not left:
-        raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
-    rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
-    model = load_model(of.checkpoint, getattr(torch, of.dtype), revision).to(device)
-    rise = PerplexityRise(model, text.predict_dataloader())
-    chosen = spend(rise, ranked, budget)
-    return chosen, {
-        "max_perplexity_increase": budget.max_perplexity_increase,
-        "rise": rise(chosen),
-        "perplexity": rise.perplexity,
-        "num_tokens": rise.num_tokens,
-        "num_documents": len(left),
-        "data": {"class": type(text).__name__, **text.hparams},
-        "measured": rise.measured,
-    }
-
-
-def _are_of_one_source(text: ReferenceSamples, data: Mapping[str, Any]) -> bool:
-    """Tell whether an id names the same document in a text and in the data of a score file."""
-    if text.source is not None:  # in a file the id of a document is its row
-        return data.get("source") is not None and _place(data["source"]) == _place(text.source)
-    # In a stream it is the place after the shuffle.
-    mine = {"class": type(text).__name__, **text.hparams}
-    return all(data.get(name) == mine.get(name) for name in ("class", "source", "seed", "buffer_size"))
-
-
-def _place(source: str) -> str:
-    return source if source.startswith("pypi:") else str(Path(source).expanduser().resolve())

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.scores import check_match, load_index
-from sparc3_lightning.controls import lowest
-from sparc3_lightning.models.components import Neuron
-from sparc3_lightning.selected import NUM_BINS, Selected
-from sparc3_lightning.sparsity import lowest_first
+from sparc3_lightning.selection.criteria import lowest_of_modules
+from sparc3_lightning.selection.lowest import Lowest
+from sparc3_lightning.selection.neuron_list import NUM_BINS, Selected
 
 
 class Layer(NamedTuple):
@@ -53,35 +52,6 @@ class DifferentialWeights:
             yield Layer(name, general_OI, general_OI - behavior_OI)
 
 
-class Lowest:
-    """The weights of the lowest scores over all layers, taken in layer by layer.
-
-    They are those that ``neurons.select`` finds with all scores at once, and in its order: of equal scores those of the
-    earlier layer are lower, and within a layer those that come first in the order of rows.
-
-    Args:
-        number: How many to keep.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self._scores = torch.empty(0)
-        self._weights: list[tuple[str, int, int]] = []
-
-    def add(self, name: str, score_OI: Tensor) -> None:
-        """Take in the scores of the next layer."""
-        places = lowest_first(score_OI, self.number)
-        scores = torch.cat([self._scores, score_OI.flatten()[places]])
-        weights = self._weights + [(name, *divmod(place, score_OI.shape[1])) for place in places.tolist()]
-        order = scores.argsort(stable=True)[: self.number]
-        self._scores, self._weights = scores[order], [weights[i] for i in order.tolist()]
-
-    def neurons(self) -> list[Neuron]:
-        """Return them, the lowest first."""
-        rows = zip(self._weights, self._scores.tolist(), strict=True)
-        return [Neuron(name, row, score, input=column) for (name, row, column), score in rows]
-
-
 def select_weights(layers: Iterable[Layer], num_weights: int, num_ranked: int) -> Selected:
     """Select the weights with the most negative differential relevance over all layers, exactly.
 
@@ -117,7 +87,7 @@ def select_weights(layers: Iterable[Layer], num_weights: int, num_ranked: int) -
     for name, general_OI, difference_OI in layers:
         of_layer, edges = torch.histogram(difference_OI.double(), NUM_BINS, range=(low, high))
         counts += of_layer
-        least_relevant += lowest([n for n in chosen if n.module == name], [(name, general_OI.abs())])
+        least_relevant += lowest_of_modules([n for n in chosen if n.module == name], [(name, general_OI.abs())])
     return Selected(
         chosen,
         listed[num_weights:],

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparc3_lightning.selection.lowest import below_threshold, lowest
+
 PATTERNS = ("row", "layer", "global")
 _BINS = 1 << 16
 
@@ -49,53 +51,6 @@ def n_of_m(pattern: str) -> tuple[int, int]:
 def num_pruned(sparsity: float, num_weights: int) -> int:
     """Return how many of a number of weights are pruned: the nearest whole number."""
     return round(sparsity * num_weights)
-
-
-def lowest(S_GK: Tensor, number: int) -> Tensor:
-    """Mark the lowest scores of each group, exactly as many as asked for; of equal ones the first.
-
-    Args:
-        S_GK: Scores, shape ``[groups, weights]``, without NaN.
-        number: How many of each group.
-
-    Returns:
-        True where a score is among the lowest, bool of shape ``[groups, weights]``.
-
-    Example:
-        >>> lowest(torch.tensor([[3.0, 1.0, 1.0, 1.0]]), 2).tolist()
-        [[False, True, True, False]]
-    """
-    if number == 0:
-        return torch.zeros_like(S_GK, dtype=torch.bool)
-    threshold = S_GK.kthvalue(number, dim=1, keepdim=True).values
-    return _below(S_GK, threshold, number - S_GK.lt(threshold).sum(dim=1, keepdim=True))
-
-
-def _below(S_GK: Tensor, threshold: Tensor, num_ties: Tensor) -> Tensor:
-    """Mark scores below the threshold of their group, and so many of the first ones that are equal to it."""
-    ties = S_GK.eq(threshold)
-    if (ties.sum(dim=1, keepdim=True) > num_ties).any():  # seldom, and the cumulated sum costs more than all the rest
-        ties &= ties.cumsum(dim=1) <= num_ties
-    return S_GK.lt(threshold) | ties
-
-
-def lowest_first(scores: Tensor, number: int) -> Tensor:
-    """Return the places of the lowest of all scores, from the lowest up; of equal ones the first is first.
-
-    Args:
-        scores: Without NaN, of any shape.
-        number: How many places; all if there are fewer.
-
-    Returns:
-        Places in the flattened scores, int64 of shape ``[number]``, as a stable sort of all of them would give.
-
-    Example:
-        >>> lowest_first(torch.tensor([3.0, 1.0, 2.0, 1.0]), 3).tolist()
-        [1, 3, 2]
-    """
-    flat = scores.flatten()
-    found = lowest(flat.unsqueeze(0), min(number, len(flat)))[0].nonzero().squeeze(1)
-    return found[flat[found].argsort(stable=True)]
 
 
 def prune_mask(S_OI: Tensor, sparsity: float, pattern: str = "row") -> Tensor:
@@ -188,5 +143,5 @@ def global_masks(scores: Iterable[tuple[str, Tensor]], threshold: Threshold) -> 
     """
     value, left = torch.tensor(threshold.value), threshold.num_ties
     for name, score in scores:
-        yield name, _below(score.reshape(1, -1), value, torch.tensor(left)).view_as(score)
+        yield name, below_threshold(score.reshape(1, -1), value, torch.tensor(left)).view_as(score)
         left -= min(left, int((score == value).sum()))

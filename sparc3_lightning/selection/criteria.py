@@ -4,12 +4,15 @@ All take scores per module, shape ``[out_features]``, on general reference sampl
 return scores of the same shapes: what is lowest is pruned first, and infinity is never pruned.
 """
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sparc3_lightning.attribution.relevance import check_same_modules, differential_relevance
+from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.selection.lowest import lowest_first
 
 Scores = Mapping[str, Tensor]
 
@@ -146,3 +149,110 @@ def _quantile(scores: Scores, share: float) -> Tensor:
     flat = torch.cat([score.double().flatten() for score in scores.values()])
     k = round(share * len(flat))
     return flat.new_tensor(torch.inf) if k >= len(flat) else flat.kthvalue(k + 1).values
+
+
+def differential_relevance(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Subtract the relevance for the behaviour from the general one: what is most negative serves the behaviour.
+
+    Source: Hatefi et al. 2025, arXiv:2506.13727, equation 7.
+
+    Args:
+        general: Scores per module, each of shape ``[out_features]``, on general reference samples.
+        behavior: The same on reference samples of the behaviour.
+
+    Returns:
+        The difference per module.
+
+    Raises:
+        ValueError: If the modules or shapes of the two differ.
+    """
+    check_same_modules(general, behavior)
+    return {name: score - behavior[name] for name, score in general.items()}
+
+
+def check_same_modules(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if the modules or shapes of two sets of scores differ."""
+    if {name: score.shape for name, score in general.items()} != {n: s.shape for n, s in behavior.items()}:
+        raise ValueError("The general scores and those of the behaviour are not of the same modules and shapes.")
+
+
+def differential_strength(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> float:
+    """Return (sum R_general - sum R_behavior) / sum R_general, in percent.
+
+    A reproduction of SparC3 asks for at least 15 % before it goes on. It partly measures the length of the samples.
+    """
+    total = sum(float(score.double().sum()) for score in general.values())
+    difference = sum(float(score.double().sum()) for score in differential_relevance(general, behavior).values())
+    return 100 * difference / total if total else float("nan")
+
+
+def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
+    """Select the neurons with the lowest scores over all modules, lowest first.
+
+    Ties are broken by the order of the modules, then by index, so that the selection is reproducible.
+
+    Args:
+        scores: Per module, shape ``[out_features]``; for the published selection the differential relevance.
+        num_neurons: How many to select.
+
+    Raises:
+        ValueError: If ``num_neurons`` is not between 1 and the number of neurons whose score is below infinity, or a
+            score is NaN.
+
+    Example:
+        >>> chosen = select({"a": torch.tensor([0.0, -2.0]), "b": torch.tensor([-1.0, 3.0])}, 2)
+        >>> [(neuron.module, neuron.index, neuron.score) for neuron in chosen]
+        [('a', 1, -2.0), ('b', 0, -1.0)]
+    """
+    names = list(scores)
+    flat = torch.cat([scores[name] for name in names])
+    if not 1 <= num_neurons <= len(flat):
+        raise ValueError(f"--model.num_neurons must be between 1 and {len(flat):,} (all neurons), got {num_neurons}.")
+    if torch.isnan(flat).any():
+        raise ValueError("The scores hold NaN, so neurons cannot be ranked.")
+    eligible = int((flat < math.inf).sum())
+    if num_neurons > eligible:
+        raise ValueError(
+            f"--model.num_neurons asks for {num_neurons} neurons, but --model.selection leaves only {eligible} of "
+            f"{len(flat):,}: raise --model.top_behavior, or lower --model.top_general."
+        )
+    order = flat.argsort(stable=True)[:num_neurons]
+    modules = [(name, i) for name in names for i in range(len(scores[name]))]
+    return [Neuron(name, i, flat[k].item()) for k in order.tolist() for name, i in [modules[k]]]
+
+
+POOL = 5  # candidates per neuron and layer, of which each draw takes one
+
+
+def lowest_of_modules(pruned: Sequence[Neuron], scores: Iterable[tuple[str, Tensor]]) -> list[Neuron]:
+    """Return, per module, the neurons with the lowest scores, ``POOL`` times as many as were pruned there.
+
+    Args:
+        pruned: The pruned neurons, or weights.
+        scores: Name and scores of each module, shape ``[out_features]``, or ``[out_features, in_features]`` of
+            weights, one module in memory at a time; the magnitude of the relevance, or the negative norm of weights.
+    """
+    pool: dict[str, list[Neuron]] = {module: [] for module in per_module(pruned)}
+    for module, score in scores:
+        if module not in pool:
+            continue
+        taken = places_of(pruned, module, score.shape[-1] if score.dim() == 2 else 1)
+        places = [p for p in lowest_first(score, (1 + POOL) * len(taken)).tolist() if p not in taken]
+        places = places[: POOL * len(taken)]
+        values = score.flatten()[places].tolist()
+        if score.dim() == 2:
+            at = [divmod(place, score.shape[1]) for place in places]
+            pool[module] = [Neuron(module, o, value, input=i) for (o, i), value in zip(at, values, strict=True)]
+        else:
+            pool[module] = [Neuron(module, o, value) for o, value in zip(places, values, strict=True)]
+    return [neuron for of_module in pool.values() for neuron in of_module]
+
+
+def places_of(pruned: Iterable[Neuron], module: str, columns: int) -> set[int]:
+    """Return the places of pruned neurons, or weights, in the flattened scores of their module."""
+    return {n.index if n.input is None else n.index * columns + n.input for n in pruned if n.module == module}
+
+
+def per_module(pruned: Iterable[Neuron]) -> Counter[str]:
+    """Count the pruned neurons, or weights, of each module."""
+    return Counter(neuron.module for neuron in pruned)

@@ -1,0 +1,1 @@
+"""From scores to an order of components, and to the list of those to take out."""
