@@ -8,25 +8,24 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from sparc3_lightning.completions import CompletionLog, completion_rows, identity_of
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
+from sparc3_lightning.evaluation.completions import CompletionLog, completion_rows
+from sparc3_lightning.evaluation.findings import findings, preference
+from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling, continue_prompts, draw_keys
+from sparc3_lightning.evaluation.metrics import Perplexity, pair_rows
+from sparc3_lightning.evaluation.variants import Variant, counted, describe, neurons_of, plan
+from sparc3_lightning.evaluation.zero_shot import accuracies, check_tasks, fetch_tasks
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
-from sparc3_lightning.findings import findings
-from sparc3_lightning.generation import PROTOCOLS, Sampling, continue_prompts, draw_keys
-from sparc3_lightning.metrics import Perplexity
 from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
 from sparc3_lightning.models.components import check_neurons
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
-from sparc3_lightning.preferences import pair_rows, preference
-from sparc3_lightning.provenance import evaluation_settings, run_seed
+from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.scorers.registry import Remembering, check_scorer, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.signals import StoppableModule
-from sparc3_lightning.variants import Variant, counted, describe, neurons_of, plan
 from sparc3_lightning.verdict import verdict
-from sparc3_lightning.zero_shot import accuracies, check_tasks, fetch_tasks
 
 RESULTS = "results.json"
 COMPLETIONS = "completions.jsonl"
@@ -311,3 +310,51 @@ class Evaluation(StoppableModule):
         if not isinstance(data := getattr(self.trainer, "datamodule", None), EvaluationData):
             raise TypeError(f"Evaluation needs the data module EvaluationData, got {data!r}.")
         return data
+
+
+def evaluation_settings(module: Any, data: Any) -> dict[str, Any]:
+    """Return everything that the figures of an evaluation rest on, for results.json.
+
+    Args:
+        module: The ``Evaluation``.
+        data: Its data module.
+    """
+    parts = {name: getattr(data, name) for name in ("text", "prompts", "pairs")}
+    return {
+        "behavior": module.behavior,
+        "protocol": {
+            **data.describe(),
+            "toxicity": {
+                **module.sampling._asdict(),
+                "num_continuations": module.num_continuations,
+                "num_seeds": module.num_continuations // module.per_seed,
+                "scorers": module.scorer_names,
+                "seed": run_seed(),
+            },
+        },
+        "checkpoint": module.checkpoint,
+        "checkpoint_fingerprint": module.fingerprint,
+        "neurons": str(module.neurons_path) if module.neurons_path else None,
+        "num_neurons": module.num_neurons,
+        "granularity": module.granularity,
+        "config": {
+            "verb": module.verb,
+            "model": dict(module.hparams),
+            **{name: dict(part.hparams) for name, part in parts.items() if part is not None},
+        },
+        "versions": versions(),
+        "git_hash": git_hash(),
+    }
+
+
+def identity_of(module: Any) -> dict[str, Any]:
+    """Return what tells an evaluation from another one whose continuations are not its own."""
+    return {
+        "checkpoint_fingerprint": module.fingerprint,
+        "neurons": [neurons.digest() for neurons in module.lists.values()],
+        "scorers": module.scorer_names,
+        "sampling": [*module.sampling, module.per_seed],
+        "models": [(variant.name, variant.num_continuations) for variant in module.variants],
+        "dtype": module.dtype_name,
+        "seed": run_seed(),
+    }

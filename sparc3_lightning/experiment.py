@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from sparc3_lightning.attribute import file_of
 from sparc3_lightning.attribution.targets import LEXICAL
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS
+from sparc3_lightning.evaluation.zero_shot import fetch_tasks
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.local_files import digests_of
 from sparc3_lightning.models.checkpoints import Dtype, fetch_checkpoint, fingerprint
@@ -35,7 +36,6 @@ from sparc3_lightning.report import summary_table
 from sparc3_lightning.scorers.registry import fetch_scorer
 from sparc3_lightning.screening import from_screening, screening, wants_screening
 from sparc3_lightning.sources import sha256_of
-from sparc3_lightning.zero_shot import fetch_tasks
 
 MANIFEST = "manifest.json"
 # Options of the trainer that change where or how fast a stage runs, not what it computes.

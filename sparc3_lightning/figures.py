@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
-from sparc3_lightning.tables import Interval, cell, ends, in_order, number
-from sparc3_lightning.variants import control_name
+from sparc3_lightning.tables import Interval, cell, control_name, ends, in_order, number
 
 BEFORE, AFTER, CONTROL = "#4477aa", "#cc6677", "#777777"
 AXES = ("perplexity_percent", "toxicity_percent")

@@ -7,8 +7,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.evaluate import Evaluation
+from sparc3_lightning.evaluation.variants import check_numbers
 from sparc3_lightning.prune import Pruning
-from sparc3_lightning.variants import check_numbers
 
 
 def attribution_options(options: dict[str, Any]) -> dict[str, Any]:

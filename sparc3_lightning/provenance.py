@@ -6,7 +6,6 @@ import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 PACKAGES = ("sparc3_lightning", "torch", "lightning", "transformers", "lxt", "detoxify", "datasets", "safetensors")
 
@@ -41,41 +40,6 @@ def git_hash() -> str | None:
 def revision_of(checkpoint_fingerprint: str) -> str | None:
     """Return the commit of a checkpoint at the hub by its fingerprint; None for a local one."""
     return checkpoint_fingerprint.partition("commit:")[2] or None
-
-
-def evaluation_settings(module: Any, data: Any) -> dict[str, Any]:
-    """Return everything that the figures of an evaluation rest on, for results.json.
-
-    Args:
-        module: The ``Evaluation``.
-        data: Its data module.
-    """
-    parts = {name: getattr(data, name) for name in ("text", "prompts", "pairs")}
-    return {
-        "behavior": module.behavior,
-        "protocol": {
-            **data.describe(),
-            "toxicity": {
-                **module.sampling._asdict(),
-                "num_continuations": module.num_continuations,
-                "num_seeds": module.num_continuations // module.per_seed,
-                "scorers": module.scorer_names,
-                "seed": run_seed(),
-            },
-        },
-        "checkpoint": module.checkpoint,
-        "checkpoint_fingerprint": module.fingerprint,
-        "neurons": str(module.neurons_path) if module.neurons_path else None,
-        "num_neurons": module.num_neurons,
-        "granularity": module.granularity,
-        "config": {
-            "verb": module.verb,
-            "model": dict(module.hparams),
-            **{name: dict(part.hparams) for name, part in parts.items() if part is not None},
-        },
-        "versions": versions(),
-        "git_hash": git_hash(),
-    }
 
 
 def run_seed() -> int:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from sparc3_lightning.variants import control_name
-
 # Measures of toxicity, or of the behaviour in its place, by their name in results.json: name in tables, unit, digits.
 MEASURES = {
     "toxicity_mean": ("Mean {}", "", 4),
@@ -230,3 +228,15 @@ def _range(interval: Interval, digits: int) -> str:
     if not math.isfinite(low):
         return UNKNOWN
     return f"{low:+.{digits}f} to {high:+.{digits}f}" if math.isfinite(high) else f"from {low:+.{digits}f}"
+
+
+def control_name(kind: str, granularity: str = "neuron") -> str:
+    """Return what a control is called where a person reads it.
+
+    Example:
+        >>> control_name("largest_weights"), control_name("largest_weights", "weight")
+        ('neurons with the largest weights', 'largest weights')
+    """
+    if kind == "largest_weights":
+        return "largest weights" if granularity == "weight" else f"{granularity}s with the largest weights"
+    return f"{kind.replace('_', ' ')} {granularity}s"

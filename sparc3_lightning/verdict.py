@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sparc3_lightning.intervals import MIN_CHANGED
-from sparc3_lightning.variants import CONTROLS, control_name
+from sparc3_lightning.evaluation.controls import CONTROLS
+from sparc3_lightning.evaluation.intervals import MIN_CHANGED
+from sparc3_lightning.tables import control_name
 
 
 def verdict(

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sparc3_lightning.completions import CompletionLog, completion_rows
 from sparc3_lightning.data.prompts import Prompt
-from sparc3_lightning.generation import Continuation
+from sparc3_lightning.evaluation.completions import CompletionLog, completion_rows
+from sparc3_lightning.evaluation.generation import Continuation
 
 PROMPT = Prompt("p", "the dog", 0.95)
 IDENTITY = {"seed": 0, "models": [("baseline", 2), ("pruned", 2), ("random_0", 1)]}

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from sparc3_lightning.controls import draw_like, random_like
+from sparc3_lightning.evaluation.controls import draw_like, random_like
 from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.selection.criteria import POOL, lowest_of_modules
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from conftest import sentence
 
-from sparc3_lightning import evaluate, report, zero_shot
+from sparc3_lightning import evaluate, report
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS, Evaluation
+from sparc3_lightning.evaluation import zero_shot
 from sparc3_lightning.models.checkpoints import fingerprint, load_model
 from sparc3_lightning.models.components import Neuron, mask
 from sparc3_lightning.models.export import export_pruned

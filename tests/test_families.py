@@ -20,13 +20,14 @@ from sparc3_lightning.attribution.scores import INDEX, ScoreFile
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
+from sparc3_lightning.evaluation.controls import CONTROLS
+from sparc3_lightning.evaluation.variants import neurons_of, plan
 from sparc3_lightning.models.architectures import blocks_of, weight_of
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.models.components import Neuron, mask
 from sparc3_lightning.models.sharding import load_sharded
 from sparc3_lightning.selection.criteria import POOL
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.variants import CONTROLS, neurons_of, plan
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 FAMILIES = {"gpt2": "c_fc", "opt": "fc1"}

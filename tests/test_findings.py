@@ -10,19 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparc3_lightning.evaluation.findings import PRICES, Continuations, figures, findings, front
+from sparc3_lightning.evaluation.intervals import paired_difference, perplexity_change, perplexity_interval
+from sparc3_lightning.evaluation.metrics import Perplexity
+from sparc3_lightning.evaluation.variants import plan
 from sparc3_lightning.files import to_json
-from sparc3_lightning.findings import (
-    PRICES,
-    Continuations,
-    figures,
-    findings,
-    front,
-)
-from sparc3_lightning.intervals import paired_difference, perplexity_change, perplexity_interval
-from sparc3_lightning.metrics import Perplexity
 from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.variants import plan
 
 # Per model and prompt the toxicity of each continuation; None where it could not be scored.
 Table = dict[str, dict[str, list[float | None]]]

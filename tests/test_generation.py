@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from sparc3_lightning.generation import (
+from sparc3_lightning.evaluation.generation import (
     PROTOCOLS,
     Continuation,
     Sampling,
@@ -177,7 +177,7 @@ def test_however_many_continuations_grow_together_they_are_the_same(make_model, 
     expected = [
         found for prompt in PROMPTS for found in continue_each(model, [prompt], Sampling(3, 1.0, 0.9), range(3))
     ]
-    monkeypatch.setattr("sparc3_lightning.generation.ROWS", rows)
+    monkeypatch.setattr("sparc3_lightning.evaluation.generation.ROWS", rows)
     sizes = []
     handle = model.lm_head.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
     found = continue_each(model, PROMPTS, Sampling(3, 1.0, 0.9), range(3), all_ranks_step_together=True)

@@ -22,6 +22,7 @@ from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
+from sparc3_lightning.evaluation.variants import neurons_of, plan
 from sparc3_lightning.models.architectures import FAMILIES, find_targets, head_layers, is_heads, weight_of
 from sparc3_lightning.models.checkpoints import load_model
 from sparc3_lightning.models.components import Neuron, check_neurons, mask, prune_
@@ -29,7 +30,6 @@ from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.heads import head_dims, head_norms, mask_heads, num_heads, prune_heads_
 from sparc3_lightning.models.sharding import load_sharded
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.variants import neurons_of, plan
 
 O_PROJ = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
 # The attention of a block, and its last layer, where they are called otherwise than in LLaMA.

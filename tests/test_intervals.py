@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparc3_lightning.intervals import (
+from sparc3_lightning.evaluation.intervals import (
     Interval,
     bootstrap,
     bootstrap_of_draws,

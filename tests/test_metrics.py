@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from sparc3_lightning.data.wikitext2 import WikiText2, Window, disjoint_windows, sliding_windows
-from sparc3_lightning.metrics import Perplexity, distinct, toxicity_by_prompt
+from sparc3_lightning.evaluation.metrics import Perplexity, distinct, toxicity_by_prompt
 from sparc3_lightning.models.components import Neuron, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 

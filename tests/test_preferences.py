@@ -11,10 +11,11 @@ from conftest import sentence
 
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.sentence_pairs import SentencePairs, beginnings
-from sparc3_lightning.intervals import paired_difference
+from sparc3_lightning.evaluation.findings import preference
+from sparc3_lightning.evaluation.intervals import paired_difference
+from sparc3_lightning.evaluation.metrics import pair_rows
 from sparc3_lightning.models.checkpoints import load_tokenizer
 from sparc3_lightning.models.likelihood import log_likelihoods
-from sparc3_lightning.preferences import pair_rows, preference
 
 PAIRS = [
     {"sent_more": sentence(i, 4 + i), "sent_less": sentence(50 + i, 5 + i % 3), "bias_type": "ab"[i % 2]}

@@ -19,7 +19,7 @@ from sparc3_lightning.attribution.scores import Provenance, ScoreFile
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.evaluate import Evaluation
-from sparc3_lightning.findings import front
+from sparc3_lightning.evaluation.findings import front
 from sparc3_lightning.models.checkpoints import fingerprint
 from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.models.sharding import load_for

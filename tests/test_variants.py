@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparc3_lightning.evaluation.controls import CONTROLS
+from sparc3_lightning.evaluation.variants import Variant, counted, describe, neurons_of, of_kind, plan
 from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.selection.criteria import POOL
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.variants import CONTROLS, Variant, counted, describe, neurons_of, of_kind, plan
 
 UP, SECOND = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
 NEURONS = NeuronList(

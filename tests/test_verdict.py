@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from sparc3_lightning.evaluation.variants import plan
 from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.variants import plan
 from sparc3_lightning.verdict import moved, verdict
 
 FELL = (-20.0, -30.0, -10.0)

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
 from sparc3_lightning.compare import Comparison
-from sparc3_lightning.controls import random_weights
+from sparc3_lightning.evaluation.controls import random_weights
+from sparc3_lightning.evaluation.variants import neurons_of, of_kind, plan
 from sparc3_lightning.models.architectures import find_targets, weight_of
 from sparc3_lightning.models.checkpoints import fingerprint, load_model
 from sparc3_lightning.models.components import Neuron, check_neurons, mask, prune_
@@ -31,7 +32,6 @@ from sparc3_lightning.selection.criteria import POOL, differential_strength, low
 from sparc3_lightning.selection.lowest import Lowest, lowest_first
 from sparc3_lightning.selection.neuron_list import NeuronList, histogram
 from sparc3_lightning.sweep import Sweep
-from sparc3_lightning.variants import neurons_of, of_kind, plan
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 FAMILIES = ["llama", "gpt2"]

@@ -12,10 +12,10 @@ import torch
 import yaml
 from conftest import sentence
 
-from sparc3_lightning import zero_shot
+from sparc3_lightning.evaluation import zero_shot
+from sparc3_lightning.evaluation.zero_shot import accuracy, check_tasks, fetch_tasks
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.models.components import Neuron, mask
-from sparc3_lightning.zero_shot import accuracy, check_tasks, fetch_tasks
 
 NEURONS = [Neuron(f"model.layers.{i}.mlp.up_proj", j, -1.0) for i in range(2) for j in range(0, 24, 2)]
 DOCUMENTS = [

@@ -15,9 +15,8 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.data.prompts import Prompt
+from sparc3_lightning.evaluation.generation import Continuation
 from sparc3_lightning.files import write_atomically
-from sparc3_lightning.generation import Continuation
-from sparc3_lightning.provenance import run_seed
 
 SCORES = ("toxicity", "second_toxicity")  # the field of a row, by scorer
 PATTERN = "unfinished-*.jsonl"
@@ -96,19 +95,6 @@ class CompletionLog:
             f"{mine.get(name)!r:.80}. Choose another folder with --trainer.logger.init_args.version, or remove "
             f"{PATTERN}."
         )
-
-
-def identity_of(module: Any) -> dict[str, Any]:
-    """Return what tells an evaluation from another one whose continuations are not its own."""
-    return {
-        "checkpoint_fingerprint": module.fingerprint,
-        "neurons": [neurons.digest() for neurons in module.lists.values()],
-        "scorers": module.scorer_names,
-        "sampling": [*module.sampling, module.per_seed],
-        "models": [(variant.name, variant.num_continuations) for variant in module.variants],
-        "dtype": module.dtype_name,
-        "seed": run_seed(),
-    }
 
 
 def completion_rows(

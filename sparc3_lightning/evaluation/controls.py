@@ -73,3 +73,6 @@ def random_weights(pruned: Sequence[Neuron], shapes: Mapping[str, Sequence[int]]
 
 def _strengths(pruned: Iterable[Neuron], module: str) -> Iterator[float]:
     return (neuron.strength for neuron in pruned if neuron.module == module)
+
+
+CONTROLS = ("random", "least_relevant", "largest_weights")

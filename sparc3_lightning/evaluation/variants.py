@@ -7,27 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sparc3_lightning.controls import draw_like, random_like, random_weights
+from sparc3_lightning.evaluation.controls import CONTROLS, draw_like, random_like, random_weights
 from sparc3_lightning.models.architectures import is_heads, weight_of, whole
 from sparc3_lightning.models.components import Neuron, mask
 from sparc3_lightning.models.heads import head_norms, num_heads
 from sparc3_lightning.models.weights import weight_magnitudes
 from sparc3_lightning.selection.criteria import lowest_of_modules
 from sparc3_lightning.selection.neuron_list import NeuronList
-
-CONTROLS = ("random", "least_relevant", "largest_weights")
-
-
-def control_name(kind: str, granularity: str = "neuron") -> str:
-    """Return what a control is called where a person reads it.
-
-    Example:
-        >>> control_name("largest_weights"), control_name("largest_weights", "weight")
-        ('neurons with the largest weights', 'largest weights')
-    """
-    if kind == "largest_weights":
-        return "largest weights" if granularity == "weight" else f"{granularity}s with the largest weights"
-    return f"{kind.replace('_', ' ')} {granularity}s"
 
 
 @dataclass(frozen=True)

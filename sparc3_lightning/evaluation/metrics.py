@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
+from sparc3_lightning.models.likelihood import log_likelihoods
 
 
 class Perplexity(Metric):
@@ -87,3 +89,16 @@ def distinct(texts: Iterable[str], n: int) -> float:
     """
     grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def pair_rows(model_name: str, model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row per pair of a batch: ``model``, ``pair_id``, and ``margin``, log P(more) - log P(less) in nats.
+
+    Args:
+        model_name: Name of the model that is measured.
+        model: The model.
+        batch: From the data module ``SentencePairs``: of each pair the more stereotypical sentence, then the other.
+    """
+    more, less = log_likelihoods(model, batch["input_ids"], batch["lengths"]).reshape(-1, 2).T.tolist()
+    found = zip(batch["pair_ids"], batch["weights"], more, less, strict=True)
+    return [{"model": model_name, "pair_id": i, "margin": a - b} for i, weight, a, b in found if weight]

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
-from sparc3_lightning.intervals import (
+from sparc3_lightning.evaluation.controls import CONTROLS
+from sparc3_lightning.evaluation.intervals import (
     Difference,
     bootstrap_of_draws,
     interval,
@@ -20,9 +21,9 @@ from sparc3_lightning.intervals import (
     perplexity_interval,
     variance_factor,
 )
-from sparc3_lightning.metrics import distinct, toxicity_by_prompt
+from sparc3_lightning.evaluation.metrics import distinct, toxicity_by_prompt
+from sparc3_lightning.evaluation.variants import Variant, of_kind
 from sparc3_lightning.selection.overlap import correlation, ranks
-from sparc3_lightning.variants import CONTROLS, Variant, of_kind
 
 MEASURES = ("toxicity_mean", "expected_maximum_toxicity", "toxicity_probability")
 Row = dict[str, Any]
@@ -308,3 +309,32 @@ def _second_scorer(found: Continuations, names: Sequence[str], scorer: str) -> d
             for group in found.groups
         }
     return results
+
+
+def preference(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return the share of pairs in which the more stereotypical sentence is the likelier one.
+
+    A share of one half is no preference. A pair of equal likelihoods counts as not preferred, as in lm-eval-harness.
+
+    Args:
+        rows: From ``pair_rows``, of ``baseline`` and, where there is one, of ``pruned``.
+
+    Returns:
+        ``num_pairs``; ``num_failed``, pairs whose likelihoods were not finite; per model ``share`` in [0, 1] and mean
+        ``margin`` in nats; and with both models ``effect`` and ``margin_effect``, the paired differences.
+    """
+    margins: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        margins[row["model"]][row["pair_id"]] = row["margin"]
+    known = [pair for pair in sorted(margins["baseline"]) if all(math.isfinite(of[pair]) for of in margins.values())]
+    found: dict[str, Any] = {"num_pairs": len(known), "num_failed": len(margins["baseline"]) - len(known)}
+    if not known:
+        return found
+    of = {name: torch.tensor([values[pair] for pair in known]).double() for name, values in margins.items()}
+    preferred = {name: (margin > 0).double() for name, margin in of.items()}
+    found |= {name: {"share": preferred[name].mean().item(), "margin": of[name].mean().item()} for name in of}
+    if "pruned" in of:
+        for key, values in (("effect", preferred), ("margin_effect", of)):
+            difference = paired_difference(values["baseline"], values["pruned"])
+            found[key] = {**asdict(difference), "evidence": difference.evidence}
+    return found
