@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.attribution.targets import logit_difference
-from sparc3_lightning.circuit_tables import circuit_csv, summary
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
@@ -20,6 +19,7 @@ from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprin
 from sparc3_lightning.models.components import Neuron, check_are_neurons, check_neurons
 from sparc3_lightning.models.sharding import check_is_whole, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
+from sparc3_lightning.report.circuits import circuit_csv, summary
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.orders import (
     ComponentOrder,
@@ -221,7 +221,7 @@ class Circuit(StoppableModule):
 
     def _write(self, found: list[dict[str, Any]]) -> None:
         """Write the picture and the tables."""
-        from sparc3_lightning.figures import draw_circuit
+        from sparc3_lightning.report.circuits import draw_circuit
 
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         results = {

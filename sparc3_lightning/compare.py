@@ -15,9 +15,9 @@ from sparc3_lightning.attribution.scores import MUST_MATCH, ScoreFile, average, 
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.models.components import Key
-from sparc3_lightning.overlap_tables import neurons_csv, overlaps_csv, summary
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.prune import NEURONS, SELECTION
+from sparc3_lightning.report.comparison import neurons_csv, overlaps_csv, summary
 from sparc3_lightning.selection.criteria import Scores, difference, normalized_difference
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
@@ -129,7 +129,7 @@ class Comparison(L.LightningModule):
             of = {"all": differential_SN, "pruned": of_pruned}
             results["classes"] = {name: find_classes(self.names, values_SN) for name, values_SN in of.items()}
         results |= {"versions": versions(), "git_hash": git_hash()}
-        from sparc3_lightning.overlap_figures import draw_correlation, draw_overlap, draw_profiles
+        from sparc3_lightning.report.comparison import draw_correlation, draw_overlap, draw_profiles
 
         draw_overlap(results["lists"], results["overlaps"], folder / "overlap.png", granularity)
         draw_profiles(results["layers"], folder / "layers.png", granularity)

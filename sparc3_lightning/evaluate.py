@@ -22,10 +22,10 @@ from sparc3_lightning.models.components import check_neurons
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
+from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.registry import Remembering, check_scorer, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.signals import StoppableModule
-from sparc3_lightning.verdict import verdict
 
 RESULTS = "results.json"
 COMPLETIONS = "completions.jsonl"
@@ -286,7 +286,7 @@ class Evaluation(StoppableModule):
 
     @rank_zero_only
     def _write(self) -> None:
-        from sparc3_lightning.report import write_report
+        from sparc3_lightning.report.page import write_report
 
         lines = [json.dumps(row, ensure_ascii=False) for row in self.completions]
         write_atomically(self.folder / COMPLETIONS, "\n".join(lines) + "\n")
@@ -299,7 +299,7 @@ class Evaluation(StoppableModule):
 
     def summary(self) -> str:
         """Return the table of before and after, the verdict, and the paths of what was written."""
-        from sparc3_lightning.report import summary_table
+        from sparc3_lightning.report.page import summary_table
 
         lines = ["", summary_table(self.results), "", self.results["verdict"], "", f"Results: {self.folder / RESULTS}"]
         return "\n".join(lines + ([f"Report:  {self.folder / REPORT}"] if self.neurons is not None else []))

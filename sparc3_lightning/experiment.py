@@ -32,7 +32,7 @@ from sparc3_lightning.preflight import (
 )
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.prune import NEURONS
-from sparc3_lightning.report import summary_table
+from sparc3_lightning.report.page import summary_table
 from sparc3_lightning.scorers.registry import fetch_scorer
 from sparc3_lightning.screening import from_screening, screening, wants_screening
 from sparc3_lightning.sources import sha256_of

@@ -190,7 +190,7 @@ class Pruning(L.LightningModule):
         provenance["export"] = None if self.export is None else str(self.export)
         neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
         selection = {"selection": self.selection, "granularity": neurons.granularity, **found.figures()}
-        from sparc3_lightning.figures import draw_differential, draw_layers
+        from sparc3_lightning.report.figures import draw_differential, draw_layers
 
         draw_layers(selection["neurons_per_module"], folder / "layers.png", neurons.granularity)
         draw_differential(selection, folder / "differential.png")

@@ -12,8 +12,8 @@ from PIL import Image
 from test_figures import SELECTION
 from test_report import NEURONS, Words, made_up
 
-from sparc3_lightning.figures import draw_differential, draw_layers
-from sparc3_lightning.report import write_report
+from sparc3_lightning.report.figures import draw_differential, draw_layers
+from sparc3_lightning.report.page import write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 A4 = {"width": 700, "height": 1000}  # what Chromium lays a page of A4 out in, about

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import sentence
 
-from sparc3_lightning import evaluate, report
+from sparc3_lightning import evaluate
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
@@ -25,6 +25,7 @@ from sparc3_lightning.models.checkpoints import fingerprint, load_model
 from sparc3_lightning.models.components import Neuron, mask
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.sharding import load_for
+from sparc3_lightning.report import page as report
 from sparc3_lightning.scorers.detoxify import DetoxifyScorer
 from sparc3_lightning.selection.neuron_list import NeuronList
 

@@ -12,8 +12,8 @@ from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.generation import Sampling, continue_prompts, draw_key
 from sparc3_lightning.evaluation.variants import Variant, neurons_of, plan
 from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.verdict import verdict
 
 TOXIC = range(10, 20)  # token ids; the toxicity of a continuation is the share of them
 PROMPTS = [f"prompt {i}" for i in range(64)]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from test_report import NEURONS, Words, change, made_up
 
-from sparc3_lightning import figures
-from sparc3_lightning.figures import (
+from sparc3_lightning.models.architectures import layer_of
+from sparc3_lightning.report import figures
+from sparc3_lightning.report.figures import (
     AFTER,
     CONTROL,
     Row,
@@ -20,8 +21,7 @@ from sparc3_lightning.figures import (
     draw_layers,
     draw_scatter,
 )
-from sparc3_lightning.models.architectures import layer_of
-from sparc3_lightning.report import write_report
+from sparc3_lightning.report.page import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 WIDTH = 960  # pixels: sharp on a phone of 390 with two pixels each

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from sparc3_lightning import overlap_figures
-from sparc3_lightning.overlap_figures import MAX_COLUMNS, draw_correlation, draw_overlap, draw_profiles
-from sparc3_lightning.overlap_tables import aligned, overlaps_csv, p_value, summary
+from sparc3_lightning.report import comparison
+from sparc3_lightning.report.comparison import (
+    MAX_COLUMNS,
+    draw_correlation,
+    draw_overlap,
+    draw_profiles,
+    overlaps_csv,
+    p_value,
+    summary,
+)
+from sparc3_lightning.report.tables import aligned
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
 
 MODULES = {f"model.layers.{i}.mlp.up_proj": 50 for i in range(12)}
@@ -21,7 +29,7 @@ MODULES = {f"model.layers.{i}.mlp.up_proj": 50 for i in range(12)}
 def drawn(monkeypatch) -> list[Any]:
     """The figures that a test draws, instead of files."""
     found: list[Any] = []
-    monkeypatch.setattr(overlap_figures, "save_figure", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(comparison, "save_figure", lambda figure, path: found.append(figure))
     return found
 
 
@@ -87,7 +95,7 @@ def test_a_bar_of_the_upset_plot_is_the_exclusive_size_over_the_dots_of_its_list
     draw_overlap(results["lists"], results["overlaps"], Path("x"))
     bars, dots = drawn[0].axes
     assert [bar.get_height() for bar in bars.patches] == [row["exclusive"] for row in results["overlaps"]]
-    faint = [line for line in dots.lines if line.get_marker() == "o" and line.get_color() == overlap_figures.FAINT]
+    faint = [line for line in dots.lines if line.get_marker() == "o" and line.get_color() == comparison.FAINT]
     on = [line for line in dots.lines if line.get_marker() == "o" and line not in faint]
     found = [[f"list {int(y)}" for y in line.get_ydata()] for line in on]
     assert found == [row["lists"] for row in results["overlaps"]]

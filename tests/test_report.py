@@ -18,12 +18,12 @@ import pytest
 import torch
 import yaml
 
-from sparc3_lightning import report
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.variants import Variant, plan
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.components import Neuron
-from sparc3_lightning.report import (
+from sparc3_lightning.report import page as report
+from sparc3_lightning.report.page import (
     MARK,
     by_prompt,
     examples,
@@ -33,9 +33,9 @@ from sparc3_lightning.report import (
     summary_table,
     write_report,
 )
+from sparc3_lightning.report.tables import control_table, dose_table, doses_csv, other_table, toxicity_table
+from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.tables import control_table, dose_table, doses_csv, other_table, toxicity_table
-from sparc3_lightning.verdict import verdict
 
 PAGE = Path("out/report.html")
 CARD = Path("out/model_card.md")

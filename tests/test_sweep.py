@@ -105,7 +105,7 @@ def test_a_sweep_loads_one_model_and_measures_one_baseline_and_a_point_per_dose_
 
 
 def test_the_points_are_those_of_evaluations_of_their_own(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     results, _ = sweep("--model.doses", "[9]", "--model.strengths", "[1.0]")
     listed = NeuronList.load(Path("pruned/neurons.json"))
     nine = listed.neurons + listed.next[:4]
@@ -119,7 +119,7 @@ def test_the_points_are_those_of_evaluations_of_their_own(tiny_checkpoint, monke
 
 
 def test_the_saved_config_of_a_sweep_repeats_it_and_names_every_option(monkeypatch):
-    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     first, folder = sweep("--model.doses", "[3]", "--model.strengths", "[0.5]", "--model.num_continuations", "2")
     saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]
     assert (saved["doses"], saved["strengths"], saved["controls"]) == ([3], [0.5], 0)
@@ -131,14 +131,14 @@ def test_the_saved_config_of_a_sweep_repeats_it_and_names_every_option(monkeypat
 
 
 def test_controls_can_be_measured_beside_the_doses(monkeypatch):
-    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     results, _ = sweep("--model.doses", "[2]", "--model.strengths", "[1.0]", "--model.controls", "1")
     assert list(results["controls"]) == ["random", "least_relevant", "largest_weights"]
     assert [point["name"] for point in results["doses"]] == ["pruned", "top_2_1"]
 
 
 def test_a_control_has_the_number_of_neurons_that_are_left_where_most_are_pruned(monkeypatch):
-    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     listed = NeuronList.load(Path("pruned/neurons.json"))
     most = [Neuron(module, i, 0.0) for module in MODULES for i in range(20)]
     NeuronList(most, listed.provenance).save(Path("most.json"))
@@ -200,7 +200,7 @@ def test_every_list_is_measured_as_it_stands_and_compared_by_its_front(lists, mo
     assert [(row["selection"], row["num_neurons"]) for row in rows] == [("difference", "5"), ("ratio", "7")]
     assert results["config"]["model"]["neurons"] == ["pruned/neurons.json", "other/neurons.json"]
     assert (folder / "report.html").read_text().count("ratio</th>") == 2, "in the tables of doses and of fronts"
-    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     alone, _ = sweep("--model.neurons", "other/neurons.json", "--model.doses", "[]")
     assert alone["doses"] == [points["ratio"] | {"name": "pruned", "selection": ""}]
     assert alone["pruned"]["toxicity_mean"] == points["ratio"]["toxicity_mean"]
@@ -225,7 +225,7 @@ def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike(lis
 
 
 def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other_prompts(lists, monkeypatch):
-    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     grid = ["--model.neurons", lists, "--model.doses", "[2, 12]", "--model.strengths", "[1, 0.5]"]
     results, _ = sweep(*grid)
     rises = sorted(point["perplexity_percent"]["value"] / 100 for point in results["doses"])
@@ -270,7 +270,7 @@ def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path)
 
 
 def test_nothing_is_chosen_where_nothing_is_within_the_price(lists, caplog, monkeypatch):
-    monkeypatch.setattr("sparc3_lightning.report.write_report", lambda *_: None)
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     with caplog.at_level("INFO"):
         _, folder = sweep("--model.neurons", lists, "--model.doses", "[]", "--model.max_perplexity_increase", "-0.99")
     assert "Nothing was measured whose perplexity rises by at most -99 %" in caplog.text

@@ -7,8 +7,8 @@ import pytest
 
 from sparc3_lightning.evaluation.variants import plan
 from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.report.verdict import moved, verdict
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.verdict import moved, verdict
 
 FELL = (-20.0, -30.0, -10.0)
 ROSE = (15.0, 5.0, 25.0)

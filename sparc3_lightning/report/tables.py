@@ -240,3 +240,15 @@ def control_name(kind: str, granularity: str = "neuron") -> str:
     if kind == "largest_weights":
         return "largest weights" if granularity == "weight" else f"{granularity}s with the largest weights"
     return f"{kind.replace('_', ' ')} {granularity}s"
+
+
+def aligned(rows: Table) -> str:
+    """Return rows as text, the first of them over a line: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])

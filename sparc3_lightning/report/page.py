@@ -11,11 +11,9 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
-from sparc3_lightning.figures import change_rows, draw_changes, draw_doses, draw_layers, draw_scatter
 from sparc3_lightning.files import to_json, write_atomically
-from sparc3_lightning.scorers.base import Scorer
-from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.tables import (
+from sparc3_lightning.report.figures import change_rows, draw_changes, draw_doses, draw_layers, draw_scatter
+from sparc3_lightning.report.tables import (
     behavior_of,
     cell,
     control_table,
@@ -27,7 +25,9 @@ from sparc3_lightning.tables import (
     toxicity_table,
     windows_of,
 )
-from sparc3_lightning.verdict import zeroed_controls
+from sparc3_lightning.report.verdict import zeroed_controls
+from sparc3_lightning.scorers.base import Scorer
+from sparc3_lightning.selection.neuron_list import NeuronList
 
 MODEL_CARD = "model_card.md"
 DOSES = "doses.csv"
@@ -136,7 +136,7 @@ def write_report(
         (row[key] for pair in shown for row in pair.values() for key in ("prompt", "continuation")), scorer
     )
     environment = Environment(
-        loader=PackageLoader("sparc3_lightning", "templates"),
+        loader=PackageLoader("sparc3_lightning.report"),
         autoescape=select_autoescape(["html"]),
         trim_blocks=True,
         lstrip_blocks=True,

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import MIN_CHANGED
-from sparc3_lightning.tables import control_name
+from sparc3_lightning.report.tables import control_name
 
 
 def verdict(

@@ -3,10 +3,11 @@
 import csv
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from sparc3_lightning.overlap_tables import aligned
-from sparc3_lightning.tables import Table
+from sparc3_lightning.report.figures import BEFORE, CONTROL, STRENGTHS, save_figure
+from sparc3_lightning.report.tables import Table, aligned
 
 COLUMNS = ("sparsity", "accuracy_mean", "accuracy_sd", "logit_difference_mean", "logit_difference_sd")
 
@@ -45,3 +46,37 @@ def summary(results: dict[str, Any]) -> str:
         f"The whole model is right on {whole['accuracy']:.1%} of {results['num_samples']} samples; a circuit keeps "
         f"{results['threshold']:.0%} of that.\n\n{aligned(rows)}"
     )
+
+
+def draw_circuit(results: dict[str, Any], path: Path) -> None:
+    """Draw accuracy against sparsity, a panel for each granularity: mean over the seeds, within a standard deviation.
+
+    Args:
+        results: Of ``sparc3 circuit``: the curves, the accuracy of the whole model, and the threshold.
+        path: Of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(curve["granularity"] for curve in results["curves"]))
+    colors = (BEFORE, *STRENGTHS)
+    figure = Figure(figsize=(4.8, 0.9 + 2.1 * len(kinds)), layout="constrained")
+    panels = figure.subplots(len(kinds), sharex=True, sharey=True, squeeze=False)[:, 0]
+    full = 100 * results["whole_model"]["accuracy"]
+    for axes, kind in zip(panels, kinds, strict=True):
+        axes.axhline(results["threshold"] * full, color=CONTROL, linewidth=0.8, linestyle=":", label="threshold")
+        curves = [curve for curve in results["curves"] if curve["granularity"] == kind]
+        for i, curve in enumerate(curves):
+            # The whole model is where every curve begins, with no deviation.
+            x = [0.0, *(100 * step["sparsity"] for step in curve["steps"])]
+            mean = [full, *(100 * step["accuracy_mean"] for step in curve["steps"])]
+            deviation = [0.0, *(100 * (step["accuracy_sd"] or 0.0) for step in curve["steps"])]
+            color = CONTROL if "circuit" not in curve else colors[i % len(colors)]
+            axes.plot(x, mean, "o-", color=color, markersize=3, linewidth=1.5, label=curve["method"])
+            low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.set_title(f"{curves[0]['num_components']:,} {kind}s", fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
+    panels[-1].set(xlabel="sparsity in % (least relevant first)", ylim=(-3, 103))
+    figure.supylabel("accuracy in %", fontsize=10)
+    save_figure(figure, path)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
-from sparc3_lightning.tables import Interval, cell, control_name, ends, in_order, number
+from sparc3_lightning.report.tables import Interval, cell, control_name, ends, in_order, number
 
 BEFORE, AFTER, CONTROL = "#4477aa", "#cc6677", "#777777"
 AXES = ("perplexity_percent", "toxicity_percent")
@@ -222,38 +222,4 @@ def draw_doses(
         axes.xaxis.set_major_formatter("{x:g}")
     if shown:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, columnspacing=1.0)
-    save_figure(figure, path)
-
-
-def draw_circuit(results: dict[str, Any], path: Path) -> None:
-    """Draw accuracy against sparsity, a panel for each granularity: mean over the seeds, within a standard deviation.
-
-    Args:
-        results: Of ``sparc3 circuit``: the curves, the accuracy of the whole model, and the threshold.
-        path: Of the picture.
-    """
-    from matplotlib.figure import Figure
-
-    kinds = list(dict.fromkeys(curve["granularity"] for curve in results["curves"]))
-    colors = (BEFORE, *STRENGTHS)
-    figure = Figure(figsize=(4.8, 0.9 + 2.1 * len(kinds)), layout="constrained")
-    panels = figure.subplots(len(kinds), sharex=True, sharey=True, squeeze=False)[:, 0]
-    full = 100 * results["whole_model"]["accuracy"]
-    for axes, kind in zip(panels, kinds, strict=True):
-        axes.axhline(results["threshold"] * full, color=CONTROL, linewidth=0.8, linestyle=":", label="threshold")
-        curves = [curve for curve in results["curves"] if curve["granularity"] == kind]
-        for i, curve in enumerate(curves):
-            # The whole model is where every curve begins, with no deviation.
-            x = [0.0, *(100 * step["sparsity"] for step in curve["steps"])]
-            mean = [full, *(100 * step["accuracy_mean"] for step in curve["steps"])]
-            deviation = [0.0, *(100 * (step["accuracy_sd"] or 0.0) for step in curve["steps"])]
-            color = CONTROL if "circuit" not in curve else colors[i % len(colors)]
-            axes.plot(x, mean, "o-", color=color, markersize=3, linewidth=1.5, label=curve["method"])
-            low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
-            axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-        axes.set_title(f"{curves[0]['num_components']:,} {kind}s", fontsize=10, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, loc="lower left")
-    panels[-1].set(xlabel="sparsity in % (least relevant first)", ylim=(-3, 103))
-    figure.supylabel("accuracy in %", fontsize=10)
     save_figure(figure, path)
