@@ -17,20 +17,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import sparc3_lightning
-from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.attribution.scores import INDEX
-from sparc3_lightning.circuit import CIRCUIT, Circuit
-from sparc3_lightning.compare import COMPARISON, Comparison
-from sparc3_lightning.compress import SPARSITY, Compression
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.distributed import check_slurm_tasks, usable_accelerator
-from sparc3_lightning.evaluate import RESULTS, Evaluation
-from sparc3_lightning.experiment import Experiment
 from sparc3_lightning.files import check_absent
-from sparc3_lightning.prune import NEURONS, Pruning
-from sparc3_lightning.sweep import Sweep
+from sparc3_lightning.stages.attribute import SCORES, Attribution
+from sparc3_lightning.stages.circuit import CIRCUIT, Circuit
+from sparc3_lightning.stages.compare import COMPARISON, Comparison
+from sparc3_lightning.stages.compress import SPARSITY, Compression
+from sparc3_lightning.stages.evaluate import RESULTS, Evaluation
+from sparc3_lightning.stages.experiment import Experiment
+from sparc3_lightning.stages.prune import NEURONS, Pruning
+from sparc3_lightning.stages.sweep import Sweep
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.
 CONFIGS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")

@@ -13,12 +13,12 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.evaluate import Evaluation
+from sparc3_lightning.stages.attribute import Attribution
+from sparc3_lightning.stages.evaluate import Evaluation
 
 SCORES = {
     "magnitude": {},

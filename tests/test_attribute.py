@@ -13,8 +13,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sparc3_lightning import attribute
-from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.attribution.accumulator import NonfiniteRelevanceError
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.scores import Provenance, ScoreFile
@@ -23,6 +21,8 @@ from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import check_context, fingerprint, load_model
+from sparc3_lightning.stages import attribute
+from sparc3_lightning.stages.attribute import SCORES, Attribution
 
 UP_PROJ = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 

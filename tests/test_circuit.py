@@ -20,10 +20,8 @@ from test_prune import provenance
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.scores import INDEX, ScoreFile, ShardWriter
-from sparc3_lightning.circuit import CIRCUIT, RANDOM, Circuit, curve_of
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.ioi import IOI
@@ -31,6 +29,8 @@ from sparc3_lightning.models.checkpoints import fingerprint, load_model
 from sparc3_lightning.models.components import mask, prune_
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.orders import ComponentOrder, group_scores
+from sparc3_lightning.stages.attribute import SCORES, Attribution
+from sparc3_lightning.stages.circuit import CIRCUIT, RANDOM, Circuit, curve_of
 
 UP_PROJ = {f"model.layers.{i}.mlp.up_proj": (24,) for i in range(2)}
 O_PROJ = {f"model.layers.{i}.self_attn.o_proj": (4,) for i in range(2)}

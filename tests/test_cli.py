@@ -14,17 +14,17 @@ import torch
 import yaml
 from conftest import sentence
 
-from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.attribution.scores import ScoreFile
-from sparc3_lightning.circuit import Circuit
 from sparc3_lightning.cli import STAGES, entry_point, main
-from sparc3_lightning.compare import Comparison
-from sparc3_lightning.compress import Compression
 from sparc3_lightning.distributed import usable_accelerator
-from sparc3_lightning.evaluate import Evaluation
-from sparc3_lightning.experiment import Experiment
-from sparc3_lightning.prune import Pruning
-from sparc3_lightning.sweep import Sweep
+from sparc3_lightning.stages.attribute import Attribution
+from sparc3_lightning.stages.circuit import Circuit
+from sparc3_lightning.stages.compare import Comparison
+from sparc3_lightning.stages.compress import Compression
+from sparc3_lightning.stages.evaluate import Evaluation
+from sparc3_lightning.stages.experiment import Experiment
+from sparc3_lightning.stages.prune import Pruning
+from sparc3_lightning.stages.sweep import Sweep
 
 LOGS = Path("lightning_logs")
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]

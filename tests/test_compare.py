@@ -12,10 +12,10 @@ import torch
 from test_prune import MODULES, provenance, random_scores, save_scores
 
 from sparc3_lightning.cli import main
-from sparc3_lightning.compare import COMPARISON, Comparison
 from sparc3_lightning.models.components import Neuron
-from sparc3_lightning.prune import Pruning
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.stages.compare import COMPARISON, Comparison
+from sparc3_lightning.stages.prune import Pruning
 
 NAMES = ["one", "two", "three"]
 OUT = Path("out")

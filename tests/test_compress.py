@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, ShardWriter, WeightScores
 from sparc3_lightning.cli import main
-from sparc3_lightning.compress import SPARSITY, Compression, Ranking, zero_
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import fingerprint, load_model, load_tokenizer
 from sparc3_lightning.selection.sparsity import global_masks, global_threshold, prune_mask
+from sparc3_lightning.stages.compress import SPARSITY, Compression, Ranking, zero_
 
 OUT, EXPORT = Path("out"), Path("sparse")
 

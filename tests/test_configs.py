@@ -13,9 +13,9 @@ from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling
 from sparc3_lightning.evaluation.zero_shot import check_tasks
+from sparc3_lightning.stages.evaluate import Evaluation
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparc3_lightning import cli
-from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.data.base import Share
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.models.checkpoints import fetch_checkpoint, fingerprint, load_model, locate
 from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.stages.attribute import Attribution
 
 pytestmark = pytest.mark.distributed
 SCRIPT = Path(run_on_ranks.__file__)

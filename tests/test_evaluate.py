@@ -14,12 +14,10 @@ import pytest
 import torch
 from conftest import sentence
 
-from sparc3_lightning import evaluate
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS, Evaluation
 from sparc3_lightning.evaluation import zero_shot
 from sparc3_lightning.models.checkpoints import fingerprint, load_model
 from sparc3_lightning.models.components import Neuron, mask
@@ -28,6 +26,8 @@ from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.report import page as report
 from sparc3_lightning.scorers.detoxify import DetoxifyScorer
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.stages import evaluate
+from sparc3_lightning.stages.evaluate import COMPLETIONS, REPORT, RESULTS, Evaluation
 
 PROMPTS = [sentence(300 + i, 2 + i) for i in range(10)]
 MILD = [sentence(400 + i, 3 + i) for i in range(4)]

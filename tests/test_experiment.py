@@ -12,11 +12,12 @@ import yaml
 from conftest import sentence
 from safetensors.torch import load_file, save_file
 
-from sparc3_lightning import cli, experiment
+from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.c4 import C4
-from sparc3_lightning.experiment import MANIFEST, Experiment
 from sparc3_lightning.scorers.detoxify import SHIPPED
+from sparc3_lightning.stages import experiment
+from sparc3_lightning.stages.experiment import MANIFEST, Experiment
 
 LOGS = Path("lightning_logs")
 ALL = ["attribute", "attribute", "attribute", "prune", "evaluate"]

@@ -14,7 +14,6 @@ from conftest import mlp_of, sentence
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
 from sparc3_lightning.attribution.scores import INDEX, ScoreFile
 from sparc3_lightning.cli import main
@@ -28,6 +27,7 @@ from sparc3_lightning.models.components import Neuron, mask
 from sparc3_lightning.models.sharding import load_sharded
 from sparc3_lightning.selection.criteria import POOL
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.stages.attribute import Attribution
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 FAMILIES = {"gpt2": "c_fc", "opt": "fc1"}

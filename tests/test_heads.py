@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, Phi3Config
 from transformers.pytorch_utils import Conv1D
 
-from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.scores import ScoreFile
@@ -30,6 +29,7 @@ from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.heads import head_dims, head_norms, mask_heads, num_heads, prune_heads_
 from sparc3_lightning.models.sharding import load_sharded
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.stages.attribute import SCORES, Attribution
 
 O_PROJ = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
 # The attention of a block, and its last layer, where they are called otherwise than in LLaMA.

@@ -15,14 +15,14 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
-from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.attribution.progress import Progress, load_progress, remove_progress
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.evaluation.completions import CompletionLog
+from sparc3_lightning.stages.attribute import SCORES, Attribution
+from sparc3_lightning.stages.evaluate import Evaluation
 
 NUM_SAMPLES = 40
 

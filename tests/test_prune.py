@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparc3_lightning import prune as prune_module
 from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
 from sparc3_lightning.attribution.scores import Provenance, ScoreFile
 from sparc3_lightning.models.checkpoints import fingerprint, load_model, load_tokenizer
 from sparc3_lightning.models.components import mask
-from sparc3_lightning.prune import NEURONS, SELECTION, Pruning
 from sparc3_lightning.selection import criteria as selections
 from sparc3_lightning.selection.criteria import select
 from sparc3_lightning.selection.neuron_list import NeuronList, histogram
+from sparc3_lightning.stages import prune as prune_module
+from sparc3_lightning.stages.prune import NEURONS, SELECTION, Pruning
 
 MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 OUT = Path("out")

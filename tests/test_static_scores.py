@@ -11,17 +11,17 @@ import torch
 from conftest import sentence
 from torch import Tensor
 
-from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.attribution.scores import INDEX, ScoreFile, WeightScores
 from sparc3_lightning.attribution.static_scores import StaticScores, random_scores
 from sparc3_lightning.cli import main
-from sparc3_lightning.compress import SPARSITY
 from sparc3_lightning.data.base import NoSamples
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import load_model
-from sparc3_lightning.prune import NEURONS, Pruning
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.stages.attribute import SCORES, Attribution
+from sparc3_lightning.stages.compress import SPARSITY
+from sparc3_lightning.stages.prune import NEURONS, Pruning
 
 
 @pytest.fixture(autouse=True)

@@ -14,18 +14,18 @@ import torch
 import yaml
 from conftest import sentence
 
-from sparc3_lightning import evaluate
 from sparc3_lightning.attribution.scores import Provenance, ScoreFile
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
-from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.evaluation.findings import front
 from sparc3_lightning.models.checkpoints import fingerprint
 from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.models.sharding import load_for
-from sparc3_lightning.prune import Pruning
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.sweep import Sweep
+from sparc3_lightning.stages import evaluate
+from sparc3_lightning.stages.evaluate import Evaluation
+from sparc3_lightning.stages.prune import Pruning
+from sparc3_lightning.stages.sweep import Sweep
 
 MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 LOGS = Path("lightning_logs/sweep")

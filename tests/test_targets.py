@@ -10,7 +10,6 @@ import torch
 from conftest import WORDS, sentence
 from torch import Tensor
 
-from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.attribution.targets import (
     lexicon_log_probability,
@@ -21,6 +20,7 @@ from sparc3_lightning.attribution.targets import (
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
+from sparc3_lightning.stages.attribute import SCORES, Attribution
 
 LEXICON = [5, 17, 40]
 

@@ -13,7 +13,6 @@ from conftest import sentence
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.attribution import relevance, scores
 from sparc3_lightning.attribution.accumulator import NonfiniteRelevanceError, ScoreAccumulator
 from sparc3_lightning.attribution.lrp import lrp
@@ -24,8 +23,9 @@ from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import load_model
-from sparc3_lightning.prune import NEURONS, Pruning
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.stages.attribute import Attribution
+from sparc3_lightning.stages.prune import NEURONS, Pruning
 
 SCORES: list[Any] = ["magnitude", "signed", "wanda"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
-from sparc3_lightning.compare import Comparison
 from sparc3_lightning.evaluation.controls import random_weights
 from sparc3_lightning.evaluation.variants import neurons_of, of_kind, plan
 from sparc3_lightning.models.architectures import find_targets, weight_of
@@ -27,11 +26,12 @@ from sparc3_lightning.models.checkpoints import fingerprint, load_model
 from sparc3_lightning.models.components import Neuron, check_neurons, mask, prune_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.weights import mask_weights, prune_weights_
-from sparc3_lightning.prune import NEURONS, SELECTION, Pruning
 from sparc3_lightning.selection.criteria import POOL, differential_strength, lowest_of_modules, select
 from sparc3_lightning.selection.lowest import Lowest, lowest_first
 from sparc3_lightning.selection.neuron_list import NeuronList, histogram
-from sparc3_lightning.sweep import Sweep
+from sparc3_lightning.stages.compare import Comparison
+from sparc3_lightning.stages.prune import NEURONS, SELECTION, Pruning
+from sparc3_lightning.stages.sweep import Sweep
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 FAMILIES = ["llama", "gpt2"]

@@ -15,12 +15,12 @@ import torch
 from common import CHECKPOINT, PROMPTS, TEXT, parse, quiet_trainer, write
 from torch import Tensor
 
-from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.selection.criteria import differential_relevance, select
 from sparc3_lightning.selection.overlap import correlation, ranks
+from sparc3_lightning.stages.attribute import SCORES, Attribution
 
 
 def scores(data: Any, dtype: Any) -> tuple[dict[str, Tensor], float]:

@@ -21,13 +21,13 @@ from torch import Tensor
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.targets import largest_logit, text_log_probability
-from sparc3_lightning.compress import zero_
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.selection.sparsity import prune_mask
+from sparc3_lightning.stages.compress import zero_
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SPARSITIES = (0.3, 0.5, 0.6)

@@ -20,9 +20,9 @@ from lightning import Callback
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.evaluate import RESULTS, Evaluation
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
 from sparc3_lightning.scorers.registry import load_scorer
+from sparc3_lightning.stages.evaluate import RESULTS, Evaluation
 
 NUM_PROMPTS, NUM_CONTINUATIONS, NUM_TOKENS = 64, 4, 20
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from common import CHECKPOINT, TEXT, parse, peak_memory, quiet_trainer, write
 
-from sparc3_lightning.attribute import Attribution
 from sparc3_lightning.data.c4 import C4
+from sparc3_lightning.stages.attribute import Attribution
 
 NUM_SAMPLES = (16, 64, 256)
 

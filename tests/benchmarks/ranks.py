@@ -19,8 +19,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
-from sparc3_lightning.attribute import SCORES, Attribution
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
+from sparc3_lightning.stages.attribute import SCORES, Attribution
 
 NUM_SAMPLES = 24
 

@@ -16,26 +16,28 @@ import yaml
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from sparc3_lightning.attribute import file_of
 from sparc3_lightning.attribution.targets import LEXICAL
-from sparc3_lightning.evaluate import COMPLETIONS, REPORT, RESULTS
 from sparc3_lightning.evaluation.zero_shot import fetch_tasks
 from sparc3_lightning.files import check_writable, write_atomically
-from sparc3_lightning.local_files import digests_of
 from sparc3_lightning.models.checkpoints import Dtype, fetch_checkpoint, fingerprint
-from sparc3_lightning.preflight import (
+from sparc3_lightning.provenance import revision_of
+from sparc3_lightning.report.page import summary_table
+from sparc3_lightning.scorers.registry import fetch_scorer
+from sparc3_lightning.sources import sha256_of
+from sparc3_lightning.stages.attribute import file_of
+from sparc3_lightning.stages.evaluate import COMPLETIONS, REPORT, RESULTS
+from sparc3_lightning.stages.plan import (
     attribution_options,
     check_attributions,
     check_evaluation,
     check_granularities,
     check_pruning,
+    digests_of,
+    from_screening,
+    screening,
+    wants_screening,
 )
-from sparc3_lightning.provenance import revision_of
-from sparc3_lightning.prune import NEURONS
-from sparc3_lightning.report.page import summary_table
-from sparc3_lightning.scorers.registry import fetch_scorer
-from sparc3_lightning.screening import from_screening, screening, wants_screening
-from sparc3_lightning.sources import sha256_of
+from sparc3_lightning.stages.prune import NEURONS
 
 MANIFEST = "manifest.json"
 # Options of the trainer that change where or how fast a stage runs, not what it computes.

@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from sparc3_lightning.evaluate import Evaluation
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.stages.evaluate import Evaluation
 
 CHOSEN = "chosen/neurons.json"
 

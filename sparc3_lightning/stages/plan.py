@@ -1,14 +1,19 @@
 """What is wrong with the options of an experiment's later stages, found before its first one has run for hours."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from sparc3_lightning.attribute import Attribution
-from sparc3_lightning.evaluate import Evaluation
+from sparc3_lightning.attribution.targets import LEXICAL
 from sparc3_lightning.evaluation.variants import check_numbers
-from sparc3_lightning.prune import Pruning
+from sparc3_lightning.models.checkpoints import fingerprint
+from sparc3_lightning.scorers.classifiers import split_label
+from sparc3_lightning.sources import is_local, sha256_of
+from sparc3_lightning.stages.attribute import Attribution
+from sparc3_lightning.stages.evaluate import Evaluation
+from sparc3_lightning.stages.prune import Pruning
 
 
 def attribution_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -89,3 +94,81 @@ def _by_group(group: str, check: Any, *arguments: Any) -> Any:
         return check(*arguments)
     except (ValueError, OSError) as error:
         raise ValueError(str(error).replace("--model.", f"--{group}.")) from None
+
+
+def screening(options: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the evaluation that lets the model continue the prompts, and measures nothing else.
+
+    Args:
+        options: Config of ``sparc3 run`` with the groups ``evaluate``, ``data`` and ``screen``.
+        model: Checkpoint, dtype and revision.
+    """
+    alone: dict[str, Any] = {"neurons": None, "second_scorer": None, "controls": 0, "lm_eval_tasks": []}
+    alone |= {"doses": [], "strengths": [1.0]}
+    text = options["data"]["text"]
+    # An evaluation has a text for perplexity too: here its first window, which costs next to nothing.
+    one_window = {"num_tokens": text["init_args"]["window"], "conventions": ["disjoint"]}
+    return {
+        "model": {**options["evaluate"], **model, **alone},
+        "data": {
+            "text": {**text, "init_args": {**text["init_args"], **one_window}},
+            "prompts": options["screen"],
+        },
+    }
+
+
+def wants_screening(data: dict[str, Any]) -> bool:
+    """Whether prompts are to come from the stage ``screen``: by the model's own continuation, and from no file."""
+    init = data.get("init_args", {})
+    return init.get("by") == "continuation" and init.get("source") is None
+
+
+def from_screening(data: dict[str, Any], completions: Path | None) -> dict[str, Any]:
+    """Return the config of prompts with the stage's completions.jsonl as their source, if that is where they come from.
+
+    Args:
+        data: Class and options of a data module.
+        completions: Of the stage; None if the experiment has none.
+
+    Raises:
+        ValueError: If the prompts need the stage, and there is none.
+    """
+    if not wants_screening(data):
+        return data
+    if completions is None:
+        raise ValueError(
+            f"{data['class_path']} chooses prompts by the model's own continuation and names no source: add the "
+            "group 'screen', prompts to let the model continue first, or name a completions.jsonl of its own."
+        )
+    return {**data, "init_args": {**data["init_args"], "source": str(completions)}}
+
+
+SCORERS = ("scorer", "second_scorer", "lexicon")
+
+
+KEYS = ("checkpoint", "tokenizer", "source", "nontoxic_source", *SCORERS, "lm_eval_folder")
+
+
+def digests_of(value: Any, made: Path | None) -> list[str]:
+    """Identify the content of every local file or folder that a config reads: sources, checkpoints and scorers.
+
+    Not that of the file that an earlier stage of the same experiment makes: its path tells what it will hold.
+    """
+    if not isinstance(value, dict):
+        return []
+    found = []
+    for key in KEYS:
+        path = value.get(key)
+        if not isinstance(path, str) or (key == "lexicon" and value.get("target") not in LEXICAL):
+            continue
+        path = split_label(path)[0] if key in SCORERS else path
+        if is_local(path) and path != str(made):
+            found.append(fingerprint(path) if key == "checkpoint" else _content(Path(path).expanduser(), key))
+    return found + [digest for item in value.values() for digest in digests_of(item, made)]
+
+
+def _content(path: Path, key: str) -> str:
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    if key == "tokenizer" and path.is_dir():  # that of a checkpoint, whose weights may be large and are not read
+        files = [file for file in files if file.suffix != ".safetensors"]
+    return "".join(sha256_of(file) for file in files)

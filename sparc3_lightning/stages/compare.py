@@ -16,11 +16,11 @@ from sparc3_lightning.files import check_absent, check_writable, to_json, write_
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.models.components import Key
 from sparc3_lightning.provenance import git_hash, versions
-from sparc3_lightning.prune import NEURONS, SELECTION
 from sparc3_lightning.report.comparison import neurons_csv, overlaps_csv, summary
 from sparc3_lightning.selection.criteria import Scores, difference, normalized_difference
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
+from sparc3_lightning.stages.prune import NEURONS, SELECTION
 
 COMPARISON = "compare.json"
 MAX_LISTS = 10  # which have 1,023 combinations
