@@ -12,6 +12,8 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from sparc3_lightning.errors import OptionError
+
 
 class StopRequest(L.Callback):
     """Whether SIGTERM or SIGUSR1 has asked to stop; the loop looks when all ranks are between two forward passes.
@@ -35,9 +37,10 @@ class StopRequest(L.Callback):
             environment.auto_requeue = False
         left = trainer._checkpoint_connector._hpc_resume_path
         if left is not None and SLURMEnvironment.detect():
-            raise ValueError(
+            raise OptionError(
+                "checkpoint",
                 f"{left} is of a job that Lightning put into the queue again, and in a Slurm job it would load that in "
-                "place of the weights of --model.checkpoint: remove it, or run in another folder."
+                "place of the weights of --.checkpoint: remove it, or run in another folder.",
             )
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -19,6 +19,7 @@ from sparc3_lightning.attribution.relevance import (
     weight_relevance,
 )
 from sparc3_lightning.distributed import gather_rows, num_ranks
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import ATTENTIONS, Linear, is_heads, weight_of, whole
 from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import sum_heads
@@ -29,7 +30,7 @@ OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "square
 CHECK_EVERY = 16
 
 
-class NonfiniteRelevanceError(ValueError):
+class NonfiniteRelevanceError(OptionError):
     """A relevance is NaN or infinite."""
 
 
@@ -37,13 +38,14 @@ def check_granularity(granularity: Granularity, score: str, targets: Collection[
     """Raise ValueError if weights or heads are to have a score that they have not, or a target has no heads."""
     option = "relevance" if score in ("absolute", "squared") else "method"
     if granularity == "weight" and score in ("absolute", "squared", "activation"):
-        raise ValueError(f"--model.{option} {score} is not of weights: choose another --model.granularity.")
+        raise OptionError(option, f"{score} is not of weights: choose another --.granularity.")
     if granularity == "head" and score == "activation":
-        raise ValueError(f"--model.method {score} is not of heads: choose another --model.granularity.")
+        raise OptionError("method", f"{score} is not of heads: choose another --.granularity.")
     if granularity == "head" and not all(map(is_heads, targets)):
-        raise ValueError(
-            f"--model.granularity head scores attention heads, at the last layer of each attention: expected "
-            f"--model.targets to be among {list(ATTENTIONS)}, or left out for all, got {list(targets)}."
+        raise OptionError(
+            "granularity",
+            f"head scores attention heads, at the last layer of each attention: expected "
+            f"--.targets to be among {list(ATTENTIONS)}, or left out for all, got {list(targets)}.",
         )
 
 
@@ -159,9 +161,10 @@ class ScoreAccumulator:
             if bad:
                 module, sample = bad[0]
                 raise NonfiniteRelevanceError(
+                    "nonfinite",
                     f"The score of {list(self.modules)[module]} for sample {sample_ids[sample]!r} is NaN or infinite "
-                    f"(and {len(bad) - 1} more module-sample pairs of this batch). Try --model.dtype float32; or put 0 "
-                    "in place of such values and count them, with --model.nonfinite zero."
+                    f"(and {len(bad) - 1} more module-sample pairs of this batch). Try --.dtype float32; or put 0 "
+                    "in place of such values and count them, with --.nonfinite zero.",
                 )
 
     def reduce_(self) -> None:

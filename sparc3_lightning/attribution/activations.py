@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.architectures import MLPS, Linear
 
@@ -18,15 +19,16 @@ ACTIVATIONS = "activations.safetensors"
 FORMAT = "sparc3_lightning activations 1"
 
 
-def check_are_of_neurons(option: str, granularity: str, targets: Collection[str]) -> None:
+def check_are_of_neurons(option: str, value: str, granularity: str, targets: Collection[str]) -> None:
     """Raise ValueError if activations are asked for, by an option, of something else than neurons of an MLP."""
     if granularity == "head":
-        raise ValueError(f"{option} is of neurons, not of heads: choose another --model.granularity.")
+        raise OptionError(option, f"{value} is of neurons, not of heads: choose another --.granularity.")
     rows = [row for rows, _ in MLPS for row in rows]
     if not all(target.rpartition(".")[2] in rows for target in targets):
-        raise ValueError(
-            f"{option} is of the neurons of MLPs: expected --model.targets to be among {rows}, or left out, got "
-            f"{list(targets)}."
+        raise OptionError(
+            option,
+            f"{value} is of the neurons of MLPs: expected --.targets to be among {rows}, or left out, got "
+            f"{list(targets)}.",
         )
 
 
@@ -152,9 +154,10 @@ class Activations:
             ValueError: If it is damaged, or not a file of activations.
         """
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist: run 'sparc3 attribute' with --model.activations true, which writes it beside "
-                "the scores."
+            raise OptionFileNotFoundError(
+                "activations",
+                f"{path} does not exist: run 'sparc3 attribute' with --.activations true, which writes it beside "
+                "the scores.",
             )
         try:
             with safe_open(path, framework="pt") as file:

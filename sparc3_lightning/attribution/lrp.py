@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import Linear, family_of
 
 Rule = Literal["attnlrp", "cp_lrp"]
@@ -79,9 +80,10 @@ def check_have_relevance(modules: Iterable[str], rule: Rule) -> None:
     none = names & _NONE_BY_CP_LRP if rule == "cp_lrp" else set()
     if none:
         others = f"'[{', '.join(sorted(names - none))}]'" if names - none else "of other layers"
-        raise ValueError(
-            f"--model.rule {rule} passes no relevance through {', '.join(sorted(none))}: give --model.targets "
-            f"{others}, or --model.rule attnlrp."
+        raise OptionError(
+            "rule",
+            f"--.rule {rule} passes no relevance through {', '.join(sorted(none))}: give --.targets "
+            f"{others}, or --.rule attnlrp.",
         )
 
 
@@ -197,7 +199,9 @@ def _check_applicable(model: PreTrainedModel) -> None:
     if model.training:
         raise ValueError("LRP explains the model as it predicts: call model.eval() first.")
     if model.dtype == torch.float16:
-        raise ValueError("LRP is not defined in float16 (1e-10 is 0 there): use --model.dtype bfloat16 or float32.")
+        raise OptionError(
+            "dtype", "LRP is not defined in float16 (1e-10 is 0 there): use --.dtype bfloat16 or float32."
+        )
     if getattr(model.config, "final_logit_softcapping", None):
         raise ValueError("There is no LRP rule for final_logit_softcapping; set it to None in the model's config.")
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import replacing, write_atomically
 from sparc3_lightning.provenance import git_hash, revision_of, run_seed, versions
 
@@ -328,10 +329,11 @@ def load_index(path: Path, option: str) -> WeightScores:
         ValueError: If it is something else.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{option}: {path} does not exist; 'sparc3 attribute' writes it.")
+        raise OptionFileNotFoundError(option, f": {path} does not exist; 'sparc3 attribute' writes it.")
     if path.name != INDEX:
-        raise ValueError(
-            f"{option}: expected {INDEX}, the index of scores of weights, got {path}: run 'sparc3 attribute' with "
-            "--model.granularity weight."
+        raise OptionError(
+            option,
+            f": expected {INDEX}, the index of scores of weights, got {path}: run 'sparc3 attribute' with "
+            "--.granularity weight.",
         )
     return WeightScores(path)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import Linear, weight_of, whole
 from sparc3_lightning.models.components import Granularity
 
@@ -17,9 +18,9 @@ STATIC = ("magnitude", "random")
 def check_static(method: str, granularity: Granularity, activations: bool) -> None:
     """Raise ValueError if heads are to have such a score, or activations of samples, which there are none, be kept."""
     if granularity == "head":
-        raise ValueError(f"--model.method {method} is not of heads: choose another --model.granularity.")
+        raise OptionError("method", f"{method} is not of heads: choose another --.granularity.")
     if activations:
-        raise ValueError(f"--model.method {method} reads no samples: leave out --model.activations.")
+        raise OptionError("method", f"{method} reads no samples: leave out --.activations.")
 
 
 def random_scores(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

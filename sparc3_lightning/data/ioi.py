@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparc3_lightning.data.base import ReferenceSamples, Sample
+from sparc3_lightning.errors import OptionError
 
 # A and B stand for the names, in the order of their first mention; the giver comes a second time as S.
 TEMPLATES = (
@@ -131,8 +132,9 @@ def name_tokens(tokenizer: Any) -> dict[str, int]:
         if len(added) == 1 and added[0] != tokenizer.unk_token_id:
             found[name] = added[0]
     if len(found) < MIN_NAMES:
-        raise ValueError(
+        raise OptionError(
+            "checkpoint",
             f"Only {len(found)} of {len(NAMES)} names are one token of the tokenizer, and {MIN_NAMES} are needed: "
-            "indirect object identification compares the logits of two names. Choose another --model.checkpoint."
+            "indirect object identification compares the logits of two names. Choose another --.checkpoint.",
         )
     return found

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparc3_lightning.errors import OptionError
+
 
 class Sampling(NamedTuple):
     """How continuations are drawn: new tokens at most, temperature, and the probability mass of nucleus sampling.
@@ -26,16 +28,17 @@ class Sampling(NamedTuple):
     def check(self, num_continuations: int = 1) -> None:
         """Raise ValueError unless the values make sense for as many continuations of a prompt."""
         if self.max_new_tokens < 1:
-            raise ValueError(f"--model.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+            raise OptionError("max_new_tokens", f"must be at least 1, got {self.max_new_tokens}.")
         if not self.temperature >= 0:
-            raise ValueError(f"--model.temperature must be at least 0, got {self.temperature}.")
+            raise OptionError("temperature", f"must be at least 0, got {self.temperature}.")
         if self.temperature == 0 and num_continuations > 1:
-            raise ValueError(
-                f"--model.num_continuations must be 1 at --model.temperature 0, got {num_continuations}: greedy "
-                "decoding gives the same continuation each time."
+            raise OptionError(
+                "num_continuations",
+                f"must be 1 at --.temperature 0, got {num_continuations}: greedy "
+                "decoding gives the same continuation each time.",
             )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--model.top_p must be above 0 and at most 1, got {self.top_p}.")
+            raise OptionError("top_p", f"must be above 0 and at most 1, got {self.top_p}.")
 
 
 # Named presets of --model.protocol: continuations per prompt, and how they are drawn.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.controls import CONTROLS, draw_like, random_like, random_weights
 from sparc3_lightning.models.architectures import is_heads, weight_of, whole
 from sparc3_lightning.models.components import Neuron, mask
@@ -99,7 +100,7 @@ def plan(
     variants += [Variant(f"{kind}_{i}", kind, fewer, number, draw=i) for kind in kinds for i in range(controls)]
     names = [variant.name for variant in variants]
     if taken := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"--model.names: another model is called {min(taken)!r} too: give that list another name.")
+        raise OptionError("names", f": another model is called {min(taken)!r} too: give that list another name.")
     return variants
 
 
@@ -112,34 +113,36 @@ def check_numbers(
 ) -> None:
     """Raise ValueError if a number is out of range, whatever the neurons; see ``plan``."""
     if num_continuations < 1:
-        raise ValueError(f"--model.num_continuations must be at least 1, got {num_continuations}.")
+        raise OptionError("num_continuations", f"must be at least 1, got {num_continuations}.")
     if controls < 0:
-        raise ValueError(f"--model.controls must be at least 0, got {controls}.")
+        raise OptionError("controls", f"must be at least 0, got {controls}.")
     if control_continuations is not None and control_continuations < 1:
-        raise ValueError(f"--model.control_continuations must be at least 1, got {control_continuations}.")
+        raise OptionError("control_continuations", f"must be at least 1, got {control_continuations}.")
     if not all(0 < strength <= 1 for strength in strengths) or (doses and not strengths):
-        raise ValueError(f"--model.strengths must be above 0 and at most 1, got {list(strengths)}.")
+        raise OptionError("strengths", f"must be above 0 and at most 1, got {list(strengths)}.")
     if not doses and any(strength != 1 for strength in strengths):
-        raise ValueError(
-            f"--model.strengths {list(strengths)} is for --model.doses, and there are none: how far the neurons of a "
-            "list are switched off is written there by 'sparc3 prune', whose option strengths says it."
+        raise OptionError(
+            "strengths",
+            f"{list(strengths)} is for --.doses, and there are none: how far the neurons of a "
+            "list are switched off is written there by 'sparc3 prune', whose option strengths says it.",
         )
     if len(set(strengths)) != len(strengths):
-        raise ValueError(f"--model.strengths must be different, got {list(strengths)}.")
+        raise OptionError("strengths", f"must be different, got {list(strengths)}.")
     if len(set(doses)) != len(doses) or not all(dose > 0 for dose in doses):
-        raise ValueError(f"--model.doses must be different numbers above 0, got {list(doses)}.")
+        raise OptionError("doses", f"must be different numbers above 0, got {list(doses)}.")
 
 
 def _check_doses(lists: Lists, doses: Sequence[int]) -> None:
     if doses and not lists:
-        raise ValueError("--model.doses needs --model.neurons.")
+        raise OptionError("doses", "needs --.neurons.")
     for selection, neurons in lists.items():
         known = len(neurons.neurons) + len(neurons.next)
         if doses and max(doses) > known:
-            raise ValueError(
-                f"--model.doses asks for {max(doses)} {neurons.granularity}s, but --model.neurons"
-                f"{selection and f' ({selection})'} lists {known}: run 'sparc3 prune' with --model.num_ranked "
-                f"{max(doses)}."
+            raise OptionError(
+                "doses",
+                f"asks for {max(doses)} {neurons.granularity}s, but --.neurons"
+                f"{selection and f' ({selection})'} lists {known}: run 'sparc3 prune' with --.num_ranked "
+                f"{max(doses)}.",
             )
 
 

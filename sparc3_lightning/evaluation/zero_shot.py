@@ -7,21 +7,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
+
 
 def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
     """Raise ValueError unless lm-eval is installed and knows the tasks; nothing is downloaded."""
     if not tasks:
         return
     if find_spec("lm_eval") is None:
-        raise ValueError('--model.lm_eval_tasks needs lm-eval-harness: pip install "sparc3_lightning[lmeval]".')
+        raise OptionError("lm_eval_tasks", 'needs lm-eval-harness: pip install "sparc3_lightning[lmeval]".')
     if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"--model.lm_eval_folder: {folder} is no folder.")
+        raise OptionFileNotFoundError("lm_eval_folder", f": {folder} is no folder.")
     known = set(_manager(folder).all_tasks)
     unknown = [task for task in tasks if task not in known]
     if unknown:
-        raise ValueError(
-            f"--model.lm_eval_tasks: lm-eval-harness knows no task {unknown[0]!r}; 'lm_eval ls tasks' lists them, and "
-            "--model.lm_eval_folder names a folder with tasks of your own."
+        raise OptionError(
+            "lm_eval_tasks",
+            f": lm-eval-harness knows no task {unknown[0]!r}; 'lm_eval ls tasks' lists them, and "
+            "--.lm_eval_folder names a folder with tasks of your own.",
         )
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from sparc3_lightning.errors import OptionError
+
 Linear = nn.Linear | Conv1D
 
 
@@ -37,7 +39,7 @@ def find_targets(model: Any, targets: Sequence[str]) -> dict[str, Linear]:
     unknown = [target for target in targets if target != ALL and not any(ends_in(name, target) for name in linear)]
     if unknown:
         kinds = sorted({name.rpartition(".")[2] for name in linear})
-        raise ValueError(f"--model.targets: the model has no linear layer {unknown[0]!r}; it has {kinds}.")
+        raise OptionError("targets", f": the model has no linear layer {unknown[0]!r}; it has {kinds}.")
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         name: module
@@ -79,8 +81,8 @@ def neuron_layers(model: nn.Module) -> list[str]:
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     found = [rows[0] for rows, column in MLPS if {*rows, column} <= names]
     if not found:
-        raise ValueError(
-            f"The model has no MLP of a known kind ({KNOWN_MLPS}): name the layers to score with --model.targets."
+        raise OptionError(
+            "targets", f"The model has no MLP of a known kind ({KNOWN_MLPS}): name the layers to score with --.targets."
         )
     return found
 
@@ -122,15 +124,16 @@ def head_layers(model: nn.Module, targets: Sequence[str] | None = None) -> list[
     layers = [output for output in ATTENTIONS if any(ends_in(name, output) for name in found)]
     if not layers:
         linear = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, Linear)})
-        raise ValueError(
-            f"--model.granularity head: the model has no attention of a known kind ({KNOWN_ATTENTIONS}); its linear "
-            f"layers are {linear}."
+        raise OptionError(
+            "granularity",
+            f"head: the model has no attention of a known kind ({KNOWN_ATTENTIONS}); its linear layers are {linear}.",
         )
     for target in targets or ():
         if not any(ends_in(name, target) for name in found):
-            raise ValueError(
-                f"--model.targets: {target!r} is no layer of attention heads of this model, which has {layers}: leave "
-                "out --model.targets for all heads."
+            raise OptionError(
+                "targets",
+                f"--.targets: {target!r} is no layer of attention heads of this model, which has {layers}: leave "
+                "out --.targets for all heads.",
             )
     return list(targets or layers)
 
@@ -197,9 +200,10 @@ def family_of(config: Any) -> Family:
     """
     model_type = config.model_type
     if model_type not in FAMILIES:
-        raise ValueError(
+        raise OptionError(
+            "method",
             f"There are no LRP rules for the architecture {model_type!r}. Covered are: {', '.join(sorted(FAMILIES))}. "
-            "For another one use --model.method wanda, which needs no rules."
+            "For another one use --.method wanda, which needs no rules.",
         )
     return FAMILIES[model_type]
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import KNOWN_MLPS, MLPS, Linear, is_heads, weight_of
 from sparc3_lightning.models.heads import check_heads, mask_heads, prune_heads_
 from sparc3_lightning.models.weights import check_weights, mask_weights, prune_weights_
@@ -142,9 +143,10 @@ def check_have_biases(model: Any, columns: Iterable[Linear]) -> None:
     A model on the meta device suffices.
     """
     if any(column.bias is None for column in columns) and getattr(model.config, "mlp_bias", None) is None:
-        raise ValueError(
+        raise OptionError(
+            "replacement",
             f"The architecture {model.config.model_type!r} has no bias in its MLPs, so that a checkpoint of it has no "
-            "place for the mean of a neuron: choose --model.replacement zero. (LLaMA has the config's mlp_bias.)"
+            "place for the mean of a neuron: choose --.replacement zero. (LLaMA has the config's mlp_bias.)",
         )
 
 
@@ -183,16 +185,18 @@ def check_are_neurons(modules: Collection[str]) -> None:
     known = {row for rows, _ in MLPS for row in rows}
     others = sorted({name.rpartition(".")[2] for name in modules} - known)
     if others:
-        raise ValueError(
+        raise OptionError(
+            "granularity",
             f"The rows of {', '.join(others)} are no neurons that could be switched off: expected {KNOWN_MLPS}. For an "
-            "attention score its heads (sparc3 attribute --model.granularity head), for other layers their weights "
-            "(--model.granularity weight of attribute and prune)."
+            "attention score its heads (sparc3 attribute --.granularity head), for other layers their weights "
+            "(--.granularity weight of attribute and prune).",
         )
     mlps = Counter(name.rpartition(".")[0] for name in modules)
     if max(mlps.values()) > 1:
-        raise ValueError(
+        raise OptionError(
+            "targets",
             f"The neurons of {mlps.most_common(1)[0][0]} are scored twice, by their row in up_proj and in gate_proj: "
-            "attribute one of the two (--model.targets '[up_proj]')."
+            "attribute one of the two (--.targets '[up_proj]').",
         )
 
 

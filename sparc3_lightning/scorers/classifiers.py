@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.checkpoints import fetch_checkpoint, load_tokenizer
 from sparc3_lightning.scorers.base import uniqueness
 from sparc3_lightning.sources import explain_hub_error
@@ -137,7 +138,7 @@ def check_function(name: str, option: str) -> None:
     """Raise ValueError unless the package is installed; it is not imported."""
     package = name.partition(":")[0].partition(".")[0]
     if find_spec(package) is None:
-        raise ValueError(f"{option}: {name!r} needs the package {package!r}, which is not installed.")
+        raise OptionError(option, f": {name!r} needs the package {package!r}, which is not installed.")
 
 
 def split_label(name: str) -> tuple[str, str | None]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.scorers.classifiers import (
     ClassifierScorer,
@@ -71,7 +72,7 @@ def _kind(name: str) -> type[DetoxifyScorer] | type[ClassifierScorer] | type[Fun
     return FunctionScorer if is_function(name) and not folder.exists() else ClassifierScorer
 
 
-def check_scorer(name: str, option: str = "--model.scorer") -> None:
+def check_scorer(name: str, option: str = "scorer") -> None:
     """Raise unless there is a scorer of this name; cheap, nothing is loaded.
 
     Raises:
@@ -88,19 +89,21 @@ def check_scorer(name: str, option: str = "--model.scorer") -> None:
     elif kind is FunctionScorer:
         check_function(name, option)
     elif kind is DetoxifyScorer and "#" in name:
-        raise ValueError(f"{option}: {name!r} names a label, which a Detoxify checkpoint does not take.")
+        raise OptionError(option, f": {name!r} names a label, which a Detoxify checkpoint does not take.")
     elif folder.is_dir():
         is_detoxify = len(list(folder.glob("*.ckpt"))) == 1
         is_classifier = any(folder.glob("*.safetensors"))
         if not (is_detoxify or is_classifier) or not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{option}: {folder} must hold a config.json, a tokenizer, and either one *.ckpt of Detoxify or the "
-                "*.safetensors of a text-classification checkpoint."
+            raise OptionFileNotFoundError(
+                option,
+                f": {folder} must hold a config.json, a tokenizer, and either one *.ckpt of Detoxify or the "
+                "*.safetensors of a text-classification checkpoint.",
             )
     elif kind is ClassifierScorer and not _HUB_ID.fullmatch(str(folder)):
-        raise ValueError(
-            f"{option}: {name!r} is neither 'small', {', '.join(DETOXIFY_MODELS)}, {REPETITION}, nor a folder, nor a "
-            "Hugging Face id (owner/name), nor package.module:function."
+        raise OptionError(
+            option,
+            f": {name!r} is neither 'small', {', '.join(DETOXIFY_MODELS)}, {REPETITION}, nor a folder, nor a "
+            "Hugging Face id (owner/name), nor package.module:function.",
         )
 
 

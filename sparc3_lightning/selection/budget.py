@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.components import Key, Neuron, columns_of, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 
@@ -201,9 +202,10 @@ def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> lis
     for strength in budget.strengths:
         best = max(best, _head(rise, [replace(n, strength=strength) for n in ranked], most), key=_benefit)
     if not best:
-        raise ValueError(
-            f"Not even one neuron is within --model.max_perplexity_increase {most:g} (the first raises perplexity by "
-            f"{100 * min(of['rise'] for of in rise.measured):.2f} %): raise it, or choose another --model.selection."
+        raise OptionError(
+            "max_perplexity_increase",
+            f"Not even one neuron is within --.max_perplexity_increase {most:g} (the first raises perplexity by "
+            f"{100 * min(of['rise'] for of in rise.measured):.2f} %): raise it, or choose another --.selection.",
         )
     dropped: set[Key] = set()
     for _ in range(budget.rounds):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.selection.lowest import lowest_first
 
@@ -79,9 +80,10 @@ def ratio(general: Scores, behavior: Scores, floor: float = 0.05) -> dict[str, T
     check_same_modules(general, behavior)
     mean = torch.cat([score.double().flatten() for score in general.values()]).mean()
     if any((score < 0).any() for score in general.values()):
-        raise ValueError(
-            "A general score is below 0, and a cost cannot be: attribute general text with --model.relevance "
-            "magnitude, absolute or squared for --model.selection ratio."
+        raise OptionError(
+            "relevance",
+            "A general score is below 0, and a cost cannot be: attribute general text with --.relevance "
+            "magnitude, absolute or squared for --.selection ratio.",
         )
     if not mean > 0:
         raise ValueError("The general scores must be above 0 on average to divide by them.")
@@ -207,14 +209,15 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
     names = list(scores)
     flat = torch.cat([scores[name] for name in names])
     if not 1 <= num_neurons <= len(flat):
-        raise ValueError(f"--model.num_neurons must be between 1 and {len(flat):,} (all neurons), got {num_neurons}.")
+        raise OptionError("num_neurons", f"must be between 1 and {len(flat):,} (all neurons), got {num_neurons}.")
     if torch.isnan(flat).any():
         raise ValueError("The scores hold NaN, so neurons cannot be ranked.")
     eligible = int((flat < math.inf).sum())
     if num_neurons > eligible:
-        raise ValueError(
-            f"--model.num_neurons asks for {num_neurons} neurons, but --model.selection leaves only {eligible} of "
-            f"{len(flat):,}: raise --model.top_behavior, or lower --model.top_general."
+        raise OptionError(
+            "num_neurons",
+            f"asks for {num_neurons} neurons, but --.selection leaves only {eligible} of "
+            f"{len(flat):,}: raise --.top_behavior, or lower --.top_general.",
         )
     order = flat.argsort(stable=True)[:num_neurons]
     modules = [(name, i) for name in names for i in range(len(scores[name]))]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.scores import ScoreFile, WeightScores
+from sparc3_lightning.errors import OptionFileNotFoundError
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.architectures import is_heads
 from sparc3_lightning.models.components import Granularity, Neuron
@@ -82,7 +83,7 @@ class NeuronList:
             ValueError: If it is not a list of neurons, is empty, or names a neuron twice.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"--model.neurons: {path} does not exist; 'sparc3 prune' writes it.")
+            raise OptionFileNotFoundError("neurons", f": {path} does not exist; 'sparc3 prune' writes it.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:

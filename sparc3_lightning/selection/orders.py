@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.scores import INDEX, MUST_MATCH, Provenance, ScoreFile, WeightScores
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import weight_of
 from sparc3_lightning.models.components import Neuron, mask
 from sparc3_lightning.selection.criteria import select
@@ -139,9 +140,10 @@ def group_scores(paths: Sequence[Path]) -> list[Group]:
             # The seed of the run is in nothing but random scores.
             is_other = provenance.method == "random" and provenance.seed != theirs.seed
             if provenance.data_fingerprint == theirs.data_fingerprint and not is_other:
-                raise ValueError(
-                    f"--model.scores: {path} and {other} are by the same method on the same samples, so they are "
-                    "not two seeds: leave one out, or attribute with another --data.init_args.seed."
+                raise OptionError(
+                    "scores",
+                    f": {path} and {other} are by the same method on the same samples, so they are "
+                    "not two seeds: leave one out, or attribute with another --data.init_args.seed.",
                 )
         of.paths.append(path)
         of.provenances.append(provenance)

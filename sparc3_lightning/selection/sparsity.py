@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.selection.lowest import below_threshold, lowest
 
 PATTERNS = ("row", "layer", "global")
@@ -25,14 +26,13 @@ def check_sparsity(sparsity: float, pattern: str) -> None:
         pattern: ``row``, ``layer``, ``global``, or ``n:m`` with numbers in place of the letters.
     """
     if not 0 <= sparsity <= 1:
-        raise ValueError(f"--model.sparsity must be in [0, 1], got {sparsity}.")
+        raise OptionError("sparsity", f"must be in [0, 1], got {sparsity}.")
     if pattern in PATTERNS:
         return
     n, m = n_of_m(pattern)
     if abs(sparsity - (1 - n / m)) > 1e-6:
-        raise ValueError(
-            f"--model.pattern {pattern} keeps {n} of {m} weights, so --model.sparsity must be {1 - n / m:g}, got "
-            f"{sparsity:g}."
+        raise OptionError(
+            "pattern", f"{pattern} keeps {n} of {m} weights, so --.sparsity must be {1 - n / m:g}, got {sparsity:g}."
         )
 
 
@@ -41,9 +41,9 @@ def n_of_m(pattern: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+):(\d+)", pattern)
     n, m = map(int, found.groups()) if found else (1, 0)
     if n > m or m == 0:
-        raise ValueError(
-            f"--model.pattern must be one of {', '.join(PATTERNS)}, or n:m with n of m weights kept, such as 2:4; got "
-            f"{pattern!r}."
+        raise OptionError(
+            "pattern",
+            f"must be one of {', '.join(PATTERNS)}, or n:m with n of m weights kept, such as 2:4; got {pattern!r}.",
         )
     return n, m
 
@@ -78,7 +78,7 @@ def prune_mask(S_OI: Tensor, sparsity: float, pattern: str = "row") -> Tensor:
         return lowest(S_OI.reshape(1, -1), num_pruned(sparsity, S_OI.numel())).view_as(S_OI)
     n, m = n_of_m(pattern)
     if S_OI.shape[1] % m:
-        raise ValueError(f"--model.pattern {pattern}: rows of {S_OI.shape[1]} weights are no multiple of {m}.")
+        raise OptionError("pattern", f"{pattern}: rows of {S_OI.shape[1]} weights are no multiple of {m}.")
     return lowest(S_OI.reshape(-1, m), m - n).view_as(S_OI)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.scores import check_match, load_index
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.selection.criteria import lowest_of_modules
 from sparc3_lightning.selection.lowest import Lowest
 from sparc3_lightning.selection.neuron_list import NUM_BINS, Selected
@@ -42,8 +43,8 @@ class DifferentialWeights:
     """
 
     def __init__(self, general: Sequence[Path], behavior: Path) -> None:
-        self.general = [load_index(path, "--model.general") for path in general]
-        self.behavior = load_index(behavior, "--model.behavior")
+        self.general = [load_index(path, "general") for path in general]
+        self.behavior = load_index(behavior, "behavior")
         check_match([*self.general, self.behavior])
 
     def __iter__(self) -> Iterator[Layer]:
@@ -77,9 +78,9 @@ def select_weights(layers: Iterable[Layer], num_weights: int, num_ranked: int) -
         of_difference += float(difference_OI.double().sum())
     num_candidates = sum(per_layer.values())
     if num_weights > num_candidates:
-        raise ValueError(
-            f"--model.num_neurons must be between 1 and {num_candidates:,} (all weights that were scored), got "
-            f"{num_weights}."
+        raise OptionError(
+            "num_neurons",
+            f"must be between 1 and {num_candidates:,} (all weights that were scored), got {num_weights}.",
         )
     listed = found.neurons()
     chosen, least_relevant = listed[:num_weights], []

@@ -20,6 +20,7 @@ from sparc3_lightning.attribution.static_scores import STATIC, StaticScores, che
 from sparc3_lightning.attribution.targets import LEXICAL, Target, lexicon_of, target_of
 from sparc3_lightning.data.base import NoSamples, ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_absent, check_space, check_writable
 from sparc3_lightning.models.architectures import family_of, find_targets, head_layers, neuron_layers, weight_of
 from sparc3_lightning.models.checkpoints import (
@@ -105,20 +106,20 @@ class Attribution(StoppableModule):
     ) -> None:
         super().__init__()
         if targets is not None and not targets:
-            raise ValueError("--model.targets must name at least one layer type, for example up_proj.")
+            raise OptionError("targets", "must name at least one layer type, for example up_proj.")
         self.has_target = method in ("lrp", "gradient")
         check_granularity(granularity, relevance if self.has_target else method, targets or ())
         if method in STATIC:
             check_static(method, granularity, activations)
         if activations or method == "activation":
-            option = "--model.activations true" if activations else f"--model.method {method}"
-            check_are_of_neurons(option, granularity, targets or ())
+            option = ("activations", "true") if activations else ("method", method)
+            check_are_of_neurons(*option, granularity, targets or ())
         if not self.has_target and target != "argmax":
-            raise ValueError(f"--model.method {method} has no target: leave out --model.target.")
+            raise OptionError("method", f"{method} has no target: leave out --.target.")
         if target in LEXICAL:
-            check_scorer(lexicon, "--model.lexicon")
+            check_scorer(lexicon, "lexicon")
         if save_every < 1:
-            raise ValueError(f"--model.save_every must be at least 1, got {save_every}.")
+            raise OptionError("save_every", f"must be at least 1, got {save_every}.")
         self.save_hyperparameters()
         self.save_every = save_every
         self.checkpoint = checkpoint
@@ -152,7 +153,7 @@ class Attribution(StoppableModule):
             what = (
                 "reads no samples: give --data NoSamples" if self.method in STATIC else "needs samples: give --data C4"
             )
-            raise ValueError(f"--model.method {self.method} {what}.")
+            raise OptionError("method", f"{self.method} {what}.")
         check_context(config, data.longest, data.way_to_shorter)
         self._find_targets(skeleton_of(config))
         if self.target in LEXICAL:

@@ -14,6 +14,7 @@ from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.attribution.targets import logit_difference
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
 from sparc3_lightning.models.components import Neuron, check_are_neurons, check_neurons
@@ -72,13 +73,13 @@ class Circuit(StoppableModule):
     ) -> None:
         super().__init__()
         if not scores:
-            raise ValueError("--model.scores must name at least one score file of 'sparc3 attribute'.")
+            raise OptionError("scores", "must name at least one score file of 'sparc3 attribute'.")
         if not sparsities or not all(0 < sparsity <= 1 for sparsity in sparsities):
-            raise ValueError(f"--model.sparsities must be above 0 and at most 1, got {list(sparsities)}.")
+            raise OptionError("sparsities", f"must be above 0 and at most 1, got {list(sparsities)}.")
         if not 0 < threshold <= 1:
-            raise ValueError(f"--model.threshold must be above 0 and at most 1, got {threshold}.")
+            raise OptionError("threshold", f"must be above 0 and at most 1, got {threshold}.")
         if num_random < 0:
-            raise ValueError(f"--model.num_random must be at least 0, got {num_random}.")
+            raise OptionError("num_random", f"must be at least 0, got {num_random}.")
         self.save_hyperparameters()
         self.groups = group_scores([Path(path) for path in scores])
         self.checkpoint = checkpoint
@@ -109,9 +110,10 @@ class Circuit(StoppableModule):
         data.leave_out = used & {sample.id for sample in data.samples}
         self.num_samples = len(data.samples) - len(data.leave_out)
         if not self.num_samples:
-            raise ValueError(
+            raise OptionError(
+                "scores",
                 "Every sample was used to attribute, so none is left: choose another --data.init_args.seed than that "
-                "of --model.scores."
+                "of --.scores.",
             )
         check_same_on_all_ranks("checkpoint or data", [self.fingerprint, data.fingerprint()])
         rank_zero_info(
@@ -125,10 +127,11 @@ class Circuit(StoppableModule):
         for of in self.groups:
             for path, provenance in zip(of.paths, of.provenances, strict=True):
                 if provenance.checkpoint_fingerprint != self.fingerprint:
-                    raise ValueError(
+                    raise OptionError(
+                        "checkpoint",
                         f"{path} is for the checkpoint {provenance.checkpoint!r} "
-                        f"({provenance.checkpoint_fingerprint}), but --model.checkpoint is {self.checkpoint!r} "
-                        f"({self.fingerprint})."
+                        f"({provenance.checkpoint_fingerprint}), but --.checkpoint is {self.checkpoint!r} "
+                        f"({self.fingerprint}).",
                     )
             if of.granularity == "weight":
                 check_is_whole(self)

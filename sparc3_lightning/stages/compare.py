@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from sparc3_lightning.attribution.scores import MUST_MATCH, ScoreFile, average, check_match
+from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.models.components import Key
@@ -62,23 +63,24 @@ class Comparison(L.LightningModule):
     ) -> None:
         super().__init__()
         if not 2 <= len(neurons) <= MAX_LISTS:
-            raise ValueError(
-                f"--model.neurons must name from 2 to {MAX_LISTS} files, such as '[a/neurons.json, b/neurons.json]', "
-                f"got {len(neurons)}."
+            raise OptionError(
+                "neurons",
+                f"must name from 2 to {MAX_LISTS} files, such as '[a/neurons.json, b/neurons.json]', "
+                f"got {len(neurons)}.",
             )
         for option, values in (("names", names), ("behaviors", behaviors)):
             if values is not None and len(values) != len(neurons):
-                raise ValueError(
-                    f"--model.{option} must have one entry for each of the {len(neurons)} files of --model.neurons, "
-                    f"got {len(values)}."
+                raise OptionError(
+                    option,
+                    f"must have one entry for each of the {len(neurons)} files of --.neurons, got {len(values)}.",
                 )
         if general is not None and not general:
-            raise ValueError("--model.general must name at least one score file.")
+            raise OptionError("general", "must name at least one score file.")
         self.save_hyperparameters()
         self.paths = [Path(path) for path in neurons]
         self.names = _names_of(self.paths) if names is None else list(names)
         if len(set(self.names)) < len(self.names) or not all(self.names):
-            raise ValueError(f"Each list needs a name of its own, got {self.names}: give --model.names.")
+            raise OptionError("names", f"Each list needs a name of its own, got {self.names}: give --.names.")
         self.general = None if general is None else [Path(path) for path in general]
         self.behaviors = None if behaviors is None else [Path(path) for path in behaviors]
         self.normalize = normalize
@@ -152,15 +154,14 @@ class Comparison(L.LightningModule):
         for name, values in of.items():
             for path, value in zip(self.paths, values, strict=True):
                 if value != values[0]:
-                    raise ValueError(
-                        f"--model.neurons: the lists are not of the same neurons: {name} is {values[0]!r} in "
-                        f"{self.paths[0]} but {value!r} in {path}."
+                    raise OptionError(
+                        "neurons",
+                        f": the lists are not of the same neurons: {name} is {values[0]!r} in "
+                        f"{self.paths[0]} but {value!r} in {path}.",
                     )
         if lists[0].granularity == "weight":
             if self.general is not None or self.behaviors is not None:
-                raise ValueError(
-                    "--model.general and --model.behaviors are for neurons: weights are compared without scores."
-                )
+                raise OptionError("general", "and --.behaviors are for neurons: weights are compared without scores.")
             rank_zero_warn("Lists of weights are compared without scores: there are no correlations and no classes.")
 
     def _load_sides(self, lists: Sequence[NeuronList]) -> list[Sides] | None:
@@ -170,10 +171,11 @@ class Comparison(L.LightningModule):
         gone = next((path for found in paths for side in found for path in side if not path.is_file()), None)
         if lacking is not None or gone is not None:
             what = f"The score file {gone} does not exist" if gone else f"The neurons.json of {lacking!r} names none"
-            what += ": give --model.general and --model.behaviors."
+            what += ": give --.general and --.behaviors."
             if self.general is not None or self.behaviors is not None:
-                raise FileNotFoundError(what)
-            rank_zero_warn(f"Without score files there are no correlations and no classes. {what}")
+                raise OptionFileNotFoundError("general", what)
+            warning = OptionError("general", f"Without score files there are no correlations and no classes. {what}")
+            rank_zero_warn(str(warning))
             return None
         files = {path: ScoreFile.load(path) for found in paths for side in found for path in side}
         sides = [Sides([files[path] for path in general], files[behavior]) for general, (behavior,) in paths]
@@ -197,10 +199,11 @@ class Comparison(L.LightningModule):
             now = file.provenance.summary()
             for name in ("data_fingerprint", *MUST_MATCH):
                 if name in then and then[name] != now[name]:
-                    raise ValueError(
+                    raise OptionError(
+                        "general",
                         f"{file.path} is no longer the score file that {self.paths[i]} was selected from: {name} was "
-                        f"{then[name]!r} and is {now[name]!r}. Give --model.general and --model.behaviors, or prune "
-                        "again."
+                        f"{then[name]!r} and is {now[name]!r}. Give --.general and --.behaviors, or prune "
+                        "again.",
                     )
         fingerprint = provenance.get("checkpoint_fingerprint")
         if fingerprint not in (None, side.behavior.provenance.checkpoint_fingerprint):
@@ -214,7 +217,7 @@ class Comparison(L.LightningModule):
             try:
                 check_match([side.general[0], side.behavior])
             except ValueError as error:
-                raise ValueError(f"{error} --model.normalize true compares the shares of each side.") from None
+                raise OptionError("normalize", f"{error} --.normalize true compares the shares of each side.") from None
 
     def _count_candidates(self, sizes: dict[str, int], num_pruned: int) -> int:
         """Return the number of neurons that the lists were chosen from."""
@@ -224,13 +227,14 @@ class Comparison(L.LightningModule):
             found = {json.loads(path.read_text())["num_candidates"] if path.is_file() else 0 for path in beside}
             number = max(found)
             if len(found) > 1 or not number:
-                raise ValueError(
+                raise OptionError(
+                    "num_candidates",
                     "The number of neurons that the lists were chosen from is not known, as there are neither score "
-                    f"files nor a {SELECTION} beside each list that agree: give --model.num_candidates, layers times "
-                    "intermediate size."
+                    f"files nor a {SELECTION} beside each list that agree: give --.num_candidates, layers times "
+                    "intermediate size.",
                 )
         if number < num_pruned:
-            raise ValueError(f"--model.num_candidates is {number:,}, but the lists hold {num_pruned:,} neurons.")
+            raise OptionError("num_candidates", f"is {number:,}, but the lists hold {num_pruned:,} neurons.")
         return number
 
     def _describe(self, i: int, pruned: NeuronList, sides: Sequence[Sides] | None) -> dict[str, Any]:
@@ -272,7 +276,7 @@ def _rows(keys: Sequence[Key], sizes: dict[str, int]) -> list[int]:
     starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
     for module, index, *_ in keys:
         if not 0 <= index < sizes.get(module, 0):
-            raise ValueError(f"The score files hold no neuron {index} of {module}, which --model.neurons names.")
+            raise OptionError("neurons", f"The score files hold no neuron {index} of {module}, which --.neurons names.")
     return [starts[module] + index for module, index, *_ in keys]
 
 

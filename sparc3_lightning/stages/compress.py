@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.scores import WeightScores, check_match, load_index
+from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.architectures import ALL, find_targets, weight_of
 from sparc3_lightning.models.checkpoints import Dtype, check_unchanged, load_config, resolve_dtype, skeleton_of
@@ -77,10 +78,10 @@ class Compression(L.LightningModule):
     ) -> None:
         super().__init__()
         if not general:
-            raise ValueError("--model.general must name at least one index of scores of weights.")
+            raise OptionError("general", "must name at least one index of scores of weights.")
         check_sparsity(sparsity, pattern)
         if Path(export).exists():
-            raise FileExistsError(f"--model.export: {export} exists already; nothing was overwritten.")
+            raise OptionFileExistsError("export", f": {export} exists already; nothing was overwritten.")
         self.save_hyperparameters()
         self.general = [Path(path) for path in general]
         self.export = Path(export)
@@ -104,7 +105,7 @@ class Compression(L.LightningModule):
         """
         check_writable(folder)
         check_absent(folder / SPARSITY)
-        files = [load_index(path, "--model.general") for path in self.general]
+        files = [load_index(path, "general") for path in self.general]
         check_match(files)
         source = files[0].provenance
         revision = check_unchanged(source.checkpoint, source.checkpoint_fingerprint)
@@ -172,9 +173,10 @@ def _check_layers(scores: WeightScores, revision: str | None) -> int:
     layers = find_targets(model, [ALL])
     for name, shape in scores.shapes.items():
         if name not in layers:
-            raise ValueError(
+            raise OptionError(
+                "targets",
                 f"{scores.path}: {name} is the head, which is never pruned, or no linear layer of the model: attribute "
-                "with --model.targets '[all]'."
+                "with --.targets '[all]'.",
             )
         if shape != list(weight_of(layers[name]).shape):
             raise ValueError(

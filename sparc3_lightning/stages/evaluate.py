@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.completions import CompletionLog, completion_rows
 from sparc3_lightning.evaluation.findings import findings, preference
 from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling, continue_prompts, draw_keys
@@ -100,7 +101,7 @@ class Evaluation(StoppableModule):
         self.num_continuations = preset_continuations if num_continuations is None else num_continuations
         self.per_seed, left = divmod(self.num_continuations, max(num_seeds, 1))
         if num_seeds < 1 or left:
-            raise ValueError(f"--model.num_seeds must divide {self.num_continuations} continuations, got {num_seeds}.")
+            raise OptionError("num_seeds", f"must divide {self.num_continuations} continuations, got {num_seeds}.")
         self.sampling = Sampling(
             preset.max_new_tokens if max_new_tokens is None else max_new_tokens,
             preset.temperature if temperature is None else temperature,
@@ -109,7 +110,7 @@ class Evaluation(StoppableModule):
         self.sampling.check(self.num_continuations)
         check_scorer(scorer)
         if second_scorer is not None:
-            check_scorer(second_scorer, "--model.second_scorer")
+            check_scorer(second_scorer, "second_scorer")
         check_tasks(lm_eval_tasks, lm_eval_folder)
         self.zero_shot = (list(lm_eval_tasks), lm_eval_folder, lm_eval_limit)
         self.neurons = None if neurons is None else NeuronList.load(Path(neurons))
@@ -139,7 +140,7 @@ class Evaluation(StoppableModule):
         check_writable(self.folder)
         check_absent(self.folder / RESULTS)
         if self.zero_shot[0] and self.trainer.world_size > 1:
-            raise ValueError("--model.lm_eval_tasks needs one device: measure zero-shot accuracy in a run of its own.")
+            raise OptionError("lm_eval_tasks", "needs one device: measure zero-shot accuracy in a run of its own.")
         config = load_config(self.checkpoint, self.revision)
         self.fingerprint = fingerprint(self.checkpoint, self.revision)
         data = self.data
@@ -150,9 +151,10 @@ class Evaluation(StoppableModule):
         for selection, neurons in self.lists.items():
             of, theirs = neurons.provenance, neurons.provenance.get("checkpoint_fingerprint")
             if theirs != self.fingerprint:
-                raise ValueError(
+                raise OptionError(
+                    "checkpoint",
                     f"{selection or self.neurons_path} is for the checkpoint {of.get('checkpoint')!r} ({theirs}), but "
-                    f"--model.checkpoint is {self.checkpoint!r} ({self.fingerprint})."
+                    f"--.checkpoint is {self.checkpoint!r} ({self.fingerprint}).",
                 )
         if any(of.granularity == "weight" for of in self.lists.values()):
             check_is_whole(self)

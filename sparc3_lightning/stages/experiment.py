@@ -17,6 +17,7 @@ from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.attribution.targets import LEXICAL
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.zero_shot import fetch_tasks
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.models.checkpoints import Dtype, fetch_checkpoint, fingerprint
@@ -94,7 +95,7 @@ class Experiment:
         logs: Path = Path("lightning_logs"),
     ) -> None:
         if not general_seeds or len(set(general_seeds)) != len(general_seeds):
-            raise ValueError(f"--model.general_seeds must be different seeds, at least one, got {list(general_seeds)}.")
+            raise OptionError("general_seeds", f"must be different seeds, at least one, got {list(general_seeds)}.")
         self.checkpoint = checkpoint
         self.general_seeds = list(general_seeds)
         self.behavior_attribute = behavior_attribute or {}
@@ -114,9 +115,10 @@ class Experiment:
             ValueError: If stages that are not done would refuse their options.
         """
         if len(self.general_seeds) > 1 and not _takes_seed(options["general"]):
-            raise ValueError(
+            raise OptionError(
+                "general_seeds",
                 f"--general: {options['general']['class_path']} draws the same samples whatever the seed, so "
-                f"--model.general_seeds must be one seed, got {self.general_seeds}."
+                f"--.general_seeds must be one seed, got {self.general_seeds}.",
             )
         model = {"checkpoint": self.checkpoint, "dtype": self.dtype, "revision": self.revision}
         of_general = {**options["attribute"], **model}

@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from sparc3_lightning.attribution.targets import LEXICAL
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.variants import check_numbers
 from sparc3_lightning.models.checkpoints import fingerprint
 from sparc3_lightning.scorers.classifiers import split_label
@@ -27,7 +28,7 @@ def attribution_options(options: dict[str, Any]) -> dict[str, Any]:
     try:
         return parser.parse_object(options).as_dict()
     except ArgumentError as error:
-        raise ValueError(f"--model.behavior_attribute: {error}") from None
+        raise OptionError("behavior_attribute", f": {error}") from None
 
 
 def check_attributions(general: dict[str, Any], behavior: dict[str, Any]) -> None:
@@ -36,7 +37,7 @@ def check_attributions(general: dict[str, Any], behavior: dict[str, Any]) -> Non
     try:
         _by_group("attribute", partial(Attribution, **behavior))
     except ValueError as error:
-        raise ValueError(f"{error} (with --model.behavior_attribute)") from None
+        raise OptionError("behavior_attribute", f"{error} (with --.behavior_attribute)") from None
 
 
 def check_granularities(pruned: str, *attributed: str) -> None:
@@ -92,8 +93,8 @@ def _by_group(group: str, check: Any, *arguments: Any) -> Any:
     """Call a check, whose error names an option as that stage's own verb does, and name it as ``run`` does."""
     try:
         return check(*arguments)
-    except (ValueError, OSError) as error:
-        raise ValueError(str(error).replace("--model.", f"--{group}.")) from None
+    except OptionError as error:
+        raise error.of(group) from None
 
 
 def screening(options: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
 from sparc3_lightning.attribution.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching
 from sparc3_lightning.data.base import ReferenceSamples
+from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
 from sparc3_lightning.models.checkpoints import (
     Dtype,
@@ -111,33 +112,32 @@ class Pruning(L.LightningModule):
     ) -> None:
         super().__init__()
         if not general:
-            raise ValueError("--model.general must name at least one score file.")
+            raise OptionError("general", "must name at least one score file.")
         if num_neurons < 1:
-            raise ValueError(f"--model.num_neurons must be at least 1, got {num_neurons}.")
+            raise OptionError("num_neurons", f"must be at least 1, got {num_neurons}.")
         if not 0 < top_behavior <= 1 or not 0 <= top_general < 1:
-            raise ValueError(
-                f"--model.top_behavior must be in (0, 1] and --model.top_general in [0, 1), got {top_behavior} and "
-                f"{top_general}."
+            raise OptionError(
+                "top_behavior", f"must be in (0, 1] and --.top_general in [0, 1), got {top_behavior} and {top_general}."
             )
         if contrast is not None and selection == "auroc":
-            raise ValueError("--model.contrast is of scores, but --model.selection auroc ranks by activations alone.")
+            raise OptionError("contrast", "is of scores, but --.selection auroc ranks by activations alone.")
         if not strengths or not all(0 < strength <= 1 for strength in strengths):
-            raise ValueError(f"--model.strengths must be above 0 and at most 1, got {list(strengths)}.")
+            raise OptionError("strengths", f"must be above 0 and at most 1, got {list(strengths)}.")
         if max_perplexity_increase is None and (len(strengths) > 1 or refine):
-            raise ValueError("Several --model.strengths, and --model.refine, need --model.max_perplexity_increase.")
+            raise OptionError("strengths", "Several --.strengths, and --.refine, need --.max_perplexity_increase.")
         if max_perplexity_increase is not None and max_perplexity_increase <= 0:
-            raise ValueError(f"--model.max_perplexity_increase must be above 0, got {max_perplexity_increase}.")
+            raise OptionError("max_perplexity_increase", f"must be above 0, got {max_perplexity_increase}.")
         if granularity == "weight":
             others = {
-                f"--model.selection {selection}": selection != "difference",
-                "--model.contrast": contrast is not None,
-                f"--model.replacement {replacement}": replacement != "zero",
-                "--model.max_perplexity_increase": max_perplexity_increase is not None,
+                f"--.selection {selection}": selection != "difference",
+                "--.contrast": contrast is not None,
+                f"--.replacement {replacement}": replacement != "zero",
+                "--.max_perplexity_increase": max_perplexity_increase is not None,
             }
             if given := [option for option, is_given in others.items() if is_given]:
-                raise ValueError(f"--model.granularity weight goes with none of {', '.join(given)}: leave them out.")
+                raise OptionError("granularity", f"weight goes with none of {', '.join(given)}: leave them out.")
         if export is not None and Path(export).exists():
-            raise FileExistsError(f"--model.export: {export} exists already; nothing was overwritten.")
+            raise OptionFileExistsError("export", f": {export} exists already; nothing was overwritten.")
         self.save_hyperparameters()
         self.general = [Path(path) for path in general]
         self.behavior = Path(behavior)
@@ -179,7 +179,7 @@ class Pruning(L.LightningModule):
         check_writable(folder)
         check_absent(folder / NEURONS)
         if self.max_perplexity_increase is not None and text is None:
-            raise ValueError("--model.max_perplexity_increase needs a text: --data C4 --data.source <file> and so on.")
+            raise OptionError("max_perplexity_increase", "needs a text: --data C4 --data.source <file> and so on.")
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
         provenance |= {} if found.budget is None else {"budget": found.budget}
         provenance |= {"selection": self.selection, "replacement": self.replacement}
@@ -215,7 +215,7 @@ class Pruning(L.LightningModule):
                 of = behavior_file.provenance
                 check_takes_means(of.checkpoint, of.checkpoint_fingerprint, behavior_file.scores)
         elif self.refine:
-            raise ValueError("--model.refine is for neurons, and these are scores of heads: leave it out.")
+            raise OptionError("refine", "is for neurons, and these are scores of heads: leave it out.")
         general, behavior = average(general_files), behavior_file.scores
         files = [*general_files, behavior_file]
         if self.contrast is not None:
@@ -293,7 +293,7 @@ class Pruning(L.LightningModule):
             "compare samples of like length as well."
         )
         if self.weak == "error":
-            raise ValueError(f"{message} Nothing was written (--model.weak error).")
+            raise OptionError("weak", f"{message} Nothing was written (--.weak error).")
         rank_zero_warn(message)
 
     def _describe(self, neurons: NeuronList, selection: dict[str, Any], folder: Path) -> None:

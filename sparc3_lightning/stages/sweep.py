@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.evaluate import Evaluation
 
@@ -46,12 +47,12 @@ class Sweep(Evaluation):
     ) -> None:
         paths = [Path(path) for path in ([neurons] if isinstance(neurons, str | Path) else neurons)]
         if not paths:
-            raise ValueError("--model.neurons must name at least one neurons.json.")
+            raise OptionError("neurons", "must name at least one neurons.json.")
         if len(paths) > 1 or names is not None:
             lists = [NeuronList.load(path) for path in paths]
             named = list(names) if names is not None else _names(lists, paths)
             if len(named) != len(paths) or len(set(named)) != len(named):
-                raise ValueError(f"--model.names must be {len(paths)} different names, one a list, got {named}.")
+                raise OptionError("names", f"must be {len(paths)} different names, one a list, got {named}.")
             self.lists = dict(zip(named, lists, strict=True))
         self.max_perplexity_increase = max_perplexity_increase
         if not doses:
