@@ -1,5 +1,7 @@
-"""What tests of several rooms share: tiny models of every family by their configs, names of layers, and sentences."""
+"""What tests of several rooms share: tiny models by their configs, names of layers, sentences, and score files."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from sparc3_lightning.attribution.scores import Provenance, ScoreFile
+
 TEXT = (
     "the a of to and in is was it for on as with his he be at by had this that are they from not have or an which "
     "you one we were all her she there would their will when who him been has more if no out so said what up its "
@@ -27,6 +31,7 @@ TEXT = (
     "leave call ask need feel become "
 )
 WORDS = TEXT.split()
+MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 # Of each family the classes, what its config calls otherwise than LLaMA's or lacks, and what it adds.
 FAMILIES: dict[str, tuple[Any, Any, dict[str, str | None], dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}, {}),
@@ -73,6 +78,35 @@ def sentence(seed: int, num_words: int) -> str:
     """Return random words, the same for the same seed."""
     draw = torch.Generator().manual_seed(seed)
     return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (num_words,), generator=draw).tolist())
+
+
+def random_scores(seed: int, scale: float = 1.0, shape: int = 24) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.rand(shape, generator=draw) for name in MODULES}
+
+
+def provenance(checkpoint: str = "tiny", print_: str = "files:abc", ids: tuple[str, ...] = ("p1", "p2")) -> Provenance:
+    return Provenance(
+        checkpoint=checkpoint,
+        checkpoint_fingerprint=print_,
+        method="lrp",
+        rule="attnlrp",
+        relevance="magnitude",
+        targets=["up_proj"],
+        dtype="float32",
+        data={"class": "C4"},
+        data_fingerprint="d",
+        num_samples=2,
+        num_tokens=20,
+        seq_len=10,
+        seed=0,
+        sample_ids=list(ids),
+    )
+
+
+def save_scores(path: str, scores: dict[str, torch.Tensor], of: Provenance | None = None, **changes) -> Path:
+    ScoreFile(scores, dataclasses.replace(of or provenance(), **changes)).save(Path(path))
+    return Path(path)
 
 
 def fail_if_masked(model: Any, neurons: list[Any]) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import sentence
-from test_prune import MODULES, provenance, random_scores, save_scores
+from helpers import MODULES, provenance, random_scores, save_scores, sentence
 
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.cli import main

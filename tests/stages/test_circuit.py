@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_config
+from helpers import make_config, provenance
 from test_attribute import trainer
 from test_ioi import words_tokenizer
-from test_prune import provenance
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_prune import MODULES, provenance, random_scores, save_scores
+from helpers import MODULES, provenance, random_scores, save_scores
 
 from sparc3_lightning.cli import main
 from sparc3_lightning.models.components import Neuron

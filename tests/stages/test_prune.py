@@ -1,15 +1,14 @@
 """From score files to neurons.json, its pictures and the pruned checkpoint; and what is refused."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import MODULES, provenance, random_scores, save_scores
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
-from sparc3_lightning.attribution.scores import Provenance, ScoreFile
 from sparc3_lightning.models.checkpoints import fingerprint, load_model, load_tokenizer
 from sparc3_lightning.models.components import mask
 from sparc3_lightning.selection import criteria as selections
@@ -18,37 +17,7 @@ from sparc3_lightning.selection.neuron_list import NeuronList, histogram
 from sparc3_lightning.stages import prune as prune_module
 from sparc3_lightning.stages.prune import NEURONS, SELECTION, Pruning
 
-MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 OUT = Path("out")
-
-
-def random_scores(seed: int, scale: float = 1.0, shape: int = 24) -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    return {name: scale * torch.rand(shape, generator=draw) for name in MODULES}
-
-
-def provenance(checkpoint: str = "tiny", print_: str = "files:abc", ids: tuple[str, ...] = ("p1", "p2")) -> Provenance:
-    return Provenance(
-        checkpoint=checkpoint,
-        checkpoint_fingerprint=print_,
-        method="lrp",
-        rule="attnlrp",
-        relevance="magnitude",
-        targets=["up_proj"],
-        dtype="float32",
-        data={"class": "C4"},
-        data_fingerprint="d",
-        num_samples=2,
-        num_tokens=20,
-        seq_len=10,
-        seed=0,
-        sample_ids=list(ids),
-    )
-
-
-def save_scores(path: str, scores: dict[str, torch.Tensor], of: Provenance | None = None, **changes) -> Path:
-    ScoreFile(scores, dataclasses.replace(of or provenance(), **changes)).save(Path(path))
-    return Path(path)
 
 
 @pytest.fixture
