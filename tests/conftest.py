@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, WORDS, make_config
+from helpers import FAMILIES, WORDS, make_config, tokenizer_of
 
 # Tiny models are fastest on one core, and two cores that wait for each other are slow when others use them too.
 torch.set_num_threads(1)
@@ -83,20 +83,13 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
     @cache
     def make(family: str) -> str:
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
         folder = tmp_path_factory.mktemp("checkpoint") / f"tiny-{family}"
         torch.manual_seed(0)
         model = FAMILIES[family][1](make_config(family))
         for parameter in model.parameters():
             parameter.data.add_(0.2 * torch.randn_like(parameter))
         model.save_pretrained(folder)
-        vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-        words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        words.pre_tokenizer = pre_tokenizers.Whitespace()
-        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+        tokenizer_of(WORDS).save_pretrained(folder)
         return str(folder)
 
     return make

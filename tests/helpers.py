@@ -1,11 +1,14 @@
 """What tests of several rooms share: tiny models by their configs, names of layers, sentences, and score files."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -15,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -22,6 +26,7 @@ from transformers import (
 )
 
 from sparc3_lightning.attribution.scores import Provenance, ScoreFile
+from sparc3_lightning.data.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 
 TEXT = (
     "the a of to and in is was it for on as with his he be at by had this that are they from not have or an which "
@@ -107,6 +112,27 @@ def provenance(checkpoint: str = "tiny", print_: str = "files:abc", ids: tuple[s
 def save_scores(path: str, scores: dict[str, torch.Tensor], of: Provenance | None = None, **changes) -> Path:
     ScoreFile(scores, dataclasses.replace(of or provenance(), **changes)).save(Path(path))
     return Path(path)
+
+
+def trainer(folder: str = "out", **options) -> L.Trainer:
+    """A stock Trainer, as a user of Lightning would write it."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "inference_mode": False}
+    return L.Trainer(**{"accelerator": "cpu", "default_root_dir": folder, **quiet, **options})
+
+
+def tokenizer_of(words: list[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def words_tokenizer(names: tuple[str, ...] = NAMES) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of the words of indirect object identification and of some names."""
+    text = " ".join([*TEMPLATES, *PLACES, *OBJECTS]).replace("{", "").replace("}", "")
+    return tokenizer_of(sorted({*re.findall(r"\w+|[^\w\s]", text), "they", "others", "one", *names}))
 
 
 def fail_if_masked(model: Any, neurons: list[Any]) -> None:

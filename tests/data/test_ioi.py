@@ -6,26 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import words_tokenizer
 
 from sparc3_lightning.attribution.targets import last_logits, logit_difference, target_of
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.ioi import IOI, NAMES, OBJECTS, PLACES, TEMPLATES, name_tokens, sentence_id
-
-
-def words_tokenizer(names: tuple[str, ...] = NAMES) -> Any:
-    """A tokenizer of whole words, of those of the sentences and of some names."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    text = " ".join([*TEMPLATES, *PLACES, *OBJECTS]).replace("{", "").replace("}", "")
-    words = sorted({*re.findall(r"\w+|[^\w\s]", text), "they", "others", "one", *names})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
 
 TOKENIZER = words_tokenizer()
 

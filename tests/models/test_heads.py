@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import fail_if_masked, mlp_of, sentence
-from test_attribute import trainer
+from helpers import fail_if_masked, mlp_of, sentence, trainer
 from test_evaluate import evaluation, run, save_neurons, write_inputs
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, Phi3Config

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from helpers import WORDS, sentence
+from helpers import WORDS, sentence, trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -47,12 +47,6 @@ def prompts(tmp_path) -> str:
     rows += [{"text": sentence(200 + i, 5), "toxicity": 0.1} for i in range(3)]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return str(path)
-
-
-def trainer(folder: str = "out", **options) -> L.Trainer:
-    """A stock Trainer, as a user of Lightning would write it."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "inference_mode": False}
-    return L.Trainer(**{"accelerator": "cpu", "default_root_dir": folder, **quiet, **options})
 
 
 def scores_of(model: Attribution, data: L.LightningDataModule, folder: str = "out") -> ScoreFile:

@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_config, provenance
-from test_attribute import trainer
-from test_ioi import words_tokenizer
+from helpers import make_config, provenance, trainer, words_tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
