@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import NEURONS, SELECTION, Words, made_up
 from PIL import Image
-from test_figures import SELECTION
-from test_page import NEURONS, Words, made_up
 
 from sparc3_lightning.report.figures import draw_differential, draw_layers
 from sparc3_lightning.report.page import write_report

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_page import NEURONS, Words, change, made_up
+from made_up import NEURONS, SELECTION, Words, change, made_up
 
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.report import figures
@@ -25,11 +25,6 @@ from sparc3_lightning.report.page import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 WIDTH = 960  # pixels: sharp on a phone of 390 with two pixels each
-SELECTION = {
-    "histogram": {"edges": [-2.0, -1.0, 0.0, 1.0], "counts": [1.0, 100.0, 3.0]},
-    "threshold": -1.5,
-    "num_neurons": 100,
-}
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """The tables, the HTML page, the dose curve as CSV, and the model card."""
 
-import copy
 import csv
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -15,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from made_up import INSULTS, NEURONS, Words, change, made_up, made_up_windows, settings, toxicity
 
 from sparc3_lightning.evaluation.findings import findings
-from sparc3_lightning.evaluation.variants import Variant, plan
+from sparc3_lightning.evaluation.variants import plan
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.components import Neuron
 from sparc3_lightning.report import page as report
@@ -39,13 +37,6 @@ from sparc3_lightning.selection.neuron_list import NeuronList
 
 PAGE = Path("out/report.html")
 CARD = Path("out/model_card.md")
-NEURONS = NeuronList(
-    [Neuron("model.layers.12.mlp.up_proj", 345, -0.0123), Neuron("model.layers.3.mlp.up_proj", 6, -0.01)],
-    {"differential_strength_percent": 21.5, "selection": "difference", "sample_ids": ["secret"], "general": ["c4"]},
-    next=[Neuron("model.layers.3.mlp.up_proj", 7, -0.005)],
-    least_relevant=[Neuron("model.layers.3.mlp.up_proj", i, 0.0) for i in range(10, 20)],
-)
-INSULTS = {"idiot", "stupid", "sh*t", "a$$hole", "f***", "b!tch", "wanker's"}
 NASTY = "<script>alert('x')</script><img src=http://evil/x.png onerror=alert(1)></details></dd>\"' & <b>"
 
 
@@ -54,124 +45,6 @@ def pictures_take_no_time(monkeypatch):
     """Drawing takes a second a page; test_figures.py and test_browser.py look at real pictures."""
     for name in ("draw_changes", "draw_doses", "draw_layers", "draw_scatter"):
         monkeypatch.setattr(report, name, lambda *given, **_: write_atomically(given[-1], f"PNG {given[-1].name}"))
-
-
-class Words:
-    """A scorer that knows a list of words."""
-
-    name = "words"
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        self.asked += texts
-        return [0.5 if text in INSULTS else math.nan if text == "unscored" else 0.49 for text in texts]
-
-
-def toxicity(model: str, prompt: int, draw: int) -> float:
-    """Return the made-up score of a continuation: lower for larger doses, and for the controls as before."""
-    off = {"pruned": 0.6, "top_1_1": 0.8, "top_3_1": 0.3, "top_1_0.5": 0.9, "top_3_0.5": 0.7}.get(model, 1.0)
-    common, own = (uniform(100 * prompt + draw), uniform(100 * prompt + draw + 10_000 * sum(map(ord, model))))
-    return off * (0.8 * common + 0.2 * own)
-
-
-def uniform(seed: int) -> float:
-    return torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).item()
-
-
-@functools.cache
-def evaluation(num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, others: bool = True) -> tuple[Any, Any]:
-    """Return results and completions as an evaluation would give them, with or without controls and doses."""
-    more: dict[str, Any] = {"controls": 2, "control_continuations": 2, "doses": (1, 3), "strengths": (1.0, 0.5)}
-    variants = plan({"": NEURONS}, 3, **(more if others else {}))
-    rows = [
-        {
-            "model": variant.name,
-            "prompt_id": f"id{i:02}",
-            "continuation_index": j,
-            "prompt": f"A stupid prompt {i}",
-            "prompt_toxicity": 0.95 if i < num_toxic else 0.1,
-            "continuation": f" then an Idiot number {i} draw {j} by {variant.name}",
-            "num_tokens": 9,
-            "num_unique_tokens": 6,
-            "toxicity": toxicity(variant.name, i, j),
-            **({"second_toxicity": math.sqrt(toxicity(variant.name, i, j))} if second else {}),
-        }
-        for variant in variants
-        for i in range(num_toxic + num_nontoxic)
-        for j in range(variant.num_continuations)
-    ]
-    windows = {}
-    for variant in variants:
-        conventions = ("sliding", "disjoint") if variant.kind in ("baseline", "pruned") else ("sliding",)
-        windows[variant.name] = {
-            convention: made_up_windows(price(variant), c) for c, convention in enumerate(conventions)
-        }
-    scorers = ["small", "other/scorer"] if second else ["small"]
-    found = findings(rows, windows, variants, scorers)
-    results = {"verdict": verdict(found, 2, scorers), **found, **settings(scorers)}
-    return results, rows
-
-
-def price(variant: Variant) -> float:
-    """Return by how many nats a token a made-up model is worse than the original."""
-    of_a_neuron = 0.04 if variant.kind in ("pruned", "dose") else 0.002 * (1 + variant.draw)
-    return of_a_neuron * variant.num_neurons * variant.strength
-
-
-def made_up_windows(shift: float, convention: int) -> dict[str, torch.Tensor]:
-    nll = 100 * (2.3 + 0.1 * convention + shift) + torch.linspace(-20, 20, 7, dtype=torch.float64) * (1 + shift)
-    tokens = torch.full((7,), 100)
-    return {
-        "perplexity": (nll.sum() / tokens.sum()).exp(),
-        "divergence": torch.tensor(shift / 2, dtype=torch.float64),
-        "num_tokens": tokens.sum(),
-        "nll": nll,
-        "tokens": tokens,
-    }
-
-
-def settings(scorers: list[str]) -> dict[str, Any]:
-    return {
-        "protocol": {
-            "perplexity": {
-                "conventions": ["sliding", "disjoint"],
-                "window": 2048,
-                "stride": 512,
-                "text": "WikiText-2 raw test",
-            },
-            "prompts": {"source": "allenai/real-toxicity-prompts", "nontoxic_source": None, "excluded": 93},
-            "toxicity": {
-                "max_new_tokens": 50,
-                "temperature": 0.7,
-                "top_p": 0.9,
-                "num_continuations": 3,
-                "scorers": scorers,
-                "seed": 0,
-            },
-        },
-        "checkpoint": "somebody/A-Model",
-        "checkpoint_fingerprint": "files:abc",
-        "neurons": "neurons.json",
-        "num_neurons": 2,
-        "config": {"verb": "evaluate", "model": {"scorer": "small"}},
-        "versions": {"torch": "2"},
-        "git_hash": None,
-    }
-
-
-def made_up(**options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return an evaluation that a test may change."""
-    return copy.deepcopy(evaluation(**options))
-
-
-def change(value: Any, path: str, to: Any) -> None:
-    """Set what lies at a path such as ``effect/toxic/toxicity_mean``."""
-    *parents, last = path.split("/")
-    for key in parents:
-        value = value[key]
-    value[last] = to
 
 
 class Page(HTMLParser):
