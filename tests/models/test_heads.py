@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from evaluations import evaluation, run, save_neurons, write_inputs
 from helpers import fail_if_masked, mlp_of, sentence, trainer
-from test_evaluate import evaluation, run, save_neurons, write_inputs
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, Phi3Config
 from transformers.pytorch_utils import Conv1D

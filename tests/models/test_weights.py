@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from evaluations import evaluation, run, save_neurons, write_inputs
 from helpers import fail_if_masked, mlp_of, sentence
-from test_evaluate import evaluation, run, save_neurons, write_inputs
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
