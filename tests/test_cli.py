@@ -448,6 +448,7 @@ def test_an_error_at_the_shell_is_one_sentence_and_exit_code_1(monkeypatch, caps
         entry_point()
 
 
+@pytest.mark.slow
 def test_a_missing_score_file_in_a_real_shell_is_one_sentence_without_a_traceback(tmp_path):
     program = Path(sysconfig.get_path("scripts")) / "sparc3"
     command = [str(program), "prune", "--model.general", "[nowhere.safetensors]", "--model.behavior", "b.safetensors"]

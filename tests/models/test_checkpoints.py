@@ -297,6 +297,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_a_repository_that_is_gated_or_missing_at_a_real_server_is_one_sentence(hub: str, tmp_path: Path) -> None:
     """In a process of its own: the address of the hub is read when its library is imported."""
     left_out = ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "http_proxy", "HTTP_PROXY", "ALL_PROXY")
@@ -322,6 +323,7 @@ for load in (fetch_checkpoint, lambda name: load_model(name, torch.float32)):
 """
 
 
+@pytest.mark.slow
 def test_pickled_weights_of_the_hub_are_not_loaded_and_said_not_to_be_there(copied: Path, tmp_path: Path) -> None:
     """In a process of its own: the place of the cache is read when the hub's library is imported."""
     commit = "0" * 40

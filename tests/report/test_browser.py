@@ -14,6 +14,7 @@ from PIL import Image
 from sparc3_lightning.report.figures import draw_differential, draw_layers
 from sparc3_lightning.report.page import write_report
 
+pytestmark = pytest.mark.browser
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 A4 = {"width": 700, "height": 1000}  # what Chromium lays a page of A4 out in, about
 # How far an element's box reaches beyond the document, of those that are seen.

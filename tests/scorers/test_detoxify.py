@@ -420,6 +420,7 @@ def test_a_config_that_cannot_be_fetched_is_an_error_with_the_way_out(
         DetoxifyScorer("unbiased")
 
 
+@pytest.mark.slow
 def test_a_scorer_is_trained_from_a_csv_file_and_loaded_by_detoxify(tmp_path: Path) -> None:
     draw = random.Random(0)
     words = ["thank you for a nice day by the river", "you stupid awful ugly idiot i hate this"]

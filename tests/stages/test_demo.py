@@ -33,6 +33,8 @@ def wheels() -> None:
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
+@pytest.mark.network
 @pytest.mark.usefixtures("wheels", "all_cores")
 def test_the_demo_measures_both_models_and_gives_the_same_numbers_when_run_twice() -> None:
     results = []
