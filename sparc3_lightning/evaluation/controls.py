@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.criteria import per_module, places_of
 
 
-def random_like(pruned: Sequence[Neuron], num_neurons: Mapping[str, int], seed: int) -> list[Neuron]:
+def random_like(pruned: Sequence[Component], num_neurons: Mapping[str, int], seed: int) -> list[Component]:
     """Draw as many random neurons as were pruned, spread over the layers as those are.
 
     Args:
@@ -21,7 +21,7 @@ def random_like(pruned: Sequence[Neuron], num_neurons: Mapping[str, int], seed: 
     """
     taken = {neuron.key for neuron in pruned}
     pool = [
-        Neuron(module, index, 0.0)
+        Component(module, index, 0.0)
         for module in per_module(pruned)
         for index in range(num_neurons[module])
         if (module, index) not in taken
@@ -29,12 +29,12 @@ def random_like(pruned: Sequence[Neuron], num_neurons: Mapping[str, int], seed: 
     return draw_like(pruned, pool, seed)
 
 
-def draw_like(pruned: Sequence[Neuron], pool: Iterable[Neuron], seed: int) -> list[Neuron]:
+def draw_like(pruned: Sequence[Component], pool: Iterable[Component], seed: int) -> list[Component]:
     """Draw from a pool, at random and without repetition, as many neurons of each module as were pruned there.
 
     Each is switched off as far as one of those. Where the pool has fewer of a module, all of them are taken.
     """
-    by_module: dict[str, list[Neuron]] = {module: [] for module in per_module(pruned)}
+    by_module: dict[str, list[Component]] = {module: [] for module in per_module(pruned)}
     for neuron in pool:
         if neuron.module in by_module:
             by_module[neuron.module].append(neuron)
@@ -48,7 +48,7 @@ def draw_like(pruned: Sequence[Neuron], pool: Iterable[Neuron], seed: int) -> li
     return drawn
 
 
-def random_weights(pruned: Sequence[Neuron], shapes: Mapping[str, Sequence[int]], seed: int) -> list[Neuron]:
+def random_weights(pruned: Sequence[Component], shapes: Mapping[str, Sequence[int]], seed: int) -> list[Component]:
     """Draw as many random weights as were pruned, spread over the layers as those are, see ``random_like``.
 
     Args:
@@ -67,11 +67,11 @@ def random_weights(pruned: Sequence[Neuron], shapes: Mapping[str, Sequence[int]]
         strengths = _strengths(pruned, module)
         for rank in draw.sample(range(free), min(number, free)):
             row, column = divmod(rank + bisect_right(before, rank), columns)
-            drawn.append(Neuron(module, row, 0.0, next(strengths), input=column))
+            drawn.append(Component(module, row, 0.0, next(strengths), input=column))
     return drawn
 
 
-def _strengths(pruned: Iterable[Neuron], module: str) -> Iterator[float]:
+def _strengths(pruned: Iterable[Component], module: str) -> Iterator[float]:
     return (neuron.strength for neuron in pruned if neuron.module == module)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.controls import CONTROLS, draw_like, random_like, random_weights
 from sparc3_lightning.models.architectures import is_heads, weight_of, whole
-from sparc3_lightning.models.components import Neuron, mask
+from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.heads import head_norms, num_heads
 from sparc3_lightning.models.weights import weight_magnitudes
 from sparc3_lightning.selection.criteria import lowest_of_modules
@@ -41,7 +41,7 @@ class Variant:
     selection: str = ""
     held: bool = False
 
-    def as_context(self, model: Any, neurons: Sequence[Neuron]) -> AbstractContextManager[None]:
+    def as_context(self, model: Any, neurons: Sequence[Component]) -> AbstractContextManager[None]:
         """Return the context in which the one model in memory becomes this one."""
         return mask(model, neurons, self.strength) if neurons else nullcontext()
 
@@ -146,7 +146,7 @@ def _check_doses(lists: Lists, doses: Sequence[int]) -> None:
             )
 
 
-def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int) -> dict[str, list[Neuron]]:
+def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int) -> dict[str, list[Component]]:
     """Return which neurons each variant switches off.
 
     Args:
@@ -161,12 +161,12 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
     pruned, of_weights = first.neurons, first.granularity == "weight"
     modules = list(dict.fromkeys(n.module for n in pruned))
     kinds = {variant.kind for variant in variants}
-    heaviest: list[Neuron] = []
+    heaviest: list[Component] = []
     if "largest_weights" in kinds:
         norms = weight_magnitudes(model, modules) if of_weights else _norms(model, modules)
         heaviest = lowest_of_modules(pruned, ((name, -of_module) for name, of_module in norms))
 
-    def of(variant: Variant) -> list[Neuron]:
+    def of(variant: Variant) -> list[Component]:
         draw = 1000 * seed + variant.draw
         if variant.kind == "baseline":
             return []
@@ -183,7 +183,7 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
     return {variant.name: of(variant) for variant in variants}
 
 
-def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Neuron]]) -> list[Variant]:
+def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Component]]) -> list[Variant]:
     """Return the variants with the numbers of neurons that are off, and whether any is held at a constant.
 
     There are fewer of a control whose layers have no more.

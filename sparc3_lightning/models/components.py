@@ -1,4 +1,4 @@
-"""What a neuron is; how neurons are selected from scores, masked for a while, or pruned for good."""
+"""What a component of a model is, a neuron, a head or a weight; how it is masked for a while, or pruned for good."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
@@ -14,11 +14,12 @@ from sparc3_lightning.models.architectures import KNOWN_MLPS, MLPS, Linear, is_h
 from sparc3_lightning.models.heads import check_heads, mask_heads, prune_heads_
 from sparc3_lightning.models.weights import check_weights, mask_weights, prune_weights_
 
+Granularity = Literal["neuron", "head", "weight"]
 Key = tuple[str, int] | tuple[str, int, int]  # module and index, and of a weight its input
 
 
 @dataclass(frozen=True, slots=True)
-class Neuron:
+class Component:
     """A neuron, a head or a single weight, and what is done to it.
 
     Args:
@@ -43,6 +44,13 @@ class Neuron:
         """What tells it from any other of its model, whatever is done to it."""
         return (self.module, self.index) if self.input is None else (self.module, self.index, self.input)
 
+    @property
+    def granularity(self) -> Granularity:
+        """Which kind of component it is."""
+        if self.input is not None:
+            return "weight"
+        return "head" if is_heads(self.module) else "neuron"
+
 
 @dataclass(frozen=True)
 class _Mlp:
@@ -50,11 +58,11 @@ class _Mlp:
 
     rows: list[Any]
     column: Any
-    neurons: list[Neuron]
+    neurons: list[Component]
 
 
 @contextmanager
-def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> Iterator[None]:
+def mask(model: nn.Module, neurons: Iterable[Component], strength: float = 1.0) -> Iterator[None]:
     """Switch neurons, heads or weights off, or damp them, for the length of a ``with`` block.
 
     Of neurons and heads no weight is touched; single weights are what they were after the block.
@@ -100,7 +108,7 @@ def _edit(mlp: _Mlp, strength: float = 1.0) -> tuple[Tensor, Tensor | None]:
     return factor, constant
 
 
-def prune_(model: nn.Module, neurons: Iterable[Neuron]) -> None:
+def prune_(model: nn.Module, neurons: Iterable[Component]) -> None:
     """Write what ``mask`` does into the weights, in place.
 
     The rows and the column of a neuron that is off become zero; a damped one keeps its rows, and its column becomes
@@ -173,7 +181,7 @@ def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
     Raises:
         ValueError: If one of the modules is not a layer of MLP neurons.
     """
-    return {name: _by_mlp(model, [Neuron(name, 0, 0.0)])[0].column for name in modules}
+    return {name: _by_mlp(model, [Component(name, 0, 0.0)])[0].column for name in modules}
 
 
 def check_are_neurons(modules: Collection[str]) -> None:
@@ -200,7 +208,7 @@ def check_are_neurons(modules: Collection[str]) -> None:
         )
 
 
-def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
+def check_neurons(model: nn.Module, neurons: Iterable[Component]) -> None:
     """Raise ValueError unless the model has all these neurons. A model on the meta device suffices."""
     weights, heads, neurons = _apart(neurons)
     check_weights(model, weights)
@@ -209,26 +217,26 @@ def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
 
 
 def _apart(
-    neurons: Iterable[Neuron],
-) -> tuple[dict[str, dict[tuple[int, int], float]], dict[str, dict[int, float]], list[Neuron]]:
+    neurons: Iterable[Component],
+) -> tuple[dict[str, dict[tuple[int, int], float]], dict[str, dict[int, float]], list[Component]]:
     """Return the strength of each weight and each head, by the name of its layer and its place; and the others."""
     weights: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
     heads: dict[str, dict[int, float]] = defaultdict(dict)
     others = []
     for neuron in neurons:
-        if neuron.constant and (neuron.input is not None or is_heads(neuron.module)):
+        if neuron.constant and neuron.granularity != "neuron":
             what = "Head" if neuron.input is None else "A weight of neuron"
             raise ValueError(f"{what} {neuron.index} of {neuron.module} has a constant, which only a neuron can have.")
         if neuron.input is not None:
             weights[neuron.module][neuron.index, neuron.input] = neuron.strength
-        elif is_heads(neuron.module):
+        elif neuron.granularity == "head":
             heads[neuron.module][neuron.index] = neuron.strength
         else:
             others.append(neuron)
     return dict(weights), dict(heads), others
 
 
-def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> list[_Mlp]:
+def _by_mlp(model: nn.Module, neurons: Iterable[Component]) -> list[_Mlp]:
     """Group neurons by the MLP they belong to."""
     groups: dict[str, _Mlp] = {}
     modules = dict(model.named_modules())
@@ -250,6 +258,3 @@ def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> list[_Mlp]:
             groups[parent] = _Mlp([modules[f"{parent}.{row}"] for row in rows], modules[f"{parent}.{column}"], [])
         groups[parent].neurons.append(neuron)
     return list(groups.values())
-
-
-Granularity = Literal["neuron", "head", "weight"]

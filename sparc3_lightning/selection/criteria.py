@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.lowest import lowest_first
 
 Scores = Mapping[str, Tensor]
@@ -188,7 +188,7 @@ def differential_strength(general: Mapping[str, Tensor], behavior: Mapping[str, 
     return 100 * difference / total if total else float("nan")
 
 
-def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
+def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Component]:
     """Select the neurons with the lowest scores over all modules, lowest first.
 
     Ties are broken by the order of the modules, then by index, so that the selection is reproducible.
@@ -221,13 +221,13 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
         )
     order = flat.argsort(stable=True)[:num_neurons]
     modules = [(name, i) for name in names for i in range(len(scores[name]))]
-    return [Neuron(name, i, flat[k].item()) for k in order.tolist() for name, i in [modules[k]]]
+    return [Component(name, i, flat[k].item()) for k in order.tolist() for name, i in [modules[k]]]
 
 
 POOL = 5  # candidates per neuron and layer, of which each draw takes one
 
 
-def lowest_of_modules(pruned: Sequence[Neuron], scores: Iterable[tuple[str, Tensor]]) -> list[Neuron]:
+def lowest_of_modules(pruned: Sequence[Component], scores: Iterable[tuple[str, Tensor]]) -> list[Component]:
     """Return, per module, the neurons with the lowest scores, ``POOL`` times as many as were pruned there.
 
     Args:
@@ -235,7 +235,7 @@ def lowest_of_modules(pruned: Sequence[Neuron], scores: Iterable[tuple[str, Tens
         scores: Name and scores of each module, shape ``[out_features]``, or ``[out_features, in_features]`` of
             weights, one module in memory at a time; the magnitude of the relevance, or the negative norm of weights.
     """
-    pool: dict[str, list[Neuron]] = {module: [] for module in per_module(pruned)}
+    pool: dict[str, list[Component]] = {module: [] for module in per_module(pruned)}
     for module, score in scores:
         if module not in pool:
             continue
@@ -245,17 +245,17 @@ def lowest_of_modules(pruned: Sequence[Neuron], scores: Iterable[tuple[str, Tens
         values = score.flatten()[places].tolist()
         if score.dim() == 2:
             at = [divmod(place, score.shape[1]) for place in places]
-            pool[module] = [Neuron(module, o, value, input=i) for (o, i), value in zip(at, values, strict=True)]
+            pool[module] = [Component(module, o, value, input=i) for (o, i), value in zip(at, values, strict=True)]
         else:
-            pool[module] = [Neuron(module, o, value) for o, value in zip(places, values, strict=True)]
+            pool[module] = [Component(module, o, value) for o, value in zip(places, values, strict=True)]
     return [neuron for of_module in pool.values() for neuron in of_module]
 
 
-def places_of(pruned: Iterable[Neuron], module: str, columns: int) -> set[int]:
+def places_of(pruned: Iterable[Component], module: str, columns: int) -> set[int]:
     """Return the places of pruned neurons, or weights, in the flattened scores of their module."""
     return {n.index if n.input is None else n.index * columns + n.input for n in pruned if n.module == module}
 
 
-def per_module(pruned: Iterable[Neuron]) -> Counter[str]:
+def per_module(pruned: Iterable[Component]) -> Counter[str]:
     """Count the pruned neurons, or weights, of each module."""
     return Counter(neuron.module for neuron in pruned)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 
 
 def lowest(S_GK: Tensor, number: int) -> Tensor:
@@ -76,7 +76,7 @@ class Lowest:
         order = scores.argsort(stable=True)[: self.number]
         self._scores, self._weights = scores[order], [weights[i] for i in order.tolist()]
 
-    def neurons(self) -> list[Neuron]:
+    def neurons(self) -> list[Component]:
         """Return them, the lowest first."""
         rows = zip(self._weights, self._scores.tolist(), strict=True)
-        return [Neuron(name, row, score, input=column) for (name, row, column), score in rows]
+        return [Component(name, row, score, input=column) for (name, row, column), score in rows]

@@ -21,7 +21,7 @@ import yaml
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.variants import Variant, plan
 from sparc3_lightning.files import to_json, write_atomically
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.report import page as report
 from sparc3_lightning.report.page import (
     MARK,
@@ -40,10 +40,10 @@ from sparc3_lightning.selection.neuron_list import NeuronList
 PAGE = Path("out/report.html")
 CARD = Path("out/model_card.md")
 NEURONS = NeuronList(
-    [Neuron("model.layers.12.mlp.up_proj", 345, -0.0123), Neuron("model.layers.3.mlp.up_proj", 6, -0.01)],
+    [Component("model.layers.12.mlp.up_proj", 345, -0.0123), Component("model.layers.3.mlp.up_proj", 6, -0.01)],
     {"differential_strength_percent": 21.5, "selection": "difference", "sample_ids": ["secret"], "general": ["c4"]},
-    next=[Neuron("model.layers.3.mlp.up_proj", 7, -0.005)],
-    least_relevant=[Neuron("model.layers.3.mlp.up_proj", i, 0.0) for i in range(10, 20)],
+    next=[Component("model.layers.3.mlp.up_proj", 7, -0.005)],
+    least_relevant=[Component("model.layers.3.mlp.up_proj", i, 0.0) for i in range(10, 20)],
 )
 INSULTS = {"idiot", "stupid", "sh*t", "a$$hole", "f***", "b!tch", "wanker's"}
 NASTY = "<script>alert('x')</script><img src=http://evil/x.png onerror=alert(1)></details></dd>\"' & <b>"
@@ -741,7 +741,7 @@ def test_text_from_prompts_and_continuations_cannot_become_html():
     results |= {"checkpoint": f"a/{NASTY}", "verdict": f"{NASTY}. {NASTY}"}
     results["protocol"]["toxicity"]["scorers"] = [NASTY]
     results["second_scorer"]["name"] = NASTY
-    neurons = NeuronList([Neuron(f"model.layers.1.{NASTY}", 1, -1.0)], {**NEURONS.provenance, "x": NASTY})
+    neurons = NeuronList([Component(f"model.layers.1.{NASTY}", 1, -1.0)], {**NEURONS.provenance, "x": NASTY})
     page = write(results, rows, neurons)
     assert "script" not in page.tags
     assert [tag for tag in page.tags if tag not in ("tr", "td", "th")] == [
