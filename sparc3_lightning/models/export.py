@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from sparc3_lightning.models.checkpoints import check_unchanged, load_config, load_model, load_tokenizer, skeleton_of
-from sparc3_lightning.models.components import Component, check_have_biases, columns_of, prune_
+from sparc3_lightning.models.components import Component, prune_
+from sparc3_lightning.models.neurons import check_have_biases, columns_of
 
 
 def check_takes_means(checkpoint: str, attributed: str, modules: Iterable[str]) -> None:

@@ -10,8 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.components import Component, Key, columns_of, mask
+from sparc3_lightning.models.components import Component, Key, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
+from sparc3_lightning.models.neurons import columns_of
 
 FEWEST = 20  # neurons that a round of refinement considers at least
 FIRST = 100  # neurons whose rise is measured first

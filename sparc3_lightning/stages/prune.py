@@ -25,8 +25,9 @@ from sparc3_lightning.models.checkpoints import (
     load_model,
     resolve_dtype,
 )
-from sparc3_lightning.models.components import Component, check_are_neurons
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.models.export import check_takes_means, export_pruned
+from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
 from sparc3_lightning.selection.criteria import (
     by_auroc,

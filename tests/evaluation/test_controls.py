@@ -12,6 +12,7 @@ from sparc3_lightning.selection.criteria import POOL, lowest_of_modules
 
 A, B, C = (f"model.layers.{i}.mlp.up_proj" for i in range(3))
 SIZES = {A: 10, B: 40, C: 7}
+SHAPES = {name: (size,) for name, size in SIZES.items()}
 PRUNED = [
     Component(A, 3, -5.0),
     Component(B, 0, -4.0),
@@ -31,7 +32,7 @@ def per_module(neurons: list[Component]) -> dict[str, int]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_neurons_are_as_many_in_each_layer_as_were_pruned_and_none_of_those(seed):
-    drawn = random_like(PRUNED, SIZES, seed)
+    drawn = random_like(PRUNED, SHAPES, seed)
     assert per_module(drawn) == {A: 2, B: 3}
     assert len(set(places(drawn))) == 5
     assert not set(places(drawn)) & set(places(PRUNED))
@@ -41,10 +42,10 @@ def test_random_neurons_are_as_many_in_each_layer_as_were_pruned_and_none_of_tho
 def test_the_same_seed_draws_the_same_neurons_and_other_seeds_others():
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = [tuple(sorted(places(random_like(PRUNED, SIZES, seed)))) for seed in range(20)]
+    first = [tuple(sorted(places(random_like(PRUNED, SHAPES, seed)))) for seed in range(20)]
     assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
     torch.manual_seed(2)
-    assert [tuple(sorted(places(random_like(PRUNED, SIZES, seed)))) for seed in range(20)] == first
+    assert [tuple(sorted(places(random_like(PRUNED, SHAPES, seed)))) for seed in range(20)] == first
     assert len(set(first)) == 20
 
 
@@ -53,7 +54,7 @@ def test_every_free_neuron_and_every_pair_of_them_is_drawn_equally_often():
     free = [index for index in range(10) if index not in (3, 9)]
     single, pairs = Counter(), Counter()
     for seed in range(2000):
-        drawn = sorted(neuron.index for neuron in random_like(pruned, SIZES, seed))
+        drawn = sorted(neuron.index for neuron in random_like(pruned, SHAPES, seed))
         single.update(drawn)
         pairs[tuple(drawn)] += 1
     assert sorted(single) == free
@@ -67,7 +68,7 @@ def test_layers_of_the_same_size_are_not_drawn_alike():
     pruned = [Component(A, 0, 0.0), Component(A, 1, 0.0), Component(B, 0, 0.0), Component(B, 1, 0.0)]
     alike = 0
     for seed in range(50):
-        drawn = random_like(pruned, {A: 40, B: 40}, seed)
+        drawn = random_like(pruned, {A: (40,), B: (40,)}, seed)
         alike += {n.index for n in drawn if n.module == A} == {n.index for n in drawn if n.module == B}
     assert alike <= 1
 
@@ -96,7 +97,7 @@ def test_a_pool_that_is_too_small_is_taken_whole():
 
 def test_where_nearly_a_whole_layer_was_pruned_random_neurons_are_those_that_are_left():
     pruned = [Component(C, index, 0.0) for index in range(5)]
-    assert sorted(places(random_like(pruned, SIZES, 0))) == [(C, 5), (C, 6)]
+    assert sorted(places(random_like(pruned, SHAPES, 0))) == [(C, 5), (C, 6)]
 
 
 def test_the_pool_of_the_lowest_has_several_times_as_many_of_each_layer_from_the_lowest_up():

@@ -81,7 +81,7 @@ def suppressed(model: Any, by: float = 3.0):
 def without_random_neurons(model: Any, seed: int) -> AbstractContextManager[None]:
     """Switch three neurons off that were drawn at random."""
     somewhere = [Component(LAYERS[0], 0, 0.0), Component(LAYERS[1], 0, 0.0), Component(LAYERS[1], 1, 0.0)]
-    off = random_like(somewhere, dict.fromkeys(LAYERS, WIDTH), seed)
+    off = random_like(somewhere, dict.fromkeys(LAYERS, (WIDTH,)), seed)
     return Variant("pruned", "pruned", CONTINUATIONS, 3).as_context(model, off)
 
 

@@ -24,7 +24,7 @@ from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.evaluation.variants import neurons_of, plan
 from sparc3_lightning.models.architectures import FAMILIES, find_targets, head_layers, is_heads, weight_of
 from sparc3_lightning.models.checkpoints import load_model
-from sparc3_lightning.models.components import Component, check_neurons, mask, prune_
+from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.heads import head_dims, head_norms, mask_heads, num_heads, prune_heads_
 from sparc3_lightning.models.sharding import load_sharded
@@ -209,7 +209,7 @@ def test_an_attention_whose_values_are_not_known_has_no_heads_and_says_what_ther
         head_layers(model)
     (output,) = (name for name, _ in model.named_modules() if is_heads(name))
     with pytest.raises(ValueError, match="not a layer of attention heads"):
-        check_neurons(model, [Component(output, 0, 0.0)])
+        check(model, [Component(output, 0, 0.0)])
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_each_head_has_a_strength_of_its_own_in_a_mask_and_in_the_weights(make_m
 
 
 def test_a_head_has_no_constant(make_model):
-    for use in (fail_if_masked, prune_, check_neurons):
+    for use in (fail_if_masked, prune_, check):
         with pytest.raises(ValueError, match=r"Head 1 of .* has a constant"):
             use(make_model(), [Component(O_PROJ[0], 1, 0.0, constant=0.5)])
 
@@ -306,7 +306,7 @@ def test_the_rows_of_a_value_head_are_zero_only_where_no_head_needs_them(make_mo
 def test_neurons_and_heads_can_be_off_together(make_model, family):
     model = make_model(family)
     both = [*as_neurons(family), Component(mlp_of(family, 0)[0][0], 3, 0.0)]
-    check_neurons(model, both)
+    check(model, both)
     with mask(model, both):
         masked = logits(model)
     with mask(model, both[-1:]), mask_heads(model, off_in(family)):
@@ -315,7 +315,7 @@ def test_neurons_and_heads_can_be_off_together(make_model, family):
     torch.testing.assert_close(logits(model), masked, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check])
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [
@@ -361,7 +361,7 @@ def test_controls_of_heads_are_heads(make_model, family):
     controls = [variant for variant in variants if variant.kind in ("random", "largest_weights")]
     assert len(controls) == 6
     for variant in controls:
-        check_neurons(model, lists[variant.name])
+        check(model, lists[variant.name])
         assert [neuron.module for neuron in lists[variant.name]] == layers
         assert not {(n.module, n.index) for n in lists[variant.name]} & {(n.module, n.index) for n in pruned.neurons}
 

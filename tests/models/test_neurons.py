@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.models.architectures import FAMILIES, neuron_layers
-from sparc3_lightning.models.components import Component, check_neurons, columns_of, mask, prune_
+from sparc3_lightning.models.components import Component, check, mask, prune_
+from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.selection.criteria import select
 from sparc3_lightning.selection.neuron_list import FORMAT, NeuronList
 
@@ -288,7 +289,7 @@ def test_neurons_may_come_from_a_generator(make_model):
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check])
 @pytest.mark.parametrize("module", UNKNOWN_MODULES)
 def test_a_neuron_of_no_such_layer_is_refused_and_nothing_is_changed(make_model, use: Callable, module):
     model = make_model()
@@ -299,7 +300,7 @@ def test_a_neuron_of_no_such_layer_is_refused_and_nothing_is_changed(make_model,
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check])
 @pytest.mark.parametrize("index", [-1, 24, 1000])
 def test_a_neuron_of_no_such_index_is_refused_and_nothing_is_changed(make_model, use: Callable, index):
     model = make_model()
@@ -312,9 +313,9 @@ def test_a_neuron_of_no_such_index_is_refused_and_nothing_is_changed(make_model,
 
 def test_neurons_are_checked_against_a_model_without_weights(make_model):
     model = make_model().to("meta")
-    check_neurons(model, NEURONS)
+    check(model, NEURONS)
     with pytest.raises(ValueError, match="24 neurons"):
-        check_neurons(model, [Component("model.layers.0.mlp.up_proj", 24, 0.0)])
+        check(model, [Component("model.layers.0.mlp.up_proj", 24, 0.0)])
 
 
 # neurons.json.

@@ -19,11 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
-from sparc3_lightning.evaluation.controls import random_weights
+from sparc3_lightning.evaluation.controls import random_like
 from sparc3_lightning.evaluation.variants import neurons_of, of_kind, plan
 from sparc3_lightning.models.architectures import find_targets, weight_of
 from sparc3_lightning.models.checkpoints import fingerprint, load_model
-from sparc3_lightning.models.components import Component, check_neurons, mask, prune_
+from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.weights import mask_weights, prune_weights_
 from sparc3_lightning.selection.criteria import POOL, differential_strength, lowest_of_modules, select
@@ -130,7 +130,7 @@ def test_weights_neurons_and_heads_can_be_off_together(make_model):
     torch.testing.assert_close(logits(model), found, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check])
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [
@@ -395,7 +395,7 @@ def test_random_weights_are_as_many_in_each_layer_none_of_the_pruned_and_each_is
     pruned = [Component("a", 0, 0.0, input=1), Component("a", 2, 0.0, input=3), Component("b", 1, 0.0, input=0)]
     shapes, drawn = {"a": (3, 4), "b": (2, 2)}, Counter()
     for seed in range(3000):
-        of_seed = random_weights(pruned, shapes, seed)
+        of_seed = random_like(pruned, shapes, seed)
         assert Counter(n.module for n in of_seed) == {"a": 2, "b": 1}
         drawn.update(n.key for n in of_seed)
         assert len({n.key for n in of_seed}) == 3
@@ -403,9 +403,9 @@ def test_random_weights_are_as_many_in_each_layer_none_of_the_pruned_and_each_is
     assert set(drawn) == free - {n.key for n in pruned}
     # 600 and 1,000 draws are expected of each; 4.5 standard deviations are 100 and 116.
     assert all(abs(count - (600 if key[0] == "a" else 1000)) < 116 for key, count in drawn.items())
-    assert random_weights(pruned, shapes, 5) == random_weights(pruned, shapes, 5)
+    assert random_like(pruned, shapes, 5) == random_like(pruned, shapes, 5)
     nearly_all = [Component("b", o, 0.0, input=i) for o, i in ((0, 0), (0, 1), (1, 1))]
-    assert [n.key for n in random_weights(nearly_all, shapes, 0)] == [("b", 1, 0)], "no more are left"
+    assert [n.key for n in random_like(nearly_all, shapes, 0)] == [("b", 1, 0)], "no more are left"
 
 
 @both_families
@@ -421,7 +421,7 @@ def test_controls_of_weights_are_other_weights_of_the_same_layers(make_model, fa
     off = neurons_of(variants, lists, model, seed=0)
     for kind in ("random", "least_relevant", "largest_weights"):
         for variant in of_kind(variants, kind):
-            check_neurons(model, off[variant.name])
+            check(model, off[variant.name])
             assert Counter(n.module for n in off[variant.name]) == {first: 3, second: 1}
             assert not {n.key for n in off[variant.name]} & {n.key for n in weights}
     assert {n.key for v in of_kind(variants, "least_relevant") for n in off[v.name]} <= {n.key for n in least}
