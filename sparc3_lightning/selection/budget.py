@@ -13,6 +13,7 @@ from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.components import Component, Key, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.neurons import columns_of
+from sparc3_lightning.selection.lowest import lowest_first
 
 FEWEST = 20  # neurons that a round of refinement considers at least
 FIRST = 100  # neurons whose rise is measured first
@@ -213,7 +214,7 @@ def spend(rise: PerplexityRise, ranked: Sequence[Component], budget: Budget) -> 
         left = [replace(n, strength=best[0].strength) for n in ranked if n.key not in dropped]
         considered = left[: max(2 * len(best), FEWEST)]
         worth = torch.tensor([max(-n.score, 0.0) for n in considered]) / rise.costs(considered).clamp(min=1e-12)
-        worst = {considered[i] for i in worth.argsort()[: max(1, len(considered) // 10)].tolist()}
+        worst = {considered[i] for i in lowest_first(worth, max(1, len(considered) // 10)).tolist()}
         refined = _head(rise, [n for n in left if n not in worst], most, start=len(best))
         if _benefit(refined) > _benefit(best):
             best = refined

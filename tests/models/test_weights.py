@@ -237,7 +237,7 @@ def test_the_lowest_layer_by_layer_are_those_of_a_selection_over_all_with_the_sa
     found = Lowest(number)
     for name, score in scores.items():
         found.add(name, score)
-    assert found.neurons() == in_memory(scores, number)
+    assert found.components == in_memory(scores, number)
 
 
 def test_the_places_of_the_lowest_are_those_of_a_stable_sort():
