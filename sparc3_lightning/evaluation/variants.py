@@ -3,16 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
-from torch import Tensor
+from torch import nn
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.controls import CONTROLS, draw_like, random_like, random_weights
-from sparc3_lightning.models.architectures import is_heads, weight_of, whole
-from sparc3_lightning.models.components import Neuron, mask
-from sparc3_lightning.models.heads import head_norms, num_heads
-from sparc3_lightning.models.weights import weight_magnitudes
+from sparc3_lightning.evaluation.controls import CONTROLS, draw_like, random_like
+from sparc3_lightning.models.components import KINDS, Component, mask
 from sparc3_lightning.selection.criteria import lowest_of_modules
 from sparc3_lightning.selection.neuron_list import NeuronList
 
@@ -41,7 +37,7 @@ class Variant:
     selection: str = ""
     held: bool = False
 
-    def as_context(self, model: Any, neurons: Sequence[Neuron]) -> AbstractContextManager[None]:
+    def as_context(self, model: nn.Module, neurons: Sequence[Component]) -> AbstractContextManager[None]:
         """Return the context in which the one model in memory becomes this one."""
         return mask(model, neurons, self.strength) if neurons else nullcontext()
 
@@ -146,7 +142,7 @@ def _check_doses(lists: Lists, doses: Sequence[int]) -> None:
             )
 
 
-def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int) -> dict[str, list[Neuron]]:
+def neurons_of(variants: Sequence[Variant], lists: Lists, model: nn.Module, seed: int) -> dict[str, list[Component]]:
     """Return which neurons each variant switches off.
 
     Args:
@@ -158,23 +154,17 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
     if not lists:
         return {variant.name: [] for variant in variants}
     first = next(iter(lists.values()))
-    pruned, of_weights = first.neurons, first.granularity == "weight"
-    modules = list(dict.fromkeys(n.module for n in pruned))
-    kinds = {variant.kind for variant in variants}
-    heaviest: list[Neuron] = []
-    if "largest_weights" in kinds:
-        norms = weight_magnitudes(model, modules) if of_weights else _norms(model, modules)
-        heaviest = lowest_of_modules(pruned, ((name, -of_module) for name, of_module in norms))
+    pruned, modules = first.neurons, {component.module: KINDS[component.granularity] for component in first.neurons}
+    heaviest: list[Component] = []
+    if any(variant.kind == "largest_weights" for variant in variants):
+        heaviest = lowest_of_modules(pruned, ((name, -kind.norms(model, name)) for name, kind in modules.items()))
 
-    def of(variant: Variant) -> list[Neuron]:
+    def of(variant: Variant) -> list[Component]:
         draw = 1000 * seed + variant.draw
         if variant.kind == "baseline":
             return []
         if variant.kind == "random":
-            if of_weights:
-                shapes = {name: weight_of(model.get_submodule(name)).shape for name in modules}
-                return random_weights(pruned, shapes, draw)
-            return random_like(pruned, {name: _count(model, name) for name in modules}, draw)
+            return random_like(pruned, {name: kind.shape(model, name) for name, kind in modules.items()}, draw)
         if variant.kind in CONTROLS:
             pool = heaviest if variant.kind == "largest_weights" else first.least_relevant
             return draw_like(pruned, pool, draw)
@@ -183,7 +173,7 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: Any, seed: int)
     return {variant.name: of(variant) for variant in variants}
 
 
-def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Neuron]]) -> list[Variant]:
+def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Component]]) -> list[Variant]:
     """Return the variants with the numbers of neurons that are off, and whether any is held at a constant.
 
     There are fewer of a control whose layers have no more.
@@ -193,19 +183,6 @@ def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Neuron]]) ->
         for variant in variants
         for neurons in (off[variant.name],)
     ]
-
-
-def _count(model: Any, module: str) -> int:
-    """Return how many neurons or heads a layer has."""
-    return num_heads(model, module) if is_heads(module) else len(weight_of(model.get_submodule(module)))
-
-
-def _norms(model: Any, modules: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    for module in modules:
-        if is_heads(module):
-            yield module, head_norms(model, module).cpu()
-        else:
-            yield module, whole(weight_of(model.get_submodule(module)).float().norm(dim=1)).cpu()
 
 
 def describe(variants: Sequence[Variant]) -> str:

@@ -3,15 +3,57 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.errors import OptionError
 
 Linear = nn.Linear | Conv1D
+
+ALL = "all"  # as a target: every linear layer but the head
+# The layers whose row i, and the layer whose column i, make up neuron i: of a gated MLP (LLaMA, Qwen, Gemma3), and of
+# the plain ones of OPT and GPT-2. The first is the one that is scored.
+MLPS = ((("up_proj", "gate_proj"), "down_proj"), (("fc1",), "fc2"), (("c_fc",), "c_proj"))
+KNOWN_MLPS = ", ".join(f"{' or '.join(rows)} beside {column}" for rows, column in MLPS)
+# The last layer of an attention, the layer of its values beside it, and of which kind both are: of LLaMA, Qwen and
+# Gemma, of OPT, and of GPT-2, whose c_attn holds queries, keys and values side by side. The kind tells GPT-2 from
+# GPT-BigCode, which has the same names, but another order of rows.
+ATTENTIONS: dict[str, tuple[str, type[Linear]]] = {
+    "o_proj": ("v_proj", nn.Linear),
+    "out_proj": ("v_proj", nn.Linear),
+    "attn.c_proj": ("c_attn", Conv1D),
+}
+KNOWN_ATTENTIONS = ", ".join(f"{output} beside {values}" for output, (values, _) in ATTENTIONS.items())
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the modules are called that need a rule.
+
+    Args:
+        norm: Class of the norms: LayerNorm, or one that divides by the root mean square.
+        gated_mlp: Class of the MLPs, if they have a gate.
+        activation: Name of the activation in a block, if they have none.
+    """
+
+    norm: str
+    gated_mlp: str | None = None
+    activation: str | None = None
+
+
+# By the model_type of transformers.
+FAMILIES = {
+    "gemma3_text": Family("Gemma3RMSNorm", gated_mlp="Gemma3MLP"),
+    "gpt2": Family("LayerNorm", activation="act"),
+    "llama": Family("LlamaRMSNorm", gated_mlp="LlamaMLP"),
+    "opt": Family("LayerNorm", activation="activation_fn"),
+    "qwen2": Family("Qwen2RMSNorm", gated_mlp="Qwen2MLP"),
+    "qwen3": Family("Qwen3RMSNorm", gated_mlp="Qwen3MLP"),
+}
 
 
 def weight_of(layer: Linear) -> Tensor:
@@ -22,10 +64,12 @@ def weight_of(layer: Linear) -> Tensor:
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
-ALL = "all"
+def linear_at(model: nn.Module, name: str) -> Linear:
+    """Return the linear layer of a model that has a fully qualified name."""
+    return cast(Linear, model.get_submodule(name))
 
 
-def find_targets(model: Any, targets: Sequence[str]) -> dict[str, Linear]:
+def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, Linear]:
     """Return the linear layers whose name is, or ends in, one of ``targets``, by fully qualified name.
 
     Args:
@@ -40,7 +84,7 @@ def find_targets(model: Any, targets: Sequence[str]) -> dict[str, Linear]:
     if unknown:
         kinds = sorted({name.rpartition(".")[2] for name in linear})
         raise OptionError("targets", f": the model has no linear layer {unknown[0]!r}; it has {kinds}.")
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         name: module
         for name, module in linear.items()
@@ -64,14 +108,6 @@ def layer_of(module: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-# The layers whose row i, and the layer whose column i, make up neuron i: of a gated MLP (LLaMA, Qwen, Gemma3), and of
-# the plain ones of OPT and GPT-2. The first is the one that is scored.
-MLPS = ((("up_proj", "gate_proj"), "down_proj"), (("fc1",), "fc2"), (("c_fc",), "c_proj"))
-
-
-KNOWN_MLPS = ", ".join(f"{' or '.join(rows)} beside {column}" for rows, column in MLPS)
-
-
 def neuron_layers(model: nn.Module) -> list[str]:
     """Return the name that the scored layer of an MLP has in each block of a model, such as ``up_proj``.
 
@@ -85,19 +121,6 @@ def neuron_layers(model: nn.Module) -> list[str]:
             "targets", f"The model has no MLP of a known kind ({KNOWN_MLPS}): name the layers to score with --.targets."
         )
     return found
-
-
-# The last layer of an attention, the layer of its values beside it, and of which kind both are: of LLaMA, Qwen and
-# Gemma, of OPT, and of GPT-2, whose c_attn holds queries, keys and values side by side. The kind tells GPT-2 from
-# GPT-BigCode, which has the same names, but another order of rows.
-ATTENTIONS: dict[str, tuple[str, type[Linear]]] = {
-    "o_proj": ("v_proj", nn.Linear),
-    "out_proj": ("v_proj", nn.Linear),
-    "attn.c_proj": ("c_attn", Conv1D),
-}
-
-
-KNOWN_ATTENTIONS = ", ".join(f"{output} beside {values}" for output, (values, _) in ATTENTIONS.items())
 
 
 @dataclass(frozen=True)
@@ -138,7 +161,7 @@ def head_layers(model: nn.Module, targets: Sequence[str] | None = None) -> list[
     return list(targets or layers)
 
 
-def attention_of(model: Any, module: str) -> Attention:
+def attention_of(model: nn.Module, module: str) -> Attention:
     """Return the attention whose last layer a module, by its fully qualified name, is.
 
     Raises:
@@ -153,46 +176,21 @@ def attention_of(model: Any, module: str) -> Attention:
     return attention
 
 
-def find_attention(model: Any, module: str) -> Attention | None:
+def find_attention(model: nn.Module, module: str) -> Attention | None:
     """Return the attention of which a module, by its fully qualified name, is the last layer; None if it is not."""
     for output, (values, kind) in ATTENTIONS.items():
         if ends_in(module, output):
             try:
                 attention = model.get_submodule(module.rpartition(".")[0])
-                found = Attention(model.get_submodule(module), attention.get_submodule(values), attention.head_dim)
+                size = cast(int, attention.head_dim)
+                found = Attention(linear_at(model, module), linear_at(attention, values), size)
             except AttributeError:
                 return None
             return found if isinstance(found.output, kind) and isinstance(found.values, kind) else None
     return None
 
 
-@dataclass(frozen=True)
-class Family:
-    """What the modules are called that need a rule.
-
-    Args:
-        norm: Class of the norms: LayerNorm, or one that divides by the root mean square.
-        gated_mlp: Class of the MLPs, if they have a gate.
-        activation: Name of the activation in a block, if they have none.
-    """
-
-    norm: str
-    gated_mlp: str | None = None
-    activation: str | None = None
-
-
-# By the model_type of transformers.
-FAMILIES = {
-    "gemma3_text": Family("Gemma3RMSNorm", gated_mlp="Gemma3MLP"),
-    "gpt2": Family("LayerNorm", activation="act"),
-    "llama": Family("LlamaRMSNorm", gated_mlp="LlamaMLP"),
-    "opt": Family("LayerNorm", activation="activation_fn"),
-    "qwen2": Family("Qwen2RMSNorm", gated_mlp="Qwen2MLP"),
-    "qwen3": Family("Qwen3RMSNorm", gated_mlp="Qwen3MLP"),
-}
-
-
-def family_of(config: Any) -> Family:
+def family_of(config: PreTrainedConfig) -> Family:
     """Return the entry of ``FAMILIES`` for the config of a model.
 
     Raises:

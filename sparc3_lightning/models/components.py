@@ -1,24 +1,33 @@
-"""What a neuron is; how neurons are selected from scores, masked for a while, or pruned for good."""
+"""What a component of a model is, a neuron, a head or a weight; how it is masked for a while, or pruned for good."""
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.architectures import KNOWN_MLPS, MLPS, Linear, is_heads, weight_of
-from sparc3_lightning.models.heads import check_heads, mask_heads, prune_heads_
-from sparc3_lightning.models.weights import check_weights, mask_weights, prune_weights_
+from sparc3_lightning.models.architectures import is_heads
+from sparc3_lightning.models.heads import check_heads, head_norms, mask_heads, num_heads, prune_heads_
+from sparc3_lightning.models.neurons import (
+    Edit,
+    check_have_place,
+    check_neurons,
+    mask_neurons,
+    neuron_norms,
+    num_neurons,
+    prune_neurons_,
+)
+from sparc3_lightning.models.weights import check_weights, mask_weights, prune_weights_, weight_magnitudes, weight_shape
 
+Granularity = Literal["neuron", "head", "weight"]
 Key = tuple[str, int] | tuple[str, int, int]  # module and index, and of a weight its input
 
 
 @dataclass(frozen=True, slots=True)
-class Neuron:
+class Component:
     """A neuron, a head or a single weight, and what is done to it.
 
     Args:
@@ -38,218 +47,123 @@ class Neuron:
     constant: float = 0.0
     input: int | None = None
 
+    @classmethod
+    def at(cls, place: int, module: str, shape: Sequence[int], score: float = 0.0, strength: float = 1.0) -> Self:
+        """Return the component whose score is at a place of the flattened scores of a layer.
+
+        Args:
+            place: From 0.
+            module: Fully qualified name of the layer.
+            shape: Of its scores: ``[components]``, or of weights ``[out_features, in_features]``.
+            score: Of the component.
+            strength: How far it is switched off.
+        """
+        index, column = divmod(place, shape[1]) if len(shape) == 2 else (place, None)
+        return cls(module, index, score, strength, input=column)
+
+    def place(self, shape: Sequence[int]) -> int:
+        """Return its place in the flattened scores of its layer, see ``at``."""
+        return self.index if self.input is None else self.index * shape[1] + self.input
+
     @property
     def key(self) -> Key:
         """What tells it from any other of its model, whatever is done to it."""
         return (self.module, self.index) if self.input is None else (self.module, self.index, self.input)
 
+    @property
+    def granularity(self) -> Granularity:
+        """Which kind of component it is."""
+        if self.input is not None:
+            return "weight"
+        return "head" if is_heads(self.module) else "neuron"
+
+
+# What is done to components of one kind, by the name of their layer and by their index there, of weights row and
+# column: the strength, of neurons an ``Edit``.
+Edits = Mapping[str, Mapping[Any, Any]]
+
 
 @dataclass(frozen=True)
-class _Mlp:
-    """The layers of an MLP, and neurons of it."""
+class Kind:
+    """What a model knows of one kind of components.
 
-    rows: list[Any]
-    column: Any
-    neurons: list[Neuron]
+    Args:
+        shape: Of the scores of a layer: ``[components]``, or of weights ``[out_features, in_features]``.
+        norms: Norms of the weights of each component of a layer, of that shape, float32 on the CPU; all ranks ask
+            together if the model is sharded.
+        mask: Switches components off for the length of a ``with`` block, their strengths times a number.
+        prune_: Writes what that does into the weights.
+        check: Raises ValueError unless the model has all of the components; one on the meta device suffices.
+    """
+
+    shape: Callable[[nn.Module, str], tuple[int, ...]]
+    norms: Callable[[nn.Module, str], Tensor]
+    mask: Callable[[nn.Module, Edits, float], AbstractContextManager[None]]
+    prune_: Callable[[PreTrainedModel, Edits], None]
+    check: Callable[[nn.Module, Edits], None]
+
+
+# In the order in which they are pruned: a neuron's constant goes through the weights that are left.
+KINDS: dict[Granularity, Kind] = {
+    "head": Kind(lambda *layer: (num_heads(*layer),), head_norms, mask_heads, prune_heads_, check_heads),
+    "weight": Kind(weight_shape, weight_magnitudes, mask_weights, prune_weights_, check_weights),
+    "neuron": Kind(lambda *layer: (num_neurons(*layer),), neuron_norms, mask_neurons, prune_neurons_, check_neurons),
+}
 
 
 @contextmanager
-def mask(model: nn.Module, neurons: Iterable[Neuron], strength: float = 1.0) -> Iterator[None]:
-    """Switch neurons, heads or weights off, or damp them, for the length of a ``with`` block.
+def mask(model: nn.Module, components: Iterable[Component], strength: float = 1.0) -> Iterator[None]:
+    """Switch components off, or damp them, for the length of a ``with`` block.
 
     Of neurons and heads no weight is touched; single weights are what they were after the block.
 
     Args:
         model: A causal language model whose MLPs are in ``MLPS``.
-        neurons: The neurons, heads and weights, each with its own strength and constant.
+        components: The neurons, heads and weights, each with its own strength and constant.
         strength: Times the strength of each.
 
     Raises:
-        ValueError: If the model has no such neuron.
+        ValueError: If the model has no such component.
     """
-    weights, heads, neurons = _apart(neurons)
     with ExitStack() as undo:
-        undo.enter_context(mask_heads(model, heads, strength))
-        undo.enter_context(mask_weights(model, weights, strength))
-        for mlp in _by_mlp(model, neurons):
-            factor, constant = _edit(mlp, strength)
-
-            def damp(
-                module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor, constant: Tensor | None = constant
-            ) -> tuple[Tensor]:
-                # Not a product alone: what is off is 0 even where the activation is infinite.
-                damped = torch.where(factor == 0, 0, inputs[0] * factor)
-                return (damped if constant is None else damped + constant,)
-
-            undo.callback(mlp.column.register_forward_pre_hook(damp).remove)
+        for kind, edits in _by_kind(components).items():
+            undo.enter_context(KINDS[kind].mask(model, edits, strength))
         yield
 
 
-def _edit(mlp: _Mlp, strength: float = 1.0) -> tuple[Tensor, Tensor | None]:
-    """Return the factor of each activation, and what is added to it; None if nothing is."""
-    weight = weight_of(mlp.column)
-    like: Any = {"device": weight.device, "dtype": weight.dtype}
-    indices = [neuron.index for neuron in mlp.neurons]
-    taken = [strength * neuron.strength for neuron in mlp.neurons]
-    factor = torch.ones(weight.shape[1], **like)
-    factor[indices] = torch.tensor([1 - part for part in taken], **like)
-    if not any(neuron.constant for neuron in mlp.neurons):
-        return factor, None
-    constant = torch.zeros(weight.shape[1], **like)
-    constant[indices] = torch.tensor([p * n.constant for p, n in zip(taken, mlp.neurons, strict=True)], **like)
-    return factor, constant
-
-
-def prune_(model: nn.Module, neurons: Iterable[Neuron]) -> None:
+def prune_(model: PreTrainedModel, components: Iterable[Component]) -> None:
     """Write what ``mask`` does into the weights, in place.
-
-    The rows and the column of a neuron that is off become zero; a damped one keeps its rows, and its column becomes
-    smaller. What takes the place of a neuron is constant, and goes into the bias of the layer after it.
 
     Args:
         model: A causal language model whose MLPs are in ``MLPS``.
-        neurons: The neurons, heads and weights.
+        components: The neurons, heads and weights.
 
     Raises:
-        ValueError: If the model has no such neuron, or its architecture has no bias to put a constant in. Nothing is
+        ValueError: If the model has no such component, or its architecture has no bias to put a constant in. Nothing is
             changed then.
     """
-    weights, heads, neurons = _apart(neurons)
-    mlps = _by_mlp(model, neurons)
-    check_heads(model, heads)
-    check_weights(model, weights)
-    if any(neuron.constant for mlp in mlps for neuron in mlp.neurons):
-        _add_biases(model, mlps)
-    prune_heads_(model, heads)
-    prune_weights_(model, weights)
-    with torch.no_grad():
-        for mlp in mlps:
-            off = [neuron.index for neuron in mlp.neurons if neuron.strength == 1]
-            factor, constant = _edit(mlp)
-            column = weight_of(mlp.column)
-            if constant is not None:
-                mlp.column.bias += column @ constant
-            for row in mlp.rows:
-                weight_of(row)[off] = 0
-                if row.bias is not None:
-                    row.bias[off] = 0
-            column *= factor
-            column[:, off] = 0  # where a weight is infinite
+    by_kind = _by_kind(components)
+    for kind, edits in by_kind.items():
+        KINDS[kind].check(model, edits)
+    check_have_place(model, by_kind["neuron"])
+    for kind, edits in by_kind.items():
+        KINDS[kind].prune_(model, edits)
 
 
-def check_have_biases(model: Any, columns: Iterable[Linear]) -> None:
-    """Raise ValueError unless layers have a bias, or their architecture has one to switch on, to put constants in.
-
-    A model on the meta device suffices.
-    """
-    if any(column.bias is None for column in columns) and getattr(model.config, "mlp_bias", None) is None:
-        raise OptionError(
-            "replacement",
-            f"The architecture {model.config.model_type!r} has no bias in its MLPs, so that a checkpoint of it has no "
-            "place for the mean of a neuron: choose --.replacement zero. (LLaMA has the config's mlp_bias.)",
-        )
+def check(model: nn.Module, components: Iterable[Component]) -> None:
+    """Raise ValueError unless the model has all these components. A model on the meta device suffices."""
+    for kind, edits in _by_kind(components).items():
+        KINDS[kind].check(model, edits)
 
 
-def _add_biases(model: Any, mlps: Iterable[_Mlp]) -> None:
-    """Give the layers of all MLPs a bias of 0, where they have none and the architecture has one to switch on.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    columns = [mlp.column for mlp in mlps]
-    check_have_biases(model, columns)
-    if all(column.bias is not None for column in columns):
-        return
-    model.config.mlp_bias = True
-    names = {name for rows, column in MLPS for name in (*rows, column)}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and layer.bias is None and name.rpartition(".")[2] in names:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)
-
-
-def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
-    """Return the layer whose input is the activations of a module's neurons, by the name of the module.
-
-    Raises:
-        ValueError: If one of the modules is not a layer of MLP neurons.
-    """
-    return {name: _by_mlp(model, [Neuron(name, 0, 0.0)])[0].column for name in modules}
-
-
-def check_are_neurons(modules: Collection[str]) -> None:
-    """Raise ValueError unless the rows of layers, by their fully qualified names, are MLP neurons, each once.
-
-    The rows of other layers have scores too, but there is nothing to switch off: what a row of an attention writes is
-    a sum over its heads. Needs no model.
-    """
-    known = {row for rows, _ in MLPS for row in rows}
-    others = sorted({name.rpartition(".")[2] for name in modules} - known)
-    if others:
-        raise OptionError(
-            "granularity",
-            f"The rows of {', '.join(others)} are no neurons that could be switched off: expected {KNOWN_MLPS}. For an "
-            "attention score its heads (sparc3 attribute --.granularity head), for other layers their weights "
-            "(--.granularity weight of attribute and prune).",
-        )
-    mlps = Counter(name.rpartition(".")[0] for name in modules)
-    if max(mlps.values()) > 1:
-        raise OptionError(
-            "targets",
-            f"The neurons of {mlps.most_common(1)[0][0]} are scored twice, by their row in up_proj and in gate_proj: "
-            "attribute one of the two (--.targets '[up_proj]').",
-        )
-
-
-def check_neurons(model: nn.Module, neurons: Iterable[Neuron]) -> None:
-    """Raise ValueError unless the model has all these neurons. A model on the meta device suffices."""
-    weights, heads, neurons = _apart(neurons)
-    check_weights(model, weights)
-    check_heads(model, heads)
-    _by_mlp(model, neurons)
-
-
-def _apart(
-    neurons: Iterable[Neuron],
-) -> tuple[dict[str, dict[tuple[int, int], float]], dict[str, dict[int, float]], list[Neuron]]:
-    """Return the strength of each weight and each head, by the name of its layer and its place; and the others."""
-    weights: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
-    heads: dict[str, dict[int, float]] = defaultdict(dict)
-    others = []
-    for neuron in neurons:
-        if neuron.constant and (neuron.input is not None or is_heads(neuron.module)):
-            what = "Head" if neuron.input is None else "A weight of neuron"
-            raise ValueError(f"{what} {neuron.index} of {neuron.module} has a constant, which only a neuron can have.")
-        if neuron.input is not None:
-            weights[neuron.module][neuron.index, neuron.input] = neuron.strength
-        elif is_heads(neuron.module):
-            heads[neuron.module][neuron.index] = neuron.strength
-        else:
-            others.append(neuron)
-    return dict(weights), dict(heads), others
-
-
-def _by_mlp(model: nn.Module, neurons: Iterable[Neuron]) -> list[_Mlp]:
-    """Group neurons by the MLP they belong to."""
-    groups: dict[str, _Mlp] = {}
-    modules = dict(model.named_modules())
-    for neuron in neurons:
-        parent, _, layer = neuron.module.rpartition(".")
-        rows, column = next(((rows, column) for rows, column in MLPS if layer in rows), ((), ""))
-        if not rows or not all(f"{parent}.{name}" in modules for name in (*rows, column)):
-            raise ValueError(
-                f"{neuron.module!r} is not a layer of MLP neurons of this model: expected {KNOWN_MLPS}. Is "
-                "neurons.json of another model?"
-            )
-        num_neurons = len(weight_of(modules[neuron.module]))
-        if not 0 <= neuron.index < num_neurons:
-            raise ValueError(
-                f"Neuron {neuron.index} of {neuron.module} does not exist: the layer has {num_neurons} neurons. "
-                "Is neurons.json of another model?"
-            )
-        if parent not in groups:
-            groups[parent] = _Mlp([modules[f"{parent}.{row}"] for row in rows], modules[f"{parent}.{column}"], [])
-        groups[parent].neurons.append(neuron)
-    return list(groups.values())
-
-
-Granularity = Literal["neuron", "head", "weight"]
+def _by_kind(components: Iterable[Component]) -> dict[Granularity, dict[str, dict[Any, Any]]]:
+    """Return what is done to the components of each kind, in the order of ``KINDS``."""
+    by_kind: dict[Granularity, dict[str, dict[Any, Any]]] = {kind: defaultdict(dict) for kind in KINDS}
+    for c in components:
+        if c.constant and c.granularity != "neuron":
+            what = "Head" if c.granularity == "head" else "A weight of neuron"
+            raise ValueError(f"{what} {c.index} of {c.module} has a constant, which only a neuron can have.")
+        index = c.index if c.input is None else (c.index, c.input)
+        edit = Edit(c.strength, c.constant) if c.granularity == "neuron" else c.strength
+        by_kind[c.granularity][c.module][index] = edit
+    return by_kind

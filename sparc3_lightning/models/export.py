@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from sparc3_lightning.models.checkpoints import check_unchanged, load_config, load_model, load_tokenizer, skeleton_of
-from sparc3_lightning.models.components import Neuron, check_have_biases, columns_of, prune_
+from sparc3_lightning.models.components import Component, prune_
+from sparc3_lightning.models.neurons import check_have_biases, columns_of
 
 
 def check_takes_means(checkpoint: str, attributed: str, modules: Iterable[str]) -> None:
@@ -24,7 +25,7 @@ def check_takes_means(checkpoint: str, attributed: str, modules: Iterable[str]) 
     check_have_biases(skeleton, columns_of(skeleton, modules).values())
 
 
-def export_pruned(checkpoint: str, neurons: Iterable[Neuron], folder: Path, **options: Any) -> None:
+def export_pruned(checkpoint: str, neurons: Iterable[Component], folder: Path, **options: Any) -> None:
     """Write the checkpoint with the neurons' weights set to zero, see ``export_edited``."""
     export_edited(checkpoint, lambda model: prune_(model, neurons), folder, **options)
 

@@ -1,20 +1,20 @@
-"""Attention heads: their relevance as they leave the attention, and how they are masked for a while or pruned for good.
+"""Attention heads: the layers they are in, and how they are masked for a while or pruned for good.
 
-A head is a block of ``head_dim`` inputs of its attention's last layer. Shape letters: B samples, T tokens, H heads, I
-inputs and O outputs of that layer.
+A head is a block of ``head_dim`` inputs of its attention's last layer.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparc3_lightning.models.architectures import attention_of, weight_of, whole
 
+Strengths = Mapping[int, float]  # by number
 
-def head_dim(model: Any, module: str) -> int:
+
+def head_dim(model: nn.Module, module: str) -> int:
     """Return how many inputs of an attention's last layer belong to one head.
 
     Raises:
@@ -23,12 +23,12 @@ def head_dim(model: Any, module: str) -> int:
     return attention_of(model, module).head_dim
 
 
-def head_dims(model: Any, modules: Iterable[str]) -> dict[str, int]:
+def head_dims(model: nn.Module, modules: Iterable[str]) -> dict[str, int]:
     """Return the ``head_dim`` of each of several layers."""
     return {module: head_dim(model, module) for module in modules}
 
 
-def num_heads(model: Any, module: str) -> int:
+def num_heads(model: nn.Module, module: str) -> int:
     """Return the number of heads before an attention's last layer; see ``head_dim``."""
     attention = attention_of(model, module)
     return weight_of(attention.output).shape[1] // attention.head_dim
@@ -39,14 +39,15 @@ def sum_heads(values: Tensor, head_dim: int) -> Tensor:
     return values.unflatten(-1, (-1, head_dim)).sum(dim=-1)
 
 
-def head_norms(model: Any, module: str) -> Tensor:
+def head_norms(model: nn.Module, module: str) -> Tensor:
     """Return the norm of each head's outgoing weights, shape ``[heads]``; all ranks ask together if sharded."""
     attention = attention_of(model, module)
-    return sum_heads(whole(weight_of(attention.output).float().square().sum(dim=0)), attention.head_dim).sqrt()
+    squares = whole(weight_of(attention.output).float().square().sum(dim=0))
+    return sum_heads(squares, attention.head_dim).sqrt().cpu()
 
 
 @contextmanager
-def mask_heads(model: nn.Module, heads: Mapping[str, Mapping[int, float]], strength: float = 1.0) -> Iterator[None]:
+def mask_heads(model: nn.Module, heads: Mapping[str, Strengths], strength: float = 1.0) -> Iterator[None]:
     """Switch heads off, or damp them, for the length of a ``with`` block, without touching a weight.
 
     Args:
@@ -71,7 +72,7 @@ def mask_heads(model: nn.Module, heads: Mapping[str, Mapping[int, float]], stren
         yield
 
 
-def prune_heads_(model: Any, heads: Mapping[str, Mapping[int, float]]) -> None:
+def prune_heads_(model: nn.Module, heads: Mapping[str, Strengths]) -> None:
     """Write what ``mask_heads`` does into the weights, in place.
 
     The columns of a head in the attention's last layer become smaller, or zero where it is off. The rows of the values
@@ -102,7 +103,7 @@ def prune_heads_(model: Any, heads: Mapping[str, Mapping[int, float]]) -> None:
                         of_values[k * size : (k + 1) * size] = 0
 
 
-def check_heads(model: Any, heads: Mapping[str, Iterable[int]]) -> None:
+def check_heads(model: nn.Module, heads: Mapping[str, Iterable[int]]) -> None:
     """Raise ValueError unless the model has all these heads. A model on the meta device suffices."""
     for name, indices in heads.items():
         number = num_heads(model, name)
@@ -114,7 +115,7 @@ def check_heads(model: Any, heads: Mapping[str, Iterable[int]]) -> None:
                 )
 
 
-def _factor(model: Any, name: str, strengths: Mapping[int, float], strength: float = 1.0) -> Tensor:
+def _factor(model: nn.Module, name: str, strengths: Strengths, strength: float = 1.0) -> Tensor:
     """Return the factor of each input of an attention's last layer, shape ``[in_features]``."""
     attention = attention_of(model, name)
     weight, size = weight_of(attention.output), attention.head_dim

@@ -5,18 +5,17 @@ A weight is an entry of the ``[out_features, in_features]`` matrix of a linear l
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparc3_lightning.models.architectures import ALL, find_targets, weight_of, whole
+from sparc3_lightning.models.architectures import ALL, find_targets, linear_at, weight_of, whole
 
 Strengths = Mapping[tuple[int, int], float]  # by row and column
 
 
 @contextmanager
-def mask_weights(model: Any, weights: Mapping[str, Strengths], strength: float = 1.0) -> Iterator[None]:
+def mask_weights(model: nn.Module, weights: Mapping[str, Strengths], strength: float = 1.0) -> Iterator[None]:
     """Set weights to zero, or make them smaller, for the length of a ``with`` block; then they are what they were.
 
     Args:
@@ -32,7 +31,7 @@ def mask_weights(model: Any, weights: Mapping[str, Strengths], strength: float =
     kept: list[tuple[Tensor, tuple[Tensor, Tensor], Tensor]] = []
     try:
         for name, strengths in weights.items():
-            W_OI = weight_of(model.get_submodule(name)).data
+            W_OI = weight_of(linear_at(model, name)).data
             place = _place(strengths, W_OI)
             kept.append((W_OI, place, W_OI[place]))
             W_OI[place] = _damped(W_OI[place], strengths, strength)
@@ -42,7 +41,7 @@ def mask_weights(model: Any, weights: Mapping[str, Strengths], strength: float =
             W_OI[place] = values
 
 
-def prune_weights_(model: Any, weights: Mapping[str, Strengths]) -> None:
+def prune_weights_(model: nn.Module, weights: Mapping[str, Strengths]) -> None:
     """Write what ``mask_weights`` does into the weights, in place.
 
     Args:
@@ -54,12 +53,12 @@ def prune_weights_(model: Any, weights: Mapping[str, Strengths]) -> None:
     """
     check_weights(model, weights)
     for name, strengths in weights.items():
-        W_OI = weight_of(model.get_submodule(name)).data
+        W_OI = weight_of(linear_at(model, name)).data
         place = _place(strengths, W_OI)
         W_OI[place] = _damped(W_OI[place], strengths)
 
 
-def check_weights(model: Any, weights: Mapping[str, Iterable[tuple[int, int]]]) -> None:
+def check_weights(model: nn.Module, weights: Mapping[str, Iterable[tuple[int, int]]]) -> None:
     """Raise ValueError unless the model has all these weights. A model on the meta device suffices."""
     layers = find_targets(model, [ALL]) if weights else {}
     for name, places in weights.items():
@@ -77,10 +76,14 @@ def check_weights(model: Any, weights: Mapping[str, Iterable[tuple[int, int]]]) 
                 )
 
 
-def weight_magnitudes(model: Any, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield each layer and the magnitudes of its weights, float32 on the CPU, one layer in memory at a time."""
-    for name in modules:
-        yield name, whole(weight_of(model.get_submodule(name))).float().abs().cpu()
+def weight_shape(model: nn.Module, module: str) -> tuple[int, ...]:
+    """Return the numbers of rows and columns of a layer's weights."""
+    return tuple(weight_of(linear_at(model, module)).shape)
+
+
+def weight_magnitudes(model: nn.Module, module: str) -> Tensor:
+    """Return the magnitude of each weight of a layer, shape ``[out_features, in_features]``, float32 on the CPU."""
+    return whole(weight_of(linear_at(model, module))).float().abs().cpu()
 
 
 def _place(strengths: Strengths, W_OI: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.components import Key, Neuron, columns_of, mask
+from sparc3_lightning.models.components import Component, Key, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
+from sparc3_lightning.models.neurons import columns_of
+from sparc3_lightning.selection.lowest import lowest_first
 
 FEWEST = 20  # neurons that a round of refinement considers at least
 FIRST = 100  # neurons whose rise is measured first
@@ -47,7 +49,7 @@ class PerplexityRise:
         self._batches = [(b["input_ids"].to(device), b["attention_mask"].sum(dim=1)) for b in batches]
         self.num_tokens = sum(int((lengths - 1).sum()) for _, lengths in self._batches)
         self.nats = self._nats()
-        self._rises: dict[tuple[Neuron, ...], float] = {}
+        self._rises: dict[tuple[Component, ...], float] = {}
 
     @property
     def perplexity(self) -> float:
@@ -59,7 +61,7 @@ class PerplexityRise:
         """What was measured, in the order it was: number of neurons, strength and rise."""
         return [{"num_neurons": len(of), "strength": _strength(of), "rise": rise} for of, rise in self._rises.items()]
 
-    def __call__(self, neurons: Sequence[Neuron]) -> float:
+    def __call__(self, neurons: Sequence[Component]) -> float:
         """Return perplexity with the neurons off, over that of the model as it is, less 1; measured once a list."""
         of = tuple(neurons)
         if of not in self._rises:
@@ -79,7 +81,7 @@ class PerplexityRise:
             total += nll.sum().item()
         return total / self.num_tokens
 
-    def costs(self, neurons: Sequence[Neuron]) -> Tensor:
+    def costs(self, neurons: Sequence[Component]) -> Tensor:
         """Return what each neuron of a list costs, given the others, in nats a token, shape ``[neurons]``, float64.
 
         The cost is the derivative of the loss with respect to the neuron's strength, averaged over its two ends: with
@@ -117,12 +119,12 @@ class PerplexityRise:
         return (nll * counts).sum()
 
 
-def _strength(neurons: Sequence[Neuron]) -> float:
+def _strength(neurons: Sequence[Component]) -> float:
     """Return the one strength of a list."""
     return neurons[0].strength if neurons else 1.0
 
 
-def _scaled(neurons: Sequence[Neuron], factor: Tensor) -> Callable[..., tuple[Tensor]]:
+def _scaled(neurons: Sequence[Component], factor: Tensor) -> Callable[..., tuple[Tensor]]:
     """Return a hook that takes away ``factor`` times what each neuron's own strength would."""
     indices = [neuron.index for neuron in neurons]
 
@@ -181,7 +183,7 @@ def largest_within(
     return low
 
 
-def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> list[Neuron]:
+def spend(rise: PerplexityRise, ranked: Sequence[Component], budget: Budget) -> list[Component]:
     """Choose neurons from the head of a ranking, and their strength, for the most benefit within a budget.
 
     The benefit of a list is estimated by the sum of what its neurons were ranked by, times their strength. Each round
@@ -198,7 +200,7 @@ def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> lis
         ValueError: If not even one neuron is within the budget.
     """
     most = budget.max_perplexity_increase
-    best: list[Neuron] = []
+    best: list[Component] = []
     for strength in budget.strengths:
         best = max(best, _head(rise, [replace(n, strength=strength) for n in ranked], most), key=_benefit)
     if not best:
@@ -212,7 +214,7 @@ def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> lis
         left = [replace(n, strength=best[0].strength) for n in ranked if n.key not in dropped]
         considered = left[: max(2 * len(best), FEWEST)]
         worth = torch.tensor([max(-n.score, 0.0) for n in considered]) / rise.costs(considered).clamp(min=1e-12)
-        worst = {considered[i] for i in worth.argsort()[: max(1, len(considered) // 10)].tolist()}
+        worst = {considered[i] for i in lowest_first(worth, max(1, len(considered) // 10)).tolist()}
         refined = _head(rise, [n for n in left if n not in worst], most, start=len(best))
         if _benefit(refined) > _benefit(best):
             best = refined
@@ -220,9 +222,9 @@ def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> lis
     return best
 
 
-def _head(rise: PerplexityRise, ranked: Sequence[Neuron], budget: float, start: int = FIRST) -> list[Neuron]:
+def _head(rise: PerplexityRise, ranked: Sequence[Component], budget: float, start: int = FIRST) -> list[Component]:
     return list(ranked[: largest_within(lambda number: rise(ranked[:number]), len(ranked), budget, start)])
 
 
-def _benefit(neurons: Sequence[Neuron]) -> float:
+def _benefit(neurons: Sequence[Component]) -> float:
     return sum(max(-neuron.score, 0.0) * neuron.strength for neuron in neurons)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.components import Neuron
-from sparc3_lightning.selection.lowest import lowest_first
+from sparc3_lightning.models.components import Component
+from sparc3_lightning.selection.lowest import Lowest
 
 Scores = Mapping[str, Tensor]
+POOL = 5  # candidates per component and layer, of which each draw takes one
 
 
 def difference(general: Scores, behavior: Scores) -> dict[str, Tensor]:
@@ -188,7 +189,7 @@ def differential_strength(general: Mapping[str, Tensor], behavior: Mapping[str, 
     return 100 * difference / total if total else float("nan")
 
 
-def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
+def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Component]:
     """Select the neurons with the lowest scores over all modules, lowest first.
 
     Ties are broken by the order of the modules, then by index, so that the selection is reproducible.
@@ -206,8 +207,7 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
         >>> [(neuron.module, neuron.index, neuron.score) for neuron in chosen]
         [('a', 1, -2.0), ('b', 0, -1.0)]
     """
-    names = list(scores)
-    flat = torch.cat([scores[name] for name in names])
+    flat = torch.cat(list(scores.values()))
     if not 1 <= num_neurons <= len(flat):
         raise OptionError("num_neurons", f"must be between 1 and {len(flat):,} (all neurons), got {num_neurons}.")
     if torch.isnan(flat).any():
@@ -219,43 +219,30 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Neuron]:
             f"asks for {num_neurons} neurons, but --.selection leaves only {eligible} of "
             f"{len(flat):,}: raise --.top_behavior, or lower --.top_general.",
         )
-    order = flat.argsort(stable=True)[:num_neurons]
-    modules = [(name, i) for name in names for i in range(len(scores[name]))]
-    return [Neuron(name, i, flat[k].item()) for k in order.tolist() for name, i in [modules[k]]]
+    chosen = Lowest(num_neurons)
+    for name, score in scores.items():
+        chosen.add(name, score)
+    return chosen.components
 
 
-POOL = 5  # candidates per neuron and layer, of which each draw takes one
-
-
-def lowest_of_modules(pruned: Sequence[Neuron], scores: Iterable[tuple[str, Tensor]]) -> list[Neuron]:
-    """Return, per module, the neurons with the lowest scores, ``POOL`` times as many as were pruned there.
+def lowest_of_modules(pruned: Sequence[Component], scores: Iterable[tuple[str, Tensor]]) -> list[Component]:
+    """Return, per module, the components with the lowest scores, ``POOL`` times as many as were pruned there.
 
     Args:
-        pruned: The pruned neurons, or weights.
-        scores: Name and scores of each module, shape ``[out_features]``, or ``[out_features, in_features]`` of
-            weights, one module in memory at a time; the magnitude of the relevance, or the negative norm of weights.
+        pruned: The pruned components.
+        scores: Name and scores of each module, of the shape that ``Kind`` says, one module in memory at a time; the
+            magnitude of the relevance, or the negative norm of weights.
     """
-    pool: dict[str, list[Neuron]] = {module: [] for module in per_module(pruned)}
+    taken, numbers = {component.key for component in pruned}, per_module(pruned)
+    pool: dict[str, list[Component]] = {module: [] for module in numbers}
     for module, score in scores:
-        if module not in pool:
-            continue
-        taken = places_of(pruned, module, score.shape[-1] if score.dim() == 2 else 1)
-        places = [p for p in lowest_first(score, (1 + POOL) * len(taken)).tolist() if p not in taken]
-        places = places[: POOL * len(taken)]
-        values = score.flatten()[places].tolist()
-        if score.dim() == 2:
-            at = [divmod(place, score.shape[1]) for place in places]
-            pool[module] = [Neuron(module, o, value, input=i) for (o, i), value in zip(at, values, strict=True)]
-        else:
-            pool[module] = [Neuron(module, o, value) for o, value in zip(places, values, strict=True)]
-    return [neuron for of_module in pool.values() for neuron in of_module]
+        if number := numbers[module]:
+            candidates = Lowest((1 + POOL) * number)
+            candidates.add(module, score)
+            pool[module] = [c for c in candidates.components if c.key not in taken][: POOL * number]
+    return [component for of_module in pool.values() for component in of_module]
 
 
-def places_of(pruned: Iterable[Neuron], module: str, columns: int) -> set[int]:
-    """Return the places of pruned neurons, or weights, in the flattened scores of their module."""
-    return {n.index if n.input is None else n.index * columns + n.input for n in pruned if n.module == module}
-
-
-def per_module(pruned: Iterable[Neuron]) -> Counter[str]:
-    """Count the pruned neurons, or weights, of each module."""
-    return Counter(neuron.module for neuron in pruned)
+def per_module(pruned: Iterable[Component]) -> Counter[str]:
+    """Count the pruned components of each module."""
+    return Counter(component.module for component in pruned)

@@ -1,9 +1,11 @@
 """The lowest of many scores, exactly as many as asked for: of equal ones the first."""
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 
 
 def lowest(S_GK: Tensor, number: int) -> Tensor:
@@ -54,29 +56,27 @@ def lowest_first(scores: Tensor, number: int) -> Tensor:
 
 
 class Lowest:
-    """The weights of the lowest scores over all layers, taken in layer by layer.
+    """The components of the lowest scores over all layers, taken in layer by layer.
 
-    They are those that ``neurons.select`` finds with all scores at once, and in its order: of equal scores those of the
-    earlier layer are lower, and within a layer those that come first in the order of rows.
+    They are those that a stable sort of all scores at once would give, and in its order: of equal scores those of the
+    earlier layer are lower, and within a layer those that come first, of weights in the order of rows.
 
     Args:
         number: How many to keep.
+
+    Attributes:
+        components: The lowest so far, from the lowest up.
     """
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._scores = torch.empty(0)
-        self._weights: list[tuple[str, int, int]] = []
+        self.components: list[Component] = []
 
-    def add(self, name: str, score_OI: Tensor) -> None:
-        """Take in the scores of the next layer."""
-        places = lowest_first(score_OI, self.number)
-        scores = torch.cat([self._scores, score_OI.flatten()[places]])
-        weights = self._weights + [(name, *divmod(place, score_OI.shape[1])) for place in places.tolist()]
-        order = scores.argsort(stable=True)[: self.number]
-        self._scores, self._weights = scores[order], [weights[i] for i in order.tolist()]
-
-    def neurons(self) -> list[Neuron]:
-        """Return them, the lowest first."""
-        rows = zip(self._weights, self._scores.tolist(), strict=True)
-        return [Neuron(name, row, score, input=column) for (name, row, column), score in rows]
+    def add(self, name: str, scores: Tensor) -> None:
+        """Take in the scores of the next layer, of the shape that ``Kind`` says."""
+        places = lowest_first(scores, self.number)
+        values = scores.flatten()[places].tolist()
+        found = [
+            Component.at(place, name, scores.shape, value) for place, value in zip(places.tolist(), values, strict=True)
+        ]
+        self.components = sorted([*self.components, *found], key=attrgetter("score"))[: self.number]

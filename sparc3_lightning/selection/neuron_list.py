@@ -15,8 +15,7 @@ from torch import Tensor
 from sparc3_lightning.attribution.scores import ScoreFile, WeightScores
 from sparc3_lightning.errors import OptionFileNotFoundError
 from sparc3_lightning.files import write_atomically
-from sparc3_lightning.models.architectures import is_heads
-from sparc3_lightning.models.components import Granularity, Neuron
+from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.provenance import git_hash, versions
 
 FORMAT = "sparc3_lightning neurons 1"
@@ -33,17 +32,15 @@ class NeuronList:
         least_relevant: Neurons of little relevance for general text, for control.
     """
 
-    neurons: list[Neuron]
+    neurons: list[Component]
     provenance: dict[str, Any] = field(default_factory=dict)
-    next: list[Neuron] = field(default_factory=list)
-    least_relevant: list[Neuron] = field(default_factory=list)
+    next: list[Component] = field(default_factory=list)
+    least_relevant: list[Component] = field(default_factory=list)
 
     @property
     def granularity(self) -> Granularity:
         """What was pruned: ``weight``, ``head`` or ``neuron``; neurons and heads together are neurons."""
-        kinds: set[Granularity] = {
-            "weight" if n.input is not None else "head" if is_heads(n.module) else "neuron" for n in self.neurons
-        }
+        kinds = {component.granularity for component in self.neurons}
         return kinds.pop() if len(kinds) == 1 else "neuron"
 
     @property
@@ -59,7 +56,7 @@ class NeuronList:
             return words
         return "held at their mean activation" if words == "switched off" else f"{words} towards their mean activation"
 
-    def all(self) -> list[Neuron]:
+    def all(self) -> list[Component]:
         """Return the neurons of all lists."""
         return [*self.neurons, *self.next, *self.least_relevant]
 
@@ -112,15 +109,15 @@ _LISTS = ("neurons", "next", "least_relevant")
 _DEFAULTS: dict[str, Any] = {"strength": 1.0, "constant": 0.0, "input": None}
 
 
-def _row(neuron: Neuron) -> dict[str, Any]:
+def _row(neuron: Component) -> dict[str, Any]:
     """Return the fields of a neuron, without those that every pruned one shares."""
     return {name: value for name, value in asdict(neuron).items() if value != _DEFAULTS.get(name)}
 
 
-def _read(row: dict[str, Any]) -> Neuron:
+def _read(row: dict[str, Any]) -> Component:
     strength, constant = (float(row.get(name, _DEFAULTS[name])) for name in ("strength", "constant"))
     column = None if row.get("input") is None else operator.index(row["input"])
-    return Neuron(str(row["module"]), operator.index(row["index"]), float(row["score"]), strength, constant, column)
+    return Component(str(row["module"]), operator.index(row["index"]), float(row["score"]), strength, constant, column)
 
 
 NUM_BINS = 81
@@ -142,9 +139,9 @@ class Selected:
         budget: What was measured to stay within a price, if there was one.
     """
 
-    chosen: list[Neuron]
-    next: list[Neuron]
-    least_relevant: list[Neuron]
+    chosen: list[Component]
+    next: list[Component]
+    least_relevant: list[Component]
     modules: list[str]
     num_candidates: int
     num_negative: int

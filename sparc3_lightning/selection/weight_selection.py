@@ -82,7 +82,7 @@ def select_weights(layers: Iterable[Layer], num_weights: int, num_ranked: int) -
             "num_neurons",
             f"must be between 1 and {num_candidates:,} (all weights that were scored), got {num_weights}.",
         )
-    listed = found.neurons()
+    listed = found.components
     chosen, least_relevant = listed[:num_weights], []
     counts, edges = torch.zeros(NUM_BINS, dtype=torch.float64), torch.empty(0)
     for name, general_OI, difference_OI in layers:

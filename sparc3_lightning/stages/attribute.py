@@ -31,8 +31,9 @@ from sparc3_lightning.models.checkpoints import (
     resolve_dtype,
     skeleton_of,
 )
-from sparc3_lightning.models.components import Granularity, columns_of
+from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import head_dims
+from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.provenance import run_seed
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer

@@ -17,7 +17,8 @@ from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
-from sparc3_lightning.models.components import Neuron, check_are_neurons, check_neurons
+from sparc3_lightning.models.components import Component, check
+from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.models.sharding import check_is_whole, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.report.circuits import circuit_csv, summary
@@ -139,7 +140,7 @@ class Circuit(StoppableModule):
             scores = ScoreFile.load(of.paths[0]).scores
             if of.granularity == "neuron":
                 check_are_neurons(scores)
-            check_neurons(model, [Neuron(name, len(score) - 1, 0.0) for name, score in scores.items()])
+            check(model, [Component(name, len(score) - 1, 0.0) for name, score in scores.items()])
 
     def configure_model(self) -> None:
         """Load the model, once."""
@@ -207,7 +208,7 @@ class Circuit(StoppableModule):
         right = sum(value > 0 for value in differences)  # not where it is NaN
         return {"accuracy": right / len(differences), "logit_difference": statistics.fmean(differences)}
 
-    def _save(self, of: Group, removed: list[Neuron], circuit: dict[str, Any]) -> None:
+    def _save(self, of: Group, removed: list[Component], circuit: dict[str, Any]) -> None:
         """Write what a circuit is without as a list that 'sparc3 evaluate' can switch off."""
         if not self.trainer.is_global_zero:
             return

@@ -19,7 +19,7 @@ from sparc3_lightning.evaluation.variants import Variant, counted, describe, neu
 from sparc3_lightning.evaluation.zero_shot import accuracies, check_tasks, fetch_tasks
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
-from sparc3_lightning.models.components import check_neurons
+from sparc3_lightning.models.components import check
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
@@ -161,7 +161,7 @@ class Evaluation(StoppableModule):
         if self.lists:
             skeleton = skeleton_of(config)
             for neurons in self.lists.values():
-                check_neurons(skeleton, neurons.all())
+                check(skeleton, neurons.all())
         fetch_tasks(*self.zero_shot[:2])
         self._resume()
         rank_zero_info(

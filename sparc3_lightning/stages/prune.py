@@ -25,8 +25,9 @@ from sparc3_lightning.models.checkpoints import (
     load_model,
     resolve_dtype,
 )
-from sparc3_lightning.models.components import Neuron, check_are_neurons
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.models.export import check_takes_means, export_pruned
+from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
 from sparc3_lightning.selection.criteria import (
     by_auroc,
@@ -280,7 +281,7 @@ class Pruning(L.LightningModule):
         parts = [Activations.load(path.parent / ACTIVATIONS).mean() for path in self.general]
         return {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
 
-    def _edited(self, neurons: list[Neuron], means: dict[str, Tensor] | None = None) -> list[Neuron]:
+    def _edited(self, neurons: list[Component], means: dict[str, Tensor] | None = None) -> list[Component]:
         """Give each neuron its strength, and what takes its place."""
         return [replace(n, strength=self.strengths[0]) for n in _held(neurons, means)]
 
@@ -318,7 +319,7 @@ class Pruning(L.LightningModule):
         rank_zero_info(f"Pruned checkpoint: {self.export}")
 
 
-def _held(neurons: list[Neuron], means: dict[str, Tensor] | None) -> list[Neuron]:
+def _held(neurons: list[Component], means: dict[str, Tensor] | None) -> list[Component]:
     """Give each neuron its mean, if there are any, as what takes its place."""
     return [replace(n, constant=means[n.module][n.index].item()) for n in neurons] if means else neurons
 
@@ -331,11 +332,11 @@ def _activations(scores: Sequence[Path]) -> dict[str, Tensor]:
 
 def within_budget(
     budget: Budget,
-    ranked: Sequence[Neuron],
+    ranked: Sequence[Component],
     text: ReferenceSamples,
     general: Sequence[ScoreFile],
     device: torch.device,
-) -> tuple[list[Neuron], dict[str, Any]]:
+) -> tuple[list[Component], dict[str, Any]]:
     """Load the model that scores are of, and spend a budget on the head of a ranking.
 
     Args:

@@ -11,7 +11,7 @@ from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationReco
 from sparc3_lightning.attribution.progress import Progress, load_progress
 from sparc3_lightning.cli import main
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
-from sparc3_lightning.models.components import columns_of
+from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.stages.attribute import Attribution
 
 UP = "model.layers.{}.mlp.up_proj"

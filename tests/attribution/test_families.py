@@ -23,7 +23,7 @@ from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.variants import neurons_of, plan
 from sparc3_lightning.models.architectures import blocks_of, weight_of
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
-from sparc3_lightning.models.components import Neuron, mask
+from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.sharding import load_sharded
 from sparc3_lightning.selection.criteria import POOL
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -193,7 +193,7 @@ def test_controls_of_a_sharded_model_have_the_largest_weights(make_checkpoint, f
     (layer, *_), _ = mlp_of(family, 0)
     weight = model.get_submodule(layer).weight.detach()
     norms = [row.norm() for row in (weight.T if family == "gpt2" else weight)]
-    pruned = NeuronList([Neuron(layer, 0, -1.0)])
+    pruned = NeuronList([Component(layer, 0, -1.0)])
     norms[0] = torch.tensor(0.0)
     heaviest = sorted(range(24), key=lambda i: -norms[i])[:POOL]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -7,25 +7,32 @@ import pytest
 import torch
 
 from sparc3_lightning.evaluation.controls import draw_like, random_like
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.criteria import POOL, lowest_of_modules
 
 A, B, C = (f"model.layers.{i}.mlp.up_proj" for i in range(3))
 SIZES = {A: 10, B: 40, C: 7}
-PRUNED = [Neuron(A, 3, -5.0), Neuron(B, 0, -4.0), Neuron(A, 9, -3.0), Neuron(B, 39, -2.0), Neuron(B, 20, -1.0)]
+SHAPES = {name: (size,) for name, size in SIZES.items()}
+PRUNED = [
+    Component(A, 3, -5.0),
+    Component(B, 0, -4.0),
+    Component(A, 9, -3.0),
+    Component(B, 39, -2.0),
+    Component(B, 20, -1.0),
+]
 
 
-def places(neurons: list[Neuron]) -> list[tuple[str, int]]:
+def places(neurons: list[Component]) -> list[tuple[str, int]]:
     return [(neuron.module, neuron.index) for neuron in neurons]
 
 
-def per_module(neurons: list[Neuron]) -> dict[str, int]:
+def per_module(neurons: list[Component]) -> dict[str, int]:
     return dict(Counter(neuron.module for neuron in neurons))
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_neurons_are_as_many_in_each_layer_as_were_pruned_and_none_of_those(seed):
-    drawn = random_like(PRUNED, SIZES, seed)
+    drawn = random_like(PRUNED, SHAPES, seed)
     assert per_module(drawn) == {A: 2, B: 3}
     assert len(set(places(drawn))) == 5
     assert not set(places(drawn)) & set(places(PRUNED))
@@ -35,19 +42,19 @@ def test_random_neurons_are_as_many_in_each_layer_as_were_pruned_and_none_of_tho
 def test_the_same_seed_draws_the_same_neurons_and_other_seeds_others():
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = [tuple(sorted(places(random_like(PRUNED, SIZES, seed)))) for seed in range(20)]
+    first = [tuple(sorted(places(random_like(PRUNED, SHAPES, seed)))) for seed in range(20)]
     assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
     torch.manual_seed(2)
-    assert [tuple(sorted(places(random_like(PRUNED, SIZES, seed)))) for seed in range(20)] == first
+    assert [tuple(sorted(places(random_like(PRUNED, SHAPES, seed)))) for seed in range(20)] == first
     assert len(set(first)) == 20
 
 
 def test_every_free_neuron_and_every_pair_of_them_is_drawn_equally_often():
-    pruned = [Neuron(A, 3, 0.0), Neuron(A, 9, 0.0)]
+    pruned = [Component(A, 3, 0.0), Component(A, 9, 0.0)]
     free = [index for index in range(10) if index not in (3, 9)]
     single, pairs = Counter(), Counter()
     for seed in range(2000):
-        drawn = sorted(neuron.index for neuron in random_like(pruned, SIZES, seed))
+        drawn = sorted(neuron.index for neuron in random_like(pruned, SHAPES, seed))
         single.update(drawn)
         pairs[tuple(drawn)] += 1
     assert sorted(single) == free
@@ -58,17 +65,19 @@ def test_every_free_neuron_and_every_pair_of_them_is_drawn_equally_often():
 
 
 def test_layers_of_the_same_size_are_not_drawn_alike():
-    pruned = [Neuron(A, 0, 0.0), Neuron(A, 1, 0.0), Neuron(B, 0, 0.0), Neuron(B, 1, 0.0)]
+    pruned = [Component(A, 0, 0.0), Component(A, 1, 0.0), Component(B, 0, 0.0), Component(B, 1, 0.0)]
     alike = 0
     for seed in range(50):
-        drawn = random_like(pruned, {A: 40, B: 40}, seed)
+        drawn = random_like(pruned, {A: (40,), B: (40,)}, seed)
         alike += {n.index for n in drawn if n.module == A} == {n.index for n in drawn if n.module == B}
     assert alike <= 1
 
 
 def test_a_draw_takes_from_the_pool_as_many_of_each_layer_and_keeps_their_scores():
     pool = (
-        [Neuron(A, i, float(i)) for i in range(8)] + [Neuron(B, i, 10.0 + i) for i in range(12)] + [Neuron(C, 0, 9.0)]
+        [Component(A, i, float(i)) for i in range(8)]
+        + [Component(B, i, 10.0 + i) for i in range(12)]
+        + [Component(C, 0, 9.0)]
     )
     drawn = draw_like(PRUNED, pool, 0)
     assert per_module(drawn) == {A: 2, B: 3}, "layer C has no pruned neuron"
@@ -80,15 +89,15 @@ def test_a_draw_takes_from_the_pool_as_many_of_each_layer_and_keeps_their_scores
 
 
 def test_a_pool_that_is_too_small_is_taken_whole():
-    pool = [Neuron(A, 5, 1.0), Neuron(B, 1, 2.0), Neuron(B, 2, 3.0), Neuron(B, 3, 4.0)]
+    pool = [Component(A, 5, 1.0), Component(B, 1, 2.0), Component(B, 2, 3.0), Component(B, 3, 4.0)]
     assert set(draw_like(PRUNED, pool, 0)) == set(pool)
     assert set(draw_like(PRUNED, pool[1:], 7)) == set(pool[1:])
     assert draw_like(PRUNED, [], 0) == []
 
 
 def test_where_nearly_a_whole_layer_was_pruned_random_neurons_are_those_that_are_left():
-    pruned = [Neuron(C, index, 0.0) for index in range(5)]
-    assert sorted(places(random_like(pruned, SIZES, 0))) == [(C, 5), (C, 6)]
+    pruned = [Component(C, index, 0.0) for index in range(5)]
+    assert sorted(places(random_like(pruned, SHAPES, 0))) == [(C, 5), (C, 6)]
 
 
 def test_the_pool_of_the_lowest_has_several_times_as_many_of_each_layer_from_the_lowest_up():
@@ -98,7 +107,7 @@ def test_the_pool_of_the_lowest_has_several_times_as_many_of_each_layer_from_the
     for module, number in [(A, 2), (B, 3)]:
         taken = {neuron.index for neuron in PRUNED if neuron.module == module}
         free = sorted((score, i) for i, score in enumerate(scores[module].tolist()) if i not in taken)
-        expected = [Neuron(module, i, score) for score, i in free[: POOL * number]]
+        expected = [Component(module, i, score) for score, i in free[: POOL * number]]
         assert [neuron for neuron in pool if neuron.module == module] == expected
     assert per_module(pool) == {A: 8, B: 15}, "10 are wanted of the first layer, but 2 of its 10 were pruned"
     assert len(pool) == 23
@@ -106,7 +115,7 @@ def test_the_pool_of_the_lowest_has_several_times_as_many_of_each_layer_from_the
 
 def test_the_pruned_are_not_in_the_pool_even_if_they_are_the_lowest_of_all():
     scores = {A: torch.arange(10.0), B: torch.arange(40.0)}
-    pruned = [Neuron(A, 0, 0.0), Neuron(B, 2, 0.0)]
+    pruned = [Component(A, 0, 0.0), Component(B, 2, 0.0)]
     assert places(lowest_of_modules(pruned, scores.items())) == [
         *((A, i) for i in range(1, 6)),
         *((B, i) for i in (0, 1, 3, 4, 5)),
@@ -114,7 +123,7 @@ def test_the_pruned_are_not_in_the_pool_even_if_they_are_the_lowest_of_all():
 
 
 def test_equal_scores_are_taken_in_the_order_of_their_index():
-    pool = lowest_of_modules([Neuron(B, 1, 0.0)], {B: torch.zeros(40)}.items())
+    pool = lowest_of_modules([Component(B, 1, 0.0)], {B: torch.zeros(40)}.items())
     assert [neuron.index for neuron in pool] == [0, 2, 3, 4, 5]
 
 

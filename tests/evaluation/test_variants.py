@@ -8,15 +8,15 @@ import torch
 
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, neurons_of, of_kind, plan
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.criteria import POOL
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 UP, SECOND = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
 NEURONS = NeuronList(
-    neurons=[Neuron(SECOND, 4, -9.0), Neuron(UP, 7, -8.0), Neuron(SECOND, 20, -7.0)],
-    next=[Neuron(UP, 1, -6.0), Neuron(SECOND, 0, -5.0), Neuron(UP, 23, -4.0)],
-    least_relevant=[Neuron(UP, i, 0.1) for i in (2, 3, 11)] + [Neuron(SECOND, i, 0.2) for i in (1, 2, 9, 10, 12)],
+    neurons=[Component(SECOND, 4, -9.0), Component(UP, 7, -8.0), Component(SECOND, 20, -7.0)],
+    next=[Component(UP, 1, -6.0), Component(SECOND, 0, -5.0), Component(UP, 23, -4.0)],
+    least_relevant=[Component(UP, i, 0.1) for i in (2, 3, 11)] + [Component(SECOND, i, 0.2) for i in (1, 2, 9, 10, 12)],
 )
 WITHOUT_POOL = NeuronList(neurons=NEURONS.neurons)
 
@@ -25,7 +25,7 @@ def names(variants: list[Variant]) -> list[str]:
     return [variant.name for variant in variants]
 
 
-def places(neurons: list[Neuron]) -> set[tuple[str, int]]:
+def places(neurons: list[Component]) -> set[tuple[str, int]]:
     return {(neuron.module, neuron.index) for neuron in neurons}
 
 
@@ -190,7 +190,7 @@ def test_controls_of_damped_neurons_or_weights_are_damped_alike(make_model):
 
 
 def test_the_number_of_a_control_whose_layers_have_no_more_is_that_of_those_that_are_off(make_model):
-    lists = {"": NeuronList([Neuron(UP, i, -1.0) for i in range(18)], least_relevant=[Neuron(UP, 20, 0.0)])}
+    lists = {"": NeuronList([Component(UP, i, -1.0) for i in range(18)], least_relevant=[Component(UP, 20, 0.0)])}
     variants = plan(lists, 1, controls=1, doses=[4])
     off = neurons_of(variants, lists, make_model(), 0)
     found = {variant.kind: variant.num_neurons for variant in counted(variants, off)}
@@ -236,7 +236,7 @@ def test_neurons_with_the_largest_weights_are_drawn_from_those_whose_rows_have_t
 
 def test_controls_of_gate_neurons_come_from_the_gates(make_model):
     gate = "model.layers.0.mlp.gate_proj"
-    neurons = NeuronList([Neuron(gate, 5, -1.0)])
+    neurons = NeuronList([Component(gate, 5, -1.0)])
     model = make_model()
     heavy = model.get_submodule(gate).weight.norm(dim=1).argsort(descending=True).tolist()
     lists = neurons_of(plan({"": neurons}, 1, controls=60), {"": neurons}, model, 0)

@@ -15,9 +15,9 @@ from helpers import sentence
 from sparc3_lightning.evaluation import zero_shot
 from sparc3_lightning.evaluation.zero_shot import accuracy, check_tasks, fetch_tasks
 from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
-from sparc3_lightning.models.components import Neuron, mask
+from sparc3_lightning.models.components import Component, mask
 
-NEURONS = [Neuron(f"model.layers.{i}.mlp.up_proj", j, -1.0) for i in range(2) for j in range(0, 24, 2)]
+NEURONS = [Component(f"model.layers.{i}.mlp.up_proj", j, -1.0) for i in range(2) for j in range(0, 24, 2)]
 DOCUMENTS = [
     {
         "question": sentence(i, 3 + i % 4),

@@ -27,7 +27,7 @@ from sparc3_lightning.models.checkpoints import (
     locate,
     resolve_dtype,
 )
-from sparc3_lightning.models.components import Neuron, mask
+from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.sources import PICKLED, explain_hub_error
 
@@ -391,9 +391,9 @@ def test_the_fingerprint_of_a_hub_repository_is_its_commit(monkeypatch: pytest.M
 
 
 NEURONS = [
-    Neuron("model.layers.0.mlp.up_proj", 3, -1.0),
-    Neuron("model.layers.1.mlp.up_proj", 0, -2.0),
-    Neuron("model.layers.1.mlp.up_proj", 23, -3.0),
+    Component("model.layers.0.mlp.up_proj", 3, -1.0),
+    Component("model.layers.1.mlp.up_proj", 0, -2.0),
+    Component("model.layers.1.mlp.up_proj", 23, -3.0),
 ]
 
 
@@ -449,7 +449,7 @@ def test_an_interrupted_export_leaves_nothing(
 def test_an_export_of_neurons_of_another_model_leaves_nothing(tiny_checkpoint: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model"):
         export_pruned(
-            tiny_checkpoint, [Neuron("model.layers.9.mlp.up_proj", 0, -1.0)], tmp_path / "a", dtype=torch.float32
+            tiny_checkpoint, [Component("model.layers.9.mlp.up_proj", 0, -1.0)], tmp_path / "a", dtype=torch.float32
         )
     assert list(tmp_path.iterdir()) == []
 

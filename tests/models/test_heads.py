@@ -23,7 +23,7 @@ from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.evaluation.variants import neurons_of, plan
 from sparc3_lightning.models.architectures import FAMILIES, find_targets, head_layers, is_heads, weight_of
 from sparc3_lightning.models.checkpoints import load_model
-from sparc3_lightning.models.components import Neuron, check_neurons, mask, prune_
+from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.heads import head_dims, head_norms, mask_heads, num_heads, prune_heads_
 from sparc3_lightning.models.sharding import load_sharded
@@ -54,8 +54,8 @@ def off_in(family: str) -> dict[str, dict[int, float]]:
     return dict(zip(layers_of(family), HEADS, strict=True))
 
 
-def as_neurons(family: str) -> list[Neuron]:
-    return [Neuron(name, index, 0.0) for name, indices in off_in(family).items() for index in indices]
+def as_neurons(family: str) -> list[Component]:
+    return [Component(name, index, 0.0) for name, indices in off_in(family).items() for index in indices]
 
 
 def weight_at(model: Any, name: str) -> Tensor:
@@ -208,7 +208,7 @@ def test_an_attention_whose_values_are_not_known_has_no_heads_and_says_what_ther
         head_layers(model)
     (output,) = (name for name, _ in model.named_modules() if is_heads(name))
     with pytest.raises(ValueError, match="not a layer of attention heads"):
-        check_neurons(model, [Neuron(output, 0, 0.0)])
+        check(model, [Component(output, 0, 0.0)])
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_mask_makes_the_columns_of_a_head_smaller_by_its_strength(make_model, 
 
 def test_each_head_has_a_strength_of_its_own_in_a_mask_and_in_the_weights(make_model):
     model, heads = make_model(), {O_PROJ[0]: {0: 1.0, 3: 0.25}, O_PROJ[1]: {1: 0.5, 2: 1.0}}
-    damped = [Neuron(name, h, 0.0, strength=s) for name, of in heads.items() for h, s in of.items()]
+    damped = [Component(name, h, 0.0, strength=s) for name, of in heads.items() for h, s in of.items()]
     half, expected = logits(by_hand(model, heads, 0.5)), logits(by_hand(model, heads))
     with mask(model, damped, 0.5):
         torch.testing.assert_close(logits(model), half, rtol=1e-9, atol=1e-9)
@@ -264,9 +264,9 @@ def test_each_head_has_a_strength_of_its_own_in_a_mask_and_in_the_weights(make_m
 
 
 def test_a_head_has_no_constant(make_model):
-    for use in (fail_if_masked, prune_, check_neurons):
+    for use in (fail_if_masked, prune_, check):
         with pytest.raises(ValueError, match=r"Head 1 of .* has a constant"):
-            use(make_model(), [Neuron(O_PROJ[0], 1, 0.0, constant=0.5)])
+            use(make_model(), [Component(O_PROJ[0], 1, 0.0, constant=0.5)])
 
 
 @all_models
@@ -304,8 +304,8 @@ def test_the_rows_of_a_value_head_are_zero_only_where_no_head_needs_them(make_mo
 @pytest.mark.parametrize("family", ["llama", *ATTENTIONS])
 def test_neurons_and_heads_can_be_off_together(make_model, family):
     model = make_model(family)
-    both = [*as_neurons(family), Neuron(mlp_of(family, 0)[0][0], 3, 0.0)]
-    check_neurons(model, both)
+    both = [*as_neurons(family), Component(mlp_of(family, 0)[0][0], 3, 0.0)]
+    check(model, both)
     with mask(model, both):
         masked = logits(model)
     with mask(model, both[-1:]), mask_heads(model, off_in(family)):
@@ -314,15 +314,15 @@ def test_neurons_and_heads_can_be_off_together(make_model, family):
     torch.testing.assert_close(logits(model), masked, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check])
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [
-        (Neuron(O_PROJ[1], 4, 0.0), "Head 4 of .* the layer has 4 heads"),
-        (Neuron(O_PROJ[1], -1, 0.0), "Head -1 of "),
-        (Neuron("model.layers.2.self_attn.o_proj", 0, 0.0), "not a layer of attention heads"),
-        (Neuron("o_proj", 0, 0.0), "not a layer of attention heads"),
-        (Neuron("model.layers.0.mlp.up_proj", 24, 0.0), "24 neurons"),
+        (Component(O_PROJ[1], 4, 0.0), "Head 4 of .* the layer has 4 heads"),
+        (Component(O_PROJ[1], -1, 0.0), "Head -1 of "),
+        (Component("model.layers.2.self_attn.o_proj", 0, 0.0), "not a layer of attention heads"),
+        (Component("o_proj", 0, 0.0), "not a layer of attention heads"),
+        (Component("model.layers.0.mlp.up_proj", 24, 0.0), "24 neurons"),
     ],
 )
 def test_a_head_that_is_not_there_is_refused_and_nothing_is_changed(make_model, use: Callable, bad, complaint):
@@ -354,13 +354,13 @@ def test_the_norm_of_a_head_is_that_of_its_columns_sharded_or_not(make_checkpoin
 @pytest.mark.parametrize("family", ["llama", *ATTENTIONS])
 def test_controls_of_heads_are_heads(make_model, family):
     model, layers = make_model(family), layers_of(family)
-    pruned = NeuronList([Neuron(layers[0], 1, -1.0), Neuron(layers[1], 2, -1.0)])
+    pruned = NeuronList([Component(layers[0], 1, -1.0), Component(layers[1], 2, -1.0)])
     variants = plan({"": pruned}, 1, controls=3)
     lists = neurons_of(variants, {"": pruned}, model, seed=0)
     controls = [variant for variant in variants if variant.kind in ("random", "largest_weights")]
     assert len(controls) == 6
     for variant in controls:
-        check_neurons(model, lists[variant.name])
+        check(model, lists[variant.name])
         assert [neuron.module for neuron in lists[variant.name]] == layers
         assert not {(n.module, n.index) for n in lists[variant.name]} & {(n.module, n.index) for n in pruned.neurons}
 

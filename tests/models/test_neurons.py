@@ -13,16 +13,17 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.models.architectures import FAMILIES, neuron_layers
-from sparc3_lightning.models.components import Neuron, check_neurons, columns_of, mask, prune_
+from sparc3_lightning.models.components import Component, check, mask, prune_
+from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.selection.criteria import select
 from sparc3_lightning.selection.neuron_list import FORMAT, NeuronList
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
 NEURONS = [
-    Neuron("model.layers.0.mlp.up_proj", 3, -2.0),
-    Neuron("model.layers.1.mlp.up_proj", 0, -1.5),
-    Neuron("model.layers.0.mlp.up_proj", 23, -1.0),
-    Neuron("model.layers.0.mlp.up_proj", 7, 0.5),
+    Component("model.layers.0.mlp.up_proj", 3, -2.0),
+    Component("model.layers.1.mlp.up_proj", 0, -1.5),
+    Component("model.layers.0.mlp.up_proj", 23, -1.0),
+    Component("model.layers.0.mlp.up_proj", 7, 0.5),
 ]
 UNKNOWN_MODULES = [
     "model.layers.0.mlp.down_proj",
@@ -39,7 +40,7 @@ MODELS += [{"family": "llama", "mlp_bias": True}, {"family": "opt", "enable_bias
 all_models = pytest.mark.parametrize("options", MODELS, ids=lambda options: "-".join(map(str, options.values())))
 
 
-def in_family(neurons: list[Neuron], family: str) -> list[Neuron]:
+def in_family(neurons: list[Component], family: str) -> list[Component]:
     """Return the same neurons of a model of another family."""
     blocks = [int(neuron.module.split(".")[2]) for neuron in neurons]
     return [replace(n, module=mlp_of(family, k)[0][0]) for n, k in zip(neurons, blocks, strict=True)]
@@ -63,7 +64,7 @@ def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
         assert torch.equal(value, expected[name]), name
 
 
-def without(model: Any, neurons: list[Neuron]) -> Any:
+def without(model: Any, neurons: list[Component]) -> Any:
     """Return a copy of a model whose MLPs are narrower: the rows and columns of the neurons are not there."""
     narrow = copy.deepcopy(model)
     for k in range(2):
@@ -91,13 +92,13 @@ def test_selection_is_the_head_of_the_sorted_list_of_all_neurons(num_neurons):
     # Whole numbers, so that there are many ties.
     scores = {name: torch.randint(-3, 4, (20,), generator=draw).float() for name in ("b", "a", "c")}
     rows = [(score, place, i) for place, name in enumerate(scores) for i, score in enumerate(scores[name].tolist())]
-    expected = [Neuron(list(scores)[place], i, score) for score, place, i in sorted(rows)[:num_neurons]]
+    expected = [Component(list(scores)[place], i, score) for score, place, i in sorted(rows)[:num_neurons]]
     assert select(scores, num_neurons) == expected
 
 
 def test_the_lowest_scores_over_modules_of_different_sizes_come_first():
     scores = {"a": torch.tensor([0.5, -3.0]), "b": torch.tensor([-1.0, 4.0, -5.0])}
-    assert select(scores, 3) == [Neuron("b", 2, -5.0), Neuron("a", 1, -3.0), Neuron("b", 0, -1.0)]
+    assert select(scores, 3) == [Component("b", 2, -5.0), Component("a", 1, -3.0), Component("b", 0, -1.0)]
 
 
 def test_ties_go_to_the_first_module_and_the_first_index():
@@ -165,7 +166,7 @@ def test_greedy_continuations_of_a_masked_model_are_those_of_the_pruned_one(make
     model = make_model(**options)
     pruned = copy.deepcopy(model)
     layers = [mlp_of(options["family"], k)[0][0] for k in range(2)]
-    neurons = [Neuron(layer, i, 0.0) for layer in layers for i in range(0, 24, 2)]
+    neurons = [Component(layer, i, 0.0) for layer in layers for i in range(0, 24, 2)]
     prune_(pruned, neurons)
 
     def continuation(model: Any) -> list[int]:
@@ -209,7 +210,7 @@ def test_masks_nest(make_model):
 
 def test_a_neuron_may_be_named_by_its_row_of_up_proj_or_of_gate_proj(make_model):
     model = make_model()
-    by_gate = [Neuron(n.module.replace("up_proj", "gate_proj"), n.index, n.score) for n in NEURONS]
+    by_gate = [Component(n.module.replace("up_proj", "gate_proj"), n.index, n.score) for n in NEURONS]
     with mask(model, NEURONS):
         expected = logits(model)
     with mask(model, by_gate):
@@ -227,7 +228,7 @@ def test_a_mask_without_neurons_changes_nothing(make_model):
         assert torch.equal(logits(model), before)
 
 
-def damped(model: Any, neurons: list[Neuron], strength: float) -> Any:
+def damped(model: Any, neurons: list[Component], strength: float) -> Any:
     """Return a copy of a model in which the columns of the neurons are smaller."""
     small = copy.deepcopy(model)
     for neuron in neurons:
@@ -288,40 +289,43 @@ def test_neurons_may_come_from_a_generator(make_model):
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check])
 @pytest.mark.parametrize("module", UNKNOWN_MODULES)
 def test_a_neuron_of_no_such_layer_is_refused_and_nothing_is_changed(make_model, use: Callable, module):
     model = make_model()
     before = weights(model)
     with pytest.raises(ValueError, match=rf"'{module}' is not a layer of MLP neurons.*up_proj"):
-        use(model, [*NEURONS, Neuron(module, 0, 0.0)])
+        use(model, [*NEURONS, Component(module, 0, 0.0)])
     assert_same_bits(weights(model), before)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check])
 @pytest.mark.parametrize("index", [-1, 24, 1000])
 def test_a_neuron_of_no_such_index_is_refused_and_nothing_is_changed(make_model, use: Callable, index):
     model = make_model()
     before = weights(model)
     with pytest.raises(ValueError, match=rf"Neuron {index} of model\.layers\.1\.mlp\.up_proj.*24 neurons"):
-        use(model, [*NEURONS, Neuron("model.layers.1.mlp.up_proj", index, 0.0)])
+        use(model, [*NEURONS, Component("model.layers.1.mlp.up_proj", index, 0.0)])
     assert_same_bits(weights(model), before)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_neurons_are_checked_against_a_model_without_weights(make_model):
     model = make_model().to("meta")
-    check_neurons(model, NEURONS)
+    check(model, NEURONS)
     with pytest.raises(ValueError, match="24 neurons"):
-        check_neurons(model, [Neuron("model.layers.0.mlp.up_proj", 24, 0.0)])
+        check(model, [Component("model.layers.0.mlp.up_proj", 24, 0.0)])
 
 
 # neurons.json.
 
 
 def test_a_list_of_neurons_survives_saving_and_loading(tmp_path: Path):
-    neurons = [Neuron("model.layers.0.mlp.up_proj", 3, -0.1 - 1e-16), Neuron("model.layers.1.mlp.up_proj", 0, 1e-300)]
+    neurons = [
+        Component("model.layers.0.mlp.up_proj", 3, -0.1 - 1e-16),
+        Component("model.layers.1.mlp.up_proj", 0, 1e-300),
+    ]
     saved = NeuronList(neurons, {"checkpoint": "tiny", "seeds": [0, 1, 2], "strength": 15.5, "note": "grüße"})
     saved.save(tmp_path / "folder" / "neurons.json")
     assert NeuronList.load(tmp_path / "folder" / "neurons.json") == saved
@@ -335,7 +339,7 @@ def test_selected_neurons_survive_saving_and_loading(tmp_path: Path):
 
 
 def test_the_neurons_that_follow_and_the_least_relevant_ones_survive_saving_and_loading(tmp_path: Path):
-    saved = NeuronList(NEURONS[:1], {"a": 1}, next=NEURONS[1:3], least_relevant=[Neuron("b", 5, 0.0), *NEURONS[:1]])
+    saved = NeuronList(NEURONS[:1], {"a": 1}, next=NEURONS[1:3], least_relevant=[Component("b", 5, 0.0), *NEURONS[:1]])
     saved.save(tmp_path / "neurons.json")
     assert NeuronList.load(tmp_path / "neurons.json") == saved
     content = json.loads((tmp_path / "neurons.json").read_text())
@@ -357,7 +361,7 @@ GOOD: dict[str, Any] = {"format": FORMAT, "neurons": [ROW], "provenance": {}}
 def test_a_file_written_by_hand_or_before_there_were_other_lists_can_be_loaded(tmp_path: Path):
     (tmp_path / "neurons.json").write_text(json.dumps(GOOD))
     found = NeuronList.load(tmp_path / "neurons.json")
-    assert found == NeuronList([Neuron("a", 1, -1.0)])
+    assert found == NeuronList([Component("a", 1, -1.0)])
     assert found.next == found.least_relevant == []
 
 
@@ -447,13 +451,13 @@ def test_a_missing_file_is_an_error_that_says_what_writes_it(tmp_path: Path):
 
 
 EDITED = [
-    Neuron("model.layers.0.mlp.up_proj", 3, -2.0, strength=0.5, constant=0.7),
-    Neuron("model.layers.0.mlp.up_proj", 5, -1.5, constant=-0.2),
-    Neuron("model.layers.1.mlp.up_proj", 0, -1.0, strength=0.25),
+    Component("model.layers.0.mlp.up_proj", 3, -2.0, strength=0.5, constant=0.7),
+    Component("model.layers.0.mlp.up_proj", 5, -1.5, constant=-0.2),
+    Component("model.layers.1.mlp.up_proj", 0, -1.0, strength=0.25),
 ]
 
 
-def by_hand(model: Any, neurons: list[Neuron]) -> Tensor:
+def by_hand(model: Any, neurons: list[Component]) -> Tensor:
     """The logits if each activation becomes (1 - strength) of itself plus strength times the constant."""
 
     def edit(rows: list[str]):
@@ -541,7 +545,7 @@ def test_what_is_done_to_a_neuron_survives_saving_and_loading_and_is_in_the_dige
     saved = NeuronList(EDITED)
     saved.save(tmp_path / "neurons.json")
     assert NeuronList.load(tmp_path / "neurons.json") == saved
-    plain = [Neuron(n.module, n.index, n.score) for n in EDITED]
+    plain = [Component(n.module, n.index, n.score) for n in EDITED]
     assert NeuronList(plain).digest() != saved.digest()
 
 

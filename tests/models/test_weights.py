@@ -19,11 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
-from sparc3_lightning.evaluation.controls import random_weights
+from sparc3_lightning.evaluation.controls import random_like
 from sparc3_lightning.evaluation.variants import neurons_of, of_kind, plan
 from sparc3_lightning.models.architectures import find_targets, weight_of
 from sparc3_lightning.models.checkpoints import fingerprint, load_model
-from sparc3_lightning.models.components import Neuron, check_neurons, mask, prune_
+from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.weights import mask_weights, prune_weights_
 from sparc3_lightning.selection.criteria import POOL, differential_strength, lowest_of_modules, select
@@ -48,7 +48,7 @@ def parameters(model: Any) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def chosen_of(model: Any, per_layer: int = 3, strengths: tuple[float, ...] = (1.0,)) -> list[Neuron]:
+def chosen_of(model: Any, per_layer: int = 3, strengths: tuple[float, ...] = (1.0,)) -> list[Component]:
     """Return weights of every linear layer but the head, among them its last one."""
     draw = torch.Generator().manual_seed(0)
     weights = []
@@ -57,11 +57,11 @@ def chosen_of(model: Any, per_layer: int = 3, strengths: tuple[float, ...] = (1.
         places = [rows * columns - 1, *torch.randperm(rows * columns - 1, generator=draw)[: per_layer - 1].tolist()]
         for place in places:
             strength = strengths[len(weights) % len(strengths)]
-            weights.append(Neuron(name, place // columns, -1.0, strength, input=place % columns))
+            weights.append(Component(name, place // columns, -1.0, strength, input=place % columns))
     return weights
 
 
-def by_hand(model: Any, weights: list[Neuron], strength: float = 1.0) -> Any:
+def by_hand(model: Any, weights: list[Component], strength: float = 1.0) -> Any:
     """Return a copy in which each entry is smaller, by the layer's own parameter: Conv1D keeps [inputs, outputs]."""
     other = copy.deepcopy(model)
     for n in weights:
@@ -120,7 +120,7 @@ def test_a_weight_that_is_off_is_zero_even_where_it_is_infinite(make_model):
 def test_weights_neurons_and_heads_can_be_off_together(make_model):
     model = make_model()
     weights = chosen_of(model)
-    others = [Neuron("model.layers.0.mlp.up_proj", 3, 0.0), Neuron("model.layers.1.self_attn.o_proj", 1, 0.0)]
+    others = [Component("model.layers.0.mlp.up_proj", 3, 0.0), Component("model.layers.1.self_attn.o_proj", 1, 0.0)]
     with mask(model, [*weights, *others]):
         found = logits(model)
     expected = by_hand(model, weights)
@@ -130,18 +130,21 @@ def test_weights_neurons_and_heads_can_be_off_together(make_model):
     torch.testing.assert_close(logits(model), found, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("use", [fail_if_masked, prune_, check_neurons])
+@pytest.mark.parametrize("use", [fail_if_masked, prune_, check])
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [
-        (Neuron("model.layers.0.mlp.up_proj", 24, 0.0, input=0), r"Weight \[24, 0\] of .* has 24 x 16 weights"),
-        (Neuron("model.layers.0.mlp.up_proj", 0, 0.0, input=16), r"Weight \[0, 16\] of "),
-        (Neuron("model.layers.0.mlp.up_proj", 0, 0.0, input=-1), r"Weight \[0, -1\] of "),
-        (Neuron("model.layers.0.mlp.up_proj", -1, 0.0, input=0), r"Weight \[-1, 0\] of "),
-        (Neuron("model.layers.7.mlp.up_proj", 0, 0.0, input=0), "'model.layers.7.mlp.up_proj' is not a layer whose"),
-        (Neuron("model.norm", 0, 0.0, input=0), "'model.norm' is not a layer whose single weights"),
-        (Neuron("lm_head", 0, 0.0, input=0), "'lm_head' is not a layer .* other than its head"),
-        (Neuron("model.layers.0.mlp.up_proj", 1, 0.0, constant=0.5, input=0), "A weight of neuron 1 of .* a constant"),
+        (Component("model.layers.0.mlp.up_proj", 24, 0.0, input=0), r"Weight \[24, 0\] of .* has 24 x 16 weights"),
+        (Component("model.layers.0.mlp.up_proj", 0, 0.0, input=16), r"Weight \[0, 16\] of "),
+        (Component("model.layers.0.mlp.up_proj", 0, 0.0, input=-1), r"Weight \[0, -1\] of "),
+        (Component("model.layers.0.mlp.up_proj", -1, 0.0, input=0), r"Weight \[-1, 0\] of "),
+        (Component("model.layers.7.mlp.up_proj", 0, 0.0, input=0), "'model.layers.7.mlp.up_proj' is not a layer whose"),
+        (Component("model.norm", 0, 0.0, input=0), "'model.norm' is not a layer whose single weights"),
+        (Component("lm_head", 0, 0.0, input=0), "'lm_head' is not a layer .* other than its head"),
+        (
+            Component("model.layers.0.mlp.up_proj", 1, 0.0, constant=0.5, input=0),
+            "A weight of neuron 1 of .* a constant",
+        ),
     ],
 )
 def test_a_weight_that_is_not_there_is_refused_and_nothing_is_changed(make_model, use: Callable, bad, complaint):
@@ -156,8 +159,8 @@ def test_a_weight_that_is_not_there_is_refused_and_nothing_is_changed(make_model
 
 
 def test_a_list_of_weights_survives_saving_and_loading_and_its_columns_count(tmp_path):
-    weights = [Neuron("a", 1, -2.0, input=0), Neuron("a", 1, -1.0, 0.5, input=3)]
-    saved = NeuronList(weights, {"note": 1}, [Neuron("b", 1, 0.0, input=3)], [Neuron("b", 1, 0.0, input=4)])
+    weights = [Component("a", 1, -2.0, input=0), Component("a", 1, -1.0, 0.5, input=3)]
+    saved = NeuronList(weights, {"note": 1}, [Component("b", 1, 0.0, input=3)], [Component("b", 1, 0.0, input=4)])
     saved.save(tmp_path / "neurons.json")
     found = NeuronList.load(tmp_path / "neurons.json")
     assert found == saved
@@ -173,8 +176,8 @@ def test_a_list_of_weights_survives_saving_and_loading_and_its_columns_count(tmp
 
 
 def test_a_list_without_weights_keeps_its_bytes_and_its_digest(tmp_path):
-    neurons = [Neuron("a", 1, -2.0), Neuron("b", 3, -1.0, 0.5, 0.25)]
-    saved = NeuronList(neurons, {"checkpoint": "tiny"}, least_relevant=[Neuron("a", 0, 0.5)])
+    neurons = [Component("a", 1, -2.0), Component("b", 3, -1.0, 0.5, 0.25)]
+    saved = NeuronList(neurons, {"checkpoint": "tiny"}, least_relevant=[Component("a", 0, 0.5)])
     saved.save(tmp_path / "neurons.json")
     rows = [
         {"module": "a", "index": 1, "score": -2.0},
@@ -190,7 +193,7 @@ def test_a_list_without_weights_keeps_its_bytes_and_its_digest(tmp_path):
     assert (tmp_path / "neurons.json").read_text() == json.dumps(content, indent=1) + "\n"
     places = [[("a", 1, 1.0, 0.0), ("b", 3, 0.5, 0.25)], [], [("a", 0, 1.0, 0.0)]]
     assert saved.digest() == hashlib.sha256(json.dumps(places).encode()).hexdigest()[:16]
-    assert (saved.granularity, NeuronList([Neuron("x.o_proj", 1, 0.0)]).granularity) == ("neuron", "head")
+    assert (saved.granularity, NeuronList([Component("x.o_proj", 1, 0.0)]).granularity) == ("neuron", "head")
 
 
 @pytest.mark.parametrize(
@@ -213,11 +216,13 @@ def test_a_list_that_names_a_weight_twice_or_neurons_as_well_is_refused(tmp_path
 # The selection, layer by layer.
 
 
-def in_memory(scores: dict[str, Tensor], number: int) -> list[Neuron]:
+def in_memory(scores: dict[str, Tensor], number: int) -> list[Component]:
     """Select over all weights at once, as neurons are selected."""
     found = select({name: score.flatten() for name, score in scores.items()}, number)
     columns = {name: score.shape[1] for name, score in scores.items()}
-    return [Neuron(n.module, n.index // columns[n.module], n.score, input=n.index % columns[n.module]) for n in found]
+    return [
+        Component(n.module, n.index // columns[n.module], n.score, input=n.index % columns[n.module]) for n in found
+    ]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -232,7 +237,7 @@ def test_the_lowest_layer_by_layer_are_those_of_a_selection_over_all_with_the_sa
     found = Lowest(number)
     for name, score in scores.items():
         found.add(name, score)
-    assert found.neurons() == in_memory(scores, number)
+    assert found.components == in_memory(scores, number)
 
 
 def test_the_places_of_the_lowest_are_those_of_a_stable_sort():
@@ -387,10 +392,10 @@ def test_the_exported_checkpoint_gives_what_the_masked_model_gives(make_checkpoi
 
 
 def test_random_weights_are_as_many_in_each_layer_none_of_the_pruned_and_each_is_drawn_equally_often():
-    pruned = [Neuron("a", 0, 0.0, input=1), Neuron("a", 2, 0.0, input=3), Neuron("b", 1, 0.0, input=0)]
+    pruned = [Component("a", 0, 0.0, input=1), Component("a", 2, 0.0, input=3), Component("b", 1, 0.0, input=0)]
     shapes, drawn = {"a": (3, 4), "b": (2, 2)}, Counter()
     for seed in range(3000):
-        of_seed = random_weights(pruned, shapes, seed)
+        of_seed = random_like(pruned, shapes, seed)
         assert Counter(n.module for n in of_seed) == {"a": 2, "b": 1}
         drawn.update(n.key for n in of_seed)
         assert len({n.key for n in of_seed}) == 3
@@ -398,23 +403,25 @@ def test_random_weights_are_as_many_in_each_layer_none_of_the_pruned_and_each_is
     assert set(drawn) == free - {n.key for n in pruned}
     # 600 and 1,000 draws are expected of each; 4.5 standard deviations are 100 and 116.
     assert all(abs(count - (600 if key[0] == "a" else 1000)) < 116 for key, count in drawn.items())
-    assert random_weights(pruned, shapes, 5) == random_weights(pruned, shapes, 5)
-    nearly_all = [Neuron("b", o, 0.0, input=i) for o, i in ((0, 0), (0, 1), (1, 1))]
-    assert [n.key for n in random_weights(nearly_all, shapes, 0)] == [("b", 1, 0)], "no more are left"
+    assert random_like(pruned, shapes, 5) == random_like(pruned, shapes, 5)
+    nearly_all = [Component("b", o, 0.0, input=i) for o, i in ((0, 0), (0, 1), (1, 1))]
+    assert [n.key for n in random_like(nearly_all, shapes, 0)] == [("b", 1, 0)], "no more are left"
 
 
 @both_families
 def test_controls_of_weights_are_other_weights_of_the_same_layers(make_model, family):
     model = make_model(family)
     first, second = mlp_of(family, 0)[0][0], mlp_of(family, 1)[1]
-    weights = [Neuron(first, o, -1.0, input=2 * o) for o in range(3)] + [Neuron(second, 1, -1.0, input=5)]
-    least = [Neuron(first, 7, 0.0, input=i) for i in range(9)] + [Neuron(second, 0, 0.0, input=i) for i in range(9)]
+    weights = [Component(first, o, -1.0, input=2 * o) for o in range(3)] + [Component(second, 1, -1.0, input=5)]
+    least = [Component(first, 7, 0.0, input=i) for i in range(9)] + [
+        Component(second, 0, 0.0, input=i) for i in range(9)
+    ]
     lists = {"": NeuronList(weights, least_relevant=least)}
     variants = plan(lists, 1, controls=4)
     off = neurons_of(variants, lists, model, seed=0)
     for kind in ("random", "least_relevant", "largest_weights"):
         for variant in of_kind(variants, kind):
-            check_neurons(model, off[variant.name])
+            check(model, off[variant.name])
             assert Counter(n.module for n in off[variant.name]) == {first: 3, second: 1}
             assert not {n.key for n in off[variant.name]} & {n.key for n in weights}
     assert {n.key for v in of_kind(variants, "least_relevant") for n in off[v.name]} <= {n.key for n in least}
@@ -439,7 +446,7 @@ def inputs(tmp_path, monkeypatch) -> None:
 
 
 @pytest.fixture
-def weights(tiny_checkpoint) -> list[Neuron]:
+def weights(tiny_checkpoint) -> list[Component]:
     return chosen_of(load_model(tiny_checkpoint, torch.float32), 30)
 
 

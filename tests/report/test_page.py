@@ -19,7 +19,7 @@ from made_up import INSULTS, NEURONS, Words, change, made_up, made_up_windows, s
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.variants import plan
 from sparc3_lightning.files import to_json, write_atomically
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.report import page as report
 from sparc3_lightning.report.page import (
     MARK,
@@ -614,7 +614,7 @@ def test_text_from_prompts_and_continuations_cannot_become_html():
     results |= {"checkpoint": f"a/{NASTY}", "verdict": f"{NASTY}. {NASTY}"}
     results["protocol"]["toxicity"]["scorers"] = [NASTY]
     results["second_scorer"]["name"] = NASTY
-    neurons = NeuronList([Neuron(f"model.layers.1.{NASTY}", 1, -1.0)], {**NEURONS.provenance, "x": NASTY})
+    neurons = NeuronList([Component(f"model.layers.1.{NASTY}", 1, -1.0)], {**NEURONS.provenance, "x": NASTY})
     page = write(results, rows, neurons)
     assert "script" not in page.tags
     assert [tag for tag in page.tags if tag not in ("tr", "td", "th")] == [

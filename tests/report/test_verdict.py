@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sparc3_lightning.evaluation.variants import plan
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.report.verdict import moved, verdict
 from sparc3_lightning.selection.neuron_list import NeuronList
 
@@ -221,7 +221,7 @@ def test_a_control_of_fewer_neurons_is_not_said_to_be_of_as_many():
 )
 def test_neurons_that_are_damped_or_held_at_their_mean_are_not_said_to_be_off(edits, words):
     up = "model.layers.0.mlp.up_proj"
-    edit = NeuronList([Neuron(up, i, -1.0, *of) for i, of in enumerate(edits)]).edit
+    edit = NeuronList([Component(up, i, -1.0, *of) for i, of in enumerate(edits)]).edit
     assert edit == words
     assert verdict(found(), 2, ["some"], edit=edit).startswith(f"With 2 neurons {words}, mean toxicity fell")
     off = words == "switched off"
@@ -262,7 +262,7 @@ def test_controls_that_are_zeroed_beside_neurons_held_at_their_mean_are_said_to_
 
 def test_every_control_that_can_be_planned_has_a_sentence():
     up = "model.layers.0.mlp.up_proj"
-    neurons = NeuronList([Neuron(up, 0, -1.0)], least_relevant=[Neuron(up, 1, 0.0)])
+    neurons = NeuronList([Component(up, 0, -1.0)], least_relevant=[Component(up, 1, 0.0)])
     kinds = {variant.kind for variant in plan({"": neurons}, 1, controls=1)} - {"baseline", "pruned"}
     controls = {kind: control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)) for kind in kinds}
     assert verdict(found(controls=controls), 30, ["some"]).count("As many ") == len(kinds) == 3

@@ -14,7 +14,7 @@ from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.models.checkpoints import fingerprint, load_tokenizer
-from sparc3_lightning.models.components import Neuron, mask
+from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, largest_within, spend
 from sparc3_lightning.selection.neuron_list import NeuronList
 
@@ -37,8 +37,8 @@ def rise(model, samples) -> PerplexityRise:
     return PerplexityRise(model, [pad_right(samples[:3], 0), pad_right(samples[3:], 0)])
 
 
-def ranking(number: int = 20, **edit: float) -> list[Neuron]:
-    return [Neuron(MODULES[i % 2], i, -1.0 / (1 + i), **edit) for i in range(number)]
+def ranking(number: int = 20, **edit: float) -> list[Component]:
+    return [Component(MODULES[i % 2], i, -1.0 / (1 + i), **edit) for i in range(number)]
 
 
 def nats_by_hand(model, samples: list[Sample]) -> float:
@@ -174,17 +174,17 @@ class Additive:
         self.of = of
         self.measured: list[dict[str, float]] = []
 
-    def __call__(self, neurons: list[Neuron]) -> float:
+    def __call__(self, neurons: list[Component]) -> float:
         self.measured.append({"rise": sum(self.costs(neurons).tolist())})
         return self.measured[-1]["rise"]
 
-    def costs(self, neurons: list[Neuron]) -> torch.Tensor:
+    def costs(self, neurons: list[Component]) -> torch.Tensor:
         return torch.tensor([self.of[n.index] * n.strength**2 for n in neurons], dtype=torch.float64)
 
 
 def test_refinement_drops_a_costly_neuron_at_the_head_that_would_keep_the_others_out():
     rise = Additive({i: 1.0 if i == 2 else 1e-3 for i in range(50)})
-    ranked = [Neuron(MODULES[0], i, -2.0 + 0.01 * i) for i in range(50)]
+    ranked = [Component(MODULES[0], i, -2.0 + 0.01 * i) for i in range(50)]
     assert [n.index for n in spend(rise, ranked, Budget(0.0101))] == [0, 1]
     refined = [n.index for n in spend(rise, ranked, Budget(0.0101, rounds=1))]
     assert refined[:2] == [0, 1]
@@ -197,7 +197,7 @@ def test_refinement_drops_a_costly_neuron_at_the_head_that_would_keep_the_others
 
 def test_half_the_strength_pays_for_four_times_the_neurons_where_costs_are_quadratic():
     rise = Additive(dict.fromkeys(range(50), 1e-3))
-    ranked = [Neuron(MODULES[0], i, -1.0) for i in range(50)]
+    ranked = [Component(MODULES[0], i, -1.0) for i in range(50)]
     chosen = spend(rise, ranked, Budget(0.0101, (1.0, 0.5)))
     assert len(chosen) == 40
     assert {n.strength for n in chosen} == {0.5}

@@ -12,7 +12,7 @@ import torch
 from helpers import MODULES, provenance, random_scores, save_scores
 
 from sparc3_lightning.cli import main
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.compare import COMPARISON, Comparison
 from sparc3_lightning.stages.prune import Pruning
@@ -163,7 +163,9 @@ def test_without_score_files_the_lists_alone_are_compared_with_a_warning(pruned)
 @pytest.mark.filterwarnings("ignore:Without score files")
 def test_lists_by_hand_need_the_number_of_candidates(pruned):
     for name in ("a", "b"):
-        NeuronList([Neuron(MODULES[0], 1, -1.0), Neuron(MODULES[1], len(name), -1.0)]).save(Path(name, "neurons.json"))
+        NeuronList([Component(MODULES[0], 1, -1.0), Component(MODULES[1], len(name), -1.0)]).save(
+            Path(name, "neurons.json")
+        )
     paths = [Path("a/neurons.json"), Path("b/neurons.json")]
     with pytest.raises(ValueError, match=r"not known.*give --model.num_candidates"):
         compare(paths)

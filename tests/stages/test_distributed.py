@@ -19,7 +19,7 @@ from sparc3_lightning import cli
 from sparc3_lightning.data.base import Share
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.models.checkpoints import fetch_checkpoint, fingerprint, load_model, locate
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.attribute import Attribution
 
@@ -40,7 +40,9 @@ def torchrun(ranks: int, *arguments: object, check: bool = True, timeout: float 
 def inputs(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("inputs")
     layers = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
-    pruned, following, least = ([Neuron(name, i, 0.0) for name in layers for i in of] for of in ((3, 17), (4,), (8, 9)))
+    pruned, following, least = (
+        [Component(name, i, 0.0) for name in layers for i in of] for of in ((3, 17), (4,), (8, 9))
+    )
     provenance = {"checkpoint_fingerprint": fingerprint(tiny_checkpoint), "sample_ids": []}
     NeuronList(pruned, provenance, following, least).save(folder / "neurons.json")
     rows = [{"text": f"{sentence(i, 3 + i % 9)}", "toxicity": 0.9} for i in range(120)]

@@ -19,7 +19,7 @@ from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluation import zero_shot
 from sparc3_lightning.models.checkpoints import fingerprint, load_model
-from sparc3_lightning.models.components import Neuron, mask
+from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.report import page as report
@@ -45,7 +45,7 @@ def input_files(tmp_path):
 @pytest.fixture
 def neurons(tiny_checkpoint) -> Path:
     """Every second neuron of both layers, found on the first two prompts."""
-    chosen = [Neuron(name, index, -1.0 - index) for name in UP for index in range(0, 24, 2)]
+    chosen = [Component(name, index, -1.0 - index) for name in UP for index in range(0, 24, 2)]
     return save_neurons(tiny_checkpoint, chosen)
 
 
@@ -229,11 +229,11 @@ def test_without_neurons_only_the_model_as_it_is_is_measured(tiny_checkpoint):
 @pytest.mark.usefixtures("without_a_report")
 def test_the_baseline_does_not_depend_on_which_neurons_are_measured_beside_it(tiny_checkpoint, neurons):
     alone = run(
-        evaluation(tiny_checkpoint, save_neurons(tiny_checkpoint, [Neuron("model.layers.0.mlp.up_proj", 3, -1)])),
+        evaluation(tiny_checkpoint, save_neurons(tiny_checkpoint, [Component("model.layers.0.mlp.up_proj", 3, -1)])),
         folder="a",
     )
     other = run(
-        evaluation(tiny_checkpoint, save_neurons(tiny_checkpoint, [Neuron("model.layers.1.mlp.up_proj", 7, -1)])),
+        evaluation(tiny_checkpoint, save_neurons(tiny_checkpoint, [Component("model.layers.1.mlp.up_proj", 7, -1)])),
         folder="b",
     )
     assert alone["baseline"] == other["baseline"]
@@ -368,10 +368,12 @@ class Whole(NamedTuple):
         return sum(means) / len(means)
 
 
-PRUNED = [Neuron(UP[0], 3, -9.0), Neuron(UP[1], 20, -8.0), Neuron(UP[0], 11, -7.0)]
-PRUNED += [Neuron(UP[1], 0, -6.0), Neuron(UP[0], 23, -5.0)]
-NEXT = [Neuron(UP[i % 2], 5 + i, -1.0 / (1 + i)) for i in range(4)]
-LEAST = [Neuron(UP[0], i, 0.01 * i) for i in (4, 6, 8, 10, 12)] + [Neuron(UP[1], i, 0.02 * i) for i in (2, 4, 6, 8)]
+PRUNED = [Component(UP[0], 3, -9.0), Component(UP[1], 20, -8.0), Component(UP[0], 11, -7.0)]
+PRUNED += [Component(UP[1], 0, -6.0), Component(UP[0], 23, -5.0)]
+NEXT = [Component(UP[i % 2], 5 + i, -1.0 / (1 + i)) for i in range(4)]
+LEAST = [Component(UP[0], i, 0.01 * i) for i in (4, 6, 8, 10, 12)] + [
+    Component(UP[1], i, 0.02 * i) for i in (2, 4, 6, 8)
+]
 KINDS = ("random", "least_relevant", "largest_weights")
 CONTROLS = [f"{kind}_{i}" for kind in KINDS for i in range(2)]
 DOSES = {"top_2_1": (2, 1.0), "pruned": (5, 1.0), "top_9_1": (9, 1.0)}
@@ -665,8 +667,8 @@ def test_a_score_does_not_depend_on_which_model_wrote_the_text(whole):
 @pytest.fixture
 def with_an_idle_neuron(tiny_checkpoint) -> tuple[str, Path]:
     """A checkpoint with a neuron whose output is 0 as it is, and a neurons.json that names it."""
-    export_pruned(tiny_checkpoint, [Neuron(UP[0], 3, -1.0)], Path("idle"), dtype=torch.float32)
-    return "idle", save_neurons("idle", [Neuron(UP[0], 3, -1.0)])
+    export_pruned(tiny_checkpoint, [Component(UP[0], 3, -1.0)], Path("idle"), dtype=torch.float32)
+    return "idle", save_neurons("idle", [Component(UP[0], 3, -1.0)])
 
 
 @pytest.mark.usefixtures("without_a_report")
@@ -908,7 +910,7 @@ def no_model_is_loaded(monkeypatch):
 
 @pytest.mark.usefixtures("no_model_is_loaded")
 def test_neurons_of_another_checkpoint_are_refused_before_the_model_is_loaded(tiny_checkpoint):
-    one = [Neuron("model.layers.0.mlp.up_proj", 3, -1.0)]
+    one = [Component("model.layers.0.mlp.up_proj", 3, -1.0)]
     changes = {"checkpoint": "another/model", "checkpoint_fingerprint": "files:other"}
     other = save_neurons(tiny_checkpoint, one, changes)
     with pytest.raises(ValueError, match=r"neurons.json is for the checkpoint 'another/model' \(files:other\), but"):
@@ -919,10 +921,16 @@ def test_neurons_of_another_checkpoint_are_refused_before_the_model_is_loaded(ti
 @pytest.mark.parametrize(
     ("neuron", "message"),
     [
-        (Neuron("model.layers.0.mlp.up_proj", 24, -1.0), "Neuron 24 of model.layers.0.mlp.up_proj does not exist"),
-        (Neuron("model.layers.0.mlp.up_proj", -1, -1.0), "Neuron -1 of model.layers.0.mlp.up_proj does not exist"),
-        (Neuron("model.layers.7.mlp.up_proj", 0, -1.0), "'model.layers.7.mlp.up_proj' is not a layer of MLP neurons"),
-        (Neuron("model.layers.0.self_attn.q_proj", 0, -1.0), "is not a layer of MLP neurons"),
+        (Component("model.layers.0.mlp.up_proj", 24, -1.0), "Neuron 24 of model.layers.0.mlp.up_proj does not exist"),
+        (
+            Component("model.layers.0.mlp.up_proj", -1, -1.0),
+            "Neuron -1 of model.layers.0.mlp.up_proj does not exist",
+        ),
+        (
+            Component("model.layers.7.mlp.up_proj", 0, -1.0),
+            "'model.layers.7.mlp.up_proj' is not a layer of MLP neurons",
+        ),
+        (Component("model.layers.0.self_attn.q_proj", 0, -1.0), "is not a layer of MLP neurons"),
     ],
 )
 def test_neurons_that_the_model_does_not_have_are_refused_before_it_is_loaded(tiny_checkpoint, neuron, message):
@@ -1014,7 +1022,7 @@ def test_doses_strengths_and_controls_that_cannot_be_are_refused_at_once(tiny_ch
 @pytest.mark.usefixtures("no_model_is_loaded")
 @pytest.mark.parametrize("which", ["next", "least_relevant"])
 def test_listed_neurons_that_the_model_does_not_have_are_refused_before_it_is_loaded(tiny_checkpoint, which):
-    neurons = save_neurons(tiny_checkpoint, PRUNED, **{which: [Neuron(UP[0], 24, 0.0)]})
+    neurons = save_neurons(tiny_checkpoint, PRUNED, **{which: [Component(UP[0], 24, 0.0)]})
     with pytest.raises(ValueError, match=r"Neuron 24 of model.layers.0.mlp.up_proj does not exist"):
         run(evaluation(tiny_checkpoint, neurons, controls=1))
 

@@ -19,7 +19,7 @@ from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.evaluation.findings import front
 from sparc3_lightning.models.checkpoints import fingerprint
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages import evaluate
@@ -140,7 +140,7 @@ def test_controls_can_be_measured_beside_the_doses(monkeypatch):
 def test_a_control_has_the_number_of_neurons_that_are_left_where_most_are_pruned(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     listed = NeuronList.load(Path("pruned/neurons.json"))
-    most = [Neuron(module, i, 0.0) for module in MODULES for i in range(20)]
+    most = [Component(module, i, 0.0) for module in MODULES for i in range(20)]
     NeuronList(most, listed.provenance).save(Path("most.json"))
     results, _ = sweep("--model.neurons", "most.json", "--model.doses", "[]", "--model.controls", "1")
     assert [draw["num_neurons"] for draw in results["controls"]["random"]["draws"]] == [8]

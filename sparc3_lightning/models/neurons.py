@@ -1,0 +1,224 @@
+"""Neurons of MLPs: the layers they are in, and how they are masked for a while or pruned for good.
+
+A neuron is a row of the first layers of its MLP, and a column of the last one.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.architectures import KNOWN_MLPS, MLPS, Linear, linear_at, weight_of, whole
+
+
+class Edit(NamedTuple):
+    """What is done to a neuron.
+
+    Args:
+        strength: 1 switches it off; a fraction leaves ``1 - strength`` of its activation.
+        constant: What takes the place of what is taken away, times ``strength``.
+    """
+
+    strength: float = 1.0
+    constant: float = 0.0
+
+
+Edits = Mapping[str, Mapping[int, Edit]]  # by the name of the scored layer and the row there
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """The layers of an MLP, and what is done to neurons of it."""
+
+    rows: list[Linear]
+    column: Linear
+    edits: dict[int, Edit] = field(default_factory=dict)
+
+
+def num_neurons(model: nn.Module, module: str) -> int:
+    """Return the number of neurons of a layer."""
+    return len(weight_of(linear_at(model, module)))
+
+
+def neuron_norms(model: nn.Module, module: str) -> Tensor:
+    """Return the norm of each neuron's incoming weights, shape ``[neurons]``; all ranks ask together if sharded."""
+    return whole(weight_of(linear_at(model, module)).float().norm(dim=1)).cpu()
+
+
+@contextmanager
+def mask_neurons(model: nn.Module, neurons: Edits, strength: float = 1.0) -> Iterator[None]:
+    """Switch neurons off, or damp them, for the length of a ``with`` block, without touching a weight.
+
+    Args:
+        model: A causal language model whose MLPs are in ``MLPS``.
+        neurons: What is done to each neuron.
+        strength: Times the strength of each.
+
+    Raises:
+        ValueError: If the model has no such neuron.
+    """
+    with ExitStack() as undo:
+        for mlp in _by_mlp(model, neurons):
+            factor, constant = _edit(mlp, strength)
+
+            def damp(
+                module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor, constant: Tensor | None = constant
+            ) -> tuple[Tensor]:
+                # Not a product alone: what is off is 0 even where the activation is infinite.
+                damped = torch.where(factor == 0, 0, inputs[0] * factor)
+                return (damped if constant is None else damped + constant,)
+
+            undo.callback(mlp.column.register_forward_pre_hook(damp).remove)
+        yield
+
+
+def prune_neurons_(model: PreTrainedModel, neurons: Edits) -> None:
+    """Write what ``mask_neurons`` does into the weights, in place.
+
+    The rows and the column of a neuron that is off become zero; a damped one keeps its rows, and its column becomes
+    smaller. What takes the place of a neuron is constant, and goes into the bias of the layer after it.
+
+    Args:
+        model: A causal language model whose MLPs are in ``MLPS``.
+        neurons: What is done to each neuron.
+
+    Raises:
+        ValueError: If the model has no such neuron, or its architecture has no bias to put a constant in. Nothing is
+            changed then.
+    """
+    mlps = _by_mlp(model, neurons)
+    check_have_place(model, neurons)
+    if _have_constants(neurons):
+        _add_biases_(model, [mlp.column for mlp in mlps])
+    with torch.no_grad():
+        for mlp in mlps:
+            off = [index for index, edit in mlp.edits.items() if edit.strength == 1]
+            factor, constant = _edit(mlp)
+            column = weight_of(mlp.column)
+            if constant is not None:
+                mlp.column.bias.add_(column @ constant)
+            for row in mlp.rows:
+                weight_of(row)[off] = 0
+                if row.bias is not None:
+                    row.bias[off] = 0
+            column *= factor
+            column[:, off] = 0  # where a weight is infinite
+
+
+def check_neurons(model: nn.Module, neurons: Edits) -> None:
+    """Raise ValueError unless the model has all these neurons. A model on the meta device suffices."""
+    _by_mlp(model, neurons)
+
+
+def check_have_place(model: PreTrainedModel, neurons: Edits) -> None:
+    """Raise ValueError unless the constants of neurons, if they have any, can be written into the weights."""
+    if _have_constants(neurons):
+        check_have_biases(model, columns_of(model, neurons).values())
+
+
+def check_have_biases(model: PreTrainedModel, columns: Iterable[Linear]) -> None:
+    """Raise ValueError unless layers have a bias, or their architecture has one to switch on, to put constants in.
+
+    A model on the meta device suffices.
+    """
+    if any(column.bias is None for column in columns) and getattr(model.config, "mlp_bias", None) is None:
+        raise OptionError(
+            "replacement",
+            f"The architecture {model.config.model_type!r} has no bias in its MLPs, so that a checkpoint of it has no "
+            "place for the mean of a neuron: choose --.replacement zero. (LLaMA has the config's mlp_bias.)",
+        )
+
+
+def check_are_neurons(modules: Collection[str]) -> None:
+    """Raise ValueError unless the rows of layers, by their fully qualified names, are MLP neurons, each once.
+
+    The rows of other layers have scores too, but there is nothing to switch off: what a row of an attention writes is
+    a sum over its heads. Needs no model.
+    """
+    known = {row for rows, _ in MLPS for row in rows}
+    others = sorted({name.rpartition(".")[2] for name in modules} - known)
+    if others:
+        raise OptionError(
+            "granularity",
+            f"The rows of {', '.join(others)} are no neurons that could be switched off: expected {KNOWN_MLPS}. For an "
+            "attention score its heads (sparc3 attribute --.granularity head), for other layers their weights "
+            "(--.granularity weight of attribute and prune).",
+        )
+    mlps = Counter(name.rpartition(".")[0] for name in modules)
+    if max(mlps.values()) > 1:
+        raise OptionError(
+            "targets",
+            f"The neurons of {mlps.most_common(1)[0][0]} are scored twice, by their row in up_proj and in gate_proj: "
+            "attribute one of the two (--.targets '[up_proj]').",
+        )
+
+
+def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
+    """Return the layer whose input is the activations of a module's neurons, by the name of the module.
+
+    Raises:
+        ValueError: If one of the modules is not a layer of MLP neurons.
+    """
+    return {name: _by_mlp(model, {name: {}})[0].column for name in modules}
+
+
+def _by_mlp(model: nn.Module, neurons: Edits) -> list[_Mlp]:
+    """Return the MLPs that neurons belong to: up_proj and gate_proj name the same ones."""
+    mlps: dict[str, _Mlp] = {}
+    modules = dict(model.named_modules())
+    for name, edits in neurons.items():
+        parent, _, layer = name.rpartition(".")
+        rows, column = next(((rows, column) for rows, column in MLPS if layer in rows), ((), ""))
+        if not rows or not all(f"{parent}.{part}" in modules for part in (*rows, column)):
+            raise ValueError(
+                f"{name!r} is not a layer of MLP neurons of this model: expected {KNOWN_MLPS}. Is neurons.json of "
+                "another model?"
+            )
+        number = num_neurons(model, name)
+        for index in edits:
+            if not 0 <= index < number:
+                raise ValueError(
+                    f"Neuron {index} of {name} does not exist: the layer has {number} neurons. Is neurons.json of "
+                    "another model?"
+                )
+        if parent not in mlps:
+            layers = [linear_at(model, f"{parent}.{row}") for row in rows]
+            mlps[parent] = _Mlp(layers, linear_at(model, f"{parent}.{column}"))
+        mlps[parent].edits.update(edits)
+    return list(mlps.values())
+
+
+def _edit(mlp: _Mlp, strength: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Return the factor of each activation, and what is added to it; None if nothing is."""
+    weight, indices = weight_of(mlp.column), list(mlp.edits)
+    taken = [strength * edit.strength for edit in mlp.edits.values()]
+    factor = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
+    factor[indices] = factor.new_tensor([1 - part for part in taken])
+    if not any(edit.constant for edit in mlp.edits.values()):
+        return factor, None
+    constant = torch.zeros_like(factor)
+    constant[indices] = factor.new_tensor(
+        [part * edit.constant for part, edit in zip(taken, mlp.edits.values(), strict=True)]
+    )
+    return factor, constant
+
+
+def _have_constants(neurons: Edits) -> bool:
+    return any(edit.constant for edits in neurons.values() for edit in edits.values())
+
+
+def _add_biases_(model: PreTrainedModel, columns: Iterable[Linear]) -> None:
+    """Give the layers of all MLPs a bias of 0, unless these columns have one: the architecture has them or none."""
+    if all(column.bias is not None for column in columns):
+        return
+    model.config.mlp_bias = True
+    names = {name for rows, column in MLPS for name in (*rows, column)}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and layer.bias is None and name.rpartition(".")[2] in names:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)
