@@ -1,5 +1,6 @@
 """What tests of several rooms share: tiny models of every family by their configs, names of layers, and sentences."""
 
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from sparc3_lightning.attribution.scores import Provenance
+from sparc3_lightning.attribution.spec import ScoreSpec
 
 TEXT = (
     "the a of to and in is was it for on as with his he be at by had this that are they from not have or an which "
@@ -73,6 +77,13 @@ def sentence(seed: int, num_words: int) -> str:
     """Return random words, the same for the same seed."""
     draw = torch.Generator().manual_seed(seed)
     return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (num_words,), generator=draw).tolist())
+
+
+def changed(provenance: Provenance, **changes: Any) -> Provenance:
+    """Return a provenance with other values of some of its fields, or of those of its spec."""
+    names = {item.name for item in fields(ScoreSpec)}
+    spec = replace(provenance.spec, **{name: value for name, value in changes.items() if name in names})
+    return replace(provenance, spec=spec, **{name: value for name, value in changes.items() if name not in names})
 
 
 def fail_if_masked(model: Any, neurons: list[Any]) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
-from sparc3_lightning.attribution.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching
+from sparc3_lightning.attribution.scores import ScoreFile, average, check_match, load_matching
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
@@ -205,11 +205,8 @@ class Pruning(L.LightningModule):
     def _neurons(self, text: ReferenceSamples | None, device: torch.device | None) -> tuple[Selected, dict[str, Any]]:
         """Select neurons by scores of neurons, or of weights that are summed; and say where the scores come from."""
         general_files, behavior_file = load_matching(self.general), ScoreFile.load(self.behavior)
-        compares = self.selection in COMPARES_SIDES
-        check_match(
-            [general_files[0], behavior_file], MUST_MATCH if compares else ("checkpoint_fingerprint", "targets")
-        )
-        if behavior_file.provenance.granularity == "neuron":
+        check_match([general_files[0], behavior_file], self.selection in COMPARES_SIDES)
+        if behavior_file.provenance.spec.granularity == "neuron":
             check_are_neurons(behavior_file.scores)
             if self.export is not None and self.replacement == "mean":
                 of = behavior_file.provenance
@@ -312,7 +309,7 @@ class Pruning(L.LightningModule):
         of = neurons.provenance
         checkpoint = of["checkpoint"]
         revision = check_unchanged(checkpoint, of["checkpoint_fingerprint"])
-        name: Any = of["behavior"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
+        name: Any = of["behavior"]["spec"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
         dtype = resolve_dtype(name, torch.device("cpu"))
         export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype, revision=revision)
         rank_zero_info(f"Pruned checkpoint: {self.export}")
@@ -363,7 +360,7 @@ def within_budget(
     if not left:
         raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
-    model = load_model(of.checkpoint, getattr(torch, of.dtype), revision).to(device)
+    model = load_model(of.checkpoint, getattr(torch, of.spec.dtype), revision).to(device)
     rise = PerplexityRise(model, text.predict_dataloader())
     chosen = spend(rise, ranked, budget)
     return chosen, {

@@ -1,15 +1,16 @@
 """From score files to neurons.json, its pictures and the pruned checkpoint; and what is refused."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import changed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
 from sparc3_lightning.attribution.scores import Provenance, ScoreFile
+from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.models.checkpoints import fingerprint, load_model, load_tokenizer
 from sparc3_lightning.models.components import mask
 from sparc3_lightning.selection import criteria as selections
@@ -31,11 +32,7 @@ def provenance(checkpoint: str = "tiny", print_: str = "files:abc", ids: tuple[s
     return Provenance(
         checkpoint=checkpoint,
         checkpoint_fingerprint=print_,
-        method="lrp",
-        rule="attnlrp",
-        relevance="magnitude",
-        targets=["up_proj"],
-        dtype="float32",
+        spec=ScoreSpec("lrp", "attnlrp", "magnitude", "argmax", targets=["up_proj"], dtype="float32"),
         data={"class": "C4"},
         data_fingerprint="d",
         num_samples=2,
@@ -47,7 +44,7 @@ def provenance(checkpoint: str = "tiny", print_: str = "files:abc", ids: tuple[s
 
 
 def save_scores(path: str, scores: dict[str, torch.Tensor], of: Provenance | None = None, **changes) -> Path:
-    ScoreFile(scores, dataclasses.replace(of or provenance(), **changes)).save(Path(path))
+    ScoreFile(scores, changed(of or provenance(), **changes)).save(Path(path))
     return Path(path)
 
 
@@ -106,7 +103,7 @@ def test_neurons_json_holds_the_neurons_and_where_they_come_from(files):
     assert source["checkpoint_fingerprint"] == "files:abc"
     assert [file["path"] for file in source["general"]] == [str(path) for path in general]
     assert source["behavior"]["path"] == str(behavior)
-    assert source["behavior"]["rule"] == "attnlrp"
+    assert source["behavior"]["spec"]["rule"] == "attnlrp"
     # Evaluation leaves out every prompt that any score was computed on, general ones too.
     assert set(source["sample_ids"]) == {"p1", "p2", "document-0", "document-1"}
     assert "torch" in source["versions"]
