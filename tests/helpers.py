@@ -1,7 +1,7 @@
 """What tests of several rooms share: tiny models by their configs, names of layers, sentences, and score files."""
 
-import dataclasses
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from sparc3_lightning.attribution.scores import Provenance, ScoreFile
+from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.data.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 
 TEXT = (
@@ -94,11 +95,7 @@ def provenance(checkpoint: str = "tiny", print_: str = "files:abc", ids: tuple[s
     return Provenance(
         checkpoint=checkpoint,
         checkpoint_fingerprint=print_,
-        method="lrp",
-        rule="attnlrp",
-        relevance="magnitude",
-        targets=["up_proj"],
-        dtype="float32",
+        spec=ScoreSpec("lrp", "attnlrp", "magnitude", "argmax", targets=["up_proj"], dtype="float32"),
         data={"class": "C4"},
         data_fingerprint="d",
         num_samples=2,
@@ -110,7 +107,7 @@ def provenance(checkpoint: str = "tiny", print_: str = "files:abc", ids: tuple[s
 
 
 def save_scores(path: str, scores: dict[str, torch.Tensor], of: Provenance | None = None, **changes) -> Path:
-    ScoreFile(scores, dataclasses.replace(of or provenance(), **changes)).save(Path(path))
+    ScoreFile(scores, changed(of or provenance(), **changes)).save(Path(path))
     return Path(path)
 
 
@@ -133,6 +130,13 @@ def words_tokenizer(names: tuple[str, ...] = NAMES) -> PreTrainedTokenizerFast:
     """Return a tokenizer of the words of indirect object identification and of some names."""
     text = " ".join([*TEMPLATES, *PLACES, *OBJECTS]).replace("{", "").replace("}", "")
     return tokenizer_of(sorted({*re.findall(r"\w+|[^\w\s]", text), "they", "others", "one", *names}))
+
+
+def changed(provenance: Provenance, **changes: Any) -> Provenance:
+    """Return a provenance with other values of some of its fields, or of those of its spec."""
+    names = {item.name for item in fields(ScoreSpec)}
+    spec = replace(provenance.spec, **{name: value for name, value in changes.items() if name in names})
+    return replace(provenance, spec=spec, **{name: value for name, value in changes.items() if name not in names})
 
 
 def fail_if_masked(model: Any, neurons: list[Any]) -> None:

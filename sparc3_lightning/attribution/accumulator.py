@@ -1,8 +1,8 @@
 """The accumulator: hooks in, over a stream of samples, and one score per neuron or per weight out."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from sparc3_lightning.attribution.relevance import (
     wanda_score,
     weight_relevance,
 )
+from sparc3_lightning.attribution.spec import Nonfinite, Score, check_granularity
 from sparc3_lightning.distributed import gather_rows, num_ranks
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.architectures import ATTENTIONS, Linear, is_heads, weight_of, whole
+from sparc3_lightning.models.architectures import Linear, weight_of, whole
 from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import sum_heads
 
@@ -32,21 +33,6 @@ CHECK_EVERY = 16
 
 class NonfiniteRelevanceError(OptionError):
     """A relevance is NaN or infinite."""
-
-
-def check_granularity(granularity: Granularity, score: str, targets: Collection[str]) -> None:
-    """Raise ValueError if weights or heads are to have a score that they have not, or a target has no heads."""
-    option = "relevance" if score in ("absolute", "squared") else "method"
-    if granularity == "weight" and score in ("absolute", "squared", "activation"):
-        raise OptionError(option, f"{score} is not of weights: choose another --.granularity.")
-    if granularity == "head" and score == "activation":
-        raise OptionError("method", f"{score} is not of heads: choose another --.granularity.")
-    if granularity == "head" and not all(map(is_heads, targets)):
-        raise OptionError(
-            "granularity",
-            f"head scores attention heads, at the last layer of each attention: expected "
-            f"--.targets to be among {list(ATTENTIONS)}, or left out for all, got {list(targets)}.",
-        )
 
 
 class ScoreAccumulator:
@@ -76,8 +62,8 @@ class ScoreAccumulator:
     def __init__(
         self,
         modules: Mapping[str, Linear],
-        score: Literal["magnitude", "signed", "absolute", "squared", "wanda", "activation"],
-        nonfinite: Literal["error", "zero"] = "error",
+        score: Score,
+        nonfinite: Nonfinite = "error",
         granularity: Granularity = "neuron",
         head_dims: Mapping[str, int] | None = None,
     ) -> None:

@@ -1,7 +1,7 @@
 """Activations of neurons: their mean over each sample's tokens, kept beside the scores of the same pass."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,25 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
+from sparc3_lightning.errors import OptionFileNotFoundError
 from sparc3_lightning.files import write_atomically
-from sparc3_lightning.models.architectures import MLPS, Linear
+from sparc3_lightning.models.architectures import Linear
 
 ACTIVATIONS = "activations.safetensors"
 FORMAT = "sparc3_lightning activations 1"
-
-
-def check_are_of_neurons(option: str, value: str, granularity: str, targets: Collection[str]) -> None:
-    """Raise ValueError if activations are asked for, by an option, of something else than neurons of an MLP."""
-    if granularity == "head":
-        raise OptionError(option, f"{value} is of neurons, not of heads: choose another --.granularity.")
-    rows = [row for rows, _ in MLPS for row in rows]
-    if not all(target.rpartition(".")[2] in rows for target in targets):
-        raise OptionError(
-            option,
-            f"{value} is of the neurons of MLPs: expected --.targets to be among {rows}, or left out, got "
-            f"{list(targets)}.",
-        )
 
 
 class ActivationRecorder:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from sparc3_lightning.files import write_atomically
 
+Identity = Mapping[str, object]  # what tells a run from another, as JSON holds it
 _NAME = re.compile(r"state-(\d+)-(\d+)\.safetensors")
 _ROWS = "rows/"  # before the name of a module whose tensor holds a row a sample
 
@@ -38,7 +38,7 @@ class Progress:
         rows: Per module one row for each of ``sample_ids``, in their order, such as its mean activations.
     """
 
-    identity: dict[str, Any]
+    identity: Identity
     sums: dict[str, Tensor] = field(default_factory=dict)
     sample_ids: list[str] = field(default_factory=list)
     num_nonfinite: int = 0
@@ -48,7 +48,7 @@ class Progress:
     def save(self, folder: Path, rank: int) -> None:
         """Write the state of one rank, under a temporary name first."""
         metadata = {
-            "identity": json.dumps(self.identity),
+            "identity": json.dumps(dict(self.identity)),
             "sample_ids": json.dumps(self.sample_ids),
             "num_nonfinite": str(self.num_nonfinite),
         }
@@ -56,7 +56,7 @@ class Progress:
         content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
         write_atomically(folder / f"state-{self.attempt}-{rank}.safetensors", content)
 
-    def check_identity(self, identity: Mapping[str, Any], folder: Path) -> None:
+    def check_identity(self, identity: Identity, folder: Path) -> None:
         """Raise ValueError, naming the field that differs, if this is the state of another run."""
         for name, mine in identity.items():
             theirs = self.identity.get(name)
@@ -117,7 +117,7 @@ def remove_progress(folder: Path, before: int | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
-def go_on(output: Path, identity: dict[str, Any], takes_sums: bool = True) -> Progress:
+def go_on(output: Path, identity: Identity, takes_sums: bool = True) -> Progress:
     """Begin an attempt: where the state in the output's folder, or of the same run in a folder beside it, left off.
 
     Args:
@@ -153,7 +153,7 @@ def go_on(output: Path, identity: dict[str, Any], takes_sums: bool = True) -> Pr
     return progress
 
 
-def _unfinished_elsewhere(output: Path, identity: dict[str, Any]) -> tuple[Progress, Path] | None:
+def _unfinished_elsewhere(output: Path, identity: Identity) -> tuple[Progress, Path] | None:
     """Return the furthest state of the same run in a folder beside the output's, and that folder."""
     same = []
     for folder in sorted({path.parent for path in output.parent.parent.glob("*/state-*.safetensors")}):

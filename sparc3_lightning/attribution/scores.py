@@ -15,26 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import replacing, write_atomically
-from sparc3_lightning.provenance import git_hash, revision_of, run_seed, versions
+from sparc3_lightning.provenance import revision_of
 
-FORMAT = "sparc3_lightning scores 1"
+FORMAT = "sparc3_lightning scores 2"
 INDEX = "weight_scores.safetensors.index.json"
-INDEX_FORMAT = "sparc3_lightning scores of weights 1"
+INDEX_FORMAT = "sparc3_lightning scores of weights 2"
 SHARD_BYTES = 2 << 30
-# Two score files can be averaged or subtracted only if they agree in these fields, and in their modules and shapes.
-MUST_MATCH = (
-    "checkpoint_fingerprint",
-    "method",
-    "rule",
-    "relevance",
-    "target",
-    "lexicon",
-    "targets",
-    "dtype",
-    "granularity",
-)
 
 
 @dataclass(frozen=True)
@@ -44,11 +33,7 @@ class Provenance:
     Args:
         checkpoint: As given by ``--model.checkpoint``.
         checkpoint_fingerprint: Commit at the hub, or a hash of the local files.
-        method: ``lrp``, ``gradient``, ``wanda``, ``activation``, ``magnitude`` or ``random``.
-        rule: ``attnlrp`` or ``cp_lrp``; None but for LRP.
-        relevance: ``magnitude``, ``signed``, ``absolute`` or ``squared``; None but for LRP and the gradient.
-        targets: Names of the target layer types.
-        dtype: Dtype of the model.
+        spec: The options that say which scores were computed, none of them left open.
         data: Data module and its options.
         data_fingerprint: Hash of the token ids of all samples in order.
         num_samples: Number of samples.
@@ -59,18 +44,11 @@ class Provenance:
         sample_ids: Of each sample; for prompts they tell evaluation which to leave out.
         versions: Of this package, its main dependencies and Python.
         git_hash: Commit of this package's working tree, if it is one.
-        target: As in ``targets.Target``; None but for LRP and the gradient.
-        lexicon: The scorer that the lexicon is by.
-        granularity: ``neuron``, ``head`` or ``weight``.
     """
 
     checkpoint: str
     checkpoint_fingerprint: str
-    method: str
-    rule: str | None
-    relevance: str | None
-    targets: list[str]
-    dtype: str
+    spec: ScoreSpec
     data: dict[str, Any]
     data_fingerprint: str
     num_samples: int
@@ -81,46 +59,30 @@ class Provenance:
     sample_ids: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     git_hash: str | None = None
-    target: str | None = "argmax"  # the only one there was before this field
-    lexicon: str | None = None
-    granularity: str = "neuron"
 
     @classmethod
-    def of(cls, module: Any, data: Any) -> "Provenance":
-        """Return that of an attribution.
+    def from_json(cls, text: str) -> "Provenance":
+        """Return what the header of a score file says; fields of a later version are passed over.
 
-        Args:
-            module: The ``Attribution``, once its loop has ended.
-            data: Its data module.
+        Raises:
+            KeyError, TypeError, ValueError: If it is damaged.
         """
-        options = {name: value for name, value in data.hparams.items() if name != "tokenizer"}
-        return cls(
-            checkpoint=module.checkpoint,
-            checkpoint_fingerprint=module.identity["checkpoint_fingerprint"],
-            method=module.method,
-            rule=module.rule if module.method == "lrp" else None,
-            relevance=module.relevance if module.has_target else None,
-            target=module.target if module.has_target else None,
-            lexicon=module.lexicon_scorer if module.lexicon else None,
-            granularity=module.granularity,
-            targets=module.layers,
-            dtype=str(module.model.dtype).removeprefix("torch."),
-            data={"class": type(data).__name__, **options, **data.notes},
-            data_fingerprint=data.fingerprint(),
-            num_samples=module.accumulator.num_samples,
-            num_tokens=data.num_tokens,
-            seq_len=data.longest,
-            seed=run_seed(),
-            num_nonfinite=module.accumulator.num_nonfinite,
-            sample_ids=[sample.id for sample in data.samples],
-            versions=versions(),
-            git_hash=git_hash(),
-        )
+        values = json.loads(text)
+        values["spec"] = ScoreSpec(**{item.name: values["spec"][item.name] for item in fields(ScoreSpec)})
+        return cls(**{item.name: values[item.name] for item in fields(cls)})
+
+    def to_json(self) -> str:
+        """Return the header of a score file."""
+        return json.dumps(asdict(self))
 
     @property
     def revision(self) -> str | None:
         """Commit of the checkpoint at the hub; None for a local one."""
         return revision_of(self.checkpoint_fingerprint)
+
+    def shared(self) -> dict[str, Any]:
+        """Return that in which score files that belong together agree, beside their modules and shapes."""
+        return {"checkpoint_fingerprint": self.checkpoint_fingerprint, **self.spec.shared()}
 
     def summary(self) -> dict[str, Any]:
         """Return the provenance without the list of samples."""
@@ -142,7 +104,7 @@ class ScoreFile:
 
     def save(self, path: Path) -> None:
         """Write the file under a temporary name, and rename it."""
-        metadata = {"format": FORMAT, "provenance": json.dumps(asdict(self.provenance))}
+        metadata = {"format": FORMAT, "provenance": self.provenance.to_json()}
         write_atomically(path, save({name: score.contiguous() for name, score in self.scores.items()}, metadata))
 
     @classmethod
@@ -158,7 +120,8 @@ class ScoreFile:
         if path.name == INDEX:
             weights = WeightScores(path)
             sums = {name: score.sum(dim=1) for name, score in weights}
-            of_neurons = replace(weights.provenance, granularity="neuron")
+            spec = replace(weights.provenance.spec, granularity="neuron")
+            of_neurons = replace(weights.provenance, spec=spec)
             return cls({name: sums[name] for name in sorted(sums, key=_natural)}, of_neurons, path)
         try:
             with safe_open(path, framework="pt") as file:
@@ -166,6 +129,7 @@ class ScoreFile:
                 scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from None
+        _check_version(path, metadata, FORMAT)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is a safetensors file, but not scores: its header does not say {FORMAT!r}.")
         provenance = _provenance(path, metadata)
@@ -199,6 +163,7 @@ class WeightScores:
             metadata, self.files = content["metadata"], content["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not an index of scores, or is damaged: {error}") from None
+        _check_version(path, metadata, INDEX_FORMAT)
         if metadata.get("format") != INDEX_FORMAT:
             raise ValueError(f"{path} is an index, but not of scores: it does not say {INDEX_FORMAT!r}.")
         self.provenance = _provenance(path, metadata)
@@ -267,16 +232,22 @@ class ShardWriter:
 
     def close(self, provenance: Provenance) -> None:
         """Write the index, last: a folder that holds one is complete."""
-        metadata = {"format": INDEX_FORMAT, "provenance": json.dumps(asdict(provenance))}
+        metadata = {"format": INDEX_FORMAT, "provenance": provenance.to_json()}
         write_atomically(self.folder / INDEX, json.dumps({"metadata": metadata, "weight_map": self.files}, indent=2))
+
+
+def _check_version(path: Path, metadata: Mapping[str, str], expected: str) -> None:
+    """Raise ValueError if a file is of scores, but in the format of an older version."""
+    name, _, number = expected.rpartition(" ")
+    theirs = str(metadata.get("format")).removeprefix(f"{name} ")
+    if theirs.isdigit() and int(theirs) < int(number):
+        raise ValueError(f"{path} was written by an older version in format {theirs}; attribute again.")
 
 
 def _provenance(path: Path, metadata: Mapping[str, str]) -> Provenance:
     try:
-        known = {item.name for item in fields(Provenance)}
-        values = json.loads(metadata["provenance"])
-        return Provenance(**{name: value for name, value in values.items() if name in known})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return Provenance.from_json(metadata["provenance"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The header of {path} is damaged: {error}") from None
 
 
@@ -289,23 +260,30 @@ def load_matching(paths: Sequence[Path]) -> list[ScoreFile]:
     """Read score files that belong together.
 
     Raises:
-        ValueError: If two differ in one of ``MUST_MATCH``, in modules or in shapes.
+        ValueError: If two differ in what they share, see ``Provenance.shared``, in modules or in shapes.
     """
     files = [ScoreFile.load(path) for path in paths]
     check_match(files)
     return files
 
 
-def check_match(files: Sequence[ScoreFile | WeightScores], must_match: Sequence[str] = MUST_MATCH) -> None:
-    """Raise ValueError if two score files differ in one of these fields, in modules or in shapes."""
+def check_match(files: Sequence[ScoreFile | WeightScores], of_one_kind: bool = True) -> None:
+    """Raise ValueError if two score files are not of the same layers, or of the same kind of scores.
+
+    Args:
+        files: The files, or indexes of scores of weights.
+        of_one_kind: Whether scores are compared by their values, for which everything in ``Provenance.shared`` must
+            agree; else it is the checkpoint, and the names and shapes of the layers alone.
+    """
     first = files[0]
+    shared = first.provenance.shared()
     for other in files[1:]:
-        for name in must_match:
-            mine, theirs = getattr(first.provenance, name), getattr(other.provenance, name)
-            if mine != theirs:
+        theirs = other.provenance.shared()
+        for name in shared if of_one_kind else ("checkpoint_fingerprint", "targets"):
+            if shared[name] != theirs[name]:
                 raise ValueError(
-                    f"The score files do not belong together: {name} is {mine!r} in {first.path} but {theirs!r} in "
-                    f"{other.path}."
+                    f"The score files do not belong together: {name} is {shared[name]!r} in {first.path} but "
+                    f"{theirs[name]!r} in {other.path}."
                 )
         shapes, others = first.shapes, other.shapes
         for name in sorted(shapes.keys() | others.keys()):

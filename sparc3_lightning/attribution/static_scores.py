@@ -3,24 +3,14 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparc3_lightning.errors import OptionError
+from sparc3_lightning.attribution.spec import Score
 from sparc3_lightning.models.architectures import Linear, weight_of, whole
 from sparc3_lightning.models.components import Granularity
-
-STATIC = ("magnitude", "random")
-
-
-def check_static(method: str, granularity: Granularity, activations: bool) -> None:
-    """Raise ValueError if heads are to have such a score, or activations of samples, which there are none, be kept."""
-    if granularity == "head":
-        raise OptionError("method", f"{method} is not of heads: choose another --.granularity.")
-    if activations:
-        raise OptionError("method", f"{method} reads no samples: leave out --.activations.")
 
 
 def random_scores(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -55,7 +45,7 @@ class StaticScores:
     def __init__(
         self,
         modules: Mapping[str, Linear],
-        score: Literal["magnitude", "random"],
+        score: Score,
         granularity: Granularity = "neuron",
         seed: int = 0,
     ) -> None:

@@ -6,14 +6,14 @@ circuit as one that works for it does.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sparc3_lightning.attribution.scores import INDEX, MUST_MATCH, Provenance, ScoreFile, WeightScores
+from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, WeightScores
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import weight_of
 from sparc3_lightning.models.components import Component, mask
@@ -110,7 +110,7 @@ class Group:
     @property
     def granularity(self) -> str:
         """``neuron``, ``head`` or ``weight``."""
-        return self.provenances[0].granularity
+        return self.provenances[0].spec.granularity
 
     def average(self) -> dict[str, Tensor]:
         """Return the mean over the files, each weighing the same, with no more than two of them in memory."""
@@ -131,14 +131,14 @@ def group_scores(paths: Sequence[Path]) -> list[Group]:
     Raises:
         FileNotFoundError, ValueError: If a file is missing or damaged, or two of a group are of the same samples.
     """
-    groups: dict[tuple[Any, ...], Group] = {}
+    groups: dict[tuple[str, ...], Group] = {}
     for path in paths:
         provenance = _provenance(path)
-        key = tuple(str(getattr(provenance, name)) for name in MUST_MATCH)
-        of = groups.setdefault(key, Group(provenance.method, [], []))
+        key = tuple(map(str, provenance.shared().values()))
+        of = groups.setdefault(key, Group(provenance.spec.method, [], []))
         for other, theirs in zip(of.paths, of.provenances, strict=True):
             # The seed of the run is in nothing but random scores.
-            is_other = provenance.method == "random" and provenance.seed != theirs.seed
+            is_other = provenance.spec.method == "random" and provenance.seed != theirs.seed
             if provenance.data_fingerprint == theirs.data_fingerprint and not is_other:
                 raise OptionError(
                     "scores",
@@ -154,19 +154,16 @@ def group_scores(paths: Sequence[Path]) -> list[Group]:
 
 def _provenance(path: Path) -> Provenance:
     if path.name == INDEX and path.is_file():
-        return replace(WeightScores(path).provenance, granularity="weight")
+        return WeightScores(path).provenance
     return ScoreFile.load(path).provenance
 
 
 def _name(of: Group, among: Sequence[Group]) -> str:
     """Return the method, and the fields in which it differs from other groups of the same method."""
-    same = [other.provenances[0] for other in among if other.provenances[0].method == of.provenances[0].method]
-    values = [
-        getattr(of.provenances[0], name)
-        for name in MUST_MATCH
-        if len({str(getattr(provenance, name)) for provenance in same}) > 1
-    ]
-    words = [of.provenances[0].method]
-    for value in values:
-        words += value if isinstance(value, list) else [str(value)]
+    method = of.provenances[0].spec.method
+    same = [other.provenances[0].shared() for other in among if other.provenances[0].spec.method == method]
+    words: list[str] = [method]
+    for name, value in of.provenances[0].shared().items():
+        if len({str(shared[name]) for shared in same}) > 1:
+            words += value if isinstance(value, list) else [str(value)]
     return " ".join(words)

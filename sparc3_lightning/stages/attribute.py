@@ -3,21 +3,23 @@
 import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedModel
 
-from sparc3_lightning.attribution.accumulator import CHECK_EVERY, ScoreAccumulator, check_granularity
-from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationRecorder, Activations, check_are_of_neurons
+from sparc3_lightning.attribution.accumulator import CHECK_EVERY, ScoreAccumulator
+from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationRecorder, Activations
 from sparc3_lightning.attribution.lrp import Rule, check_have_relevance, lrp
-from sparc3_lightning.attribution.progress import Progress, go_on, remove_progress
+from sparc3_lightning.attribution.progress import Identity, Progress, go_on, remove_progress
 from sparc3_lightning.attribution.relevance import Relevance
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, ShardWriter
-from sparc3_lightning.attribution.static_scores import STATIC, StaticScores, check_static
-from sparc3_lightning.attribution.targets import LEXICAL, Target, lexicon_of, target_of
+from sparc3_lightning.attribution.spec import Method, Nonfinite, ScoreSpec
+from sparc3_lightning.attribution.static_scores import StaticScores
+from sparc3_lightning.attribution.targets import Target, lexicon_of, target_of
 from sparc3_lightning.data.base import NoSamples, ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
@@ -35,7 +37,7 @@ from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import head_dims
 from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.models.sharding import load_for
-from sparc3_lightning.provenance import run_seed
+from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
 from sparc3_lightning.signals import StoppableModule
 
@@ -91,7 +93,7 @@ class Attribution(StoppableModule):
     def __init__(
         self,
         checkpoint: str,
-        method: Literal["lrp", "gradient", "wanda", "activation", "magnitude", "random"] = "lrp",
+        method: Method = "lrp",
         relevance: Relevance = "magnitude",
         rule: Rule = "attnlrp",
         target: Target = "argmax",
@@ -100,41 +102,27 @@ class Attribution(StoppableModule):
         activations: bool = False,
         granularity: Granularity = "neuron",
         dtype: Dtype = "auto",
-        nonfinite: Literal["error", "zero"] = "error",
+        nonfinite: Nonfinite = "error",
         save_every: int = 32,
         gradient_checkpointing: bool = False,
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        if targets is not None and not targets:
-            raise OptionError("targets", "must name at least one layer type, for example up_proj.")
-        self.has_target = method in ("lrp", "gradient")
-        check_granularity(granularity, relevance if self.has_target else method, targets or ())
-        if method in STATIC:
-            check_static(method, granularity, activations)
-        if activations or method == "activation":
-            option = ("activations", "true") if activations else ("method", method)
-            check_are_of_neurons(*option, granularity, targets or ())
-        if not self.has_target and target != "argmax":
-            raise OptionError("method", f"{method} has no target: leave out --.target.")
-        if target in LEXICAL:
+        layers = None if targets is None else list(targets)
+        # As given; from setup on with what was left open.
+        self.spec = ScoreSpec(
+            method, rule, relevance, target, lexicon, layers, dtype, granularity, nonfinite, activations
+        )
+        self.spec.check()
+        if self.spec.is_lexical:
             check_scorer(lexicon, "lexicon")
         if save_every < 1:
             raise OptionError("save_every", f"must be at least 1, got {save_every}.")
         self.save_hyperparameters()
         self.save_every = save_every
         self.checkpoint = checkpoint
-        self.method = method
-        self.target: Target = target
-        self.lexicon_scorer = lexicon
         self.lexicon: list[int] = []
-        self.relevance: Relevance = relevance
-        self.rule: Rule = rule
-        self.targets = None if targets is None else list(targets)
-        self.activations = activations
-        self.granularity: Granularity = granularity
         self.dtype_name: Dtype = dtype
-        self.nonfinite = nonfinite
         self.gradient_checkpointing = gradient_checkpointing
         self.revision = revision
         self.model = None
@@ -143,24 +131,25 @@ class Attribution(StoppableModule):
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
         # Asked for once, by every rank: the answer is a broadcast.
-        self.output = Path(self.trainer.log_dir or ".") / file_of(self.granularity)
+        self.output = Path(self.trainer.log_dir or ".") / file_of(self.spec.granularity)
         check_writable(self.output.parent)
         check_absent(self.output)
         config = load_config(self.checkpoint, self.revision)
-        if self.method == "lrp":
+        spec = self.spec
+        if spec.method == "lrp":
             family_of(config)
         data = self.reference_samples
-        if (self.method in STATIC) != isinstance(data, NoSamples):
-            what = (
-                "reads no samples: give --data NoSamples" if self.method in STATIC else "needs samples: give --data C4"
-            )
-            raise OptionError("method", f"{self.method} {what}.")
+        if spec.is_static != isinstance(data, NoSamples):
+            what = "reads no samples: give --data NoSamples" if spec.is_static else "needs samples: give --data C4"
+            raise OptionError("method", f"{spec.method} {what}.")
         check_context(config, data.longest, data.way_to_shorter)
-        self._find_targets(skeleton_of(config))
-        if self.target in LEXICAL:
-            self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(self.lexicon_scorer).score)
+        self.layers = self._find_layers(skeleton_of(config))
+        if spec.lexicon is not None and spec.is_lexical:
+            self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score)
             data.notes["num_lexicon"] = len(self.lexicon)
-        data.check_target(self.target)
+        if spec.target is not None:
+            data.check_target(spec.target)
+        self.spec = spec.resolved(self.layers, resolve_dtype(self.dtype_name, self.trainer.strategy.root_device))
         self.identity = self._identify()
         check_same_on_all_ranks("checkpoint or data", self.identity)
         self._resume()
@@ -174,20 +163,21 @@ class Attribution(StoppableModule):
 
     def on_predict_start(self) -> None:
         """Begin the sums, or go on with those of a run that broke off."""
-        if self.has_target and torch.is_inference_mode_enabled():
+        spec = self.spec
+        if spec.has_target and torch.is_inference_mode_enabled():
             raise RuntimeError("Relevance needs gradients: build the trainer with Trainer(inference_mode=False).")
         self.model.eval()
-        score: Any = self.relevance if self.has_target else self.method
         targets = find_targets(self.model, self.layers)
-        if self.granularity == "weight":
+        if spec.granularity == "weight":
             check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))
-        if self.method in STATIC:
-            self.accumulator: Any = StaticScores(targets, score, self.granularity, run_seed())
+        self.accumulator: StaticScores | ScoreAccumulator
+        if spec.is_static:
+            self.accumulator = StaticScores(targets, spec.score, spec.granularity, run_seed())
         else:
-            scored = columns_of(self.model, targets) if self.method == "activation" else targets
-            dims = head_dims(self.model, targets) if self.granularity == "head" else {}
-            self.accumulator = ScoreAccumulator(scored, score, self.nonfinite, self.granularity, dims)
-        self.recorder = ActivationRecorder(columns_of(self.model, targets) if self.activations else {})
+            scored = columns_of(self.model, targets) if spec.method == "activation" else targets
+            dims = head_dims(self.model, targets) if spec.granularity == "head" else {}
+            self.accumulator = ScoreAccumulator(scored, spec.score, spec.nonfinite, spec.granularity, dims)
+        self.recorder = ActivationRecorder(columns_of(self.model, targets) if spec.activations else {})
         self.done: list[str] = []
         if self.trainer.is_global_zero and self.progress.sample_ids:
             self.accumulator.sums = {name: total.to(self.device) for name, total in self.progress.sums.items()}
@@ -200,17 +190,18 @@ class Attribution(StoppableModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add the scores of one batch."""
-        if self.method in STATIC:
+        spec = self.spec
+        if spec.is_static:
             return
         mask = batch["attention_mask"] if batch["is_padded"] else None
         with (
-            torch.set_grad_enabled(self.has_target),
-            lrp(self.model, self.rule) if self.method == "lrp" else nullcontext(),
+            torch.set_grad_enabled(spec.has_target),
+            nullcontext() if spec.rule is None else lrp(self.model, spec.rule),
             self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
             self.recorder.recording(mask, batch["weights"]),
         ):
-            if self.has_target:
-                target_of(self.model, self.target, batch, mask, self.words).sum().backward()
+            if spec.target is not None:
+                target_of(self.model, spec.target, batch, mask, self.words).sum().backward()
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
         self.done += [name for name, weight in zip(batch["sample_ids"], batch["weights"], strict=True) if weight]
@@ -235,30 +226,22 @@ class Attribution(StoppableModule):
         if self.trainer.is_global_zero:
             remove_progress(self.output.parent)
 
-    def _find_targets(self, skeleton: Any) -> None:
-        """Find what the target layers are called, and check that the model has them and they can be scored."""
-        if self.granularity == "head":
-            self.layers = head_layers(skeleton, self.targets)
-        else:
-            self.layers = self.targets or neuron_layers(skeleton)
-        targets = find_targets(skeleton, self.layers)
-        if self.method == "lrp":
-            check_have_relevance(targets, self.rule)
+    def _find_layers(self, skeleton: PreTrainedModel) -> list[str]:
+        """Return the names of the scored layers; check that the model has them and they can be scored."""
+        named = self.spec.targets
+        of_heads = self.spec.granularity == "head"
+        layers = head_layers(skeleton, named) if of_heads else named or neuron_layers(skeleton)
+        targets = find_targets(skeleton, layers)
+        if self.spec.method == "lrp" and self.spec.rule is not None:
+            check_have_relevance(targets, self.spec.rule)
+        return layers
 
-    def _identify(self) -> dict[str, Any]:
+    def _identify(self) -> Identity:
         """Return what tells this run from another one whose sums must not be added to its own."""
         return {
             "checkpoint_fingerprint": fingerprint(self.checkpoint, self.revision),
-            "method": self.method,
-            "rule": self.rule,
-            "relevance": self.relevance,
-            "target": self.target,
-            "lexicon": hashlib.sha256(str(self.lexicon).encode()).hexdigest()[:16],
-            "targets": self.targets,
-            "activations": self.activations,
-            "granularity": self.granularity,
-            "dtype": str(resolve_dtype(self.dtype_name, self.trainer.strategy.root_device)).removeprefix("torch."),
-            "nonfinite": self.nonfinite,
+            **asdict(self.spec),
+            "lexicon_tokens": hashlib.sha256(str(self.lexicon).encode()).hexdigest()[:16],
             "data_fingerprint": self.reference_samples.fingerprint(),
         }
 
@@ -266,8 +249,7 @@ class Attribution(StoppableModule):
         """Go on from the state in the output folder, or from that of a run with the same config that broke off."""
         self.progress = Progress(self.identity)
         # Each of several ranks has its rows of the sums of weights of all samples: its state is not one of its samples.
-        sums_weights = self.granularity == "weight" and self.method not in ("wanda", *STATIC)
-        self.saves = not (sums_weights and self.trainer.world_size > 1)
+        self.saves = not (self.spec.sums_weights and self.trainer.world_size > 1)
         if self.trainer.is_global_zero:
             self.progress = go_on(self.output, self.identity, takes_sums=self.saves)
         done, attempt = self.trainer.strategy.broadcast((self.progress.sample_ids, self.progress.attempt))
@@ -287,15 +269,15 @@ class Attribution(StoppableModule):
     def _write(self) -> None:
         """Write the scores, on rank 0; the other ranks give theirs."""
         is_writer = self.trainer.is_global_zero
-        if self.activations:
+        if self.spec.activations:
             parts = gather([(self.done, self.recorder.rows())])
             if is_writer:
                 lengths = {sample.id: len(sample.input_ids) for sample in self.reference_samples.samples}
                 Activations.join(parts, lengths).save(self.output.parent / ACTIVATIONS)
-        if self.granularity != "weight":
+        if self.spec.granularity != "weight":
             scores = self.accumulator.compute()
             if is_writer:
-                ScoreFile(scores, Provenance.of(self, self.reference_samples)).save(self.output)
+                ScoreFile(scores, self._provenance()).save(self.output)
         else:
             shapes = {name: weight_of(module).shape for name, module in self.accumulator.modules.items()}
             writer = ShardWriter(self.output.parent, shapes)
@@ -303,11 +285,31 @@ class Attribution(StoppableModule):
                 if is_writer:
                     writer.add(name, score)
             if is_writer:
-                writer.close(Provenance.of(self, self.reference_samples))
+                writer.close(self._provenance())
         if is_writer:
             count = self.accumulator.num_nonfinite
             replaced = f"; {count} values were NaN or infinite and count as 0" if count else ""
             self.written = f"Scores of {len(self.accumulator.modules)} layers{replaced}: {self.output}"
+
+    def _provenance(self) -> Provenance:
+        data = self.reference_samples
+        options = {name: value for name, value in data.hparams.items() if name != "tokenizer"}
+        return Provenance(
+            checkpoint=self.checkpoint,
+            checkpoint_fingerprint=str(self.identity["checkpoint_fingerprint"]),
+            # A precision plugin of the trainer may have changed the dtype.
+            spec=self.spec.resolved(self.layers, self.model.dtype),
+            data={"class": type(data).__name__, **options, **data.notes},
+            data_fingerprint=data.fingerprint(),
+            num_samples=self.accumulator.num_samples,
+            num_tokens=data.num_tokens,
+            seq_len=data.longest,
+            seed=run_seed(),
+            num_nonfinite=self.accumulator.num_nonfinite,
+            sample_ids=[sample.id for sample in data.samples],
+            versions=versions(),
+            git_hash=git_hash(),
+        )
 
     def summary(self) -> str:
         """Say what was written, once the loop has ended; nothing on a rank that wrote nothing."""

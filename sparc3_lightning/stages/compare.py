@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from sparc3_lightning.attribution.scores import MUST_MATCH, ScoreFile, average, check_match
+from sparc3_lightning.attribution.scores import ScoreFile, average, check_match
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.architectures import layer_of
@@ -148,7 +148,7 @@ class Comparison(L.LightningModule):
         found = [pruned.provenance for pruned in lists]
         of = {
             "checkpoint_fingerprint": [provenance.get("checkpoint_fingerprint") for provenance in found],
-            "targets": [provenance.get("behavior", {}).get("targets") for provenance in found],
+            "targets": [provenance.get("behavior", {}).get("spec", {}).get("targets") for provenance in found],
             "granularity": ["weight" if of_one.granularity == "weight" else "neuron" for of_one in lists],
         }
         for name, values in of.items():
@@ -181,7 +181,7 @@ class Comparison(L.LightningModule):
         sides = [Sides([files[path] for path in general], files[behavior]) for general, (behavior,) in paths]
         for i, (pruned, side) in enumerate(zip(lists, sides, strict=True)):
             self._check_side(i, pruned.provenance, side)
-        check_match([side.behavior for side in sides], ("checkpoint_fingerprint", "targets"))
+        check_match([side.behavior for side in sides], of_one_kind=False)
         return sides
 
     def _score_paths(self, i: int, pruned: NeuronList) -> tuple[list[Path], list[Path]]:
@@ -196,13 +196,13 @@ class Comparison(L.LightningModule):
         recorded = [] if self.general else list(zip(side.general, provenance["general"], strict=True))
         recorded += [] if self.behaviors else [(side.behavior, provenance["behavior"])]
         for file, then in recorded:
-            now = file.provenance.summary()
-            for name in ("data_fingerprint", *MUST_MATCH):
-                if name in then and then[name] != now[name]:
+            then = {**then, **then.get("spec", {})}
+            for name, now in {"data_fingerprint": file.provenance.data_fingerprint, **file.provenance.shared()}.items():
+                if name in then and then[name] != now:
                     raise OptionError(
                         "general",
                         f"{file.path} is no longer the score file that {self.paths[i]} was selected from: {name} was "
-                        f"{then[name]!r} and is {now[name]!r}. Give --.general and --.behaviors, or prune "
+                        f"{then[name]!r} and is {now!r}. Give --.general and --.behaviors, or prune "
                         "again.",
                     )
         fingerprint = provenance.get("checkpoint_fingerprint")
@@ -212,7 +212,7 @@ class Comparison(L.LightningModule):
                 f"{side.behavior.provenance.checkpoint_fingerprint!r}, expected {fingerprint!r}."
             )
         check_match(side.general)
-        check_match([side.general[0], side.behavior], ("checkpoint_fingerprint", "targets"))
+        check_match([side.general[0], side.behavior], of_one_kind=False)
         if not self.normalize:
             try:
                 check_match([side.general[0], side.behavior])

@@ -111,7 +111,7 @@ class Compression(L.LightningModule):
         revision = check_unchanged(source.checkpoint, source.checkpoint_fingerprint)
         num_parameters = _check_layers(files[0], revision)
         found: dict[str, Any] = {}
-        name: Any = source.dtype if self.export_dtype == "auto" else self.export_dtype
+        name: Any = source.spec.dtype if self.export_dtype == "auto" else self.export_dtype
         export_edited(
             source.checkpoint,
             lambda model: found.update(zero_(model, Ranking(files).masks(self.sparsity, self.pattern))),

@@ -10,10 +10,8 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
-from sparc3_lightning.attribution.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching
+from sparc3_lightning.attribution.scores import ScoreFile, average, check_match, load_matching
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
@@ -29,27 +27,22 @@ from sparc3_lightning.models.components import Component
 from sparc3_lightning.models.export import check_takes_means, export_pruned
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
-from sparc3_lightning.selection.criteria import (
-    by_auroc,
-    difference,
-    differential_relevance,
-    differential_strength,
-    lowest_of_modules,
-    normalized_difference,
-    ratio,
-    select,
-    set_difference,
-    weighted_difference,
+from sparc3_lightning.selection.criteria import differential_relevance, differential_strength
+from sparc3_lightning.selection.neuron_list import NeuronList, Selected, origin
+from sparc3_lightning.selection.neuron_selection import (
+    CRITERIA,
+    NeuronRanking,
+    Selection,
+    Sides,
+    activations_beside,
+    edited,
+    means_beside,
+    rank_neurons,
 )
-from sparc3_lightning.selection.neuron_list import NeuronList, Selected, histogram, origin
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
 
 NEURONS = "neurons.json"
 SELECTION = "selection.json"
-
-Selection = Literal["difference", "normalized_difference", "set_difference", "ratio", "auroc", "weighted_difference"]
-# These compare the sides value by value, so that the sides must be of the same method and target.
-COMPARES_SIDES = ("difference", "weighted_difference")
 
 
 class Pruning(L.LightningModule):
@@ -120,8 +113,8 @@ class Pruning(L.LightningModule):
             raise OptionError(
                 "top_behavior", f"must be in (0, 1] and --.top_general in [0, 1), got {top_behavior} and {top_general}."
             )
-        if contrast is not None and selection == "auroc":
-            raise OptionError("contrast", "is of scores, but --.selection auroc ranks by activations alone.")
+        if contrast is not None and not CRITERIA[selection].needs_scores:
+            raise OptionError("contrast", f"is of scores, but --.selection {selection} ranks by activations alone.")
         if not strengths or not all(0 < strength <= 1 for strength in strengths):
             raise OptionError("strengths", f"must be above 0 and at most 1, got {list(strengths)}.")
         if max_perplexity_increase is None and (len(strengths) > 1 or refine):
@@ -205,16 +198,14 @@ class Pruning(L.LightningModule):
 
     def _neurons(self, text: ReferenceSamples | None, device: torch.device | None) -> tuple[Selected, dict[str, Any]]:
         """Select neurons by scores of neurons, or of weights that are summed; and say where the scores come from."""
+        criterion = CRITERIA[self.selection]
         general_files, behavior_file = load_matching(self.general), ScoreFile.load(self.behavior)
-        compares = self.selection in COMPARES_SIDES
-        check_match(
-            [general_files[0], behavior_file], MUST_MATCH if compares else ("checkpoint_fingerprint", "targets")
-        )
-        if behavior_file.provenance.granularity == "neuron":
+        check_match([general_files[0], behavior_file], criterion.needs_one_kind)
+        if behavior_file.provenance.spec.granularity == "neuron":
             check_are_neurons(behavior_file.scores)
             if self.export is not None and self.replacement == "mean":
-                of = behavior_file.provenance
-                check_takes_means(of.checkpoint, of.checkpoint_fingerprint, behavior_file.scores)
+                source = behavior_file.provenance
+                check_takes_means(source.checkpoint, source.checkpoint_fingerprint, behavior_file.scores)
         elif self.refine:
             raise OptionError("refine", "is for neurons, and these are scores of heads: leave it out.")
         general, behavior = average(general_files), behavior_file.scores
@@ -222,36 +213,28 @@ class Pruning(L.LightningModule):
         if self.contrast is not None:
             files += load_matching([self.behavior, self.contrast])[1:]
             behavior = differential_relevance(behavior, files[-1].scores)
-        ranked = self._rank(general, behavior)
-        flat = torch.cat(list(ranked.values()))
-        flat = flat[flat < math.inf]
+        sides = Sides(general, behavior, self.top_behavior, self.top_general)
+        if criterion.needs_activations:
+            rows = activations_beside(self.general), activations_beside([self.behavior])
+            sides = replace(sides, general_rows=rows[0], behavior_rows=rows[1])
+        scores = rank_neurons(self.selection, sides)
         strength = None
         if self.selection == "difference":
             strength = differential_strength(general, behavior)
             self._check_strength(strength)
-        spent, means = None, self._means()
+        means = means_beside(self.general) if self.replacement == "mean" else None
+        ranking = NeuronRanking(scores, general, self.strengths[0], means)
+        num_listed, spent = min(self.num_ranked, len(ranking.eligible)), None
         if self.max_perplexity_increase is None:
             # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.
-            listed = self._edited(select(ranked, max(self.num_neurons, min(self.num_ranked, len(flat)))), means)
+            listed = ranking.first(max(self.num_neurons, num_listed))
             chosen = listed[: self.num_neurons]
         else:
             assert text is not None
-            listed = self._edited(select(ranked, min(self.num_ranked, len(flat))), means)
+            listed = ranking.first(num_listed)
             budget = Budget(self.max_perplexity_increase, self.strengths, self.refine)
             chosen, spent = within_budget(budget, listed, text, general_files, device or torch.device("cpu"))
-        taken = {neuron.key for neuron in chosen}
-        found = Selected(
-            chosen,
-            [replace(n, strength=chosen[0].strength) for n in listed if n.key not in taken],
-            _held(lowest_of_modules(chosen, ((name, score.abs()) for name, score in general.items())), means),
-            modules=list(ranked),
-            num_candidates=sum(map(len, ranked.values())),
-            num_negative=int((flat < 0).sum()),
-            histogram=histogram(flat),
-            strength=strength,
-            budget=spent,
-        )
-        return found, origin(general_files, files[len(general_files) :])
+        return ranking.selected(chosen, listed, strength, spent), origin(general_files, files[len(general_files) :])
 
     def _weights(self) -> tuple[Selected, dict[str, Any]]:
         """Select single weights by scores of weights; and say where the scores come from."""
@@ -259,31 +242,8 @@ class Pruning(L.LightningModule):
         found = select_weights(layers, self.num_neurons, self.num_ranked)
         assert found.strength is not None
         self._check_strength(found.strength)
-        edited = replace(found, chosen=self._edited(found.chosen), next=self._edited(found.next))
-        return edited, origin(layers.general, [layers.behavior])
-
-    def _rank(self, general: dict[str, Tensor], behavior: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.selection == "set_difference":
-            return set_difference(general, behavior, self.top_behavior, self.top_general)
-        if self.selection in ("auroc", "weighted_difference"):
-            ranked = by_auroc(_activations(self.general), _activations([self.behavior]))
-            if self.selection == "auroc":
-                return ranked
-            return weighted_difference(general, behavior, {name: -score for name, score in ranked.items()})
-        return {"difference": difference, "normalized_difference": normalized_difference, "ratio": ratio}[
-            self.selection
-        ](general, behavior)
-
-    def _means(self) -> dict[str, Tensor] | None:
-        """Return what takes the place of the activations, per module; None for 0."""
-        if self.replacement == "zero":
-            return None
-        parts = [Activations.load(path.parent / ACTIVATIONS).mean() for path in self.general]
-        return {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
-
-    def _edited(self, neurons: list[Component], means: dict[str, Tensor] | None = None) -> list[Component]:
-        """Give each neuron its strength, and what takes its place."""
-        return [replace(n, strength=self.strengths[0]) for n in _held(neurons, means)]
+        chosen, following = (edited(weights, self.strengths[0]) for weights in (found.chosen, found.next))
+        return replace(found, chosen=chosen, next=following), origin(layers.general, [layers.behavior])
 
     def _check_strength(self, strength: float) -> None:
         if math.isfinite(strength) and strength >= self.min_strength:
@@ -313,21 +273,10 @@ class Pruning(L.LightningModule):
         of = neurons.provenance
         checkpoint = of["checkpoint"]
         revision = check_unchanged(checkpoint, of["checkpoint_fingerprint"])
-        name: Any = of["behavior"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
+        name: Any = of["behavior"]["spec"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
         dtype = resolve_dtype(name, torch.device("cpu"))
         export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype, revision=revision)
         rank_zero_info(f"Pruned checkpoint: {self.export}")
-
-
-def _held(neurons: list[Component], means: dict[str, Tensor] | None) -> list[Component]:
-    """Give each neuron its mean, if there are any, as what takes its place."""
-    return [replace(n, constant=means[n.module][n.index].item()) for n in neurons] if means else neurons
-
-
-def _activations(scores: Sequence[Path]) -> dict[str, Tensor]:
-    """Return the mean activations in every sample of several score files, per module, shape ``[samples, neurons]``."""
-    parts = [Activations.load(path.parent / ACTIVATIONS).rows for path in scores]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def within_budget(
@@ -364,7 +313,7 @@ def within_budget(
     if not left:
         raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
-    model = load_model(of.checkpoint, getattr(torch, of.dtype), revision).to(device)
+    model = load_model(of.checkpoint, getattr(torch, of.spec.dtype), revision).to(device)
     rise = PerplexityRise(model, text.predict_dataloader())
     chosen = spend(rise, ranked, budget)
     return chosen, {

@@ -115,7 +115,7 @@ def scores_of(checkpoint: str, folder: str, batch_size: int, strategy: str = "au
 def test_gradient_checkpointing_and_the_size_of_a_padded_batch_change_no_score(make_checkpoint, family):
     checkpoint = make_checkpoint(family)
     alone = scores_of(checkpoint, "alone", 1)
-    assert alone.provenance.targets == [FAMILIES[family]], "the names of the layers, not that it is the default"
+    assert alone.provenance.spec.targets == [FAMILIES[family]], "the names of the layers, not that it is the default"
     assert list(alone.scores) == [mlp_of(family, k)[0][0] for k in range(2)]
     for name, options in {"padded": {}, "checkpointed": {"gradient_checkpointing": True}}.items():
         for layer, score in scores_of(checkpoint, name, 4, **options).scores.items():

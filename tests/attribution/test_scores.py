@@ -7,18 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import changed
 from safetensors.torch import load_file, save_file
 
-from sparc3_lightning.attribution.scores import FORMAT, MUST_MATCH, Provenance, ScoreFile, average, load_matching
+from sparc3_lightning.attribution.scores import FORMAT, Provenance, ScoreFile, average, load_matching
+from sparc3_lightning.attribution.spec import ScoreSpec
 
 PROVENANCE = Provenance(
     checkpoint="org/name",
     checkpoint_fingerprint="commit:0123",
-    method="lrp",
-    rule="attnlrp",
-    relevance="magnitude",
-    targets=["up_proj"],
-    dtype="float32",
+    spec=ScoreSpec("lrp", "attnlrp", "magnitude", "argmax", targets=["up_proj"], dtype="float32"),
     data={"class": "C4", "seq_len": 8, "source": None, "num_too_short": 3},
     data_fingerprint="89ab",
     num_samples=2,
@@ -53,7 +51,7 @@ def make_scores(num_layers: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, scores: dict[str, torch.Tensor] | None = None, **changes: Any) -> Path:
-    ScoreFile(make_scores() if scores is None else scores, dataclasses.replace(PROVENANCE, **changes)).save(path)
+    ScoreFile(make_scores() if scores is None else scores, changed(PROVENANCE, **changes)).save(path)
     return path
 
 
@@ -94,6 +92,7 @@ def test_scores_that_are_views_of_a_larger_tensor_are_written_alone(tmp_path: Pa
 
 def test_a_header_with_a_field_of_a_later_version_is_read(tmp_path: Path) -> None:
     values = {**dataclasses.asdict(PROVENANCE), "from_the_future": 1}
+    values["spec"]["from_the_future"] = 1
     save_file(make_scores(), tmp_path / "a", {"format": FORMAT, "provenance": json.dumps(values)})
     assert ScoreFile.load(tmp_path / "a").provenance == PROVENANCE
 
@@ -130,14 +129,20 @@ def test_a_text_file_is_refused(path: Path) -> None:
         ScoreFile.load(path)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "sparc3_lightning scores 0"}])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "sparc3_lightning scores 9"}])
 def test_other_safetensors_files_are_refused(metadata: dict[str, str] | None, path: Path) -> None:
     save_file(make_scores(), path, metadata)
-    with pytest.raises(ValueError, match="but not scores: its header does not say 'sparc3_lightning scores 1'"):
+    with pytest.raises(ValueError, match="but not scores: its header does not say 'sparc3_lightning scores 2'"):
         ScoreFile.load(path)
 
 
-@pytest.mark.parametrize("header", [None, "{", "[]", "3", '{"checkpoint": "org/name"}'])
+def test_a_file_of_an_older_version_is_refused_by_its_format(path: Path) -> None:
+    save_file(make_scores(), path, {"format": "sparc3_lightning scores 1"})
+    with pytest.raises(ValueError, match=r"scores.safetensors was written by an older version in format 1; attribute"):
+        ScoreFile.load(path)
+
+
+@pytest.mark.parametrize("header", [None, "{", "[]", "3", '{"checkpoint": "org/name"}', '{"spec": {"method": "lrp"}}'])
 def test_a_damaged_header_is_refused(header: str | None, path: Path) -> None:
     save_file(make_scores(), path, {"format": FORMAT, **({} if header is None else {"provenance": header})})
     with pytest.raises(ValueError, match=r"The header of .*scores.safetensors is damaged"):
@@ -177,18 +182,21 @@ def test_files_of_other_data_and_seeds_belong_together(tmp_path: Path) -> None:
         "sample_ids": [],
         "versions": {},
         "git_hash": None,
+        "nonfinite": "zero",
+        "activations": True,
     }
-    assert {*changes, *MUST_MATCH} == set(dataclasses.asdict(PROVENANCE)), "a field that no test changes"
+    fields = {*dataclasses.asdict(PROVENANCE), *dataclasses.asdict(PROVENANCE.spec)} - {"spec"}
+    assert {*changes, *PROVENANCE.shared()} == fields, "a field that no test changes"
     paths = [write(tmp_path / "a"), write(tmp_path / "b", make_scores(seed=1), **changes), write(tmp_path / "c")]
     assert [file.path for file in load_matching(paths)] == paths
 
 
-@pytest.mark.parametrize("name", MUST_MATCH)
+@pytest.mark.parametrize("name", PROVENANCE.shared())
 def test_a_field_in_which_files_differ_is_named_with_both_values_and_both_files(name: str, tmp_path: Path) -> None:
     paths = [write(tmp_path / "a"), write(tmp_path / "b"), write(tmp_path / "c", **{name: OTHER[name]})]
     with pytest.raises(ValueError, match=f"do not belong together: {name} is ") as raised:
         load_matching(paths)
-    for part in (repr(getattr(PROVENANCE, name)), repr(OTHER[name]), str(paths[0]), str(paths[2])):
+    for part in (repr(PROVENANCE.shared()[name]), repr(OTHER[name]), str(paths[0]), str(paths[2])):
         assert part in str(raised.value)
 
 

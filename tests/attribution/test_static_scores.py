@@ -72,7 +72,8 @@ def test_activation_is_the_mean_magnitude_of_each_neuron_whatever_the_padding(ti
     assert list(file.scores) == list(expected)
     for name, score in expected.items():
         torch.testing.assert_close(file.scores[name], score, rtol=1e-5, atol=1e-7)
-    assert (file.provenance.method, file.provenance.relevance, file.provenance.target) == ("activation", None, None)
+    spec = file.provenance.spec
+    assert (spec.method, spec.relevance, spec.target) == ("activation", None, None)
     assert file.provenance.num_samples == 5
 
 
@@ -86,7 +87,7 @@ def test_magnitude_of_neurons_is_the_sum_over_their_weights_and_of_weights_their
         torch.testing.assert_close(neurons[name], torch.tensor([sum(map(abs, row)) for row in layer.weight.tolist()]))
     assert neurons.keys() == weights.keys() == layers.keys()
     provenance = ScoreFile.load(Path("neurons", SCORES)).provenance
-    assert (provenance.method, provenance.num_samples, provenance.num_tokens) == ("magnitude", 0, 0)
+    assert (provenance.spec.method, provenance.num_samples, provenance.num_tokens) == ("magnitude", 0, 0)
     assert provenance.data == {"class": "NoSamples"}
 
 

@@ -160,9 +160,9 @@ def test_the_gradient_of_a_neuron_is_its_activation_times_gradient(
     assert len(module.lexicon) == (0 if target == "text" else 3)
     for name, expected in oracle_scores(module, relevance, target).items():
         torch.testing.assert_close(found[name], expected.float(), rtol=1e-4, atol=1e-12)
-    provenance = ScoreFile.load(module.output).provenance
-    assert (provenance.method, provenance.rule, provenance.target) == ("gradient", None, target)
-    assert provenance.lexicon == (None if target == "text" else toy_lexicon)
+    spec = ScoreFile.load(module.output).provenance.spec
+    assert (spec.method, spec.rule, spec.target) == ("gradient", None, target)
+    assert spec.lexicon == (None if target == "text" else toy_lexicon)
 
 
 def test_targets_are_propagated_by_lrp_too(tiny_checkpoint, prompts, toy_lexicon):

@@ -18,6 +18,7 @@ from sparc3_lightning.attribution.accumulator import NonfiniteRelevanceError, Sc
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.progress import load_progress
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, ShardWriter, WeightScores
+from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
@@ -143,7 +144,7 @@ def test_a_weight_that_is_not_finite_names_module_and_sample_or_counts_as_zero(s
 # Files.
 
 
-PROVENANCE = Provenance("a", "b", "lrp", "attnlrp", "magnitude", ["up_proj"], "float32", {}, "c", 1, 2, 3, 0)
+PROVENANCE = Provenance("a", "b", ScoreSpec("lrp", targets=["up_proj"], dtype="float32"), {}, "c", 1, 2, 3, 0)
 
 
 def matrices() -> dict[str, Tensor]:
@@ -199,6 +200,9 @@ def test_damaged_files_are_refused_by_name(tmp_path):
         dict(WeightScores(index))
     index.write_text(json.dumps({**content, "metadata": {"format": "other"}}))
     with pytest.raises(ValueError, match="an index, but not of scores"):
+        WeightScores(index)
+    index.write_text(json.dumps({**content, "metadata": {"format": "sparc3_lightning scores of weights 1"}}))
+    with pytest.raises(ValueError, match="written by an older version in format 1; attribute again"):
         WeightScores(index)
     for text in ("{", "[]", "{}"):
         index.write_text(text)

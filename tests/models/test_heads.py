@@ -220,8 +220,8 @@ def test_attribute_writes_scores_of_all_heads_by_default(make_checkpoint, tmp_pa
     model = Attribution(make_checkpoint(family), method=method, granularity="head")
     trainer().predict(model, datamodule=C4(str(path), num_samples=3, seq_len=12), return_predictions=False)
     found = ScoreFile.load(Path("out") / SCORES)
-    assert found.provenance.granularity == "head"
-    assert found.provenance.targets == [{"gpt2": "attn.c_proj", "opt": "out_proj"}.get(family, "o_proj")]
+    assert found.provenance.spec.granularity == "head"
+    assert found.provenance.spec.targets == [{"gpt2": "attn.c_proj", "opt": "out_proj"}.get(family, "o_proj")]
     assert {name: len(score) for name, score in found.scores.items()} == dict.fromkeys(layers_of(family), 4)
     assert all((score > 0).all() for score in found.scores.values())
 

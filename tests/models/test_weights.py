@@ -13,12 +13,13 @@ import pytest
 import torch
 import yaml
 from evaluations import evaluation, run, save_neurons, write_inputs
-from helpers import fail_if_masked, mlp_of, sentence
+from helpers import changed, fail_if_masked, mlp_of, sentence
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
+from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.evaluation.controls import random_like
 from sparc3_lightning.evaluation.variants import neurons_of, of_kind, plan
 from sparc3_lightning.models.architectures import find_targets, weight_of
@@ -250,18 +251,13 @@ def test_the_places_of_the_lowest_are_those_of_a_stable_sort():
 PROVENANCE = Provenance(
     "tiny",
     "files:abc",
-    "lrp",
-    "attnlrp",
-    "magnitude",
-    ["up_proj"],
-    "float32",
+    ScoreSpec("lrp", "attnlrp", "magnitude", targets=["up_proj"], dtype="float32", granularity="weight"),
     {},
     "c",
     1,
     2,
     3,
     0,
-    granularity="weight",
 )
 SHAPES = {name: (24, 16) for i in range(2) for name in [f"model.layers.{i}.mlp.up_proj"]}
 
@@ -275,7 +271,7 @@ def write(folder: str, scores: dict[str, Tensor], of: Provenance = PROVENANCE, *
     writer = ShardWriter(Path(folder), {name: score.shape for name, score in scores.items()})
     for name, score in scores.items():
         writer.add(name, score)
-    writer.close(dataclasses.replace(of, **changes))
+    writer.close(changed(of, **changes))
     return Path(folder) / INDEX
 
 
@@ -300,7 +296,7 @@ def test_prune_selects_the_weights_of_the_most_negative_difference_over_all_laye
     assert NeuronList.load(OUT / NEURONS) == found
     pool = lowest_of_modules(found.neurons, [(name, score.abs()) for name, score in general.items()])
     assert sorted(found.least_relevant, key=lambda n: n.key) == sorted(pool, key=lambda n: n.key)
-    assert found.provenance["behavior"]["granularity"] == "weight"
+    assert found.provenance["behavior"]["spec"]["granularity"] == "weight"
     assert found.provenance["sample_ids"] == ["document-0", "document-1", "p1"]
 
 

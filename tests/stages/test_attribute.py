@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sparc3_lightning.attribution.accumulator import NonfiniteRelevanceError
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.scores import Provenance, ScoreFile
+from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
@@ -84,7 +85,10 @@ def test_a_stock_trainer_writes_scores_with_shapes_and_a_full_header(tiny_checkp
         assert all(file.get_tensor(name).shape == (24,) for name in UP_PROJ)
         assert all(file.get_tensor(name).dtype == torch.float32 for name in UP_PROJ)
         header = json.loads(file.metadata()["provenance"])
-    assert set(header) == set(Provenance.__dataclass_fields__)
+    spec = header.pop("spec")
+    assert {*header, "spec"} == set(Provenance.__dataclass_fields__)
+    assert set(spec) == set(ScoreSpec.__dataclass_fields__)
+    header |= spec
     lengths = [10 + 3 * i for i in range(10)]
     expected = {
         "checkpoint": tiny_checkpoint,
@@ -144,7 +148,8 @@ def test_wanda_scores_equal_the_norm_over_all_tokens_of_all_samples(tiny_checkpo
         norms = torch.cat(inputs).norm(dim=0)
         expected = (layer.weight.abs() * norms).sum(dim=1)
         assert torch.allclose(found.scores[name].double(), expected, rtol=1e-6)
-    assert (found.provenance.method, found.provenance.rule, found.provenance.relevance) == ("wanda", None, None)
+    spec = found.provenance.spec
+    assert (spec.method, spec.rule, spec.relevance) == ("wanda", None, None)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +199,7 @@ def test_several_targets_are_scored_at_once_each_as_if_alone(tiny_checkpoint, pr
     }
     alone = run(["gate_proj"], "alone")
     assert same({name: both.scores[name] for name in alone.scores}, alone.scores)
-    assert both.provenance.targets == ["gate_proj", "down_proj"]
+    assert both.provenance.spec.targets == ["gate_proj", "down_proj"]
 
 
 def test_the_same_run_twice_gives_the_same_bits(tiny_checkpoint, documents):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_config, provenance, trainer, words_tokenizer
+from helpers import changed, make_config, provenance, trainer, words_tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -61,7 +61,7 @@ def save(checkpoint):
     def write(name: str, shapes: dict[str, tuple[int, ...]], draw: int, **changes: Any) -> Path:
         kind = "weight" if shapes is WEIGHTS else "head" if shapes is O_PROJ else "neuron"
         of = dataclasses.replace(provenance(checkpoint, fingerprint(checkpoint)), sample_ids=[], data_fingerprint=name)
-        of = dataclasses.replace(of, granularity=kind, **changes)
+        of = changed(of, granularity=kind, **changes)
         if kind != "weight":
             ScoreFile(normal(shapes, draw), of).save(Path(name) / "scores.safetensors")
             return Path(name) / "scores.safetensors"
@@ -232,7 +232,7 @@ def test_attribution_explains_the_difference_of_two_logits(checkpoint):
     data = IOI(num_samples=5, seed=5, batch_size=2)
     trainer().predict(module, datamodule=data, return_predictions=False)
     found = ScoreFile.load(Path("out") / SCORES)
-    assert (found.provenance.target, found.provenance.granularity) == ("logit_difference", "neuron")
+    assert (found.provenance.spec.target, found.provenance.spec.granularity) == ("logit_difference", "neuron")
     sums = {name: torch.zeros(24) for name in UP_PROJ}
     for sample in samples:
         model = load_model(checkpoint, torch.float32)
@@ -265,7 +265,7 @@ def test_the_commands_from_sentences_to_a_circuit_that_can_be_loaded(checkpoint,
     folder = Path("lightning_logs/circuit/version_0")
     results = json.loads((folder / CIRCUIT).read_text())
     assert [curve["num_seeds"] for curve in results["curves"]] == [1, 1, 1, 1]
-    assert {ScoreFile.load(Path(path)).provenance.target for path in paths} == {"logit_difference"}
+    assert {ScoreFile.load(Path(path)).provenance.spec.target for path in paths} == {"logit_difference"}
     for curve in results["curves"][:2]:
         assert NeuronList.load(folder / curve["circuit"]["file"]).neurons
     assert "The whole model is right on" in caplog.text

@@ -196,7 +196,7 @@ def test_sides_of_another_target_are_compared_by_their_shares_alone(pruned):
     for name in NAMES[:2]:
         save_scores(f"{name}.safetensors", random_scores(60), target="lexicon")
         content = json.loads(Path(name, "neurons.json").read_text())
-        content["provenance"]["behavior"]["target"] = "lexicon"
+        content["provenance"]["behavior"]["spec"]["target"] = "lexicon"
         Path(name, "neurons.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"target is 'argmax'.*--model.normalize true compares the shares"):
         compare(pruned[:2])

@@ -1,17 +1,18 @@
 """From scores of weights to a sparse checkpoint that stock transformers loads; and what is refused."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import changed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, ShardWriter, WeightScores
+from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.cli import main
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import fingerprint, load_model, load_tokenizer
@@ -26,8 +27,8 @@ def make_scores(tiny_checkpoint):
     """Return what writes an index of scores of weights of the tiny checkpoint, and returns its path."""
     model = load_model(tiny_checkpoint, torch.float32)
     shapes = {name: list(layer.weight.shape) for name, layer in find_targets(model, ["all"]).items()}
-    origin = (tiny_checkpoint, fingerprint(tiny_checkpoint), "lrp", "attnlrp", "signed", ["all"], "float32")
-    of = Provenance(*origin, {}, "d", 1, 2, 3, 0)
+    spec = ScoreSpec("lrp", "attnlrp", "signed", targets=["all"], dtype="float32", granularity="weight")
+    of = Provenance(tiny_checkpoint, fingerprint(tiny_checkpoint), spec, {}, "d", 1, 2, 3, 0)
 
     def make(seed: int, changes: dict[str, Any] | None = None, **more: Tensor) -> Path:
         gen = torch.Generator().manual_seed(seed)
@@ -36,7 +37,7 @@ def make_scores(tiny_checkpoint):
         Path(f"seed-{seed}").mkdir(exist_ok=True)
         for name, score in scores.items():
             writer.add(name, score)
-        writer.close(dataclasses.replace(of, **changes or {}))
+        writer.close(changed(of, **changes or {}))
         return Path(f"seed-{seed}", INDEX)
 
     return make
@@ -81,7 +82,7 @@ def test_the_export_has_a_tokenizer_and_sparsity_json_says_where_it_comes_from(t
     found = json.loads((OUT / SPARSITY).read_text())
     assert (found["sparsity"], found["pattern"], found["export"]) == (0.3, "row", "sparse")
     assert [file["path"] for file in found["general"]] == [str(path) for path in paths]
-    assert found["general"][0]["relevance"] == "signed"
+    assert found["general"][0]["spec"]["relevance"] == "signed"
     assert found["checkpoint_fingerprint"] == fingerprint(tiny_checkpoint) != fingerprint("sparse")
     assert "torch" in found["versions"]
     parameters = load_model(tiny_checkpoint, torch.float32).num_parameters()

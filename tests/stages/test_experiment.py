@@ -188,8 +188,10 @@ def test_the_behaviour_can_be_attributed_by_other_options(verbs_run):
     _, folder = run("--attribute.method", "gradient", "--attribute.relevance", "squared", *options)
     assert verbs_run == ALL
     stages = json.loads((folder / "experiment.json").read_text())["stages"]
-    of = [ScoreFile.load(Path(stages[name], "scores.safetensors")).provenance for name in ("general_0", "behavior")]
-    assert [(p.method, p.target, p.relevance) for p in of] == [
+    of = [
+        ScoreFile.load(Path(stages[name], "scores.safetensors")).provenance.spec for name in ("general_0", "behavior")
+    ]
+    assert [(spec.method, spec.target, spec.relevance) for spec in of] == [
         ("gradient", "argmax", "squared"),
         ("gradient", "text", "signed"),
     ]

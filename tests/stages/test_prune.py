@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sparc3_lightning.models.components import mask
 from sparc3_lightning.selection import criteria as selections
 from sparc3_lightning.selection.criteria import select
 from sparc3_lightning.selection.neuron_list import NeuronList, histogram
+from sparc3_lightning.selection.neuron_selection import CRITERIA, Criterion, Selection
 from sparc3_lightning.stages import prune as prune_module
 from sparc3_lightning.stages.prune import NEURONS, SELECTION, Pruning
 
@@ -75,7 +77,7 @@ def test_neurons_json_holds_the_neurons_and_where_they_come_from(files):
     assert source["checkpoint_fingerprint"] == "files:abc"
     assert [file["path"] for file in source["general"]] == [str(path) for path in general]
     assert source["behavior"]["path"] == str(behavior)
-    assert source["behavior"]["rule"] == "attnlrp"
+    assert source["behavior"]["spec"]["rule"] == "attnlrp"
     # Evaluation leaves out every prompt that any score was computed on, general ones too.
     assert set(source["sample_ids"]) == {"p1", "p2", "document-0", "document-1"}
     assert "torch" in source["versions"]
@@ -211,7 +213,7 @@ def test_neurons_can_be_held_at_their_mean_over_the_tokens_of_each_seed_averaged
 def test_means_that_a_checkpoint_has_no_place_for_are_refused_before_neurons_are_selected(
     make_checkpoint, monkeypatch, family
 ):
-    monkeypatch.setattr(Pruning, "_rank", lambda *_: pytest.fail("the neurons were ranked"))
+    monkeypatch.setattr(prune_module, "rank_neurons", lambda *_: pytest.fail("the neurons were ranked"))
     checkpoint = make_checkpoint(family)
     of = {"checkpoint": checkpoint, "checkpoint_fingerprint": fingerprint(checkpoint)}
     sides = save_side("general", 0, 7, **of), save_side("behavior", 9, 6, 0.5, **of)
@@ -257,6 +259,15 @@ def test_a_selection_that_leaves_too_few_neurons_is_refused_and_nothing_is_writt
     for shares in ({"top_behavior": 0.0}, {"top_behavior": 1.1}, {"top_general": 1.0}, {"top_general": -0.1}):
         with pytest.raises(ValueError, match=r"--model.top_behavior must be in \(0, 1\]"):
             Pruning(general, behavior, **shares)
+
+
+def test_a_selection_is_one_row_of_the_table(files, monkeypatch):
+    assert set(CRITERIA) == set(get_args(Selection))
+    toy: Any = "behavior_alone"
+    criterion = Criterion(lambda sides: {name: -score for name, score in sides.behavior.items()})
+    monkeypatch.setitem(CRITERIA, toy, criterion)
+    found = Pruning(*files, selection=toy, num_neurons=3).prune(OUT)
+    assert found.neurons == select({name: -score for name, score in random_scores(9, 0.5).items()}, 3)
 
 
 def test_histogram_counts_values_between_the_smallest_and_the_largest():

@@ -1,0 +1,146 @@
+"""What a score is: the method and its options, what of them goes together, and what two score files must share."""
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from sparc3_lightning.attribution.lrp import Rule
+from sparc3_lightning.attribution.relevance import Relevance
+from sparc3_lightning.attribution.targets import LEXICAL, Target
+from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.architectures import ATTENTIONS, MLPS, is_heads
+from sparc3_lightning.models.components import Granularity
+
+Method = Literal["lrp", "gradient", "wanda", "activation", "magnitude", "random"]
+Score = Literal["magnitude", "signed", "absolute", "squared", "wanda", "activation", "random"]
+Nonfinite = Literal["error", "zero"]
+# Methods that read no samples.
+STATIC = ("magnitude", "random")
+_MAY_DIFFER = {"may_differ": True}
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """The options that say which scores are computed.
+
+    Score files can be averaged or subtracted only if they agree in every field that is not marked ``may_differ``.
+
+    Args:
+        method: See ``Attribution``, for this and the others.
+        rule: For LRP.
+        relevance: For LRP and the gradient.
+        target: For LRP and the gradient.
+        lexicon: Scorer that says which tokens are toxic, for the targets in ``LEXICAL``.
+        targets: Names of the scored layers; None for the default ones of the model.
+        dtype: Dtype of the model.
+        granularity: One score for each ``neuron``, ``head`` or ``weight``.
+        nonfinite: What is done about NaN and infinity.
+        activations: Whether the mean activations of each sample are kept too.
+    """
+
+    method: Method
+    rule: Rule | None = None
+    relevance: Relevance | None = None
+    target: Target | None = None
+    lexicon: str | None = None
+    targets: list[str] | None = None
+    dtype: str = "auto"
+    granularity: Granularity = "neuron"
+    nonfinite: Nonfinite = field(default="error", metadata=_MAY_DIFFER)
+    activations: bool = field(default=False, metadata=_MAY_DIFFER)
+
+    def check(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            ValueError: If no layer is named, the score is not defined for the granularity or the layers, or an option
+                has no part in the method.
+        """
+        if self.targets is not None and not self.targets:
+            raise OptionError("targets", "must name at least one layer type, for example up_proj.")
+        check_granularity(self.granularity, self.score, self.targets or ())
+        if self.is_static and self.granularity == "head":
+            raise OptionError("method", f"{self.method} is not of heads: choose another --.granularity.")
+        if self.is_static and self.activations:
+            raise OptionError("method", f"{self.method} reads no samples: leave out --.activations.")
+        if self.activations or self.method == "activation":
+            self._check_are_of_neurons()
+        if not self.has_target and self.target != "argmax":
+            raise OptionError("method", f"{self.method} has no target: leave out --.target.")
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a target is explained, for which gradients are needed."""
+        return self.method in ("lrp", "gradient")
+
+    @property
+    def is_static(self) -> bool:
+        """Whether no samples are read."""
+        return self.method in STATIC
+
+    @property
+    def is_lexical(self) -> bool:
+        """Whether the target speaks of a lexicon."""
+        return self.target in LEXICAL
+
+    @property
+    def sums_weights(self) -> bool:
+        """Whether there is a sum for each weight, of which every rank has its own rows."""
+        return self.granularity == "weight" and self.method not in ("wanda", *STATIC)
+
+    @property
+    def score(self) -> Score:
+        """What the accumulator computes: a kind of relevance, or the method itself."""
+        score: Any = self.relevance if self.has_target else self.method
+        return score
+
+    def resolved(self, layers: list[str], dtype: torch.dtype) -> "ScoreSpec":
+        """Return the same with what was left open, and None for what has no part in the method.
+
+        Args:
+            layers: Names of the scored layers.
+            dtype: Dtype of the model.
+        """
+        return replace(
+            self,
+            rule=self.rule if self.method == "lrp" else None,
+            relevance=self.relevance if self.has_target else None,
+            target=self.target if self.has_target else None,
+            lexicon=self.lexicon if self.is_lexical else None,
+            targets=layers,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+
+    def shared(self) -> dict[str, Any]:
+        """Return the fields in which score files that belong together agree."""
+        values = asdict(self)
+        return {item.name: values[item.name] for item in fields(self) if not item.metadata.get("may_differ")}
+
+    def _check_are_of_neurons(self) -> None:
+        option, value = ("activations", "true") if self.activations else ("method", self.method)
+        if self.granularity == "head":
+            raise OptionError(option, f"{value} is of neurons, not of heads: choose another --.granularity.")
+        rows = [row for rows, _ in MLPS for row in rows]
+        if not all(target.rpartition(".")[2] in rows for target in self.targets or ()):
+            raise OptionError(
+                option,
+                f"{value} is of the neurons of MLPs: expected --.targets to be among {rows}, or left out, got "
+                f"{self.targets}.",
+            )
+
+
+def check_granularity(granularity: Granularity, score: Score, targets: Collection[str]) -> None:
+    """Raise ValueError if the score is not defined for the granularity, or a target has no heads."""
+    option = "relevance" if score in ("absolute", "squared") else "method"
+    if granularity == "weight" and score in ("absolute", "squared", "activation"):
+        raise OptionError(option, f"{score} is not of weights: choose another --.granularity.")
+    if granularity == "head" and score == "activation":
+        raise OptionError("method", f"{score} is not of heads: choose another --.granularity.")
+    if granularity == "head" and not all(map(is_heads, targets)):
+        raise OptionError(
+            "granularity",
+            f"head scores attention heads, at the last layer of each attention: expected "
+            f"--.targets to be among {list(ATTENTIONS)}, or left out for all, got {list(targets)}.",
+        )

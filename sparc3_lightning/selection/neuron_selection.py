@@ -1,0 +1,181 @@
+"""Which selection of neurons is asked for, what it needs, and the order of all neurons that it gives."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
+from sparc3_lightning.models.components import Component
+from sparc3_lightning.selection.criteria import (
+    Scores,
+    by_auroc,
+    difference,
+    lowest_of_modules,
+    normalized_difference,
+    ratio,
+    select,
+    set_difference,
+    weighted_difference,
+)
+from sparc3_lightning.selection.neuron_list import Selected, histogram
+
+Selection = Literal["difference", "normalized_difference", "set_difference", "ratio", "auroc", "weighted_difference"]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What neurons are ranked by: general text on one side, the behaviour on the other.
+
+    Args:
+        general: General scores per module, shape ``[out_features]``.
+        behavior: Scores of the behaviour.
+        top_behavior: For ``set_difference``, share of all neurons by the behaviour.
+        top_general: For ``set_difference``, share of all neurons by general text that is left out.
+        general_rows: Mean activation in each general sample, per module, shape ``[samples, neurons]``; empty if the
+            selection needs none.
+        behavior_rows: The same of the behaviour's samples.
+    """
+
+    general: Scores
+    behavior: Scores
+    top_behavior: float = 0.1
+    top_general: float = 0.1
+    general_rows: Scores = field(default_factory=dict)
+    behavior_rows: Scores = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How a selection ranks neurons, and what it needs.
+
+    Args:
+        rank: Returns scores per module: what is lowest is pruned first, and infinity is never pruned.
+        needs_scores: Whether scores count; else activations alone do.
+        needs_activations: Whether activations count.
+        needs_one_kind: Whether the sides are compared value by value, so that they must be of one method and target.
+    """
+
+    rank: Callable[[Sides], dict[str, Tensor]]
+    needs_scores: bool = True
+    needs_activations: bool = False
+    needs_one_kind: bool = False
+
+
+def _weighted_difference(sides: Sides) -> dict[str, Tensor]:
+    auroc = {name: -score for name, score in by_auroc(sides.general_rows, sides.behavior_rows).items()}
+    return weighted_difference(sides.general, sides.behavior, auroc)
+
+
+CRITERIA: dict[Selection, Criterion] = {
+    "difference": Criterion(lambda sides: difference(sides.general, sides.behavior), needs_one_kind=True),
+    "normalized_difference": Criterion(lambda sides: normalized_difference(sides.general, sides.behavior)),
+    "set_difference": Criterion(
+        lambda sides: set_difference(sides.general, sides.behavior, sides.top_behavior, sides.top_general)
+    ),
+    "ratio": Criterion(lambda sides: ratio(sides.general, sides.behavior)),
+    "auroc": Criterion(
+        lambda sides: by_auroc(sides.general_rows, sides.behavior_rows), needs_scores=False, needs_activations=True
+    ),
+    "weighted_difference": Criterion(_weighted_difference, needs_activations=True, needs_one_kind=True),
+}
+
+
+@dataclass(frozen=True)
+class NeuronRanking:
+    """All neurons in the order of a selection.
+
+    Args:
+        scores: What ranks them, per module; see ``Criterion``.
+        general: General scores, per module.
+        damping: How far each is switched off.
+        means: What takes the place of each neuron's activation, per module; None for 0.
+    """
+
+    scores: Mapping[str, Tensor]
+    general: Scores
+    damping: float = 1.0
+    means: Mapping[str, Tensor] | None = None
+
+    @property
+    def eligible(self) -> Tensor:
+        """The scores of all neurons that may be pruned, shape ``[neurons]``."""
+        flat = torch.cat(list(self.scores.values()))
+        return flat[flat < math.inf]
+
+    def first(self, number: int) -> list[Component]:
+        """Return the first neurons of the order, each with what is done to it.
+
+        Raises:
+            ValueError: As ``criteria.select``.
+        """
+        return edited(select(self.scores, number), self.damping, self.means)
+
+    def selected(
+        self,
+        chosen: list[Component],
+        listed: list[Component],
+        strength: float | None = None,
+        budget: dict[str, Any] | None = None,
+    ) -> Selected:
+        """Return the neurons to prune, those that follow and those of little relevance, and figures of all.
+
+        Args:
+            chosen: The neurons to prune.
+            listed: The first of the order, with those that were chosen.
+            strength: Differential strength in percent.
+            budget: What was measured to stay within a price.
+        """
+        taken = {neuron.key for neuron in chosen}
+        pool = lowest_of_modules(chosen, ((name, score.abs()) for name, score in self.general.items()))
+        return Selected(
+            chosen,
+            [replace(n, strength=chosen[0].strength) for n in listed if n.key not in taken],
+            edited(pool, 1.0, self.means),
+            modules=list(self.scores),
+            num_candidates=sum(map(len, self.scores.values())),
+            num_negative=int((self.eligible < 0).sum()),
+            histogram=histogram(self.eligible),
+            strength=strength,
+            budget=budget,
+        )
+
+
+def rank_neurons(selection: Selection, sides: Sides) -> dict[str, Tensor]:
+    """Return what ranks the neurons by a selection, see ``Criterion``.
+
+    Raises:
+        ValueError: If the sides are not of the same modules and shapes, or the criterion is not defined for them.
+    """
+    return CRITERIA[selection].rank(sides)
+
+
+def edited(neurons: Sequence[Component], damping: float, means: Mapping[str, Tensor] | None = None) -> list[Component]:
+    """Return neurons with how far each is switched off, and its mean, if there are any, as what takes its place."""
+    return [
+        replace(n, strength=damping, constant=means[n.module][n.index].item() if means else n.constant) for n in neurons
+    ]
+
+
+def activations_beside(scores: Sequence[Path]) -> dict[str, Tensor]:
+    """Read the mean activations in every sample of several score files, per module, shape ``[samples, neurons]``.
+
+    Raises:
+        FileNotFoundError, ValueError: If there are none beside a score file, or they are damaged.
+    """
+    parts = [Activations.load(path.parent / ACTIVATIONS).rows for path in scores]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def means_beside(scores: Sequence[Path]) -> dict[str, Tensor]:
+    """Read the mean activation of each neuron over the tokens of each score file, averaged over the files.
+
+    Raises:
+        FileNotFoundError, ValueError: If there are none beside a score file, or they are damaged.
+    """
+    parts = [Activations.load(path.parent / ACTIVATIONS).mean() for path in scores]
+    return {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
