@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.sources import resolve
 
 Convention = Literal["sliding", "disjoint"]
@@ -90,11 +91,11 @@ class WikiText2(TextDataModule):
     ) -> None:
         super().__init__(source, tokenizer, batch_size)
         if window < 2 or not 1 <= stride <= window:
-            raise ValueError(f"--data.text: stride must be between 1 and the window, got {stride} and {window}.")
+            raise OptionError("stride", f"must be between 1 and the window, got {stride} and {window}.", "data.text")
         if num_tokens is not None and num_tokens < 1:
-            raise ValueError(f"--data.text.num_tokens must be at least 1, got {num_tokens}.")
+            raise OptionError("num_tokens", f"must be at least 1, got {num_tokens}.", "data.text")
         if not conventions:
-            raise ValueError("--data.text.conventions must name 'sliding', 'disjoint' or both.")
+            raise OptionError("conventions", "must name 'sliding', 'disjoint' or both.", "data.text")
         self.save_hyperparameters(logger=False)
         self.window = window
         self.stride = stride
@@ -121,8 +122,10 @@ class WikiText2(TextDataModule):
         """
         input_ids = tokenizer(self.read_text(), verbose=False)["input_ids"][: self.num_tokens]
         if len(input_ids) < self.window:
-            raise ValueError(
-                f"The text for perplexity has {len(input_ids)} tokens, fewer than --data.text.window {self.window}."
+            raise OptionError(
+                "window",
+                f"The text for perplexity has {len(input_ids)} tokens, fewer than --.window {self.window}.",
+                "data.text",
             )
         self.input_ids = torch.tensor(input_ids)
         self.windows = []
