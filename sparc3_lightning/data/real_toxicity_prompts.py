@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,6 +19,9 @@ from sparc3_lightning.data.prompts import (
 )
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.sources import read_records, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HUB = HubDataset("allenai/real-toxicity-prompts")
 
@@ -92,7 +95,7 @@ class RealToxicityPrompts(TextDataModule):
         self.num_excluded = 0
         self.leave_out: set[str] = set()  # ids of prompts that an earlier run has continued
 
-    def setup_prompts(self, exclude: Collection[str], tokenizer: Any) -> None:
+    def setup_prompts(self, exclude: Collection[str], tokenizer: "PreTrainedTokenizerBase") -> None:
         """Choose the prompts, leaving out those whose ids are given.
 
         Raises:

@@ -1,7 +1,7 @@
 """Pairs of sentences, one more stereotypical than the other: CrowS-Pairs (Nangia et al. 2020) and data sets like it."""
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -9,6 +9,9 @@ from torch.utils.data import DataLoader
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
 from sparc3_lightning.data.prompts import matching_rows, prompt_id
 from sparc3_lightning.errors import OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Pair(NamedTuple):
@@ -58,7 +61,7 @@ class SentencePairs(TextDataModule):
         self.pairs: list[Pair] = []
         self.num_excluded = 0
 
-    def setup_pairs(self, exclude: Collection[str], tokenizer: Any) -> None:
+    def setup_pairs(self, exclude: Collection[str], tokenizer: "PreTrainedTokenizerBase") -> None:
         """Read and tokenize the pairs, leaving out those that begin with a prompt whose id is given.
 
         Raises:

@@ -1,6 +1,6 @@
 """Prompts that show a behaviour, toxic ones first: reference samples."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sparc3_lightning.data.base import HubDataset, ReferenceSamples, Sample
 from sparc3_lightning.data.prompts import (
@@ -14,6 +14,9 @@ from sparc3_lightning.data.prompts import (
 )
 from sparc3_lightning.data.real_toxicity_prompts import HUB
 from sparc3_lightning.errors import OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ToxicPrompts(ReferenceSamples):
@@ -73,7 +76,7 @@ class ToxicPrompts(ReferenceSamples):
         self.until = until
         self.where = where
 
-    def read_samples(self, tokenizer: Any) -> list[Sample]:
+    def read_samples(self, tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
         """Tokenize the prompts that are toxic enough."""
         if self.by == "prompt":
             prompts = read_prompts(self.rows(), self.text_field, self.until, self.where)

@@ -1,7 +1,7 @@
 """WikiText-2 (Merity et al. 2016), or any other text: windows of tokens to measure perplexity on."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch.utils.data import DataLoader
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.sources import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Convention = Literal["sliding", "disjoint"]
 
@@ -114,7 +117,7 @@ class WikiText2(TextDataModule):
         rows = enumerate(self.rows(), start=1)
         return "\n\n".join(self.text_of(row, i, self.text_field, "--data.text.text_field") for i, row in rows)
 
-    def setup_windows(self, tokenizer: Any) -> None:
+    def setup_windows(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Tokenize the text and cut it into windows.
 
         Raises:
