@@ -56,7 +56,7 @@ def lowest_first(scores: Tensor, number: int) -> Tensor:
 class Lowest:
     """The weights of the lowest scores over all layers, taken in layer by layer.
 
-    They are those that ``neurons.select`` finds with all scores at once, and in its order: of equal scores those of the
+    They are those that ``select_neurons`` finds with all scores at once, and in its order: of equal scores those of the
     earlier layer are lower, and within a layer those that come first in the order of rows.
 
     Args:

@@ -17,7 +17,7 @@ from sparc3_lightning.attribution.scores import INDEX, MUST_MATCH, Provenance, S
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import weight_of
 from sparc3_lightning.models.components import Neuron, mask
-from sparc3_lightning.selection.criteria import select
+from sparc3_lightning.selection.criteria import select_neurons
 
 Scores = Mapping[str, Tensor]
 
@@ -41,7 +41,7 @@ class ComponentOrder:
 
     def __init__(self, scores: Scores) -> None:
         magnitudes = {name: score.abs() for name, score in scores.items()}
-        self.components: list[Neuron] = select(magnitudes, sum(map(len, magnitudes.values())))
+        self.components: list[Neuron] = select_neurons(magnitudes, sum(map(len, magnitudes.values())))
 
     def __len__(self) -> int:
         return len(self.components)

@@ -36,7 +36,7 @@ from sparc3_lightning.selection.criteria import (
     lowest_of_modules,
     normalized_difference,
     ratio,
-    select,
+    select_neurons,
     set_difference,
     weighted_difference,
 )
@@ -231,11 +231,11 @@ class Pruning(L.LightningModule):
         spent, means = None, self._means()
         if self.max_perplexity_increase is None:
             # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.
-            listed = self._edited(select(ranked, max(self.num_neurons, min(self.num_ranked, len(flat)))), means)
+            listed = self._edited(select_neurons(ranked, max(self.num_neurons, min(self.num_ranked, len(flat)))), means)
             chosen = listed[: self.num_neurons]
         else:
             assert text is not None
-            listed = self._edited(select(ranked, min(self.num_ranked, len(flat))), means)
+            listed = self._edited(select_neurons(ranked, min(self.num_ranked, len(flat))), means)
             budget = Budget(self.max_perplexity_increase, self.strengths, self.refine)
             chosen, spent = within_budget(budget, listed, text, general_files, device or torch.device("cpu"))
         taken = {neuron.key for neuron in chosen}
