@@ -3,10 +3,13 @@
 import hashlib
 import random
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sparc3_lightning.data.base import ReferenceSamples, Sample
 from sparc3_lightning.errors import OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A and B stand for the names, in the order of their first mention; the giver comes a second time as S.
 TEMPLATES = (
@@ -84,7 +87,7 @@ class IOI(ReferenceSamples):
         """Return no files."""
         return []
 
-    def read_samples(self, tokenizer: Any) -> list[Sample]:
+    def read_samples(self, tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
         """Draw the sentences, and tokenize them.
 
         Raises:
@@ -117,7 +120,7 @@ def sentence_id(text: str) -> str:
     return f"ioi-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def name_tokens(tokenizer: Any) -> dict[str, int]:
+def name_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     """Return the names that are one known token after a sentence of this kind, and that token.
 
     Raises:

@@ -50,7 +50,7 @@ def read_prompts(
     """
     prompts: dict[str, Prompt] = {}
     num_without = 0
-    for number, row in enumerate(select(rows, where), start=1):
+    for number, row in enumerate(matching_rows(rows, where), start=1):
         content = row["prompt"] if isinstance(row.get("prompt"), dict) else row
         text = content.get(text_field)
         if not isinstance(text, str):
@@ -66,7 +66,7 @@ def read_prompts(
         if not text.strip():
             raise ValueError(f"Row {number} of the prompts is only white space: remove it.")
         following = row["continuation"] if isinstance(row.get("continuation"), dict) else {}
-        toxicity, of_continuation = (_score(of.get("toxicity"), number) for of in (content, following))
+        toxicity, of_continuation = (_score(part.get("toxicity"), number) for part in (content, following))
         prompt = Prompt(prompt_id(text), text, toxicity, following.get("text"), of_continuation)
         prompts.setdefault(prompt.id, prompt)
     if num_without:
@@ -76,7 +76,7 @@ def read_prompts(
     return list(prompts.values())
 
 
-def _score(value: Any, number: int) -> float | None:
+def _score(value: str | float | None, number: int) -> float | None:
     """Return a toxicity as a number; None where there is none, which csv writes as an empty text and pandas as NaN."""
     try:
         score = math.nan if value in (None, "") else float(value)
@@ -85,7 +85,7 @@ def _score(value: Any, number: int) -> float | None:
     return None if math.isnan(score) else score
 
 
-def select(rows: Iterable[dict[str, Any]], where: Where | None) -> Iterable[dict[str, Any]]:
+def matching_rows(rows: Iterable[dict[str, Any]], where: Where | None) -> Iterable[dict[str, Any]]:
     """Yield the rows whose fields have the values that are asked for.
 
     Raises:
@@ -118,6 +118,15 @@ def check_options(by: str, text_field: str, until: str | None, where: Where | No
             f"With by=continuation the option {', '.join(name for name, is_given in given.items() if is_given)} has no "
             "meaning: the prompts of a completions.jsonl were read and chosen when 'sparc3 evaluate' wrote it. Give it "
             "to the data of that run (in 'sparc3 run' the group screen), and leave it out here."
+        )
+
+
+def check_source(by: str, source: str | None) -> None:
+    """Raise ValueError if the continuations are to choose the prompts, and there are none."""
+    if by == "continuation" and source is None:
+        raise ValueError(
+            "by=continuation needs a source: the completions.jsonl of a 'sparc3 evaluate' of this model (without "
+            "neurons), since the continuations are the model's own."
         )
 
 

@@ -2,14 +2,26 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
-from sparc3_lightning.data.prompts import TOXIC_FROM, Prompt, check_options, read_prompts, worst_continued, worst_first
+from sparc3_lightning.data.prompts import (
+    TOXIC_FROM,
+    Prompt,
+    check_options,
+    check_source,
+    read_prompts,
+    worst_continued,
+    worst_first,
+)
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.sources import read_records, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HUB = HubDataset("allenai/real-toxicity-prompts")
 
@@ -83,7 +95,7 @@ class RealToxicityPrompts(TextDataModule):
         self.num_excluded = 0
         self.leave_out: set[str] = set()  # ids of prompts that an earlier run has continued
 
-    def setup_prompts(self, exclude: Collection[str], tokenizer: Any) -> None:
+    def setup_prompts(self, exclude: Collection[str], tokenizer: "PreTrainedTokenizerBase") -> None:
         """Choose the prompts, leaving out those whose ids are given.
 
         Raises:
@@ -123,10 +135,12 @@ class RealToxicityPrompts(TextDataModule):
         wanted = len(left) if wanted is None else wanted
         if len(left) < wanted or not left:
             least = 0 if self.min_toxicity is None else self.min_toxicity
-            of = f"{least} to {self.max_toxicity}" if option == "num_prompts" else f"below {TOXIC_FROM}"
-            raise ValueError(
-                f"Only {len(left)} prompts of toxicity {of} are left ({excluded} were used to attribute), but "
-                f"--data.prompts.{option} is {wanted}: lower it, or widen the range of toxicity."
+            toxicity = f"{least} to {self.max_toxicity}" if option == "num_prompts" else f"below {TOXIC_FROM}"
+            raise OptionError(
+                option,
+                f"Only {len(left)} prompts of toxicity {toxicity} are left ({excluded} were used to attribute), but "
+                f"--.{option} is {wanted}: lower it, or widen the range of toxicity.",
+                "data.prompts",
             )
         if self.by == "continuation" and self.min_toxicity is None:
             return worst_first(left)[:wanted]
@@ -140,11 +154,7 @@ class RealToxicityPrompts(TextDataModule):
             ValueError: If the continuations are to choose the prompts, and there are none. Not earlier, since ``sparc3
                 run`` knows where they will lie only once it has planned its stages.
         """
-        if self.by == "continuation" and self.source is None:
-            raise ValueError(
-                "by=continuation needs a source: the completions.jsonl of a 'sparc3 evaluate' of this model (without "
-                "neurons), since the continuations are the model's own."
-            )
+        check_source(self.by, self.source)
         super().prepare_data()
         if self.num_nontoxic and self.nontoxic_source is not None:
             resolve(self.nontoxic_source)

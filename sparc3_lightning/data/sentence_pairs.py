@@ -1,13 +1,17 @@
 """Pairs of sentences, one more stereotypical than the other: CrowS-Pairs (Nangia et al. 2020) and data sets like it."""
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
-from sparc3_lightning.data.prompts import prompt_id, select
+from sparc3_lightning.data.prompts import matching_rows, prompt_id
+from sparc3_lightning.errors import OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Pair(NamedTuple):
@@ -49,7 +53,7 @@ class SentencePairs(TextDataModule):
     ) -> None:
         super().__init__(source, tokenizer, batch_size)
         if num_pairs is not None and num_pairs < 1:
-            raise ValueError(f"--data.pairs.num_pairs must be at least 1, got {num_pairs}.")
+            raise OptionError("num_pairs", f"must be at least 1, got {num_pairs}.", "data.pairs")
         self.save_hyperparameters(logger=False)
         self.fields = (more_field, less_field)
         self.where = where
@@ -57,7 +61,7 @@ class SentencePairs(TextDataModule):
         self.pairs: list[Pair] = []
         self.num_excluded = 0
 
-    def setup_pairs(self, exclude: Collection[str], tokenizer: Any) -> None:
+    def setup_pairs(self, exclude: Collection[str], tokenizer: "PreTrainedTokenizerBase") -> None:
         """Read and tokenize the pairs, leaving out those that begin with a prompt whose id is given.
 
         Raises:
@@ -70,21 +74,25 @@ class SentencePairs(TextDataModule):
         used = set(exclude)
         self.num_excluded = 0
         kept: dict[str, list[str]] = {}  # a pair that occurs again counts once
-        for number, row in enumerate(select(self.rows(), self.where), start=1):
+        for number, row in enumerate(matching_rows(self.rows(), self.where), start=1):
             sentences = [text for text in map(row.get, self.fields) if isinstance(text, str) and text.strip()]
             if len(sentences) < 2:
-                raise ValueError(
+                raise OptionError(
+                    "more_field",
                     f"Row {number} of the pairs has no text in {' or '.join(map(repr, self.fields))} "
-                    f"(--data.pairs.more_field, less_field); it has {sorted(map(str, row))}."
+                    f"(--.more_field, less_field); it has {sorted(map(str, row))}.",
+                    "data.pairs",
                 )
             if used and any(beginnings(text) & used for text in sentences):
                 self.num_excluded += 1
                 continue
             kept.setdefault(prompt_id("\n".join(sentences)), sentences)
         if not kept or len(kept) < (self.num_pairs or 1):
-            raise ValueError(
+            raise OptionError(
+                "num_pairs",
                 f"Only {len(kept)} pairs are left ({self.num_excluded} begin with a prompt that was used to attribute) "
-                f"and --data.pairs.num_pairs is {self.num_pairs}: lower it, or widen --data.pairs.where."
+                f"and --.num_pairs is {self.num_pairs}: lower it, or widen --.where.",
+                "data.pairs",
             )
         pairs = [
             Pair(

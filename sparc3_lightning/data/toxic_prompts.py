@@ -1,10 +1,22 @@
 """Prompts that show a behaviour, toxic ones first: reference samples."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sparc3_lightning.data.base import HubDataset, ReferenceSamples, Sample
-from sparc3_lightning.data.prompts import Prompt, check_options, continued, read_prompts, worst_continued, worst_first
+from sparc3_lightning.data.prompts import (
+    Prompt,
+    check_options,
+    check_source,
+    continued,
+    read_prompts,
+    worst_continued,
+    worst_first,
+)
 from sparc3_lightning.data.real_toxicity_prompts import HUB
+from sparc3_lightning.errors import OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ToxicPrompts(ReferenceSamples):
@@ -52,11 +64,7 @@ class ToxicPrompts(ReferenceSamples):
         super().__init__(source, tokenizer, batch_size)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-        if by == "continuation" and source is None:
-            raise ValueError(
-                "by=continuation needs a source: the completions.jsonl of a 'sparc3 evaluate' of this model (without "
-                "neurons), since the continuations are the model's own."
-            )
+        check_source(by, source)
         check_options(by, text_field, until, where)
         self.save_hyperparameters(logger=False)
         self.by = by
@@ -68,24 +76,25 @@ class ToxicPrompts(ReferenceSamples):
         self.until = until
         self.where = where
 
-    def read_samples(self, tokenizer: Any) -> list[Sample]:
+    def read_samples(self, tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
         """Tokenize the prompts that are toxic enough."""
         if self.by == "prompt":
             prompts = read_prompts(self.rows(), self.text_field, self.until, self.where)
         else:
-            of_model = worst_continued if self.continuation_toxicity is None else continued
-            prompts = of_model(self.rows(), self.source)
+            read = worst_continued if self.continuation_toxicity is None else continued
+            prompts = read(self.rows(), self.source)
         kept = [prompt for prompt in prompts if self._is_wanted(prompt)]
         if self.by == "continuation" and self.min_toxicity is None and self.continuation_toxicity is None:
             kept = worst_first(kept)
         if len(kept) < self.num_samples:
             least = 0 if self.min_toxicity is None else self.min_toxicity
             most = f" and at most {self.max_toxicity}" if self.max_toxicity < 1 else ""
-            of = f" and a continuation of {self.continuation_toxicity}" if self.continuation_toxicity else ""
-            raise ValueError(
+            also = f" and a continuation of {self.continuation_toxicity}" if self.continuation_toxicity else ""
+            raise OptionError(
+                "num_samples",
                 f"Only {len(kept)} of {len(prompts)} prompts have a toxicity of at least {least}{most} by "
-                f"{self.by}{of}, but --data.num_samples is {self.num_samples}: lower --data.min_toxicity or "
-                "--data.num_samples."
+                f"{self.by}{also}, but --.num_samples is {self.num_samples}: lower --.min_toxicity or --.num_samples.",
+                "data",
             )
         kept = kept[: self.num_samples]
         input_ids = tokenizer([prompt.text for prompt in kept])["input_ids"]

@@ -1,14 +1,18 @@
 """WikiText-2 (Merity et al. 2016), or any other text: windows of tokens to measure perplexity on."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.sources import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Convention = Literal["sliding", "disjoint"]
 
@@ -90,11 +94,11 @@ class WikiText2(TextDataModule):
     ) -> None:
         super().__init__(source, tokenizer, batch_size)
         if window < 2 or not 1 <= stride <= window:
-            raise ValueError(f"--data.text: stride must be between 1 and the window, got {stride} and {window}.")
+            raise OptionError("stride", f"must be between 1 and the window, got {stride} and {window}.", "data.text")
         if num_tokens is not None and num_tokens < 1:
-            raise ValueError(f"--data.text.num_tokens must be at least 1, got {num_tokens}.")
+            raise OptionError("num_tokens", f"must be at least 1, got {num_tokens}.", "data.text")
         if not conventions:
-            raise ValueError("--data.text.conventions must name 'sliding', 'disjoint' or both.")
+            raise OptionError("conventions", "must name 'sliding', 'disjoint' or both.", "data.text")
         self.save_hyperparameters(logger=False)
         self.window = window
         self.stride = stride
@@ -113,7 +117,7 @@ class WikiText2(TextDataModule):
         rows = enumerate(self.rows(), start=1)
         return "\n\n".join(self.text_of(row, i, self.text_field, "--data.text.text_field") for i, row in rows)
 
-    def setup_windows(self, tokenizer: Any) -> None:
+    def setup_windows(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Tokenize the text and cut it into windows.
 
         Raises:
@@ -121,8 +125,10 @@ class WikiText2(TextDataModule):
         """
         input_ids = tokenizer(self.read_text(), verbose=False)["input_ids"][: self.num_tokens]
         if len(input_ids) < self.window:
-            raise ValueError(
-                f"The text for perplexity has {len(input_ids)} tokens, fewer than --data.text.window {self.window}."
+            raise OptionError(
+                "window",
+                f"The text for perplexity has {len(input_ids)} tokens, fewer than --.window {self.window}.",
+                "data.text",
             )
         self.input_ids = torch.tensor(input_ids)
         self.windows = []

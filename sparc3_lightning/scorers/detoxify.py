@@ -1,19 +1,22 @@
-"""From text to toxicity: Detoxify's models, and others, behind one small protocol."""
+"""Scorers that are a model of Detoxify: its own ones, the one that this package ships, and those in a folder."""
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparc3_lightning.errors import OptionError
+from sparc3_lightning.scorers.base import Scorer, check_folder, score_by_length, split_label
+from sparc3_lightning.sources import cache_folder, sha256_of
+
 SHIPPED = Path(__file__).parent / "toxicity_checkpoint"
 SHIPPED_SHA256 = "0a79cd962a8b40a0f22136fd2cef88e86080622cff4f7bd69a917fa83db9c5df"
 DETOXIFY_MODELS = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")
 
 
-class DetoxifyScorer:
+class DetoxifyScorer(Scorer):
     """Toxicity by a Detoxify model.
 
     Args:
@@ -22,12 +25,20 @@ class DetoxifyScorer:
             Hugging Face config and its tokenizer.
         device: Where to score.
         batch_size: Texts scored at a time. It changes speed and memory, not results.
+
+    Raises:
+        ValueError: If the checkpoint is not one of Detoxify's, or the shipped one is not as it was shipped.
+        FileNotFoundError: If a folder lacks one of its files.
+        ConnectionError: If the checkpoint cannot be fetched.
     """
+
+    words = ("small", *DETOXIFY_MODELS)
 
     def __init__(self, name: str, device: torch.device | str = "cpu", batch_size: int = 64) -> None:
         from detoxify import Detoxify
 
-        self.name = name
+        super().__init__(name)
+        self.check(name, "scorer")
         self.batch_size = batch_size
         checkpoint, config = checkpoint_of(name)
         # Not by huggingface_config_path, with which Detoxify takes the number of labels of the config, not its own.
@@ -36,18 +47,36 @@ class DetoxifyScorer:
         limit = self._detoxify.model.config.max_position_embeddings
         self._detoxify.tokenizer.model_max_length = min(self._detoxify.tokenizer.model_max_length, limit)
 
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        """Return whether a name is a folder with a Detoxify checkpoint; a label behind it is then refused."""
+        return any(Path(split_label(name)[0]).glob("*.ckpt"))
+
+    @classmethod
+    def check(cls, name: str, option: str) -> None:
+        """Raise unless a folder has its files, and the shipped checkpoint is the one that was shipped."""
+        if name == "small":
+            if sha256_of(SHIPPED / "toxicity.ckpt") != SHIPPED_SHA256:
+                raise ValueError(f"{SHIPPED / 'toxicity.ckpt'} is not the file that was shipped (its sha256 differs).")
+        elif "#" in name:
+            raise OptionError(option, f": {name!r} names a label, which a Detoxify checkpoint does not take.")
+        elif name not in DETOXIFY_MODELS:
+            folder = Path(name)
+            check_folder(folder, len(list(folder.glob("*.ckpt"))) == 1, option)
+
+    @classmethod
+    def fetch(cls, name: str) -> list[Path]:
+        """Fetch the checkpoint, its config and its tokenizer, and return the files."""
+        checkpoint, config = checkpoint_of(name)
+        return [checkpoint, *(path for path in Path(config).iterdir() if path.suffix == ".json")]
+
     def score(self, texts: Sequence[str]) -> list[float]:
         """Return the toxicity of each text, in [0, 1]; NaN where the model gave no number."""
-        # Texts of like length side by side cost less padding, and what each is padded to then depends on the texts
-        # alone.
-        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), texts[i]))
-        scores = [math.nan] * len(texts)
-        for start in range(0, len(order), self.batch_size):
-            chunk = order[start : start + self.batch_size]
-            values = self._detoxify.predict([texts[i] for i in chunk])["toxicity"]
-            for i, value in zip(chunk, values if isinstance(values, list) else [values], strict=True):
-                scores[i] = value if math.isfinite(value) else math.nan
-        return scores
+        return score_by_length(texts, self.batch_size, self._score_batch)
+
+    def _score_batch(self, texts: list[str]) -> list[float]:
+        values = self._detoxify.predict(texts)["toxicity"]
+        return values if isinstance(values, list) else [values]  # of one text Detoxify gives no list
 
 
 def checkpoint_of(name: str) -> tuple[Path, str]:
@@ -66,8 +95,6 @@ def _download(name: str) -> tuple[Path, str]:
     from detoxify.detoxify import MODEL_URLS
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
-
-    from sparc3_lightning.sources import cache_folder
 
     url = MODEL_URLS[name]
     path = cache_folder() / "detoxify" / url.rsplit("/", 1)[1]

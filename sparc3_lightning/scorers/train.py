@@ -9,11 +9,12 @@ import argparse
 import csv
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -64,7 +65,7 @@ class LengthBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         noise = torch.rand(len(self.lengths), generator=self.generator)
         batches = (self.lengths + 4 * noise).argsort().split(self.batch_size)
         for i in torch.randperm(len(batches), generator=self.generator).tolist():
@@ -78,7 +79,7 @@ class ScorerTraining(L.LightningModule):
         super().__init__()
         self.model = model
         self.learning_rate = learning_rate
-        self.auroc: Any = torch.nn.ModuleList([BinaryAUROC(), BinaryAUROC()])
+        self.auroc_held_out, self.auroc_rtp = BinaryAUROC(), BinaryAUROC()
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the loss of a batch."""
@@ -90,16 +91,17 @@ class ScorerTraining(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect the scores of the held-out comments, or of the prompts."""
         labels = batch.pop("labels")
-        self.auroc[dataloader_idx].update(self.model(**batch).logits.squeeze(1), labels.int())
+        auroc = (self.auroc_held_out, self.auroc_rtp)[dataloader_idx]
+        auroc.update(self.model(**batch).logits.squeeze(1), labels.int())
 
     def on_validation_epoch_end(self) -> None:
         """Log both areas under the curve."""
-        for name, auroc in zip(("auc_held_out", "auc_rtp"), self.auroc, strict=True):
+        for name, auroc in {"auc_held_out": self.auroc_held_out, "auc_rtp": self.auroc_rtp}.items():
             if auroc.update_count:
                 self.log(name, auroc.compute(), prog_bar=True)
             auroc.reset()
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and its schedule."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.05)
         steps = int(self.trainer.estimated_stepping_batches)
@@ -107,7 +109,9 @@ class ScorerTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def loader(tokenizer: BertTokenizerFast, texts: list[str], labels: list[float], *, batch_size: int, seed: int):
+def loader(
+    tokenizer: BertTokenizerFast, texts: list[str], labels: list[float], *, batch_size: int, seed: int
+) -> DataLoader:
     """Tokenize once and batch by length."""
     ids = tokenizer(texts, truncation=True)["input_ids"]
 
@@ -116,8 +120,7 @@ def loader(tokenizer: BertTokenizerFast, texts: list[str], labels: list[float], 
         return {**batch, "labels": torch.tensor([float(labels[i]) for i in indices])}
 
     sampler = LengthBatches([len(row) for row in ids], batch_size, seed)
-    rows: Any = range(len(ids))
-    return DataLoader(rows, batch_sampler=sampler, collate_fn=collate)
+    return DataLoader(range(len(ids)), batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def main() -> None:
@@ -149,7 +152,7 @@ def main() -> None:
     )
     model = BertForSequenceClassification(config)
 
-    def subset(side: bool, batch_size: int):
+    def subset(side: bool, batch_size: int) -> DataLoader:
         rows = split[side]
         pick = [texts[i] for i in rows], [float(labels[i]) for i in rows]
         return loader(tokenizer, *pick, batch_size=batch_size, seed=args.seed)
@@ -176,7 +179,7 @@ def main() -> None:
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     checkpoint = {"config": {"arch": {"args": arch}, "dataset": {"args": {"classes": ["toxic"]}}}, "state_dict": state}
     torch.save(checkpoint, args.output / "toxicity.ckpt")
-    metrics: dict[str, Any] = {
+    metrics: dict[str, float | str] = {
         name: round(float(value), 4) for name, value in trainer.callback_metrics.items() if "auc" in name
     }
     metrics |= {

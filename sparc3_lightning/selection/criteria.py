@@ -189,7 +189,7 @@ def differential_strength(general: Mapping[str, Tensor], behavior: Mapping[str, 
     return 100 * difference / total if total else float("nan")
 
 
-def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Component]:
+def select_neurons(scores: Mapping[str, Tensor], num_neurons: int) -> list[Component]:
     """Select the neurons with the lowest scores over all modules, lowest first.
 
     Ties are broken by the order of the modules, then by index, so that the selection is reproducible.
@@ -203,7 +203,7 @@ def select(scores: Mapping[str, Tensor], num_neurons: int) -> list[Component]:
             score is NaN.
 
     Example:
-        >>> chosen = select({"a": torch.tensor([0.0, -2.0]), "b": torch.tensor([-1.0, 3.0])}, 2)
+        >>> chosen = select_neurons({"a": torch.tensor([0.0, -2.0]), "b": torch.tensor([-1.0, 3.0])}, 2)
         >>> [(neuron.module, neuron.index, neuron.score) for neuron in chosen]
         [('a', 1, -2.0), ('b', 0, -1.0)]
     """

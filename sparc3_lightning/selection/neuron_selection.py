@@ -18,7 +18,7 @@ from sparc3_lightning.selection.criteria import (
     lowest_of_modules,
     normalized_difference,
     ratio,
-    select,
+    select_neurons,
     set_difference,
     weighted_difference,
 )
@@ -113,7 +113,7 @@ class NeuronRanking:
         Raises:
             ValueError: As ``criteria.select``.
         """
-        return edited(select(self.scores, number), self.damping, self.means)
+        return edited(select_neurons(self.scores, number), self.damping, self.means)
 
     def selected(
         self,

@@ -17,7 +17,7 @@ from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, We
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import weight_of
 from sparc3_lightning.models.components import Component, mask
-from sparc3_lightning.selection.criteria import select
+from sparc3_lightning.selection.criteria import select_neurons
 
 Scores = Mapping[str, Tensor]
 
@@ -41,7 +41,7 @@ class ComponentOrder:
 
     def __init__(self, scores: Scores) -> None:
         magnitudes = {name: score.abs() for name, score in scores.items()}
-        self.components: list[Component] = select(magnitudes, sum(map(len, magnitudes.values())))
+        self.components: list[Component] = select_neurons(magnitudes, sum(map(len, magnitudes.values())))
 
     def __len__(self) -> int:
         return len(self.components)

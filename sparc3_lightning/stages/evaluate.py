@@ -24,7 +24,8 @@ from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.report.verdict import verdict
-from sparc3_lightning.scorers.registry import Remembering, check_scorer, load_scorer
+from sparc3_lightning.scorers.base import Remembering
+from sparc3_lightning.scorers.registry import check_scorer, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.signals import StoppableModule
 

@@ -10,7 +10,7 @@ from sparc3_lightning.attribution.targets import LEXICAL
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.variants import check_numbers
 from sparc3_lightning.models.checkpoints import fingerprint
-from sparc3_lightning.scorers.classifiers import split_label
+from sparc3_lightning.scorers.base import split_label
 from sparc3_lightning.sources import is_local, sha256_of
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.evaluate import Evaluation

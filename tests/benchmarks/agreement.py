@@ -18,7 +18,7 @@ from torch import Tensor
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
-from sparc3_lightning.selection.criteria import differential_relevance, select
+from sparc3_lightning.selection.criteria import differential_relevance, select_neurons
 from sparc3_lightning.selection.overlap import correlation, ranks
 from sparc3_lightning.stages.attribute import SCORES, Attribution
 
@@ -52,7 +52,7 @@ def main() -> None:
         for name in ("general", "prompts", "difference")
     }
     chosen = [
-        {(neuron.module, neuron.index) for neuron in select(sets[f"difference {dtype}"], 100)}
+        {(neuron.module, neuron.index) for neuron in select_neurons(sets[f"difference {dtype}"], 100)}
         for dtype in ("float32", "bfloat16")
     ]
     found["of the 100 pruned neurons the same"] = len(chosen[0] & chosen[1])

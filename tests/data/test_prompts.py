@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers import sentence
 
-from sparc3_lightning.data.prompts import prompt_id, read_prompts, select, worst_first
+from sparc3_lightning.data.prompts import matching_rows, prompt_id, read_prompts, worst_first
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.sources import read_records
@@ -47,7 +47,7 @@ def test_prompts_with_nothing_before_the_mark_are_passed_over_and_counted(caplog
     ],
 )
 def test_rows_are_those_that_have_every_value_asked_for(where: Any, expected: list[int]) -> None:
-    assert list(select(CONTEXTS, where)) == [CONTEXTS[i] for i in expected]
+    assert list(matching_rows(CONTEXTS, where)) == [CONTEXTS[i] for i in expected]
 
 
 def test_an_unknown_field_or_value_is_an_error_that_names_those_there_are() -> None:
@@ -58,7 +58,7 @@ def test_an_unknown_field_or_value_is_an_error_that_names_those_there_are() -> N
 
 
 def test_numbers_are_asked_for_as_they_are_written() -> None:
-    assert list(select([{"label": 1}, {"label": 2}], {"label": "2"})) == [{"label": 2}]
+    assert list(matching_rows([{"label": 1}, {"label": 2}], {"label": "2"})) == [{"label": 2}]
 
 
 @pytest.mark.parametrize("by", [ToxicPrompts, RealToxicityPrompts])

@@ -27,7 +27,7 @@ from sparc3_lightning.models.checkpoints import fingerprint, load_model
 from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.weights import mask_weights, prune_weights_
-from sparc3_lightning.selection.criteria import POOL, differential_strength, lowest_of_modules, select
+from sparc3_lightning.selection.criteria import POOL, differential_strength, lowest_of_modules, select_neurons
 from sparc3_lightning.selection.lowest import Lowest, lowest_first
 from sparc3_lightning.selection.neuron_list import NeuronList, histogram
 from sparc3_lightning.stages.compare import Comparison
@@ -219,7 +219,7 @@ def test_a_list_that_names_a_weight_twice_or_neurons_as_well_is_refused(tmp_path
 
 def in_memory(scores: dict[str, Tensor], number: int) -> list[Component]:
     """Select over all weights at once, as neurons are selected."""
-    found = select({name: score.flatten() for name, score in scores.items()}, number)
+    found = select_neurons({name: score.flatten() for name, score in scores.items()}, number)
     columns = {name: score.shape[1] for name, score in scores.items()}
     return [
         Component(n.module, n.index // columns[n.module], n.score, input=n.index % columns[n.module]) for n in found
@@ -325,7 +325,7 @@ def test_by_default_indexes_still_stand_for_the_neurons_their_weights_are_of(fil
     found = Pruning(*files, num_neurons=5).prune(OUT)
     assert found.granularity == "neuron"
     _, difference = differences()
-    expected = select({name: score.sum(dim=1) for name, score in difference.items()}, 5)
+    expected = select_neurons({name: score.sum(dim=1) for name, score in difference.items()}, 5)
     assert {n.key for n in found.neurons} == {n.key for n in expected}
 
 

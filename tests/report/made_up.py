@@ -10,15 +10,15 @@ import torch
 
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.variants import Variant, plan
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 NEURONS = NeuronList(
-    [Neuron("model.layers.12.mlp.up_proj", 345, -0.0123), Neuron("model.layers.3.mlp.up_proj", 6, -0.01)],
+    [Component("model.layers.12.mlp.up_proj", 345, -0.0123), Component("model.layers.3.mlp.up_proj", 6, -0.01)],
     {"differential_strength_percent": 21.5, "selection": "difference", "sample_ids": ["secret"], "general": ["c4"]},
-    next=[Neuron("model.layers.3.mlp.up_proj", 7, -0.005)],
-    least_relevant=[Neuron("model.layers.3.mlp.up_proj", i, 0.0) for i in range(10, 20)],
+    next=[Component("model.layers.3.mlp.up_proj", 7, -0.005)],
+    least_relevant=[Component("model.layers.3.mlp.up_proj", i, 0.0) for i in range(10, 20)],
 )
 SELECTION = {
     "histogram": {"edges": [-2.0, -1.0, 0.0, 1.0], "counts": [1.0, 100.0, 3.0]},

@@ -11,16 +11,9 @@ import pytest
 import torch
 from helpers import WORDS, sentence
 
-from sparc3_lightning.scorers.classifiers import (
-    ClassifierScorer,
-    FunctionScorer,
-    check_function,
-    fetch_classifier,
-    is_function,
-    is_toxic_label,
-    split_label,
-    toxic_label,
-)
+from sparc3_lightning.scorers.base import split_label
+from sparc3_lightning.scorers.classifiers import ClassifierScorer, is_toxic_label, toxic_label
+from sparc3_lightning.scorers.functions import FunctionScorer
 
 TEXTS = [sentence(seed, 1 + seed * 5 % 17) for seed in range(12)]
 TWO = ("neutral", "toxic")
@@ -288,7 +281,7 @@ def test_a_checkpoint_that_cannot_be_had_is_an_error_with_the_way_out(monkeypatc
 
 
 def test_the_files_of_a_checkpoint_are_fetched_without_the_label(two: Path) -> None:
-    names = {path.name for path in fetch_classifier(f"{two}#toxic")}
+    names = {path.name for path in ClassifierScorer.fetch(f"{two}#toxic")}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
 
 
@@ -380,11 +373,11 @@ def test_a_function_that_is_not_there_is_a_clear_error(name: str) -> None:
 @pytest.mark.usefixtures("toys")
 def test_the_check_finds_a_missing_package_and_imports_none(tmp_path: Path) -> None:
     (tmp_path / "toy_package" / "__init__.py").write_text("raise AssertionError('it was imported')\n")
-    check_function("toy_package.inner:half", "--model.scorer")
+    FunctionScorer.check("toy_package.inner:half", "scorer")
     with pytest.raises(
         ValueError, match=r"--model.scorer: 'absent_package.inner:half' needs the package 'absent_package'"
     ):
-        check_function("absent_package.inner:half", "--model.scorer")
+        FunctionScorer.check("absent_package.inner:half", "scorer")
 
 
 @pytest.mark.parametrize(("name", "expected"), [
@@ -393,7 +386,7 @@ def test_the_check_finds_a_missing_package_and_imports_none(tmp_path: Path) -> N
     ("a..b:c", False), ("a:b#c", False), ("C:/folder", False), ("a-b:c", False), ("pypi:x==1/y", False), ("", False),
 ])  # fmt: skip
 def test_a_name_is_that_of_a_function_or_not(name: str, expected: bool) -> None:
-    assert is_function(name) is expected
+    assert FunctionScorer.takes(name) is expected
 
 
 def test_the_scorer_of_profanity_check_tells_insults_from_harmless_sentences() -> None:

@@ -15,10 +15,12 @@ import pytest
 import torch
 from helpers import sentence
 
-from sparc3_lightning.scorers import detoxify as scorers
-from sparc3_lightning.scorers.classifiers import ClassifierScorer, FunctionScorer
+from sparc3_lightning.scorers import detoxify
+from sparc3_lightning.scorers.base import Remembering, Scorer
+from sparc3_lightning.scorers.classifiers import ClassifierScorer
 from sparc3_lightning.scorers.detoxify import DETOXIFY_MODELS, SHIPPED, SHIPPED_SHA256, DetoxifyScorer
-from sparc3_lightning.scorers.registry import Remembering, check_scorer, fetch_scorer, load_scorer
+from sparc3_lightning.scorers.functions import FunctionScorer
+from sparc3_lightning.scorers.registry import check_scorer, fetch_scorer, load_scorer
 from sparc3_lightning.sources import read_records, sha256_of
 
 HARMLESS = ["Thank you for the kind letter.", "The museum opens at nine in the morning.", "We walked along the river."]
@@ -264,7 +266,7 @@ def test_a_package_that_is_not_installed_is_an_error_with_the_option() -> None:
 @pytest.mark.usefixtures("folders")
 def test_what_a_scorer_needs_is_fetched_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(scorers, "fetch_classifier", lambda name: asked.append(name) or [Path("a")])
+    monkeypatch.setattr(ClassifierScorer, "fetch", lambda name: asked.append(name) or [Path("a")])
     assert fetch_scorer("json:loads") == []
     assert asked == []
     assert fetch_scorer("owner/name#toxic") == [Path("a")]
@@ -278,10 +280,9 @@ def test_a_loaded_scorer_scores_as_the_class_of_its_kind(small: DetoxifyScorer) 
 
 
 def test_a_scorer_that_remembers_scores_a_text_once_and_gives_it_the_same_score_ever_after() -> None:
-    class Counting:
-        name = "counting"
-
+    class Counting(Scorer):
         def __init__(self) -> None:
+            super().__init__("counting")
             self.calls: list[list[str]] = []
 
         def score(self, texts: Any) -> list[float]:
@@ -304,7 +305,7 @@ def test_a_shipped_checkpoint_that_was_changed_is_refused(folder: Path, monkeypa
     content = bytearray((folder / "toxicity.ckpt").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "toxicity.ckpt").write_bytes(content)
-    monkeypatch.setattr(scorers, "SHIPPED", folder)
+    monkeypatch.setattr(detoxify, "SHIPPED", folder)
     with pytest.raises(ValueError, match="is not the file that was shipped"):
         DetoxifyScorer("small")
 

@@ -11,7 +11,7 @@ from sparc3_lightning.selection.criteria import (
     differential_relevance,
     normalized_difference,
     ratio,
-    select,
+    select_neurons,
     set_difference,
     weighted_difference,
 )
@@ -70,7 +70,7 @@ def test_ratio_prefers_what_gains_as_much_for_less():
     general, behavior = {"a": torch.tensor([1.0, 4.0, 1.0])}, {"a": torch.tensor([1.0, 1.0, 3.0])}
     found = ratio(general, behavior, floor=0.5)["a"].tolist()
     assert found == pytest.approx([-1 / (1 + 1), -1 / (4 + 1), -3 / (1 + 1)])
-    order = [neuron.index for neuron in select({"a": torch.tensor(found)}, 3)]
+    order = [neuron.index for neuron in select_neurons({"a": torch.tensor(found)}, 3)]
     assert order == [2, 0, 1]
 
 
@@ -90,9 +90,9 @@ def test_a_side_without_scores_is_refused():
 
 def test_no_more_neurons_are_selected_than_a_selection_leaves():
     ranked = set_difference(scores(0), scores(1), 0.2, 0.0)
-    assert len(select(ranked, 4)) == 4
+    assert len(select_neurons(ranked, 4)) == 4
     with pytest.raises(ValueError, match=r"leaves only 4 of 20: raise --model.top_behavior"):
-        select(ranked, 5)
+        select_neurons(ranked, 5)
 
 
 def activations(seed: int, num_samples: int) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def test_by_auroc_takes_the_neuron_first_that_tells_the_behaviour_best():
     found = by_auroc(general, behavior)
     shares = {(m, i): s for m in general for i, s in enumerate(share_of_pairs(general[m], behavior[m]))}
     assert flat(found) == pytest.approx([-share for share in shares.values()])
-    first = select(found, 1)[0]
+    first = select_neurons(found, 1)[0]
     assert (first.module, first.index) == max(shares, key=lambda place: shares[place])
 
 

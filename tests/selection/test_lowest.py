@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparc3_lightning.selection.criteria import POOL, lowest_of_modules, select
+from sparc3_lightning.selection.criteria import POOL, lowest_of_modules, select_neurons
 from sparc3_lightning.selection.lowest import Lowest, lowest, lowest_first
 
 
@@ -28,7 +28,7 @@ def test_the_lowest_are_the_head_of_a_sorted_list_of_all_and_of_equal_scores_the
     assert [component.key for component in found.components] == keys[:number]
     assert [component.score for component in found.components] == [score for score, _ in ordered[:number]]
     if len(shape) == 1 and number < 60:
-        assert select(scores, number) == found.components
+        assert select_neurons(scores, number) == found.components
     places = [place for _, place in ordered[:number]]
     assert lowest_first(flat, number).tolist() == places
     assert lowest(flat.unsqueeze(0), number)[0].nonzero().flatten().tolist() == sorted(places)

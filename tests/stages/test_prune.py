@@ -13,7 +13,7 @@ from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
 from sparc3_lightning.models.checkpoints import fingerprint, load_model, load_tokenizer
 from sparc3_lightning.models.components import mask
 from sparc3_lightning.selection import criteria as selections
-from sparc3_lightning.selection.criteria import select
+from sparc3_lightning.selection.criteria import select_neurons
 from sparc3_lightning.selection.neuron_list import NeuronList, histogram
 from sparc3_lightning.selection.neuron_selection import CRITERIA, Criterion, Selection
 from sparc3_lightning.stages import prune as prune_module
@@ -147,7 +147,7 @@ def test_other_selections_take_sides_of_another_target_and_need_no_strength(file
     mean = {name: (random_scores(0)[name] + random_scores(1)[name]) / 2 for name in MODULES}
     shares = (0.5, 0.25) if selection == "set_difference" else ()
     ranked = getattr(selections, selection)(mean, random_scores(9, 2.0), *shares)
-    assert [(n.module, n.index) for n in neurons.neurons] == [(n.module, n.index) for n in select(ranked, 5)]
+    assert [(n.module, n.index) for n in neurons.neurons] == [(n.module, n.index) for n in select_neurons(ranked, 5)]
     assert len(neurons.next) == 4
     assert neurons.provenance["selection"] == selection
     found = json.loads(Path("out/selection.json").read_text())
@@ -185,7 +185,7 @@ def test_selections_by_activation_read_those_of_all_seeds_beside_their_scores(si
     if selection == "weighted_difference":
         mean = {name: (random_scores(0)[name] + random_scores(1)[name]) / 2 for name in MODULES}
         ranked = selections.weighted_difference(mean, random_scores(9, 0.5), area)
-    expected = select(ranked, 9)
+    expected = select_neurons(ranked, 9)
     assert [(n.module, n.index) for n in found.neurons + found.next] == [(n.module, n.index) for n in expected]
     assert [n.score for n in found.neurons + found.next] == pytest.approx([n.score for n in expected])
     assert found.provenance["selection"] == selection
@@ -267,7 +267,7 @@ def test_a_selection_is_one_row_of_the_table(files, monkeypatch):
     criterion = Criterion(lambda sides: {name: -score for name, score in sides.behavior.items()})
     monkeypatch.setitem(CRITERIA, toy, criterion)
     found = Pruning(*files, selection=toy, num_neurons=3).prune(OUT)
-    assert found.neurons == select({name: -score for name, score in random_scores(9, 0.5).items()}, 3)
+    assert found.neurons == select_neurons({name: -score for name, score in random_scores(9, 0.5).items()}, 3)
 
 
 def test_histogram_counts_values_between_the_smallest_and_the_largest():

@@ -9,8 +9,8 @@ import yaml
 from helpers import sentence
 
 from sparc3_lightning import cli
-from sparc3_lightning.scorers.base import uniqueness
-from sparc3_lightning.scorers.registry import Remembering, check_scorer, fetch_scorer, load_scorer
+from sparc3_lightning.scorers.base import Remembering, uniqueness
+from sparc3_lightning.scorers.registry import check_scorer, fetch_scorer, load_scorer
 from sparc3_lightning.stages.plan import from_screening, screening
 
 COMPLETIONS = "completions.jsonl"
