@@ -95,7 +95,7 @@ class Provenance:
         """
         options = {name: value for name, value in data.hparams.items() if name != "tokenizer"}
         return cls(
-            checkpoint=module.checkpoint,
+            checkpoint=module.checkpoint.name,
             checkpoint_fingerprint=module.identity["checkpoint_fingerprint"],
             method=module.method,
             rule=module.rule if module.method == "lrp" else None,

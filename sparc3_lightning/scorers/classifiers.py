@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.checkpoints import fetch_checkpoint, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.scorers.base import uniqueness
 from sparc3_lightning.sources import explain_hub_error
 
@@ -42,7 +42,7 @@ class ClassifierScorer:
         except OSError as error:
             raise OSError(explain_hub_error(checkpoint, error)) from None
         self._model.eval().requires_grad_(False).to(device)
-        self._tokenizer = load_tokenizer(checkpoint)
+        self._tokenizer = Checkpoint(checkpoint).tokenizer()
         self._label = toxic_label(self._model.config.id2label, label, name)
         config = self._model.config
         limit = getattr(config, "max_position_embeddings", 10**6)
@@ -172,4 +172,4 @@ def is_toxic_label(label: str) -> bool:
 
 def fetch_classifier(name: str) -> list[Path]:
     """Fetch a text-classification checkpoint, and return its files."""
-    return fetch_checkpoint(split_label(name)[0])
+    return Checkpoint(split_label(name)[0]).fetch()

@@ -23,14 +23,7 @@ from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_absent, check_space, check_writable
 from sparc3_lightning.models.architectures import family_of, find_targets, head_layers, neuron_layers, weight_of
-from sparc3_lightning.models.checkpoints import (
-    Dtype,
-    check_context,
-    fingerprint,
-    load_config,
-    resolve_dtype,
-    skeleton_of,
-)
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Granularity, columns_of
 from sparc3_lightning.models.heads import head_dims
 from sparc3_lightning.models.sharding import load_for
@@ -122,7 +115,7 @@ class Attribution(StoppableModule):
             raise OptionError("save_every", f"must be at least 1, got {save_every}.")
         self.save_hyperparameters()
         self.save_every = save_every
-        self.checkpoint = checkpoint
+        self.checkpoint = Checkpoint(checkpoint, revision)
         self.method = method
         self.target: Target = target
         self.lexicon_scorer = lexicon
@@ -135,7 +128,6 @@ class Attribution(StoppableModule):
         self.dtype_name: Dtype = dtype
         self.nonfinite = nonfinite
         self.gradient_checkpointing = gradient_checkpointing
-        self.revision = revision
         self.model = None
         self.written = ""
 
@@ -145,7 +137,7 @@ class Attribution(StoppableModule):
         self.output = Path(self.trainer.log_dir or ".") / file_of(self.granularity)
         check_writable(self.output.parent)
         check_absent(self.output)
-        config = load_config(self.checkpoint, self.revision)
+        config = self.checkpoint.config
         if self.method == "lrp":
             family_of(config)
         data = self.reference_samples
@@ -154,8 +146,8 @@ class Attribution(StoppableModule):
                 "reads no samples: give --data NoSamples" if self.method in STATIC else "needs samples: give --data C4"
             )
             raise OptionError("method", f"{self.method} {what}.")
-        check_context(config, data.longest, data.way_to_shorter)
-        self._find_targets(skeleton_of(config))
+        self.checkpoint.check_context(data.longest, data.way_to_shorter)
+        self._find_targets(self.checkpoint.skeleton())
         if self.target in LEXICAL:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(self.lexicon_scorer).score)
             data.notes["num_lexicon"] = len(self.lexicon)
@@ -169,7 +161,7 @@ class Attribution(StoppableModule):
     def configure_model(self) -> None:
         """Load the model, once."""
         if self.model is None:
-            self.model = load_for(self, self.checkpoint, self.dtype_name, self.revision, self.gradient_checkpointing)
+            self.model = load_for(self, self.checkpoint, self.dtype_name, self.gradient_checkpointing)
 
     def on_predict_start(self) -> None:
         """Begin the sums, or go on with those of a run that broke off."""
@@ -247,7 +239,7 @@ class Attribution(StoppableModule):
     def _identify(self) -> dict[str, Any]:
         """Return what tells this run from another one whose sums must not be added to its own."""
         return {
-            "checkpoint_fingerprint": fingerprint(self.checkpoint, self.revision),
+            "checkpoint_fingerprint": self.checkpoint.fingerprint,
             "method": self.method,
             "rule": self.rule,
             "relevance": self.relevance,

@@ -16,7 +16,7 @@ from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
-from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Neuron, check_are_neurons, check_neurons
 from sparc3_lightning.models.sharding import check_is_whole, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
@@ -82,12 +82,11 @@ class Circuit(StoppableModule):
             raise OptionError("num_random", f"must be at least 0, got {num_random}.")
         self.save_hyperparameters()
         self.groups = group_scores([Path(path) for path in scores])
-        self.checkpoint = checkpoint
+        self.checkpoint = Checkpoint(checkpoint, revision)
         self.sparsities = sorted(set(sparsities))
         self.threshold = threshold
         self.num_random = num_random
         self.dtype_name: Dtype = dtype
-        self.revision = revision
         self.model = None
         self.batches: list[dict[str, Any]] = []
         self.written = ""
@@ -98,14 +97,12 @@ class Circuit(StoppableModule):
         self.folder = Path(self.trainer.log_dir or ".")
         check_writable(self.folder)
         check_absent(self.folder / CIRCUIT)
-        config = load_config(self.checkpoint, self.revision)
-        self.fingerprint = fingerprint(self.checkpoint, self.revision)
         data: Any = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, ReferenceSamples):
             raise TypeError(f"A circuit needs a data module of samples with two tokens to compare (IOI), got {data!r}.")
         data.check_target("logit_difference")
-        check_context(config, data.longest, data.way_to_shorter)
-        self._check_groups(config)
+        self.checkpoint.check_context(data.longest, data.way_to_shorter)
+        self._check_groups()
         used = {name for of in self.groups for provenance in of.provenances for name in provenance.sample_ids}
         data.leave_out = used & {sample.id for sample in data.samples}
         self.num_samples = len(data.samples) - len(data.leave_out)
@@ -115,23 +112,23 @@ class Circuit(StoppableModule):
                 "Every sample was used to attribute, so none is left: choose another --data.init_args.seed than that "
                 "of --.scores.",
             )
-        check_same_on_all_ranks("checkpoint or data", [self.fingerprint, data.fingerprint()])
+        check_same_on_all_ranks("checkpoint or data", [self.checkpoint.fingerprint, data.fingerprint()])
         rank_zero_info(
             f"{self.num_samples} samples, {len(data.leave_out)} left out because they were used to attribute; "
             f"{len(self.groups)} curves of {sum(len(of.paths) for of in self.groups)} score files"
         )
 
-    def _check_groups(self, config: Any) -> None:
+    def _check_groups(self) -> None:
         """Refuse score files of another model, and of what cannot be taken out of it."""
-        model = skeleton_of(config)
+        model = self.checkpoint.skeleton()
         for of in self.groups:
             for path, provenance in zip(of.paths, of.provenances, strict=True):
-                if provenance.checkpoint_fingerprint != self.fingerprint:
+                if provenance.checkpoint_fingerprint != self.checkpoint.fingerprint:
                     raise OptionError(
                         "checkpoint",
                         f"{path} is for the checkpoint {provenance.checkpoint!r} "
-                        f"({provenance.checkpoint_fingerprint}), but --.checkpoint is {self.checkpoint!r} "
-                        f"({self.fingerprint}).",
+                        f"({provenance.checkpoint_fingerprint}), but --.checkpoint is {self.checkpoint.name!r} "
+                        f"({self.checkpoint.fingerprint}).",
                     )
             if of.granularity == "weight":
                 check_is_whole(self)
@@ -144,7 +141,7 @@ class Circuit(StoppableModule):
     def configure_model(self) -> None:
         """Load the model, once."""
         if self.model is None:
-            self.model = load_for(self, self.checkpoint, self.dtype_name, self.revision)
+            self.model = load_for(self, self.checkpoint, self.dtype_name)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Keep the batch: it is a few tokens, and all of them are measured each time that something is out."""
@@ -212,8 +209,8 @@ class Circuit(StoppableModule):
         if not self.trainer.is_global_zero:
             return
         provenance = {
-            "checkpoint": self.checkpoint,
-            "checkpoint_fingerprint": self.fingerprint,
+            "checkpoint": self.checkpoint.name,
+            "checkpoint_fingerprint": self.checkpoint.fingerprint,
             "scores": [{"path": str(path), **p.summary()} for path, p in zip(of.paths, of.provenances, strict=True)],
             "sample_ids": sorted({name for provenance in of.provenances for name in provenance.sample_ids}),
             "circuit": {**circuit, "whole_model": self.full, "threshold": self.threshold},
@@ -228,8 +225,8 @@ class Circuit(StoppableModule):
 
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         results = {
-            "checkpoint": self.checkpoint,
-            "checkpoint_fingerprint": self.fingerprint,
+            "checkpoint": self.checkpoint.name,
+            "checkpoint_fingerprint": self.checkpoint.fingerprint,
             "data": {"class": type(data).__name__, **data.hparams, **data.notes},
             "num_samples": self.num_samples,
             "num_left_out": len(data.leave_out),

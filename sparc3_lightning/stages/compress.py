@@ -18,7 +18,7 @@ from sparc3_lightning.attribution.scores import WeightScores, check_match, load_
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.architectures import ALL, find_targets, weight_of
-from sparc3_lightning.models.checkpoints import Dtype, check_unchanged, load_config, resolve_dtype, skeleton_of
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.export import export_edited
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
@@ -108,16 +108,15 @@ class Compression(L.LightningModule):
         files = [load_index(path, "general") for path in self.general]
         check_match(files)
         source = files[0].provenance
-        revision = check_unchanged(source.checkpoint, source.checkpoint_fingerprint)
-        num_parameters = _check_layers(files[0], revision)
+        checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
+        num_parameters = _check_layers(files[0], checkpoint)
         found: dict[str, Any] = {}
         name: Any = source.dtype if self.export_dtype == "auto" else self.export_dtype
         export_edited(
-            source.checkpoint,
+            checkpoint,
             lambda model: found.update(zero_(model, Ranking(files).masks(self.sparsity, self.pattern))),
             self.export,
             dtype=resolve_dtype(name, torch.device("cpu")),
-            revision=revision,
         )
         share = found["num_pruned"] / num_parameters
         content = {
@@ -163,13 +162,13 @@ def zero_(model: Any, masks: Iterator[tuple[str, Tensor]]) -> dict[str, Any]:
     return {"num_pruned": num_pruned, "num_weights": num_weights, "masks": digest.hexdigest()[:16], "layers": layers}
 
 
-def _check_layers(scores: WeightScores, revision: str | None) -> int:
+def _check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
     """Check that the model has the layers, none of them the head, before it is loaded; return its number of parameters.
 
     Raises:
         ValueError: If a layer is not there, or has another shape.
     """
-    model = skeleton_of(load_config(scores.provenance.checkpoint, revision))
+    model = checkpoint.skeleton()
     layers = find_targets(model, [ALL])
     for name, shape in scores.shapes.items():
         if name not in layers:

@@ -17,14 +17,7 @@ from sparc3_lightning.attribution.scores import MUST_MATCH, ScoreFile, average, 
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import check_absent, check_writable, write_atomically
-from sparc3_lightning.models.checkpoints import (
-    Dtype,
-    check_context,
-    check_unchanged,
-    load_config,
-    load_model,
-    resolve_dtype,
-)
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Neuron, check_are_neurons
 from sparc3_lightning.models.export import check_takes_means, export_pruned
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
@@ -213,7 +206,8 @@ class Pruning(L.LightningModule):
             check_are_neurons(behavior_file.scores)
             if self.export is not None and self.replacement == "mean":
                 of = behavior_file.provenance
-                check_takes_means(of.checkpoint, of.checkpoint_fingerprint, behavior_file.scores)
+                checkpoint = Checkpoint.unchanged(of.checkpoint, of.checkpoint_fingerprint)
+                check_takes_means(checkpoint, behavior_file.scores)
         elif self.refine:
             raise OptionError("refine", "is for neurons, and these are scores of heads: leave it out.")
         general, behavior = average(general_files), behavior_file.scores
@@ -310,11 +304,10 @@ class Pruning(L.LightningModule):
     def _export(self, neurons: NeuronList) -> None:
         assert self.export is not None
         of = neurons.provenance
-        checkpoint = of["checkpoint"]
-        revision = check_unchanged(checkpoint, of["checkpoint_fingerprint"])
+        checkpoint = Checkpoint.unchanged(of["checkpoint"], of["checkpoint_fingerprint"])
         name: Any = of["behavior"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
         dtype = resolve_dtype(name, torch.device("cpu"))
-        export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype, revision=revision)
+        export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype)
         rank_zero_info(f"Pruned checkpoint: {self.export}")
 
 
@@ -352,19 +345,19 @@ def within_budget(
         ValueError: If the checkpoint has changed, no document is left, or not one neuron is within the budget.
     """
     of = general[0].provenance
-    revision = check_unchanged(of.checkpoint, of.checkpoint_fingerprint)
-    text.model_checkpoint = of.checkpoint, revision
+    checkpoint = Checkpoint.unchanged(of.checkpoint, of.checkpoint_fingerprint)
+    text.model_checkpoint = checkpoint
     text.prepare_data()
     text.setup("predict")
-    check_context(load_config(of.checkpoint, revision), text.longest, text.way_to_shorter)
+    checkpoint.check_context(text.longest, text.way_to_shorter)
     same = [file.provenance for file in general if _are_of_one_source(text, file.provenance.data)]
     text.leave_out = {id_ for provenance in same for id_ in provenance.sample_ids}
     left = [sample for sample in text.samples if sample.id not in text.leave_out]
     if not left:
         raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
-    model = load_model(of.checkpoint, getattr(torch, of.dtype), revision).to(device)
-    rise = PerplexityRise(model, text.predict_dataloader())
+    model: torch.nn.Module = checkpoint.load(getattr(torch, of.dtype))
+    rise = PerplexityRise(model.to(device), text.predict_dataloader())
     chosen = spend(rise, ranked, budget)
     return chosen, {
         "max_perplexity_increase": budget.max_perplexity_increase,
