@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from sparc3_lightning.attribution.targets import LEXICAL, Target, lexicon_of, ta
 from sparc3_lightning.data.base import NoSamples, ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.files import check_absent, check_space, check_writable
+from sparc3_lightning.files import check_space
 from sparc3_lightning.models.architectures import family_of, find_targets, head_layers, neuron_layers, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Granularity, columns_of
@@ -30,6 +29,7 @@ from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.provenance import run_seed
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
 from sparc3_lightning.signals import StoppableModule
+from sparc3_lightning.stages.base import Stage
 
 SCORES = "scores.safetensors"
 
@@ -39,7 +39,7 @@ def file_of(granularity: Granularity) -> str:
     return INDEX if granularity == "weight" else SCORES
 
 
-class Attribution(StoppableModule):
+class Attribution(StoppableModule, Stage):
     """Scores the neurons of a model on reference samples.
 
     The relevance of a sample's target is propagated to the incoming weights of each neuron of the target layers, summed
@@ -78,6 +78,8 @@ class Attribution(StoppableModule):
         revision: Branch, tag or commit of a Hugging Face id.
     """
 
+    verb = "attribute"
+    OUTPUTS = (SCORES, INDEX)
     model: Any
 
     def __init__(
@@ -129,14 +131,10 @@ class Attribution(StoppableModule):
         self.nonfinite = nonfinite
         self.gradient_checkpointing = gradient_checkpointing
         self.model = None
-        self.written = ""
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
-        # Asked for once, by every rank: the answer is a broadcast.
-        self.output = Path(self.trainer.log_dir or ".") / file_of(self.granularity)
-        check_writable(self.output.parent)
-        check_absent(self.output)
+        self.begin_loop(file_of(self.granularity))
         config = self.checkpoint.config
         if self.method == "lrp":
             family_of(config)
@@ -171,7 +169,7 @@ class Attribution(StoppableModule):
         score: Any = self.relevance if self.has_target else self.method
         targets = find_targets(self.model, self.layers)
         if self.granularity == "weight":
-            check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))
+            check_space(self.folder, sum(4 * layer.weight.numel() for layer in targets.values()))
         if self.method in STATIC:
             self.accumulator: Any = StaticScores(targets, score, self.granularity, run_seed())
         else:
@@ -224,7 +222,7 @@ class Attribution(StoppableModule):
         self.accumulator.reduce_()
         self._write()
         if self.trainer.is_global_zero:
-            remove_progress(self.output.parent)
+            remove_progress(self.folder)
 
     def _find_targets(self, skeleton: Any) -> None:
         """Find what the target layers are called, and check that the model has them and they can be scored."""
@@ -272,7 +270,7 @@ class Attribution(StoppableModule):
         sums, count = self.accumulator.sums, self.accumulator.num_nonfinite
         rows = self.recorder.rows()
         state = Progress(self.identity, sums, self.done, count, self.progress.attempt, rows)
-        state.save(self.output.parent, self.trainer.global_rank)
+        state.save(self.folder, self.trainer.global_rank)
         self.num_saved = len(self.done)
 
     def _write(self) -> None:
@@ -282,14 +280,14 @@ class Attribution(StoppableModule):
             parts = gather([(self.done, self.recorder.rows())])
             if is_writer:
                 lengths = {sample.id: len(sample.input_ids) for sample in self.reference_samples.samples}
-                Activations.join(parts, lengths).save(self.output.parent / ACTIVATIONS)
+                Activations.join(parts, lengths).save(self.folder / ACTIVATIONS)
         if self.granularity != "weight":
             scores = self.accumulator.compute()
             if is_writer:
                 ScoreFile(scores, Provenance.of(self, self.reference_samples)).save(self.output)
         else:
             shapes = {name: weight_of(module).shape for name, module in self.accumulator.modules.items()}
-            writer = ShardWriter(self.output.parent, shapes)
+            writer = ShardWriter(self.folder, shapes)
             for name, score in self.accumulator.each():
                 if is_writer:
                     writer.add(name, score)
@@ -299,10 +297,6 @@ class Attribution(StoppableModule):
             count = self.accumulator.num_nonfinite
             replaced = f"; {count} values were NaN or infinite and count as 0" if count else ""
             self.written = f"Scores of {len(self.accumulator.modules)} layers{replaced}: {self.output}"
-
-    def summary(self) -> str:
-        """Say what was written, once the loop has ended; nothing on a rank that wrote nothing."""
-        return self.written
 
     @property
     def reference_samples(self) -> ReferenceSamples:

@@ -15,7 +15,7 @@ from sparc3_lightning.attribution.targets import logit_difference
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
+from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Neuron, check_are_neurons, check_neurons
 from sparc3_lightning.models.sharding import check_is_whole, load_for
@@ -33,6 +33,7 @@ from sparc3_lightning.selection.orders import (
     random_scores,
 )
 from sparc3_lightning.signals import StoppableModule
+from sparc3_lightning.stages.base import Stage
 
 CIRCUIT = "circuit.json"
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -40,7 +41,7 @@ RANDOM = "random order"
 FIGURES = ("accuracy", "logit_difference")
 
 
-class Circuit(StoppableModule):
+class Circuit(StoppableModule, Stage):
     """Takes the least relevant components out of a model step by step, and measures how often it is still right.
 
     It is right on a sample where the logit of the right next token is above that of the wrong one: in indirect object
@@ -59,6 +60,8 @@ class Circuit(StoppableModule):
         revision: Branch, tag or commit of a Hugging Face id.
     """
 
+    verb = "circuit"
+    OUTPUTS = (CIRCUIT,)
     model: Any
 
     def __init__(
@@ -89,14 +92,10 @@ class Circuit(StoppableModule):
         self.dtype_name: Dtype = dtype
         self.model = None
         self.batches: list[dict[str, Any]] = []
-        self.written = ""
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
-        # Asked for once, by every rank: the answer is a broadcast.
-        self.folder = Path(self.trainer.log_dir or ".")
-        check_writable(self.folder)
-        check_absent(self.folder / CIRCUIT)
+        self.begin_loop()
         data: Any = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, ReferenceSamples):
             raise TypeError(f"A circuit needs a data module of samples with two tokens to compare (IOI), got {data!r}.")
@@ -233,18 +232,11 @@ class Circuit(StoppableModule):
             "whole_model": self.full,
             "threshold": self.threshold,
             "curves": found,
-            "versions": versions(),
-            "git_hash": git_hash(),
         }
         draw_circuit(results, self.folder / "circuit.png")
         write_atomically(self.folder / "circuit.csv", circuit_csv(found))
-        # Last, since a folder with circuit.json counts as complete.
-        write_atomically(self.folder / CIRCUIT, to_json(results))
-        self.written = f"\n{summary(results)}\n\nCircuits: {self.folder / CIRCUIT}"
-
-    def summary(self) -> str:
-        """Say what was found, once the loop has ended; nothing on a rank that wrote nothing."""
-        return self.written
+        self.finish(results)
+        self.written = f"\n{summary(results)}\n\nCircuits: {self.output}"
 
 
 def order_of(scores: Scores) -> Order:

@@ -17,7 +17,7 @@ from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling, continue
 from sparc3_lightning.evaluation.metrics import Perplexity, pair_rows
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, neurons_of, plan
 from sparc3_lightning.evaluation.zero_shot import accuracies, check_tasks, fetch_tasks
-from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
+from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import check_neurons
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
@@ -27,13 +27,14 @@ from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.registry import Remembering, check_scorer, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.signals import StoppableModule
+from sparc3_lightning.stages.base import Stage
 
 RESULTS = "results.json"
 COMPLETIONS = "completions.jsonl"
 REPORT = "report.html"
 
 
-class Evaluation(StoppableModule):
+class Evaluation(StoppableModule, Stage):
     """Measures perplexity on a text and the toxicity of continuations of prompts, before and after neurons are off.
 
     Args:
@@ -71,6 +72,7 @@ class Evaluation(StoppableModule):
 
     model: Any
     verb = "evaluate"
+    OUTPUTS = (RESULTS,)
     lists: Mapping[str, NeuronList] = {}
 
     def __init__(
@@ -136,9 +138,7 @@ class Evaluation(StoppableModule):
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked, and fetch what is missing, before the model is loaded."""
-        self.folder = Path(self.trainer.log_dir or ".")  # asked for once, by every rank: the answer is a broadcast
-        check_writable(self.folder)
-        check_absent(self.folder / RESULTS)
+        self.begin_loop()
         if self.zero_shot[0] and self.trainer.world_size > 1:
             raise OptionError("lm_eval_tasks", "needs one device: measure zero-shot accuracy in a run of its own.")
         self.fingerprint = self.checkpoint.fingerprint

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -16,7 +15,7 @@ from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
 from sparc3_lightning.attribution.scores import MUST_MATCH, ScoreFile, average, check_match, load_matching
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
-from sparc3_lightning.files import check_absent, check_writable, write_atomically
+from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Neuron, check_are_neurons
 from sparc3_lightning.models.export import check_takes_means, export_pruned
@@ -35,6 +34,7 @@ from sparc3_lightning.selection.criteria import (
 )
 from sparc3_lightning.selection.neuron_list import NeuronList, Selected, histogram, origin
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
+from sparc3_lightning.stages.base import Stage
 
 NEURONS = "neurons.json"
 SELECTION = "selection.json"
@@ -44,7 +44,7 @@ Selection = Literal["difference", "normalized_difference", "set_difference", "ra
 COMPARES_SIDES = ("difference", "weighted_difference")
 
 
-class Pruning(L.LightningModule):
+class Pruning(Stage):
     """Selects the neurons, or single weights, that serve the behaviour most over all layers, and writes neurons.json.
 
     Args:
@@ -82,6 +82,9 @@ class Pruning(L.LightningModule):
             It must not exist.
         export_dtype: Of the exported weights; ``auto`` is the dtype the scores were computed in.
     """
+
+    verb = "prune"
+    OUTPUTS = (NEURONS,)
 
     def __init__(
         self,
@@ -169,8 +172,7 @@ class Pruning(L.LightningModule):
                 if not one neuron is within the budget.
             FileExistsError: If the folder holds a neurons.json.
         """
-        check_writable(folder)
-        check_absent(folder / NEURONS)
+        self.begin(folder)
         if self.max_perplexity_increase is not None and text is None:
             raise OptionError("max_perplexity_increase", "needs a text: --data C4 --data.source <file> and so on.")
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
@@ -191,7 +193,7 @@ class Pruning(L.LightningModule):
         if self.export is not None:
             self._export(neurons)
         # Last, since a folder with neurons.json counts as complete.
-        neurons.save(folder / NEURONS)
+        neurons.save(self.output)
         self._describe(neurons, selection, folder)
         return neurons
 
