@@ -7,7 +7,7 @@ if TYPE_CHECKING:  # what __getattr__ returns, for type checkers
     from sparc3_lightning.attribution.lrp import lrp as lrp
     from sparc3_lightning.attribution.scores import ScoreFile as ScoreFile
     from sparc3_lightning.models.checkpoints import load_model as load_model
-    from sparc3_lightning.models.components import Neuron as Neuron
+    from sparc3_lightning.models.components import Component as Component
     from sparc3_lightning.models.components import mask as mask
     from sparc3_lightning.models.components import prune_ as prune_
     from sparc3_lightning.scorers.registry import load_scorer as load_scorer
@@ -35,7 +35,7 @@ _HOME = {
     "lrp": "attribution.lrp",
     "mask": "models.components",
     "prune_": "models.components",
-    "Neuron": "models.components",
+    "Component": "models.components",
     "load_model": "models.checkpoints",
     "load_scorer": "scorers.registry",
     "select_neurons": "selection.criteria",

@@ -17,19 +17,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import sparc3_lightning
-from sparc3_lightning.attribution.scores import INDEX
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.distributed import check_slurm_tasks, usable_accelerator
 from sparc3_lightning.files import check_absent
-from sparc3_lightning.stages.attribute import SCORES, Attribution
-from sparc3_lightning.stages.circuit import CIRCUIT, Circuit
-from sparc3_lightning.stages.compare import COMPARISON, Comparison
-from sparc3_lightning.stages.compress import SPARSITY, Compression
-from sparc3_lightning.stages.evaluate import RESULTS, Evaluation
+from sparc3_lightning.stages.attribute import Attribution
+from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.circuit import Circuit
+from sparc3_lightning.stages.compare import Comparison
+from sparc3_lightning.stages.compress import Compression
+from sparc3_lightning.stages.evaluate import Evaluation
 from sparc3_lightning.stages.experiment import Experiment
-from sparc3_lightning.stages.prune import NEURONS, Pruning
+from sparc3_lightning.stages.prune import Pruning
 from sparc3_lightning.stages.sweep import Sweep
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.
@@ -89,26 +89,25 @@ class SparC3Trainer(Trainer):
 
 
 @dataclass(frozen=True)
-class Stage:
+class Verb:
     """What a subcommand is made of: the classes of its groups ``model`` and ``data``."""
 
-    module: type
+    stage: type[Stage]
     data: type[LightningDataModule] | None = None
     needs_data: bool = True
-    is_experiment: bool = False
 
 
-STAGES = {
-    "prepare": Stage(Experiment, is_experiment=True),
-    "attribute": Stage(Attribution, ReferenceSamples),
-    "prune": Stage(Pruning, ReferenceSamples, needs_data=False),
-    "evaluate": Stage(Evaluation, EvaluationData),
-    "sweep": Stage(Sweep, EvaluationData),
-    "compare": Stage(Comparison),
-    "circuit": Stage(Circuit, ReferenceSamples),
-    "compress": Stage(Compression),
-    "run": Stage(Experiment, is_experiment=True),
-}
+VERBS = (
+    Verb(Attribution, ReferenceSamples),
+    Verb(Pruning, ReferenceSamples, needs_data=False),
+    Verb(Evaluation, EvaluationData),
+    Verb(Sweep, EvaluationData),
+    Verb(Comparison),
+    Verb(Circuit, ReferenceSamples),
+    Verb(Compression),
+)
+# The two of an experiment have a group for each of its stages.
+STAGES: dict[str, Verb | None] = {"prepare": None, **{verb.stage.verb: verb for verb in VERBS}, "run": None}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -118,7 +117,7 @@ class SaveConfig(SaveConfigCallback):
         """Save the config."""
         folder = trainer.log_dir
         if folder is not None:
-            for name in (SCORES, INDEX, NEURONS, RESULTS, COMPARISON, CIRCUIT, SPARSITY):
+            for name in (name for verb in VERBS for name in verb.stage.OUTPUTS):
                 check_absent(Path(folder) / name)
         self.overwrite = True
         super().setup(trainer, pl_module, stage)
@@ -154,19 +153,19 @@ class SparC3CLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Add the groups trainer, model and data of one verb."""
-        stage = STAGES[parser.stage]
+        verb = STAGES[parser.stage]
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         logger = {"save_dir": "lightning_logs", "name": parser.stage}
         defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
         defaults["trainer.logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
         parser.set_defaults(defaults)
-        if stage.is_experiment:
+        if verb is None:
             self._add_experiment_arguments(parser)
             return
-        parser.add_lightning_class_args(stage.module, "model")
-        if stage.data is not None:
-            is_abstract = stage.data is ReferenceSamples
-            parser.add_lightning_class_args(stage.data, "data", is_abstract, required=stage.needs_data)
+        parser.add_lightning_class_args(verb.stage, "model")
+        if verb.data is not None:
+            is_abstract = verb.data is ReferenceSamples
+            parser.add_lightning_class_args(verb.data, "data", is_abstract, required=verb.needs_data)
 
     @staticmethod
     def _add_experiment_arguments(parser: LightningArgumentParser) -> None:

@@ -12,8 +12,8 @@ from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.models.checkpoints import fingerprint
-from sparc3_lightning.models.components import Neuron
+from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation
 
@@ -42,11 +42,11 @@ def write_inputs(folder: Path) -> None:
 
 
 def save_neurons(
-    checkpoint: str, chosen: list[Neuron], changes: dict[str, Any] | None = None, **lists: list[Neuron]
+    checkpoint: str, chosen: list[Component], changes: dict[str, Any] | None = None, **lists: list[Component]
 ) -> Path:
     of = {
         "checkpoint": checkpoint,
-        "checkpoint_fingerprint": fingerprint(checkpoint),
+        "checkpoint_fingerprint": Checkpoint(checkpoint).fingerprint,
         "sample_ids": [prompt_id(text) for text in PROMPTS[:2]],
         "differential_strength_percent": 20.0,
     }

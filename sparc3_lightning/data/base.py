@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from sparc3_lightning.models.checkpoints import load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.sources import read_records, resolve
 
 
@@ -123,7 +123,7 @@ class TextDataModule(L.LightningDataModule, ABC):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         self.source = source
         self.tokenizer = tokenizer
-        self.model_checkpoint: tuple[str, str | None] | None = None  # and revision, where no trainer knows the model
+        self.model_checkpoint: Checkpoint | None = None  # where no trainer knows the model
         self.batch_size = batch_size
 
     def prepare_data(self) -> None:
@@ -168,19 +168,20 @@ class TextDataModule(L.LightningDataModule, ABC):
 
     def load_tokenizer(self) -> Any:
         """Load the tokenizer that was given, else the model's."""
-        return load_tokenizer(*self.tokenizer_checkpoint)
+        return self.tokenizer_checkpoint.tokenizer()
 
     @property
-    def tokenizer_checkpoint(self) -> tuple[str, str | None]:
-        """Checkpoint and revision of the tokenizer."""
+    def tokenizer_checkpoint(self) -> Checkpoint:
+        """The checkpoint whose tokenizer is used."""
         if self.tokenizer is not None:
-            return self.tokenizer, None
+            return Checkpoint(self.tokenizer)
         if self.model_checkpoint is not None:
             return self.model_checkpoint
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        if not hasattr(module, "checkpoint"):
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        checkpoint = getattr(module, "checkpoint", None)
+        if not isinstance(checkpoint, Checkpoint):
             raise ValueError("No tokenizer: give the data module the option 'tokenizer', a checkpoint.")
-        return module.checkpoint, module.revision
+        return checkpoint
 
 
 class ReferenceSamples(TextDataModule):
@@ -192,7 +193,7 @@ class ReferenceSamples(TextDataModule):
         self.pad_token_id = 0
         self.notes: dict[str, Any] = {}
         self.leave_out: set[str] = set()  # ids of samples that an earlier run has done
-        self._set_up_for: tuple[str, str | None] | None = None
+        self._set_up_for: Checkpoint | None = None
 
     @abstractmethod
     def read_samples(self, tokenizer: Any) -> list[Sample]:

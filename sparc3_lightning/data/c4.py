@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from sparc3_lightning.data.base import HubDataset, ReferenceSamples, Sample
 from sparc3_lightning.files import write_atomically
-from sparc3_lightning.models.checkpoints import load_tokenizer
 from sparc3_lightning.sources import cache_folder, read_records, resolve
 
 
@@ -63,7 +62,7 @@ class C4(ReferenceSamples):
             super().prepare_data()
         elif not self._kept_documents.exists():
             kept: list[dict[str, Any]] = []
-            self._take(load_tokenizer(*self.tokenizer_checkpoint), self._stream(), kept.append)
+            self._take(self.load_tokenizer(), self._stream(), kept.append)
             lines = [json.dumps(document, ensure_ascii=False) for document in kept]
             write_atomically(self._kept_documents, "\n".join(lines) + "\n")
 
@@ -115,7 +114,9 @@ class C4(ReferenceSamples):
     def _kept_documents(self) -> Path:
         """Where the documents taken from the stream are kept; the name tells everything that chose them."""
         chosen_by = [*self.hub, self.seed, self.buffer_size, self.seq_len, self.num_samples, self.text_field]
-        digest = hashlib.sha256(json.dumps([*chosen_by, *self.tokenizer_checkpoint]).encode()).hexdigest()[:16]
+        tokenizer = self.tokenizer_checkpoint
+        chosen_by += [tokenizer.name, tokenizer.revision]
+        digest = hashlib.sha256(json.dumps(chosen_by).encode()).hexdigest()[:16]
         return cache_folder() / "c4" / f"{digest}.jsonl"
 
     def _shuffled_file(self) -> Iterator[tuple[int, str]]:

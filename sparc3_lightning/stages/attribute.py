@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +22,9 @@ from sparc3_lightning.attribution.targets import Target, lexicon_of, target_of
 from sparc3_lightning.data.base import NoSamples, ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.files import check_absent, check_space, check_writable
+from sparc3_lightning.files import check_space
 from sparc3_lightning.models.architectures import family_of, find_targets, head_layers, neuron_layers, weight_of
-from sparc3_lightning.models.checkpoints import (
-    Dtype,
-    check_context,
-    fingerprint,
-    load_config,
-    resolve_dtype,
-    skeleton_of,
-)
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import head_dims
 from sparc3_lightning.models.neurons import columns_of
@@ -40,6 +32,7 @@ from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
 from sparc3_lightning.signals import StoppableModule
+from sparc3_lightning.stages.base import Stage
 
 SCORES = "scores.safetensors"
 
@@ -49,7 +42,7 @@ def file_of(granularity: Granularity) -> str:
     return INDEX if granularity == "weight" else SCORES
 
 
-class Attribution(StoppableModule):
+class Attribution(StoppableModule, Stage):
     """Scores the neurons of a model on reference samples.
 
     The relevance of a sample's target is propagated to the incoming weights of each neuron of the target layers, summed
@@ -88,6 +81,8 @@ class Attribution(StoppableModule):
         revision: Branch, tag or commit of a Hugging Face id.
     """
 
+    verb = "attribute"
+    OUTPUTS = (SCORES, INDEX)
     model: Any
 
     def __init__(
@@ -120,30 +115,24 @@ class Attribution(StoppableModule):
             raise OptionError("save_every", f"must be at least 1, got {save_every}.")
         self.save_hyperparameters()
         self.save_every = save_every
-        self.checkpoint = checkpoint
+        self.checkpoint = Checkpoint(checkpoint, revision)
         self.lexicon: list[int] = []
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
-        self.revision = revision
         self.model = None
-        self.written = ""
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
-        # Asked for once, by every rank: the answer is a broadcast.
-        self.output = Path(self.trainer.log_dir or ".") / file_of(self.spec.granularity)
-        check_writable(self.output.parent)
-        check_absent(self.output)
-        config = load_config(self.checkpoint, self.revision)
         spec = self.spec
+        self.begin_loop(file_of(spec.granularity))
         if spec.method == "lrp":
-            family_of(config)
+            family_of(self.checkpoint.config)
         data = self.reference_samples
         if spec.is_static != isinstance(data, NoSamples):
             what = "reads no samples: give --data NoSamples" if spec.is_static else "needs samples: give --data C4"
             raise OptionError("method", f"{spec.method} {what}.")
-        check_context(config, data.longest, data.way_to_shorter)
-        self.layers = self._find_layers(skeleton_of(config))
+        self.checkpoint.check_context(data.longest, data.way_to_shorter)
+        self.layers = self._find_layers(self.checkpoint.skeleton())
         if spec.lexicon is not None and spec.is_lexical:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score)
             data.notes["num_lexicon"] = len(self.lexicon)
@@ -159,7 +148,7 @@ class Attribution(StoppableModule):
     def configure_model(self) -> None:
         """Load the model, once."""
         if self.model is None:
-            self.model = load_for(self, self.checkpoint, self.dtype_name, self.revision, self.gradient_checkpointing)
+            self.model = load_for(self, self.checkpoint, self.dtype_name, self.gradient_checkpointing)
 
     def on_predict_start(self) -> None:
         """Begin the sums, or go on with those of a run that broke off."""
@@ -169,7 +158,7 @@ class Attribution(StoppableModule):
         self.model.eval()
         targets = find_targets(self.model, self.layers)
         if spec.granularity == "weight":
-            check_space(self.output.parent, sum(4 * layer.weight.numel() for layer in targets.values()))
+            check_space(self.folder, sum(4 * layer.weight.numel() for layer in targets.values()))
         self.accumulator: StaticScores | ScoreAccumulator
         if spec.is_static:
             self.accumulator = StaticScores(targets, spec.score, spec.granularity, run_seed())
@@ -224,7 +213,7 @@ class Attribution(StoppableModule):
         self.accumulator.reduce_()
         self._write()
         if self.trainer.is_global_zero:
-            remove_progress(self.output.parent)
+            remove_progress(self.folder)
 
     def _find_layers(self, skeleton: PreTrainedModel) -> list[str]:
         """Return the names of the scored layers; check that the model has them and they can be scored."""
@@ -239,7 +228,7 @@ class Attribution(StoppableModule):
     def _identify(self) -> Identity:
         """Return what tells this run from another one whose sums must not be added to its own."""
         return {
-            "checkpoint_fingerprint": fingerprint(self.checkpoint, self.revision),
+            "checkpoint_fingerprint": self.checkpoint.fingerprint,
             **asdict(self.spec),
             "lexicon_tokens": hashlib.sha256(str(self.lexicon).encode()).hexdigest()[:16],
             "data_fingerprint": self.reference_samples.fingerprint(),
@@ -263,7 +252,7 @@ class Attribution(StoppableModule):
         sums, count = self.accumulator.sums, self.accumulator.num_nonfinite
         rows = self.recorder.rows()
         state = Progress(self.identity, sums, self.done, count, self.progress.attempt, rows)
-        state.save(self.output.parent, self.trainer.global_rank)
+        state.save(self.folder, self.trainer.global_rank)
         self.num_saved = len(self.done)
 
     def _write(self) -> None:
@@ -273,14 +262,14 @@ class Attribution(StoppableModule):
             parts = gather([(self.done, self.recorder.rows())])
             if is_writer:
                 lengths = {sample.id: len(sample.input_ids) for sample in self.reference_samples.samples}
-                Activations.join(parts, lengths).save(self.output.parent / ACTIVATIONS)
+                Activations.join(parts, lengths).save(self.folder / ACTIVATIONS)
         if self.spec.granularity != "weight":
             scores = self.accumulator.compute()
             if is_writer:
                 ScoreFile(scores, self._provenance()).save(self.output)
         else:
             shapes = {name: weight_of(module).shape for name, module in self.accumulator.modules.items()}
-            writer = ShardWriter(self.output.parent, shapes)
+            writer = ShardWriter(self.folder, shapes)
             for name, score in self.accumulator.each():
                 if is_writer:
                     writer.add(name, score)
@@ -295,7 +284,7 @@ class Attribution(StoppableModule):
         data = self.reference_samples
         options = {name: value for name, value in data.hparams.items() if name != "tokenizer"}
         return Provenance(
-            checkpoint=self.checkpoint,
+            checkpoint=self.checkpoint.name,
             checkpoint_fingerprint=str(self.identity["checkpoint_fingerprint"]),
             # A precision plugin of the trainer may have changed the dtype.
             spec=self.spec.resolved(self.layers, self.model.dtype),
@@ -310,10 +299,6 @@ class Attribution(StoppableModule):
             versions=versions(),
             git_hash=git_hash(),
         )
-
-    def summary(self) -> str:
-        """Say what was written, once the loop has ended; nothing on a rank that wrote nothing."""
-        return self.written
 
     @property
     def reference_samples(self) -> ReferenceSamples:

@@ -15,8 +15,8 @@ from sparc3_lightning.attribution.targets import logit_difference
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
-from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
+from sparc3_lightning.files import write_atomically
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Component, check
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.models.sharding import check_is_whole, load_for
@@ -34,6 +34,7 @@ from sparc3_lightning.selection.orders import (
     random_scores,
 )
 from sparc3_lightning.signals import StoppableModule
+from sparc3_lightning.stages.base import Stage
 
 CIRCUIT = "circuit.json"
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -41,7 +42,7 @@ RANDOM = "random order"
 FIGURES = ("accuracy", "logit_difference")
 
 
-class Circuit(StoppableModule):
+class Circuit(StoppableModule, Stage):
     """Takes the least relevant components out of a model step by step, and measures how often it is still right.
 
     It is right on a sample where the logit of the right next token is above that of the wrong one: in indirect object
@@ -60,6 +61,8 @@ class Circuit(StoppableModule):
         revision: Branch, tag or commit of a Hugging Face id.
     """
 
+    verb = "circuit"
+    OUTPUTS = (CIRCUIT,)
     model: Any
 
     def __init__(
@@ -83,30 +86,23 @@ class Circuit(StoppableModule):
             raise OptionError("num_random", f"must be at least 0, got {num_random}.")
         self.save_hyperparameters()
         self.groups = group_scores([Path(path) for path in scores])
-        self.checkpoint = checkpoint
+        self.checkpoint = Checkpoint(checkpoint, revision)
         self.sparsities = sorted(set(sparsities))
         self.threshold = threshold
         self.num_random = num_random
         self.dtype_name: Dtype = dtype
-        self.revision = revision
         self.model = None
         self.batches: list[dict[str, Any]] = []
-        self.written = ""
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
-        # Asked for once, by every rank: the answer is a broadcast.
-        self.folder = Path(self.trainer.log_dir or ".")
-        check_writable(self.folder)
-        check_absent(self.folder / CIRCUIT)
-        config = load_config(self.checkpoint, self.revision)
-        self.fingerprint = fingerprint(self.checkpoint, self.revision)
+        self.begin_loop()
         data: Any = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, ReferenceSamples):
             raise TypeError(f"A circuit needs a data module of samples with two tokens to compare (IOI), got {data!r}.")
         data.check_target("logit_difference")
-        check_context(config, data.longest, data.way_to_shorter)
-        self._check_groups(config)
+        self.checkpoint.check_context(data.longest, data.way_to_shorter)
+        self._check_groups()
         used = {name for of in self.groups for provenance in of.provenances for name in provenance.sample_ids}
         data.leave_out = used & {sample.id for sample in data.samples}
         self.num_samples = len(data.samples) - len(data.leave_out)
@@ -116,23 +112,23 @@ class Circuit(StoppableModule):
                 "Every sample was used to attribute, so none is left: choose another --data.init_args.seed than that "
                 "of --.scores.",
             )
-        check_same_on_all_ranks("checkpoint or data", [self.fingerprint, data.fingerprint()])
+        check_same_on_all_ranks("checkpoint or data", [self.checkpoint.fingerprint, data.fingerprint()])
         rank_zero_info(
             f"{self.num_samples} samples, {len(data.leave_out)} left out because they were used to attribute; "
             f"{len(self.groups)} curves of {sum(len(of.paths) for of in self.groups)} score files"
         )
 
-    def _check_groups(self, config: Any) -> None:
+    def _check_groups(self) -> None:
         """Refuse score files of another model, and of what cannot be taken out of it."""
-        model = skeleton_of(config)
+        model = self.checkpoint.skeleton()
         for of in self.groups:
             for path, provenance in zip(of.paths, of.provenances, strict=True):
-                if provenance.checkpoint_fingerprint != self.fingerprint:
+                if provenance.checkpoint_fingerprint != self.checkpoint.fingerprint:
                     raise OptionError(
                         "checkpoint",
                         f"{path} is for the checkpoint {provenance.checkpoint!r} "
-                        f"({provenance.checkpoint_fingerprint}), but --.checkpoint is {self.checkpoint!r} "
-                        f"({self.fingerprint}).",
+                        f"({provenance.checkpoint_fingerprint}), but --.checkpoint is {self.checkpoint.name!r} "
+                        f"({self.checkpoint.fingerprint}).",
                     )
             if of.granularity == "weight":
                 check_is_whole(self)
@@ -145,7 +141,7 @@ class Circuit(StoppableModule):
     def configure_model(self) -> None:
         """Load the model, once."""
         if self.model is None:
-            self.model = load_for(self, self.checkpoint, self.dtype_name, self.revision)
+            self.model = load_for(self, self.checkpoint, self.dtype_name)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Keep the batch: it is a few tokens, and all of them are measured each time that something is out."""
@@ -213,8 +209,8 @@ class Circuit(StoppableModule):
         if not self.trainer.is_global_zero:
             return
         provenance = {
-            "checkpoint": self.checkpoint,
-            "checkpoint_fingerprint": self.fingerprint,
+            "checkpoint": self.checkpoint.name,
+            "checkpoint_fingerprint": self.checkpoint.fingerprint,
             "scores": [{"path": str(path), **p.summary()} for path, p in zip(of.paths, of.provenances, strict=True)],
             "sample_ids": sorted({name for provenance in of.provenances for name in provenance.sample_ids}),
             "circuit": {**circuit, "whole_model": self.full, "threshold": self.threshold},
@@ -229,26 +225,19 @@ class Circuit(StoppableModule):
 
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         results = {
-            "checkpoint": self.checkpoint,
-            "checkpoint_fingerprint": self.fingerprint,
+            "checkpoint": self.checkpoint.name,
+            "checkpoint_fingerprint": self.checkpoint.fingerprint,
             "data": {"class": type(data).__name__, **data.hparams, **data.notes},
             "num_samples": self.num_samples,
             "num_left_out": len(data.leave_out),
             "whole_model": self.full,
             "threshold": self.threshold,
             "curves": found,
-            "versions": versions(),
-            "git_hash": git_hash(),
         }
         draw_circuit(results, self.folder / "circuit.png")
         write_atomically(self.folder / "circuit.csv", circuit_csv(found))
-        # Last, since a folder with circuit.json counts as complete.
-        write_atomically(self.folder / CIRCUIT, to_json(results))
-        self.written = f"\n{summary(results)}\n\nCircuits: {self.folder / CIRCUIT}"
-
-    def summary(self) -> str:
-        """Say what was found, once the loop has ended; nothing on a rank that wrote nothing."""
-        return self.written
+        self.finish(results)
+        self.written = f"\n{summary(results)}\n\nCircuits: {self.output}"
 
 
 def order_of(scores: Scores) -> Order:

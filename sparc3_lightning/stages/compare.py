@@ -6,21 +6,20 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from sparc3_lightning.attribution.scores import ScoreFile, average, check_match
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
-from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
+from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.models.components import Key
-from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.report.comparison import neurons_csv, overlaps_csv, summary
 from sparc3_lightning.selection.criteria import Scores, difference, normalized_difference
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
+from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.prune import NEURONS, SELECTION
 
 COMPARISON = "compare.json"
@@ -34,7 +33,7 @@ class Sides(NamedTuple):
     behavior: ScoreFile
 
 
-class Comparison(L.LightningModule):
+class Comparison(Stage):
     """Compares the pruned neurons of several behaviours, and the differential relevance of all neurons.
 
     Of lists of single weights the pruned ones alone are compared.
@@ -51,6 +50,9 @@ class Comparison(L.LightningModule):
         num_candidates: Neurons that the pruned ones were chosen from; None takes the number in the score files, or
             else in the selection.json beside each neurons.json.
     """
+
+    verb = "compare"
+    OUTPUTS = (COMPARISON,)
 
     def __init__(
         self,
@@ -103,8 +105,7 @@ class Comparison(L.LightningModule):
                 the score files lack a neuron of a list; if the number of candidates is not known.
             FileExistsError: If the folder holds a compare.json.
         """
-        check_writable(folder)
-        check_absent(folder / COMPARISON)
+        self.begin(folder)
         lists = [NeuronList.load(path) for path in self.paths]
         self._check_same_model(lists)
         granularity = lists[0].granularity
@@ -130,7 +131,6 @@ class Comparison(L.LightningModule):
             results["correlation"] = find_correlations(differential_SN, general_SN)
             of = {"all": differential_SN, "pruned": of_pruned}
             results["classes"] = {name: find_classes(self.names, values_SN) for name, values_SN in of.items()}
-        results |= {"versions": versions(), "git_hash": git_hash()}
         from sparc3_lightning.report.comparison import draw_correlation, draw_overlap, draw_profiles
 
         draw_overlap(results["lists"], results["overlaps"], folder / "overlap.png", granularity)
@@ -139,9 +139,8 @@ class Comparison(L.LightningModule):
             draw_correlation(self.names, results["correlation"], folder / "correlation.png")
         write_atomically(folder / "overlap.csv", overlaps_csv(results["overlaps"]))
         write_atomically(folder / "neurons.csv", neurons_csv(self.names, keys, lists, of_pruned))
-        # Last, since a folder with compare.json counts as complete.
-        write_atomically(folder / COMPARISON, to_json(results))
-        return f"\n{summary(results)}\n\nComparison: {folder / COMPARISON}"
+        self.finish(results)
+        return f"\n{summary(results)}\n\nComparison: {self.output}"
 
     def _check_same_model(self, lists: Sequence[NeuronList]) -> None:
         """Refuse lists whose neurons are not of the same checkpoint and layers."""

@@ -9,19 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.scores import WeightScores, check_match, load_index
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
-from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.architectures import ALL, find_targets, weight_of
-from sparc3_lightning.models.checkpoints import Dtype, check_unchanged, load_config, resolve_dtype, skeleton_of
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.export import export_edited
-from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
+from sparc3_lightning.stages.base import Stage
 
 SPARSITY = "sparsity.json"
 
@@ -51,7 +49,7 @@ class Ranking:
             yield name, prune_mask(score, sparsity, pattern)
 
 
-class Compression(L.LightningModule):
+class Compression(Stage):
     """Sets the weights of the lowest scores to zero, and writes the sparse checkpoint.
 
     The layers are those that were scored: ``sparc3 attribute --model.granularity weight --model.targets '[all]'``
@@ -67,6 +65,9 @@ class Compression(L.LightningModule):
             n of m weights side by side in a row.
         export_dtype: Of the exported weights; ``auto`` is the dtype the scores were computed in.
     """
+
+    verb = "compress"
+    OUTPUTS = (SPARSITY,)
 
     def __init__(
         self,
@@ -103,24 +104,22 @@ class Compression(L.LightningModule):
                 the others or the checkpoint; if the pattern does not fit a layer.
             FileExistsError: If the folder holds a sparsity.json.
         """
-        check_writable(folder)
-        check_absent(folder / SPARSITY)
+        self.begin(folder)
         files = [load_index(path, "general") for path in self.general]
         check_match(files)
         source = files[0].provenance
-        revision = check_unchanged(source.checkpoint, source.checkpoint_fingerprint)
-        num_parameters = _check_layers(files[0], revision)
+        checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
+        num_parameters = _check_layers(files[0], checkpoint)
         found: dict[str, Any] = {}
         name: Any = source.spec.dtype if self.export_dtype == "auto" else self.export_dtype
         export_edited(
-            source.checkpoint,
+            checkpoint,
             lambda model: found.update(zero_(model, Ranking(files).masks(self.sparsity, self.pattern))),
             self.export,
             dtype=resolve_dtype(name, torch.device("cpu")),
-            revision=revision,
         )
         share = found["num_pruned"] / num_parameters
-        content = {
+        results = {
             "pattern": self.pattern,
             "sparsity": self.sparsity,
             **found,
@@ -129,14 +128,11 @@ class Compression(L.LightningModule):
             "checkpoint": source.checkpoint,
             "checkpoint_fingerprint": source.checkpoint_fingerprint,
             "general": [{"path": str(file.path), **file.provenance.summary()} for file in files],
-            "versions": versions(),
-            "git_hash": git_hash(),
         }
-        # Last, since a folder with sparsity.json counts as complete.
-        write_atomically(folder / SPARSITY, to_json(content))
+        self.finish(results)
         return (
             f"{found['num_pruned']:,} of {found['num_weights']:,} weights in {len(found['layers'])} layers are zero, "
-            f"{share:.1%} of all parameters: {self.export}\nSparsity of each layer: {folder / SPARSITY}"
+            f"{share:.1%} of all parameters: {self.export}\nSparsity of each layer: {self.output}"
         )
 
 
@@ -163,13 +159,13 @@ def zero_(model: Any, masks: Iterator[tuple[str, Tensor]]) -> dict[str, Any]:
     return {"num_pruned": num_pruned, "num_weights": num_weights, "masks": digest.hexdigest()[:16], "layers": layers}
 
 
-def _check_layers(scores: WeightScores, revision: str | None) -> int:
+def _check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
     """Check that the model has the layers, none of them the head, before it is loaded; return its number of parameters.
 
     Raises:
         ValueError: If a layer is not there, or has another shape.
     """
-    model = skeleton_of(load_config(scores.provenance.checkpoint, revision))
+    model = checkpoint.skeleton()
     layers = find_targets(model, [ALL])
     for name, shape in scores.shapes.items():
         if name not in layers:

@@ -17,8 +17,8 @@ from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling, continue
 from sparc3_lightning.evaluation.metrics import Perplexity, pair_rows
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, neurons_of, plan
 from sparc3_lightning.evaluation.zero_shot import accuracies, check_tasks, fetch_tasks
-from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
-from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
+from sparc3_lightning.files import to_json, write_atomically
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import check
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
@@ -28,13 +28,14 @@ from sparc3_lightning.scorers.base import Remembering
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.signals import StoppableModule
+from sparc3_lightning.stages.base import Stage
 
 RESULTS = "results.json"
 COMPLETIONS = "completions.jsonl"
 REPORT = "report.html"
 
 
-class Evaluation(StoppableModule):
+class Evaluation(StoppableModule, Stage):
     """Measures perplexity on a text and the toxicity of continuations of prompts, before and after neurons are off.
 
     Args:
@@ -72,6 +73,7 @@ class Evaluation(StoppableModule):
 
     model: Any
     verb = "evaluate"
+    OUTPUTS = (RESULTS,)
     lists: Mapping[str, NeuronList] = {}
 
     def __init__(
@@ -121,7 +123,7 @@ class Evaluation(StoppableModule):
         self.variants = plan(self.lists, self.num_continuations, controls, control_continuations, doses, strengths)
         self.save_hyperparameters()
         self.behavior = behavior
-        self.checkpoint, self.revision = checkpoint, revision
+        self.checkpoint = Checkpoint(checkpoint, revision)
         self.neurons_path = neurons
         self.scorer_names = [name for name in (scorer, second_scorer) if name is not None]
         self.dtype_name: Dtype = dtype
@@ -137,30 +139,29 @@ class Evaluation(StoppableModule):
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked, and fetch what is missing, before the model is loaded."""
-        self.folder = Path(self.trainer.log_dir or ".")  # asked for once, by every rank: the answer is a broadcast
-        check_writable(self.folder)
-        check_absent(self.folder / RESULTS)
+        self.begin_loop()
         if self.zero_shot[0] and self.trainer.world_size > 1:
             raise OptionError("lm_eval_tasks", "needs one device: measure zero-shot accuracy in a run of its own.")
-        config = load_config(self.checkpoint, self.revision)
-        self.fingerprint = fingerprint(self.checkpoint, self.revision)
+        self.fingerprint = self.checkpoint.fingerprint
         data = self.data
-        check_context(config, data.text.window, "lower --data.text.window")
-        check_context(config, data.prompts.longest + self.sampling.max_new_tokens, "lower --model.max_new_tokens")
+        self.checkpoint.check_context(data.text.window, "lower --data.text.window")
+        self.checkpoint.check_context(
+            data.prompts.longest + self.sampling.max_new_tokens, "lower --model.max_new_tokens"
+        )
         if data.pairs is not None:
-            check_context(config, data.pairs.longest, "take shorter --data.pairs")
+            self.checkpoint.check_context(data.pairs.longest, "take shorter --data.pairs")
         for selection, neurons in self.lists.items():
             of, theirs = neurons.provenance, neurons.provenance.get("checkpoint_fingerprint")
             if theirs != self.fingerprint:
                 raise OptionError(
                     "checkpoint",
                     f"{selection or self.neurons_path} is for the checkpoint {of.get('checkpoint')!r} ({theirs}), but "
-                    f"--.checkpoint is {self.checkpoint!r} ({self.fingerprint}).",
+                    f"--.checkpoint is {self.checkpoint.name!r} ({self.fingerprint}).",
                 )
         if any(of.granularity == "weight" for of in self.lists.values()):
             check_is_whole(self)
         if self.lists:
-            skeleton = skeleton_of(config)
+            skeleton = self.checkpoint.skeleton()
             for neurons in self.lists.values():
                 check(skeleton, neurons.all())
         fetch_tasks(*self.zero_shot[:2])
@@ -176,7 +177,7 @@ class Evaluation(StoppableModule):
         if self.model is None:
             device = self.trainer.strategy.root_device
             self.scorers = [Remembering(load_scorer(name, device)) for name in self.scorer_names]
-            self.model = load_for(self, self.checkpoint, self.dtype_name, self.revision)
+            self.model = load_for(self, self.checkpoint, self.dtype_name)
 
     def on_test_start(self) -> None:
         """Decide which neurons each model is without, and make its metrics."""
@@ -335,7 +336,7 @@ def evaluation_settings(module: Any, data: Any) -> dict[str, Any]:
                 "seed": run_seed(),
             },
         },
-        "checkpoint": module.checkpoint,
+        "checkpoint": module.checkpoint.name,
         "checkpoint_fingerprint": module.fingerprint,
         "neurons": str(module.neurons_path) if module.neurons_path else None,
         "num_neurons": module.num_neurons,

@@ -20,7 +20,7 @@ from sparc3_lightning.attribution.targets import LEXICAL
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.zero_shot import fetch_tasks
 from sparc3_lightning.files import check_writable, write_atomically
-from sparc3_lightning.models.checkpoints import Dtype, fetch_checkpoint, fingerprint
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.report.page import summary_table
 from sparc3_lightning.scorers.registry import fetch_scorer
@@ -96,11 +96,10 @@ class Experiment:
     ) -> None:
         if not general_seeds or len(set(general_seeds)) != len(general_seeds):
             raise OptionError("general_seeds", f"must be different seeds, at least one, got {list(general_seeds)}.")
-        self.checkpoint = checkpoint
+        self.checkpoint = Checkpoint(checkpoint, revision)
         self.general_seeds = list(general_seeds)
         self.behavior_attribute = behavior_attribute or {}
         self.dtype: Dtype = dtype
-        self.revision = revision
         self.logs = Path(logs)
 
     def plan(self, options: dict[str, Any]) -> list[StageRun]:
@@ -120,7 +119,7 @@ class Experiment:
                 f"--general: {options['general']['class_path']} draws the same samples whatever the seed, so "
                 f"--.general_seeds must be one seed, got {self.general_seeds}.",
             )
-        model = {"checkpoint": self.checkpoint, "dtype": self.dtype, "revision": self.revision}
+        model = {"checkpoint": self.checkpoint.name, "dtype": self.dtype, "revision": self.checkpoint.revision}
         of_general = {**options["attribute"], **model}
         of_behavior = attribution_options({**options["attribute"], **self.behavior_attribute, **model})
         check_attributions(of_general, of_behavior)
@@ -236,7 +235,7 @@ class Experiment:
         """
         check_writable(folder)
         needs: list[tuple[str, Callable[[], list[Path]]]] = [
-            ("checkpoint", lambda: fetch_checkpoint(self.checkpoint, self.revision)),
+            ("checkpoint", self.checkpoint.fetch),
             ("scorer", lambda: fetch_scorer(options["evaluate"]["scorer"])),
         ]
         second = options["evaluate"].get("second_scorer")
@@ -271,9 +270,9 @@ class Experiment:
 
     def _fetch_data(self, name: str, data: dict[str, Any]) -> list[Path]:
         module = instantiate_class((), data)
-        # A price is measured with the very commit that was attributed.
-        revision = revision_of(fingerprint(self.checkpoint, self.revision)) if name == "budget" else self.revision
-        module.model_checkpoint = (self.checkpoint, revision)
+        module.model_checkpoint = self.checkpoint
+        if name == "budget":  # it is measured with the very commit that was attributed
+            module.model_checkpoint = Checkpoint(self.checkpoint.name, revision_of(self.checkpoint.fingerprint))
         module.prepare_data()
         return module.fetched_files()
 

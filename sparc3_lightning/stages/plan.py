@@ -9,7 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from sparc3_lightning.attribution.targets import LEXICAL
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.variants import check_numbers
-from sparc3_lightning.models.checkpoints import fingerprint
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.scorers.base import split_label
 from sparc3_lightning.sources import is_local, sha256_of
 from sparc3_lightning.stages.attribute import Attribution
@@ -164,7 +164,9 @@ def digests_of(value: Any, made: Path | None) -> list[str]:
             continue
         path = split_label(path)[0] if key in SCORERS else path
         if is_local(path) and path != str(made):
-            found.append(fingerprint(path) if key == "checkpoint" else _content(Path(path).expanduser(), key))
+            found.append(
+                Checkpoint(path).fingerprint if key == "checkpoint" else _content(Path(path).expanduser(), key)
+            )
     return found + [digest for item in value.values() for digest in digests_of(item, made)]
 
 

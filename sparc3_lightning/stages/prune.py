@@ -7,22 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from sparc3_lightning.attribution.scores import ScoreFile, average, check_match, load_matching
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
-from sparc3_lightning.files import check_absent, check_writable, write_atomically
-from sparc3_lightning.models.checkpoints import (
-    Dtype,
-    check_context,
-    check_unchanged,
-    load_config,
-    load_model,
-    resolve_dtype,
-)
+from sparc3_lightning.files import write_atomically
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.models.export import check_takes_means, export_pruned
 from sparc3_lightning.models.neurons import check_are_neurons
@@ -40,12 +32,13 @@ from sparc3_lightning.selection.neuron_selection import (
     rank_neurons,
 )
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
+from sparc3_lightning.stages.base import Stage
 
 NEURONS = "neurons.json"
 SELECTION = "selection.json"
 
 
-class Pruning(L.LightningModule):
+class Pruning(Stage):
     """Selects the neurons, or single weights, that serve the behaviour most over all layers, and writes neurons.json.
 
     Args:
@@ -83,6 +76,9 @@ class Pruning(L.LightningModule):
             It must not exist.
         export_dtype: Of the exported weights; ``auto`` is the dtype the scores were computed in.
     """
+
+    verb = "prune"
+    OUTPUTS = (NEURONS,)
 
     def __init__(
         self,
@@ -170,8 +166,7 @@ class Pruning(L.LightningModule):
                 if not one neuron is within the budget.
             FileExistsError: If the folder holds a neurons.json.
         """
-        check_writable(folder)
-        check_absent(folder / NEURONS)
+        self.begin(folder)
         if self.max_perplexity_increase is not None and text is None:
             raise OptionError("max_perplexity_increase", "needs a text: --data C4 --data.source <file> and so on.")
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
@@ -192,7 +187,7 @@ class Pruning(L.LightningModule):
         if self.export is not None:
             self._export(neurons)
         # Last, since a folder with neurons.json counts as complete.
-        neurons.save(folder / NEURONS)
+        neurons.save(self.output)
         self._describe(neurons, selection, folder)
         return neurons
 
@@ -205,7 +200,8 @@ class Pruning(L.LightningModule):
             check_are_neurons(behavior_file.scores)
             if self.export is not None and self.replacement == "mean":
                 source = behavior_file.provenance
-                check_takes_means(source.checkpoint, source.checkpoint_fingerprint, behavior_file.scores)
+                checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
+                check_takes_means(checkpoint, behavior_file.scores)
         elif self.refine:
             raise OptionError("refine", "is for neurons, and these are scores of heads: leave it out.")
         general, behavior = average(general_files), behavior_file.scores
@@ -271,11 +267,10 @@ class Pruning(L.LightningModule):
     def _export(self, neurons: NeuronList) -> None:
         assert self.export is not None
         of = neurons.provenance
-        checkpoint = of["checkpoint"]
-        revision = check_unchanged(checkpoint, of["checkpoint_fingerprint"])
+        checkpoint = Checkpoint.unchanged(of["checkpoint"], of["checkpoint_fingerprint"])
         name: Any = of["behavior"]["spec"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
         dtype = resolve_dtype(name, torch.device("cpu"))
-        export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype, revision=revision)
+        export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype)
         rank_zero_info(f"Pruned checkpoint: {self.export}")
 
 
@@ -302,19 +297,19 @@ def within_budget(
         ValueError: If the checkpoint has changed, no document is left, or not one neuron is within the budget.
     """
     of = general[0].provenance
-    revision = check_unchanged(of.checkpoint, of.checkpoint_fingerprint)
-    text.model_checkpoint = of.checkpoint, revision
+    checkpoint = Checkpoint.unchanged(of.checkpoint, of.checkpoint_fingerprint)
+    text.model_checkpoint = checkpoint
     text.prepare_data()
     text.setup("predict")
-    check_context(load_config(of.checkpoint, revision), text.longest, text.way_to_shorter)
+    checkpoint.check_context(text.longest, text.way_to_shorter)
     same = [file.provenance for file in general if _are_of_one_source(text, file.provenance.data)]
     text.leave_out = {id_ for provenance in same for id_ in provenance.sample_ids}
     left = [sample for sample in text.samples if sample.id not in text.leave_out]
     if not left:
         raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
-    model = load_model(of.checkpoint, getattr(torch, of.spec.dtype), revision).to(device)
-    rise = PerplexityRise(model, text.predict_dataloader())
+    model: torch.nn.Module = checkpoint.load(getattr(torch, of.spec.dtype))
+    rise = PerplexityRise(model.to(device), text.predict_dataloader())
     chosen = spend(rise, ranked, budget)
     return chosen, {
         "max_perplexity_increase": budget.max_perplexity_increase,

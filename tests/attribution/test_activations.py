@@ -10,7 +10,7 @@ from helpers import sentence
 from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationRecorder, Activations
 from sparc3_lightning.attribution.progress import Progress, load_progress
 from sparc3_lightning.cli import main
-from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.stages.attribute import Attribution
 
@@ -32,7 +32,7 @@ def attribute(checkpoint: str, prompts: Path, *options: str) -> None:
 
 
 def by_hand(checkpoint: str, prompts: Path) -> dict[str, torch.Tensor]:
-    model, tokenizer = load_model(checkpoint, torch.float32), load_tokenizer(checkpoint)
+    model, tokenizer = load_model(checkpoint, torch.float32), Checkpoint(checkpoint).tokenizer()
     rows: dict[str, list[torch.Tensor]] = {UP.format(layer): [] for layer in range(2)}
     for line in prompts.read_text().splitlines():
         ids = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"]])

@@ -22,7 +22,7 @@ from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.variants import neurons_of, plan
 from sparc3_lightning.models.architectures import blocks_of, weight_of
-from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.sharding import load_sharded
 from sparc3_lightning.selection.criteria import POOL
@@ -127,7 +127,7 @@ def test_the_mean_activation_of_each_sample_of_a_padded_batch_is_that_of_one_at_
     checkpoint = make_checkpoint(family)
     scores_of(checkpoint, "out", 4, activations=True)
     found = Activations.load(Path("out") / ACTIVATIONS)
-    model, tokenizer = load_model(checkpoint, torch.float32), load_tokenizer(checkpoint)
+    model, tokenizer = load_model(checkpoint, torch.float32), Checkpoint(checkpoint).tokenizer()
     act = {"gpt2": partial(torch.nn.functional.gelu, approximate="tanh"), "opt": torch.relu}[family]
     layers = {mlp_of(family, k)[0][0]: [] for k in range(2)}
     for name, means in layers.items():
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_the_model_without_its_head_is_read_in_shards_too(make_c
     assert not any(name.startswith(f"{model.base_model_prefix}.") for name in weights)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    sharded = load_sharded("./headless", torch.float32, mesh, torch.device("cpu"))
+    sharded = load_sharded(Checkpoint("./headless"), torch.float32, mesh, torch.device("cpu"))
     input_ids = torch.tensor([[5, 17, 42, 8]])
     with torch.no_grad():
         torch.testing.assert_close(sharded(input_ids).logits, model(input_ids).logits)
@@ -182,7 +182,7 @@ def test_a_sharded_model_ends_at_the_tokens_of_its_generation_config(make_checkp
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     for model in (
         load_model(str(folder), torch.float32),
-        load_sharded(str(folder), torch.float32, mesh, torch.device("cpu")),
+        load_sharded(Checkpoint(str(folder)), torch.float32, mesh, torch.device("cpu")),
     ):
         assert model.generation_config.eos_token_id == [2, 5]
 
@@ -198,7 +198,7 @@ def test_controls_of_a_sharded_model_have_the_largest_weights(make_checkpoint, f
     heaviest = sorted(range(24), key=lambda i: -norms[i])[:POOL]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    sharded = load_sharded(make_checkpoint(family), torch.float32, mesh, torch.device("cpu"))
+    sharded = load_sharded(Checkpoint(make_checkpoint(family)), torch.float32, mesh, torch.device("cpu"))
     variants = plan({"": pruned}, 1, controls=10)
     for of in (model, sharded):
         off = neurons_of(variants, {"": pruned}, of, 0)

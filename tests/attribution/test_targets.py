@@ -19,7 +19,7 @@ from sparc3_lightning.attribution.targets import (
 )
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
-from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.stages.attribute import SCORES, Attribution
 
 LEXICON = [5, 17, 40]
@@ -74,7 +74,7 @@ def test_a_sample_of_which_no_token_counts_has_the_target_zero(make_model):
 
 
 def test_the_lexicon_is_what_the_scorer_finds_toxic(tiny_checkpoint):
-    tokenizer = load_tokenizer(tiny_checkpoint)
+    tokenizer = Checkpoint(tiny_checkpoint).tokenizer()
     bad = {tokenizer.decode([i]).strip() for i in (10, 20)}
     seen: list[str] = []
 
@@ -126,7 +126,7 @@ def run(checkpoint: str, data: ToxicPrompts, **options: Any) -> tuple[dict[str, 
 
 def oracle_scores(module: Attribution, relevance: str, target: str) -> dict[str, Tensor]:
     """One sample and one token at a time: activation of the neuron times gradient of the target."""
-    model = load_model(module.checkpoint, torch.float64)
+    model = module.checkpoint.load(torch.float64)
     downs = {name: layer for name, layer in model.named_modules() if name.endswith("down_proj")}
     totals: dict[str, Tensor] = {}
     samples = module.reference_samples.samples
@@ -180,7 +180,7 @@ def test_only_the_continuation_counts_for_the_target_text(tiny_checkpoint, promp
     _, module = run(tiny_checkpoint, data, target="text")
     rows = [json.loads(line) for line in Path(prompts).read_text().splitlines()]
     kept = [row for row in rows if row["continuation"]["toxicity"] == 0.9][:2]
-    tokenizer = load_tokenizer(tiny_checkpoint)
+    tokenizer = Checkpoint(tiny_checkpoint).tokenizer()
     for sample, row in zip(module.reference_samples.samples, kept, strict=True):
         assert sample.input_ids == tokenizer(row["prompt"]["text"] + row["continuation"]["text"])["input_ids"]
         assert sample.start == len(tokenizer(row["prompt"]["text"])["input_ids"])
@@ -188,10 +188,10 @@ def test_only_the_continuation_counts_for_the_target_text(tiny_checkpoint, promp
 
 def test_harmless_prompts_are_chosen_by_a_range(tiny_checkpoint, prompts):
     data = ToxicPrompts(prompts, num_samples=3, min_toxicity=0.0, max_toxicity=0.2)
-    assert len(data.read_samples(load_tokenizer(tiny_checkpoint))) == 3
+    assert len(data.read_samples(Checkpoint(tiny_checkpoint).tokenizer())) == 3
     with pytest.raises(ValueError, match=r"Only 3 of 9 prompts .* at least 0.0 and at most 0.2"):
         ToxicPrompts(prompts, num_samples=4, min_toxicity=0.0, max_toxicity=0.2).read_samples(
-            load_tokenizer(tiny_checkpoint)
+            Checkpoint(tiny_checkpoint).tokenizer()
         )
 
 
@@ -205,7 +205,7 @@ def test_the_models_own_continuations_are_samples_of_their_own(tiny_checkpoint):
     ]
     lines = [json.dumps(dict(zip(fields, row, strict=True))) for row in rows]
     Path("completions.jsonl").write_text("\n".join(lines))
-    tokenizer = load_tokenizer(tiny_checkpoint)
+    tokenizer = Checkpoint(tiny_checkpoint).tokenizer()
 
     def samples(number: int) -> list[Sample]:
         of = {"by": "continuation", "continuation_toxicity": (0.5, 1.0), "num_samples": number}

@@ -21,7 +21,7 @@ from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.models.architectures import find_targets
-from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 
 SHAPES = ((8, 256), (4, 1024))
 
@@ -111,7 +111,7 @@ def main() -> None:
     options = parse(__doc__, turns={"type": int, "default": 3})
     model = load_model(CHECKPOINT, torch.float32)
     text = WikiText2(TEXT, 1024, 512, text_field="document", num_tokens=8192)
-    text.setup_windows(load_tokenizer(CHECKPOINT))
+    text.setup_windows(Checkpoint(CHECKPOINT).tokenizer())
     found = {}
     for samples, tokens in SHAPES:
         figures = measure(model, text.input_ids[: samples * tokens].reshape(samples, tokens), options.turns)

@@ -24,7 +24,7 @@ from sparc3_lightning.attribution.targets import largest_logit, text_log_probabi
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.models.architectures import find_targets
-from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.selection.sparsity import prune_mask
 from sparc3_lightning.stages.compress import zero_
@@ -79,7 +79,7 @@ def main() -> None:
             sys.exit(f"--{option}: {getattr(options, option)} does not exist; give the path of a copy.")
     model = load_model(CHECKPOINT, torch.bfloat16)
     text = WikiText2(str(options.wikitext), 1024, 1024, ["disjoint"], options.tokens)
-    text.setup_windows(load_tokenizer(CHECKPOINT))
+    text.setup_windows(Checkpoint(CHECKPOINT).tokenizer())
     whole = {name: layer.weight.clone() for name, layer in find_targets(model, ["all"]).items()}
     found: dict[str, dict[float, list[float]]] = {}
 

@@ -20,7 +20,7 @@ from lightning import Callback
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.scorers.registry import load_scorer
 from sparc3_lightning.stages.evaluate import RESULTS, Evaluation
 
@@ -59,7 +59,7 @@ def ours() -> tuple[list[float], dict[str, float]]:
 @torch.inference_mode()
 def loop() -> tuple[list[float], dict[str, float]]:
     """Do the same one at a time."""
-    model, tokenizer = load_model(CHECKPOINT, torch.float32), load_tokenizer(CHECKPOINT)
+    model, tokenizer = load_model(CHECKPOINT, torch.float32), Checkpoint(CHECKPOINT).tokenizer()
     scorer, of = load_scorer("small"), data()
     of.text.setup_windows(tokenizer)
     of.prompts.setup_prompts((), tokenizer)

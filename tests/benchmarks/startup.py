@@ -15,7 +15,7 @@ from common import CHECKPOINT, parse, write
 
 LOAD = f"""
 import time
-from sparc3_lightning.checkpoints import load_model
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 import torch, transformers.models.llama.modeling_llama
 start = time.perf_counter()
 load_model({CHECKPOINT!r}, torch.float32)

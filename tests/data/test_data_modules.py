@@ -19,7 +19,7 @@ from sparc3_lightning.data.prompts import Prompt, prompt_id, read_prompts
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2, disjoint_windows, sliding_windows
-from sparc3_lightning.models.checkpoints import load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.sources import read_records
 
 IDS = {word: number for number, word in enumerate(WORDS, start=4)}
@@ -176,15 +176,15 @@ def test_without_a_tokenizer_and_a_model_the_option_is_named(documents: str) -> 
 
 def test_the_tokenizer_is_that_of_the_model_unless_another_is_named(documents: str, tiny_checkpoint: str) -> None:
     data = C4(documents, num_samples=1, seq_len=5)
-    module = SimpleNamespace(checkpoint=tiny_checkpoint, revision="main")
+    module = SimpleNamespace(checkpoint=Checkpoint(tiny_checkpoint, "main"))
     data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
-    assert data.tokenizer_checkpoint == (tiny_checkpoint, "main")
+    assert data.tokenizer_checkpoint == Checkpoint(tiny_checkpoint, "main")
     assert len(set_up(data).samples) == 1
     data.tokenizer = "other"
-    assert data.tokenizer_checkpoint == ("other", None)
+    assert data.tokenizer_checkpoint == Checkpoint("other")
     data = C4(documents, num_samples=1, seq_len=5)
-    data.model_checkpoint = (tiny_checkpoint, "main")
-    assert data.tokenizer_checkpoint == (tiny_checkpoint, "main")
+    data.model_checkpoint = Checkpoint(tiny_checkpoint, "main")
+    assert data.tokenizer_checkpoint == Checkpoint(tiny_checkpoint, "main")
 
 
 class Stream:
@@ -222,7 +222,7 @@ def test_documents_of_the_hub_are_streamed_shuffled_and_long_enough(stream: Stre
     data = set_up(from_hub(tiny_checkpoint))
     assert stream.opened == [(HubDataset("allenai/c4", "en", "train"), True)]
     assert {len(sample.input_ids) for sample in data.samples} == {12}
-    tokenizer = load_tokenizer(tiny_checkpoint)
+    tokenizer = Checkpoint(tiny_checkpoint).tokenizer()
     in_order = [ids for ids in (tokenizer(text)["input_ids"][:12] for text in stream.texts) if len(ids) == 12]
     taken = [sample.input_ids for sample in data.samples]
     assert all(ids in in_order for ids in taken)
@@ -835,7 +835,7 @@ def other_tokenizer(tiny_checkpoint: str, tmp_path: Path) -> str:
 
 def in_the_hands_of(data: Any, checkpoint: str, stage: str) -> Any:
     """Set data up as a trainer does for a module with a checkpoint."""
-    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(checkpoint=checkpoint, revision=None))
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(checkpoint=Checkpoint(checkpoint)))
     data.setup(stage)
     return data
 
@@ -860,7 +860,7 @@ def test_a_second_checkpoint_with_the_same_data_module_gets_tokens_of_its_own(
 def test_the_prompts_that_the_module_excludes_are_left_out(evaluation: EvaluationData, tiny_checkpoint: str) -> None:
     evaluation.text.tokenizer = evaluation.prompts.tokenizer = None
     excluded = {prompt_id(PROMPTS[5])}
-    module = SimpleNamespace(checkpoint=tiny_checkpoint, revision=None, excluded_prompts=excluded)
+    module = SimpleNamespace(checkpoint=Checkpoint(tiny_checkpoint), excluded_prompts=excluded)
     evaluation.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
     evaluation.setup("test")
     assert texts_of(evaluation.prompts) == {PROMPTS[i] for i in (0, 3, 6)}

@@ -323,7 +323,7 @@ def test_n_grams_do_not_reach_from_one_continuation_into_the_next():
 @pytest.mark.usefixtures("all_cores")
 @pytest.mark.timeout(1800)
 def test_perplexity_of_a_real_model_on_wikitext2_equals_the_loop_with_labels(shared):
-    from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
+    from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 
     model = load_model(SMOLLM2, torch.float32)
     # Strides of 512 would take nearly twice as long.
@@ -335,7 +335,7 @@ def test_perplexity_of_a_real_model_on_wikitext2_equals_the_loop_with_labels(sha
         conventions=["sliding"],
         batch_size=2,
     )
-    text.setup_windows(load_tokenizer(SMOLLM2))
+    text.setup_windows(Checkpoint(SMOLLM2).tokenizer())
     metric = Perplexity()
     with torch.inference_mode():
         for batch in text.test_dataloader():

@@ -14,7 +14,7 @@ from sparc3_lightning.data.sentence_pairs import SentencePairs, beginnings
 from sparc3_lightning.evaluation.findings import preference
 from sparc3_lightning.evaluation.intervals import paired_difference
 from sparc3_lightning.evaluation.metrics import pair_rows
-from sparc3_lightning.models.checkpoints import load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.likelihood import log_likelihoods
 
 PAIRS = [
@@ -43,7 +43,7 @@ def set_up(tokenizer: str, exclude: Any = (), rows: Any = PAIRS, **options: Any)
 def test_the_likelihood_of_a_sentence_is_that_of_all_its_tokens_whatever_is_beside_it(
     batch_size, make_model, tiny_checkpoint
 ):
-    model, tokenizer = make_model(), load_tokenizer(tiny_checkpoint)
+    model, tokenizer = make_model(), Checkpoint(tiny_checkpoint).tokenizer()
     rows = [
         row
         for batch in set_up(tiny_checkpoint, batch_size=batch_size).test_dataloader()

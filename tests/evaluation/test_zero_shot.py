@@ -14,7 +14,7 @@ from helpers import sentence
 
 from sparc3_lightning.evaluation import zero_shot
 from sparc3_lightning.evaluation.zero_shot import accuracy, check_tasks, fetch_tasks
-from sparc3_lightning.models.checkpoints import load_model, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, mask
 
 NEURONS = [Component(f"model.layers.{i}.mlp.up_proj", j, -1.0) for i in range(2) for j in range(0, 24, 2)]
@@ -81,7 +81,7 @@ def likeliest(model: Any, tokenizer: Any, documents: list[dict[str, Any]]) -> li
 
 @pytest.mark.usefixtures("own_tasks_only")
 def test_accuracy_before_and_after_is_that_of_the_likeliest_choices(folder: Path, tiny_checkpoint: str) -> None:
-    model, tokenizer = load_model(tiny_checkpoint, torch.float32), load_tokenizer(tiny_checkpoint)
+    model, tokenizer = load_model(tiny_checkpoint, torch.float32), Checkpoint(tiny_checkpoint).tokenizer()
     labels = [document["label"] for document in DOCUMENTS]
     accuracies = []
     for neurons in ([], NEURONS):
@@ -100,7 +100,7 @@ def test_accuracy_before_and_after_is_that_of_the_likeliest_choices(folder: Path
 
 @pytest.mark.usefixtures("own_tasks_only")
 def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(folder: Path, tiny_checkpoint: str) -> None:
-    model, tokenizer = load_model(tiny_checkpoint, torch.float32), load_tokenizer(tiny_checkpoint)
+    model, tokenizer = load_model(tiny_checkpoint, torch.float32), Checkpoint(tiny_checkpoint).tokenizer()
     before = [parameter.clone() for parameter in model.parameters()]
     found = accuracy(model, tokenizer, ["toy_choice"], folder, limit=7)
     chosen = likeliest(model, tokenizer, DOCUMENTS[:7])

@@ -17,16 +17,7 @@ import torch
 from helpers import WORDS, make_config, sentence
 from safetensors.torch import load_file, save_file
 
-from sparc3_lightning.models import checkpoints
-from sparc3_lightning.models.checkpoints import (
-    fetch_checkpoint,
-    fingerprint,
-    load_config,
-    load_model,
-    load_tokenizer,
-    locate,
-    resolve_dtype,
-)
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model, resolve_dtype
 from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.sources import PICKLED, explain_hub_error
@@ -41,25 +32,37 @@ def copied(tiny_checkpoint: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copied"))
 
 
+def config(checkpoint: Checkpoint) -> Any:
+    return checkpoint.config
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    return checkpoint.fingerprint
+
+
+def load_float32(checkpoint: Checkpoint) -> Any:
+    return checkpoint.load(torch.float32)
+
+
 def is_one_sentence(message: str) -> bool:
     return "\n" not in message and message.endswith(".") and ". " not in message
 
 
 def test_a_folder_is_found_by_its_path(copied: Path) -> None:
-    assert locate(str(copied)) == str(copied)
-    assert locate("copied") == "copied"
-    assert locate("./copied") == "copied"
+    assert Checkpoint(str(copied)).location == str(copied)
+    assert Checkpoint("copied").location == "copied"
+    assert Checkpoint("./copied").location == "copied"
 
 
 @pytest.mark.parametrize("checkpoint", ["meta-llama/Meta-Llama-3-8B", "gpt2"])
 def test_the_id_of_a_hub_repository_passes_through(checkpoint: str) -> None:
-    assert locate(checkpoint) == checkpoint
+    assert Checkpoint(checkpoint).location == checkpoint
 
 
 def test_a_folder_without_config_json_is_not_a_checkpoint(copied: Path) -> None:
     (copied / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"copied is not a checkpoint: it has no config.json"):
-        locate(str(copied))
+        _ = Checkpoint(str(copied)).location
 
 
 def test_a_folder_with_pickled_weights_only_is_refused(copied: Path) -> None:
@@ -71,13 +74,13 @@ def test_a_folder_with_pickled_weights_only_is_refused(copied: Path) -> None:
 @pytest.mark.parametrize("checkpoint", ["missing.gguf", "./missing", "/missing/folder", "~/missing", "a/b/c"])
 def test_a_local_path_that_does_not_exist_is_not_taken_for_a_hub_id(checkpoint: str) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        locate(checkpoint)
+        _ = Checkpoint(checkpoint).location
 
 
 def test_a_file_that_is_no_gguf_file_is_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="neither a checkpoint folder nor a GGUF file"):
-        locate(str(tmp_path / "model.safetensors"))
+        _ = Checkpoint(str(tmp_path / "model.safetensors")).location
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -108,7 +111,7 @@ def test_a_named_dtype_holds_on_any_device(device: str) -> None:
 
 
 def test_the_tokenizer_of_the_checkpoint_is_loaded(tiny_checkpoint: str) -> None:
-    tokenizer = load_tokenizer(tiny_checkpoint)
+    tokenizer = Checkpoint(tiny_checkpoint).tokenizer()
     assert tokenizer(f"{WORDS[0]} {WORDS[7]} unknownword")["input_ids"] == [4, 11, 3]
     assert tokenizer.pad_token == "<pad>"
 
@@ -119,19 +122,19 @@ def test_a_tokenizer_without_a_padding_token_pads_with_the_end_of_sequence(copie
     del config["pad_token"]
     path.write_text(json.dumps(config))
     (copied / "special_tokens_map.json").unlink(missing_ok=True)
-    assert load_tokenizer(str(copied)).pad_token == "</s>"
+    assert Checkpoint(str(copied)).tokenizer().pad_token == "</s>"
 
 
 def test_the_files_of_a_local_checkpoint_are_listed(tiny_checkpoint: str) -> None:
-    names = {path.name for path in fetch_checkpoint(tiny_checkpoint)}
+    names = {path.name for path in Checkpoint(tiny_checkpoint).fetch()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
 
 
 def test_an_unknown_architecture_is_one_sentence_with_the_way_out(copied: Path) -> None:
     (copied / "config.json").write_text('{"model_type": "nonsense"}')
-    for load in (load_config, lambda checkpoint: load_model(checkpoint, torch.float32)):
+    for load in (config, load_float32):
         with pytest.raises(ValueError, match="does not know the architecture") as raised:
-            load(str(copied))
+            load(Checkpoint(str(copied)))
         message = str(raised.value)
         assert is_one_sentence(message), message
         assert "nonsense" in message
@@ -142,13 +145,13 @@ def test_an_unknown_architecture_is_one_sentence_with_the_way_out(copied: Path) 
 def test_a_config_without_a_model_type_is_a_clear_error(copied: Path) -> None:
     (copied / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"does not know the architecture.*model_type"):
-        load_config(str(copied))
+        _ = Checkpoint(str(copied)).config
 
 
 def test_a_config_that_is_not_json_is_a_clear_error(copied: Path) -> None:
     (copied / "config.json").write_text('{"model_type": ')
     with pytest.raises(OSError, match=r"copied.*not a valid JSON file"):
-        load_config(str(copied))
+        _ = Checkpoint(str(copied)).config
 
 
 @pytest.mark.parametrize("architecture", ["vit", "t5"])
@@ -196,9 +199,9 @@ def test_what_transformers_says_of_the_hub_becomes_one_sentence(
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
-    for load in (load_config, load_tokenizer, fingerprint, lambda name: load_model(name, torch.float32)):
+    for ask in (config, Checkpoint.tokenizer, fingerprint, load_float32):
         with pytest.raises(OSError, match=r"^'org/name' ") as raised:
-            load("org/name")
+            ask(Checkpoint("org/name"))
         assert str(raised.value) == f"'org/name' {expected}"
         assert raised.value.__cause__ is None
 
@@ -248,9 +251,9 @@ def test_without_a_network_a_hub_id_is_one_sentence_with_the_way_out(monkeypatch
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for load in (load_config, load_tokenizer, fetch_checkpoint, lambda name: load_model(name, torch.float32)):
+    for ask in (config, Checkpoint.tokenizer, Checkpoint.fetch, load_float32):
         with pytest.raises(OSError, match="hub cannot be reached") as raised:
-            load("sparc3-tests/no-such-model")
+            ask(Checkpoint("sparc3-tests/no-such-model"))
         assert str(raised.value) == f"'sparc3-tests/no-such-model' {NO_NETWORK}"
 
 
@@ -285,14 +288,15 @@ def hub() -> Iterator[str]:
 
 ASK_HUB = """
 import json
-from sparc3_lightning.checkpoints import fetch_checkpoint, load_config
+from sparc3_lightning.models.checkpoints import Checkpoint
+asks = {"config": lambda checkpoint: checkpoint.config, "fetch": Checkpoint.fetch}
 said = {}
 for name in ("gated", "missing", "revision"):
-    for ask in (load_config, fetch_checkpoint):
+    for key, ask in asks.items():
         try:
-            ask(f"org/{name}", "v9" if name == "revision" else None)
+            ask(Checkpoint(f"org/{name}", "v9" if name == "revision" else None))
         except OSError as error:
-            said[f"{ask.__name__} {name}"] = str(error)
+            said[f"{key} {name}"] = str(error)
 print(json.dumps(said))
 """
 
@@ -306,18 +310,16 @@ def test_a_repository_that_is_gated_or_missing_at_a_real_server_is_one_sentence(
     done = subprocess.run([sys.executable, "-c", ASK_HUB], env=environment, capture_output=True, text=True, check=True)
     expected = {"gated": GATED, "missing": NOT_FOUND, "revision": NO_REVISION}
     assert json.loads(done.stdout.splitlines()[-1]) == {
-        f"{ask} {name}": f"'org/{name}' {text}"
-        for name, text in expected.items()
-        for ask in ("load_config", "fetch_checkpoint")
+        f"{ask} {name}": f"'org/{name}' {text}" for name, text in expected.items() for ask in ("config", "fetch")
     }
 
 
 LOAD_PICKLED = """
 import torch
-from sparc3_lightning.checkpoints import fetch_checkpoint, load_model
-for load in (fetch_checkpoint, lambda name: load_model(name, torch.float32)):
+from sparc3_lightning.models.checkpoints import Checkpoint
+for load in (Checkpoint.fetch, lambda checkpoint: checkpoint.load(torch.float32)):
     try:
-        load("org/pickled")
+        load(Checkpoint("org/pickled"))
     except OSError as error:
         print(error)
 """
@@ -349,27 +351,27 @@ def test_the_fingerprint_of_a_folder_does_not_depend_on_its_name_or_its_tokenize
     tiny_checkpoint: str, copied: Path
 ) -> None:
     (copied / "tokenizer.json").write_text("{}")
-    assert fingerprint(str(copied)) == fingerprint(tiny_checkpoint)
-    assert fingerprint("copied").startswith("files:")
+    assert Checkpoint(str(copied)).fingerprint == Checkpoint(tiny_checkpoint).fingerprint
+    assert Checkpoint("copied").fingerprint.startswith("files:")
 
 
 def test_the_fingerprint_changes_with_any_weight_of_a_small_checkpoint(copied: Path) -> None:
     path = copied / "model.safetensors"
     weights = load_file(path)
-    seen = {fingerprint(str(copied))}
+    seen = {Checkpoint(str(copied)).fingerprint}
     for name, weight in weights.items():
         changed = weight.clone()
         changed.view(-1)[len(changed.view(-1)) // 2] += 1
         save_file({**weights, name: changed}, path, {"format": "pt"})
-        seen.add(fingerprint(str(copied)))
+        seen.add(Checkpoint(str(copied)).fingerprint)
     assert len(seen) == 1 + len(weights)
 
 
 def test_the_fingerprint_changes_with_the_config(copied: Path) -> None:
-    before = fingerprint(str(copied))
+    before = Checkpoint(str(copied)).fingerprint
     path = copied / "config.json"
     path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    assert fingerprint(str(copied)) != before
+    assert Checkpoint(str(copied)).fingerprint != before
 
 
 def test_the_fingerprint_of_a_pruned_checkpoint_is_another_also_where_files_are_large(tmp_path: Path) -> None:
@@ -382,12 +384,12 @@ def test_the_fingerprint_of_a_pruned_checkpoint_is_another_also_where_files_are_
     model.model.layers[2].mlp.down_proj.weight.data[:, 1000] = 0
     model.save_pretrained(pruned)
     assert (whole / "config.json").read_bytes() == (pruned / "config.json").read_bytes()
-    assert fingerprint(str(whole)) != fingerprint(str(pruned))
+    assert Checkpoint(str(whole)).fingerprint != Checkpoint(str(pruned)).fingerprint
 
 
 def test_the_fingerprint_of_a_hub_repository_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "load_config", lambda *_: SimpleNamespace(_commit_hash="0123abcd"))
-    assert fingerprint("org/name") == "commit:0123abcd"
+    monkeypatch.setattr(Checkpoint, "config", SimpleNamespace(_commit_hash="0123abcd"))
+    assert Checkpoint("org/name").fingerprint == "commit:0123abcd"
 
 
 NEURONS = [
@@ -403,7 +405,7 @@ def test_an_exported_checkpoint_is_loaded_by_stock_transformers_and_equals_the_m
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path / "new" / "pruned"
-    export_pruned(tiny_checkpoint, NEURONS, folder, dtype=torch.float32)
+    export_pruned(Checkpoint(tiny_checkpoint), NEURONS, folder, dtype=torch.float32)
     exported = AutoModelForCausalLM.from_pretrained(folder)
     model = load_model(tiny_checkpoint, torch.float32)
     with torch.no_grad():
@@ -414,14 +416,15 @@ def test_an_exported_checkpoint_is_loaded_by_stock_transformers_and_equals_the_m
     assert (whole - masked).abs().max() > 1e-3
     text = sentence(0, 9)
     assert (
-        AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == load_tokenizer(tiny_checkpoint)(text)["input_ids"]
+        AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+        == Checkpoint(tiny_checkpoint).tokenizer()(text)["input_ids"]
     )
     assert not exported.model.layers[1].mlp.gate_proj.weight[23].any()
-    assert fingerprint(str(folder)) != fingerprint(tiny_checkpoint)
+    assert Checkpoint(str(folder)).fingerprint != Checkpoint(tiny_checkpoint).fingerprint
 
 
 def test_an_exported_checkpoint_has_the_dtype_asked_for(tiny_checkpoint: str, tmp_path: Path) -> None:
-    export_pruned(tiny_checkpoint, NEURONS, tmp_path / "pruned", dtype=torch.bfloat16)
+    export_pruned(Checkpoint(tiny_checkpoint), NEURONS, tmp_path / "pruned", dtype=torch.bfloat16)
     weights = load_file(tmp_path / "pruned" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
@@ -429,7 +432,7 @@ def test_an_exported_checkpoint_has_the_dtype_asked_for(tiny_checkpoint: str, tm
 def test_an_export_does_not_touch_a_folder_that_exists(tiny_checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "pruned").mkdir()
     with pytest.raises(FileExistsError, match="pruned exists already; nothing was overwritten"):
-        export_pruned(tiny_checkpoint, NEURONS, tmp_path / "pruned", dtype=torch.float32)
+        export_pruned(Checkpoint(tiny_checkpoint), NEURONS, tmp_path / "pruned", dtype=torch.float32)
     assert list((tmp_path / "pruned").iterdir()) == []
 
 
@@ -440,9 +443,9 @@ def test_an_interrupted_export_leaves_nothing(
         assert any(path.suffix == ".safetensors" for path in tmp_path.rglob("*")), "interrupted before the weights"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "load_tokenizer", interrupt)
+    monkeypatch.setattr(Checkpoint, "tokenizer", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        export_pruned(tiny_checkpoint, NEURONS, tmp_path / "pruned", dtype=torch.float32)
+        export_pruned(Checkpoint(tiny_checkpoint), NEURONS, tmp_path / "pruned", dtype=torch.float32)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -546,7 +549,7 @@ def test_a_gguf_file_is_loaded_as_float32_with_its_weights_and_its_tokenizer(
     for name, parameter in expected.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
     torch.testing.assert_close(model(INPUT_IDS).logits, expected(INPUT_IDS).logits)
-    tokenizer = load_tokenizer(str(path))
+    tokenizer = Checkpoint(str(path)).tokenizer()
     text = "the stupid dog, 2 cats"
     assert tokenizer(text)["input_ids"] == bpe.encode(text).ids
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -558,7 +561,7 @@ def test_a_gguf_file_is_dequantized_once(
 ) -> None:
     import transformers
 
-    folder = Path(locate(str(gguf_model[0])))
+    folder = Path(Checkpoint(str(gguf_model[0])).location)
     assert folder.parent == cache / "gguf"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "a temporary folder was left behind"
     assert folder.stat().st_mode & 0o777 == 0o755
@@ -572,7 +575,7 @@ def test_a_gguf_file_is_dequantized_once(
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_but_no_gguf)
     load_model(str(gguf_model[0]), torch.float32)
     elsewhere = shutil.copy(gguf_model[0], tmp_path / "renamed.gguf")
-    assert locate(str(elsewhere)) == str(folder)
+    assert Checkpoint(str(elsewhere)).location == str(folder)
 
 
 def test_a_model_from_a_gguf_file_can_be_saved_fingerprinted_and_exported(
@@ -581,8 +584,12 @@ def test_a_model_from_a_gguf_file_can_be_saved_fingerprinted_and_exported(
     path = str(gguf_model[0])
     load_model(path, torch.bfloat16).save_pretrained(tmp_path / "saved")
     assert load_model(str(tmp_path / "saved"), torch.bfloat16).dtype == torch.bfloat16
-    export_pruned(path, NEURONS, tmp_path / "pruned", dtype=torch.float32)
-    assert fingerprint(path) == fingerprint(locate(path)) != fingerprint(str(tmp_path / "pruned"))
+    export_pruned(Checkpoint(path), NEURONS, tmp_path / "pruned", dtype=torch.float32)
+    assert (
+        Checkpoint(path).fingerprint
+        == Checkpoint(Checkpoint(path).location).fingerprint
+        != Checkpoint(str(tmp_path / "pruned")).fingerprint
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 10, 1000, -1000])
@@ -591,11 +598,11 @@ def test_a_truncated_gguf_file_is_a_clear_error_and_leaves_nothing(
 ) -> None:
     (tmp_path / "cut.gguf").write_bytes(gguf_model[0].read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"cut.gguf is truncated, or not a GGUF file"):
-        locate("./cut.gguf")
+        _ = Checkpoint("./cut.gguf").location
     assert list((cache / "gguf").iterdir()) == []
 
 
 def test_a_foreign_file_with_the_ending_gguf_is_a_clear_error(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign.gguf").write_text("plain text, and long enough for a header " * 10)
     with pytest.raises(ValueError, match=r"foreign.gguf is truncated, or not a GGUF file"):
-        load_config("foreign.gguf")
+        _ = Checkpoint("foreign.gguf").config

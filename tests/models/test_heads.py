@@ -22,7 +22,7 @@ from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.evaluation.variants import neurons_of, plan
 from sparc3_lightning.models.architectures import FAMILIES, find_targets, head_layers, is_heads, weight_of
-from sparc3_lightning.models.checkpoints import load_model
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.heads import head_dims, head_norms, mask_heads, num_heads, prune_heads_
@@ -344,7 +344,7 @@ def test_the_norm_of_a_head_is_that_of_its_columns_sharded_or_not(make_checkpoin
     torch.testing.assert_close(head_norms(model, name), expected)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    sharded = load_sharded(make_checkpoint(family), torch.float32, mesh, torch.device("cpu"))
+    sharded = load_sharded(Checkpoint(make_checkpoint(family)), torch.float32, mesh, torch.device("cpu"))
     torch.testing.assert_close(head_norms(sharded, name), expected)
     assert num_heads(sharded, name) == 4
     with mask_heads(model, off_in(family)), mask_heads(sharded, off_in(family)):
@@ -374,7 +374,7 @@ def test_evaluate_switches_heads_off_as_the_exported_checkpoint_is_without_them(
     checkpoint, heads = make_checkpoint(family), as_neurons(family)
     path = save_neurons(checkpoint, heads, {"sample_ids": []})
     both = run(evaluation(checkpoint, path, controls=1), folder="both")
-    export_pruned(checkpoint, heads, Path("pruned"), dtype=torch.float32)
+    export_pruned(Checkpoint(checkpoint), heads, Path("pruned"), dtype=torch.float32)
     alone = run(evaluation("pruned"), folder="alone")
     del both["pruned"]["kl"]  # of the model as it is there is none
     assert alone["baseline"] == pytest.approx(both["pruned"], rel=1e-5)

@@ -23,7 +23,7 @@ from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.evaluation.controls import random_like
 from sparc3_lightning.evaluation.variants import neurons_of, of_kind, plan
 from sparc3_lightning.models.architectures import find_targets, weight_of
-from sparc3_lightning.models.checkpoints import fingerprint, load_model
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.weights import mask_weights, prune_weights_
@@ -371,7 +371,9 @@ def test_the_exported_checkpoint_gives_what_the_masked_model_gives(make_checkpoi
     checkpoint = make_checkpoint(family)
     model = load_model(checkpoint, torch.float32)
     scored = {name: weight_of(layer).shape for name, layer in find_targets(model, ["all"]).items()}
-    of = dataclasses.replace(PROVENANCE, checkpoint=checkpoint, checkpoint_fingerprint=fingerprint(checkpoint))
+    of = dataclasses.replace(
+        PROVENANCE, checkpoint=checkpoint, checkpoint_fingerprint=Checkpoint(checkpoint).fingerprint
+    )
     sides = [write(f"{family}-{i}", scores_of(i, 1 - 0.4 * i, scored), of) for i in range(2)]
     found = Pruning(sides[:1], sides[1], num_neurons=150, granularity="weight", export=Path("pruned")).prune(OUT)
     assert len({n.module for n in found.neurons}) == len(scored), "every kind of layer"
@@ -451,7 +453,7 @@ def test_evaluate_measures_the_model_that_is_exported_and_speaks_of_weights(tiny
     path = save_neurons(tiny_checkpoint, weights, {"sample_ids": []})
     model = evaluation(tiny_checkpoint, path, controls=1)
     both = run(model, folder="both")
-    export_pruned(tiny_checkpoint, weights, Path("pruned"), dtype=torch.float32)
+    export_pruned(Checkpoint(tiny_checkpoint), weights, Path("pruned"), dtype=torch.float32)
     alone = run(evaluation("pruned"), folder="alone")
     assert alone["baseline"] == {name: value for name, value in both["pruned"].items() if name != "kl"}
     assert both["pruned"]["perplexity"] != pytest.approx(both["baseline"]["perplexity"], rel=1e-3)

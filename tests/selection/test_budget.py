@@ -13,7 +13,7 @@ from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
-from sparc3_lightning.models.checkpoints import fingerprint, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, largest_within, spend
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -212,7 +212,7 @@ def test_a_budget_that_pays_for_no_neuron_is_refused(rise):
 
 @pytest.fixture
 def files(tiny_checkpoint) -> tuple[Path, Path, Path]:
-    of = provenance(tiny_checkpoint, fingerprint(tiny_checkpoint))
+    of = provenance(tiny_checkpoint, Checkpoint(tiny_checkpoint).fingerprint)
     documents = Path("documents.jsonl")
     documents.write_text("\n".join(json.dumps({"text": sentence(i, 14)}) for i in range(12)))
     data = {"class": "C4", "source": str(documents)}
@@ -265,7 +265,7 @@ def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files)
 
 
 def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(files, monkeypatch):
-    monkeypatch.setattr("sparc3_lightning.stages.prune.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("the model was loaded"))
     _, behavior, documents = files
     price = ["--model.max_perplexity_increase=0.02", "--data=C4", f"--data.source={documents}", "--data.seq_len=12"]
     of = ScoreFile.load(behavior).provenance
@@ -284,13 +284,12 @@ def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(
 def test_the_text_is_tokenized_as_by_the_commit_that_was_attributed(files, monkeypatch):
     general, behavior, documents = files
     loaded = []
-    monkeypatch.setattr("sparc3_lightning.stages.prune.check_unchanged", lambda *_: "0123abcd")
-    monkeypatch.setattr(
-        "sparc3_lightning.data.base.load_tokenizer", lambda *of: loaded.append(of) or load_tokenizer(*of)
-    )
+    tokenizer = Checkpoint.tokenizer
+    monkeypatch.setattr(Checkpoint, "unchanged", lambda name, _: Checkpoint(name, "0123abcd"))
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda self: loaded.append(self) or tokenizer(self))
     data = [f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=12"]
     prune(general, behavior, "--model.max_perplexity_increase=0.02", "--data=C4", *data)
-    assert loaded == [(ScoreFile.load(general).provenance.checkpoint, "0123abcd")]
+    assert loaded == [Checkpoint(ScoreFile.load(general).provenance.checkpoint, "0123abcd")]
 
 
 def test_attributed_documents_are_left_out_however_the_path_of_their_file_is_written(files):

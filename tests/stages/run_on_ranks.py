@@ -120,14 +120,15 @@ def load(checkpoint: str, folder: Path, ranks: int) -> None:
     """Load a checkpoint sharded, and write how far host memory rose above that before, and the size of the shard."""
     from torch.distributed.device_mesh import init_device_mesh
 
+    from sparc3_lightning.models.checkpoints import Checkpoint
     from sparc3_lightning.models.sharding import load_sharded
 
     torch.distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (ranks,))
     # The libraries that loading needs are imported before, by loading nothing.
-    load_sharded(str(folder / "tiny"), torch.float32, mesh, torch.device("cpu"))
+    load_sharded(Checkpoint(str(folder / "tiny")), torch.float32, mesh, torch.device("cpu"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = load_sharded(checkpoint, torch.float32, mesh, torch.device("cpu"))
+    model = load_sharded(Checkpoint(checkpoint), torch.float32, mesh, torch.device("cpu"))
     rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     shard = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
     largest = max(p.numel() * p.element_size() for p in model.parameters())

@@ -21,7 +21,7 @@ from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.models.architectures import find_targets
-from sparc3_lightning.models.checkpoints import check_context, fingerprint, load_model
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.stages import attribute
 from sparc3_lightning.stages.attribute import SCORES, Attribution
 
@@ -92,7 +92,7 @@ def test_a_stock_trainer_writes_scores_with_shapes_and_a_full_header(tiny_checkp
     lengths = [10 + 3 * i for i in range(10)]
     expected = {
         "checkpoint": tiny_checkpoint,
-        "checkpoint_fingerprint": fingerprint(tiny_checkpoint),
+        "checkpoint_fingerprint": Checkpoint(tiny_checkpoint).fingerprint,
         "method": "lrp",
         "rule": "attnlrp",
         "relevance": "magnitude",
@@ -356,10 +356,15 @@ def test_targets_are_found_in_every_block(make_model):
     ]
 
 
-def test_a_context_that_the_config_does_not_state_is_not_checked(make_model):
-    check_context(make_model().config, 64, "")
-    check_context(SimpleNamespace(max_position_embeddings=None), 10**6, "")
-    check_context(SimpleNamespace(), 10**6, "")
+def test_a_context_that_the_config_does_not_state_is_not_checked(make_model, monkeypatch):
+    configs = (
+        (make_model().config, 64),
+        (SimpleNamespace(max_position_embeddings=None), 10**6),
+        (SimpleNamespace(), 10**6),
+    )
+    for config, num_tokens in configs:
+        monkeypatch.setattr(Checkpoint, "config", config)
+        Checkpoint("any").check_context(num_tokens, "")
 
 
 @pytest.fixture

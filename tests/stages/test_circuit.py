@@ -22,7 +22,7 @@ from sparc3_lightning.attribution.scores import INDEX, ScoreFile, ShardWriter
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.ioi import IOI
-from sparc3_lightning.models.checkpoints import fingerprint, load_model
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import mask, prune_
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.orders import ComponentOrder, group_scores
@@ -60,7 +60,9 @@ def save(checkpoint):
 
     def write(name: str, shapes: dict[str, tuple[int, ...]], draw: int, **changes: Any) -> Path:
         kind = "weight" if shapes is WEIGHTS else "head" if shapes is O_PROJ else "neuron"
-        of = dataclasses.replace(provenance(checkpoint, fingerprint(checkpoint)), sample_ids=[], data_fingerprint=name)
+        of = dataclasses.replace(
+            provenance(checkpoint, Checkpoint(checkpoint).fingerprint), sample_ids=[], data_fingerprint=name
+        )
         of = changed(of, granularity=kind, **changes)
         if kind != "weight":
             ScoreFile(normal(shapes, draw), of).save(Path(name) / "scores.safetensors")
@@ -149,7 +151,7 @@ def test_the_circuit_is_the_sparsest_by_the_mean_scores_that_keeps_the_threshold
     assert circuit["file"] == f"circuit-{kind}-lrp.json"
     # 'sparc3 evaluate' loads the list, and masks what it names.
     removed = NeuronList.load(Path("out") / circuit["file"])
-    assert removed.provenance["checkpoint_fingerprint"] == fingerprint(checkpoint)
+    assert removed.provenance["checkpoint_fingerprint"] == Checkpoint(checkpoint).fingerprint
     model = load_model(checkpoint, torch.float32)
     with mask(model, removed.neurons):
         assert accuracy(differences(model, samples)) == circuit["accuracy"]

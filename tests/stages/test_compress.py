@@ -15,7 +15,7 @@ from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, Sh
 from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.cli import main
 from sparc3_lightning.models.architectures import find_targets
-from sparc3_lightning.models.checkpoints import fingerprint, load_model, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.selection.sparsity import global_masks, global_threshold, prune_mask
 from sparc3_lightning.stages.compress import SPARSITY, Compression, Ranking, zero_
 
@@ -28,7 +28,7 @@ def make_scores(tiny_checkpoint):
     model = load_model(tiny_checkpoint, torch.float32)
     shapes = {name: list(layer.weight.shape) for name, layer in find_targets(model, ["all"]).items()}
     spec = ScoreSpec("lrp", "attnlrp", "signed", targets=["all"], dtype="float32", granularity="weight")
-    of = Provenance(tiny_checkpoint, fingerprint(tiny_checkpoint), spec, {}, "d", 1, 2, 3, 0)
+    of = Provenance(tiny_checkpoint, Checkpoint(tiny_checkpoint).fingerprint, spec, {}, "d", 1, 2, 3, 0)
 
     def make(seed: int, changes: dict[str, Any] | None = None, **more: Tensor) -> Path:
         gen = torch.Generator().manual_seed(seed)
@@ -77,13 +77,16 @@ def test_the_export_has_a_tokenizer_and_sparsity_json_says_where_it_comes_from(t
     Compression(paths, EXPORT, 0.3).compress(OUT)
     text = "the dog and the cat"
     assert (
-        AutoTokenizer.from_pretrained(EXPORT)(text)["input_ids"] == load_tokenizer(tiny_checkpoint)(text)["input_ids"]
+        AutoTokenizer.from_pretrained(EXPORT)(text)["input_ids"]
+        == Checkpoint(tiny_checkpoint).tokenizer()(text)["input_ids"]
     )
     found = json.loads((OUT / SPARSITY).read_text())
     assert (found["sparsity"], found["pattern"], found["export"]) == (0.3, "row", "sparse")
     assert [file["path"] for file in found["general"]] == [str(path) for path in paths]
     assert found["general"][0]["spec"]["relevance"] == "signed"
-    assert found["checkpoint_fingerprint"] == fingerprint(tiny_checkpoint) != fingerprint("sparse")
+    assert (
+        found["checkpoint_fingerprint"] == Checkpoint(tiny_checkpoint).fingerprint != Checkpoint("sparse").fingerprint
+    )
     assert "torch" in found["versions"]
     parameters = load_model(tiny_checkpoint, torch.float32).num_parameters()
     assert found["share_of_all_parameters"] == found["num_pruned"] / parameters
@@ -188,7 +191,7 @@ def test_the_verb_writes_to_its_folder_and_its_saved_config_repeats_it(make_scor
     main(["compress", "--config", str(folder / "config.yaml"), "--model.export", "again"])
     second = json.loads(Path("lightning_logs/compress/version_1", SPARSITY).read_text())
     assert {**first, "export": "again"} == second
-    assert fingerprint("sparse") == fingerprint("again")
+    assert Checkpoint("sparse").fingerprint == Checkpoint("again").fingerprint
 
 
 def test_a_weight_that_is_kept_transposed_as_in_gpt2_is_pruned_by_output_and_input():

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from sparc3_lightning import cli
 from sparc3_lightning.data.base import Share
 from sparc3_lightning.evaluation.controls import CONTROLS
-from sparc3_lightning.models.checkpoints import fetch_checkpoint, fingerprint, load_model, locate
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.attribute import Attribution
@@ -43,7 +43,7 @@ def inputs(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> di
     pruned, following, least = (
         [Component(name, i, 0.0) for name in layers for i in of] for of in ((3, 17), (4,), (8, 9))
     )
-    provenance = {"checkpoint_fingerprint": fingerprint(tiny_checkpoint), "sample_ids": []}
+    provenance = {"checkpoint_fingerprint": Checkpoint(tiny_checkpoint).fingerprint, "sample_ids": []}
     NeuronList(pruned, provenance, following, least).save(folder / "neurons.json")
     rows = [{"text": f"{sentence(i, 3 + i % 9)}", "toxicity": 0.9} for i in range(120)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -207,7 +207,7 @@ def test_a_checkpoint_folder_with_a_missing_shard_is_refused(
     AutoModelForCausalLM.from_pretrained(tiny_checkpoint).save_pretrained(folder, max_shard_size="10KB")
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
     with pytest.raises(FileNotFoundError, match="lacks model-00002-of"):
-        fetch_checkpoint(str(folder)) if sharded else load_model(str(folder), torch.float32)
+        Checkpoint(str(folder)).fetch() if sharded else load_model(str(folder), torch.float32)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -215,7 +215,7 @@ def test_a_rank_reads_only_its_own_rows(
     ranks: int, tiny_checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        checkpoint = locate(SMOLLM2)
+        checkpoint = Checkpoint(SMOLLM2).location
     except ConnectionError as error:
         pytest.skip(str(error))
     (tmp_path / "tiny").symlink_to(tiny_checkpoint)

@@ -18,7 +18,7 @@ from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluation import zero_shot
-from sparc3_lightning.models.checkpoints import fingerprint, load_model
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.sharding import load_for
@@ -92,7 +92,7 @@ def test_results_json_holds_both_models_and_how_they_were_measured(tiny_checkpoi
     assert results["num_failed"] == 0
     assert results["num_neurons"] == 24
     assert results["checkpoint"] == tiny_checkpoint
-    assert results["checkpoint_fingerprint"] == fingerprint(tiny_checkpoint)
+    assert results["checkpoint_fingerprint"] == Checkpoint(tiny_checkpoint).fingerprint
     assert {"torch", "transformers", "lightning", "detoxify", "python"} <= set(results["versions"])
     windows = {"conventions": ["sliding", "disjoint"], "window": 48, "stride": 16}
     assert results["protocol"]["perplexity"] == {**windows, "text": "text.txt"}
@@ -243,7 +243,7 @@ def test_the_baseline_does_not_depend_on_which_neurons_are_measured_beside_it(ti
 @pytest.mark.usefixtures("without_a_report")
 def test_the_masked_model_measures_as_the_exported_checkpoint_does(tiny_checkpoint, neurons):
     both = run(evaluation(tiny_checkpoint, neurons), folder="both")
-    export_pruned(tiny_checkpoint, NeuronList.load(neurons).neurons, Path("pruned"), dtype=torch.float32)
+    export_pruned(Checkpoint(tiny_checkpoint), NeuronList.load(neurons).neurons, Path("pruned"), dtype=torch.float32)
     # The same prompts: the first two are those that were attributed on.
     rows = [{"text": text, "toxicity": 0.95} for text in PROMPTS[2:]]
     Path("left.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -667,7 +667,7 @@ def test_a_score_does_not_depend_on_which_model_wrote_the_text(whole):
 @pytest.fixture
 def with_an_idle_neuron(tiny_checkpoint) -> tuple[str, Path]:
     """A checkpoint with a neuron whose output is 0 as it is, and a neurons.json that names it."""
-    export_pruned(tiny_checkpoint, [Component(UP[0], 3, -1.0)], Path("idle"), dtype=torch.float32)
+    export_pruned(Checkpoint(tiny_checkpoint), [Component(UP[0], 3, -1.0)], Path("idle"), dtype=torch.float32)
     return "idle", save_neurons("idle", [Component(UP[0], 3, -1.0)])
 
 
@@ -850,7 +850,7 @@ def test_continuations_of_other_doses_or_controls_from_another_neurons_json_are_
 
 
 def test_the_model_card_is_put_into_the_folder_of_the_exported_checkpoint(tiny_checkpoint):
-    export_pruned(tiny_checkpoint, PRUNED, Path("pruned"), dtype=torch.float32)
+    export_pruned(Checkpoint(tiny_checkpoint), PRUNED, Path("pruned"), dtype=torch.float32)
     neurons = save_neurons(tiny_checkpoint, PRUNED, {"export": "pruned"})
     results = run(evaluation(tiny_checkpoint, neurons, max_new_tokens=2))
     card = Path("out", "model_card.md").read_text()

@@ -10,7 +10,7 @@ from helpers import MODULES, provenance, random_scores, save_scores
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
-from sparc3_lightning.models.checkpoints import fingerprint, load_model, load_tokenizer
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import mask
 from sparc3_lightning.selection import criteria as selections
 from sparc3_lightning.selection.criteria import select_neurons
@@ -34,7 +34,7 @@ def files() -> tuple[list[Path], Path]:
 @pytest.fixture
 def real_files(tiny_checkpoint) -> tuple[list[Path], Path]:
     """The same for the tiny checkpoint, which can then be exported."""
-    of = provenance(tiny_checkpoint, fingerprint(tiny_checkpoint))
+    of = provenance(tiny_checkpoint, Checkpoint(tiny_checkpoint).fingerprint)
     return [save_scores("general.safetensors", random_scores(0), of)], save_scores(
         "behavior.safetensors", random_scores(9, 0.5), of
     )
@@ -215,7 +215,7 @@ def test_means_that_a_checkpoint_has_no_place_for_are_refused_before_neurons_are
 ):
     monkeypatch.setattr(prune_module, "rank_neurons", lambda *_: pytest.fail("the neurons were ranked"))
     checkpoint = make_checkpoint(family)
-    of = {"checkpoint": checkpoint, "checkpoint_fingerprint": fingerprint(checkpoint)}
+    of = {"checkpoint": checkpoint, "checkpoint_fingerprint": Checkpoint(checkpoint).fingerprint}
     sides = save_side("general", 0, 7, **of), save_side("behavior", 9, 6, 0.5, **of)
     pruning = Pruning(sides[:1], sides[1], replacement="mean", num_neurons=4, export=Path("pruned"))
     with pytest.raises(ValueError, match=rf"'{family}' has no bias .* --model\.replacement zero"):
@@ -223,7 +223,7 @@ def test_means_that_a_checkpoint_has_no_place_for_are_refused_before_neurons_are
 
 
 def test_means_are_exported_where_a_checkpoint_has_a_place_for_them(tiny_checkpoint):
-    of = {"checkpoint": tiny_checkpoint, "checkpoint_fingerprint": fingerprint(tiny_checkpoint)}
+    of = {"checkpoint": tiny_checkpoint, "checkpoint_fingerprint": Checkpoint(tiny_checkpoint).fingerprint}
     sides = save_side("general", 0, 7, **of), save_side("behavior", 9, 6, 0.5, **of)
     Pruning(sides[:1], sides[1], replacement="mean", num_neurons=4, export=Path("pruned")).prune(OUT)
     assert (OUT / NEURONS).is_file()
@@ -438,7 +438,7 @@ def test_the_exported_checkpoint_loads_with_transformers_and_equals_the_masked_m
         assert torch.allclose(pruned(input_ids).logits, masked, atol=1e-6)
         assert not torch.allclose(original(input_ids).logits, masked, atol=1e-3)
     text = "the dog and the cat"
-    assert AutoTokenizer.from_pretrained("pruned")(text) == load_tokenizer(tiny_checkpoint)(text)
+    assert AutoTokenizer.from_pretrained("pruned")(text) == Checkpoint(tiny_checkpoint).tokenizer()(text)
     assert pruned.dtype == torch.float32
     for neuron in found.neurons:
         assert not pruned.get_submodule(neuron.module).weight[neuron.index].any()

@@ -225,12 +225,13 @@ def test_a_job_that_is_requeued_goes_on_and_ends_with_the_same_scores(
     slow = Path("slow.py")
     slow.write_text(
         "import time\n"
-        "from sparc3_lightning import attribute, cli\n"
+        "from sparc3_lightning import cli\n"
+        "from sparc3_lightning.stages import attribute\n"
         "class Slow(attribute.Attribution):\n"
         "    def predict_step(self, batch, batch_idx):\n"
         "        time.sleep(0.15)\n"
         "        super().predict_step(batch, batch_idx)\n"
-        "cli.STAGES['attribute'] = cli.Stage(Slow, cli.ReferenceSamples)\n"
+        "cli.STAGES['attribute'] = cli.Verb(Slow, cli.ReferenceSamples)\n"
         "cli.entry_point()\n"
     )
     folder = Path("bin")

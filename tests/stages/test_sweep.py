@@ -19,7 +19,7 @@ from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.evaluation.findings import front
-from sparc3_lightning.models.checkpoints import fingerprint
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -44,7 +44,11 @@ def as_if_from_a_shell(monkeypatch):
 @pytest.fixture(autouse=True)
 def input_files(tmp_path, tiny_checkpoint) -> None:
     """A neurons.json of 5 neurons, as sparc3 prune writes it, that ranks 12; a text, prompts and a config."""
-    of = {"checkpoint": tiny_checkpoint, "checkpoint_fingerprint": fingerprint(tiny_checkpoint), "seq_len": 10}
+    of = {
+        "checkpoint": tiny_checkpoint,
+        "checkpoint_fingerprint": Checkpoint(tiny_checkpoint).fingerprint,
+        "seq_len": 10,
+    }
     of |= {"spec": ScoreSpec("lrp", "attnlrp", "magnitude", targets=["up_proj"], dtype="float32")}
     of |= {"data": {}, "data_fingerprint": "d", "num_samples": 1, "num_tokens": 9, "seed": 0, "sample_ids": ["p"]}
     for seed, name in enumerate(("general", "behavior")):

@@ -1,0 +1,44 @@
+"""What the stages share: a folder for the results, of which one file, written last, says that they are complete."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+
+from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
+from sparc3_lightning.provenance import git_hash, versions
+
+
+class Stage(L.LightningModule):
+    """One verb of the command line."""
+
+    verb: ClassVar[str]
+    OUTPUTS: ClassVar[tuple[str, ...]]  # the file that is written last; several names where an option chooses one
+    written = ""
+
+    def begin(self, folder: Path, output: str | None = None) -> None:
+        """Take a folder for the results.
+
+        Args:
+            folder: Where to write; it is made if it does not exist.
+            output: Which of ``OUTPUTS`` is written last; None for the only one.
+
+        Raises:
+            OSError: If nothing can be written to the folder, or it holds results.
+        """
+        self.folder = folder
+        self.output = folder / (output or self.OUTPUTS[0])
+        check_writable(folder)
+        check_absent(self.output)
+
+    def begin_loop(self, output: str | None = None) -> None:
+        """Take the trainer's folder for the results. All ranks call this once, since the folder is a broadcast."""
+        self.begin(Path(self.trainer.log_dir or "."), output)
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write the results, with the versions that made them. They are the last file, and complete the folder."""
+        write_atomically(self.output, to_json({**results, "versions": versions(), "git_hash": git_hash()}))
+
+    def summary(self) -> str:
+        """Say what was written, once the loop has ended; nothing on a rank that wrote nothing."""
+        return self.written
