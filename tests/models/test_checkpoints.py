@@ -452,7 +452,10 @@ def test_an_interrupted_export_leaves_nothing(
 def test_an_export_of_neurons_of_another_model_leaves_nothing(tiny_checkpoint: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model"):
         export_pruned(
-            tiny_checkpoint, [Component("model.layers.9.mlp.up_proj", 0, -1.0)], tmp_path / "a", dtype=torch.float32
+            Checkpoint(tiny_checkpoint),
+            [Component("model.layers.9.mlp.up_proj", 0, -1.0)],
+            tmp_path / "a",
+            dtype=torch.float32,
         )
     assert list(tmp_path.iterdir()) == []
 
