@@ -74,7 +74,7 @@ def test_a_scorer_is_a_class_and_a_row_of_the_table(monkeypatch):
     assert fetch_scorer("shouting") == []
     assert load_scorer("shouting").score(["ABab", "ab", ""]) == [0.5, 0.0, 0.0]
     Evaluation("x", scorer="shouting")
-    with pytest.raises(ValueError, match=r"'whispering' is neither .*'shouting'.*, nor package.module:function"):
+    with pytest.raises(ValueError, match=r"'whispering' is neither 'small', .*, shouting, nor a folder"):
         check_scorer("whispering")
 
 

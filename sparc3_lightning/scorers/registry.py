@@ -24,9 +24,9 @@ def kind_of(name: str, option: str = "scorer") -> type[Scorer]:
     kinds = [kind for kind in KINDS if name in kind.words] or [kind for kind in KINDS if kind.takes(name)]
     if kinds:
         return kinds[0]
-    words = ", ".join(repr(word) for kind in KINDS for word in kind.words)
+    small, *words = (word for kind in KINDS for word in kind.words)
     forms = "".join(f", nor {kind.form}" for kind in KINDS if kind.form)
-    raise OptionError(option, f": {name!r} is neither {words}{forms}.")
+    raise OptionError(option, f": {name!r} is neither {small!r}, {', '.join(words)}{forms}.")
 
 
 def check_scorer(name: str, option: str = "scorer") -> None:

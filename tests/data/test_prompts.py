@@ -11,6 +11,7 @@ from helpers import sentence
 from sparc3_lightning.data.prompts import matching_rows, prompt_id, read_prompts, worst_first
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.sources import read_records
 
 CONTEXTS = [
@@ -71,7 +72,7 @@ def test_a_toxicity_written_in_a_csv_file_counts_and_a_prompt_without_one_has_no
     if by is ToxicPrompts:
         data = by("a.csv", num_samples=1, tokenizer=tiny_checkpoint)
         chosen = [sample.id for sample in data.read_samples(data.load_tokenizer())]
-        with pytest.raises(ValueError, match=r"Only 1 of 4 prompts have a toxicity of at least 0\.9"):
+        with pytest.raises(OptionError, match=r"Only 1 of 4 prompts .* at least 0\.9 .*--data\.num_samples\.$"):
             by("a.csv", num_samples=2).read_samples(data.load_tokenizer())
     else:
         data = by("a.csv", num_prompts=None, tokenizer=tiny_checkpoint)
@@ -147,8 +148,9 @@ def test_prompts_to_continue_can_be_those_whose_continuation_scored_enough(
 ) -> None:
     options: dict[str, Any] = {"by": "continuation", "min_toxicity": 0.3, "tokenizer": tiny_checkpoint}
     assert set(set_up(RealToxicityPrompts(completions, num_prompts=None, **options))) == set(ids(3, 4, 5))
-    with pytest.raises(ValueError, match=r"Only 3 prompts of toxicity 0.3 to 1.0 are left"):
+    with pytest.raises(OptionError, match=r"Only 3 prompts of toxicity 0.3 to 1.0 are left") as raised:
         set_up(RealToxicityPrompts(completions, num_prompts=4, **options))
+    assert (raised.value.group, raised.value.option) == ("data.prompts", "num_prompts")
 
 
 def test_the_worst_first_are_in_one_order_whatever_the_order_of_the_file() -> None:

@@ -21,6 +21,7 @@ from sparc3_lightning.scorers.classifiers import ClassifierScorer
 from sparc3_lightning.scorers.detoxify import DETOXIFY_MODELS, SHIPPED, SHIPPED_SHA256, DetoxifyScorer
 from sparc3_lightning.scorers.functions import FunctionScorer
 from sparc3_lightning.scorers.registry import check_scorer, fetch_scorer, load_scorer
+from sparc3_lightning.scorers.repetition import RepetitionScorer
 from sparc3_lightning.sources import read_records, sha256_of
 
 HARMLESS = ["Thank you for the kind letter.", "The museum opens at nine in the morning.", "We walked along the river."]
@@ -89,8 +90,10 @@ def test_a_very_long_text_is_truncated_and_scored(small: DetoxifyScorer) -> None
 def test_a_text_that_the_model_gives_no_number_for_is_nan(
     small: DetoxifyScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from detoxify import Detoxify
+
     values = {"good": 0.25, "bad": math.nan, "worse": math.inf}
-    monkeypatch.setattr(small._detoxify, "predict", lambda texts: {"toxicity": [values[text] for text in texts]})
+    monkeypatch.setattr(Detoxify, "predict", lambda self, texts: {"toxicity": [values[text] for text in texts]})
     scores = small.score(["worse", "good", "bad"])
     assert scores[1] == 0.25
     assert math.isnan(scores[0])
@@ -232,6 +235,13 @@ def test_a_folder_that_is_called_as_a_function_is_a_folder(tmp_path: Path, loade
     assert type(load_scorer("json:loads")) is ClassifierScorer
     with pytest.raises(FileNotFoundError, match=r"json:loads must hold a config\.json"):
         check_scorer("json:loads")
+
+
+def test_a_folder_that_is_called_as_a_scorer_is_not_looked_at(folder: Path, tmp_path: Path) -> None:
+    folder.rename(tmp_path / "repetition")
+    assert type(load_scorer("repetition")) is RepetitionScorer
+    assert fetch_scorer("repetition") == []
+    assert type(load_scorer("./repetition")) is DetoxifyScorer
 
 
 @pytest.mark.parametrize(
