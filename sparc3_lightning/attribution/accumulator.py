@@ -1,13 +1,15 @@
 """The accumulator: hooks in, over a stream of samples, and one score per neuron or per weight out."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.relevance import (
+    Relevance,
     absolute_relevance,
     head_relevance,
     magnitude_relevance,
@@ -24,7 +26,19 @@ from sparc3_lightning.models.architectures import ATTENTIONS, Linear, is_heads, 
 from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import sum_heads
 
-# Scores of neurons that need the layer's output and its gradient alone.
+Score = Literal["magnitude", "signed", "absolute", "squared", "wanda", "activation"]
+# The scores that components of each kind have; random ones are drawn by ``StaticScores``.
+SCORES: dict[Granularity, tuple[str, ...]] = {
+    "neuron": (*get_args(Score), "random"),
+    "head": (*get_args(Relevance), "wanda"),
+    "weight": ("magnitude", "signed", "wanda", "random"),
+}
+# How relevance is formed: from the weight of a layer, its input and its gradient, and the inputs of each head; or from
+# its output and its gradient alone. That of weights is added up row by row.
+OF_INPUT: dict[Granularity, dict[str, Callable[..., Tensor]]] = {
+    "neuron": {"magnitude": magnitude_relevance},
+    "head": {form: partial(head_relevance, form=form) for form in get_args(Relevance)},
+}
 OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "squared": squared_relevance}
 # Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.
 CHECK_EVERY = 16
@@ -37,10 +51,8 @@ class NonfiniteRelevanceError(OptionError):
 def check_granularity(granularity: Granularity, score: str, targets: Collection[str]) -> None:
     """Raise ValueError if weights or heads are to have a score that they have not, or a target has no heads."""
     option = "relevance" if score in ("absolute", "squared") else "method"
-    if granularity == "weight" and score in ("absolute", "squared", "activation"):
-        raise OptionError(option, f"{score} is not of weights: choose another --.granularity.")
-    if granularity == "head" and score == "activation":
-        raise OptionError("method", f"{score} is not of heads: choose another --.granularity.")
+    if score not in SCORES[granularity]:
+        raise OptionError(option, f"{score} is not of {granularity}s: choose another --.granularity.")
     if granularity == "head" and not all(map(is_heads, targets)):
         raise OptionError(
             "granularity",
@@ -76,7 +88,7 @@ class ScoreAccumulator:
     def __init__(
         self,
         modules: Mapping[str, Linear],
-        score: Literal["magnitude", "signed", "absolute", "squared", "wanda", "activation"],
+        score: Score,
         nonfinite: Literal["error", "zero"] = "error",
         granularity: Granularity = "neuron",
         head_dims: Mapping[str, int] | None = None,
@@ -213,7 +225,9 @@ class ScoreAccumulator:
                 score = rows / self.num_samples
             yield name, score.float().cpu()
 
-    def _hook(self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int):
+    def _hook(
+        self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int
+    ) -> Callable[[Linear, tuple[Tensor], Tensor], None]:
         def unfold(tensor: Tensor) -> Tensor:
             # OPT's MLP gets the tokens of all samples as one row after the other.
             return tensor.detach().reshape(num_samples, -1, tensor.shape[-1])
@@ -234,15 +248,13 @@ class ScoreAccumulator:
 
             if self.sums_weights:
                 output.register_hook(lambda G: self._add_weights(name, weight(), A_BTI, unfold(G), real))
-            elif self.granularity == "head":
-                of_heads: Any = (self.head_dims[name], self.score)
-                output.register_hook(lambda G: self._set(name, head_relevance(weight(), A_BTI, unfold(G), *of_heads)))
-            elif self.score == "magnitude":
-                output.register_hook(lambda G: self._set(name, magnitude_relevance(weight(), A_BTI, unfold(G))))
+            elif of_input := OF_INPUT[self.granularity].get(self.score):
+                dims = [self.head_dims[name]] if name in self.head_dims else []
+                output.register_hook(lambda G: self._set(name, of_input(weight(), A_BTI, unfold(G), *dims)))
             else:
                 Z_BTO = unfold(output if module.bias is None else output.detach() - module.bias.detach())
-                of = OF_OUTPUT[self.score]
-                output.register_hook(lambda G: self._set(name, of(Z_BTO, unfold(G))))
+                of_output = OF_OUTPUT[self.score]
+                output.register_hook(lambda G: self._set(name, of_output(Z_BTO, unfold(G))))
 
         return record
 
