@@ -1,13 +1,15 @@
 """The accumulator: hooks in, over a stream of samples, and one score per neuron or per weight out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.relevance import (
+    Relevance,
     absolute_relevance,
     head_relevance,
     magnitude_relevance,
@@ -25,7 +27,12 @@ from sparc3_lightning.models.architectures import Linear, weight_of, whole
 from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import sum_heads
 
-# Scores of neurons that need the layer's output and its gradient alone.
+# How relevance is formed: from the weight of a layer, its input and its gradient, and the inputs of each head; or from
+# its output and its gradient alone. That of weights is added up row by row.
+OF_INPUT: dict[Granularity, dict[str, Callable[..., Tensor]]] = {
+    "neuron": {"magnitude": magnitude_relevance},
+    "head": {form: partial(head_relevance, form=form) for form in get_args(Relevance)},
+}
 OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "squared": squared_relevance}
 # Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.
 CHECK_EVERY = 16
@@ -199,7 +206,9 @@ class ScoreAccumulator:
                 score = rows / self.num_samples
             yield name, score.float().cpu()
 
-    def _hook(self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int):
+    def _hook(
+        self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int
+    ) -> Callable[[Linear, tuple[Tensor], Tensor], None]:
         def unfold(tensor: Tensor) -> Tensor:
             # OPT's MLP gets the tokens of all samples as one row after the other.
             return tensor.detach().reshape(num_samples, -1, tensor.shape[-1])
@@ -220,15 +229,13 @@ class ScoreAccumulator:
 
             if self.sums_weights:
                 output.register_hook(lambda G: self._add_weights(name, weight(), A_BTI, unfold(G), real))
-            elif self.granularity == "head":
-                of_heads: Any = (self.head_dims[name], self.score)
-                output.register_hook(lambda G: self._set(name, head_relevance(weight(), A_BTI, unfold(G), *of_heads)))
-            elif self.score == "magnitude":
-                output.register_hook(lambda G: self._set(name, magnitude_relevance(weight(), A_BTI, unfold(G))))
+            elif of_input := OF_INPUT[self.granularity].get(self.score):
+                dims = [self.head_dims[name]] if name in self.head_dims else []
+                output.register_hook(lambda G: self._set(name, of_input(weight(), A_BTI, unfold(G), *dims)))
             else:
                 Z_BTO = unfold(output if module.bias is None else output.detach() - module.bias.detach())
-                of = OF_OUTPUT[self.score]
-                output.register_hook(lambda G: self._set(name, of(Z_BTO, unfold(G))))
+                of_output = OF_OUTPUT[self.score]
+                output.register_hook(lambda G: self._set(name, of_output(Z_BTO, unfold(G))))
 
         return record
 

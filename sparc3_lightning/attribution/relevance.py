@@ -1,4 +1,4 @@
-"""From gradients to scores: the layers that are scored, and the scores as pure functions.
+"""From gradients to scores: the relevance of neurons, heads and weights, and Wanda's score, as pure functions.
 
 Shape letters: B samples, T tokens, I inputs and O outputs (neurons) of one linear layer.
 """
@@ -159,13 +159,7 @@ def wanda_score(W_OI: Tensor, squares_I: Tensor, of_neurons: bool = True) -> Ten
     return W_OI @ squares_I.sqrt() if of_neurons else W_OI * squares_I.sqrt()
 
 
-def head_relevance(
-    W_OI: Tensor,
-    A_BTI: Tensor,
-    G_BTO: Tensor,
-    head_dim: int,
-    form: Literal["magnitude", "signed", "absolute", "squared"],
-) -> Tensor:
+def head_relevance(W_OI: Tensor, A_BTI: Tensor, G_BTO: Tensor, head_dim: int, form: Relevance) -> Tensor:
     """Return the relevance of each head, per sample.
 
     ``signed`` is the sum of z * dtarget/dz over the tokens and the head's dimensions, z being the input of the

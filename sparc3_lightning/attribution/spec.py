@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,6 +16,12 @@ from sparc3_lightning.models.components import Granularity
 Method = Literal["lrp", "gradient", "wanda", "activation", "magnitude", "random"]
 Score = Literal["magnitude", "signed", "absolute", "squared", "wanda", "activation", "random"]
 Nonfinite = Literal["error", "zero"]
+# The scores that components of each kind have; random ones are drawn by ``StaticScores``.
+SCORES: dict[Granularity, tuple[Score, ...]] = {
+    "neuron": get_args(Score),
+    "head": (*get_args(Relevance), "wanda"),
+    "weight": ("magnitude", "signed", "wanda", "random"),
+}
 # Methods that read no samples.
 STATIC = ("magnitude", "random")
 _MAY_DIFFER = {"may_differ": True}
@@ -134,10 +140,8 @@ class ScoreSpec:
 def check_granularity(granularity: Granularity, score: Score, targets: Collection[str]) -> None:
     """Raise ValueError if the score is not defined for the granularity, or a target has no heads."""
     option = "relevance" if score in ("absolute", "squared") else "method"
-    if granularity == "weight" and score in ("absolute", "squared", "activation"):
-        raise OptionError(option, f"{score} is not of weights: choose another --.granularity.")
-    if granularity == "head" and score == "activation":
-        raise OptionError("method", f"{score} is not of heads: choose another --.granularity.")
+    if score not in SCORES[granularity]:
+        raise OptionError(option, f"{score} is not of {granularity}s: choose another --.granularity.")
     if granularity == "head" and not all(map(is_heads, targets)):
         raise OptionError(
             "granularity",

@@ -60,10 +60,10 @@ class StaticScores:
         return nullcontext()
 
     def check(self) -> None:
-        """Find nothing to look at."""
+        """No-op: nothing is summed up over samples."""
 
     def reduce_(self) -> None:
-        """Add up nothing: every rank has the same scores."""
+        """No-op: every rank has the same scores."""
 
     def compute(self) -> dict[str, Tensor]:
         """Return all scores, see ``each``."""

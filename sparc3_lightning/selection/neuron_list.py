@@ -93,7 +93,7 @@ class NeuronList:
             raise ValueError(f"{path} is not a neurons.json of format {FORMAT!r}: {error!s:.200}") from None
         if not lists["neurons"]:
             raise ValueError(f"{path} holds no neurons.")
-        if len({neuron.input is None for neurons in lists.values() for neuron in neurons}) > 1:
+        if len({neuron.granularity == "weight" for neurons in lists.values() for neuron in neurons}) > 1:
             raise ValueError(f"{path} holds both neurons and single weights: prune them as two lists.")
         for neurons in (lists["neurons"] + lists["next"], lists["least_relevant"]):
             if len({neuron.key for neuron in neurons}) != len(neurons):

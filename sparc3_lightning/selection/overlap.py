@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics.functional import pearson_corrcoef
 
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.models.components import Key
@@ -284,7 +285,10 @@ def find_classes(names: Sequence[str], differential_SN: Tensor) -> dict[str, Any
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Return the rank of each value from 0, ties sharing their mean rank."""
+    """Return the rank of each value from 0, ties sharing their mean rank, float64.
+
+    In torchmetrics' own ranks the sum over many ties overflows, and they are float32.
+    """
     _, group, counts = values.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     return (ends - (counts.double() + 1) / 2)[group]
@@ -294,7 +298,6 @@ def correlation(x: Tensor, y: Tensor, transform: Callable[[Tensor], Tensor] | No
     """Return Pearson's correlation, or with ``ranks`` as transform Spearman's; NaN if either does not vary."""
     if transform is not None:
         x, y = transform(x), transform(y)
-    # Equal values less their mean may be off 0 by rounding.
-    x, y = (v - v.mean() if (v != v[:1]).any() else torch.zeros_like(v) for v in (x.double(), y.double()))
-    norm = x.norm() * y.norm()
-    return ((x @ y) / norm).item() if norm else math.nan
+    if not all((values != values[:1]).any() for values in (x, y)):  # their variance may be off 0 by rounding
+        return math.nan
+    return pearson_corrcoef(x.double(), y.double()).item()
