@@ -7,8 +7,8 @@ taken off again. Relevance is then gradient times input, with the gradient that 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import MethodType
-from typing import Any, Literal
+from types import MethodType, ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import Linear, family_of
+
+if TYPE_CHECKING:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 Rule = Literal["attnlrp", "cp_lrp"]
 # Layers through which CP-LRP passes no relevance: what they put out goes into a gate, or into the softmax.
@@ -113,7 +116,7 @@ class _Rules:
         return lambda _, x: self.patches.identity_rule_implicit(forward, x)
 
 
-def _import_lxt() -> Any:
+def _import_lxt() -> ModuleType:
     """Import lxt's forwards without its list of models.
 
     That list imports lxt's BERT, which asks transformers for what 5.0 and 5.24 removed; nothing of it is used here. Who
@@ -121,7 +124,6 @@ def _import_lxt() -> Any:
     """
     import sys
     from importlib import import_module
-    from types import ModuleType
 
     models = "lxt.efficient.models"
     if "lxt.efficient" not in sys.modules:
@@ -137,7 +139,7 @@ def _import_lxt() -> Any:
     return patches
 
 
-def _gemma3_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+def _gemma3_norm(self: "Gemma3RMSNorm", x: torch.Tensor) -> torch.Tensor:
     """Normalise by the root mean square, with no gradient through it: the identity rule."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps).detach()
 

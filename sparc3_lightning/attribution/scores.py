@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ FORMAT = "sparc3_lightning scores 2"
 INDEX = "weight_scores.safetensors.index.json"
 INDEX_FORMAT = "sparc3_lightning scores of weights 2"
 SHARD_BYTES = 2 << 30
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Provenance:
     checkpoint: str
     checkpoint_fingerprint: str
     spec: ScoreSpec
-    data: dict[str, Any]
+    data: dict[str, object]
     data_fingerprint: str
     num_samples: int
     num_tokens: int
@@ -80,11 +81,11 @@ class Provenance:
         """Commit of the checkpoint at the hub; None for a local one."""
         return revision_of(self.checkpoint_fingerprint)
 
-    def shared(self) -> dict[str, Any]:
+    def shared(self) -> dict[str, object]:
         """Return that in which score files that belong together agree, beside their modules and shapes."""
         return {"checkpoint_fingerprint": self.checkpoint_fingerprint, **self.spec.shared()}
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Return the provenance without the list of samples."""
         return {name: value for name, value in asdict(self).items() if name != "sample_ids"}
 
@@ -187,7 +188,7 @@ class WeightScores:
     def _names(self) -> list[str]:
         return sorted(self.files, key=_natural)
 
-    def _open(self, name: str, read: Callable[[Any, str], Any]) -> Any:
+    def _open(self, name: str, read: Callable[[safe_open, str], _Read]) -> _Read:
         shard = self.path.parent / self.files[name]
         try:
             with safe_open(shard, framework="pt") as file:

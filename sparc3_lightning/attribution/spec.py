@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -99,8 +99,7 @@ class ScoreSpec:
     @property
     def score(self) -> Score:
         """What the accumulator computes: a kind of relevance, or the method itself."""
-        score: Any = self.relevance if self.has_target else self.method
-        return score
+        return cast("Score", self.relevance if self.has_target else self.method)
 
     def resolved(self, layers: list[str], dtype: torch.dtype) -> "ScoreSpec":
         """Return the same with what was left open, and None for what has no part in the method.
@@ -119,7 +118,7 @@ class ScoreSpec:
             dtype=str(dtype).removeprefix("torch."),
         )
 
-    def shared(self) -> dict[str, Any]:
+    def shared(self) -> dict[str, object]:
         """Return the fields in which score files that belong together agree."""
         values = asdict(self)
         return {item.name: values[item.name] for item in fields(self) if not item.metadata.get("may_differ")}

@@ -4,16 +4,17 @@ Shape letters: B samples, T tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Target = Literal["argmax", "text", "lexicon", "lexicon_probability", "logit_difference"]
 LEXICAL = ("lexicon", "lexicon_probability")  # those that speak of a lexicon
 
 
-def last_logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Return the logits at the last token of each sample.
 
     The head is applied to the last token of each sample, so that no other logits are formed. All weights are frozen, so
@@ -40,12 +41,14 @@ def last_logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None = N
     return logits[:, 0]
 
 
-def largest_logit(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def largest_logit(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Return the largest logit at the last token of each sample, shape ``[samples]``; see ``last_logits``."""
     return last_logits(model, input_ids, attention_mask).max(dim=-1).values
 
 
-def logit_difference(model: Any, input_ids: Tensor, attention_mask: Tensor | None, contrast: Tensor) -> Tensor:
+def logit_difference(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, contrast: Tensor
+) -> Tensor:
     """Return how much higher the logit of one token is than that of another, at the last token of each sample.
 
     Source: Wang et al. 2022, arXiv:2211.00593, section 2.
@@ -64,7 +67,9 @@ def logit_difference(model: Any, input_ids: Tensor, attention_mask: Tensor | Non
     return first - second
 
 
-def text_log_probability(model: Any, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor) -> Tensor:
+def text_log_probability(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor
+) -> Tensor:
     """Return the mean log-probability of each sample's own tokens, from one on.
 
     Args:
@@ -87,7 +92,9 @@ def text_log_probability(model: Any, input_ids: Tensor, attention_mask: Tensor |
     return -(nll_BT * counts_BT).sum(dim=1) / counts_BT.sum(dim=1).clamp(min=1)
 
 
-def lexicon_log_probability(model: Any, input_ids: Tensor, attention_mask: Tensor | None, lexicon: Tensor) -> Tensor:
+def lexicon_log_probability(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, lexicon: Tensor
+) -> Tensor:
     """Return the log-probability that the next token is one of a lexicon, averaged over all positions of each sample.
 
     Args:
@@ -106,7 +113,7 @@ def lexicon_log_probability(model: Any, input_ids: Tensor, attention_mask: Tenso
 
 
 def lexicon_probability(
-    model: Any, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor, lexicon: Tensor
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor, lexicon: Tensor
 ) -> Tensor:
     """Return the probability that the next token is one of a lexicon, averaged over the positions that count.
 
@@ -132,7 +139,9 @@ def lexicon_probability(
     return (probability_BT * counts_BT).sum(dim=1) / counts_BT.sum(dim=1)
 
 
-def _log_of_lexicon(model: Any, input_ids: Tensor, attention_mask: Tensor | None, lexicon: Tensor) -> Tensor:
+def _log_of_lexicon(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, lexicon: Tensor
+) -> Tensor:
     """Return the log-probability of the lexicon after each position, shape ``[samples, tokens]``."""
     logits_BTV = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
@@ -140,7 +149,7 @@ def _log_of_lexicon(model: Any, input_ids: Tensor, attention_mask: Tensor | None
 
 
 def target_of(
-    model: Any, target: Target, batch: Mapping[str, Tensor], attention_mask: Tensor | None, lexicon: Tensor
+    model: PreTrainedModel, target: Target, batch: Mapping[str, Tensor], attention_mask: Tensor | None, lexicon: Tensor
 ) -> Tensor:
     """Return the target of a name for each sample of a padded batch, shape ``[samples]``; see the functions above."""
     input_ids = batch["input_ids"]
@@ -155,7 +164,9 @@ def target_of(
     return largest_logit(model, input_ids, attention_mask)
 
 
-def lexicon_of(tokenizer: Any, score: Callable[[list[str]], Sequence[float]], threshold: float = 0.5) -> list[int]:
+def lexicon_of(
+    tokenizer: PreTrainedTokenizerBase, score: Callable[[list[str]], Sequence[float]], threshold: float = 0.5
+) -> list[int]:
     """Return the tokens that a scorer finds toxic by themselves.
 
     Args:
@@ -167,7 +178,7 @@ def lexicon_of(tokenizer: Any, score: Callable[[list[str]], Sequence[float]], th
         ValueError: If no token is that toxic.
     """
     special = set(tokenizer.all_special_ids)
-    words = {i: tokenizer.decode([i]).strip() for i in range(len(tokenizer)) if i not in special}
+    words = {i: str(tokenizer.decode([i])).strip() for i in range(len(tokenizer)) if i not in special}
     # A scorer knows words: what is no letter, or half of one, tells it nothing.
     words = {i: word for i, word in words.items() if any(map(str.isalpha, word)) and "\ufffd" not in word}
     scores = dict(zip(words, score(list(words.values())), strict=True))

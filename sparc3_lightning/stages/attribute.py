@@ -197,7 +197,7 @@ class Attribution(StoppableModule, Stage):
         if self.logger is not None:
             self.logger.log_metrics({"samples": self.accumulator.num_samples}, step=batch_idx)
 
-    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_predict_batch_end(self, outputs: object, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Save the sums now and then, and when the run is asked to stop."""
         # Ranks agree by a collective, for which the host waits: on an accelerator not after every batch.
         asked = self.device.type == "cpu" or batch_idx % CHECK_EVERY == 0

@@ -15,7 +15,7 @@ from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
-from sparc3_lightning.models.components import Component
+from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.models.export import check_takes_means, export_pruned
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
@@ -188,7 +188,7 @@ class Pruning(Stage):
             self._export(neurons)
         # Last, since a folder with neurons.json counts as complete.
         neurons.save(self.output)
-        self._describe(neurons, selection, folder)
+        self._describe(found, neurons.granularity, self.output)
         return neurons
 
     def _neurons(self, text: ReferenceSamples | None, device: torch.device | None) -> tuple[Selected, dict[str, Any]]:
@@ -253,22 +253,23 @@ class Pruning(Stage):
             raise OptionError("weak", f"{message} Nothing was written (--.weak error).")
         rank_zero_warn(message)
 
-    def _describe(self, neurons: NeuronList, selection: dict[str, Any], folder: Path) -> None:
-        layers = sum(count > 0 for count in selection["neurons_per_module"].values())
-        strength = selection["differential_strength_percent"]
-        of = self.selection.replace("_", " ") if strength is None else f"differential strength {strength:.1f} %"
-        if selection["budget"]:
-            of += f", strength {neurons.neurons[0].strength:g}, perplexity {100 * selection['budget']['rise']:+.2f} %"
+    def _describe(self, found: Selected, granularity: Granularity, path: Path) -> None:
+        layers = len({neuron.module for neuron in found.chosen})
+        if found.strength is None:
+            by = self.selection.replace("_", " ")
+        else:
+            by = f"differential strength {found.strength:.1f} %"
+        if found.budget:
+            by += f", strength {found.chosen[0].strength:g}, perplexity {100 * found.budget['rise']:+.2f} %"
         rank_zero_info(
-            f"{len(neurons.neurons)} of {selection['num_candidates']:,} {neurons.granularity}s in {layers} layers, "
-            f"{of}: {folder / NEURONS}"
+            f"{len(found.chosen)} of {found.num_candidates:,} {granularity}s in {layers} layers, {by}: {path}"
         )
 
     def _export(self, neurons: NeuronList) -> None:
         assert self.export is not None
         of = neurons.provenance
         checkpoint = Checkpoint.unchanged(of["checkpoint"], of["checkpoint_fingerprint"])
-        name: Any = of["behavior"]["spec"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
+        name: Dtype = of["behavior"]["spec"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
         dtype = resolve_dtype(name, torch.device("cpu"))
         export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype)
         rank_zero_info(f"Pruned checkpoint: {self.export}")
@@ -322,10 +323,11 @@ def within_budget(
     }
 
 
-def _are_of_one_source(text: ReferenceSamples, data: Mapping[str, Any]) -> bool:
+def _are_of_one_source(text: ReferenceSamples, data: Mapping[str, object]) -> bool:
     """Tell whether an id names the same document in a text and in the data of a score file."""
     if text.source is not None:  # in a file the id of a document is its row
-        return data.get("source") is not None and _place(data["source"]) == _place(text.source)
+        source = data.get("source")
+        return isinstance(source, str) and _place(source) == _place(text.source)
     # In a stream it is the place after the shuffle.
     mine = {"class": type(text).__name__, **text.hparams}
     return all(data.get(name) == mine.get(name) for name in ("class", "source", "seed", "buffer_size"))
