@@ -135,6 +135,13 @@ def words_tokenizer(names: tuple[str, ...] = NAMES) -> PreTrainedTokenizerFast:
     return tokenizer_of(sorted({*re.findall(r"\w+|[^\w\s]", text), "they", "others", "one", *names}))
 
 
+class Unshuffled(list):
+    """Rows of a data set of the hub that come in the order in which they were given."""
+
+    def shuffle(self, **_: Any) -> "Unshuffled":
+        return self
+
+
 def fail_if_masked(model: Any, neurons: list[Any]) -> None:
     """Mask neurons that are not there, which must be refused before the block is entered."""
     from sparc3_lightning.models.components import mask
