@@ -139,6 +139,13 @@ def changed(provenance: Provenance, **changes: Any) -> Provenance:
     return replace(provenance, spec=spec, **{name: value for name, value in changes.items() if name not in names})
 
 
+class Unshuffled(list):
+    """Rows of a data set of the hub that come in the order in which they were given."""
+
+    def shuffle(self, **_: Any) -> "Unshuffled":
+        return self
+
+
 def fail_if_masked(model: Any, neurons: list[Any]) -> None:
     """Mask neurons that are not there, which must be refused before the block is entered."""
     from sparc3_lightning.models.components import mask

@@ -1,11 +1,15 @@
 """The command line: help, configs and overlays, what is saved, and how errors look."""
 
+import functools
 import inspect
+import io
 import json
 import re
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +52,14 @@ def as_if_from_a_shell(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def input_files(tmp_path) -> None:
-    (tmp_path / "general.txt").write_text("\n".join(sentence(i, 20 + i) for i in range(10)) + "\n")
-    (tmp_path / "text.txt").write_text("\n".join(sentence(1000 + i, 20) for i in range(6)) + "\n")
+    write_inputs(tmp_path)
+
+
+def write_inputs(folder: Path) -> None:
+    (folder / "general.txt").write_text("\n".join(sentence(i, 20 + i) for i in range(10)) + "\n")
+    (folder / "text.txt").write_text("\n".join(sentence(1000 + i, 20) for i in range(6)) + "\n")
     rows = [{"prompt": {"text": sentence(100 + i, 3 + i % 7), "toxicity": i / 19}} for i in range(20)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
 def stops(capsys, *args: str) -> tuple[Any, str, str]:
@@ -102,6 +110,39 @@ def evaluate(checkpoint: str, *changes: str) -> Path:
     return Path(done.trainer.log_dir)
 
 
+@pytest.fixture(scope="module")
+def shared_home(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("joined")
+    write_inputs(home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setattr("sys.argv", ["sparc3"])
+        neurons = prune(tiny_checkpoint) / "neurons.json"
+        evaluate(tiny_checkpoint, "--model.neurons", str(neurons), "--seed_everything", "5")
+    return home
+
+
+@pytest.fixture
+def joined(shared_home: Path, tmp_path: Path) -> dict[str, Path]:
+    """Two attributions, a pruning and an evaluation with seed 5, in the folder of the test; returns their folders."""
+    shutil.copytree(shared_home, tmp_path, dirs_exist_ok=True)
+    return {f"{path.parent.name} {path.name[-1]}": path for path in LOGS.glob("*/*")}
+
+
+@pytest.fixture(scope="module")
+def help_of() -> Callable[[str], tuple[Any, str]]:
+    """Return a function that returns the exit code and the help text of a verb."""
+
+    @functools.cache
+    def ask(verb: str) -> tuple[Any, str]:
+        with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as done:
+            main([verb, "--help"])
+        return done.value.code or 0, out.getvalue()
+
+    return ask
+
+
 def options_in(help_text: str) -> dict[str, str]:
     """Return the explanation of each option that a help text lists."""
     parts = re.split(r"\n  (?=-)", help_text.partition("\noptions:\n")[2])
@@ -115,8 +156,8 @@ def options_in(help_text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("verb", STAGES)
-def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(capsys, verb):
-    code, out, _ = stops(capsys, verb, "--help")
+def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, verb):
+    code, out = help_of(verb)
     assert code == 0
     sentence_of_verb = {
         "prepare": "Fetch everything",
@@ -152,8 +193,8 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(capsys, ver
         ("run", "evaluate", Evaluation, {"checkpoint", "dtype", "revision", "neurons"}),
     ],
 )
-def test_help_explains_each_option_with_its_default(capsys, verb, group, of, hidden):
-    _, out, _ = stops(capsys, verb, "--help")
+def test_help_explains_each_option_with_its_default(help_of, verb, group, of, hidden):
+    _, out = help_of(verb)
     explained = options_in(out)
     parameters = inspect.signature(of.__init__).parameters.values()
     for parameter in parameters:
@@ -170,8 +211,8 @@ def test_help_explains_each_option_with_its_default(capsys, verb, group, of, hid
             assert "default: " in entry, option
 
 
-def test_help_of_sweep_explains_the_options_of_evaluate_too(capsys):
-    explained = {verb: options_in(stops(capsys, verb, "--help")[1]) for verb in ("evaluate", "sweep")}
+def test_help_of_sweep_explains_the_options_of_evaluate_too(help_of):
+    explained = {verb: options_in(help_of(verb)[1]) for verb in ("evaluate", "sweep")}
     ours = {name for name in explained["evaluate"] if name.startswith("--model.")}
     assert len(ours) > 15
     own = {f"--model.{name}" for name in inspect.signature(Sweep.__init__).parameters} - {
@@ -305,9 +346,8 @@ def test_a_typo_in_a_config_file_is_an_error_that_names_it(capsys):
     assert "rlue" in err
 
 
-def test_the_verbs_joined_by_their_files_carry_out_the_experiment(tiny_checkpoint):
-    neurons = prune(tiny_checkpoint) / "neurons.json"
-    folder = evaluate(tiny_checkpoint, "--model.neurons", str(neurons))
+def test_the_verbs_joined_by_their_files_carry_out_the_experiment(joined):
+    neurons, folder = joined["prune 0"] / "neurons.json", joined["evaluate 0"]
     results = json.loads((folder / "results.json").read_text())
     assert results["num_neurons"] == 5
     assert results["neurons"] == str(neurons)
@@ -340,13 +380,12 @@ def test_the_saved_config_of_an_attribution_gives_the_same_scores(tiny_checkpoin
     assert saved[0] == saved[1]
 
 
-def test_the_saved_configs_of_pruning_and_evaluation_give_the_same_results(tiny_checkpoint):
-    pruned = prune(tiny_checkpoint)
+def test_the_saved_configs_of_pruning_and_evaluation_give_the_same_results(joined):
+    pruned, evaluated = joined["prune 0"], joined["evaluate 0"]
     main(["prune", "--config", str(pruned / "config.yaml")])
     again = LOGS / "prune/version_1"
     assert (again / "neurons.json").read_text() == (pruned / "neurons.json").read_text()
     assert (again / "selection.json").read_text() == (pruned / "selection.json").read_text()
-    evaluated = evaluate(tiny_checkpoint, "--model.neurons", str(pruned / "neurons.json"), "--seed_everything", "5")
     main(["evaluate", "--config", str(evaluated / "config.yaml")])
     again = LOGS / "evaluate/version_1"
     assert json.loads((again / "results.json").read_text()) == json.loads((evaluated / "results.json").read_text())
@@ -363,7 +402,8 @@ def test_the_saved_config_repeats_a_run_after_which_the_folder_was_removed(tiny_
     assert all(torch.equal(first.scores[name], second.scores[name]) for name in first.scores)
 
 
-def test_prepare_and_run_save_their_config_too(tiny_checkpoint):
+def test_prepare_and_run_save_their_config_too(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(Experiment, "run", lambda *_: {"change": {}})
     general = {"class_path": "C4", "init_args": {"source": "general.txt", "num_samples": 3, "seq_len": 12}}
     behavior = {
         "class_path": "ToxicPrompts",
@@ -398,11 +438,9 @@ def scalars(folder: Path) -> dict[str, float]:
     return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_shows_the_progress_of_an_attribution_and_the_figures_of_the_other_stages(tiny_checkpoint):
-    attributed = attribute(tiny_checkpoint)
-    assert scalars(attributed)["samples"] == 4
-    pruned = prune(tiny_checkpoint)
-    evaluated = evaluate(tiny_checkpoint, "--model.neurons", str(pruned / "neurons.json"))
+def test_tensorboard_shows_the_progress_of_an_attribution_and_the_figures_of_the_other_stages(joined):
+    assert scalars(joined["attribute 0"])["samples"] == 4
+    pruned, evaluated = joined["prune 0"], joined["evaluate 0"]
     results = json.loads((evaluated / "results.json").read_text())
     assert scalars(evaluated)["baseline/perplexity"] == pytest.approx(results["baseline"]["perplexity"])
     assert scalars(evaluated)["pruned/toxicity_mean"] == pytest.approx(results["pruned"]["toxicity_mean"])

@@ -1,7 +1,11 @@
 """Every shipped config is what the parser of its verb takes, and holds the defaults of the published experiment."""
 
+import functools
+import io
 import re
 import shlex
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +38,18 @@ def command_of(path: Path) -> list[str]:
     return shlex.split(command.removeprefix("# sparc3 "))
 
 
-@pytest.fixture
-def parsed(capsys):
+def printed(*command: str) -> dict[str, Any]:
+    """Return what a command would run with."""
+    with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as done:
+        main([*command, "--print_config"])
+    assert done.value.code in (0, None)
+    return yaml.safe_load(out.getvalue())
+
+
+@pytest.fixture(scope="module")
+def parsed() -> Callable[[Path], dict[str, Any]]:
     """Return what a config becomes: every option of its verb, by default or from the file."""
-
-    def parse(path: Path) -> dict[str, Any]:
-        with pytest.raises(SystemExit) as done:
-            main([*command_of(path), "--print_config"])
-        printed = capsys.readouterr()
-        assert done.value.code in (0, None), printed.err
-        return yaml.safe_load(printed.out)
-
-    return parse
+    return functools.cache(lambda path: printed(*command_of(path)))
 
 
 def named(name: str) -> Path:
@@ -85,11 +89,8 @@ def test_a_shipped_config_says_in_a_second_comment_what_it_computes(path):
     assert groups == [group for group in [*order, "data"] if group in groups]
 
 
-def test_run_yaml_prepares_too(capsys):
-    with pytest.raises(SystemExit) as done:
-        main(["prepare", "--config", "run.yaml", "--print_config"])
-    assert done.value.code in (0, None)
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["checkpoint"] == "meta-llama/Meta-Llama-3-8B"
+def test_run_yaml_prepares_too():
+    assert printed("prepare", "--config", "run.yaml")["model"]["checkpoint"] == "meta-llama/Meta-Llama-3-8B"
 
 
 @pytest.mark.parametrize("overlays", [[], ["--config", "lexicon.yaml"]])
@@ -217,12 +218,17 @@ def test_compress_yaml_prunes_half_of_each_row_as_published(parsed):
     assert includes(options["model"], {"sparsity": 0.5, "pattern": "row", "export_dtype": "auto"})
 
 
-def test_zero_shot_yaml_adds_the_seven_published_tasks_which_lm_eval_knows(parsed):
+def test_zero_shot_yaml_adds_the_seven_published_tasks(parsed):
     whole, options = parsed(named("evaluate.yaml")), parsed(named("zero_shot.yaml"))
     tasks = options["model"]["lm_eval_tasks"]
     assert tasks == ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
     assert options["data"]["text"]["init_args"]["conventions"] == ["disjoint"]
     assert options["data"]["prompts"] == whole["data"]["prompts"]
+
+
+@pytest.mark.slow
+def test_lm_eval_knows_the_tasks_of_zero_shot_yaml(parsed):
+    tasks = parsed(named("zero_shot.yaml"))["model"]["lm_eval_tasks"]
     pytest.importorskip("lm_eval")
     check_tasks(tasks, None)
 
@@ -257,11 +263,9 @@ def test_circuit_yaml_measures_the_model_of_ioi_yaml_on_sentences_of_another_see
 
 
 @pytest.mark.parametrize("base", ["demo.yaml", "run.yaml"])
-def test_repetition_weights_yaml_is_an_overlay_that_prunes_the_published_number_of_weights(base, capsys):
+def test_repetition_weights_yaml_is_an_overlay_that_prunes_the_published_number_of_weights(base):
     overlays = ["--config", "repetition.yaml", "--config", "repetition_weights.yaml"]
-    with pytest.raises(SystemExit):
-        main(["run", "--config", base, *overlays, "--print_config"])
-    options = yaml.safe_load(capsys.readouterr().out)
+    options = printed("run", "--config", base, *overlays)
     assert options["attribute"]["granularity"] == options["prune"]["granularity"] == "weight"
     assert options["prune"]["num_neurons"] == 7000
     assert includes(
@@ -272,10 +276,8 @@ def test_repetition_weights_yaml_is_an_overlay_that_prunes_the_published_number_
 
 @pytest.mark.parametrize("name", ["repetition.yaml", "gender.yaml", "race.yaml"])
 @pytest.mark.parametrize("base", ["demo.yaml", "run.yaml"])
-def test_a_behavior_is_an_overlay_whose_prompts_the_model_chooses_and_that_needs_nothing_but_pypi(name, base, capsys):
-    with pytest.raises(SystemExit):
-        main(["run", "--config", base, "--config", name, "--print_config"])
-    options = yaml.safe_load(capsys.readouterr().out)
+def test_a_behavior_is_an_overlay_whose_prompts_the_model_chooses_and_that_needs_nothing_but_pypi(name, base):
+    options = printed("run", "--config", base, "--config", name)
     behavior, prompts, pairs = options["behavior"], options["data"]["prompts"], options["data"]["pairs"]
     assert options["screen"]["init_args"]["source"].startswith("pypi:")
     assert includes(behavior["init_args"], {"source": None, "by": "continuation", "min_toxicity": None})

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MODULES, provenance, random_scores, save_scores, sentence
+from helpers import MODULES, Unshuffled, provenance, random_scores, save_scores, sentence
 
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.cli import main
-from sparc3_lightning.data.base import Sample, pad_right
-from sparc3_lightning.data.c4 import C4
+from sparc3_lightning.data.base import HubDataset, Sample, pad_right
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, largest_within, spend
@@ -306,7 +305,7 @@ def test_of_a_stream_those_are_left_out_that_have_the_same_place_after_the_same_
     general, behavior, documents = files
     rows = [json.loads(line) for line in documents.read_text().splitlines()]
     monkeypatch.setenv("SPARC3_CACHE", "cache")
-    monkeypatch.setattr(C4, "_stream", lambda self: ((i, row["text"]) for i, row in enumerate(rows)))
+    monkeypatch.setattr(HubDataset, "rows", lambda self, *, streaming: Unshuffled(rows))
     of = {"class": "C4", "source": None, "seed": 0, "buffer_size": 10_000}
     streamed = save_scores("s/scores.safetensors", random_scores(0), ScoreFile.load(general).provenance, data=of)
     data = [f"--data.seed={seed}", "--data.seq_len=12", "--data.num_samples=12"]

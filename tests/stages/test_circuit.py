@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.scores import INDEX, ScoreFile, ShardWriter
+from sparc3_lightning.attribution.targets import logit_difference
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.ioi import IOI
@@ -26,6 +27,7 @@ from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import mask, prune_
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.orders import ComponentOrder, group_scores
+from sparc3_lightning.stages import circuit
 from sparc3_lightning.stages.attribute import SCORES, Attribution
 from sparc3_lightning.stages.circuit import CIRCUIT, RANDOM, Circuit, curve_of
 
@@ -159,13 +161,13 @@ def test_the_circuit_is_the_sparsest_by_the_mean_scores_that_keeps_the_threshold
 
 def test_no_circuit_is_written_where_none_keeps_the_threshold(checkpoint, save, monkeypatch):
     path = save("seed", UP_PROJ, 0)
-    monkeypatch.setattr(Circuit, "_measure", lambda self: next(self.__dict__.setdefault("told", iter(ACCURACIES))))
-    results = find(checkpoint, [path], threshold=0.9)
+    right = iter((100, 89, 50, 20))  # sentences of 100, by the whole model and at each sparsity
+    monkeypatch.setattr(circuit, "logit_difference", lambda *_: torch.where(torch.arange(100) < next(right), 1.0, -1.0))
+    results = find(checkpoint, [path], IOI(num_samples=100, seed=5, batch_size=100), threshold=0.9)
+    assert results["whole_model"]["accuracy"] == 1
+    assert [step["accuracy_mean"] for step in results["curves"][0]["steps"]] == [0.89, 0.5, 0.2]
     assert results["curves"][0]["circuit"] is None
     assert not list(Path("out").glob("circuit-*.json"))
-
-
-ACCURACIES = [{"accuracy": value, "logit_difference": 0.0} for value in (1.0, 0.89, 0.5, 0.2)]
 
 
 def test_sentences_that_were_used_to_attribute_are_left_out(checkpoint, save):
@@ -346,13 +348,12 @@ def test_a_circuit_stops_at_a_signal_without_a_result_and_is_not_put_into_the_qu
     for name, value in {"NTASKS": "1", "JOB_ID": "42", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setattr(subprocess, "run", lambda *command, **_: pytest.fail(f"{command} was called"))
-    measure = Circuit._measure
 
-    def signalled(self: Circuit) -> dict[str, float]:
+    def signalled(*of: Any) -> Tensor:
         os.kill(os.getpid(), signal.SIGUSR1)
-        return measure(self)
+        return logit_difference(*of)
 
-    monkeypatch.setattr(Circuit, "_measure", signalled)
+    monkeypatch.setattr(circuit, "logit_difference", signalled)
     before = signal.getsignal(signal.SIGUSR1)
     with caplog.at_level("INFO"), pytest.raises(SystemExit) as left:
         find(checkpoint, [save("a", O_PROJ, 1)])

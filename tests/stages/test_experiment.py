@@ -1,20 +1,22 @@
 """The whole experiment on the tiny checkpoint: what is written, what is run again and what is not."""
 
+import copy
 import hashlib
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import yaml
-from helpers import sentence
+from helpers import Unshuffled, sentence
 from safetensors.torch import load_file, save_file
 
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import ScoreFile
-from sparc3_lightning.data.c4 import C4
+from sparc3_lightning.data.base import HubDataset
 from sparc3_lightning.scorers.detoxify import SHIPPED
 from sparc3_lightning.stages import experiment
 from sparc3_lightning.stages.experiment import MANIFEST, Experiment
@@ -30,16 +32,15 @@ def as_if_from_python(monkeypatch):
     monkeypatch.setattr("sys.argv", ["sparc3"])
 
 
-@pytest.fixture(autouse=True)
-def config(tmp_path, tiny_checkpoint) -> Path:
+def write_inputs(folder: Path, checkpoint: str) -> Path:
     """A tiny experiment.yaml, with the files it reads."""
-    (tmp_path / "general.txt").write_text("\n".join(sentence(i, 20 + i) for i in range(12)) + "\n")
-    (tmp_path / "text.txt").write_text("\n".join(sentence(1000 + i, 20) for i in range(10)) + "\n")
+    (folder / "general.txt").write_text("\n".join(sentence(i, 20 + i) for i in range(12)) + "\n")
+    (folder / "text.txt").write_text("\n".join(sentence(1000 + i, 20) for i in range(10)) + "\n")
     rows = [{"prompt": {"text": sentence(100 + i, 3 + i % 7), "toxicity": i / 19}} for i in range(20)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     options = {
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
-        "model": {"checkpoint": tiny_checkpoint, "general_seeds": [0, 1]},
+        "model": {"checkpoint": checkpoint, "general_seeds": [0, 1]},
         "general": {
             "class_path": "sparc3_lightning.data.C4",
             "init_args": {"source": "general.txt", "num_samples": 4, "seq_len": 16},
@@ -61,44 +62,130 @@ def config(tmp_path, tiny_checkpoint) -> Path:
             },
         },
     }
-    path = tmp_path / "experiment.yaml"
+    path = folder / "experiment.yaml"
     path.write_text(yaml.safe_dump(options, sort_keys=False))
     return path
+
+
+@pytest.fixture(autouse=True)
+def config(tmp_path, tiny_checkpoint) -> Path:
+    return write_inputs(tmp_path, tiny_checkpoint)
 
 
 @pytest.fixture
 def verbs_run(monkeypatch) -> list[str]:
     """The verbs of the stages that were run, in order."""
+    return remember_verbs(monkeypatch)
+
+
+def remember_verbs(patch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
-    run_stage = cli._run_stage
+    main = cli.main
 
-    def counting(verb: str, config: Path) -> None:
-        seen.append(verb)
-        run_stage(verb, config)
+    def remembering(args: list[str]) -> Any:
+        if args[0] not in ("run", "prepare"):
+            seen.append(args[0])
+        return main(args)
 
-    monkeypatch.setattr(cli, "_run_stage", counting)
+    patch.setattr(cli, "main", remembering)
     return seen
+
+
+@pytest.fixture(scope="module")
+def options(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All options of the experiment, as the command line hands them on."""
+    found: dict[str, Any] = {}
+    folder = tmp_path_factory.mktemp("options")
+    write_inputs(folder, tiny_checkpoint)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setattr("sys.argv", ["sparc3"])
+        patch.setattr(Experiment, "write_plan", lambda _, options, *__: found.update(options))
+        cli.main(["run", "--config", "experiment.yaml", "--plan", "plan.txt"])
+    return found
+
+
+def changed(options: dict[str, Any], changes: tuple[str, ...]) -> dict[str, Any]:
+    """Return the options with others in place, which are written as on the command line."""
+    options = copy.deepcopy(options)
+    for name, value in zip(changes[::2], changes[1::2], strict=True):
+        *groups, last = name.removeprefix("--").split(".")
+        of = options
+        for group in groups:
+            of = of[group]
+        of[last] = yaml.safe_load(value)
+    return options
+
+
+def pretend(verb: str, config: Path) -> None:
+    """Compute nothing, but write the file that ends a stage."""
+    outputs = {"attribute": "scores.safetensors", "prune": "neurons.json", "evaluate": "results.json"}
+    where = yaml.safe_load(config.read_text())["trainer"]["logger"]["init_args"]
+    folder = Path(where["save_dir"], where["name"], where["version"])
+    folder.mkdir(parents=True)
+    figures = {"perplexity": 2.0, "toxicity_mean": 0.5}
+    results = {"baseline": figures, "pruned": figures, "change": {}}
+    results |= {"groups": {}, "perplexity_interval": {"baseline": {}, "pruned": {}}}
+    (folder / outputs[verb]).write_text(json.dumps(results))
+    (folder / "report.html").touch()
 
 
 @pytest.fixture
-def verbs_pretended(monkeypatch) -> list[str]:
-    """The verbs of the stages that were due; nothing is computed, only the file that ends each stage is written."""
-    seen: list[str] = []
-    outputs = {"attribute": "scores.safetensors", "prune": "neurons.json", "evaluate": "results.json"}
+def due(options: dict[str, Any]) -> Callable[..., list[str]]:
+    """Return a function that runs an experiment of which no stage is computed, and returns the verbs that were due."""
 
-    def pretend(verb: str, config: Path) -> None:
-        seen.append(verb)
-        where = yaml.safe_load(config.read_text())["trainer"]["logger"]["init_args"]
-        folder = Path(where["save_dir"], where["name"], where["version"])
-        folder.mkdir(parents=True)
-        figures = {"perplexity": 2.0, "toxicity_mean": 0.5}
-        results = {"baseline": figures, "pruned": figures, "change": {}}
-        results |= {"groups": {}, "perplexity_interval": {"baseline": {}, "pruned": {}}}
-        (folder / outputs[verb]).write_text(json.dumps(results))
-        (folder / "report.html").touch()
+    def run_pretended(*changes: str, run_stage: Callable[[str, Path], None] = pretend) -> list[str]:
+        seen: list[str] = []
 
-    monkeypatch.setattr(cli, "_run_stage", pretend)
-    return seen
+        def remembering(verb: str, config: Path) -> None:
+            run_stage(verb, config)
+            seen.append(verb)
+
+        of = changed(options, changes)
+        Experiment(**of["model"]).run(of, Path("out"), remembering)
+        return seen
+
+    return run_pretended
+
+
+@pytest.fixture
+def plan(options: dict[str, Any]) -> Callable[..., None]:
+    """Return a function that writes the plan of an experiment."""
+
+    def write_plan(*changes: str) -> None:
+        of = changed(options, changes)
+        Experiment(**of["model"]).write_plan(of, Path("out"), Path("plan.txt"))
+
+    return write_plan
+
+
+class Done(NamedTuple):
+    """The experiment as it stands in experiment.yaml, run from the command line."""
+
+    home: Path
+    verbs: list[str]
+    results: dict[str, Any]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def shared_run(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    home = tmp_path_factory.mktemp("done")
+    write_inputs(home, tiny_checkpoint)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setattr("sys.argv", ["sparc3"])
+        verbs = remember_verbs(patch)
+        yield Done(home, verbs, *run())
+
+
+@pytest.fixture
+def done(shared_run: Done, tmp_path: Path) -> Done:
+    """The experiment after it was run, in the folder of the test: what the test writes there is its own."""
+    shutil.copytree(shared_run.home, tmp_path, dirs_exist_ok=True)
+    return shared_run
 
 
 def run(*changes: str) -> tuple[dict[str, Any], Path]:
@@ -117,9 +204,9 @@ def completions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(evaluation, "completions.jsonl").read_text().splitlines()]
 
 
-def test_one_command_carries_out_the_whole_experiment(verbs_run, tiny_checkpoint):
-    results, folder = run()
-    assert verbs_run == ALL
+def test_one_command_carries_out_the_whole_experiment(done, tiny_checkpoint):
+    results, folder = done.results, done.folder
+    assert done.verbs == ALL
     assert folder == LOGS / "run/version_0"
     assert results["num_neurons"] == 6
     assert results["checkpoint"] == tiny_checkpoint
@@ -139,9 +226,8 @@ def test_one_command_carries_out_the_whole_experiment(verbs_run, tiny_checkpoint
         assert Path(stages[name], "config.yaml").is_file()
 
 
-def test_the_general_seeds_are_attributed_on_different_documents_and_averaged(verbs_run):
-    _, folder = run()
-    stages = json.loads((folder / "experiment.json").read_text())["stages"]
+def test_the_general_seeds_are_attributed_on_different_documents_and_averaged(done):
+    stages = json.loads((done.folder / "experiment.json").read_text())["stages"]
     files = [ScoreFile.load(Path(stages[name], "scores.safetensors")) for name in ("general_0", "general_1")]
     assert [file.provenance.data["seed"] for file in files] == [0, 1]
     assert files[0].provenance.sample_ids != files[1].provenance.sample_ids
@@ -152,8 +238,8 @@ def test_the_general_seeds_are_attributed_on_different_documents_and_averaged(ve
     assert first["score"] == pytest.approx(mean - float(behavior.scores[first["module"]][first["index"]]), abs=1e-6)
 
 
-def test_prompts_that_were_attributed_on_are_not_evaluated_on():
-    results, folder = run()
+def test_prompts_that_were_attributed_on_are_not_evaluated_on(done):
+    results, folder = done.results, done.folder
     stages = json.loads((folder / "experiment.json").read_text())["stages"]
     attributed = set(ScoreFile.load(Path(stages["behavior"], "scores.safetensors")).provenance.sample_ids)
     rows = [json.loads(line)["prompt"] for line in Path("prompts.jsonl").read_text().splitlines()]
@@ -166,11 +252,16 @@ def test_prompts_that_were_attributed_on_are_not_evaluated_on():
     assert results["protocol"]["prompts"]["excluded"] == 5
 
 
+GENERAL_PROMPTS = """
+class_path: sparc3_lightning.data.ToxicPrompts
+init_args: {source: prompts.jsonl, min_toxicity: 0.3, num_samples: 4}
+"""
+
+
 @pytest.fixture
 def prompts_as_general_samples(config) -> None:
     options = yaml.safe_load(config.read_text())
-    init_args = {"source": "prompts.jsonl", "min_toxicity": 0.3, "num_samples": 4}
-    options["general"] = {"class_path": "sparc3_lightning.data.ToxicPrompts", "init_args": init_args}
+    options["general"] = yaml.safe_load(GENERAL_PROMPTS)
     config.write_text(yaml.safe_dump(options))
 
 
@@ -197,23 +288,25 @@ def test_the_behaviour_can_be_attributed_by_other_options(verbs_run):
     ]
 
 
-@pytest.mark.parametrize("options", ["{tarqet: text}", "{target: texts}", "{save_every: some}"])
-def test_an_unknown_option_for_the_behaviour_is_refused_before_any_stage(verbs_run, options):
+def must_not_run(verb: str, config: Path) -> None:
+    pytest.fail(f"{verb} was run")
+
+
+@pytest.mark.parametrize("given", ["{tarqet: text}", "{target: texts}", "{save_every: some}"])
+def test_an_unknown_option_for_the_behaviour_is_refused_before_any_stage(due, given):
     with pytest.raises(ValueError, match=r"--model\.behavior_attribute: "):
-        run("--model.behavior_attribute", options)
-    assert not verbs_run
+        due("--model.behavior_attribute", given, run_stage=must_not_run)
 
 
-def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(verbs_run):
+def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(due):
     with pytest.raises(ValueError, match=r"--attribute\.granularity must be neuron or weight"):
-        run("--attribute.granularity", "head", "--attribute.targets", "[o_proj]")
+        due("--attribute.granularity", "head", "--attribute.targets", "[o_proj]", run_stage=must_not_run)
     with pytest.raises(ValueError, match=r"--prune\.granularity weight .*--attribute\.granularity weight"):
-        run("--prune.granularity", "weight")
-    assert not verbs_run
+        due("--prune.granularity", "weight", run_stage=must_not_run)
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("changes", "error"),
     [
         (["--attribute.method", "wanda", "--attribute.target", "text"], r"--attribute\.method wanda has no target"),
         (
@@ -239,40 +332,34 @@ def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(verbs_run):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_a_later_stage_would_refuse_is_refused_before_any_stage_and_by_the_plan(verbs_run, options, error):
-    for more in ([], ["--plan", "plan.txt"]):
-        with pytest.raises(ValueError, match=error):
-            run(*options, *more)
-    assert not verbs_run
+def test_what_a_later_stage_would_refuse_is_refused_before_any_stage_and_by_the_plan(due, plan, changes, error):
+    with pytest.raises(ValueError, match=error):
+        due(*changes, run_stage=must_not_run)
+    with pytest.raises(ValueError, match=error):
+        plan(*changes)
     assert not Path("plan.txt").exists()
 
 
-def test_doses_and_strengths_that_the_pruning_will_list_are_planned(verbs_pretended):
-    run("--evaluate.doses", "[10]", "--evaluate.strengths", "[1, 0.5]", "--prune.num_ranked", "10")
-    assert verbs_pretended == ALL
-    run("--evaluate.doses", "[12]", "--prune.num_neurons", "12", "--prune.num_ranked", "10")
+def test_doses_and_strengths_that_the_pruning_will_list_are_planned(due):
+    assert due("--evaluate.doses", "[10]", "--evaluate.strengths", "[1, 0.5]", "--prune.num_ranked", "10") == ALL
+    due("--evaluate.doses", "[12]", "--prune.num_neurons", "12", "--prune.num_ranked", "10")
 
 
-def test_an_exported_checkpoint_of_a_stage_that_is_done_is_no_obstacle(verbs_pretended):
-    run("--prune.export", "exported")
+def test_an_exported_checkpoint_of_a_stage_that_is_done_is_no_obstacle(due):
+    due("--prune.export", "exported")
     Path("exported").mkdir()
-    verbs_pretended.clear()
-    run("--prune.export", "exported")
-    assert verbs_pretended == []
+    assert due("--prune.export", "exported") == []
 
 
-@pytest.mark.usefixtures("prompts_as_general_samples")
-def test_several_seeds_of_samples_that_no_seed_changes_are_refused_before_any_stage(verbs_run):
+def test_several_seeds_of_samples_that_no_seed_changes_are_refused_before_any_stage(due):
     with pytest.raises(
         ValueError, match=r"--general: .*ToxicPrompts .*--model.general_seeds must be one seed, got \[0, 1\]"
     ):
-        run()
-    assert verbs_run == []
+        due("--general", GENERAL_PROMPTS, run_stage=must_not_run)
 
 
-def test_a_second_run_repeats_no_stage_and_gives_the_same_numbers(verbs_run, caplog):
-    first, folder = run()
-    verbs_run.clear()
+def test_a_second_run_repeats_no_stage_and_gives_the_same_numbers(done, verbs_run, caplog):
+    first, folder = done.results, done.folder
     stages = [path for verb in ("attribute", "prune", "evaluate") for path in (LOGS / verb).rglob("*")]
     written = {path: path.stat().st_mtime_ns for path in stages if path.is_file()}
     with caplog.at_level("INFO"):
@@ -285,12 +372,11 @@ def test_a_second_run_repeats_no_stage_and_gives_the_same_numbers(verbs_run, cap
     assert caplog.text.count("done before") == 5
 
 
-def test_the_whole_experiment_run_again_from_nothing_gives_the_same_numbers():
-    first, folder = run()
-    lines = completions(folder)
+def test_the_whole_experiment_run_again_from_nothing_gives_the_same_numbers(done):
+    lines = completions(done.folder)
     shutil.rmtree(LOGS)
     second, folder = run()
-    assert figures(second) == figures(first)
+    assert figures(second) == figures(done.results)
     assert completions(folder) == lines
 
 
@@ -314,11 +400,9 @@ def test_the_whole_experiment_run_again_from_nothing_gives_the_same_numbers():
     ],
     ids=lambda value: " ".join(value),
 )
-def test_a_changed_option_reruns_what_depends_on_it_and_nothing_else(verbs_pretended, change, expected):
-    run()
-    verbs_pretended.clear()
-    run(*change)
-    assert verbs_pretended == expected
+def test_a_changed_option_reruns_what_depends_on_it_and_nothing_else(due, change, expected):
+    due()
+    assert due(*change) == expected
 
 
 @pytest.mark.parametrize(
@@ -329,13 +413,11 @@ def test_a_changed_option_reruns_what_depends_on_it_and_nothing_else(verbs_prete
         ("prompts.jsonl", ["attribute", "prune", "evaluate"]),
     ],
 )
-def test_changed_content_of_a_file_reruns_what_reads_it(verbs_pretended, name, expected):
-    run()
-    verbs_pretended.clear()
+def test_changed_content_of_a_file_reruns_what_reads_it(due, name, expected):
+    due()
     lines = Path(name).read_text().splitlines()
     Path(name).write_text("\n".join([lines[-1], *lines[:-1]]) + "\n")
-    run()
-    assert verbs_pretended == expected
+    assert due() == expected
 
 
 @pytest.fixture
@@ -350,127 +432,105 @@ MORE += ["--data.prompts.init_args.nontoxic_source", "mild.jsonl", "--data.promp
 
 
 @pytest.mark.usefixtures("more_inputs")
-def test_changed_content_of_the_second_scorer_or_of_the_non_toxic_prompts_reruns_the_evaluation(verbs_pretended):
-    run(*MORE)
+def test_changed_content_of_the_second_scorer_or_of_the_non_toxic_prompts_reruns_the_evaluation(due):
+    due(*MORE)
     for name in ("mild.jsonl", "other/config.json"):
-        verbs_pretended.clear()
-        run(*MORE)
-        assert verbs_pretended == []
+        assert due(*MORE) == []
         Path(name).write_text(Path(name).read_text() + "\n")
-        run(*MORE)
-        assert verbs_pretended == ["evaluate"]
+        assert due(*MORE) == ["evaluate"]
 
 
 @pytest.mark.usefixtures("more_inputs")
-def test_the_label_of_a_local_scorer_leaves_its_content_in_sight(verbs_pretended):
+def test_the_label_of_a_local_scorer_leaves_its_content_in_sight(due):
     Path("other/toxicity.ckpt").rename("other/model.safetensors")  # a label is for a text-classification checkpoint
     options = ["--evaluate.second_scorer", "other#toxic"]
-    run(*options)
-    verbs_pretended.clear()
+    due(*options)
     Path("other/config.json").write_text(Path("other/config.json").read_text() + "\n")
-    run(*options)
-    assert verbs_pretended == ["evaluate"]
+    assert due(*options) == ["evaluate"]
 
 
 @pytest.mark.usefixtures("more_inputs")
-def test_changed_content_of_the_lexicon_s_scorer_reruns_the_attribution_whose_target_it_is(verbs_pretended):
+def test_changed_content_of_the_lexicon_s_scorer_reruns_the_attribution_whose_target_it_is(due):
     Path("other/toxicity.ckpt").rename("other/model.safetensors")  # a label is for a text-classification checkpoint
     options = ["--attribute.lexicon", "other#toxic", "--model.behavior_attribute", '{"target": "lexicon"}']
-    run(*options)
-    verbs_pretended.clear()
+    due(*options)
     Path("other/config.json").write_text(Path("other/config.json").read_text() + "\n")
-    run(*options)
-    assert verbs_pretended == ["attribute", "prune", "evaluate"]
+    assert due(*options) == ["attribute", "prune", "evaluate"]
 
 
-def test_a_changed_tokenizer_of_ones_own_reruns_what_it_reads(verbs_pretended, tiny_checkpoint):
+def test_a_changed_tokenizer_of_ones_own_reruns_what_it_reads(due, tiny_checkpoint):
     shutil.copytree(tiny_checkpoint, "words")
     options = ["--general.init_args.tokenizer", "words"]
-    run(*options)
-    verbs_pretended.clear()
+    due(*options)
     Path("words/model.safetensors").unlink()
-    run(*options)
-    assert verbs_pretended == []
+    assert due(*options) == []
     Path("words/tokenizer.json").write_text(Path("words/tokenizer.json").read_text() + "\n")
-    run(*options)
-    assert verbs_pretended == ["attribute", "attribute", "prune", "evaluate"]
+    assert due(*options) == ["attribute", "attribute", "prune", "evaluate"]
 
 
-def test_a_changed_task_of_ones_own_reruns_the_evaluation(verbs_pretended):
+def test_a_changed_task_of_ones_own_reruns_the_evaluation(due):
     Path("tasks").mkdir()
     Path("tasks/mine.yaml").write_text("task: mine\n")
-    run("--evaluate.lm_eval_folder", "tasks")
-    verbs_pretended.clear()
+    due("--evaluate.lm_eval_folder", "tasks")
     Path("tasks/mine.yaml").write_text("task: mine\ntest_split: test\n")
-    run("--evaluate.lm_eval_folder", "tasks")
-    assert verbs_pretended == ["evaluate"]
+    assert due("--evaluate.lm_eval_folder", "tasks") == ["evaluate"]
 
 
-def test_changed_weights_of_a_local_checkpoint_rerun_everything(verbs_pretended, tiny_checkpoint):
+def test_changed_weights_of_a_local_checkpoint_rerun_everything(due, tiny_checkpoint):
     shutil.copytree(tiny_checkpoint, "mine")
-    run("--model.checkpoint", "mine")
-    verbs_pretended.clear()
+    due("--model.checkpoint", "mine")
     weights = load_file("mine/model.safetensors")
     weights["lm_head.weight"] = torch.roll(weights["lm_head.weight"], 1)
     save_file(weights, "mine/model.safetensors", {"format": "pt"})
-    run("--model.checkpoint", "mine")
-    assert verbs_pretended == ALL
+    assert due("--model.checkpoint", "mine") == ALL
 
 
-def test_a_stage_that_broke_off_is_run_again(verbs_run):
-    first, folder = run()
-    verbs_run.clear()
-    stage = Path(json.loads((folder / "experiment.json").read_text())["stages"]["evaluation"])
+def test_a_stage_that_broke_off_is_run_again(done, verbs_run):
+    stage = Path(json.loads((done.folder / "experiment.json").read_text())["stages"]["evaluation"])
     (stage / "results.json").unlink()
     assert (stage / "config.yaml").is_file()
     second, _ = run()
     assert verbs_run == ["evaluate"]
-    assert figures(second) == figures(first)
+    assert figures(second) == figures(done.results)
     assert (stage / "results.json").is_file()
 
 
 @pytest.mark.parametrize(("number", "verb"), list(enumerate(ALL)))
-def test_a_run_that_fails_goes_on_where_it_broke_off(verbs_pretended, monkeypatch, number, verb):
-    pretend = cli._run_stage
+def test_a_run_that_fails_goes_on_where_it_broke_off(due, number, verb):
+    begun: list[str] = []
 
     def failing(verb: str, config: Path) -> None:
-        if len(verbs_pretended) == number:
+        if len(begun) == number:
             raise OSError("No space left on device")
+        begun.append(verb)
         pretend(verb, config)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cli, "_run_stage", failing)
-        with pytest.raises(OSError, match="No space left"):
-            run()
-    assert verbs_pretended == ALL[:number]
-    verbs_pretended.clear()
-    run()
-    assert verbs_pretended == ALL[number:]
+    with pytest.raises(OSError, match="No space left"):
+        due(run_stage=failing)
+    assert begun == ALL[:number]
+    assert due() == ALL[number:]
 
 
-def test_an_evaluation_whose_change_is_not_known_can_be_gathered(verbs_pretended):
+def test_an_evaluation_whose_change_is_not_known_can_be_gathered(done, verbs_run):
     """Toxicity that was 0 before has no change in percent; in JSON that is null."""
-    _, folder = run()
-    stage = Path(json.loads((folder / "experiment.json").read_text())["stages"]["evaluation"])
+    stage = Path(json.loads((done.folder / "experiment.json").read_text())["stages"]["evaluation"])
     results = json.loads((stage / "results.json").read_text())
     interval = {"value": None, "low": None, "high": None}
     results["change"] = {"perplexity_percent": 1.5, "toxicity_percent": None}
     results["perplexity_interval"] = {name: {"sliding": interval} for name in ("baseline", "pruned")}
     results["perplexity_change"] = {"sliding": interval}
     (stage / "results.json").write_text(json.dumps(results))
-    verbs_pretended.clear()
     assert run()[0] == results
-    assert verbs_pretended == []
+    assert verbs_run == []
 
 
-def test_a_stage_that_writes_nothing_is_an_error(monkeypatch):
-    monkeypatch.setattr(cli, "_run_stage", lambda verb, config: None)
+def test_a_stage_that_writes_nothing_is_an_error(due):
     with pytest.raises(RuntimeError, match=r"'general_0' ended without writing .*scores.safetensors"):
-        run()
+        due(run_stage=lambda verb, config: None)
 
 
-def test_the_config_of_each_stage_repeats_that_stage_alone():
-    _, folder = run()
+def test_the_config_of_each_stage_repeats_that_stage_alone(done):
+    folder = done.folder
     names = sorted(path.name for path in (folder / "stages").iterdir())
     assert names == ["1_general_0.yaml", "2_general_1.yaml", "3_behavior.yaml", "4_neurons.yaml", "5_evaluation.yaml"]
     stage = Path(json.loads((folder / "experiment.json").read_text())["stages"]["general_1"])
@@ -482,18 +542,16 @@ def test_the_config_of_each_stage_repeats_that_stage_alone():
     assert all(torch.equal(second.scores[name], score) for name, score in first.scores.items())
 
 
-def test_the_saved_config_of_a_run_repeats_the_run(verbs_run):
-    first, folder = run()
-    verbs_run.clear()
-    done = cli.main(["run", "--config", str(folder / "config.yaml"), "--trainer.logger.init_args.version", "7"])
-    assert Path(done.trainer.log_dir) == LOGS / "run/version_7"
-    assert json.loads(Path(done.trainer.log_dir, "results.json").read_text()) == first
+def test_the_saved_config_of_a_run_repeats_the_run(done, verbs_run):
+    again = cli.main(["run", "--config", str(done.folder / "config.yaml"), "--trainer.logger.init_args.version", "7"])
+    assert Path(again.trainer.log_dir) == LOGS / "run/version_7"
+    assert json.loads(Path(again.trainer.log_dir, "results.json").read_text()) == done.results
     assert verbs_run == []
 
 
-def test_the_stages_can_be_kept_in_another_folder():
-    _, folder = run("--model.logs", "elsewhere")
-    stages = json.loads((folder / "experiment.json").read_text())["stages"]
+def test_the_stages_can_be_kept_in_another_folder(due):
+    due("--model.logs", "elsewhere")
+    stages = json.loads(Path("out/experiment.json").read_text())["stages"]
     assert all(path.startswith("elsewhere/") for path in stages.values())
 
 
@@ -546,12 +604,13 @@ def test_prepare_fetches_the_data_of_the_zero_shot_tasks_too(monkeypatch):
 
 def test_prepare_keeps_the_documents_that_the_stages_of_a_revision_look_for(monkeypatch, verbs_run):
     monkeypatch.setenv("SPARC3_CACHE", "cache")
-    monkeypatch.setattr(C4, "_stream", lambda self: ((i, sentence(i, 20 + i)) for i in range(12)))
+    rows = Unshuffled({"text": sentence(i, 20 + i)} for i in range(12))
+    monkeypatch.setattr(HubDataset, "rows", lambda self, *, streaming: rows)
     options = ["--model.revision", "v1", "--general.init_args.source", "null"]
     options += ["--budget", "C4", "--budget.init_args.num_samples", "8", "--budget.init_args.seq_len", "16"]
     options += ["--prune.max_perplexity_increase", "0.5"]
     cli.main(["prepare", "--config", "experiment.yaml", *options])
-    monkeypatch.setattr(C4, "_stream", lambda self: pytest.fail("the stream was opened again"))
+    monkeypatch.setattr(HubDataset, "rows", lambda self, *, streaming: pytest.fail("the stream was opened again"))
     run(*options)
     assert verbs_run == ALL
 
@@ -567,7 +626,7 @@ def test_general_seeds_must_be_different_and_at_least_one(seeds):
         Experiment("tiny", general_seeds=seeds)
 
 
-def test_a_stage_with_an_impossible_option_is_named_by_it(verbs_run):
+def test_a_stage_with_an_impossible_option_is_named_by_it(done, verbs_run):
     with pytest.raises(ValueError, match=r"--model.num_neurons must be between 1 and 48"):
         run("--prune.num_neurons", "49")
-    assert verbs_run == ["attribute", "attribute", "attribute", "prune"]
+    assert verbs_run == ["prune"]

@@ -210,14 +210,12 @@ def test_neurons_can_be_held_at_their_mean_over_the_tokens_of_each_seed_averaged
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text"])
-def test_means_that_a_checkpoint_has_no_place_for_are_refused_before_neurons_are_selected(
-    make_checkpoint, monkeypatch, family
-):
-    monkeypatch.setattr(prune_module, "rank_neurons", lambda *_: pytest.fail("the neurons were ranked"))
+def test_means_that_a_checkpoint_has_no_place_for_are_refused_before_neurons_are_selected(make_checkpoint, family):
     checkpoint = make_checkpoint(family)
     of = {"checkpoint": checkpoint, "checkpoint_fingerprint": Checkpoint(checkpoint).fingerprint}
     sides = save_side("general", 0, 7, **of), save_side("behavior", 9, 6, 0.5, **of)
-    pruning = Pruning(sides[:1], sides[1], replacement="mean", num_neurons=4, export=Path("pruned"))
+    # There are 48 neurons, so that to select 49 is refused too, but only after they are ranked.
+    pruning = Pruning(sides[:1], sides[1], replacement="mean", num_neurons=49, export=Path("pruned"))
     with pytest.raises(ValueError, match=rf"'{family}' has no bias .* --model\.replacement zero"):
         pruning.prune(OUT)
 

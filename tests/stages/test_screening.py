@@ -104,9 +104,10 @@ def test_one_command_screens_prompts_attributes_on_the_worst_and_evaluates_on_th
     assert "Mean repetition" in page
     assert "Stereotype preferred, of 8 pairs" in page
     # Once more: the answers of the first stage lie there now, and nothing is run again.
-    monkeypatch.setattr(cli, "_run_stage", lambda verb, config: pytest.fail(f"{verb} was run again"))
+    main = cli.main
+    monkeypatch.setattr(cli, "main", lambda args: pytest.fail(f"{args[0]} was run again"))
     capsys.readouterr()
-    cli.main(["run", "--config", "experiment.yaml"])
+    main(["run", "--config", "experiment.yaml"])
 
 
 def test_the_stage_is_planned_first_and_another_choice_of_prompts_gives_other_later_stages():
