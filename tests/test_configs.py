@@ -14,7 +14,7 @@ from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling
-from sparc3_lightning.evaluation.zero_shot import check_tasks
+from sparc3_lightning.evaluation.zero_shot import ZeroShot, check_tasks
 from sparc3_lightning.stages.evaluate import Evaluation
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -129,7 +129,7 @@ def assert_evaluation(options: dict[str, Any]) -> None:
     assert includes(options, {**expected, "controls": 5, "control_continuations": 5})
     of_the_protocol = ("max_new_tokens", "temperature", "top_p", "num_continuations")
     assert includes(options, dict.fromkeys(of_the_protocol)), "an option of its own would override the protocol"
-    assert includes(options, {"lm_eval_tasks": [], "lm_eval_folder": None})
+    assert includes(options["zero_shot"], {"tasks": [], "folder": None})
 
 
 def test_the_short_protocol_is_the_sampling_of_the_published_reproduction():
@@ -197,7 +197,8 @@ def test_evaluate_yaml_is_the_last_stage_of_the_published_experiment(parsed):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_published_evaluation_takes_every_protocol(parsed, name, group, protocol):
     options = parsed(named(name))[group]
-    Evaluation(**{**options, "checkpoint": "tiny", "neurons": None, "doses": [], "protocol": protocol})
+    changes = {"checkpoint": "tiny", "neurons": None, "doses": [], "protocol": protocol}
+    Evaluation(**{**options, **changes, "zero_shot": ZeroShot(**options["zero_shot"])})
 
 
 def test_sweep_yaml_measures_doses_that_prune_yaml_ranks_at_two_strengths_on_the_same_data(parsed):
@@ -219,12 +220,12 @@ def test_compress_yaml_prunes_half_of_each_row_as_published(parsed):
 
 def test_zero_shot_yaml_adds_the_seven_published_tasks_which_lm_eval_knows(parsed):
     whole, options = parsed(named("evaluate.yaml")), parsed(named("zero_shot.yaml"))
-    tasks = options["model"]["lm_eval_tasks"]
+    tasks = options["model"]["zero_shot"]["tasks"]
     assert tasks == ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
     assert options["data"]["text"]["init_args"]["conventions"] == ["disjoint"]
     assert options["data"]["prompts"] == whole["data"]["prompts"]
     pytest.importorskip("lm_eval")
-    check_tasks(tasks, None)
+    check_tasks(ZeroShot(tasks))
 
 
 def test_the_data_sets_of_the_hub_are_those_of_the_published_experiment():
@@ -238,7 +239,7 @@ def test_demo_yaml_needs_nothing_but_pypi_and_a_cpu(parsed):
     assert options["trainer"]["accelerator"] == "cpu"
     assert options["evaluate"]["scorer"] == "small"
     assert options["evaluate"]["second_scorer"] is None
-    assert options["evaluate"]["lm_eval_tasks"] == []
+    assert options["evaluate"]["zero_shot"]["tasks"] == []
     sources = [options["model"]["checkpoint"]]
     sources += [options[name]["init_args"]["source"] for name in ("general", "behavior")]
     sources += [options["data"][name]["init_args"]["source"] for name in ("text", "prompts")]

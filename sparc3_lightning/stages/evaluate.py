@@ -16,7 +16,7 @@ from sparc3_lightning.evaluation.findings import findings, preference
 from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling, continue_prompts, draw_keys
 from sparc3_lightning.evaluation.metrics import Perplexity, pair_rows
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, neurons_of, plan
-from sparc3_lightning.evaluation.zero_shot import accuracies, check_tasks, fetch_tasks
+from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Dtype, check_context, fingerprint, load_config, skeleton_of
 from sparc3_lightning.models.components import check_neurons
@@ -62,9 +62,6 @@ class Evaluation(StoppableModule):
         control_continuations: Drawn per prompt by each control, at most as many as by the others; None for as many.
         doses: Further numbers of neurons to switch off, in the order of ``neurons``.
         strengths: For each dose: 1 is off, a fraction damps the neurons by that much.
-        lm_eval_tasks: Tasks of lm-eval-harness to measure zero-shot accuracy on, before and after (extra ``lmeval``).
-        lm_eval_folder: Folder with the YAML of tasks of your own.
-        lm_eval_limit: Documents per task; None for all.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         revision: Branch, tag or commit of a Hugging Face id.
     """
@@ -90,9 +87,7 @@ class Evaluation(StoppableModule):
         control_continuations: int | None = None,
         doses: Sequence[int] = (),
         strengths: Sequence[float] = (1.0,),
-        lm_eval_tasks: Sequence[str] = (),
-        lm_eval_folder: Path | None = None,
-        lm_eval_limit: int | None = None,
+        zero_shot: ZeroShot = ZeroShot(),
         dtype: Dtype = "auto",
         revision: str | None = None,
     ) -> None:
@@ -111,8 +106,8 @@ class Evaluation(StoppableModule):
         check_scorer(scorer)
         if second_scorer is not None:
             check_scorer(second_scorer, "second_scorer")
-        check_tasks(lm_eval_tasks, lm_eval_folder)
-        self.zero_shot = (list(lm_eval_tasks), lm_eval_folder, lm_eval_limit)
+        check_tasks(zero_shot)
+        self.zero_shot = zero_shot
         self.neurons = None if neurons is None else NeuronList.load(Path(neurons))
         self.num_neurons = len(self.neurons.neurons) if self.neurons else 0
         self.granularity, self.edit = (self.neurons.granularity, self.neurons.edit) if self.neurons else ("neuron", "")
@@ -139,8 +134,8 @@ class Evaluation(StoppableModule):
         self.folder = Path(self.trainer.log_dir or ".")  # asked for once, by every rank: the answer is a broadcast
         check_writable(self.folder)
         check_absent(self.folder / RESULTS)
-        if self.zero_shot[0] and self.trainer.world_size > 1:
-            raise OptionError("lm_eval_tasks", "needs one device: measure zero-shot accuracy in a run of its own.")
+        if self.zero_shot.tasks and self.trainer.world_size > 1:
+            raise OptionError("zero_shot.tasks", "needs one device: measure zero-shot accuracy in a run of its own.")
         config = load_config(self.checkpoint, self.revision)
         self.fingerprint = fingerprint(self.checkpoint, self.revision)
         data = self.data
@@ -162,7 +157,7 @@ class Evaluation(StoppableModule):
             skeleton = skeleton_of(config)
             for neurons in self.lists.values():
                 check_neurons(skeleton, neurons.all())
-        fetch_tasks(*self.zero_shot[:2])
+        fetch_tasks(self.zero_shot)
         self._resume()
         rank_zero_info(
             f"{len(data.text.windows)} windows of {data.text.window} tokens; {len(data.prompts.prompts)} prompts x "
@@ -271,9 +266,9 @@ class Evaluation(StoppableModule):
         found = findings(self.completions, windows, self.variants, self.scorer_names, self.per_seed)
         if self.data.pairs is not None:
             found["preference"] = preference(gather(self.pair_rows))
-        if self.zero_shot[0]:
+        if self.zero_shot.tasks:
             both = [(v.name, v.as_context(self.model, self.off[v.name])) for v in self.variants[:2]]
-            found["zero_shot"] = accuracies(self.model, both, self.data.prompts._tokenizer, *self.zero_shot)
+            found["zero_shot"] = accuracies(self.model, both, self.data.prompts._tokenizer, self.zero_shot)
         self.results = {
             "verdict": verdict(found, self.num_neurons, self.scorer_names, self.behavior, self.granularity, self.edit),
             **found,

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.attribution.targets import LEXICAL
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.zero_shot import fetch_tasks
+from sparc3_lightning.evaluation.zero_shot import ZeroShot, fetch_tasks
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.models.checkpoints import Dtype, fetch_checkpoint, fingerprint
 from sparc3_lightning.provenance import revision_of
@@ -242,8 +242,9 @@ class Experiment:
         second = options["evaluate"].get("second_scorer")
         if second is not None:
             needs.append(("second_scorer", lambda: fetch_scorer(second)))
-        tasks, of_ones_own = options["evaluate"]["lm_eval_tasks"], options["evaluate"]["lm_eval_folder"]
-        needs.append(("lm_eval_tasks", lambda: fetch_tasks(tasks, None if of_ones_own is None else Path(of_ones_own))))
+        tasks, of_ones_own = (options["evaluate"]["zero_shot"][name] for name in ("tasks", "folder"))
+        zero_shot = ZeroShot(tasks, None if of_ones_own is None else Path(of_ones_own))
+        needs.append(("zero_shot", lambda: fetch_tasks(zero_shot)))
         attributions = ({**options["attribute"], **self.behavior_attribute}, options["attribute"])
         for lexicon in {of["lexicon"] for of in attributions if of.get("target") in LEXICAL}:
             needs.append(("lexicon", lambda name=lexicon: fetch_scorer(name)))  # type: ignore[misc]

@@ -104,7 +104,7 @@ def screening(options: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
         options: Config of ``sparc3 run`` with the groups ``evaluate``, ``data`` and ``screen``.
         model: Checkpoint, dtype and revision.
     """
-    alone: dict[str, Any] = {"neurons": None, "second_scorer": None, "controls": 0, "lm_eval_tasks": []}
+    alone: dict[str, Any] = {"neurons": None, "second_scorer": None, "controls": 0, "zero_shot": {"tasks": []}}
     alone |= {"doses": [], "strengths": [1.0]}
     text = options["data"]["text"]
     # An evaluation has a text for perplexity too: here its first window, which costs next to nothing.
@@ -147,7 +147,7 @@ def from_screening(data: dict[str, Any], completions: Path | None) -> dict[str, 
 SCORERS = ("scorer", "second_scorer", "lexicon")
 
 
-KEYS = ("checkpoint", "tokenizer", "source", "nontoxic_source", *SCORERS, "lm_eval_folder")
+KEYS = ("checkpoint", "tokenizer", "source", "nontoxic_source", *SCORERS, "folder")
 
 
 def digests_of(value: Any, made: Path | None) -> list[str]:

@@ -19,6 +19,7 @@ from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluation import zero_shot
+from sparc3_lightning.evaluation.zero_shot import ZeroShot
 from sparc3_lightning.models.checkpoints import fingerprint, load_model
 from sparc3_lightning.models.components import Neuron, mask
 from sparc3_lightning.models.export import export_pruned
@@ -950,7 +951,7 @@ def test_no_model_card_is_put_where_there_is_no_exported_checkpoint(tiny_checkpo
 def test_zero_shot_accuracy_is_measured_before_and_after_with_the_neurons_off(tiny_checkpoint, neurons, monkeypatch):
     seen = []
 
-    def accuracy(model: Any, tokenizer: Any, *asked: Any) -> dict[str, Any]:
+    def accuracy(model: Any, tokenizer: Any, asked: ZeroShot) -> dict[str, Any]:
         logits = model(torch.tensor([[5, 9, 13]])).logits
         seen.append((logits, tokenizer("the dog")["input_ids"], asked))
         return {"toy": {"accuracy": 0.5 / len(seen), "standard_error": math.nan}}
@@ -958,11 +959,11 @@ def test_zero_shot_accuracy_is_measured_before_and_after_with_the_neurons_off(ti
     monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
     monkeypatch.setattr(evaluate, "fetch_tasks", lambda *_: [])
     monkeypatch.setattr(zero_shot, "accuracy", accuracy)
-    model = evaluation(tiny_checkpoint, neurons, lm_eval_tasks=["toy"], lm_eval_limit=7, max_new_tokens=2)
+    model = evaluation(tiny_checkpoint, neurons, zero_shot=ZeroShot(["toy"], limit=7), max_new_tokens=2)
     results = run(model)
     expected = {"accuracy": 0.5, "standard_error": None}
     assert results["zero_shot"] == {"baseline": {"toy": expected}, "pruned": {"toy": expected | {"accuracy": 0.25}}}
-    assert [asked for _, _, asked in seen] == [(["toy"], None, 7)] * 2
+    assert [asked for _, _, asked in seen] == [ZeroShot(["toy"], limit=7)] * 2
     fresh = load_model(tiny_checkpoint, torch.float32)
     with torch.no_grad():
         assert torch.equal(seen[0][0], fresh(torch.tensor([[5, 9, 13]])).logits)
@@ -1107,21 +1108,21 @@ def test_a_function_scorer_that_does_not_exist_is_refused_before_the_model_is_lo
 def test_data_of_zero_shot_tasks_that_cannot_be_had_stop_the_run_before_the_model_is_loaded(
     tiny_checkpoint, monkeypatch
 ):
-    def fetch_tasks(*asked: Any) -> None:
-        raise ConnectionError(f"no data of {asked}")
+    def fetch_tasks(asked: ZeroShot) -> None:
+        raise ConnectionError(f"no data of {asked.tasks}")
 
     monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
     monkeypatch.setattr(evaluate, "fetch_tasks", fetch_tasks)
-    with pytest.raises(ConnectionError, match=r"no data of \(\['piqa'\], None\)"):
-        run(evaluation(tiny_checkpoint, lm_eval_tasks=["piqa"]))
+    with pytest.raises(ConnectionError, match=r"no data of \['piqa'\]"):
+        run(evaluation(tiny_checkpoint, zero_shot=ZeroShot(["piqa"])))
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")
 def test_zero_shot_accuracy_on_several_devices_is_refused_before_the_model_is_loaded(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
     monkeypatch.setattr(L.Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match=r"--model.lm_eval_tasks needs one device"):
-        run(evaluation(tiny_checkpoint, lm_eval_tasks=["piqa"]))
+    with pytest.raises(ValueError, match=r"--model.zero_shot.tasks needs one device"):
+        run(evaluation(tiny_checkpoint, zero_shot=ZeroShot(["piqa"])))
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.c4 import C4
+from sparc3_lightning.evaluation.zero_shot import ZeroShot
 from sparc3_lightning.scorers.detoxify import SHIPPED
 from sparc3_lightning.stages import experiment
 from sparc3_lightning.stages.experiment import MANIFEST, Experiment
@@ -228,8 +229,8 @@ def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(verbs_run):
         (["--evaluate.doses", "[3]", "--evaluate.strengths", "[2]"], r"--evaluate\.strengths must be above 0"),
         (["--evaluate.strengths", "[0.5]"], r"--evaluate\.strengths \[0.5\] is for --evaluate\.doses"),
         (
-            ["--evaluate.lm_eval_tasks", "[mine]", "--evaluate.lm_eval_folder", "nowhere"],
-            r"--evaluate\.lm_eval_folder: nowhere is no folder",
+            ["--evaluate.zero_shot.tasks", "[mine]", "--evaluate.zero_shot.folder", "nowhere"],
+            r"--evaluate\.zero_shot\.folder: nowhere is no folder",
         ),
         (["--prune.strengths", "[0.5, 1]"], r"Several --prune\.strengths.* need --prune\.max_perplexity_increase"),
         (["--prune.export", "general.txt"], r"--prune\.export: general.txt exists already"),
@@ -397,10 +398,10 @@ def test_a_changed_tokenizer_of_ones_own_reruns_what_it_reads(verbs_pretended, t
 def test_a_changed_task_of_ones_own_reruns_the_evaluation(verbs_pretended):
     Path("tasks").mkdir()
     Path("tasks/mine.yaml").write_text("task: mine\n")
-    run("--evaluate.lm_eval_folder", "tasks")
+    run("--evaluate.zero_shot.folder", "tasks")
     verbs_pretended.clear()
     Path("tasks/mine.yaml").write_text("task: mine\ntest_split: test\n")
-    run("--evaluate.lm_eval_folder", "tasks")
+    run("--evaluate.zero_shot.folder", "tasks")
     assert verbs_pretended == ["evaluate"]
 
 
@@ -530,16 +531,16 @@ def test_prepare_fetches_the_second_scorer_and_the_non_toxic_prompts_too():
 def test_prepare_fetches_the_data_of_the_zero_shot_tasks_too(monkeypatch):
     asked = []
 
-    def fetch_tasks(*of: Any) -> list[Path]:
-        asked.append(of)
+    def fetch_tasks(zero_shot: ZeroShot) -> list[Path]:
+        asked.append(zero_shot)
         return [Path("text.txt")]
 
     monkeypatch.setattr(experiment, "fetch_tasks", fetch_tasks)
-    options = ["--evaluate.lm_eval_tasks", "[mine]", "--evaluate.lm_eval_folder", "tasks"]
+    options = ["--evaluate.zero_shot.tasks", "[mine]", "--evaluate.zero_shot.folder", "tasks"]
     done = cli.main(["prepare", "--config", "experiment.yaml", *options])
     files = json.loads(Path(done.trainer.log_dir, MANIFEST).read_text())["files"]
-    assert asked == [(["mine"], Path("tasks"))]
-    assert [file["path"] for file in files if file["purpose"] == "lm_eval_tasks"] == ["text.txt"]
+    assert asked == [ZeroShot(["mine"], Path("tasks"))]
+    assert [file["path"] for file in files if file["purpose"] == "zero_shot"] == ["text.txt"]
 
 
 def test_prepare_keeps_the_documents_that_the_stages_of_a_revision_look_for(monkeypatch, verbs_run):
