@@ -5,8 +5,8 @@ class OptionError(ValueError):
     """An option is missing, or has a value that cannot be used.
 
     Args:
-        option: Name of the parameter without the verb's group, such as ``num_neurons``; or ``sampling.top_p``, if it is
-            a field of a dataclass, whose options are a group in that group.
+        option: Name of the parameter without its group, such as ``num_neurons``. A field of a dataclass, whose options
+            are a group within that group, has both names: ``sampling.top_p``.
         reason: What is wrong, and the way out. ``--.name`` is an option of the same group. A reason that names its own
             option so is a whole sentence; any other goes on after the name of the option: ``must be at least 1``.
         group: Group of the option on the command line.

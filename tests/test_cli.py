@@ -97,8 +97,8 @@ def prune(checkpoint: str, *changes: str) -> Path:
 
 def evaluate(checkpoint: str, *changes: str) -> Path:
     Path("data.yaml").write_text(yaml.safe_dump({"data": {"text": TEXT, "prompts": PROMPTS}}))
-    model = ["--model.checkpoint", checkpoint, "--model.scorer", "small", "--model.max_new_tokens", "5"]
-    done = main(["evaluate", "--config", "data.yaml", *QUIET, *model, "--model.controls", "0", *changes])
+    model = ["--model.checkpoint", checkpoint, "--model.scorer", "small", "--model.sampling.max_new_tokens", "5"]
+    done = main(["evaluate", "--config", "data.yaml", *QUIET, *model, "--model.controls.num_draws", "0", *changes])
     return Path(done.trainer.log_dir)
 
 
@@ -271,8 +271,12 @@ def test_an_overlay_of_one_option_keeps_the_rest_of_the_data(capsys):
         ("prune", [], ["required", "model.general", "model.behavior"]),
         ("prune", ["-c", "prune.yaml", "--model.weak", "ignore"], ["model.weak", "warn", "error", "ignore"]),
         ("evaluate", ["--model.checkpoint", "x"], ["required", "data.text", "data.prompts"]),
-        ("evaluate", ["-c", "evaluate.yaml", "--model.top_p", "much"], ["model.top_p", "much"]),
-        ("evaluate", ["-c", "evaluate.yaml", "--model.protocol", "long"], ["model.protocol", "short", "rtp", "long"]),
+        ("evaluate", ["-c", "evaluate.yaml", "--model.sampling.top_p", "much"], ["model.sampling.top_p", "much"]),
+        (
+            "evaluate",
+            ["-c", "evaluate.yaml", "--model.sampling.protocol", "long"],
+            ["model.sampling.protocol", "short", "rtp", "long"],
+        ),
         ("evaluate", ["-c", "evaluate.yaml", "--model.doses", "[many]"], ["model.doses", "many"]),
         ("sweep", ["-c", "sweep.yaml"], ["required", "model.neurons"]),
         ("sweep", ["-c", "sweep.yaml", "--model.neurons", "n", "--model.dose", "3"], ["model.dose"]),
@@ -374,7 +378,7 @@ def test_prepare_and_run_save_their_config_too(tiny_checkpoint):
         "general": general,
         "behavior": behavior,
         "prune": {"num_neurons": 3, "min_strength": -1000.0},
-        "evaluate": {"scorer": "small", "max_new_tokens": 4, "controls": 0},
+        "evaluate": {"scorer": "small", "sampling": {"max_new_tokens": 4}, "controls": {"num_draws": 0}},
         "data": {"text": TEXT, "prompts": PROMPTS},
     }
     Path("all.yaml").write_text(yaml.safe_dump(options))
@@ -383,7 +387,7 @@ def test_prepare_and_run_save_their_config_too(tiny_checkpoint):
         saved = yaml.safe_load(Path(done.trainer.log_dir, "config.yaml").read_text())
         assert saved["model"]["checkpoint"] == tiny_checkpoint
         assert saved["general"]["init_args"]["num_samples"] == 3
-        assert saved["evaluate"]["max_new_tokens"] == 4
+        assert saved["evaluate"]["sampling"]["max_new_tokens"] == 4
     manifest = json.loads((LOGS / "prepare/version_0/manifest.json").read_text())
     main(["prepare", "--config", str(LOGS / "prepare/version_0/config.yaml")])
     assert json.loads((LOGS / "prepare/version_1/manifest.json").read_text()) == manifest

@@ -13,7 +13,8 @@ from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling
+from sparc3_lightning.evaluation.controls import Controls
+from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling, SamplingOptions
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, check_tasks
 from sparc3_lightning.stages.evaluate import Evaluation
 
@@ -125,16 +126,18 @@ def test_run_yaml_holds_every_default_of_the_published_experiment(parsed):
 
 def assert_evaluation(options: dict[str, Any]) -> None:
     """Two scorers, five draws of each control, and by the protocol of RealToxicityPrompts all that it says."""
-    expected = {"scorer": "original", "second_scorer": "s-nlp/roberta_toxicity_classifier", "protocol": "rtp"}
-    assert includes(options, {**expected, "controls": 5, "control_continuations": 5})
-    of_the_protocol = ("max_new_tokens", "temperature", "top_p", "num_continuations")
-    assert includes(options, dict.fromkeys(of_the_protocol)), "an option of its own would override the protocol"
+    assert includes(options, {"scorer": "original", "second_scorer": "s-nlp/roberta_toxicity_classifier"})
+    assert includes(options, {"controls": {"num_draws": 5, "num_continuations": 5}})
+    of_the_protocol = dict.fromkeys(("max_new_tokens", "temperature", "top_p", "num_continuations"))
+    assert includes(options["sampling"], {"protocol": "rtp", **of_the_protocol}), (
+        "an option would override the protocol"
+    )
     assert includes(options["zero_shot"], {"tasks": [], "folder": None})
 
 
 def test_the_short_protocol_is_the_sampling_of_the_published_reproduction():
-    assert PROTOCOLS["short"] == (1, Sampling(max_new_tokens=50, temperature=0.7, top_p=0.9))
-    assert PROTOCOLS["rtp"] == (25, Sampling(max_new_tokens=20, temperature=1.0, top_p=0.9))
+    assert PROTOCOLS["short"] == Sampling(max_new_tokens=50, temperature=0.7, top_p=0.9, num_continuations=1)
+    assert PROTOCOLS["rtp"] == Sampling(max_new_tokens=20, temperature=1.0, top_p=0.9, num_continuations=25)
 
 
 def assert_published_evaluation_data(data: dict[str, Any]) -> None:
@@ -197,8 +200,9 @@ def test_evaluate_yaml_is_the_last_stage_of_the_published_experiment(parsed):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_published_evaluation_takes_every_protocol(parsed, name, group, protocol):
     options = parsed(named(name))[group]
-    changes = {"checkpoint": "tiny", "neurons": None, "doses": [], "protocol": protocol}
-    Evaluation(**{**options, **changes, "zero_shot": ZeroShot(**options["zero_shot"])})
+    changes = {"checkpoint": "tiny", "neurons": None, "doses": [], "zero_shot": ZeroShot(**options["zero_shot"])}
+    changes["sampling"] = SamplingOptions(**{**options["sampling"], "protocol": protocol})
+    Evaluation(**{**options, **changes, "controls": Controls(**options["controls"])})
 
 
 def test_sweep_yaml_measures_doses_that_prune_yaml_ranks_at_two_strengths_on_the_same_data(parsed):
@@ -206,8 +210,8 @@ def test_sweep_yaml_measures_doses_that_prune_yaml_ranks_at_two_strengths_on_the
     assert options["model"]["doses"] == [10, 30, 100, 300, 1000]
     assert options["model"]["strengths"] == [1.0, 0.5]
     assert max(options["model"]["doses"]) <= parsed(named("prune.yaml"))["model"]["num_ranked"]
-    expected = {"checkpoint": "meta-llama/Meta-Llama-3-8B", "scorer": "original", "protocol": "rtp", "controls": 0}
-    assert includes(options["model"], expected)
+    assert includes(options["model"], {"checkpoint": "meta-llama/Meta-Llama-3-8B", "scorer": "original"})
+    assert (options["model"]["sampling"]["protocol"], options["model"]["controls"]["num_draws"]) == ("rtp", 0)
     text, prompts = (options["data"][name]["init_args"] for name in ("text", "prompts"))
     assert includes(text, {"source": None, "window": 2048, "stride": 512, "conventions": ["sliding"]})
     assert includes(prompts, {"source": None, "min_toxicity": 0.9, "num_nontoxic": 0})
@@ -268,7 +272,8 @@ def test_repetition_weights_yaml_is_an_overlay_that_prunes_the_published_number_
     assert includes(
         options["prune"], {"selection": "difference", "replacement": "zero", "max_perplexity_increase": None}
     )
-    assert includes(options["evaluate"], {"scorer": "repetition", "protocol": "greedy", "doses": []})
+    assert includes(options["evaluate"], {"scorer": "repetition", "doses": []})
+    assert options["evaluate"]["sampling"]["protocol"] == "greedy"
 
 
 @pytest.mark.parametrize("name", ["repetition.yaml", "gender.yaml", "race.yaml"])
@@ -282,8 +287,9 @@ def test_a_behavior_is_an_overlay_whose_prompts_the_model_chooses_and_that_needs
     assert includes(behavior["init_args"], {"source": None, "by": "continuation", "min_toxicity": None})
     assert includes(prompts["init_args"], {"min_toxicity": None, "num_nontoxic": 0})
     if name == "repetition.yaml":
-        expected = {"scorer": "repetition", "second_scorer": None, "protocol": "greedy", "num_continuations": 1}
-        assert includes(options["evaluate"], expected)
+        assert includes(options["evaluate"], {"scorer": "repetition", "second_scorer": None})
+        assert includes(options["evaluate"]["sampling"], {"protocol": "greedy", "num_continuations": 1})
+        assert options["evaluate"]["controls"]["num_continuations"] == 1
         assert options["prune"]["num_neurons"] == 20
         assert pairs is None
     else:

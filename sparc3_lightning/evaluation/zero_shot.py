@@ -13,10 +13,10 @@ from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Zero-shot accuracy by lm-eval-harness, before and after (the extra ``lmeval``).
+    """Zero-shot accuracy by lm-eval-harness, before and after pruning (needs the extra ``lmeval``).
 
     Args:
-        tasks: Names of its tasks; none by default.
+        tasks: Names of tasks of the harness, such as piqa; without any, nothing is measured.
         folder: Folder with the YAML of tasks of your own.
         limit: Documents per task; None for all.
     """

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from sparc3_lightning.attribution.targets import LEXICAL
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.variants import check_numbers
+from sparc3_lightning.evaluation.variants import check_doses
 from sparc3_lightning.models.checkpoints import fingerprint
 from sparc3_lightning.scorers.classifiers import split_label
 from sparc3_lightning.sources import is_local, sha256_of
@@ -76,17 +76,16 @@ def check_evaluation(options: dict[str, Any], prune: dict[str, Any]) -> None:
             f"give --prune.num_ranked {max(doses)}."
         )
     without = {**options, "neurons": None, "doses": [], "strengths": [1.0]}  # doses need the list of neurons
-    module = _construct("evaluate", Evaluation, without)
-    numbers = options["controls"], options["control_continuations"], doses, strengths
-    _by_group("evaluate", check_numbers, module.num_continuations, *numbers)
+    _construct("evaluate", Evaluation, without)
+    _by_group("evaluate", check_doses, doses, strengths)
 
 
-def _construct(group: str, of: type, options: dict[str, Any]) -> Any:
+def _construct(group: str, of: type, options: dict[str, Any]) -> None:
     """Make a stage's module, which checks its options and loads nothing."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(of, "stage")
     config = parser.parse_object({"stage": options})  # text becomes paths
-    return _by_group(group, parser.instantiate_classes, config).stage
+    _by_group(group, parser.instantiate_classes, config)
 
 
 def _by_group(group: str, check: Any, *arguments: Any) -> Any:
@@ -104,8 +103,8 @@ def screening(options: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
         options: Config of ``sparc3 run`` with the groups ``evaluate``, ``data`` and ``screen``.
         model: Checkpoint, dtype and revision.
     """
-    alone: dict[str, Any] = {"neurons": None, "second_scorer": None, "controls": 0, "zero_shot": {"tasks": []}}
-    alone |= {"doses": [], "strengths": [1.0]}
+    alone: dict[str, Any] = {"neurons": None, "second_scorer": None, "doses": [], "strengths": [1.0]}
+    alone |= {"controls": {"num_draws": 0}, "zero_shot": {"tasks": []}}
     text = options["data"]["text"]
     # An evaluation has a text for perplexity too: here its first window, which costs next to nothing.
     one_window = {"num_tokens": text["init_args"]["window"], "conventions": ["disjoint"]}

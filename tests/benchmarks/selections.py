@@ -84,7 +84,7 @@ def write_parts(prompts: Path) -> dict[str, Path]:
 
 def evaluation(prompts: Path, num_prompts: int, text: Path, num_tokens: int) -> Iterator[str]:
     """Yield the options of an evaluation: the model, the protocol of RealToxicityPrompts, and the data."""
-    yield from (f"--model.checkpoint={CHECKPOINT}", "--model.scorer=small", "--model.protocol=rtp")
+    yield from (f"--model.checkpoint={CHECKPOINT}", "--model.scorer=small", "--model.sampling.protocol=rtp")
     yield from ("--data.text=WikiText2", f"--data.text.source={text}", f"--data.text.num_tokens={num_tokens}")
     yield from ("--data.text.window=512", "--data.text.stride=512", "--data.text.conventions=[disjoint]")
     yield from (
@@ -98,7 +98,7 @@ def evaluation(prompts: Path, num_prompts: int, text: Path, num_tokens: int) -> 
 def attribute(parts: dict[str, Path], c4: Path, text: Path) -> None:
     """Let the model continue the prompts to attribute on, and compute every score file."""
     own = evaluation(parts["attribute"], ATTRIBUTE, text, 1024)
-    folder = sparc3("evaluate", "cont", *own, "--model.num_continuations=2", "--model.dtype=bfloat16")
+    folder = sparc3("evaluate", "cont", *own, "--model.sampling.num_continuations=2", "--model.dtype=bfloat16")
     of = [f"--model.checkpoint={CHECKPOINT}"]
     documents = [
         "--data=C4",
@@ -168,7 +168,10 @@ def main() -> None:
             lists = [str(prune(name, budget, c4)) for name in options.selections]
             named = f"--model.names=[{','.join(options.selections)}]"
             measured = evaluation(parts["report"], options.prompts, text, 16384)
-            draws = [f"--model.num_continuations={options.continuations}", f"--model.num_seeds={options.seeds}"]
+            draws = [
+                f"--model.sampling.num_continuations={options.continuations}",
+                f"--model.sampling.num_seeds={options.seeds}",
+            ]
             ranks = (
                 ["--trainer.strategy=ddp", f"--trainer.devices={options.processes}"] if options.processes > 1 else []
             )

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
-from sparc3_lightning.evaluation.controls import random_weights
+from sparc3_lightning.evaluation.controls import Controls, random_weights
 from sparc3_lightning.evaluation.variants import neurons_of, of_kind, plan
 from sparc3_lightning.models.architectures import find_targets, weight_of
 from sparc3_lightning.models.checkpoints import fingerprint, load_model
@@ -410,7 +410,7 @@ def test_controls_of_weights_are_other_weights_of_the_same_layers(make_model, fa
     weights = [Neuron(first, o, -1.0, input=2 * o) for o in range(3)] + [Neuron(second, 1, -1.0, input=5)]
     least = [Neuron(first, 7, 0.0, input=i) for i in range(9)] + [Neuron(second, 0, 0.0, input=i) for i in range(9)]
     lists = {"": NeuronList(weights, least_relevant=least)}
-    variants = plan(lists, 1, controls=4)
+    variants = plan(lists, 1, controls=Controls(4))
     off = neurons_of(variants, lists, model, seed=0)
     for kind in ("random", "least_relevant", "largest_weights"):
         for variant in of_kind(variants, kind):
@@ -446,7 +446,7 @@ def weights(tiny_checkpoint) -> list[Neuron]:
 @pytest.mark.usefixtures("inputs")
 def test_evaluate_measures_the_model_that_is_exported_and_speaks_of_weights(tiny_checkpoint, weights):
     path = save_neurons(tiny_checkpoint, weights, {"sample_ids": []})
-    model = evaluation(tiny_checkpoint, path, controls=1)
+    model = evaluation(tiny_checkpoint, path, controls=Controls(1))
     both = run(model, folder="both")
     export_pruned(tiny_checkpoint, weights, Path("pruned"), dtype=torch.float32)
     alone = run(evaluation("pruned"), folder="alone")
@@ -523,7 +523,12 @@ def test_the_whole_experiment_prunes_weights_in_all_its_stages(tiny_checkpoint, 
         "general": {"class_path": f"{data}C4", "init_args": {"source": "general.txt", "num_samples": 3, "seq_len": 16}},
         "behavior": {"class_path": f"{data}ToxicPrompts", "init_args": {**prompts, "num_samples": 3}},
         "prune": {"granularity": "weight", "num_neurons": 70, "min_strength": -1000.0},
-        "evaluate": {"scorer": "repetition", "behavior": "repetition", "protocol": "greedy", "controls": 1},
+        "evaluate": {
+            "scorer": "repetition",
+            "behavior": "repetition",
+            "sampling": {"protocol": "greedy"},
+            "controls": {"num_draws": 1},
+        },
         "data": {"text": {"class_path": f"{data}WikiText2", "init_args": text}, "prompts": of_prompts},
     }
     Path("experiment.yaml").write_text(yaml.safe_dump(options))

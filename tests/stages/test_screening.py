@@ -50,9 +50,8 @@ def config(tmp_path, tiny_checkpoint) -> None:
         "evaluate": {
             "scorer": "repetition",
             "behavior": "repetition",
-            "protocol": "greedy",
-            "max_new_tokens": 12,
-            "controls": 1,
+            "sampling": {"protocol": "greedy", "max_new_tokens": 12},
+            "controls": {"num_draws": 1},
         },
         "data": {
             "text": {
@@ -129,7 +128,7 @@ def test_screening_measures_the_model_as_it_is_by_the_first_scorer_and_one_windo
     evaluate = {
         "scorer": "small",
         "second_scorer": "other",
-        "controls": 5,
+        "controls": {"num_draws": 5, "num_continuations": 5},
         "zero_shot": {"tasks": ["piqa"], "limit": 7},
     }
     evaluate |= {"doses": [10], "strengths": [0.5]}
@@ -138,7 +137,7 @@ def test_screening_measures_the_model_as_it_is_by_the_first_scorer_and_one_windo
     assert found["model"] == {
         "scorer": "small",
         "second_scorer": None,
-        "controls": 0,
+        "controls": {"num_draws": 0},
         "doses": [],
         "strengths": [1.0],
         "zero_shot": {"tasks": []},
