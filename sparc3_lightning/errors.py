@@ -5,7 +5,8 @@ class OptionError(ValueError):
     """An option is missing, or has a value that cannot be used.
 
     Args:
-        option: Name of the parameter without its group, such as ``num_neurons``.
+        option: Name of the parameter without its group, such as ``num_neurons``. A field of a dataclass, whose options
+            are a group within that group, has both names: ``sampling.top_p``.
         reason: What is wrong, and the way out. ``--.name`` is an option of the same group. A reason that names its own
             option so is a whole sentence; any other goes on after the name of the option: ``must be at least 1``.
         group: Group of the option on the command line.
@@ -16,6 +17,8 @@ class OptionError(ValueError):
         '--model.top_p must be below 1: raise --model.temperature.'
         >>> str(error.of("evaluate"))
         '--evaluate.top_p must be below 1: raise --evaluate.temperature.'
+        >>> str(OptionError("sampling.top_p", "must be below 1: raise --.sampling.temperature."))
+        '--model.sampling.top_p must be below 1: raise --model.sampling.temperature.'
     """
 
     def __init__(self, option: str, reason: str, group: str = "model") -> None:

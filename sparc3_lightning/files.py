@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Return plain values as JSON; NaN and infinity, which it has not, become null, and a path a string."""
+    """Return plain values as JSON; NaN and infinity, which it has not, become null, a path a string, fields a dict."""
     return json.dumps(_as_json(value), indent=2) + "\n"
 
 
 def _as_json(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _as_json(asdict(value))
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,7 @@
 """An evaluation of a tiny checkpoint: the files it reads, the list of neurons, a stock Trainer, and what it wrote."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
+from sparc3_lightning.evaluation.controls import Controls
+from sparc3_lightning.evaluation.generation import SamplingOptions
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -64,9 +67,11 @@ def data(batch_size: int = 4, **options) -> EvaluationData:
 def evaluation(
     checkpoint: str, neurons: Path | None = None, kind: type[Evaluation] = Evaluation, **options
 ) -> Evaluation:
-    """Return the module; without controls, which most tests do not look at."""
-    defaults = {"scorer": "small", "max_new_tokens": 8, "temperature": 1.0, "controls": 0}
-    return kind(checkpoint, neurons, **{**defaults, **options})
+    """Return the module, with the options of sampling by their own names; without controls, which few tests look at."""
+    options = {"scorer": "small", "max_new_tokens": 8, "temperature": 1.0, "controls": Controls(0), **options}
+    names = [field.name for field in fields(SamplingOptions) if field.name in options]
+    sampling = SamplingOptions(**{name: options.pop(name) for name in names})
+    return kind(checkpoint, neurons, sampling=sampling, **options)
 
 
 def run(

@@ -10,6 +10,7 @@ import subprocess
 import sysconfig
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,8 @@ def prune(checkpoint: str, *changes: str) -> Path:
 
 def evaluate(checkpoint: str, *changes: str) -> Path:
     Path("data.yaml").write_text(yaml.safe_dump({"data": {"text": TEXT, "prompts": PROMPTS}}))
-    model = ["--model.checkpoint", checkpoint, "--model.scorer", "small", "--model.max_new_tokens", "5"]
-    done = main(["evaluate", "--config", "data.yaml", *QUIET, *model, "--model.controls", "0", *changes])
+    model = ["--model.checkpoint", checkpoint, "--model.scorer", "small", "--model.sampling.max_new_tokens", "5"]
+    done = main(["evaluate", "--config", "data.yaml", *QUIET, *model, "--model.controls.num_draws", "0", *changes])
     return Path(done.trainer.log_dir)
 
 
@@ -196,19 +197,22 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
 def test_help_explains_each_option_with_its_default(help_of, verb, group, of, hidden):
     _, out = help_of(verb)
     explained = options_in(out)
-    parameters = inspect.signature(of.__init__).parameters.values()
-    for parameter in parameters:
-        option = f"--{group}.{parameter.name}"
-        if parameter.name == "self" or parameter.name in hidden:
-            assert option not in explained
-            continue
+    defaults = {}
+    for name, parameter in inspect.signature(of.__init__).parameters.items():
+        if name == "self" or name in hidden:
+            assert f"--{group}.{name}" not in explained
+        elif is_dataclass(parameter.default):
+            first, *_ = str(inspect.getdoc(parameter.default)).split("\n")
+            assert f"\n{first.removesuffix('.')}:\n  --{group}.{name} CONFIG" in out, "the group has its own heading"
+            defaults |= {f"{name}.{field.name}": field.default for field in fields(parameter.default)}
+        else:
+            defaults[name] = parameter.default
+    for name, default in defaults.items():
+        option = f"--{group}.{name}"
         assert option in explained, option
         assert len(explained[option].split()) >= 2, f"{option} is not explained"
         entry = re.sub(r"\s+", " ", out[out.index(f"\n  {option} ") :].split("\n  --")[1])
-        if parameter.default is inspect.Parameter.empty:
-            assert "required" in entry, option
-        else:
-            assert "default: " in entry, option
+        assert ("required" if default is inspect.Parameter.empty else "default: ") in entry, option
 
 
 def test_help_of_sweep_explains_the_options_of_evaluate_too(help_of):
@@ -221,7 +225,9 @@ def test_help_of_sweep_explains_the_options_of_evaluate_too(help_of):
     }
     assert {name for name in explained["sweep"] if name.startswith("--model.")} == ours | own
     assert {"--model.names", "--model.max_perplexity_increase"} <= own - ours
-    assert all(explained["sweep"][name] == explained["evaluate"][name] for name in ours - own)
+    same = {name for name in ours if not name.startswith(tuple(own))}
+    assert "--model.sampling.top_p" in same
+    assert all(explained["sweep"][name] == explained["evaluate"][name] for name in same)
 
 
 @pytest.mark.parametrize("name", ["C4", "ToxicPrompts"])
@@ -312,8 +318,14 @@ def test_an_overlay_of_one_option_keeps_the_rest_of_the_data(capsys):
         ("prune", [], ["required", "model.general", "model.behavior"]),
         ("prune", ["-c", "prune.yaml", "--model.weak", "ignore"], ["model.weak", "warn", "error", "ignore"]),
         ("evaluate", ["--model.checkpoint", "x"], ["required", "data.text", "data.prompts"]),
-        ("evaluate", ["-c", "evaluate.yaml", "--model.top_p", "much"], ["model.top_p", "much"]),
-        ("evaluate", ["-c", "evaluate.yaml", "--model.protocol", "long"], ["model.protocol", "short", "rtp", "long"]),
+        ("evaluate", ["-c", "evaluate.yaml", "--model.sampling.top_p", "much"], ["model.sampling.top_p", "much"]),
+        (
+            "evaluate",
+            ["-c", "evaluate.yaml", "--model.sampling.protocol", "long"],
+            ["model.sampling.protocol", "short", "rtp", "long"],
+        ),
+        ("evaluate", ["-c", "evaluate.yaml", "--model.temperature", "1"], ["model.temperature"]),
+        ("evaluate", ["-c", "evaluate.yaml", "--model.controls", "5"], ["model.controls"]),
         ("evaluate", ["-c", "evaluate.yaml", "--model.doses", "[many]"], ["model.doses", "many"]),
         ("sweep", ["-c", "sweep.yaml"], ["required", "model.neurons"]),
         ("sweep", ["-c", "sweep.yaml", "--model.neurons", "n", "--model.dose", "3"], ["model.dose"]),
@@ -414,7 +426,7 @@ def test_prepare_and_run_save_their_config_too(tiny_checkpoint, monkeypatch):
         "general": general,
         "behavior": behavior,
         "prune": {"num_neurons": 3, "min_strength": -1000.0},
-        "evaluate": {"scorer": "small", "max_new_tokens": 4, "controls": 0},
+        "evaluate": {"scorer": "small", "sampling": {"max_new_tokens": 4}, "controls": {"num_draws": 0}},
         "data": {"text": TEXT, "prompts": PROMPTS},
     }
     Path("all.yaml").write_text(yaml.safe_dump(options))
@@ -423,7 +435,7 @@ def test_prepare_and_run_save_their_config_too(tiny_checkpoint, monkeypatch):
         saved = yaml.safe_load(Path(done.trainer.log_dir, "config.yaml").read_text())
         assert saved["model"]["checkpoint"] == tiny_checkpoint
         assert saved["general"]["init_args"]["num_samples"] == 3
-        assert saved["evaluate"]["max_new_tokens"] == 4
+        assert saved["evaluate"]["sampling"]["max_new_tokens"] == 4
     manifest = json.loads((LOGS / "prepare/version_0/manifest.json").read_text())
     main(["prepare", "--config", str(LOGS / "prepare/version_0/config.yaml")])
     assert json.loads((LOGS / "prepare/version_1/manifest.json").read_text()) == manifest

@@ -17,8 +17,9 @@ from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling
-from sparc3_lightning.evaluation.zero_shot import check_tasks
+from sparc3_lightning.evaluation.controls import Controls
+from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling, SamplingOptions
+from sparc3_lightning.evaluation.zero_shot import ZeroShot, check_tasks
 from sparc3_lightning.stages.evaluate import Evaluation
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -85,7 +86,7 @@ def test_a_shipped_config_says_in_a_second_comment_what_it_computes(path):
     assert all(len(line) <= 132 for line in path.read_text().splitlines())
     groups = [line.partition(":")[0] for line in path.read_text().splitlines() if re.match(r"\w+:", line)]
     order = ["seed_everything", "trainer", "model", "attribute", "screen", "general", "behavior"]
-    order += ["budget", "prune", "evaluate"]
+    order += ["budget_text", "prune", "evaluate"]
     assert groups == [group for group in [*order, "data"] if group in groups]
 
 
@@ -126,16 +127,18 @@ def test_run_yaml_holds_every_default_of_the_published_experiment(parsed):
 
 def assert_evaluation(options: dict[str, Any]) -> None:
     """Two scorers, five draws of each control, and by the protocol of RealToxicityPrompts all that it says."""
-    expected = {"scorer": "original", "second_scorer": "s-nlp/roberta_toxicity_classifier", "protocol": "rtp"}
-    assert includes(options, {**expected, "controls": 5, "control_continuations": 5})
-    of_the_protocol = ("max_new_tokens", "temperature", "top_p", "num_continuations")
-    assert includes(options, dict.fromkeys(of_the_protocol)), "an option of its own would override the protocol"
-    assert includes(options, {"lm_eval_tasks": [], "lm_eval_folder": None})
+    assert includes(options, {"scorer": "original", "second_scorer": "s-nlp/roberta_toxicity_classifier"})
+    assert includes(options, {"controls": {"num_draws": 5, "num_continuations": 5}})
+    of_the_protocol = dict.fromkeys(("max_new_tokens", "temperature", "top_p", "num_continuations"))
+    assert includes(options["sampling"], {"protocol": "rtp", **of_the_protocol}), (
+        "an option would override the protocol"
+    )
+    assert includes(options["zero_shot"], {"tasks": [], "folder": None})
 
 
 def test_the_short_protocol_is_the_sampling_of_the_published_reproduction():
-    assert PROTOCOLS["short"] == (1, Sampling(max_new_tokens=50, temperature=0.7, top_p=0.9))
-    assert PROTOCOLS["rtp"] == (25, Sampling(max_new_tokens=20, temperature=1.0, top_p=0.9))
+    assert PROTOCOLS["short"] == Sampling(max_new_tokens=50, temperature=0.7, top_p=0.9, num_continuations=1)
+    assert PROTOCOLS["rtp"] == Sampling(max_new_tokens=20, temperature=1.0, top_p=0.9, num_continuations=25)
 
 
 def assert_published_evaluation_data(data: dict[str, Any]) -> None:
@@ -165,10 +168,10 @@ def test_wanda_yaml_takes_the_score_and_the_random_crops_of_wanda(parsed):
 
 
 def test_prune_yaml_is_the_selection_of_lexicon_yaml_with_its_budget(parsed):
-    chosen = ("selection", "top_behavior", "top_general", "max_perplexity_increase", "replacement", "strengths")
+    chosen = ("selection", "top_behavior", "top_general", "budget", "replacement", "strengths")
     options, whole = parsed(named("prune.yaml")), parsed(named("lexicon.yaml"))
     assert {name: options["model"][name] for name in chosen} == {name: whole["prune"][name] for name in chosen}
-    assert options["data"] == whole["budget"]
+    assert options["data"] == whole["budget_text"]
     # A seed that no general sample of the published experiment has.
     assert options["data"]["init_args"]["seed"] not in whole["model"]["general_seeds"]
 
@@ -181,7 +184,7 @@ def test_lexicon_yaml_explains_continuations_of_the_model_and_lexicon_demo_yaml_
         assert options["model"]["behavior_attribute"] == behavior
         data = {"source": None, "by": "continuation", "continuation_toxicity": [0.0, 1.0]}
         assert includes(options["behavior"]["init_args"], data)
-    sources = [options[group]["init_args"]["source"] for group in ("general", "screen", "budget")]
+    sources = [options[group]["init_args"]["source"] for group in ("general", "screen", "budget_text")]
     assert all(source.startswith("pypi:") for source in sources)
 
 
@@ -198,7 +201,9 @@ def test_evaluate_yaml_is_the_last_stage_of_the_published_experiment(parsed):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_published_evaluation_takes_every_protocol(parsed, name, group, protocol):
     options = parsed(named(name))[group]
-    Evaluation(**{**options, "checkpoint": "tiny", "neurons": None, "doses": [], "protocol": protocol})
+    changes = {"checkpoint": "tiny", "neurons": None, "doses": [], "zero_shot": ZeroShot(**options["zero_shot"])}
+    changes["sampling"] = SamplingOptions(**{**options["sampling"], "protocol": protocol})
+    Evaluation(**{**options, **changes, "controls": Controls(**options["controls"])})
 
 
 def test_sweep_yaml_measures_doses_that_prune_yaml_ranks_at_two_strengths_on_the_same_data(parsed):
@@ -206,8 +211,8 @@ def test_sweep_yaml_measures_doses_that_prune_yaml_ranks_at_two_strengths_on_the
     assert options["model"]["doses"] == [10, 30, 100, 300, 1000]
     assert options["model"]["strengths"] == [1.0, 0.5]
     assert max(options["model"]["doses"]) <= parsed(named("prune.yaml"))["model"]["num_ranked"]
-    expected = {"checkpoint": "meta-llama/Meta-Llama-3-8B", "scorer": "original", "protocol": "rtp", "controls": 0}
-    assert includes(options["model"], expected)
+    assert includes(options["model"], {"checkpoint": "meta-llama/Meta-Llama-3-8B", "scorer": "original"})
+    assert (options["model"]["sampling"]["protocol"], options["model"]["controls"]["num_draws"]) == ("rtp", 0)
     text, prompts = (options["data"][name]["init_args"] for name in ("text", "prompts"))
     assert includes(text, {"source": None, "window": 2048, "stride": 512, "conventions": ["sliding"]})
     assert includes(prompts, {"source": None, "min_toxicity": 0.9, "num_nontoxic": 0})
@@ -220,7 +225,7 @@ def test_compress_yaml_prunes_half_of_each_row_as_published(parsed):
 
 def test_zero_shot_yaml_adds_the_seven_published_tasks(parsed):
     whole, options = parsed(named("evaluate.yaml")), parsed(named("zero_shot.yaml"))
-    tasks = options["model"]["lm_eval_tasks"]
+    tasks = options["model"]["zero_shot"]["tasks"]
     assert tasks == ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
     assert options["data"]["text"]["init_args"]["conventions"] == ["disjoint"]
     assert options["data"]["prompts"] == whole["data"]["prompts"]
@@ -230,7 +235,7 @@ def test_zero_shot_yaml_adds_the_seven_published_tasks(parsed):
 def test_lm_eval_knows_the_tasks_of_zero_shot_yaml(parsed):
     tasks = parsed(named("zero_shot.yaml"))["model"]["lm_eval_tasks"]
     pytest.importorskip("lm_eval")
-    check_tasks(tasks, None)
+    check_tasks(ZeroShot(tasks))
 
 
 def test_the_data_sets_of_the_hub_are_those_of_the_published_experiment():
@@ -244,7 +249,7 @@ def test_demo_yaml_needs_nothing_but_pypi_and_a_cpu(parsed):
     assert options["trainer"]["accelerator"] == "cpu"
     assert options["evaluate"]["scorer"] == "small"
     assert options["evaluate"]["second_scorer"] is None
-    assert options["evaluate"]["lm_eval_tasks"] == []
+    assert options["evaluate"]["zero_shot"]["tasks"] == []
     sources = [options["model"]["checkpoint"]]
     sources += [options[name]["init_args"]["source"] for name in ("general", "behavior")]
     sources += [options["data"][name]["init_args"]["source"] for name in ("text", "prompts")]
@@ -268,10 +273,10 @@ def test_repetition_weights_yaml_is_an_overlay_that_prunes_the_published_number_
     options = printed("run", "--config", base, *overlays)
     assert options["attribute"]["granularity"] == options["prune"]["granularity"] == "weight"
     assert options["prune"]["num_neurons"] == 7000
-    assert includes(
-        options["prune"], {"selection": "difference", "replacement": "zero", "max_perplexity_increase": None}
-    )
-    assert includes(options["evaluate"], {"scorer": "repetition", "protocol": "greedy", "doses": []})
+    assert includes(options["prune"], {"selection": "difference", "replacement": "zero"})
+    assert options["prune"]["budget"]["max_perplexity_increase"] is None
+    assert includes(options["evaluate"], {"scorer": "repetition", "doses": []})
+    assert options["evaluate"]["sampling"]["protocol"] == "greedy"
 
 
 @pytest.mark.parametrize("name", ["repetition.yaml", "gender.yaml", "race.yaml"])
@@ -283,8 +288,9 @@ def test_a_behavior_is_an_overlay_whose_prompts_the_model_chooses_and_that_needs
     assert includes(behavior["init_args"], {"source": None, "by": "continuation", "min_toxicity": None})
     assert includes(prompts["init_args"], {"min_toxicity": None, "num_nontoxic": 0})
     if name == "repetition.yaml":
-        expected = {"scorer": "repetition", "second_scorer": None, "protocol": "greedy", "num_continuations": 1}
-        assert includes(options["evaluate"], expected)
+        assert includes(options["evaluate"], {"scorer": "repetition", "second_scorer": None})
+        assert includes(options["evaluate"]["sampling"], {"protocol": "greedy", "num_continuations": 1})
+        assert options["evaluate"]["controls"]["num_continuations"] == 1
         assert options["prune"]["num_neurons"] == 20
         assert pairs is None
     else:

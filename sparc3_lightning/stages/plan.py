@@ -8,7 +8,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from sparc3_lightning.attribution.targets import LEXICAL
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.variants import check_numbers
+from sparc3_lightning.evaluation.variants import check_doses
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.scorers.base import split_label
 from sparc3_lightning.sources import is_local, sha256_of
@@ -53,11 +53,12 @@ def check_pruning(options: dict[str, Any], has_text: bool) -> None:
 
     Args:
         options: Of the stage.
-        has_text: Whether the experiment has the group ``budget``.
+        has_text: Whether the experiment has the group ``budget_text``.
     """
     _construct("prune", Pruning, options)
-    if options["max_perplexity_increase"] is not None and not has_text:
-        raise ValueError("--prune.max_perplexity_increase needs a text: add the group 'budget', as lexicon.yaml does.")
+    if options["budget"]["max_perplexity_increase"] is not None and not has_text:
+        needs = "--prune.budget.max_perplexity_increase needs a text"
+        raise ValueError(f"{needs}: add the group 'budget_text', as lexicon.yaml does.")
 
 
 def check_evaluation(options: dict[str, Any], prune: dict[str, Any]) -> None:
@@ -68,25 +69,24 @@ def check_evaluation(options: dict[str, Any], prune: dict[str, Any]) -> None:
         prune: Of the pruning, which say how many neurons there will be for the doses.
     """
     doses, strengths = options["doses"], options["strengths"]
-    has_price = prune["max_perplexity_increase"] is not None
-    listed = prune["num_ranked"] if has_price else max(prune["num_neurons"], prune["num_ranked"])
+    has_budget = prune["budget"]["max_perplexity_increase"] is not None
+    listed = prune["num_ranked"] if has_budget else max(prune["num_neurons"], prune["num_ranked"])
     if doses and max(doses) > listed:
         raise ValueError(
             f"--evaluate.doses asks for {max(doses)} {prune['granularity']}s, but the pruning lists at most {listed}: "
             f"give --prune.num_ranked {max(doses)}."
         )
     without = {**options, "neurons": None, "doses": [], "strengths": [1.0]}  # doses need the list of neurons
-    module = _construct("evaluate", Evaluation, without)
-    numbers = options["controls"], options["control_continuations"], doses, strengths
-    _by_group("evaluate", check_numbers, module.num_continuations, *numbers)
+    _construct("evaluate", Evaluation, without)
+    _by_group("evaluate", check_doses, doses, strengths)
 
 
-def _construct(group: str, of: type, options: dict[str, Any]) -> Any:
+def _construct(group: str, of: type, options: dict[str, Any]) -> None:
     """Make a stage's module, which checks its options and loads nothing."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(of, "stage")
     config = parser.parse_object({"stage": options})  # text becomes paths
-    return _by_group(group, parser.instantiate_classes, config).stage
+    _by_group(group, parser.instantiate_classes, config)
 
 
 def _by_group(group: str, check: Any, *arguments: Any) -> Any:
@@ -104,8 +104,8 @@ def screening(options: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
         options: Config of ``sparc3 run`` with the groups ``evaluate``, ``data`` and ``screen``.
         model: Checkpoint, dtype and revision.
     """
-    alone: dict[str, Any] = {"neurons": None, "second_scorer": None, "controls": 0, "lm_eval_tasks": []}
-    alone |= {"doses": [], "strengths": [1.0]}
+    alone: dict[str, Any] = {"neurons": None, "second_scorer": None, "doses": [], "strengths": [1.0]}
+    alone |= {"controls": {"num_draws": 0}, "zero_shot": {"tasks": []}}
     text = options["data"]["text"]
     # An evaluation has a text for perplexity too: here its first window, which costs next to nothing.
     one_window = {"num_tokens": text["init_args"]["window"], "conventions": ["disjoint"]}
@@ -147,7 +147,7 @@ def from_screening(data: dict[str, Any], completions: Path | None) -> dict[str, 
 SCORERS = ("scorer", "second_scorer", "lexicon")
 
 
-KEYS = ("checkpoint", "tokenizer", "source", "nontoxic_source", *SCORERS, "lm_eval_folder")
+KEYS = ("checkpoint", "tokenizer", "source", "nontoxic_source", *SCORERS, "folder")
 
 
 def digests_of(value: Any, made: Path | None) -> list[str]:

@@ -41,6 +41,8 @@ SELECTION = "selection.json"
 class Pruning(Stage):
     """Selects the neurons, or single weights, that serve the behaviour most over all layers, and writes neurons.json.
 
+    The option ``budget`` is a group, see ``Budget``.
+
     Args:
         general: Score files of general reference samples, one per seed; they are averaged.
         behavior: Score file of reference samples of the behaviour.
@@ -56,16 +58,11 @@ class Pruning(Stage):
         top_general: For ``set_difference``, share of all neurons by general text that is left out.
         replacement: What takes the place of a neuron's activation: ``zero``, or its ``mean`` over the general samples,
             which needs ``sparc3 attribute --model.activations true``.
-        num_neurons: Neurons, or weights, to prune, over all layers; not with ``max_perplexity_increase``.
+        num_neurons: Neurons, or weights, to prune, over all layers; not with a budget.
         strengths: How far a neuron is switched off: 1 is off, a fraction leaves the rest of its activation. Several are
-            for ``max_perplexity_increase`` to choose from.
-        max_perplexity_increase: Price: the largest rise of perplexity on the text of ``--data``, such as 0.01. As many
-            neurons are taken as stay within it, and the strength with the highest sum of scores. Documents that were
-            used to attribute are left out of the text. None prunes ``num_neurons``.
-        refine: Rounds that measure what each neuron costs among twice as many as were chosen, drop the tenth that gives
-            least for it, and fill up; kept if the sum of scores grows.
+            for the budget to choose from.
         num_ranked: Neurons that neurons.json lists, those that are pruned and those that come next, so that ``sparc3
-            sweep`` can measure larger doses; and the most that ``max_perplexity_increase`` takes.
+            sweep`` can measure larger doses; and the most that a budget takes.
         min_strength: Least differential strength, (sum of general scores - sum of the behaviour's) / sum of general
             scores, in percent. It partly measures the length of the samples. For ``difference`` only.
         weak: What to do below ``min_strength``: ``warn`` and go on, or stop with an ``error``.
@@ -91,8 +88,7 @@ class Pruning(Stage):
         replacement: Literal["zero", "mean"] = "zero",
         num_neurons: int = 100,
         strengths: Sequence[float] = (1.0,),
-        max_perplexity_increase: float | None = None,
-        refine: int = 0,
+        budget: Budget = Budget(),
         num_ranked: int = 1000,
         min_strength: float = 15.0,
         weak: Literal["warn", "error"] = "warn",
@@ -113,16 +109,13 @@ class Pruning(Stage):
             raise OptionError("contrast", f"is of scores, but --.selection {selection} ranks by activations alone.")
         if not strengths or not all(0 < strength <= 1 for strength in strengths):
             raise OptionError("strengths", f"must be above 0 and at most 1, got {list(strengths)}.")
-        if max_perplexity_increase is None and (len(strengths) > 1 or refine):
-            raise OptionError("strengths", "Several --.strengths, and --.refine, need --.max_perplexity_increase.")
-        if max_perplexity_increase is not None and max_perplexity_increase <= 0:
-            raise OptionError("max_perplexity_increase", f"must be above 0, got {max_perplexity_increase}.")
+        budget.check(strengths)
         if granularity == "weight":
             others = {
                 f"--.selection {selection}": selection != "difference",
                 "--.contrast": contrast is not None,
                 f"--.replacement {replacement}": replacement != "zero",
-                "--.max_perplexity_increase": max_perplexity_increase is not None,
+                "--.budget.max_perplexity_increase": budget.max_perplexity_increase is not None,
             }
             if given := [option for option, is_given in others.items() if is_given]:
                 raise OptionError("granularity", f"weight goes with none of {', '.join(given)}: leave them out.")
@@ -138,8 +131,7 @@ class Pruning(Stage):
         self.replacement = replacement
         self.num_neurons = num_neurons
         self.strengths = list(strengths)
-        self.max_perplexity_increase = max_perplexity_increase
-        self.refine = refine
+        self.budget = budget
         self.num_ranked = num_ranked
         self.min_strength = min_strength
         self.weak = weak
@@ -157,7 +149,7 @@ class Pruning(Stage):
 
         Args:
             folder: Where to write.
-            text: What perplexity is measured on, for ``max_perplexity_increase``.
+            text: What perplexity is measured on, for a budget.
             device: Where that is measured; None for the CPU.
 
         Raises:
@@ -167,8 +159,10 @@ class Pruning(Stage):
             FileExistsError: If the folder holds a neurons.json.
         """
         self.begin(folder)
-        if self.max_perplexity_increase is not None and text is None:
-            raise OptionError("max_perplexity_increase", "needs a text: --data C4 --data.source <file> and so on.")
+        if self.budget.max_perplexity_increase is not None and text is None:
+            raise OptionError(
+                "budget.max_perplexity_increase", "needs a text: --data C4 --data.source <file> and so on."
+            )
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
         provenance |= {} if found.budget is None else {"budget": found.budget}
         provenance |= {"selection": self.selection, "replacement": self.replacement}
@@ -202,8 +196,8 @@ class Pruning(Stage):
                 source = behavior_file.provenance
                 checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
                 check_takes_means(checkpoint, behavior_file.scores)
-        elif self.refine:
-            raise OptionError("refine", "is for neurons, and these are scores of heads: leave it out.")
+        elif self.budget.refine:
+            raise OptionError("budget.refine", "is for neurons, and these are scores of heads: leave it out.")
         general, behavior = average(general_files), behavior_file.scores
         files = [*general_files, behavior_file]
         if self.contrast is not None:
@@ -221,15 +215,15 @@ class Pruning(Stage):
         means = means_beside(self.general) if self.replacement == "mean" else None
         ranking = NeuronRanking(scores, general, self.strengths[0], means)
         num_listed, spent = min(self.num_ranked, len(ranking.eligible)), None
-        if self.max_perplexity_increase is None:
+        if self.budget.max_perplexity_increase is None:
             # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.
             listed = ranking.first(max(self.num_neurons, num_listed))
             chosen = listed[: self.num_neurons]
         else:
             assert text is not None
             listed = ranking.first(num_listed)
-            budget = Budget(self.max_perplexity_increase, self.strengths, self.refine)
-            chosen, spent = within_budget(budget, listed, text, general_files, device or torch.device("cpu"))
+            on = device or torch.device("cpu")
+            chosen, spent = within_budget(self.budget, self.strengths, listed, text, general_files, on)
         return ranking.selected(chosen, listed, strength, spent), origin(general_files, files[len(general_files) :])
 
     def _weights(self) -> tuple[Selected, dict[str, Any]]:
@@ -277,6 +271,7 @@ class Pruning(Stage):
 
 def within_budget(
     budget: Budget,
+    strengths: Sequence[float],
     ranked: Sequence[Component],
     text: ReferenceSamples,
     general: Sequence[ScoreFile],
@@ -286,6 +281,7 @@ def within_budget(
 
     Args:
         budget: What may be spent.
+        strengths: Strengths to choose from: 1 is off, a fraction damps.
         ranked: The neurons, first the one to take first.
         text: What perplexity is measured on. Documents that were used to attribute are left out.
         general: Score files of general reference samples.
@@ -311,7 +307,7 @@ def within_budget(
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
     model: torch.nn.Module = checkpoint.load(getattr(torch, of.spec.dtype))
     rise = PerplexityRise(model.to(device), text.predict_dataloader())
-    chosen = spend(rise, ranked, budget)
+    chosen = spend(rise, ranked, budget, strengths)
     return chosen, {
         "max_perplexity_increase": budget.max_perplexity_increase,
         "rise": rise(chosen),

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.evaluate import Evaluation
 
@@ -25,7 +26,6 @@ class Sweep(Evaluation):
         names: Names of the lists, as many as there are; None takes the selection of each, and its budget.
         doses: Numbers of neurons; ``[]`` measures each list as it stands.
         strengths: For each number: 1 is off, a fraction damps the neurons by that much.
-        controls: Draws of each control of the first list, see ``sparc3 evaluate``.
         max_perplexity_increase: Write chosen/neurons.json: of all that was measured the least toxic whose perplexity
             rises by no more, such as 0.01. An evaluation of it leaves out the prompts that it was chosen on. None
             chooses nothing.
@@ -41,7 +41,7 @@ class Sweep(Evaluation):
         names: Sequence[str] | None = None,
         doses: Sequence[int] = (10, 30, 100, 300, 1000),
         strengths: Sequence[float] = (1.0, 0.5),
-        controls: int = 0,
+        controls: Controls = Controls(num_draws=0),
         max_perplexity_increase: float | None = None,
         **options: Any,
     ) -> None:

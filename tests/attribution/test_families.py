@@ -19,7 +19,7 @@ from sparc3_lightning.attribution.scores import INDEX, ScoreFile
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
-from sparc3_lightning.evaluation.controls import CONTROLS
+from sparc3_lightning.evaluation.controls import CONTROLS, Controls
 from sparc3_lightning.evaluation.variants import neurons_of, plan
 from sparc3_lightning.models.architectures import blocks_of, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
@@ -70,7 +70,7 @@ def evaluate(checkpoint: str, **model: Any) -> dict[str, Any]:
     }
     kinds = {"text": "WikiText2", "prompts": "RealToxicityPrompts"}
     of = {name: {"class_path": f"sparc3_lightning.data.{kinds[name]}", "init_args": data[name]} for name in data}
-    small = {"scorer": "small", "max_new_tokens": 4, "num_continuations": 2, "control_continuations": 1}
+    small = {"scorer": "small", "sampling": {"max_new_tokens": 4, "num_continuations": 2}}
     folder = run("evaluate", model={"checkpoint": checkpoint, **small, **model}, data=of)
     return json.loads((folder / "results.json").read_text())
 
@@ -94,9 +94,9 @@ def test_every_verb_works_and_the_exported_checkpoint_is_the_masked_model(make_c
         assert not weight_of(layer)[neuron.index].any()
         assert layer.bias[neuron.index] == 0
 
-    results = evaluate(checkpoint, neurons=str(neurons), controls=1)
+    results = evaluate(checkpoint, neurons=str(neurons), controls={"num_draws": 1, "num_continuations": 1})
     assert results["pruned"]["perplexity"] != pytest.approx(results["baseline"]["perplexity"], rel=1e-3)
-    reloaded = evaluate("pruned", controls=0)["baseline"]["perplexity"]
+    reloaded = evaluate("pruned", controls={"num_draws": 0})["baseline"]["perplexity"]
     assert reloaded == pytest.approx(results["pruned"]["perplexity"], rel=1e-5)
     assert set(results["controls"]) == set(CONTROLS)
 
@@ -198,8 +198,8 @@ def test_controls_of_a_sharded_model_have_the_largest_weights(make_checkpoint, f
     heaviest = sorted(range(24), key=lambda i: -norms[i])[:POOL]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    sharded = load_sharded(Checkpoint(make_checkpoint(family)), torch.float32, mesh, torch.device("cpu"))
-    variants = plan({"": pruned}, 1, controls=10)
+    sharded = load_sharded(make_checkpoint(family), torch.float32, mesh, torch.device("cpu"))
+    variants = plan({"": pruned}, 1, controls=Controls(10))
     for of in (model, sharded):
         off = neurons_of(variants, {"": pruned}, of, 0)
         assert {off[f"largest_weights_{i}"][0].index for i in range(10)} <= set(heaviest)

@@ -21,6 +21,7 @@ from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluation.completions import CompletionLog
+from sparc3_lightning.evaluation.generation import SamplingOptions
 from sparc3_lightning.stages.attribute import SCORES, Attribution
 from sparc3_lightning.stages.evaluate import Evaluation
 
@@ -209,7 +210,7 @@ def evaluate(
     data = EvaluationData(
         WikiText2(source=text, window=16, stride=8), RealToxicityPrompts(source=prompts, num_prompts=20, batch_size=4)
     )
-    module = Stopping(checkpoint, scorer="small", num_continuations=2, max_new_tokens=5)
+    module = Stopping(checkpoint, scorer="small", sampling=SamplingOptions(num_continuations=2, max_new_tokens=5))
     trainer(folder).test(module, datamodule=data, verbose=False)
     return module
 

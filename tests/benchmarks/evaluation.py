@@ -20,6 +20,7 @@ from lightning import Callback
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
+from sparc3_lightning.evaluation.generation import SamplingOptions
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.scorers.registry import load_scorer
 from sparc3_lightning.stages.evaluate import RESULTS, Evaluation
@@ -50,7 +51,7 @@ def ours() -> tuple[list[float], dict[str, float]]:
     """Evaluate, and return the seconds for windows and prompts, and the figures."""
     seconds = Seconds()
     with tempfile.TemporaryDirectory() as folder:
-        evaluation = Evaluation(CHECKPOINT, scorer="small", protocol="rtp", num_continuations=NUM_CONTINUATIONS)
+        evaluation = Evaluation(CHECKPOINT, scorer="small", sampling=SamplingOptions("rtp", NUM_CONTINUATIONS))
         quiet_trainer(folder, callbacks=[seconds]).test(evaluation, datamodule=data(), verbose=False)
         figures = json.loads(Path(folder, RESULTS).read_text())["baseline"]
     return seconds.seconds, figures

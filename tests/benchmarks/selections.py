@@ -41,9 +41,9 @@ SELECTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "prob_lrp": (GENERAL, "prob_lrp", MASKED),
     "contrast": (GENERAL, OWN_TOXIC, {**MASKED, "contrast": OWN_HARMLESS}),
     "random": ("random", "random", {**MASKED, "top_general": 0}),
-    "auroc_refined": (LRP, TOXIC, {"selection": "auroc", "refine": 3}),
-    "set_difference_refined": (LRP, TOXIC, {"selection": "set_difference", "refine": 3}),
-    "prob_refined": (GENERAL, "prob", {**MASKED, "refine": 3}),
+    "auroc_refined": (LRP, TOXIC, {"selection": "auroc", "budget.refine": 3}),
+    "set_difference_refined": (LRP, TOXIC, {"selection": "set_difference", "budget.refine": 3}),
+    "prob_refined": (GENERAL, "prob", {**MASKED, "budget.refine": 3}),
 }
 
 
@@ -84,7 +84,7 @@ def write_parts(prompts: Path) -> dict[str, Path]:
 
 def evaluation(prompts: Path, num_prompts: int, text: Path, num_tokens: int) -> Iterator[str]:
     """Yield the options of an evaluation: the model, the protocol of RealToxicityPrompts, and the data."""
-    yield from (f"--model.checkpoint={CHECKPOINT}", "--model.scorer=small", "--model.protocol=rtp")
+    yield from (f"--model.checkpoint={CHECKPOINT}", "--model.scorer=small", "--model.sampling.protocol=rtp")
     yield from ("--data.text=WikiText2", f"--data.text.source={text}", f"--data.text.num_tokens={num_tokens}")
     yield from ("--data.text.window=512", "--data.text.stride=512", "--data.text.conventions=[disjoint]")
     yield from (
@@ -98,7 +98,7 @@ def evaluation(prompts: Path, num_prompts: int, text: Path, num_tokens: int) -> 
 def attribute(parts: dict[str, Path], c4: Path, text: Path) -> None:
     """Let the model continue the prompts to attribute on, and compute every score file."""
     own = evaluation(parts["attribute"], ATTRIBUTE, text, 1024)
-    folder = sparc3("evaluate", "cont", *own, "--model.num_continuations=2", "--model.dtype=bfloat16")
+    folder = sparc3("evaluate", "cont", *own, "--model.sampling.num_continuations=2", "--model.dtype=bfloat16")
     of = [f"--model.checkpoint={CHECKPOINT}"]
     documents = [
         "--data=C4",
@@ -133,7 +133,7 @@ def prune(name: str, budget: float, c4: Path) -> Path:
     options = {name: scores(value) if name == "contrast" else value for name, value in options.items()}
     text = ["--data=C4", f"--data.source={c4}", "--data.seq_len=256", "--data.num_samples=28"]
     text += ["--data.seed=7", "--data.batch_size=4"]
-    price = [f"--model.max_perplexity_increase={budget}"]
+    price = [f"--model.budget.max_perplexity_increase={budget}"]
     price += ["--model.num_ranked=4000"] if budget > 0.05 else []  # of prob more than 1000 are within 10 %
     files = [f"--model.general=[{scores(general)}]", f"--model.behavior={scores(behavior)}"]
     chosen = [f"--model.{option}={value}" for option, value in options.items()]
@@ -168,7 +168,10 @@ def main() -> None:
             lists = [str(prune(name, budget, c4)) for name in options.selections]
             named = f"--model.names=[{','.join(options.selections)}]"
             measured = evaluation(parts["report"], options.prompts, text, 16384)
-            draws = [f"--model.num_continuations={options.continuations}", f"--model.num_seeds={options.seeds}"]
+            draws = [
+                f"--model.sampling.num_continuations={options.continuations}",
+                f"--model.sampling.num_seeds={options.seeds}",
+            ]
             ranks = (
                 ["--trainer.strategy=ddp", f"--trainer.devices={options.processes}"] if options.processes > 1 else []
             )

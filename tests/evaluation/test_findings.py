@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import PRICES, Continuations, figures, findings, front
 from sparc3_lightning.evaluation.intervals import paired_difference, perplexity_change, perplexity_interval
 from sparc3_lightning.evaluation.metrics import Perplexity
@@ -243,7 +244,7 @@ CONTROLLED: Table = {
 
 
 def controlled() -> dict[str, Any]:
-    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
+    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
     return findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
 
 
@@ -252,7 +253,7 @@ def controlled() -> dict[str, Any]:
     [((), ()), (("pruned",), ("random", "largest_weights")), (("pruned", "random"), ("largest_weights",))],
 )
 def test_a_control_is_said_to_be_zeroed_only_where_the_pruned_neurons_are_held_at_a_constant(held, zeroed):
-    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
+    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
     variants = [replace(variant, held=variant.kind in held) for variant in variants]
     found = findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
     assert {kind for kind, control in found["controls"].items() if control["zeroed"]} == set(zeroed)
@@ -307,7 +308,7 @@ def test_prompts_that_failed_in_one_draw_of_a_control_are_left_out_of_all():
     scores = json.loads(json.dumps(CONTROLLED))
     scores["random_1"]["t3"] = [None, None]
     scores["random_0"]["t2"] = [None, 0.6]
-    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
+    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
     control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"])["controls"][
         "random"
     ]
@@ -323,7 +324,7 @@ def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
     scores = json.loads(json.dumps(CONTROLLED))
     for prompt in scores["random_1"]:
         scores["random_1"][prompt] = [None, None]
-    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
+    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
     control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"])["controls"][
         "random"
     ]
@@ -445,7 +446,7 @@ def test_the_second_scorer_has_effects_of_its_own():
 
 
 def test_controls_do_not_enter_the_correlation_of_the_scorers():
-    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
+    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
     rows = rows_of(
         CONTROLLED, lambda model, p, j: (1 if model in ("baseline", "pruned") else -1) * CONTROLLED[model][p][j]
     )
@@ -464,7 +465,7 @@ def test_a_second_scorer_that_scored_nothing_is_said_to():
 
 
 def test_the_order_of_the_rows_does_not_matter():
-    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2)
+    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
     rows = rows_of(CONTROLLED, lambda model, p, j: CONTROLLED[model][p][j])
     windows = windows_of(*(v.name for v in variants))
     expected = findings(rows, windows, variants, ["some", "other"])
@@ -474,7 +475,7 @@ def test_the_order_of_the_rows_does_not_matter():
 
 
 def test_everything_found_can_be_written_as_json():
-    variants = plan({"": NEURONS}, 3, controls=2, control_continuations=2, doses=[1])
+    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2), doses=[1])
     scores = {**CONTROLLED, "top_1_1": CONTROLLED["baseline"]}
     rows = rows_of(scores, lambda model, p, j: scores[model][p][j])
     results = findings(rows, windows_of(*(v.name for v in variants)), variants, ["some", "other"])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -380,14 +381,16 @@ def test_what_a_checkpoint_ships_as_its_generation_config_does_not_change_the_dr
 @pytest.mark.parametrize(
     ("sampling", "option"),
     [
-        (Sampling(0, 1.0, 0.9), "--model.max_new_tokens"),
-        (Sampling(-1, 1.0, 0.9), "--model.max_new_tokens"),
-        (Sampling(5, -0.1, 0.9), "--model.temperature"),
-        (Sampling(5, -1.0, 0.9), "--model.temperature"),
-        (Sampling(5, math.nan, 0.9), "--model.temperature"),
-        (Sampling(5, 1.0, 0.0), "--model.top_p"),
-        (Sampling(5, 1.0, 1.01), "--model.top_p"),
-        (Sampling(5, 1.0, math.nan), "--model.top_p"),
+        (Sampling(0, 1.0, 0.9), "--model.sampling.max_new_tokens"),
+        (Sampling(-1, 1.0, 0.9), "--model.sampling.max_new_tokens"),
+        (Sampling(5, -0.1, 0.9), "--model.sampling.temperature"),
+        (Sampling(5, -1.0, 0.9), "--model.sampling.temperature"),
+        (Sampling(5, math.nan, 0.9), "--model.sampling.temperature"),
+        (Sampling(5, 1.0, 0.0), "--model.sampling.top_p"),
+        (Sampling(5, 1.0, 1.01), "--model.sampling.top_p"),
+        (Sampling(5, 1.0, math.nan), "--model.sampling.top_p"),
+        (Sampling(5, 1.0, 0.9, 0), "--model.sampling.num_continuations must be at least 1, got 0"),
+        (Sampling(5, 1.0, 0.9, 6, 4), "--model.sampling.num_seeds must divide 6 continuations, got 4"),
     ],
 )
 def test_values_that_make_no_sense_are_refused_by_the_name_of_their_option(sampling, option):
@@ -401,15 +404,16 @@ def test_values_at_the_edge_of_sense_are_taken():
 
 
 def test_protocols_are_those_that_were_published():
-    assert PROTOCOLS["short"] == (1, Sampling(50, 0.7, 0.9))
-    assert PROTOCOLS["rtp"] == (25, Sampling(20, 1.0, 0.9))
-    for _, sampling in PROTOCOLS.values():
+    assert PROTOCOLS["short"] == Sampling(50, 0.7, 0.9, 1)
+    assert PROTOCOLS["rtp"] == Sampling(20, 1.0, 0.9, 25)
+    for sampling in PROTOCOLS.values():
         sampling.check()
 
 
 def test_greedy_decoding_gives_one_continuation_and_more_are_refused():
-    number, sampling = PROTOCOLS["greedy"]
-    assert (number, sampling.temperature) == (1, 0.0)
-    sampling.check(number)
-    with pytest.raises(ValueError, match=r"--model.num_continuations must be 1 at --model.temperature 0, got 4"):
-        sampling.check(4)
+    sampling = PROTOCOLS["greedy"]
+    assert (sampling.num_continuations, sampling.temperature) == (1, 0.0)
+    sampling.check()
+    message = r"--model.sampling.num_continuations must be 1 at --model.sampling.temperature 0, got 4"
+    with pytest.raises(ValueError, match=message):
+        replace(sampling, num_continuations=4).check()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparc3_lightning.evaluation.controls import CONTROLS
+from sparc3_lightning.evaluation.controls import CONTROLS, Controls
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, neurons_of, of_kind, plan
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.criteria import POOL
@@ -30,11 +30,11 @@ def places(neurons: list[Component]) -> set[tuple[str, int]]:
 
 
 def test_without_neurons_there_is_the_original_model_only():
-    assert plan({}, 4, controls=5) == [Variant("baseline", "baseline", 4)]
+    assert plan({}, 4, controls=Controls(5)) == [Variant("baseline", "baseline", 4)]
 
 
 def test_the_pruned_model_and_each_draw_of_each_control_follow_the_original():
-    variants = plan({"": NEURONS}, 6, controls=2)
+    variants = plan({"": NEURONS}, 6, controls=Controls(2))
     assert variants == [
         Variant("baseline", "baseline", 6),
         Variant("pruned", "pruned", 6, 3),
@@ -51,7 +51,7 @@ def test_the_pruned_model_and_each_draw_of_each_control_follow_the_original():
 
 
 def test_controls_may_draw_fewer_continuations_but_no_other_model_does():
-    variants = plan({"": NEURONS}, 6, controls=1, control_continuations=2, doses=[1, 5])
+    variants = plan({"": NEURONS}, 6, controls=Controls(1, 2), doses=[1, 5])
     assert {v.name: v.num_continuations for v in variants} == {
         "baseline": 6,
         "pruned": 6,
@@ -64,7 +64,12 @@ def test_controls_may_draw_fewer_continuations_but_no_other_model_does():
 
 
 def test_a_list_that_does_not_say_which_neurons_are_least_relevant_has_no_such_control():
-    assert names(plan({"": WITHOUT_POOL}, 1, controls=1)) == ["baseline", "pruned", "random_0", "largest_weights_0"]
+    assert names(plan({"": WITHOUT_POOL}, 1, controls=Controls(1))) == [
+        "baseline",
+        "pruned",
+        "random_0",
+        "largest_weights_0",
+    ]
 
 
 def test_every_dose_is_measured_at_every_strength_and_the_pruned_model_not_twice():
@@ -86,7 +91,7 @@ def test_every_dose_is_measured_at_every_strength_and_the_pruned_model_not_twice
 def test_further_lists_are_measured_as_they_stand_and_at_each_dose_and_controls_are_those_of_the_first():
     other = NeuronList(neurons=NEURONS.next[:2], next=NEURONS.neurons)
     lists = {"first": NEURONS, "second": other}
-    variants = plan(lists, 2, controls=1, doses=[2], strengths=[1.0, 0.5])
+    variants = plan(lists, 2, controls=Controls(1), doses=[2], strengths=[1.0, 0.5])
     assert [(v.name, v.kind, v.selection, v.num_neurons, v.strength) for v in variants[1:-3]] == [
         ("pruned", "pruned", "first", 3, 1.0),
         ("first top_2_1", "dose", "first", 2, 1.0),
@@ -102,21 +107,20 @@ def test_further_lists_are_measured_as_they_stand_and_at_each_dose_and_controls_
     assert off["first top_2_1"] == off["first top_2_0.5"] == NEURONS.neurons[:2]
     assert off["second"] == off["second top_2_0.5"] == other.neurons
     with pytest.raises(ValueError, match=r"--model\.names: another model is called 'random_0' too"):
-        plan({"first": NEURONS, "random_0": other}, 2, controls=1)
+        plan({"first": NEURONS, "random_0": other}, 2, controls=Controls(1))
 
 
 def test_no_two_models_have_the_same_name():
-    found = names(plan({"": NEURONS}, 2, 3, doses=[1, 2, 3, 4, 5, 6], strengths=[1.0, 0.5, 0.25, 0.125]))
+    found = names(plan({"": NEURONS}, 2, Controls(3), doses=[1, 2, 3, 4, 5, 6], strengths=[1.0, 0.5, 0.25, 0.125]))
     assert len(set(found)) == len(found) == 2 + 3 * 3 + 4 * 6 - 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
-        ({"num_continuations": 0}, "--model.num_continuations must be at least 1, got 0"),
-        ({"controls": -1}, "--model.controls must be at least 0, got -1"),
-        ({"control_continuations": 0}, "--model.control_continuations must be at least 1, got 0"),
-        ({"control_continuations": -5}, "--model.control_continuations must be at least 1, got -5"),
+        ({"controls": Controls(-1)}, "--model.controls.num_draws must be at least 0, got -1"),
+        ({"controls": Controls(1, 0)}, "--model.controls.num_continuations must be at least 1, got 0"),
+        ({"controls": Controls(1, -5)}, "--model.controls.num_continuations must be at least 1, got -5"),
         ({"strengths": [0.0]}, r"--model.strengths must be above 0 and at most 1, got \[0.0\]"),
         ({"strengths": [0.5, 1.5]}, "--model.strengths must be above 0"),
         ({"strengths": [-0.5]}, "--model.strengths must be above 0"),
@@ -141,13 +145,13 @@ def test_numbers_that_make_no_sense_are_refused_by_the_name_of_their_option(argu
 
 @pytest.mark.parametrize(("asked", "drawn"), [(None, 4), (1, 1), (4, 4), (5, 4)])
 def test_controls_draw_no_more_continuations_than_the_other_models(asked, drawn):
-    variants = plan({"": NEURONS}, 4, controls=1, control_continuations=asked)
+    variants = plan({"": NEURONS}, 4, controls=Controls(1, asked))
     assert [v.num_continuations for v in variants] == [4, 4, drawn, drawn, drawn]
 
 
 def test_numbers_at_the_edge_of_sense_are_taken():
-    plan({"": NEURONS}, 1, 0, 1, doses=[6], strengths=[1e-3, 1.0])
-    plan({"": NEURONS}, 4, 1, 4, strengths=[])
+    plan({"": NEURONS}, 1, Controls(0, 1), doses=[6], strengths=[1e-3, 1.0])
+    plan({"": NEURONS}, 4, Controls(1, 4), strengths=[])
 
 
 def test_doses_are_taken_in_the_order_of_the_list_and_the_pruned_model_is_without_just_its_neurons(make_model):
@@ -163,7 +167,7 @@ def test_doses_are_taken_in_the_order_of_the_list_and_the_pruned_model_is_withou
 
 @pytest.mark.parametrize("seed", [0, 1, 42])
 def test_each_draw_of_a_control_has_as_many_neurons_per_layer_and_none_of_the_pruned(make_model, seed):
-    variants = plan({"": NEURONS}, 1, controls=4)
+    variants = plan({"": NEURONS}, 1, controls=Controls(4))
     lists = neurons_of(variants, {"": NEURONS}, make_model(), seed)
     for variant in variants[2:]:
         off = lists[variant.name]
@@ -182,7 +186,7 @@ def test_controls_of_damped_neurons_or_weights_are_damped_alike(make_model):
     of_weights = [replace(n, input=3) for n in damped]
     for neurons, pool in ((damped, NEURONS.least_relevant), (of_weights, [])):
         lists = {"": NeuronList(neurons, least_relevant=pool)}
-        variants = plan(lists, 1, controls=2)
+        variants = plan(lists, 1, controls=Controls(2))
         for name, off in neurons_of(variants, lists, make_model(), 0).items():
             if name != "baseline":
                 found = sorted((n.module, n.strength) for n in off)
@@ -191,7 +195,7 @@ def test_controls_of_damped_neurons_or_weights_are_damped_alike(make_model):
 
 def test_the_number_of_a_control_whose_layers_have_no_more_is_that_of_those_that_are_off(make_model):
     lists = {"": NeuronList([Component(UP, i, -1.0) for i in range(18)], least_relevant=[Component(UP, 20, 0.0)])}
-    variants = plan(lists, 1, controls=1, doses=[4])
+    variants = plan(lists, 1, controls=Controls(1), doses=[4])
     off = neurons_of(variants, lists, make_model(), 0)
     found = {variant.kind: variant.num_neurons for variant in counted(variants, off)}
     expected = {"baseline": 0, "pruned": 18, "dose": 4, "random": 6, "least_relevant": 1, "largest_weights": 6}
@@ -202,13 +206,13 @@ def test_of_neurons_held_at_their_mean_it_is_known_which_controls_are_held_too(m
     held, pool = ([replace(n, constant=0.5) for n in of] for of in (NEURONS.neurons, NEURONS.least_relevant))
     for least_relevant, expected in ((pool, {"pruned", "least_relevant"}), (NEURONS.least_relevant, {"pruned"})):
         lists = {"": NeuronList(held, least_relevant=least_relevant)}
-        variants = plan(lists, 1, controls=1)
+        variants = plan(lists, 1, controls=Controls(1))
         off = neurons_of(variants, lists, make_model(), 0)
         assert {variant.kind for variant in counted(variants, off) if variant.held} == expected
 
 
 def test_random_neurons_come_from_the_whole_layer_and_the_least_relevant_from_their_list(make_model):
-    variants = plan({"": NEURONS}, 1, controls=150)
+    variants = plan({"": NEURONS}, 1, controls=Controls(150))
     lists = neurons_of(variants, {"": NEURONS}, make_model(), 0)
     drawn = {kind: set().union(*(places(lists[v.name]) for v in of_kind(variants, kind))) for kind in CONTROLS}
     everywhere = {(module, i) for module in (UP, SECOND) for i in range(24)}
@@ -222,7 +226,7 @@ def test_neurons_with_the_largest_weights_are_drawn_from_those_whose_rows_have_t
     model.get_submodule(SECOND).weight.data.mul_(0.01)
     for neuron in NEURONS.neurons:
         model.get_submodule(neuron.module).weight.data[neuron.index] *= 100
-    variants = plan({"": NEURONS}, 1, controls=150)
+    variants = plan({"": NEURONS}, 1, controls=Controls(150))
     lists = neurons_of(variants, {"": NEURONS}, model, 0)
     drawn = set().union(*(places(lists[v.name]) for v in of_kind(variants, "largest_weights")))
     expected = set()
@@ -239,7 +243,7 @@ def test_controls_of_gate_neurons_come_from_the_gates(make_model):
     neurons = NeuronList([Component(gate, 5, -1.0)])
     model = make_model()
     heavy = model.get_submodule(gate).weight.norm(dim=1).argsort(descending=True).tolist()
-    lists = neurons_of(plan({"": neurons}, 1, controls=60), {"": neurons}, model, 0)
+    lists = neurons_of(plan({"": neurons}, 1, controls=Controls(60)), {"": neurons}, model, 0)
     assert {n.module for off in lists.values() for n in off} == {gate}
     drawn = {lists[f"largest_weights_{i}"][0].index for i in range(60)}
     assert drawn == set([i for i in heavy if i != 5][:POOL])
@@ -264,6 +268,6 @@ def test_in_its_context_the_model_is_the_one_whose_columns_are_scaled_and_the_or
 
 
 def test_models_are_described_by_how_many_there_are_of_each_kind():
-    assert describe(plan({"": NEURONS}, 1, 2, doses=[1])) == (
+    assert describe(plan({"": NEURONS}, 1, Controls(2), doses=[1])) == (
         "1 baseline, 1 pruned, 1 dose, 2 random, 2 least relevant, 2 largest weights"
     )

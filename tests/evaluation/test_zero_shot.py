@@ -13,7 +13,7 @@ import yaml
 from helpers import sentence
 
 from sparc3_lightning.evaluation import zero_shot
-from sparc3_lightning.evaluation.zero_shot import accuracy, check_tasks, fetch_tasks
+from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracy, check_tasks, fetch_tasks
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, mask
 
@@ -86,7 +86,7 @@ def test_accuracy_before_and_after_is_that_of_the_likeliest_choices(folder: Path
     accuracies = []
     for neurons in ([], NEURONS):
         with mask(model, neurons):
-            found = accuracy(model, tokenizer, ["toy_choice"], folder)
+            found = accuracy(model, tokenizer, ZeroShot(["toy_choice"], folder))
             right = [a == b for a, b in zip(likeliest(model, tokenizer, DOCUMENTS), labels, strict=True)]
         share = sum(right) / len(right)
         assert list(found) == ["toy_choice"]
@@ -102,7 +102,7 @@ def test_accuracy_before_and_after_is_that_of_the_likeliest_choices(folder: Path
 def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(folder: Path, tiny_checkpoint: str) -> None:
     model, tokenizer = load_model(tiny_checkpoint, torch.float32), Checkpoint(tiny_checkpoint).tokenizer()
     before = [parameter.clone() for parameter in model.parameters()]
-    found = accuracy(model, tokenizer, ["toy_choice"], folder, limit=7)
+    found = accuracy(model, tokenizer, ZeroShot(["toy_choice"], folder, limit=7))
     chosen = likeliest(model, tokenizer, DOCUMENTS[:7])
     right = sum(choice == document["label"] for choice, document in zip(chosen, DOCUMENTS[:7], strict=True))
     assert found["toy_choice"]["accuracy"] == pytest.approx(right / 7)
@@ -113,52 +113,52 @@ def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(folder:
 
 @pytest.mark.usefixtures("own_tasks_only")
 def test_a_task_of_a_folder_is_known_and_another_is_an_error_that_says_how_to_find_tasks(folder: Path) -> None:
-    check_tasks(["toy_choice"], folder)
+    check_tasks(ZeroShot(["toy_choice"], folder))
     for where, task in ((folder, "toy_chioce"), (None, "toy_choice")):
         with pytest.raises(
-            ValueError, match=rf"--model.lm_eval_tasks: lm-eval-harness knows no task '{task}'"
+            ValueError, match=rf"--model.zero_shot.tasks: lm-eval-harness knows no task '{task}'"
         ) as raised:
-            check_tasks(["toy_choice", task] if where else [task], where)
+            check_tasks(ZeroShot(["toy_choice", task] if where else [task], where))
         assert "lm_eval ls tasks" in str(raised.value)
-        assert "--model.lm_eval_folder" in str(raised.value)
+        assert "--model.zero_shot.folder" in str(raised.value)
 
 
 @pytest.mark.usefixtures("own_tasks_only")
 def test_a_folder_of_tasks_that_does_not_exist_is_an_error_with_the_option() -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=r"--model.lm_eval_folder.*nowhere"):
-        check_tasks(["toy_choice"], Path("nowhere"))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"--model.zero_shot.folder.*nowhere"):
+        check_tasks(ZeroShot(["toy_choice"], Path("nowhere")))
 
 
 @pytest.mark.usefixtures("own_tasks_only")
 def test_the_data_of_tasks_are_fetched_without_a_model_and_their_files_named(folder: Path) -> None:
-    files = fetch_tasks(["toy_choice"], folder)
+    files = fetch_tasks(ZeroShot(["toy_choice"], folder))
     assert files
     assert all(path.is_file() for path in files)
-    assert fetch_tasks([], folder) == []
+    assert fetch_tasks(ZeroShot([], folder)) == []
 
 
 @pytest.mark.usefixtures("own_tasks_only")
 def test_data_of_a_task_that_cannot_be_had_are_an_error_that_names_it_and_the_way_out(folder: Path) -> None:
     (folder.parent / "documents.jsonl").unlink()
-    with pytest.raises(ConnectionError, match=r"--model.lm_eval_tasks \['toy_choice'\] .*documents.jsonl") as raised:
-        fetch_tasks(["toy_choice"], folder)
+    with pytest.raises(ConnectionError, match=r"--model.zero_shot.tasks \['toy_choice'\] .*documents.jsonl") as raised:
+        fetch_tasks(ZeroShot(["toy_choice"], folder))
     assert "sparc3 prepare" in str(raised.value)
 
 
 @pytest.mark.slow
 def test_the_tasks_of_lm_eval_are_known() -> None:
     pytest.importorskip("lm_eval")
-    check_tasks(["arc_easy", "boolq", "hellaswag", "winogrande"], None)
+    check_tasks(ZeroShot(["arc_easy", "boolq", "hellaswag", "winogrande"]))
 
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(zero_shot, "find_spec", lambda name: None if name == "lm_eval" else find_spec(name))
-    check_tasks([], None)
-    with pytest.raises(ValueError, match=r'--model.lm_eval_tasks .*pip install "sparc3_lightning\[lmeval\]"'):
-        check_tasks(["arc_easy"], None)
+    check_tasks(ZeroShot())
+    with pytest.raises(ValueError, match=r'--model.zero_shot.tasks .*pip install "sparc3_lightning\[lmeval\]"'):
+        check_tasks(ZeroShot(["arc_easy"]))
 
 
 def test_no_task_needs_no_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero_shot, "_manager", lambda _: pytest.fail("the tasks were listed"))
-    check_tasks((), Path("nowhere"))
+    check_tasks(ZeroShot((), Path("nowhere")))

@@ -20,6 +20,7 @@ from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
+from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.variants import neurons_of, plan
 from sparc3_lightning.models.architectures import FAMILIES, find_targets, head_layers, is_heads, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
@@ -355,7 +356,7 @@ def test_the_norm_of_a_head_is_that_of_its_columns_sharded_or_not(make_checkpoin
 def test_controls_of_heads_are_heads(make_model, family):
     model, layers = make_model(family), layers_of(family)
     pruned = NeuronList([Component(layers[0], 1, -1.0), Component(layers[1], 2, -1.0)])
-    variants = plan({"": pruned}, 1, controls=3)
+    variants = plan({"": pruned}, 1, controls=Controls(3))
     lists = neurons_of(variants, {"": pruned}, model, seed=0)
     controls = [variant for variant in variants if variant.kind in ("random", "largest_weights")]
     assert len(controls) == 6
@@ -373,7 +374,7 @@ def test_evaluate_switches_heads_off_as_the_exported_checkpoint_is_without_them(
     write_inputs(tmp_path)
     checkpoint, heads = make_checkpoint(family), as_neurons(family)
     path = save_neurons(checkpoint, heads, {"sample_ids": []})
-    both = run(evaluation(checkpoint, path, controls=1), folder="both")
+    both = run(evaluation(checkpoint, path, controls=Controls(1)), folder="both")
     export_pruned(Checkpoint(checkpoint), heads, Path("pruned"), dtype=torch.float32)
     alone = run(evaluation("pruned"), folder="alone")
     del both["pruned"]["kl"]  # of the model as it is there is none

@@ -20,13 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
 from sparc3_lightning.attribution.spec import ScoreSpec
-from sparc3_lightning.evaluation.controls import random_like
+from sparc3_lightning.evaluation.controls import Controls, random_like
 from sparc3_lightning.evaluation.variants import neurons_of, of_kind, plan
 from sparc3_lightning.models.architectures import find_targets, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.weights import mask_weights, prune_weights_
+from sparc3_lightning.selection.budget import Budget
 from sparc3_lightning.selection.criteria import POOL, differential_strength, lowest_of_modules, select_neurons
 from sparc3_lightning.selection.lowest import Lowest, lowest_first
 from sparc3_lightning.selection.neuron_list import NeuronList, histogram
@@ -334,8 +335,8 @@ def test_by_default_indexes_still_stand_for_the_neurons_their_weights_are_of(fil
     [
         ({"selection": "ratio"}, r"none of --model\.selection ratio: leave"),
         ({"contrast": "x", "replacement": "mean"}, r"none of --model\.contrast, --model\.replacement mean: leave"),
-        ({"max_perplexity_increase": 0.01, "refine": 2}, r"none of --model\.max_perplexity_increase"),
-        ({"refine": 2}, r"--model\.refine"),
+        ({"budget": Budget(0.01, 2)}, r"none of --model\.budget\.max_perplexity_increase"),
+        ({"budget": Budget(refine=2)}, r"--model\.budget\.refine"),
     ],
 )
 def test_what_is_not_of_weights_is_refused_before_a_file_is_read(options, complaint):
@@ -415,7 +416,7 @@ def test_controls_of_weights_are_other_weights_of_the_same_layers(make_model, fa
         Component(second, 0, 0.0, input=i) for i in range(9)
     ]
     lists = {"": NeuronList(weights, least_relevant=least)}
-    variants = plan(lists, 1, controls=4)
+    variants = plan(lists, 1, controls=Controls(4))
     off = neurons_of(variants, lists, model, seed=0)
     for kind in ("random", "least_relevant", "largest_weights"):
         for variant in of_kind(variants, kind):
@@ -451,7 +452,7 @@ def weights(tiny_checkpoint) -> list[Component]:
 @pytest.mark.usefixtures("inputs")
 def test_evaluate_measures_the_model_that_is_exported_and_speaks_of_weights(tiny_checkpoint, weights):
     path = save_neurons(tiny_checkpoint, weights, {"sample_ids": []})
-    model = evaluation(tiny_checkpoint, path, controls=1)
+    model = evaluation(tiny_checkpoint, path, controls=Controls(1))
     both = run(model, folder="both")
     export_pruned(Checkpoint(tiny_checkpoint), weights, Path("pruned"), dtype=torch.float32)
     alone = run(evaluation("pruned"), folder="alone")
@@ -528,7 +529,12 @@ def test_the_whole_experiment_prunes_weights_in_all_its_stages(tiny_checkpoint, 
         "general": {"class_path": f"{data}C4", "init_args": {"source": "general.txt", "num_samples": 3, "seq_len": 16}},
         "behavior": {"class_path": f"{data}ToxicPrompts", "init_args": {**prompts, "num_samples": 3}},
         "prune": {"granularity": "weight", "num_neurons": 70, "min_strength": -1000.0},
-        "evaluate": {"scorer": "repetition", "behavior": "repetition", "protocol": "greedy", "controls": 1},
+        "evaluate": {
+            "scorer": "repetition",
+            "behavior": "repetition",
+            "sampling": {"protocol": "greedy"},
+            "controls": {"num_draws": 1},
+        },
         "data": {"text": {"class_path": f"{data}WikiText2", "init_args": text}, "prompts": of_prompts},
     }
     Path("experiment.yaml").write_text(yaml.safe_dump(options))

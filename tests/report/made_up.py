@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.variants import Variant, plan
 from sparc3_lightning.models.components import Component
@@ -55,7 +56,7 @@ def uniform(seed: int) -> float:
 @functools.cache
 def evaluation(num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, others: bool = True) -> tuple[Any, Any]:
     """Return results and completions as an evaluation would give them, with or without controls and doses."""
-    more: dict[str, Any] = {"controls": 2, "control_continuations": 2, "doses": (1, 3), "strengths": (1.0, 0.5)}
+    more: dict[str, Any] = {"controls": Controls(2, 2), "doses": (1, 3), "strengths": (1.0, 0.5)}
     variants = plan({"": NEURONS}, 3, **(more if others else {}))
     rows = [
         {

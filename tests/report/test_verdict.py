@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.variants import plan
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.report.verdict import moved, verdict
@@ -263,7 +264,7 @@ def test_controls_that_are_zeroed_beside_neurons_held_at_their_mean_are_said_to_
 def test_every_control_that_can_be_planned_has_a_sentence():
     up = "model.layers.0.mlp.up_proj"
     neurons = NeuronList([Component(up, 0, -1.0)], least_relevant=[Component(up, 1, 0.0)])
-    kinds = {variant.kind for variant in plan({"": neurons}, 1, controls=1)} - {"baseline", "pruned"}
+    kinds = {variant.kind for variant in plan({"": neurons}, 1, controls=Controls(1))} - {"baseline", "pruned"}
     controls = {kind: control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)) for kind in kinds}
     assert verdict(found(controls=controls), 30, ["some"]).count("As many ") == len(kinds) == 3
 

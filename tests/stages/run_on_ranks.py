@@ -17,6 +17,8 @@ from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
+from sparc3_lightning.evaluation.controls import Controls
+from sparc3_lightning.evaluation.generation import SamplingOptions
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.evaluate import Evaluation
 
@@ -73,10 +75,8 @@ def evaluate(
         checkpoint,
         Path(neurons),
         scorer="small",
-        num_continuations=2,
-        max_new_tokens=6,
-        controls=1,
-        control_continuations=1,
+        sampling=SamplingOptions(num_continuations=2, max_new_tokens=6),
+        controls=Controls(1, 1),
         doses=[3],
         strengths=[0.5],
     )

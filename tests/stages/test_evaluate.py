@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluation import zero_shot
+from sparc3_lightning.evaluation.controls import Controls
+from sparc3_lightning.evaluation.generation import Sampling, SamplingOptions
+from sparc3_lightning.evaluation.zero_shot import ZeroShot
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.export import export_pruned
@@ -203,7 +207,7 @@ def test_one_convention_alone_is_called_perplexity(tiny_checkpoint):
 
 
 def test_perplexity_of_a_single_window_has_no_interval_anywhere(tiny_checkpoint, neurons):
-    model = evaluation(tiny_checkpoint, neurons, doses=[1], controls=1)
+    model = evaluation(tiny_checkpoint, neurons, doses=[1], controls=Controls(1))
     results = run(model, data(num_tokens=48))
     for of in (results["perplexity_change"], *results["perplexity_interval"].values()):
         for convention in ("sliding", "disjoint"):
@@ -384,7 +388,7 @@ TOXIC, NONTOXIC = PROMPTS[2:], MILD[1:]  # the others were attributed on
 def run_everything(checkpoint: str, folder: str, batch_size: int = 4) -> Whole:
     used = {"sample_ids": [prompt_id(text) for text in [*PROMPTS[:2], MILD[0], "of another file"]]}
     neurons = save_neurons(checkpoint, PRUNED, used, next=NEXT, least_relevant=LEAST)
-    options = {"doses": [2, 5, 9], "strengths": [1.0, 0.5], "controls": 2, "control_continuations": 1}
+    options = {"doses": [2, 5, 9], "strengths": [1.0, 0.5], "controls": Controls(2, 1)}
     model = evaluation(checkpoint, neurons, num_continuations=2, second_scorer="toy_scorers:letters", **options)
     results = run(model, data(batch_size, num_nontoxic=3, nontoxic_source="mild.jsonl"), folder)
     return Whole(model, results, completions(folder), Path(folder).absolute())
@@ -630,7 +634,7 @@ def test_the_batch_size_changes_no_number(whole, tiny_checkpoint, monkeypatch, b
 def test_another_seed_draws_other_controls(whole, tiny_checkpoint, monkeypatch):
     neurons = save_neurons(tiny_checkpoint, PRUNED, least_relevant=LEAST)
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
-    model = evaluation(tiny_checkpoint, neurons, controls=2, num_continuations=1, max_new_tokens=2)
+    model = evaluation(tiny_checkpoint, neurons, controls=Controls(2), num_continuations=1, max_new_tokens=2)
     run(model)
     assert model.off["random_0"] != whole.model.off["random_0"]
     assert {*model.off} == {"baseline", "pruned", *CONTROLS}
@@ -640,7 +644,7 @@ def test_another_seed_draws_other_controls(whole, tiny_checkpoint, monkeypatch):
 def test_controls_that_are_to_draw_more_than_the_other_models_draw_as_many_and_the_results_say_so(
     tiny_checkpoint, neurons
 ):
-    options = {"num_continuations": 2, "controls": 1, "control_continuations": 5, "max_new_tokens": 2}
+    options = {"num_continuations": 2, "controls": Controls(1, 5), "max_new_tokens": 2}
     results = run(evaluation(tiny_checkpoint, neurons, **options))
     assert {of["num_continuations"] for of in results["controls"].values()} == {2}
     drawn = [row for row in completions() if row["model"] == "random_0"]
@@ -650,7 +654,7 @@ def test_controls_that_are_to_draw_more_than_the_other_models_draw_as_many_and_t
 @pytest.mark.usefixtures("without_a_report")
 def test_without_a_list_of_the_least_relevant_neurons_that_control_is_left_out(tiny_checkpoint):
     neurons = save_neurons(tiny_checkpoint, PRUNED)
-    results = run(evaluation(tiny_checkpoint, neurons, controls=1, max_new_tokens=2))
+    results = run(evaluation(tiny_checkpoint, neurons, controls=Controls(1), max_new_tokens=2))
     assert list(results["controls"]) == ["random", "largest_weights"]
     assert {row["model"] for row in completions()} == {"baseline", "pruned", "random_0", "largest_weights_0"}
 
@@ -694,7 +698,7 @@ def test_a_scorer_that_finds_nothing_gives_valid_json_a_report_and_a_summary(
 ):
     monkeypatch.syspath_prepend(tmp_path)
     model = evaluation(
-        tiny_checkpoint, neurons, **{place: f"toy_scorers:{scorer}"}, controls=1, doses=[3], max_new_tokens=4
+        tiny_checkpoint, neurons, **{place: f"toy_scorers:{scorer}"}, controls=Controls(1), doses=[3], max_new_tokens=4
     )
     results = run(model)
     assert all(row["toxicity" if place == "scorer" else "second_toxicity"] in (0, None) for row in completions())
@@ -716,11 +720,13 @@ def test_a_scorer_that_finds_nothing_gives_valid_json_a_report_and_a_summary(
 
 
 def test_the_protocol_is_that_of_the_reproduction_or_of_real_toxicity_prompts(tiny_checkpoint):
-    short, rtp = (Evaluation(tiny_checkpoint, scorer="small", protocol=name) for name in ("short", "rtp"))
-    assert (short.num_continuations, *short.sampling) == (1, 50, 0.7, 0.9)
-    assert (rtp.num_continuations, *rtp.sampling) == (25, 20, 1.0, 0.9)
+    short, rtp = (
+        Evaluation(tiny_checkpoint, scorer="small", sampling=SamplingOptions(name)) for name in ("short", "rtp")
+    )
+    assert short.sampling == Sampling(50, 0.7, 0.9, num_continuations=1)
+    assert rtp.sampling == Sampling(20, 1.0, 0.9, num_continuations=25)
     default = Evaluation(tiny_checkpoint, scorer="small")
-    assert (default.num_continuations, default.sampling) == (1, short.sampling)
+    assert default.sampling == short.sampling
     assert [variant.num_continuations for variant in rtp.variants] == [25]
 
 
@@ -730,8 +736,9 @@ def test_the_protocol_is_that_of_the_reproduction_or_of_real_toxicity_prompts(ti
 @pytest.mark.parametrize("protocol", ["short", "rtp"])
 def test_a_single_option_overrides_the_protocol_and_leaves_the_rest_of_it(tiny_checkpoint, protocol, option, value):
     def settings(**options: Any) -> dict[str, Any]:
-        model = Evaluation(tiny_checkpoint, scorer="small", protocol=protocol, **options)
-        return {"num_continuations": model.num_continuations, **model.sampling._asdict()}
+        return asdict(
+            Evaluation(tiny_checkpoint, scorer="small", sampling=SamplingOptions(protocol, **options)).sampling
+        )
 
     assert settings(**{option: value}) == settings() | {option: value}
 
@@ -763,7 +770,7 @@ def break_off(model: Evaluation, of: EvaluationData, at: int) -> None:
 @pytest.mark.usefixtures("without_a_report")
 def test_an_evaluation_of_several_models_that_broke_off_keeps_what_every_model_has_continued(tiny_checkpoint):
     neurons = save_neurons(tiny_checkpoint, PRUNED, next=NEXT, least_relevant=LEAST)
-    options = {"kind": Breaks, "controls": 1, "doses": [2], "num_continuations": 2, "control_continuations": 1}
+    options = {"kind": Breaks, "controls": Controls(1, 1), "doses": [2], "num_continuations": 2}
     whole = evaluation(tiny_checkpoint, neurons, **options)
     expected = run(whole, data(2), "whole")
     assert len(whole.batches) == 6 * 4
@@ -778,7 +785,7 @@ def test_an_evaluation_of_several_models_that_broke_off_keeps_what_every_model_h
     assert not list(Path("out").glob("unfinished-*"))
 
 
-OPTIONS = {"controls": 1, "doses": [2], "num_continuations": 2, "control_continuations": 1}
+OPTIONS = {"controls": Controls(1, 1), "doses": [2], "num_continuations": 2}
 
 
 @pytest.fixture(scope="module")
@@ -820,8 +827,8 @@ def test_continuations_of_a_run_that_told_toxic_prompts_apart_are_of_the_one_gro
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"controls": 2}, "models"),
-        ({"control_continuations": 2}, "models"),
+        ({"controls": Controls(2, 1)}, "models"),
+        ({"controls": Controls(1, 2)}, "models"),
         ({"doses": [3]}, "models"),
         ({"strengths": [0.5]}, "models"),
         ({"second_scorer": "small"}, "scorers"),
@@ -878,7 +885,7 @@ def test_no_model_card_is_put_where_there_is_no_exported_checkpoint(tiny_checkpo
 def test_zero_shot_accuracy_is_measured_before_and_after_with_the_neurons_off(tiny_checkpoint, neurons, monkeypatch):
     seen = []
 
-    def accuracy(model: Any, tokenizer: Any, *asked: Any) -> dict[str, Any]:
+    def accuracy(model: Any, tokenizer: Any, asked: ZeroShot) -> dict[str, Any]:
         logits = model(torch.tensor([[5, 9, 13]])).logits
         seen.append((logits, tokenizer("the dog")["input_ids"], asked))
         return {"toy": {"accuracy": 0.5 / len(seen), "standard_error": math.nan}}
@@ -886,11 +893,11 @@ def test_zero_shot_accuracy_is_measured_before_and_after_with_the_neurons_off(ti
     monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
     monkeypatch.setattr(evaluate, "fetch_tasks", lambda *_: [])
     monkeypatch.setattr(zero_shot, "accuracy", accuracy)
-    model = evaluation(tiny_checkpoint, neurons, lm_eval_tasks=["toy"], lm_eval_limit=7, max_new_tokens=2)
+    model = evaluation(tiny_checkpoint, neurons, zero_shot=ZeroShot(["toy"], limit=7), max_new_tokens=2)
     results = run(model)
     expected = {"accuracy": 0.5, "standard_error": None}
     assert results["zero_shot"] == {"baseline": {"toy": expected}, "pruned": {"toy": expected | {"accuracy": 0.25}}}
-    assert [asked for _, _, asked in seen] == [(["toy"], None, 7)] * 2
+    assert [asked for _, _, asked in seen] == [ZeroShot(["toy"], limit=7)] * 2
     fresh = load_model(tiny_checkpoint, torch.float32)
     with torch.no_grad():
         assert torch.equal(seen[0][0], fresh(torch.tensor([[5, 9, 13]])).logits)
@@ -942,7 +949,7 @@ def test_neurons_that_the_model_does_not_have_are_refused_before_it_is_loaded(ti
 def test_windows_and_prompts_longer_than_the_context_are_refused_before_the_model_is_loaded(tiny_checkpoint):
     with pytest.raises(ValueError, match=r"65 tokens, the model's context 64: lower --data.text.window"):
         run(evaluation(tiny_checkpoint), data(window=65))
-    with pytest.raises(ValueError, match=r"--model.max_new_tokens"):
+    with pytest.raises(ValueError, match=r"--model.sampling.max_new_tokens"):
         run(evaluation(tiny_checkpoint, max_new_tokens=60))
 
 
@@ -974,22 +981,19 @@ def test_a_data_module_of_another_kind_is_refused(tiny_checkpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_continuations": 0}, "--model.num_continuations must be at least 1, got 0"),
-        ({"num_continuations": 6, "num_seeds": 4}, "--model.num_seeds must divide 6 continuations, got 4"),
-        ({"num_continuations": 6, "num_seeds": 0}, "--model.num_seeds must divide 6 continuations, got 0"),
-        ({"num_continuations": 2, "num_seeds": -1}, "--model.num_seeds must divide 2 continuations, got -1"),
-        ({"max_new_tokens": 0}, "--model.max_new_tokens must be at least 1, got 0"),
-        ({"temperature": -0.5}, "--model.temperature must be at least 0"),
-        ({"top_p": 1.5}, "--model.top_p must be above 0 and at most 1"),
+        ({"num_continuations": 0}, "--model.sampling.num_continuations must be at least 1, got 0"),
+        ({"num_continuations": 6, "num_seeds": 4}, "--model.sampling.num_seeds must divide 6 continuations, got 4"),
+        ({"num_continuations": 6, "num_seeds": 0}, "--model.sampling.num_seeds must divide 6 continuations, got 0"),
+        ({"num_continuations": 2, "num_seeds": -1}, "--model.sampling.num_seeds must divide 2 continuations, got -1"),
+        ({"max_new_tokens": 0}, "--model.sampling.max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -0.5}, "--model.sampling.temperature must be at least 0"),
+        ({"top_p": 1.5}, "--model.sampling.top_p must be above 0 and at most 1"),
         ({"scorer": "perspective"}, r"--model.scorer: 'perspective' is neither 'small', original"),
         ({"second_scorer": "perspective"}, r"--model.second_scorer: 'perspective' is neither 'small', original"),
         ({"scorer": "no_such_package:score"}, r"--model.scorer.*'no_such_package', which is not installed"),
         ({"second_scorer": "no_such_package:score"}, r"--model.second_scorer.*'no_such_package', which is not inst"),
-        ({"controls": -1}, "--model.controls must be at least 0, got -1"),
-        (
-            {"num_continuations": 2, "control_continuations": 0},
-            "--model.control_continuations must be at least 1, got 0",
-        ),
+        ({"controls": Controls(-1)}, "--model.controls.num_draws must be at least 0, got -1"),
+        ({"controls": Controls(1, 0)}, "--model.controls.num_continuations must be at least 1, got 0"),
         ({"doses": [3]}, "--model.doses needs --model.neurons"),
     ],
 )
@@ -1010,7 +1014,7 @@ def test_options_that_make_no_sense_are_refused_at_once(tiny_checkpoint, options
         ({"doses": [3], "strengths": [0.0]}, r"--model.strengths must be above 0 and at most 1, got \[0.0\]"),
         ({"doses": [3], "strengths": [0.5, 1.5]}, r"--model.strengths must be above 0 and at most 1"),
         ({"doses": [3], "strengths": []}, r"--model.strengths must be above 0 and at most 1, got \[\]"),
-        ({"controls": 1, "control_continuations": 0}, r"--model.control_continuations must be at least 1, got 0"),
+        ({"controls": Controls(1, 0)}, r"--model.controls.num_continuations must be at least 1, got 0"),
     ],
 )
 def test_doses_strengths_and_controls_that_cannot_be_are_refused_at_once(tiny_checkpoint, options, message):
@@ -1024,7 +1028,7 @@ def test_doses_strengths_and_controls_that_cannot_be_are_refused_at_once(tiny_ch
 def test_listed_neurons_that_the_model_does_not_have_are_refused_before_it_is_loaded(tiny_checkpoint, which):
     neurons = save_neurons(tiny_checkpoint, PRUNED, **{which: [Component(UP[0], 24, 0.0)]})
     with pytest.raises(ValueError, match=r"Neuron 24 of model.layers.0.mlp.up_proj does not exist"):
-        run(evaluation(tiny_checkpoint, neurons, controls=1))
+        run(evaluation(tiny_checkpoint, neurons, controls=Controls(1)))
 
 
 @pytest.mark.parametrize("name", ["math:no_such_function", "json.no_such_module:loads", "toy_scorers.inner:zero"])
@@ -1041,21 +1045,21 @@ def test_a_function_scorer_that_does_not_exist_is_refused_before_the_model_is_lo
 def test_data_of_zero_shot_tasks_that_cannot_be_had_stop_the_run_before_the_model_is_loaded(
     tiny_checkpoint, monkeypatch
 ):
-    def fetch_tasks(*asked: Any) -> None:
-        raise ConnectionError(f"no data of {asked}")
+    def fetch_tasks(asked: ZeroShot) -> None:
+        raise ConnectionError(f"no data of {asked.tasks}")
 
     monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
     monkeypatch.setattr(evaluate, "fetch_tasks", fetch_tasks)
-    with pytest.raises(ConnectionError, match=r"no data of \(\['piqa'\], None\)"):
-        run(evaluation(tiny_checkpoint, lm_eval_tasks=["piqa"]))
+    with pytest.raises(ConnectionError, match=r"no data of \['piqa'\]"):
+        run(evaluation(tiny_checkpoint, zero_shot=ZeroShot(["piqa"])))
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")
 def test_zero_shot_accuracy_on_several_devices_is_refused_before_the_model_is_loaded(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
     monkeypatch.setattr(L.Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match=r"--model.lm_eval_tasks needs one device"):
-        run(evaluation(tiny_checkpoint, lm_eval_tasks=["piqa"]))
+    with pytest.raises(ValueError, match=r"--model.zero_shot.tasks needs one device"):
+        run(evaluation(tiny_checkpoint, zero_shot=ZeroShot(["piqa"])))
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.base import HubDataset
+from sparc3_lightning.evaluation.zero_shot import ZeroShot
 from sparc3_lightning.scorers.detoxify import SHIPPED
 from sparc3_lightning.stages import experiment
 from sparc3_lightning.stages.experiment import MANIFEST, Experiment
@@ -50,7 +51,11 @@ def write_inputs(folder: Path, checkpoint: str) -> Path:
             "init_args": {"source": "prompts.jsonl", "min_toxicity": 0.5, "num_samples": 5},
         },
         "prune": {"num_neurons": 6, "min_strength": -1000.0},
-        "evaluate": {"scorer": "small", "max_new_tokens": 5, "temperature": 1.0, "controls": 0},
+        "evaluate": {
+            "scorer": "small",
+            "sampling": {"max_new_tokens": 5, "temperature": 1.0},
+            "controls": {"num_draws": 0},
+        },
         "data": {
             "text": {
                 "class_path": "sparc3_lightning.data.WikiText2",
@@ -313,22 +318,28 @@ def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(due):
             ["--model.behavior_attribute", "{method: wanda, target: text}"],
             r"--attribute\.method wanda has no target: .* \(with --model\.behavior_attribute\)$",
         ),
-        (["--evaluate.num_seeds", "7"], r"--evaluate\.num_seeds must divide 1 continuations, got 7"),
+        (["--evaluate.sampling.num_seeds", "7"], r"--evaluate\.sampling\.num_seeds must divide 1 continuations, got 7"),
         (["--evaluate.scorer", "orignal"], r"--evaluate\.scorer: 'orignal' is neither"),
         (["--evaluate.second_scorer", "orignal"], r"--evaluate\.second_scorer: 'orignal' is neither"),
-        (["--evaluate.top_p", "2"], r"--evaluate\.top_p must be above 0"),
-        (["--evaluate.controls", "-1"], r"--evaluate\.controls must be at least 0"),
+        (["--evaluate.sampling.top_p", "2"], r"--evaluate\.sampling\.top_p must be above 0"),
+        (["--evaluate.controls.num_draws", "-1"], r"--evaluate\.controls\.num_draws must be at least 0"),
         (["--evaluate.doses", "[3, 11]", "--prune.num_ranked", "10"], r"--evaluate\.doses .* --prune\.num_ranked 11\."),
         (["--evaluate.doses", "[3, 3]"], r"--evaluate\.doses must be different"),
         (["--evaluate.doses", "[3]", "--evaluate.strengths", "[2]"], r"--evaluate\.strengths must be above 0"),
         (["--evaluate.strengths", "[0.5]"], r"--evaluate\.strengths \[0.5\] is for --evaluate\.doses"),
         (
-            ["--evaluate.lm_eval_tasks", "[mine]", "--evaluate.lm_eval_folder", "nowhere"],
-            r"--evaluate\.lm_eval_folder: nowhere is no folder",
+            ["--evaluate.zero_shot.tasks", "[mine]", "--evaluate.zero_shot.folder", "nowhere"],
+            r"--evaluate\.zero_shot\.folder: nowhere is no folder",
         ),
-        (["--prune.strengths", "[0.5, 1]"], r"Several --prune\.strengths.* need --prune\.max_perplexity_increase"),
+        (
+            ["--prune.strengths", "[0.5, 1]"],
+            r"Several --prune\.strengths.* need --prune\.budget\.max_perplexity_increase",
+        ),
         (["--prune.export", "general.txt"], r"--prune\.export: general.txt exists already"),
-        (["--prune.max_perplexity_increase", "0.1"], r"--prune\.max_perplexity_increase needs a text: .*'budget'"),
+        (
+            ["--prune.budget.max_perplexity_increase", "0.1"],
+            r"--prune\.budget\.max_perplexity_increase needs a text: .*'budget_text'",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -384,10 +395,10 @@ def test_the_whole_experiment_run_again_from_nothing_gives_the_same_numbers(done
     ("change", "expected"),
     [
         (["--prune.num_neurons", "7"], ["prune", "evaluate"]),
-        (["--evaluate.max_new_tokens", "6"], ["evaluate"]),
-        (["--evaluate.controls", "1"], ["evaluate"]),
+        (["--evaluate.sampling.max_new_tokens", "6"], ["evaluate"]),
+        (["--evaluate.controls.num_draws", "1"], ["evaluate"]),
         (["--evaluate.doses", "[3]"], ["evaluate"]),
-        (["--evaluate.protocol", "rtp"], ["evaluate"]),
+        (["--evaluate.sampling.protocol", "rtp"], ["evaluate"]),
         (["--prune.num_ranked", "7"], ["prune", "evaluate"]),
         (["--data.prompts.init_args.num_prompts", "5"], ["evaluate"]),
         (["--behavior.init_args.num_samples", "4"], ["attribute", "prune", "evaluate"]),
@@ -471,9 +482,9 @@ def test_a_changed_tokenizer_of_ones_own_reruns_what_it_reads(due, tiny_checkpoi
 def test_a_changed_task_of_ones_own_reruns_the_evaluation(due):
     Path("tasks").mkdir()
     Path("tasks/mine.yaml").write_text("task: mine\n")
-    due("--evaluate.lm_eval_folder", "tasks")
+    due("--evaluate.zero_shot.folder", "tasks")
     Path("tasks/mine.yaml").write_text("task: mine\ntest_split: test\n")
-    assert due("--evaluate.lm_eval_folder", "tasks") == ["evaluate"]
+    assert due("--evaluate.zero_shot.folder", "tasks") == ["evaluate"]
 
 
 def test_changed_weights_of_a_local_checkpoint_rerun_everything(due, tiny_checkpoint):
@@ -590,16 +601,16 @@ def test_prepare_fetches_the_second_scorer_and_the_non_toxic_prompts_too():
 def test_prepare_fetches_the_data_of_the_zero_shot_tasks_too(monkeypatch):
     asked = []
 
-    def fetch_tasks(*of: Any) -> list[Path]:
-        asked.append(of)
+    def fetch_tasks(zero_shot: ZeroShot) -> list[Path]:
+        asked.append(zero_shot)
         return [Path("text.txt")]
 
     monkeypatch.setattr(experiment, "fetch_tasks", fetch_tasks)
-    options = ["--evaluate.lm_eval_tasks", "[mine]", "--evaluate.lm_eval_folder", "tasks"]
+    options = ["--evaluate.zero_shot.tasks", "[mine]", "--evaluate.zero_shot.folder", "tasks"]
     done = cli.main(["prepare", "--config", "experiment.yaml", *options])
     files = json.loads(Path(done.trainer.log_dir, MANIFEST).read_text())["files"]
-    assert asked == [(["mine"], Path("tasks"))]
-    assert [file["path"] for file in files if file["purpose"] == "lm_eval_tasks"] == ["text.txt"]
+    assert asked == [ZeroShot(["mine"], Path("tasks"))]
+    assert [file["path"] for file in files if file["purpose"] == "zero_shot"] == ["text.txt"]
 
 
 def test_prepare_keeps_the_documents_that_the_stages_of_a_revision_look_for(monkeypatch, verbs_run):
@@ -607,8 +618,15 @@ def test_prepare_keeps_the_documents_that_the_stages_of_a_revision_look_for(monk
     rows = Unshuffled({"text": sentence(i, 20 + i)} for i in range(12))
     monkeypatch.setattr(HubDataset, "rows", lambda self, *, streaming: rows)
     options = ["--model.revision", "v1", "--general.init_args.source", "null"]
-    options += ["--budget", "C4", "--budget.init_args.num_samples", "8", "--budget.init_args.seq_len", "16"]
-    options += ["--prune.max_perplexity_increase", "0.5"]
+    options += [
+        "--budget_text",
+        "C4",
+        "--budget_text.init_args.num_samples",
+        "8",
+        "--budget_text.init_args.seq_len",
+        "16",
+    ]
+    options += ["--prune.budget.max_perplexity_increase", "0.5"]
     cli.main(["prepare", "--config", "experiment.yaml", *options])
     monkeypatch.setattr(HubDataset, "rows", lambda self, *, streaming: pytest.fail("the stream was opened again"))
     run(*options)

@@ -50,9 +50,8 @@ def config(tmp_path, tiny_checkpoint) -> None:
         "evaluate": {
             "scorer": "repetition",
             "behavior": "repetition",
-            "protocol": "greedy",
-            "max_new_tokens": 12,
-            "controls": 1,
+            "sampling": {"protocol": "greedy", "max_new_tokens": 12},
+            "controls": {"num_draws": 1},
         },
         "data": {
             "text": {
@@ -127,17 +126,22 @@ def test_the_stage_is_planned_first_and_another_choice_of_prompts_gives_other_la
 
 def test_screening_measures_the_model_as_it_is_by_the_first_scorer_and_one_window():
     text = {"class_path": "T", "init_args": {"window": 32, "num_tokens": None, "conventions": ["sliding", "disjoint"]}}
-    evaluate = {"scorer": "small", "second_scorer": "other", "controls": 5, "lm_eval_tasks": ["piqa"]}
+    evaluate = {
+        "scorer": "small",
+        "second_scorer": "other",
+        "controls": {"num_draws": 5, "num_continuations": 5},
+        "zero_shot": {"tasks": ["piqa"], "limit": 7},
+    }
     evaluate |= {"doses": [10], "strengths": [0.5]}
     options = {"evaluate": evaluate, "data": {"text": text, "prompts": "P", "pairs": "Q"}, "screen": "S"}
     found = screening(options, {"checkpoint": "c"})
     assert found["model"] == {
         "scorer": "small",
         "second_scorer": None,
-        "controls": 0,
+        "controls": {"num_draws": 0},
         "doses": [],
         "strengths": [1.0],
-        "lm_eval_tasks": [],
+        "zero_shot": {"tasks": []},
         "neurons": None,
         "checkpoint": "c",
     }

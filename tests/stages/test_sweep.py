@@ -60,7 +60,12 @@ def input_files(tmp_path, tiny_checkpoint) -> None:
     (tmp_path / "text.txt").write_text("\n".join(sentence(i, 20) for i in range(6)) + "\n")
     rows = [{"text": sentence(100 + i, 3 + i % 7), "toxicity": 0.95} for i in range(8)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    model = {"checkpoint": tiny_checkpoint, "neurons": "pruned/neurons.json", "scorer": "small", "max_new_tokens": 5}
+    model = {
+        "checkpoint": tiny_checkpoint,
+        "neurons": "pruned/neurons.json",
+        "scorer": "small",
+        "sampling": {"max_new_tokens": 5},
+    }
     data = {
         "text": {"class_path": "WikiText2", "init_args": {"source": "text.txt", "window": 32, "stride": 16}},
         "prompts": {"class_path": "RealToxicityPrompts", "init_args": {"source": "prompts.jsonl", "num_prompts": 6}},
@@ -115,7 +120,7 @@ def test_the_points_are_those_of_evaluations_of_their_own(tiny_checkpoint, monke
     listed = NeuronList.load(Path("pruned/neurons.json"))
     nine = listed.neurons + listed.next[:4]
     NeuronList(nine, listed.provenance).save(Path("nine.json"))
-    options = ["--config", "sweep.yaml", "--model.neurons", "nine.json", "--model.controls", "0"]
+    options = ["--config", "sweep.yaml", "--model.neurons", "nine.json", "--model.controls.num_draws", "0"]
     folder = Path(main(["evaluate", *options]).trainer.log_dir)
     alone = json.loads((folder / "results.json").read_text())
     point = next(point for point in results["doses"] if point["num_neurons"] == 9)
@@ -125,19 +130,21 @@ def test_the_points_are_those_of_evaluations_of_their_own(tiny_checkpoint, monke
 
 def test_the_saved_config_of_a_sweep_repeats_it_and_names_every_option(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
-    first, folder = sweep("--model.doses", "[3]", "--model.strengths", "[0.5]", "--model.num_continuations", "2")
+    first, folder = sweep(
+        "--model.doses", "[3]", "--model.strengths", "[0.5]", "--model.sampling.num_continuations", "2"
+    )
     saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]
-    assert (saved["doses"], saved["strengths"], saved["controls"]) == ([3], [0.5], 0)
-    assert (saved["num_continuations"], saved["protocol"]) == (2, "short")
+    assert (saved["doses"], saved["strengths"], saved["controls"]["num_draws"]) == ([3], [0.5], 0)
+    assert (saved["sampling"]["num_continuations"], saved["sampling"]["protocol"]) == (2, "short")
     config = first["config"]["model"]
-    assert {"doses", "strengths", "controls", "num_continuations", "scorer", "neurons", "checkpoint"} <= set(config)
+    assert {"doses", "strengths", "controls", "sampling", "scorer", "neurons", "checkpoint"} <= set(config)
     done = main(["sweep", "--config", str(folder / "config.yaml"), "--trainer.logger.init_args.version", "9"])
     assert json.loads(Path(done.trainer.log_dir, "results.json").read_text()) == first
 
 
 def test_controls_can_be_measured_beside_the_doses(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
-    results, _ = sweep("--model.doses", "[2]", "--model.strengths", "[1.0]", "--model.controls", "1")
+    results, _ = sweep("--model.doses", "[2]", "--model.strengths", "[1.0]", "--model.controls.num_draws", "1")
     assert list(results["controls"]) == ["random", "least_relevant", "largest_weights"]
     assert [point["name"] for point in results["doses"]] == ["pruned", "top_2_1"]
 
@@ -147,7 +154,7 @@ def test_a_control_has_the_number_of_neurons_that_are_left_where_most_are_pruned
     listed = NeuronList.load(Path("pruned/neurons.json"))
     most = [Component(module, i, 0.0) for module in MODULES for i in range(20)]
     NeuronList(most, listed.provenance).save(Path("most.json"))
-    results, _ = sweep("--model.neurons", "most.json", "--model.doses", "[]", "--model.controls", "1")
+    results, _ = sweep("--model.neurons", "most.json", "--model.doses", "[]", "--model.controls.num_draws", "1")
     assert [draw["num_neurons"] for draw in results["controls"]["random"]["draws"]] == [8]
     assert "Only 8 random neurons, all there are to draw from, (1 draw):" in results["verdict"]
 
@@ -252,7 +259,7 @@ def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other
     lines = (folder / "completions.jsonl").read_text().splitlines()
     used = {json.loads(line)["prompt_id"] for line in lines}
     assert set(chosen.provenance["sample_ids"]) == used | {"p"}
-    model = ["--model.neurons", str(folder / "chosen/neurons.json"), "--model.controls", "0"]
+    model = ["--model.neurons", str(folder / "chosen/neurons.json"), "--model.controls.num_draws", "0"]
     done = main(["evaluate", "--config", "sweep.yaml", *model, "--data.prompts.init_args.num_prompts", "2"])
     lines = Path(done.trainer.log_dir, "completions.jsonl").read_text().splitlines()
     assert {json.loads(line)["prompt_id"] for line in lines} == {prompt_id(text) for text in rows} - used
