@@ -233,7 +233,7 @@ def test_zero_shot_yaml_adds_the_seven_published_tasks(parsed):
 
 @pytest.mark.slow
 def test_lm_eval_knows_the_tasks_of_zero_shot_yaml(parsed):
-    tasks = parsed(named("zero_shot.yaml"))["model"]["lm_eval_tasks"]
+    tasks = parsed(named("zero_shot.yaml"))["model"]["zero_shot"]["tasks"]
     pytest.importorskip("lm_eval")
     check_tasks(ZeroShot(tasks))
 

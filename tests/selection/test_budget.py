@@ -185,12 +185,12 @@ def test_refinement_drops_a_costly_neuron_at_the_head_that_would_keep_the_others
     rise = Additive({i: 1.0 if i == 2 else 1e-3 for i in range(50)})
     ranked = [Component(MODULES[0], i, -2.0 + 0.01 * i) for i in range(50)]
     assert [n.index for n in spend(rise, ranked, Budget(0.0101))] == [0, 1]
-    refined = [n.index for n in spend(rise, ranked, Budget(0.0101, rounds=1))]
+    refined = [n.index for n in spend(rise, ranked, Budget(0.0101, refine=1))]
     assert refined[:2] == [0, 1]
     assert 2 not in refined
     assert len(refined) == 10
-    assert spend(rise, ranked, Budget(0.0101, rounds=4)) == sorted(
-        spend(rise, ranked, Budget(0.0101, rounds=4)), key=lambda n: n.score
+    assert spend(rise, ranked, Budget(0.0101, refine=4)) == sorted(
+        spend(rise, ranked, Budget(0.0101, refine=4)), key=lambda n: n.score
     )
 
 
@@ -264,7 +264,7 @@ def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files)
 
 
 def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(files, monkeypatch):
-    monkeypatch.setattr("sparc3_lightning.stages.prune.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("the model was loaded"))
     _, behavior, documents = files
     price = [
         "--model.budget.max_perplexity_increase=0.02",
