@@ -178,7 +178,7 @@ class SparC3CLI(LightningCLI):
         parser.add_subclass_arguments(ReferenceSamples, "general", instantiate=False, required=True)
         parser.add_subclass_arguments(ReferenceSamples, "behavior", instantiate=False, required=True)
         parser.add_class_arguments(Pruning, "prune", skip={"general", "behavior", "contrast"}, instantiate=False)
-        parser.add_subclass_arguments(ReferenceSamples, "budget", instantiate=False, required=False)
+        parser.add_subclass_arguments(ReferenceSamples, "budget_text", instantiate=False, required=False)
         parser.add_class_arguments(Evaluation, "evaluate", skip={*shared, "neurons"}, instantiate=False)
         parser.add_class_arguments(EvaluationData, "data", instantiate=False)
 

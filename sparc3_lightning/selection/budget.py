@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -18,18 +18,29 @@ FIRST = 100  # neurons whose rise is measured first
 SLACK = 0.01  # share of the budget that may be left: which side of it a neuron more falls on is noise
 
 
-class Budget(NamedTuple):
-    """What may be spent, and how.
+@dataclass(frozen=True)
+class Budget:
+    """How far perplexity may rise on a text, from which the number of neurons follows.
 
     Args:
-        max_perplexity_increase: Largest rise of perplexity, such as 0.01.
-        strengths: To choose from: 1 is off, a fraction damps.
-        rounds: Of refinement.
+        max_perplexity_increase: Largest rise of perplexity, such as 0.01. As many neurons are taken as stay within it,
+            and the strength with the highest sum of scores. The text is that of ``--data``, in ``sparc3 run`` that of
+            ``--budget_text``; its documents that were used to attribute are left out. None prunes ``num_neurons``.
+        refine: Rounds that measure what each neuron costs among twice as many as were chosen, drop the tenth that gives
+            least for it, and fill up; kept if the sum of scores grows.
     """
 
-    max_perplexity_increase: float
-    strengths: Sequence[float] = (1.0,)
-    rounds: int = 0
+    max_perplexity_increase: float | None = None
+    refine: int = 0
+
+    def check(self, strengths: Sequence[float]) -> None:
+        """Raise ValueError if a value makes no sense with the strengths to choose from."""
+        if self.max_perplexity_increase is None and (len(strengths) > 1 or self.refine):
+            raise OptionError(
+                "strengths", "Several --.strengths, and --.budget.refine, need --.budget.max_perplexity_increase."
+            )
+        if self.max_perplexity_increase is not None and self.max_perplexity_increase <= 0:
+            raise OptionError("budget.max_perplexity_increase", f"must be above 0, got {self.max_perplexity_increase}.")
 
 
 class PerplexityRise:
@@ -181,7 +192,9 @@ def largest_within(
     return low
 
 
-def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> list[Neuron]:
+def spend(
+    rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget, strengths: Sequence[float] = (1.0,)
+) -> list[Neuron]:
     """Choose neurons from the head of a ranking, and their strength, for the most benefit within a budget.
 
     The benefit of a list is estimated by the sum of what its neurons were ranked by, times their strength. Each round
@@ -192,23 +205,25 @@ def spend(rise: PerplexityRise, ranked: Sequence[Neuron], budget: Budget) -> lis
     Args:
         rise: Of the model and text.
         ranked: The neurons, first the one to take first; scores are lower the more is gained.
-        budget: What may be spent.
+        budget: What may be spent; its ``max_perplexity_increase`` is not None.
+        strengths: Strengths to choose from: 1 is off, a fraction damps.
 
     Raises:
         ValueError: If not even one neuron is within the budget.
     """
     most = budget.max_perplexity_increase
+    assert most is not None
     best: list[Neuron] = []
-    for strength in budget.strengths:
+    for strength in strengths:
         best = max(best, _head(rise, [replace(n, strength=strength) for n in ranked], most), key=_benefit)
     if not best:
         raise OptionError(
-            "max_perplexity_increase",
-            f"Not even one neuron is within --.max_perplexity_increase {most:g} (the first raises perplexity by "
+            "budget.max_perplexity_increase",
+            f"Not even one neuron is within --.budget.max_perplexity_increase {most:g} (the first raises perplexity by "
             f"{100 * min(of['rise'] for of in rise.measured):.2f} %): raise it, or choose another --.selection.",
         )
     dropped: set[Key] = set()
-    for _ in range(budget.rounds):
+    for _ in range(budget.refine):
         left = [replace(n, strength=best[0].strength) for n in ranked if n.key not in dropped]
         considered = left[: max(2 * len(best), FEWEST)]
         worth = torch.tensor([max(-n.score, 0.0) for n in considered]) / rise.costs(considered).clamp(min=1e-12)

@@ -108,8 +108,8 @@ class Experiment:
 
         Args:
             options: Config of ``sparc3 run`` with the groups ``seed_everything``, ``trainer``, ``attribute``,
-                ``general``, ``behavior``, ``budget`` (which may be None), ``prune``, ``evaluate`` and ``data``; and,
-                for prompts that are chosen by what the model makes of them, ``screen``.
+                ``general``, ``behavior``, ``budget_text`` (which may be None), ``prune``, ``evaluate`` and ``data``;
+                and, for prompts that are chosen by what the model makes of them, ``screen``.
 
         Raises:
             ValueError: If stages that are not done would refuse their options.
@@ -143,8 +143,8 @@ class Experiment:
         ]
         *general, behavior = [str(stage.folder / stage.output) for stage in stages]
         pruning = {"model": {**options["prune"], "general": general, "behavior": behavior}}
-        if options.get("budget") is not None:
-            pruning["data"] = options["budget"]
+        if options.get("budget_text") is not None:
+            pruning["data"] = options["budget_text"]
         stages.append(self._stage("neurons", "prune", options, pruning, NEURONS))
         if not stages[-1].done:
             check_pruning(pruning["model"], "data" in pruning)
@@ -251,7 +251,7 @@ class Experiment:
         sets: list[tuple[str, Any]] = [
             (f"general_{seed}", _with_seed(options["general"], seed)) for seed in self.general_seeds
         ]
-        sets += [(name, options.get(name)) for name in ("behavior", "budget")]
+        sets += [(name, options.get(name)) for name in ("behavior", "budget_text")]
         sets += [(name, options["data"].get(name)) for name in ("text", "prompts", "pairs")]
         sets += [("screen", options.get("screen"))]
         for name, data in sets:
@@ -273,7 +273,7 @@ class Experiment:
     def _fetch_data(self, name: str, data: dict[str, Any]) -> list[Path]:
         module = instantiate_class((), data)
         # A price is measured with the very commit that was attributed.
-        revision = revision_of(fingerprint(self.checkpoint, self.revision)) if name == "budget" else self.revision
+        revision = revision_of(fingerprint(self.checkpoint, self.revision)) if name == "budget_text" else self.revision
         module.model_checkpoint = (self.checkpoint, revision)
         module.prepare_data()
         return module.fetched_files()

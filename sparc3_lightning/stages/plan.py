@@ -53,11 +53,12 @@ def check_pruning(options: dict[str, Any], has_text: bool) -> None:
 
     Args:
         options: Of the stage.
-        has_text: Whether the experiment has the group ``budget``.
+        has_text: Whether the experiment has the group ``budget_text``.
     """
     _construct("prune", Pruning, options)
-    if options["max_perplexity_increase"] is not None and not has_text:
-        raise ValueError("--prune.max_perplexity_increase needs a text: add the group 'budget', as lexicon.yaml does.")
+    if options["budget"]["max_perplexity_increase"] is not None and not has_text:
+        needs = "--prune.budget.max_perplexity_increase needs a text"
+        raise ValueError(f"{needs}: add the group 'budget_text', as lexicon.yaml does.")
 
 
 def check_evaluation(options: dict[str, Any], prune: dict[str, Any]) -> None:
@@ -68,8 +69,8 @@ def check_evaluation(options: dict[str, Any], prune: dict[str, Any]) -> None:
         prune: Of the pruning, which say how many neurons there will be for the doses.
     """
     doses, strengths = options["doses"], options["strengths"]
-    has_price = prune["max_perplexity_increase"] is not None
-    listed = prune["num_ranked"] if has_price else max(prune["num_neurons"], prune["num_ranked"])
+    has_budget = prune["budget"]["max_perplexity_increase"] is not None
+    listed = prune["num_ranked"] if has_budget else max(prune["num_neurons"], prune["num_ranked"])
     if doses and max(doses) > listed:
         raise ValueError(
             f"--evaluate.doses asks for {max(doses)} {prune['granularity']}s, but the pruning lists at most {listed}: "

@@ -54,6 +54,8 @@ COMPARES_SIDES = ("difference", "weighted_difference")
 class Pruning(L.LightningModule):
     """Selects the neurons, or single weights, that serve the behaviour most over all layers, and writes neurons.json.
 
+    The option ``budget`` is a group, see ``Budget``.
+
     Args:
         general: Score files of general reference samples, one per seed; they are averaged.
         behavior: Score file of reference samples of the behaviour.
@@ -69,16 +71,11 @@ class Pruning(L.LightningModule):
         top_general: For ``set_difference``, share of all neurons by general text that is left out.
         replacement: What takes the place of a neuron's activation: ``zero``, or its ``mean`` over the general samples,
             which needs ``sparc3 attribute --model.activations true``.
-        num_neurons: Neurons, or weights, to prune, over all layers; not with ``max_perplexity_increase``.
+        num_neurons: Neurons, or weights, to prune, over all layers; not with a budget.
         strengths: How far a neuron is switched off: 1 is off, a fraction leaves the rest of its activation. Several are
-            for ``max_perplexity_increase`` to choose from.
-        max_perplexity_increase: Price: the largest rise of perplexity on the text of ``--data``, such as 0.01. As many
-            neurons are taken as stay within it, and the strength with the highest sum of scores. Documents that were
-            used to attribute are left out of the text. None prunes ``num_neurons``.
-        refine: Rounds that measure what each neuron costs among twice as many as were chosen, drop the tenth that gives
-            least for it, and fill up; kept if the sum of scores grows.
+            for the budget to choose from.
         num_ranked: Neurons that neurons.json lists, those that are pruned and those that come next, so that ``sparc3
-            sweep`` can measure larger doses; and the most that ``max_perplexity_increase`` takes.
+            sweep`` can measure larger doses; and the most that a budget takes.
         min_strength: Least differential strength, (sum of general scores - sum of the behaviour's) / sum of general
             scores, in percent. It partly measures the length of the samples. For ``difference`` only.
         weak: What to do below ``min_strength``: ``warn`` and go on, or stop with an ``error``.
@@ -101,8 +98,7 @@ class Pruning(L.LightningModule):
         replacement: Literal["zero", "mean"] = "zero",
         num_neurons: int = 100,
         strengths: Sequence[float] = (1.0,),
-        max_perplexity_increase: float | None = None,
-        refine: int = 0,
+        budget: Budget = Budget(),
         num_ranked: int = 1000,
         min_strength: float = 15.0,
         weak: Literal["warn", "error"] = "warn",
@@ -123,16 +119,13 @@ class Pruning(L.LightningModule):
             raise OptionError("contrast", "is of scores, but --.selection auroc ranks by activations alone.")
         if not strengths or not all(0 < strength <= 1 for strength in strengths):
             raise OptionError("strengths", f"must be above 0 and at most 1, got {list(strengths)}.")
-        if max_perplexity_increase is None and (len(strengths) > 1 or refine):
-            raise OptionError("strengths", "Several --.strengths, and --.refine, need --.max_perplexity_increase.")
-        if max_perplexity_increase is not None and max_perplexity_increase <= 0:
-            raise OptionError("max_perplexity_increase", f"must be above 0, got {max_perplexity_increase}.")
+        budget.check(strengths)
         if granularity == "weight":
             others = {
                 f"--.selection {selection}": selection != "difference",
                 "--.contrast": contrast is not None,
                 f"--.replacement {replacement}": replacement != "zero",
-                "--.max_perplexity_increase": max_perplexity_increase is not None,
+                "--.budget.max_perplexity_increase": budget.max_perplexity_increase is not None,
             }
             if given := [option for option, is_given in others.items() if is_given]:
                 raise OptionError("granularity", f"weight goes with none of {', '.join(given)}: leave them out.")
@@ -148,8 +141,7 @@ class Pruning(L.LightningModule):
         self.replacement = replacement
         self.num_neurons = num_neurons
         self.strengths = list(strengths)
-        self.max_perplexity_increase = max_perplexity_increase
-        self.refine = refine
+        self.budget = budget
         self.num_ranked = num_ranked
         self.min_strength = min_strength
         self.weak = weak
@@ -167,7 +159,7 @@ class Pruning(L.LightningModule):
 
         Args:
             folder: Where to write.
-            text: What perplexity is measured on, for ``max_perplexity_increase``.
+            text: What perplexity is measured on, for a budget.
             device: Where that is measured; None for the CPU.
 
         Raises:
@@ -178,8 +170,10 @@ class Pruning(L.LightningModule):
         """
         check_writable(folder)
         check_absent(folder / NEURONS)
-        if self.max_perplexity_increase is not None and text is None:
-            raise OptionError("max_perplexity_increase", "needs a text: --data C4 --data.source <file> and so on.")
+        if self.budget.max_perplexity_increase is not None and text is None:
+            raise OptionError(
+                "budget.max_perplexity_increase", "needs a text: --data C4 --data.source <file> and so on."
+            )
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
         provenance |= {} if found.budget is None else {"budget": found.budget}
         provenance |= {"selection": self.selection, "replacement": self.replacement}
@@ -214,8 +208,8 @@ class Pruning(L.LightningModule):
             if self.export is not None and self.replacement == "mean":
                 of = behavior_file.provenance
                 check_takes_means(of.checkpoint, of.checkpoint_fingerprint, behavior_file.scores)
-        elif self.refine:
-            raise OptionError("refine", "is for neurons, and these are scores of heads: leave it out.")
+        elif self.budget.refine:
+            raise OptionError("budget.refine", "is for neurons, and these are scores of heads: leave it out.")
         general, behavior = average(general_files), behavior_file.scores
         files = [*general_files, behavior_file]
         if self.contrast is not None:
@@ -229,15 +223,15 @@ class Pruning(L.LightningModule):
             strength = differential_strength(general, behavior)
             self._check_strength(strength)
         spent, means = None, self._means()
-        if self.max_perplexity_increase is None:
+        if self.budget.max_perplexity_increase is None:
             # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.
             listed = self._edited(select(ranked, max(self.num_neurons, min(self.num_ranked, len(flat)))), means)
             chosen = listed[: self.num_neurons]
         else:
             assert text is not None
             listed = self._edited(select(ranked, min(self.num_ranked, len(flat))), means)
-            budget = Budget(self.max_perplexity_increase, self.strengths, self.refine)
-            chosen, spent = within_budget(budget, listed, text, general_files, device or torch.device("cpu"))
+            on = device or torch.device("cpu")
+            chosen, spent = within_budget(self.budget, self.strengths, listed, text, general_files, on)
         taken = {neuron.key for neuron in chosen}
         found = Selected(
             chosen,
@@ -331,6 +325,7 @@ def _activations(scores: Sequence[Path]) -> dict[str, Tensor]:
 
 def within_budget(
     budget: Budget,
+    strengths: Sequence[float],
     ranked: Sequence[Neuron],
     text: ReferenceSamples,
     general: Sequence[ScoreFile],
@@ -340,6 +335,7 @@ def within_budget(
 
     Args:
         budget: What may be spent.
+        strengths: Strengths to choose from: 1 is off, a fraction damps.
         ranked: The neurons, first the one to take first.
         text: What perplexity is measured on. Documents that were used to attribute are left out.
         general: Score files of general reference samples.
@@ -365,7 +361,7 @@ def within_budget(
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
     model = load_model(of.checkpoint, getattr(torch, of.dtype), revision).to(device)
     rise = PerplexityRise(model, text.predict_dataloader())
-    chosen = spend(rise, ranked, budget)
+    chosen = spend(rise, ranked, budget, strengths)
     return chosen, {
         "max_perplexity_increase": budget.max_perplexity_increase,
         "rise": rise(chosen),

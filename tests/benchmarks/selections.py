@@ -41,9 +41,9 @@ SELECTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "prob_lrp": (GENERAL, "prob_lrp", MASKED),
     "contrast": (GENERAL, OWN_TOXIC, {**MASKED, "contrast": OWN_HARMLESS}),
     "random": ("random", "random", {**MASKED, "top_general": 0}),
-    "auroc_refined": (LRP, TOXIC, {"selection": "auroc", "refine": 3}),
-    "set_difference_refined": (LRP, TOXIC, {"selection": "set_difference", "refine": 3}),
-    "prob_refined": (GENERAL, "prob", {**MASKED, "refine": 3}),
+    "auroc_refined": (LRP, TOXIC, {"selection": "auroc", "budget.refine": 3}),
+    "set_difference_refined": (LRP, TOXIC, {"selection": "set_difference", "budget.refine": 3}),
+    "prob_refined": (GENERAL, "prob", {**MASKED, "budget.refine": 3}),
 }
 
 
@@ -133,7 +133,7 @@ def prune(name: str, budget: float, c4: Path) -> Path:
     options = {name: scores(value) if name == "contrast" else value for name, value in options.items()}
     text = ["--data=C4", f"--data.source={c4}", "--data.seq_len=256", "--data.num_samples=28"]
     text += ["--data.seed=7", "--data.batch_size=4"]
-    price = [f"--model.max_perplexity_increase={budget}"]
+    price = [f"--model.budget.max_perplexity_increase={budget}"]
     price += ["--model.num_ranked=4000"] if budget > 0.05 else []  # of prob more than 1000 are within 10 %
     files = [f"--model.general=[{scores(general)}]", f"--model.behavior={scores(behavior)}"]
     chosen = [f"--model.{option}={value}" for option, value in options.items()]

@@ -26,6 +26,7 @@ from sparc3_lightning.models.checkpoints import fingerprint, load_model
 from sparc3_lightning.models.components import Neuron, check_neurons, mask, prune_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.weights import mask_weights, prune_weights_
+from sparc3_lightning.selection.budget import Budget
 from sparc3_lightning.selection.criteria import POOL, differential_strength, lowest_of_modules, select
 from sparc3_lightning.selection.lowest import Lowest, lowest_first
 from sparc3_lightning.selection.neuron_list import NeuronList, histogram
@@ -333,8 +334,8 @@ def test_by_default_indexes_still_stand_for_the_neurons_their_weights_are_of(fil
     [
         ({"selection": "ratio"}, r"none of --model\.selection ratio: leave"),
         ({"contrast": "x", "replacement": "mean"}, r"none of --model\.contrast, --model\.replacement mean: leave"),
-        ({"max_perplexity_increase": 0.01, "refine": 2}, r"none of --model\.max_perplexity_increase"),
-        ({"refine": 2}, r"--model\.refine"),
+        ({"budget": Budget(0.01, 2)}, r"none of --model\.budget\.max_perplexity_increase"),
+        ({"budget": Budget(refine=2)}, r"--model\.budget\.refine"),
     ],
 )
 def test_what_is_not_of_weights_is_refused_before_a_file_is_read(options, complaint):

@@ -152,10 +152,10 @@ def test_of_several_strengths_that_with_the_highest_sum_of_scores_is_taken(rise)
     budget = max(rise([n]) for n in ranked[:2]) + 1e-9
     options = {}
     for strength in (1.0, 0.5, 0.25):
-        chosen = spend(rise, ranked, Budget(budget, (strength,)))
+        chosen = spend(rise, ranked, Budget(budget), (strength,))
         assert {n.strength for n in chosen} == {strength}
         options[strength] = -strength * sum(n.score for n in chosen)
-    chosen = spend(rise, ranked, Budget(budget, (1.0, 0.5, 0.25)))
+    chosen = spend(rise, ranked, Budget(budget), (1.0, 0.5, 0.25))
     assert options[chosen[0].strength] == max(options.values())
 
 
@@ -163,7 +163,7 @@ def test_a_round_of_refinement_keeps_to_the_budget_and_never_gains_less(rise):
     ranked = ranking()
     budget = Budget(abs(rise(ranked[:8])) + 1e-6)
     plain = spend(rise, ranked, budget)
-    refined = spend(rise, ranked, budget._replace(rounds=3))
+    refined = spend(rise, ranked, replace(budget, refine=3))
     assert rise(refined) <= budget.max_perplexity_increase
     assert sum(n.score for n in refined) <= sum(n.score for n in plain)
 
@@ -187,19 +187,19 @@ def test_refinement_drops_a_costly_neuron_at_the_head_that_would_keep_the_others
     rise = Additive({i: 1.0 if i == 2 else 1e-3 for i in range(50)})
     ranked = [Neuron(MODULES[0], i, -2.0 + 0.01 * i) for i in range(50)]
     assert [n.index for n in spend(rise, ranked, Budget(0.0101))] == [0, 1]
-    refined = [n.index for n in spend(rise, ranked, Budget(0.0101, rounds=1))]
+    refined = [n.index for n in spend(rise, ranked, Budget(0.0101, refine=1))]
     assert refined[:2] == [0, 1]
     assert 2 not in refined
     assert len(refined) == 10
-    assert spend(rise, ranked, Budget(0.0101, rounds=4)) == sorted(
-        spend(rise, ranked, Budget(0.0101, rounds=4)), key=lambda n: n.score
+    assert spend(rise, ranked, Budget(0.0101, refine=4)) == sorted(
+        spend(rise, ranked, Budget(0.0101, refine=4)), key=lambda n: n.score
     )
 
 
 def test_half_the_strength_pays_for_four_times_the_neurons_where_costs_are_quadratic():
     rise = Additive(dict.fromkeys(range(50), 1e-3))
     ranked = [Neuron(MODULES[0], i, -1.0) for i in range(50)]
-    chosen = spend(rise, ranked, Budget(0.0101, (1.0, 0.5)))
+    chosen = spend(rise, ranked, Budget(0.0101), (1.0, 0.5))
     assert len(chosen) == 40
     assert {n.strength for n in chosen} == {0.5}
 
@@ -207,7 +207,7 @@ def test_half_the_strength_pays_for_four_times_the_neurons_where_costs_are_quadr
 def test_a_budget_that_pays_for_no_neuron_is_refused(rise):
     costly = max(ranking(), key=lambda n: rise([n]))
     assert rise([costly]) > 0
-    with pytest.raises(ValueError, match=r"Not even one neuron is within --model.max_perplexity_increase 1e-09"):
+    with pytest.raises(ValueError, match=r"Not even one neuron is within --model.budget.max_perplexity_increase 1e-09"):
         spend(rise, [costly], Budget(1e-9))
 
 
@@ -230,7 +230,7 @@ def prune(general: Path, behavior: Path, *options: str) -> Path:
 def test_prune_spends_a_budget_on_documents_that_were_not_attributed(files):
     general, behavior, documents = files
     data = [f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=12", "--data.batch_size=5"]
-    folder = prune(general, behavior, "--model.max_perplexity_increase=0.02", "--data=C4", *data)
+    folder = prune(general, behavior, "--model.budget.max_perplexity_increase=0.02", "--data=C4", *data)
     found = NeuronList.load(folder / "neurons.json")
     budget = found.provenance["budget"]
     assert budget["num_documents"] == 9
@@ -246,7 +246,7 @@ def test_prune_spends_a_budget_on_documents_that_were_not_attributed(files):
 def test_the_neurons_that_come_next_are_switched_off_as_far_as_those_that_a_budget_paid_for(files):
     general, behavior, documents = files
     data = [f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=12"]
-    options = ["--model.max_perplexity_increase=0.02", "--model.strengths=[0.125,1.0]", "--data=C4", *data]
+    options = ["--model.budget.max_perplexity_increase=0.02", "--model.strengths=[0.125,1.0]", "--data=C4", *data]
     found = NeuronList.load(prune(general, behavior, *options) / "neurons.json")
     assert found.provenance["strength"] == 1
     assert found.next
@@ -255,25 +255,30 @@ def test_the_neurons_that_come_next_are_switched_off_as_far_as_those_that_a_budg
 
 def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files):
     general, behavior, _ = files
-    with pytest.raises(ValueError, match=r"--model.max_perplexity_increase needs a text: --data C4"):
-        prune(general, behavior, "--model.max_perplexity_increase=0.02")
-    with pytest.raises(ValueError, match=r"--model.max_perplexity_increase must be above 0"):
-        prune(general, behavior, "--model.max_perplexity_increase=0")
-    with pytest.raises(ValueError, match=r"need --model.max_perplexity_increase"):
-        prune(general, behavior, "--model.refine=2")
+    with pytest.raises(ValueError, match=r"--model.budget.max_perplexity_increase needs a text: --data C4"):
+        prune(general, behavior, "--model.budget.max_perplexity_increase=0.02")
+    with pytest.raises(ValueError, match=r"--model.budget.max_perplexity_increase must be above 0"):
+        prune(general, behavior, "--model.budget.max_perplexity_increase=0")
+    with pytest.raises(ValueError, match=r"need --model.budget.max_perplexity_increase"):
+        prune(general, behavior, "--model.budget.refine=2")
     with pytest.raises(ValueError, match=r"--model.strengths must be above 0 and at most 1"):
         prune(general, behavior, "--model.strengths=[1.5]")
 
 
 def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(files, monkeypatch):
-    monkeypatch.setattr("sparc3_lightning.budget.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("sparc3_lightning.stages.prune.load_model", lambda *_: pytest.fail("the model was loaded"))
     _, behavior, documents = files
-    price = ["--model.max_perplexity_increase=0.02", "--data=C4", f"--data.source={documents}", "--data.seq_len=12"]
+    price = [
+        "--model.budget.max_perplexity_increase=0.02",
+        "--data=C4",
+        f"--data.source={documents}",
+        "--data.seq_len=12",
+    ]
     of = ScoreFile.load(behavior).provenance
     heads = {f"model.layers.{i}.self_attn.o_proj": torch.rand(4) for i in range(2)}
     of_heads = [save_scores(f"{i}.safetensors", heads, of, granularity="head", targets=["o_proj"]) for i in range(2)]
-    with pytest.raises(ValueError, match=r"--model.refine is for neurons, and these are scores of heads"):
-        prune(*of_heads, *price, "--model.refine=1", "--model.min_strength=-100")
+    with pytest.raises(ValueError, match=r"--model.budget.refine is for neurons, and these are scores of heads"):
+        prune(*of_heads, *price, "--model.budget.refine=1", "--model.min_strength=-100")
     before = [
         save_scores(f"before{i}.safetensors", random_scores(i), of, checkpoint_fingerprint="files:before")
         for i in range(2)
@@ -285,19 +290,19 @@ def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(
 def test_the_text_is_tokenized_as_by_the_commit_that_was_attributed(files, monkeypatch):
     general, behavior, documents = files
     loaded = []
-    monkeypatch.setattr("sparc3_lightning.budget.check_unchanged", lambda *_: "0123abcd")
+    monkeypatch.setattr("sparc3_lightning.stages.prune.check_unchanged", lambda *_: "0123abcd")
     monkeypatch.setattr(
         "sparc3_lightning.data.base.load_tokenizer", lambda *of: loaded.append(of) or load_tokenizer(*of)
     )
     data = [f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=12"]
-    prune(general, behavior, "--model.max_perplexity_increase=0.02", "--data=C4", *data)
+    prune(general, behavior, "--model.budget.max_perplexity_increase=0.02", "--data=C4", *data)
     assert loaded == [(ScoreFile.load(general).provenance.checkpoint, "0123abcd")]
 
 
 def test_attributed_documents_are_left_out_however_the_path_of_their_file_is_written(files):
     general, behavior, documents = files
     data = [f"--data.source={documents.absolute()}", "--data.seq_len=12", "--data.num_samples=12"]
-    folder = prune(general, behavior, "--model.max_perplexity_increase=0.02", "--data=C4", *data)
+    folder = prune(general, behavior, "--model.budget.max_perplexity_increase=0.02", "--data=C4", *data)
     assert NeuronList.load(folder / "neurons.json").provenance["budget"]["num_documents"] == 9
 
 
@@ -312,7 +317,7 @@ def test_of_a_stream_those_are_left_out_that_have_the_same_place_after_the_same_
     of = {"class": "C4", "source": None, "seed": 0, "buffer_size": 10_000}
     streamed = save_scores("s/scores.safetensors", random_scores(0), ScoreFile.load(general).provenance, data=of)
     data = [f"--data.seed={seed}", "--data.seq_len=12", "--data.num_samples=12"]
-    folder = prune(streamed, behavior, "--model.max_perplexity_increase=0.02", "--data=C4", *data)
+    folder = prune(streamed, behavior, "--model.budget.max_perplexity_increase=0.02", "--data=C4", *data)
     assert NeuronList.load(folder / "neurons.json").provenance["budget"]["num_documents"] == num_left
 
 
@@ -322,4 +327,4 @@ def test_a_text_of_attributed_documents_alone_is_refused(files):
     documents.write_text("\n".join(lines[:3]))
     data = [f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=3"]
     with pytest.raises(ValueError, match=r"holds no document that was not used to attribute"):
-        prune(general, behavior, "--model.max_perplexity_increase=0.02", "--data=C4", *data)
+        prune(general, behavior, "--model.budget.max_perplexity_increase=0.02", "--data=C4", *data)

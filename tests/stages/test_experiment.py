@@ -236,9 +236,15 @@ def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(verbs_run):
             ["--evaluate.zero_shot.tasks", "[mine]", "--evaluate.zero_shot.folder", "nowhere"],
             r"--evaluate\.zero_shot\.folder: nowhere is no folder",
         ),
-        (["--prune.strengths", "[0.5, 1]"], r"Several --prune\.strengths.* need --prune\.max_perplexity_increase"),
+        (
+            ["--prune.strengths", "[0.5, 1]"],
+            r"Several --prune\.strengths.* need --prune\.budget\.max_perplexity_increase",
+        ),
         (["--prune.export", "general.txt"], r"--prune\.export: general.txt exists already"),
-        (["--prune.max_perplexity_increase", "0.1"], r"--prune\.max_perplexity_increase needs a text: .*'budget'"),
+        (
+            ["--prune.budget.max_perplexity_increase", "0.1"],
+            r"--prune\.budget\.max_perplexity_increase needs a text: .*'budget_text'",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -551,8 +557,15 @@ def test_prepare_keeps_the_documents_that_the_stages_of_a_revision_look_for(monk
     monkeypatch.setenv("SPARC3_CACHE", "cache")
     monkeypatch.setattr(C4, "_stream", lambda self: ((i, sentence(i, 20 + i)) for i in range(12)))
     options = ["--model.revision", "v1", "--general.init_args.source", "null"]
-    options += ["--budget", "C4", "--budget.init_args.num_samples", "8", "--budget.init_args.seq_len", "16"]
-    options += ["--prune.max_perplexity_increase", "0.5"]
+    options += [
+        "--budget_text",
+        "C4",
+        "--budget_text.init_args.num_samples",
+        "8",
+        "--budget_text.init_args.seq_len",
+        "16",
+    ]
+    options += ["--prune.budget.max_perplexity_increase", "0.5"]
     cli.main(["prepare", "--config", "experiment.yaml", *options])
     monkeypatch.setattr(C4, "_stream", lambda self: pytest.fail("the stream was opened again"))
     run(*options)
