@@ -2,12 +2,12 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
-from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
+from sparc3_lightning.data.base import HubDataset, Kind, TextDataModule, share_dataloader
 from sparc3_lightning.data.prompts import TOXIC_FROM, Prompt, check_options, read_prompts, worst_continued, worst_first
 from sparc3_lightning.sources import read_records, resolve
 
@@ -40,6 +40,7 @@ class RealToxicityPrompts(TextDataModule):
     """
 
     hub = HUB
+    READS: ClassVar[dict[str, Kind]] = {**TextDataModule.READS, "nontoxic_source": "file"}
 
     def __init__(
         self,

@@ -1,10 +1,10 @@
 """Stage 1: accumulate scores of neurons over reference samples, in a predict loop."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -17,7 +17,7 @@ from sparc3_lightning.attribution.relevance import Relevance
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, ShardWriter
 from sparc3_lightning.attribution.static_scores import STATIC, StaticScores, check_static
 from sparc3_lightning.attribution.targets import LEXICAL, Target, lexicon_of, target_of
-from sparc3_lightning.data.base import NoSamples, ReferenceSamples
+from sparc3_lightning.data.base import Kind, NoSamples, ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_space
@@ -80,6 +80,8 @@ class Attribution(StoppableModule, Stage):
 
     verb = "attribute"
     OUTPUTS = (SCORES, INDEX)
+    READS: ClassVar[dict[str, Kind]] = {"checkpoint": "checkpoint", "lexicon": "scorer"}
+    FILLED_IN: ClassVar[set[str]] = {"checkpoint", "dtype", "revision"}
     model: Any
 
     def __init__(
@@ -131,6 +133,12 @@ class Attribution(StoppableModule, Stage):
         self.nonfinite = nonfinite
         self.gradient_checkpointing = gradient_checkpointing
         self.model = None
+
+    @classmethod
+    def reads(cls, options: Mapping[str, Any]) -> dict[str, Kind]:
+        """Return what is read with such options: a lexicon only for a target that speaks of one."""
+        is_lexical = options.get("target") in LEXICAL
+        return {option: kind for option, kind in cls.READS.items() if option != "lexicon" or is_lexical}
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
