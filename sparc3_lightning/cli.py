@@ -172,15 +172,14 @@ class SparC3CLI(LightningCLI):
     @staticmethod
     def _add_experiment_arguments(parser: LightningArgumentParser) -> None:
         """Add the options of every stage, each in the group of its verb, less those that the experiment fills in."""
-        shared = {"checkpoint", "dtype", "revision"}
         parser.add_class_arguments(Experiment, "model")
-        parser.add_class_arguments(Attribution, "attribute", skip=shared, instantiate=False)
+        parser.add_class_arguments(Attribution, "attribute", skip=Attribution.FILLED_IN, instantiate=False)
         parser.add_subclass_arguments(RealToxicityPrompts, "screen", instantiate=False, required=False)
         parser.add_subclass_arguments(ReferenceSamples, "general", instantiate=False, required=True)
         parser.add_subclass_arguments(ReferenceSamples, "behavior", instantiate=False, required=True)
-        parser.add_class_arguments(Pruning, "prune", skip={"general", "behavior", "contrast"}, instantiate=False)
+        parser.add_class_arguments(Pruning, "prune", skip=Pruning.FILLED_IN, instantiate=False)
         parser.add_subclass_arguments(ReferenceSamples, "budget_text", instantiate=False, required=False)
-        parser.add_class_arguments(Evaluation, "evaluate", skip={*shared, "neurons"}, instantiate=False)
+        parser.add_class_arguments(Evaluation, "evaluate", skip=Evaluation.FILLED_IN, instantiate=False)
         parser.add_class_arguments(EvaluationData, "data", instantiate=False)
 
     def before_instantiate_classes(self) -> None:

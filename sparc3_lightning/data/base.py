@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.sources import read_records, resolve
+
+Kind = Literal["file", "checkpoint", "tokenizer", "scorer"]  # what an option names that may lie on this machine
 
 
 class Sample(NamedTuple):
@@ -116,6 +118,7 @@ class TextDataModule(L.LightningDataModule, ABC):
     """
 
     hub: HubDataset
+    READS: ClassVar[dict[str, Kind]] = {"tokenizer": "tokenizer", "source": "file"}
 
     def __init__(self, source: str | None, tokenizer: str | None, batch_size: int) -> None:
         super().__init__()

@@ -2,12 +2,12 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
-from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
+from sparc3_lightning.data.base import HubDataset, Kind, TextDataModule, share_dataloader
 from sparc3_lightning.data.prompts import (
     TOXIC_FROM,
     Prompt,
@@ -52,6 +52,7 @@ class RealToxicityPrompts(TextDataModule):
     """
 
     hub = HUB
+    READS: ClassVar[dict[str, Kind]] = {**TextDataModule.READS, "nontoxic_source": "file"}
 
     def __init__(
         self,

@@ -1,10 +1,10 @@
 """Stage 1: accumulate scores of neurons over reference samples, in a predict loop."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -18,8 +18,8 @@ from sparc3_lightning.attribution.relevance import Relevance
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, ShardWriter
 from sparc3_lightning.attribution.spec import Method, Nonfinite, ScoreSpec
 from sparc3_lightning.attribution.static_scores import StaticScores
-from sparc3_lightning.attribution.targets import Target, lexicon_of, target_of
-from sparc3_lightning.data.base import NoSamples, ReferenceSamples
+from sparc3_lightning.attribution.targets import LEXICAL, Target, lexicon_of, target_of
+from sparc3_lightning.data.base import Kind, NoSamples, ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_space
@@ -83,6 +83,8 @@ class Attribution(StoppableModule, Stage):
 
     verb = "attribute"
     OUTPUTS = (SCORES, INDEX)
+    READS: ClassVar[dict[str, Kind]] = {"checkpoint": "checkpoint", "lexicon": "scorer"}
+    FILLED_IN: ClassVar[set[str]] = {"checkpoint", "dtype", "revision"}
     model: Any
 
     def __init__(
@@ -120,6 +122,12 @@ class Attribution(StoppableModule, Stage):
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.model = None
+
+    @classmethod
+    def reads(cls, options: Mapping[str, Any]) -> dict[str, Kind]:
+        """Return what is read with such options: a lexicon only for a target that speaks of one."""
+        is_lexical = options.get("target") in LEXICAL
+        return {option: kind for option, kind in cls.READS.items() if option != "lexicon" or is_lexical}
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""

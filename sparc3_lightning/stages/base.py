@@ -1,10 +1,12 @@
 """What the stages share: a folder for the results, of which one file, written last, says that they are complete."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
 
+from sparc3_lightning.data.base import Kind
 from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
 from sparc3_lightning.provenance import git_hash, versions
 
@@ -14,7 +16,14 @@ class Stage(L.LightningModule):
 
     verb: ClassVar[str]
     OUTPUTS: ClassVar[tuple[str, ...]]  # the file that is written last; several names where an option chooses one
+    READS: ClassVar[dict[str, Kind]] = {}  # options that name what may lie on this machine
+    FILLED_IN: ClassVar[set[str]] = set()  # options that an experiment fills in
     written = ""
+
+    @classmethod
+    def reads(cls, options: Mapping[str, Any]) -> dict[str, Kind]:
+        """Return those of ``READS`` that a stage with such options makes use of."""
+        return cls.READS
 
     def begin(self, folder: Path, output: str | None = None) -> None:
         """Take a folder for the results.

@@ -4,11 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+from sparc3_lightning.data.base import Kind
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
@@ -64,6 +65,22 @@ class Evaluation(StoppableModule, Stage):
     model: Any
     verb = "evaluate"
     OUTPUTS = (RESULTS,)
+    READS: ClassVar[dict[str, Kind]] = {
+        "checkpoint": "checkpoint",
+        "scorer": "scorer",
+        "second_scorer": "scorer",
+        "zero_shot.folder": "file",
+    }
+    FILLED_IN: ClassVar[set[str]] = {"checkpoint", "dtype", "revision", "neurons"}
+    # With these the model as it is continues the prompts, and is measured by the first scorer alone.
+    SCREENING: ClassVar[dict[str, Any]] = {
+        "neurons": None,
+        "second_scorer": None,
+        "controls": {"num_draws": 0},
+        "zero_shot": {"tasks": []},
+        "doses": [],
+        "strengths": [1.0],
+    }
     lists: Mapping[str, NeuronList] = {}
 
     def __init__(

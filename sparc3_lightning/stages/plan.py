@@ -1,23 +1,152 @@
-"""What is wrong with the options of an experiment's later stages, found before its first one has run for hours."""
+"""Which stages an experiment has, their configs and identity, and what is wrong with them before the first one runs."""
 
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from sparc3_lightning.attribution.targets import LEXICAL
+from sparc3_lightning.data.base import Kind, TextDataModule
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.variants import check_doses
-from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.scorers.base import split_label
 from sparc3_lightning.sources import is_local, sha256_of
-from sparc3_lightning.stages.attribute import Attribution
-from sparc3_lightning.stages.evaluate import Evaluation
-from sparc3_lightning.stages.prune import Pruning
+from sparc3_lightning.stages.attribute import Attribution, file_of
+from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation
+from sparc3_lightning.stages.prune import NEURONS, Pruning
+
+Config = dict[str, Any]  # options as plain values, as in YAML
+T = TypeVar("T")
+
+# Options of Lightning's trainer that change where or how fast a stage runs, not what it computes.
+NOT_RESULTS = {
+    "callbacks",
+    "default_root_dir",
+    "devices",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "log_every_n_steps",
+    "logger",
+    "num_nodes",
+    "strategy",
+}
 
 
-def attribution_options(options: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class StageRun:
+    """One run of a verb: its config, the folder its results go to, and the file that is there once it is done."""
+
+    name: str
+    verb: str
+    config: Config
+    folder: Path
+    output: str
+
+    @property
+    def done(self) -> bool:
+        """Whether its results exist. The folder is named by a hash of the config, so they match it."""
+        return (self.folder / self.output).is_file()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the stages of an experiment have in common, see ``Experiment``, and which stages there are.
+
+    All methods take the config of ``sparc3 run``, with the groups ``seed_everything``, ``trainer``, ``attribute``,
+    ``general``, ``behavior``, ``budget_text`` (which may be None), ``prune``, ``evaluate`` and ``data``; and, for
+    prompts that are chosen by what the model makes of them, ``screen``.
+    """
+
+    checkpoint: Checkpoint
+    general_seeds: list[int]
+    behavior_attribute: Config
+    dtype: Dtype
+    logs: Path
+
+    @property
+    def model(self) -> Config:
+        """The options of the model, for every stage that loads it."""
+        return {"checkpoint": self.checkpoint.name, "dtype": self.dtype, "revision": self.checkpoint.revision}
+
+    def general(self, options: Config) -> dict[str, Config]:
+        """Return the name of the attribution on the general samples of each seed, and the config of the samples."""
+        data = options["general"]
+        return {
+            f"general_{seed}": {**data, "init_args": {**data["init_args"], "seed": seed}} if _takes_seed(data) else data
+            for seed in self.general_seeds
+        }
+
+    def stages(self, options: Config) -> list[StageRun]:
+        """Return the stages in the order they run.
+
+        Raises:
+            ValueError: If stages that are not done would refuse their options.
+        """
+        if len(self.general_seeds) > 1 and not _takes_seed(options["general"]):
+            raise OptionError(
+                "general_seeds",
+                f"--general: {options['general']['class_path']} draws the same samples whatever the seed, so "
+                f"--.general_seeds must be one seed, got {self.general_seeds}.",
+            )
+        of_general = {**options["attribute"], **self.model}
+        of_behavior = attribution_options({**options["attribute"], **self.behavior_attribute, **self.model})
+        check_attributions(of_general, of_behavior)
+        check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
+        screened: list[StageRun] = []
+        if options.get("screen") is not None:
+            screened.append(self._stage("screen", Evaluation, options, screening(options, self.model), RESULTS))
+        completions = screened[0].folder / COMPLETIONS if screened else None
+        behavior_data = from_screening(options["behavior"], completions)
+        data = {**options["data"], "prompts": from_screening(options["data"]["prompts"], completions)}
+        references = [(name, of_general, samples) for name, samples in self.general(options).items()]
+        references.append(("behavior", of_behavior, behavior_data))
+        stages = [
+            self._stage(
+                name, Attribution, options, {"model": of, "data": samples}, file_of(of["granularity"]), completions
+            )
+            for name, of, samples in references
+        ]
+        *general, behavior = [str(stage.folder / stage.output) for stage in stages]
+        pruning = {"model": {**options["prune"], "general": general, "behavior": behavior}}
+        if options.get("budget_text") is not None:
+            pruning["data"] = options["budget_text"]
+        stages.append(self._stage("neurons", Pruning, options, pruning, NEURONS))
+        if not stages[-1].done:
+            check_pruning(pruning["model"], "data" in pruning)
+        evaluation = {**options["evaluate"], **self.model, "neurons": str(stages[-1].folder / NEURONS)}
+        stages.append(
+            self._stage("evaluation", Evaluation, options, {"model": evaluation, "data": data}, RESULTS, completions)
+        )
+        if not stages[-1].done:
+            check_evaluation(evaluation, options["prune"])
+        return screened + stages
+
+    def _stage(
+        self, name: str, stage: type[Stage], options: Config, config: Config, output: str, made: Path | None = None
+    ) -> StageRun:
+        trainer = {key: value for key, value in options["trainer"].items() if key not in NOT_RESULTS}
+        seed = options["seed_everything"]
+        # Options that are None are left out, so that a new option with that default does not make old results unknown.
+        identity = [stage.verb, version("sparc3_lightning"), seed, _without_none(trainer), _without_none(config)]
+        files = digests_of(stage, config, made)
+        digest = hashlib.sha256(json.dumps([*identity, files], sort_keys=True).encode()).hexdigest()[:8]
+        config = {"seed_everything": seed, "trainer": copy.deepcopy(options["trainer"]), **copy.deepcopy(config)}
+        where = {"save_dir": str(self.logs), "name": stage.verb, "version": f"{name}-{digest}"}
+        config["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": where}
+        return StageRun(name, stage.verb, config, self.logs / stage.verb / f"{name}-{digest}", output)
+
+
+def attribution_options(options: Config) -> Config:
     """Return all options of an attribution, as its own verb would parse them.
 
     Raises:
@@ -31,7 +160,7 @@ def attribution_options(options: dict[str, Any]) -> dict[str, Any]:
         raise OptionError("behavior_attribute", f": {error}") from None
 
 
-def check_attributions(general: dict[str, Any], behavior: dict[str, Any]) -> None:
+def check_attributions(general: Config, behavior: Config) -> None:
     """Raise ValueError if the attribution of general text, or that of the behaviour, would refuse its options."""
     _by_group("attribute", partial(Attribution, **general))
     try:
@@ -48,20 +177,20 @@ def check_granularities(pruned: str, *attributed: str) -> None:
         raise ValueError("--attribute.granularity must be neuron or weight: no heads are pruned here.")
 
 
-def check_pruning(options: dict[str, Any], has_text: bool) -> None:
+def check_pruning(options: Config, has_text: bool) -> None:
     """Raise ValueError if the pruning would refuse its options, or needs a text and there is none.
 
     Args:
         options: Of the stage.
         has_text: Whether the experiment has the group ``budget_text``.
     """
-    _construct("prune", Pruning, options)
+    _construct(Pruning, options)
     if options["budget"]["max_perplexity_increase"] is not None and not has_text:
         needs = "--prune.budget.max_perplexity_increase needs a text"
         raise ValueError(f"{needs}: add the group 'budget_text', as lexicon.yaml does.")
 
 
-def check_evaluation(options: dict[str, Any], prune: dict[str, Any]) -> None:
+def check_evaluation(options: Config, prune: Config) -> None:
     """Raise ValueError if the evaluation would refuse its options; its neurons need not be there yet.
 
     Args:
@@ -77,19 +206,19 @@ def check_evaluation(options: dict[str, Any], prune: dict[str, Any]) -> None:
             f"give --prune.num_ranked {max(doses)}."
         )
     without = {**options, "neurons": None, "doses": [], "strengths": [1.0]}  # doses need the list of neurons
-    _construct("evaluate", Evaluation, without)
+    _construct(Evaluation, without)
     _by_group("evaluate", check_doses, doses, strengths)
 
 
-def _construct(group: str, of: type, options: dict[str, Any]) -> None:
+def _construct(stage: type[Stage], options: Config) -> None:
     """Make a stage's module, which checks its options and loads nothing."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(of, "stage")
+    parser.add_class_arguments(stage, "stage")
     config = parser.parse_object({"stage": options})  # text becomes paths
-    _by_group(group, parser.instantiate_classes, config)
+    _by_group(stage.verb, parser.instantiate_classes, config)
 
 
-def _by_group(group: str, check: Any, *arguments: Any) -> Any:
+def _by_group(group: str, check: Callable[..., T], *arguments: Any) -> T:
     """Call a check, whose error names an option as that stage's own verb does, and name it as ``run`` does."""
     try:
         return check(*arguments)
@@ -97,20 +226,18 @@ def _by_group(group: str, check: Any, *arguments: Any) -> Any:
         raise error.of(group) from None
 
 
-def screening(options: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+def screening(options: Config, model: Config) -> Config:
     """Return the config of the evaluation that lets the model continue the prompts, and measures nothing else.
 
     Args:
         options: Config of ``sparc3 run`` with the groups ``evaluate``, ``data`` and ``screen``.
         model: Checkpoint, dtype and revision.
     """
-    alone: dict[str, Any] = {"neurons": None, "second_scorer": None, "doses": [], "strengths": [1.0]}
-    alone |= {"controls": {"num_draws": 0}, "zero_shot": {"tasks": []}}
     text = options["data"]["text"]
     # An evaluation has a text for perplexity too: here its first window, which costs next to nothing.
     one_window = {"num_tokens": text["init_args"]["window"], "conventions": ["disjoint"]}
     return {
-        "model": {**options["evaluate"], **model, **alone},
+        "model": {**options["evaluate"], **model, **Evaluation.SCREENING},
         "data": {
             "text": {**text, "init_args": {**text["init_args"], **one_window}},
             "prompts": options["screen"],
@@ -118,13 +245,13 @@ def screening(options: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def wants_screening(data: dict[str, Any]) -> bool:
+def wants_screening(data: Config) -> bool:
     """Whether prompts are to come from the stage ``screen``: by the model's own continuation, and from no file."""
     init = data.get("init_args", {})
     return init.get("by") == "continuation" and init.get("source") is None
 
 
-def from_screening(data: dict[str, Any], completions: Path | None) -> dict[str, Any]:
+def from_screening(data: Config, completions: Path | None) -> Config:
     """Return the config of prompts with the stage's completions.jsonl as their source, if that is where they come from.
 
     Args:
@@ -144,34 +271,63 @@ def from_screening(data: dict[str, Any], completions: Path | None) -> dict[str, 
     return {**data, "init_args": {**data["init_args"], "source": str(completions)}}
 
 
-SCORERS = ("scorer", "second_scorer", "lexicon")
+def named_by(reads: dict[str, Kind], options: Config) -> list[tuple[str, Kind, str]]:
+    """Return the options that name what may lie on this machine: the option, what it names, and its value.
+
+    Args:
+        reads: What an option names; that of a group is written with a dot, such as ``zero_shot.folder``.
+        options: Of a stage, or of a data module.
+    """
+    found = []
+    for option, kind in reads.items():
+        group, _, name = option.rpartition(".")
+        value = (options[group] if group else options).get(name)
+        if value is not None:
+            found.append((option, kind, value))
+    return found
 
 
-KEYS = ("checkpoint", "tokenizer", "source", "nontoxic_source", *SCORERS, "folder")
-
-
-def digests_of(value: Any, made: Path | None) -> list[str]:
-    """Identify the content of every local file or folder that a config reads: sources, checkpoints and scorers.
+def digests_of(stage: type[Stage], config: Config, made: Path | None) -> list[str]:
+    """Identify the content of every local file or folder that a stage reads: sources, checkpoints and scorers.
 
     Not that of the file that an earlier stage of the same experiment makes: its path tells what it will hold.
+
+    Args:
+        stage: What runs.
+        config: Its options, in the groups ``model`` and, if it has data, ``data``.
+        made: That file, if there is one.
     """
-    if not isinstance(value, dict):
-        return []
+    data = config.get("data", {})
+    parts = [data] if "class_path" in data else [part for part in data.values() if part is not None]
+    named = named_by(stage.reads(config["model"]), config["model"])
+    for part in parts:
+        named += named_by(_class_of(part).READS, part.get("init_args", {}))
     found = []
-    for key in KEYS:
-        path = value.get(key)
-        if not isinstance(path, str) or (key == "lexicon" and value.get("target") not in LEXICAL):
-            continue
-        path = split_label(path)[0] if key in SCORERS else path
-        if is_local(path) and path != str(made):
-            found.append(
-                Checkpoint(path).fingerprint if key == "checkpoint" else _content(Path(path).expanduser(), key)
-            )
-    return found + [digest for item in value.values() for digest in digests_of(item, made)]
+    for _, kind, value in named:
+        name = split_label(value)[0] if kind == "scorer" else value
+        if is_local(name) and name != str(made):
+            found.append(Checkpoint(name).fingerprint if kind == "checkpoint" else _content(Path(name), kind))
+    return found
 
 
-def _content(path: Path, key: str) -> str:
+def _content(path: Path, kind: Kind) -> str:
+    path = path.expanduser()
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    if key == "tokenizer" and path.is_dir():  # that of a checkpoint, whose weights may be large and are not read
+    if kind == "tokenizer" and path.is_dir():  # that of a checkpoint, whose weights may be large and are not read
         files = [file for file in files if file.suffix != ".safetensors"]
     return "".join(sha256_of(file) for file in files)
+
+
+def _class_of(data: Config) -> type[TextDataModule]:
+    module, _, name = data["class_path"].rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _takes_seed(data: Config) -> bool:
+    return "seed" in signature(_class_of(data)).parameters
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -76,6 +76,7 @@ class Pruning(Stage):
 
     verb = "prune"
     OUTPUTS = (NEURONS,)
+    FILLED_IN: ClassVar[set[str]] = {"general", "behavior", "contrast"}
 
     def __init__(
         self,

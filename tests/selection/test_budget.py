@@ -197,7 +197,7 @@ def test_refinement_drops_a_costly_neuron_at_the_head_that_would_keep_the_others
 def test_half_the_strength_pays_for_four_times_the_neurons_where_costs_are_quadratic():
     rise = Additive(dict.fromkeys(range(50), 1e-3))
     ranked = [Component(MODULES[0], i, -1.0) for i in range(50)]
-    chosen = spend(rise, ranked, Budget(0.0101, (1.0, 0.5)))
+    chosen = spend(rise, ranked, Budget(0.0101), (1.0, 0.5))
     assert len(chosen) == 40
     assert {n.strength for n in chosen} == {0.5}
 
