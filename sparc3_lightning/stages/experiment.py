@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.data.base import TextDataModule
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.zero_shot import fetch_tasks
+from sparc3_lightning.evaluation.zero_shot import ZeroShot, fetch_tasks
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.provenance import revision_of
