@@ -473,7 +473,7 @@ def test_sweep_takes_doses_of_weights_and_writes_the_chosen_ones(tiny_checkpoint
 def test_a_model_that_is_sharded_is_refused_before_it_is_loaded(tiny_checkpoint, weights, monkeypatch):
     path = save_neurons(tiny_checkpoint, weights)
     monkeypatch.setattr("sparc3_lightning.models.sharding.is_sharded", lambda module: True)
-    monkeypatch.setattr("sparc3_lightning.evaluate.load_for", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("sparc3_lightning.stages.evaluate.load_for", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=r"a whole model only: use --trainer\.devices 1"):
         run(evaluation(tiny_checkpoint, path))
 

@@ -266,7 +266,7 @@ def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files)
 
 
 def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(files, monkeypatch):
-    monkeypatch.setattr("sparc3_lightning.budget.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("sparc3_lightning.stages.prune.load_model", lambda *_: pytest.fail("the model was loaded"))
     _, behavior, documents = files
     price = ["--model.max_perplexity_increase=0.02", "--data=C4", f"--data.source={documents}", "--data.seq_len=12"]
     of = ScoreFile.load(behavior).provenance
@@ -285,7 +285,7 @@ def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(
 def test_the_text_is_tokenized_as_by_the_commit_that_was_attributed(files, monkeypatch):
     general, behavior, documents = files
     loaded = []
-    monkeypatch.setattr("sparc3_lightning.budget.check_unchanged", lambda *_: "0123abcd")
+    monkeypatch.setattr("sparc3_lightning.stages.prune.check_unchanged", lambda *_: "0123abcd")
     monkeypatch.setattr(
         "sparc3_lightning.data.base.load_tokenizer", lambda *of: loaded.append(of) or load_tokenizer(*of)
     )
