@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class StaticScores:
         self.seed = seed
         self.sums: dict[str, Tensor] = {}
 
-    def recording(self, *_: Any) -> nullcontext[None]:
+    def recording(self, *_: object) -> nullcontext[None]:
         """Record nothing."""
         return nullcontext()
 
