@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ class StaticScores:
         self.seed = seed
         self.sums: dict[str, Tensor] = {}
 
-    def recording(self, *_: Any) -> nullcontext[None]:
+    def recording(self, *_: object) -> nullcontext[None]:
         """Record nothing."""
         return nullcontext()
 

@@ -1,7 +1,7 @@
 """What a component of a model is, a neuron, a head or a weight; how it is masked for a while, or pruned for good."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -80,7 +80,7 @@ class Component:
 
 # What is done to components of one kind, by the name of their layer and by their index there, of weights row and
 # column: the strength, of neurons an ``Edit``.
-Edits = Mapping[str, Mapping[Any, Any]]
+Edits = dict[str, dict[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ def check(model: nn.Module, components: Iterable[Component]) -> None:
         KINDS[kind].check(model, edits)
 
 
-def _by_kind(components: Iterable[Component]) -> dict[Granularity, dict[str, dict[Any, Any]]]:
+def _by_kind(components: Iterable[Component]) -> dict[Granularity, Edits]:
     """Return what is done to the components of each kind, in the order of ``KINDS``."""
-    by_kind: dict[Granularity, dict[str, dict[Any, Any]]] = {kind: defaultdict(dict) for kind in KINDS}
+    by_kind: dict[Granularity, Edits] = {kind: defaultdict(dict) for kind in KINDS}
     for c in components:
         if c.constant and c.granularity != "neuron":
             what = "Head" if c.granularity == "head" else "A weight of neuron"

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.components import Component, Key, mask
@@ -45,16 +46,22 @@ class Budget:
             raise OptionError("budget.max_perplexity_increase", f"must be above 0, got {self.max_perplexity_increase}.")
 
 
+class TextBatch(TypedDict):
+    """Samples of a text, padded on the right: tokens, and 1 at each of them, int64, shape ``[samples, tokens]``."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
 class PerplexityRise:
     """By how much perplexity on a text rises when neurons are off.
 
     Args:
         model: Causal language model of transformers, in evaluation mode.
-        batches: Of the text: ``input_ids`` and ``attention_mask``, int64, padded on the right, shape
-            ``[samples, tokens]``. Every token but the first of each sample counts.
+        batches: Of the text. Every token but the first of each sample counts.
     """
 
-    def __init__(self, model: Any, batches: Iterable[dict[str, Any]]) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Iterable[TextBatch]) -> None:
         self.model = model
         device = next(model.parameters()).device
         self._batches = [(b["input_ids"].to(device), b["attention_mask"].sum(dim=1)) for b in batches]
@@ -141,9 +148,8 @@ def _scaled(neurons: Sequence[Component], factor: Tensor) -> Callable[..., tuple
 
     def scale(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         activations = inputs[0].clone()
-        like: dict[str, Any] = {"device": activations.device, "dtype": activations.dtype}
-        constant = torch.tensor([neuron.constant for neuron in neurons], **like)
-        taken = factor.to(activations.dtype) * torch.tensor([neuron.strength for neuron in neurons], **like)
+        constant = activations.new_tensor([neuron.constant for neuron in neurons])
+        taken = factor.to(activations.dtype) * activations.new_tensor([neuron.strength for neuron in neurons])
         own = activations[..., indices]
         activations[..., indices] = own + taken * (constant - own)
         return (activations,)

@@ -106,16 +106,16 @@ class NeuronList:
 
 
 _LISTS = ("neurons", "next", "least_relevant")
-_DEFAULTS: dict[str, Any] = {"strength": 1.0, "constant": 0.0, "input": None}
+_DEFAULTS: dict[str, float | None] = {"strength": 1.0, "constant": 0.0, "input": None}
 
 
-def _row(neuron: Component) -> dict[str, Any]:
+def _row(neuron: Component) -> dict[str, str | float | None]:
     """Return the fields of a neuron, without those that every pruned one shares."""
     return {name: value for name, value in asdict(neuron).items() if value != _DEFAULTS.get(name)}
 
 
 def _read(row: dict[str, Any]) -> Component:
-    strength, constant = (float(row.get(name, _DEFAULTS[name])) for name in ("strength", "constant"))
+    strength, constant = float(row.get("strength", 1.0)), float(row.get("constant", 0.0))
     column = None if row.get("input") is None else operator.index(row["input"])
     return Component(str(row["module"]), operator.index(row["index"]), float(row["score"]), strength, constant, column)
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, WeightScores
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.architectures import weight_of
+from sparc3_lightning.models.architectures import linear_at, weight_of
 from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.selection.criteria import select_neurons
 
@@ -28,7 +28,7 @@ class Order(Protocol):
     def __len__(self) -> int:
         """Return the number of components."""
 
-    def without(self, model: Any, number: int) -> AbstractContextManager[int]:
+    def without(self, model: nn.Module, number: int) -> AbstractContextManager[int]:
         """Take the first ``number`` components out of the model for a ``with`` block, and give how many are out."""
 
 
@@ -47,7 +47,7 @@ class ComponentOrder:
         return len(self.components)
 
     @contextmanager
-    def without(self, model: Any, number: int) -> Iterator[int]:
+    def without(self, model: nn.Module, number: int) -> Iterator[int]:
         """Mask the first components; see ``Order``."""
         with mask(model, self.components[:number]) if number else nullcontext():
             yield number
@@ -68,7 +68,7 @@ class WeightOrder:
         return len(self.ordered)
 
     @contextmanager
-    def without(self, model: Any, number: int) -> Iterator[int]:
+    def without(self, model: nn.Module, number: int) -> Iterator[int]:
         """Set the first weights to zero, and back on leaving the block; see ``Order``."""
         if not number:
             yield 0
@@ -76,7 +76,7 @@ class WeightOrder:
         threshold, out, kept = self.ordered[number - 1], 0, {}
         try:
             for name, magnitude in self.magnitudes.items():
-                weight = weight_of(model.get_submodule(name))
+                weight = weight_of(linear_at(model, name))
                 kept[name] = weight.detach().clone()
                 off = magnitude <= threshold
                 out += int(off.sum())
@@ -84,7 +84,7 @@ class WeightOrder:
             yield out
         finally:
             for name, weight in kept.items():
-                weight_of(model.get_submodule(name)).data.copy_(weight)
+                weight_of(linear_at(model, name)).data.copy_(weight)
 
 
 def random_scores(like: Scores, seed: int) -> dict[str, Tensor]:

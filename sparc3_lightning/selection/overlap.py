@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Final, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,6 +20,45 @@ from sparc3_lightning.models.components import Key
 Combination = tuple[int, ...]
 # Where sets are drawn from, and how many each takes there: (neurons, sizes).
 Stratum = tuple[int, tuple[int, ...]]
+# Ways to draw sets at random: from all neurons alike, or with the number of each in every layer kept.
+RANDOM: Final = "random"
+WITHIN_LAYERS: Final = "random_within_layers"
+
+
+class Chance(TypedDict):
+    """How many neurons lists would share by chance, how many times as many they do, and how probable that is."""
+
+    expected: float
+    enrichment: float
+    p_value: float
+    log10_p_value: float
+
+
+class OverlapRow(TypedDict):
+    """How many neurons all lists of a combination hold, and how many no other list does."""
+
+    lists: list[str]
+    inclusive: int
+    exclusive: int
+    random: NotRequired[Chance]
+    random_within_layers: NotRequired[Chance]
+
+
+class ClassRow(TypedDict):
+    """Behaviours, and the number of neurons that serve just those."""
+
+    lists: list[str]
+    neurons: int
+
+
+class Classes(TypedDict):
+    """Numbers of neurons by sign, see ``SignClasses``: of all, and of those that serve one behaviour or several."""
+
+    neurons: int
+    general: int
+    neutral: int
+    specific: list[ClassRow]
+    shared: list[ClassRow]
 
 
 @dataclass(frozen=True)
@@ -191,13 +230,9 @@ def _log_of_sum(one: Tensor, other: Tensor) -> Tensor:
     return total
 
 
-# Ways to draw sets at random: from all neurons alike, or with the number of each in every layer kept.
-RANDOM, WITHIN_LAYERS = "random", "random_within_layers"
-
-
 def find_overlaps(
     names: Sequence[str], keys: Sequence[Key], member_SN: Tensor, sizes: Mapping[str, int], num_candidates: int
-) -> list[dict[str, Any]]:
+) -> list[OverlapRow]:
     """Return what each combination of lists holds, and from two lists on what it would hold by chance.
 
     Args:
@@ -213,19 +248,29 @@ def find_overlaps(
     held = {name: member_SN[:, [module == name for module in modules]].sum(dim=1).tolist() for name in sizes}
     found = []
     for combination in filter(None, exclusive):
-        row: dict[str, Any] = {"lists": [names[i] for i in combination]}
-        row |= {"inclusive": inclusive[combination], "exclusive": exclusive[combination]}
+        shared = inclusive[combination]
+        row: OverlapRow = {
+            "lists": [names[i] for i in combination],
+            "inclusive": shared,
+            "exclusive": exclusive[combination],
+        }
         if len(combination) > 1:
-            strata: dict[str, list[Stratum]] = {
-                RANDOM: [(num_candidates, tuple(inclusive[(i,)] for i in combination))],
-                WITHIN_LAYERS: [(size, tuple(held[name][i] for i in combination)) for name, size in sizes.items()],
-            }
-            for kind in filter(strata.get, strata):
-                chance = overlap(inclusive[combination], strata[kind])
-                row[kind] = {"expected": chance.expected, "enrichment": chance.enrichment}
-                row[kind] |= {"p_value": 10**chance.log10_p, "log10_p_value": chance.log10_p}
+            row[RANDOM] = _by_chance(shared, [(num_candidates, tuple(inclusive[(i,)] for i in combination))])
+            if sizes:
+                strata = [(size, tuple(held[name][i] for i in combination)) for name, size in sizes.items()]
+                row[WITHIN_LAYERS] = _by_chance(shared, strata)
         found.append(row)
     return found
+
+
+def _by_chance(shared: int, strata: Sequence[Stratum]) -> Chance:
+    found = overlap(shared, strata)
+    return {
+        "expected": found.expected,
+        "enrichment": found.enrichment,
+        "p_value": 10**found.log10_p,
+        "log10_p_value": found.log10_p,
+    }
 
 
 def find_profiles(
@@ -266,7 +311,7 @@ def find_correlations(differential_SN: Tensor, general_SN: Tensor) -> dict[str, 
     return {name: [[correlation(x, y) for y in of] for x in of] for name, of in vectors.items()}
 
 
-def find_classes(names: Sequence[str], differential_SN: Tensor) -> dict[str, Any]:
+def find_classes(names: Sequence[str], differential_SN: Tensor) -> Classes:
     """Count the neurons of each class by sign, with names in place of rows.
 
     Args:
@@ -274,7 +319,9 @@ def find_classes(names: Sequence[str], differential_SN: Tensor) -> dict[str, Any
         differential_SN: Shape ``[behaviours, neurons]``.
     """
     found = sign_classes(differential_SN)
-    serving = [{"lists": [names[i] for i in rows], "neurons": number} for rows, number in found.serving.items()]
+    serving: list[ClassRow] = [
+        {"lists": [names[i] for i in rows], "neurons": number} for rows, number in found.serving.items()
+    ]
     return {
         "neurons": differential_SN.shape[1],
         "general": found.general,
