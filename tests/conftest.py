@@ -1,5 +1,6 @@
 """Tiny models of every family, a tokenizer and a checkpoint made on the spot; nothing is downloaded."""
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -61,11 +62,20 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., Any]:
     """Return a factory of tiny random float64 models: ``make_model("llama", num_hidden_layers=1)``."""
+    made: dict[str, tuple[Any, torch.Tensor]] = {}
 
     def make(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
+        key = repr((family, dtype, seed, sorted(changes.items())))
+        if key not in made:
+            made[key] = build(family, dtype, seed, **changes), torch.get_rng_state()
+        model, state = made[key]
+        torch.set_rng_state(state)  # what is drawn next does not depend on the tests before
+        return copy.deepcopy(model)
+
+    def build(family: str, dtype: torch.dtype, seed: int, **changes: Any) -> Any:
         torch.manual_seed(seed)
         model = FAMILIES[family][1](make_config(family, **changes)).to(dtype).eval().requires_grad_(False)
         for name, parameter in model.named_parameters():

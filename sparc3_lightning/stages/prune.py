@@ -306,8 +306,9 @@ def within_budget(
     if not left:
         raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
-    model: torch.nn.Module = checkpoint.load(getattr(torch, of.spec.dtype))
-    rise = PerplexityRise(model.to(device), text.predict_dataloader())
+    model = checkpoint.load(getattr(torch, of.spec.dtype))
+    torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
+    rise = PerplexityRise(model, text.predict_dataloader())
     chosen = spend(rise, ranked, budget, strengths)
     return chosen, {
         "max_perplexity_increase": budget.max_perplexity_increase,

@@ -196,16 +196,12 @@ def evaluate(
     in_text: bool = False,
 ) -> Evaluation:
     class Stopping(Evaluation):
-        def _measure_perplexity(self, variant, batch):
-            if in_text:
+        def test_step(self, batch, batch_idx, dataloader_idx=0):
+            if dataloader_idx == 1:
+                self.num_batches = getattr(self, "num_batches", 0) + 1
+            if in_text if dataloader_idx == 0 else stop_after is not None and self.num_batches > stop_after:
                 os.kill(os.getpid(), number)
-            super()._measure_perplexity(variant, batch)
-
-        def _measure_toxicity(self, name, batch):
-            self.num_batches = getattr(self, "num_batches", 0) + 1
-            if stop_after is not None and self.num_batches > stop_after:
-                os.kill(os.getpid(), number)
-            super()._measure_toxicity(name, batch)
+            super().test_step(batch, batch_idx, dataloader_idx)
 
     data = EvaluationData(
         WikiText2(source=text, window=16, stride=8), RealToxicityPrompts(source=prompts, num_prompts=20, batch_size=4)

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def make_classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         RobertaForSequenceClassification,
     )
 
+    @cache
     def make(
         labels: tuple[str, ...] = TWO, family: str = "bert", tokenizer_length: int = 10**30, **changes: Any
     ) -> Path:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,29 @@ OUT = Path("out")
 
 
 @pytest.fixture
-def pruned() -> list[Path]:
+def pruned(shared_lists: Path, tmp_path: Path) -> list[Path]:
     """The neurons.json of three behaviours that share general text; the first two are alike."""
+    shutil.copytree(shared_lists, tmp_path, dirs_exist_ok=True)
+    return [Path(name) / "neurons.json" for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def shared_lists(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lists")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_lists()
+    return folder
+
+
+def write_lists() -> None:
     general = [save_scores(f"general_{i}.safetensors", random_scores(i, 2.0)) for i in range(2)]
     alike = random_scores(7)
-    found = []
     for i, name in enumerate(NAMES):
         own = random_scores(20 + i)
         scores = {key: own[key] if name == "three" else 0.2 * own[key] + alike[key] for key in own}
         behavior = save_scores(f"{name}.safetensors", scores)
         Pruning(general, behavior, num_neurons=8, min_strength=-1e9).prune(Path(name))
-        found.append(Path(name) / "neurons.json")
-    return found
 
 
 def compare(*args: Any, **options: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluation import zero_shot
 from sparc3_lightning.evaluation.controls import Controls
-from sparc3_lightning.evaluation.generation import Sampling, SamplingOptions
+from sparc3_lightning.evaluation.generation import Sampling, SamplingOptions, continue_prompts
 from sparc3_lightning.evaluation.zero_shot import ZeroShot
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, mask
@@ -33,6 +33,7 @@ from sparc3_lightning.stages import evaluate
 from sparc3_lightning.stages.evaluate import COMPLETIONS, REPORT, RESULTS, Evaluation
 
 UP = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+EVERY_SECOND = [Component(name, index, -1.0 - index) for name in UP for index in range(0, 24, 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +50,36 @@ def input_files(tmp_path):
 @pytest.fixture
 def neurons(tiny_checkpoint) -> Path:
     """Every second neuron of both layers, found on the first two prompts."""
-    chosen = [Component(name, index, -1.0 - index) for name in UP for index in range(0, 24, 2)]
-    return save_neurons(tiny_checkpoint, chosen)
+    return save_neurons(tiny_checkpoint, EVERY_SECOND)
+
+
+class Measured(NamedTuple):
+    """An evaluation without options, and what it wrote; a test leaves all of it as it is."""
+
+    model: Evaluation
+    results: dict[str, Any]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def both(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """The model as it is, and without every second neuron."""
+    return measured_in(tmp_path_factory.mktemp("both"), tiny_checkpoint, EVERY_SECOND)
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """The model as it is alone."""
+    return measured_in(tmp_path_factory.mktemp("baseline"), tiny_checkpoint)
+
+
+def measured_in(folder: Path, checkpoint: str, chosen: list[Component] | None = None) -> Measured:
+    write_inputs(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        model = evaluation(checkpoint, save_neurons(checkpoint, chosen) if chosen else None)
+        return Measured(model, run(model), folder / "out")
 
 
 @pytest.fixture
@@ -143,20 +172,19 @@ def by_prompt(rows, name: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.usefixtures("without_a_report")
-def test_the_same_evaluation_twice_gives_the_same_numbers(tiny_checkpoint, neurons):
-    first = run(evaluation(tiny_checkpoint, neurons), folder="one")
-    second = run(evaluation(tiny_checkpoint, neurons), folder="two")
-    assert first == second
-    assert Path("one", COMPLETIONS).read_text() == Path("two", COMPLETIONS).read_text()
+def test_the_same_evaluation_twice_gives_the_same_numbers(both, tiny_checkpoint, neurons):
+    assert run(evaluation(tiny_checkpoint, neurons)) == both.results
+    assert Path("out", COMPLETIONS).read_text() == (both.folder / COMPLETIONS).read_text()
 
 
-def test_another_seed_draws_other_continuations_and_measures_the_same_perplexity(tiny_checkpoint, monkeypatch):
-    one = run(evaluation(tiny_checkpoint), folder="one")
+def test_another_seed_draws_other_continuations_and_measures_the_same_perplexity(
+    baseline, tiny_checkpoint, monkeypatch
+):
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
-    two = run(evaluation(tiny_checkpoint), folder="two")
-    assert one["baseline"]["perplexity"] == two["baseline"]["perplexity"]
-    assert [r["continuation"] for r in completions("one")] != [r["continuation"] for r in completions("two")]
-    assert [r["prompt"] for r in completions("one")] == [r["prompt"] for r in completions("two")]
+    results, of_seed_0 = run(evaluation(tiny_checkpoint)), completions(baseline.folder)
+    assert results["baseline"]["perplexity"] == baseline.results["baseline"]["perplexity"]
+    assert [r["continuation"] for r in completions()] != [r["continuation"] for r in of_seed_0]
+    assert [r["prompt"] for r in completions()] == [r["prompt"] for r in of_seed_0]
 
 
 @pytest.mark.usefixtures("without_a_report")
@@ -199,10 +227,9 @@ def test_perplexity_is_that_of_the_loop_with_labels(tiny_checkpoint):
         assert results["baseline"][key] == pytest.approx(math.exp(nats / count), rel=1e-5)
 
 
-def test_one_convention_alone_is_called_perplexity(tiny_checkpoint):
-    both = run(evaluation(tiny_checkpoint), folder="both")
-    alone = run(evaluation(tiny_checkpoint), data(conventions=["disjoint"]), "alone")
-    assert alone["baseline"]["perplexity"] == both["baseline"]["perplexity_disjoint"]
+def test_one_convention_alone_is_called_perplexity(baseline, tiny_checkpoint):
+    alone = run(evaluation(tiny_checkpoint), data(conventions=["disjoint"]))
+    assert alone["baseline"]["perplexity"] == baseline.results["baseline"]["perplexity_disjoint"]
     assert "perplexity_disjoint" not in alone["baseline"]
 
 
@@ -220,14 +247,14 @@ def test_perplexity_of_a_single_window_has_no_interval_anywhere(tiny_checkpoint,
     assert not any(re.search(r"\bnan\b", text) for text in (*texts, model.summary(), results["verdict"]))
 
 
-def test_without_neurons_only_the_model_as_it_is_is_measured(tiny_checkpoint):
-    results = run(evaluation(tiny_checkpoint))
+def test_without_neurons_only_the_model_as_it_is_is_measured(baseline):
+    results = baseline.results
     assert "pruned" not in results
     assert "change" not in results
     assert results["num_neurons"] == 0
     assert results["baseline"]["num_prompts"] == 10
-    assert {row["model"] for row in completions()} == {"baseline"}
-    assert not Path("out", REPORT).exists()
+    assert {row["model"] for row in completions(baseline.folder)} == {"baseline"}
+    assert not (baseline.folder / REPORT).exists()
 
 
 @pytest.mark.usefixtures("without_a_report")
@@ -245,23 +272,21 @@ def test_the_baseline_does_not_depend_on_which_neurons_are_measured_beside_it(ti
 
 
 @pytest.mark.usefixtures("without_a_report")
-def test_the_masked_model_measures_as_the_exported_checkpoint_does(tiny_checkpoint, neurons):
-    both = run(evaluation(tiny_checkpoint, neurons), folder="both")
+def test_the_masked_model_measures_as_the_exported_checkpoint_does(both, tiny_checkpoint, neurons):
     export_pruned(Checkpoint(tiny_checkpoint), NeuronList.load(neurons).neurons, Path("pruned"), dtype=torch.float32)
     # The same prompts: the first two are those that were attributed on.
     rows = [{"text": text, "toxicity": 0.95} for text in PROMPTS[2:]]
     Path("left.jsonl").write_text("\n".join(map(json.dumps, rows)))
     alone = run(evaluation("pruned"), data(source="left.jsonl"), "alone")
-    del both["pruned"]["kl"]  # of the model as it is there is none
-    assert alone["baseline"] == pytest.approx(both["pruned"], rel=1e-5)
-    masked = {r["prompt_id"]: r["continuation"] for r in completions("both") if r["model"] == "pruned"}
+    pruned = {name: value for name, value in both.results["pruned"].items() if name != "kl"}
+    assert alone["baseline"] == pytest.approx(pruned, rel=1e-5), "kl is not of a model as it is"
+    masked = {r["prompt_id"]: r["continuation"] for r in completions(both.folder) if r["model"] == "pruned"}
     assert {r["prompt_id"]: r["continuation"] for r in completions("alone")} == masked
 
 
 @pytest.mark.usefixtures("without_a_report")
-def test_the_model_is_unchanged_after_the_evaluation(tiny_checkpoint, neurons):
-    model = evaluation(tiny_checkpoint, neurons)
-    run(model)
+def test_the_model_is_unchanged_after_the_evaluation(both, tiny_checkpoint, neurons):
+    model = both.model
     fresh = load_model(tiny_checkpoint, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(model.model.parameters(), fresh.parameters(), strict=True))
     input_ids = torch.tensor([[1, 5, 9, 13]])
@@ -746,21 +771,29 @@ def test_a_single_option_overrides_the_protocol_and_leaves_the_rest_of_it(tiny_c
 # After a break.
 
 
-class Breaks(Evaluation):
-    """Counts the batches of prompts each model continues, and breaks off at one of them."""
+class Noting(Evaluation):
+    """Notes the prompts of a batch each time that a model continues them."""
 
-    at: int | None = None
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        if dataloader_idx == 1:
+            self.prompts = [prompt.id for prompt in batch["prompts"]]
+        super().test_step(batch, batch_idx, dataloader_idx)
 
-    def _measure_toxicity(self, variant, batch):
-        self.batches = getattr(self, "batches", [])
-        if len(self.batches) == self.at:
-            raise KeyboardInterrupt
-        self.batches.append((variant.name, [prompt.id for prompt in batch["prompts"]]))
-        super()._measure_toxicity(variant, batch)
+    def note(self, patch: pytest.MonkeyPatch, break_at: int | None = None) -> None:
+        """Begin to take notes, and break off at a batch."""
+        self.continued: list[list[str]] = []
+
+        def noting(*args: Any, **options: Any) -> Any:
+            if len(self.continued) == break_at:
+                raise KeyboardInterrupt
+            self.continued.append(self.prompts)
+            return continue_prompts(*args, **options)
+
+        patch.setattr(evaluate, "continue_prompts", noting)
 
 
-def break_off(model: Evaluation, of: EvaluationData, at: int) -> None:
-    model.at = at
+def break_off(model: Noting, of: EvaluationData, at: int, patch: pytest.MonkeyPatch) -> None:
+    model.note(patch, at)
     with pytest.raises(SystemExit):  # what Lightning makes of an interrupt
         run(model, of)
     assert not Path("out", RESULTS).exists()
@@ -768,20 +801,24 @@ def break_off(model: Evaluation, of: EvaluationData, at: int) -> None:
 
 
 @pytest.mark.usefixtures("without_a_report")
-def test_an_evaluation_of_several_models_that_broke_off_keeps_what_every_model_has_continued(tiny_checkpoint):
+def test_an_evaluation_of_several_models_that_broke_off_keeps_what_every_model_has_continued(
+    tiny_checkpoint, monkeypatch
+):
     neurons = save_neurons(tiny_checkpoint, PRUNED, next=NEXT, least_relevant=LEAST)
-    options = {"kind": Breaks, "controls": Controls(1, 1), "doses": [2], "num_continuations": 2}
+    options = {"kind": Noting, "controls": Controls(1, 1), "doses": [2], "num_continuations": 2}
     whole = evaluation(tiny_checkpoint, neurons, **options)
+    whole.note(monkeypatch)
     expected = run(whole, data(2), "whole")
-    assert len(whole.batches) == 6 * 4
+    assert len(whole.continued) == 6 * 4
     # In the middle of the third batch, after the fourth of the six models.
-    break_off(evaluation(tiny_checkpoint, neurons, **options), data(2), 6 * 2 + 4)
+    break_off(evaluation(tiny_checkpoint, neurons, **options), data(2), 6 * 2 + 4, monkeypatch)
     again = evaluation(tiny_checkpoint, neurons, **options)
+    again.note(monkeypatch)
     assert run(again, data(2)) == expected
     assert completions() == completions("whole")
-    kept = {prompt for _, prompts in whole.batches[:12] for prompt in prompts}
-    assert again.batches == [batch for batch in whole.batches if not kept & set(batch[1])]
-    assert len(again.batches) == 12
+    kept = {prompt for prompts in whole.continued[:12] for prompt in prompts}
+    assert again.continued == [prompts for prompts in whole.continued if not kept & set(prompts)]
+    assert len(again.continued) == 12
     assert not list(Path("out").glob("unfinished-*"))
 
 
@@ -797,7 +834,7 @@ def left_over(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) ->
         patch.chdir(folder)
         patch.setenv("PL_GLOBAL_SEED", "0")
         neurons = save_neurons(tiny_checkpoint, PRUNED, next=NEXT, least_relevant=LEAST)
-        break_off(evaluation(tiny_checkpoint, neurons, kind=Breaks, **OPTIONS), data(2), 7)
+        break_off(evaluation(tiny_checkpoint, neurons, kind=Noting, **OPTIONS), data(2), 7, patch)
         return Path("out/unfinished-0.jsonl").read_text()
 
 
@@ -1078,9 +1115,7 @@ def test_a_neurons_json_that_is_missing_or_foreign_is_refused_at_once(tiny_check
         evaluation(tiny_checkpoint, Path("foreign.json"))
 
 
-def test_the_summary_is_the_table_and_the_paths(tiny_checkpoint, neurons):
-    model = evaluation(tiny_checkpoint, neurons)
-    run(model)
-    summary = model.summary()
+def test_the_summary_is_the_table_and_the_paths(both):
+    summary = both.model.summary()
     for words in ("before", "after", "Perplexity", "Mean toxicity", "out/results.json", "out/report.html"):
         assert words in summary

@@ -42,8 +42,21 @@ def as_if_from_a_shell(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def input_files(tmp_path, tiny_checkpoint) -> None:
-    """A neurons.json of 5 neurons, as sparc3 prune writes it, that ranks 12; a text, prompts and a config."""
+def input_files(shared_inputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(shared_inputs, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def shared_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: str) -> Path:
+    """Two neurons.json, as sparc3 prune writes them, that rank 12; a text, prompts and a config."""
+    folder = tmp_path_factory.mktemp("inputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_inputs(tiny_checkpoint)
+    return folder
+
+
+def write_inputs(tiny_checkpoint: str) -> None:
     of = {
         "checkpoint": tiny_checkpoint,
         "checkpoint_fingerprint": Checkpoint(tiny_checkpoint).fingerprint,
@@ -55,11 +68,12 @@ def input_files(tmp_path, tiny_checkpoint) -> None:
         draw = torch.Generator().manual_seed(seed)
         scores = {module: torch.rand(24, generator=draw) / (1 + seed) for module in MODULES}
         ScoreFile(scores, Provenance(**of)).save(Path(f"{name}.safetensors"))
-    pruning = Pruning([Path("general.safetensors")], Path("behavior.safetensors"), num_neurons=5, num_ranked=12)
-    pruning.prune(tmp_path / "pruned")
-    (tmp_path / "text.txt").write_text("\n".join(sentence(i, 20) for i in range(6)) + "\n")
+    scores = [Path("general.safetensors")], Path("behavior.safetensors")
+    Pruning(*scores, num_neurons=5, num_ranked=12).prune(Path("pruned"))
+    Pruning(*scores, selection="ratio", num_neurons=7, num_ranked=12).prune(Path("other"))
+    Path("text.txt").write_text("\n".join(sentence(i, 20) for i in range(6)) + "\n")
     rows = [{"text": sentence(100 + i, 3 + i % 7), "toxicity": 0.95} for i in range(8)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     model = {
         "checkpoint": tiny_checkpoint,
         "neurons": "pruned/neurons.json",
@@ -72,7 +86,7 @@ def input_files(tmp_path, tiny_checkpoint) -> None:
     }
     trainer = {"accelerator": "cpu", "enable_progress_bar": False}
     config = {"trainer": trainer, "model": model, "data": data}
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config))
+    Path("sweep.yaml").write_text(yaml.safe_dump(config))
 
 
 def sweep(*options: str) -> tuple[dict[str, Any], Path]:
@@ -190,18 +204,11 @@ def test_by_default_ten_to_a_thousand_neurons_are_switched_off_and_damped_withou
 # Several lists.
 
 
-@pytest.fixture
-def lists() -> str:
-    """A second list beside the first, by another selection and with another number of neurons."""
-    pruning = Pruning(
-        [Path("general.safetensors")], Path("behavior.safetensors"), selection="ratio", num_neurons=7, num_ranked=12
-    )
-    pruning.prune(Path("other"))
-    return "[pruned/neurons.json, other/neurons.json]"
+LISTS = "[pruned/neurons.json, other/neurons.json]"  # the second by another selection, of another number of neurons
 
 
-def test_every_list_is_measured_as_it_stands_and_compared_by_its_front(lists, monkeypatch):
-    results, folder = sweep("--model.neurons", lists, "--model.doses", "[]")
+def test_every_list_is_measured_as_it_stands_and_compared_by_its_front(monkeypatch):
+    results, folder = sweep("--model.neurons", LISTS, "--model.doses", "[]")
     points = {point["selection"]: point for point in results["doses"]}
     assert [(of["name"], of["num_neurons"]) for of in points.values()] == [("pruned", 5), ("ratio", 7)]
     assert list(points) == ["difference", "ratio"] == list(results["fronts"])
@@ -218,7 +225,7 @@ def test_every_list_is_measured_as_it_stands_and_compared_by_its_front(lists, mo
     assert alone["pruned"]["toxicity_mean"] == points["ratio"]["toxicity_mean"]
 
 
-def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike(lists):
+def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike():
     paths = [Path("pruned/neurons.json"), Path("other/neurons.json")]
 
     def names(of: list[Path], **options: Any) -> list[str]:
@@ -236,9 +243,9 @@ def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike(lis
         names([paths[0], Path("again/pruned/neurons.json")])
 
 
-def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other_prompts(lists, monkeypatch):
+def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other_prompts(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
-    grid = ["--model.neurons", lists, "--model.doses", "[2, 12]", "--model.strengths", "[1, 0.5]"]
+    grid = ["--model.neurons", LISTS, "--model.doses", "[2, 12]", "--model.strengths", "[1, 0.5]"]
     results, _ = sweep(*grid)
     rises = sorted(point["perplexity_percent"]["value"] / 100 for point in results["doses"])
     budget = rises[len(rises) // 2]
@@ -281,9 +288,9 @@ def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path)
     assert {neuron.strength for neuron in chosen.neurons + chosen.next} == {0.125}
 
 
-def test_nothing_is_chosen_where_nothing_is_within_the_price(lists, caplog, monkeypatch):
+def test_nothing_is_chosen_where_nothing_is_within_the_price(caplog, monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     with caplog.at_level("INFO"):
-        _, folder = sweep("--model.neurons", lists, "--model.doses", "[]", "--model.max_perplexity_increase", "-0.99")
+        _, folder = sweep("--model.neurons", LISTS, "--model.doses", "[]", "--model.max_perplexity_increase", "-0.99")
     assert "Nothing was measured whose perplexity rises by at most -99 %" in caplog.text
     assert not (folder / "chosen").exists()
