@@ -1,5 +1,6 @@
 """What tests of several rooms share: tiny models of every family by their configs, names of layers, and sentences."""
 
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -81,3 +82,14 @@ def fail_if_masked(model: Any, neurons: list[Any]) -> None:
 
     with mask(model, neurons):
         pytest.fail("the block was entered")
+
+
+def changed(value: Any, path: str, to: Any) -> Any:
+    """Return a copy of dataclasses, dicts and lists in which something else lies at a path such as ``doses/0/kl``."""
+    key, _, rest = path.partition("/")
+    if is_dataclass(value):
+        return replace(value, **{key: changed(getattr(value, key), rest, to) if rest else to})
+    place: Any = int(key) if isinstance(value, list) else key
+    copy = value.copy()
+    copy[place] = changed(value[place], rest, to) if rest else to
+    return copy

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import changed
 from PIL import Image
 from test_figures import SELECTION
 from test_page import NEURONS, Words, made_up
@@ -59,8 +60,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_differential(SELECTION, folder / "differential.png")
     (folder / "config.yaml").write_text("seed_everything: 0\nsource: " + "a/long/path" * 30 + "\n")
     results, rows = made_up()
-    results["checkpoint"] = "/a/folder/with/a/long/name" * 6 + "/A-Model-" + "x" * 60
-    results["protocol"]["perplexity"]["text"] = "pypi:a==1/" + "folder/" * 20 + "text.txt"
+    results = changed(results, "checkpoint", "/a/folder/with/a/long/name" * 6 + "/A-Model-" + "x" * 60)
+    results = changed(results, "protocol/perplexity/text", "pypi:a==1/" + "folder/" * 20 + "text.txt")
     for row in rows:
         row["continuation"] += " " + "o" * 200 + " stupid" * 5
     write_report(folder / "report.html", results, rows, NEURONS, folder, Words())

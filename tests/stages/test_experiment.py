@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import yaml
 from helpers import sentence
 from safetensors.torch import load_file, save_file
+from test_page import made_up
 
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import ScoreFile
@@ -91,10 +93,7 @@ def verbs_pretended(monkeypatch) -> list[str]:
         where = yaml.safe_load(config.read_text())["trainer"]["logger"]["init_args"]
         folder = Path(where["save_dir"], where["name"], where["version"])
         folder.mkdir(parents=True)
-        figures = {"perplexity": 2.0, "toxicity_mean": 0.5}
-        results = {"baseline": figures, "pruned": figures, "change": {}}
-        results |= {"groups": {}, "perplexity_interval": {"baseline": {}, "pruned": {}}}
-        (folder / outputs[verb]).write_text(json.dumps(results))
+        (folder / outputs[verb]).write_text(made_up()[0].to_json())
         (folder / "report.html").touch()
 
     monkeypatch.setattr(cli, "_run_stage", pretend)
@@ -124,9 +123,10 @@ def test_one_command_carries_out_the_whole_experiment(verbs_run, tiny_checkpoint
     assert results["num_neurons"] == 6
     assert results["checkpoint"] == tiny_checkpoint
     assert results["num_failed"] == 0
-    assert {"perplexity", "toxicity_mean"} <= set(results["baseline"])
-    assert {"perplexity", "toxicity_mean"} <= set(results["pruned"])
-    assert set(results["change"]) == {"perplexity_percent", "toxicity_percent"}
+    for model in ("baseline", "pruned"):
+        assert math.isfinite(results[model]["perplexity"]["sliding"]["value"])
+        assert 0 <= results[model]["groups"]["toxic"]["behavior_mean"] <= 1
+    assert set(results["change"]) == {"perplexity_percent", "behavior_percent"}
     assert "<html" in (folder / "report.html").read_text()
     stages = json.loads((folder / "experiment.json").read_text())["stages"]
     assert list(stages) == ["general_0", "general_1", "behavior", "neurons", "evaluation"]
@@ -452,8 +452,9 @@ def test_an_evaluation_whose_change_is_not_known_can_be_gathered(verbs_pretended
     stage = Path(json.loads((folder / "experiment.json").read_text())["stages"]["evaluation"])
     results = json.loads((stage / "results.json").read_text())
     interval = {"value": None, "low": None, "high": None}
-    results["change"] = {"perplexity_percent": 1.5, "toxicity_percent": None}
-    results["perplexity_interval"] = {name: {"sliding": interval} for name in ("baseline", "pruned")}
+    results["change"] = {"perplexity_percent": 1.5, "behavior_percent": None}
+    for name in ("baseline", "pruned"):
+        results[name]["perplexity"] = {"sliding": interval}
     results["perplexity_change"] = {"sliding": interval}
     (stage / "results.json").write_text(json.dumps(results))
     verbs_pretended.clear()
