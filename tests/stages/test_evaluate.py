@@ -332,8 +332,10 @@ def test_the_masked_model_measures_as_the_exported_checkpoint_does(tiny_checkpoi
     rows = [{"text": text, "toxicity": 0.95} for text in PROMPTS[2:]]
     Path("left.jsonl").write_text("\n".join(map(json.dumps, rows)))
     alone = run(evaluation("pruned"), data(source="left.jsonl"), "alone")
-    del both["pruned"]["kl"]  # of the model as it is there is none
-    assert alone["baseline"] == pytest.approx(both["pruned"], rel=1e-5)
+    measured, expected = flat(alone["baseline"]), flat(both["pruned"])
+    assert measured.pop("/kl") is None
+    del expected["/kl"]  # of the model as it is there is none
+    assert measured == pytest.approx(expected, rel=1e-5)
     masked = {r["prompt_id"]: r["continuation"] for r in completions("both") if r["model"] == "pruned"}
     assert {r["prompt_id"]: r["continuation"] for r in completions("alone")} == masked
 
