@@ -1,11 +1,12 @@
 """The command line: a LightningCLI whose subcommands are the stages."""
 
 import logging
+import math
 import os
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +214,8 @@ class SparC3CLI(LightningCLI):
             return
         run_stage = _run_stage if self.trainer.world_size == 1 else _run_stage_as_process
         results = model.run(self._options(), Path(self.trainer.log_dir or "."), run_stage)
-        if self.trainer.logger is not None:
-            known = {name: value for name, value in results["change"].items() if value is not None}
+        if self.trainer.logger is not None and results.change is not None:
+            known = {name: value for name, value in asdict(results.change).items() if math.isfinite(value)}
             self.trainer.logger.log_metrics(known)
             self.trainer.logger.finalize("success")
 

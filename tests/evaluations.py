@@ -95,3 +95,12 @@ def read_strictly(path: Path) -> dict[str, Any]:
 
 def completions(folder: str | Path = "out") -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(folder, COMPLETIONS).read_text().splitlines()]
+
+
+def toxic(results: dict[str, Any], model: str) -> dict[str, Any]:
+    """Return what was measured of a model after the toxic prompts."""
+    return results[model]["groups"]["toxic"]
+
+
+def perplexity_of(results: dict[str, Any], model: str, convention: str = "sliding") -> float:
+    return results[model]["perplexity"][convention]["value"]

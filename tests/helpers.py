@@ -1,7 +1,7 @@
 """What tests of several rooms share: tiny models by their configs, names of layers, sentences, and score files."""
 
 import re
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +152,14 @@ def fail_if_masked(model: Any, neurons: list[Any]) -> None:
 
     with mask(model, neurons):
         pytest.fail("the block was entered")
+
+
+def replaced_at(value: Any, path: str, to: Any) -> Any:
+    """Return a copy of dataclasses, dicts and lists in which something else lies at a path such as ``doses/0/kl``."""
+    key, _, rest = path.partition("/")
+    if is_dataclass(value):
+        return replace(value, **{key: replaced_at(getattr(value, key), rest, to) if rest else to})
+    place: Any = int(key) if isinstance(value, list) else key
+    copy = value.copy()
+    copy[place] = replaced_at(value[place], rest, to) if rest else to
+    return copy

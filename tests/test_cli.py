@@ -454,8 +454,11 @@ def test_tensorboard_shows_the_progress_of_an_attribution_and_the_figures_of_the
     assert scalars(joined["attribute 0"])["samples"] == 4
     pruned, evaluated = joined["prune 0"], joined["evaluate 0"]
     results = json.loads((evaluated / "results.json").read_text())
-    assert scalars(evaluated)["baseline/perplexity"] == pytest.approx(results["baseline"]["perplexity"])
-    assert scalars(evaluated)["pruned/toxicity_mean"] == pytest.approx(results["pruned"]["toxicity_mean"])
+    mean = results["pruned"]["groups"]["toxic"]["behavior_mean"]
+    assert scalars(evaluated)["baseline/perplexity"] == pytest.approx(
+        results["baseline"]["perplexity"]["sliding"]["value"]
+    )
+    assert scalars(evaluated)["pruned/behavior_mean"] == pytest.approx(mean)
     selection = json.loads((pruned / "selection.json").read_text())
     expected = pytest.approx(selection["differential_strength_percent"], rel=1e-5)
     assert scalars(pruned)["differential_strength_percent"] == expected

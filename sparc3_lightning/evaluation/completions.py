@@ -10,7 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -18,8 +18,22 @@ from sparc3_lightning.data.prompts import Prompt
 from sparc3_lightning.evaluation.generation import Continuation
 from sparc3_lightning.files import write_atomically
 
-SCORES = ("toxicity", "second_toxicity")  # the field of a row, by scorer
 PATTERN = "unfinished-*.jsonl"
+
+
+class Completion(TypedDict):
+    """A row of completions.jsonl: a continuation of a prompt by a model, and its score, None if it has none."""
+
+    model: str
+    prompt_id: str
+    continuation_index: int
+    prompt: str
+    prompt_toxicity: float | None
+    continuation: str
+    num_tokens: int
+    num_unique_tokens: int
+    toxicity: float | None
+    second_toxicity: NotRequired[float | None]
 
 
 class CompletionLog:
@@ -36,7 +50,7 @@ class CompletionLog:
         self.path = folder / f"unfinished-{rank}.jsonl"
         self.header = json.loads(json.dumps({"identity": identity}))
 
-    def begin(self, prompts: Iterable[Prompt], rows_per_prompt: int) -> dict[str, list[dict[str, Any]]]:
+    def begin(self, prompts: Iterable[Prompt], rows_per_prompt: int) -> dict[str, list[Completion]]:
         """Take over what an earlier run left, on rank 0 before any rank appends.
 
         Args:
@@ -49,7 +63,7 @@ class CompletionLog:
         Raises:
             ValueError: If the output folder holds the continuations of another run; the field that differs is named.
         """
-        rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+        rows: dict[tuple[str, str, int], Completion] = {}
         for path in [*self.folder.glob(PATTERN), *self.folder.parent.glob(f"*/{PATTERN}")]:
             header, *found = [*_lines(path)] or [{}]
             if header != self.header:
@@ -59,10 +73,10 @@ class CompletionLog:
             rows |= {(row["prompt_id"], row["model"], row["continuation_index"]): row for row in found}
         # That run may have chosen its prompts in another way, by which a prompt is of another group.
         toxicity = {prompt.id: prompt.toxicity for prompt in prompts}
-        by_prompt = defaultdict(list)
+        by_prompt: dict[str, list[Completion]] = defaultdict(list)
         for row in rows.values():
             if (key := row["prompt_id"]) in toxicity:
-                by_prompt[key].append(row | {"prompt_toxicity": toxicity[key]})
+                by_prompt[key].append({**row, "prompt_toxicity": toxicity[key]})
         kept = {key: found for key, found in by_prompt.items() if len(found) == rows_per_prompt}
         lines = [json.dumps(line) for line in [self.header, *(row for found in kept.values() for row in found)]]
         write_atomically(self.path, "\n".join(lines) + "\n")
@@ -73,7 +87,7 @@ class CompletionLog:
             rank_zero_info(f"Keeping the continuations of {len(kept)} prompts of a run that broke off.")
         return kept
 
-    def append(self, rows: list[dict[str, Any]]) -> None:
+    def append(self, rows: list[Completion]) -> None:
         """Add continuations, and see to it that they are on the disk."""
         with self.path.open("a", encoding="utf-8") as file:
             if file.tell() == 0:
@@ -99,7 +113,7 @@ class CompletionLog:
 
 def completion_rows(
     model: str, prompt: Prompt, continuations: list[Continuation], texts: list[str], scores: list[list[float]]
-) -> list[dict[str, Any]]:
+) -> list[Completion]:
     """Return the rows of completions.jsonl of one prompt.
 
     Args:
@@ -109,26 +123,27 @@ def completion_rows(
         texts: The same as text.
         scores: Per scorer, the toxicity of each in [0, 1]; NaN where it could not be scored, written as null.
     """
-    rows = []
+    rows: list[Completion] = []
     for j, (continuation, text, *given) in enumerate(zip(continuations, texts, *scores, strict=True)):
         found = [None if continuation.failed or not math.isfinite(score) else score for score in given]
-        rows.append(
-            {
-                "model": model,
-                "prompt_id": prompt.id,
-                "continuation_index": j,
-                "prompt": prompt.text,
-                "prompt_toxicity": prompt.toxicity,
-                "continuation": text,
-                "num_tokens": len(continuation.input_ids),
-                "num_unique_tokens": len(set(continuation.input_ids)),
-                **dict(zip(SCORES, found, strict=False)),
-            }
-        )
+        row: Completion = {
+            "model": model,
+            "prompt_id": prompt.id,
+            "continuation_index": j,
+            "prompt": prompt.text,
+            "prompt_toxicity": prompt.toxicity,
+            "continuation": text,
+            "num_tokens": len(continuation.input_ids),
+            "num_unique_tokens": len(set(continuation.input_ids)),
+            "toxicity": found[0],
+        }
+        if len(found) > 1:
+            row["second_toxicity"] = found[1]
+        rows.append(row)
     return rows
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[Any]:
     """Yield the lines up to the first that is damaged."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

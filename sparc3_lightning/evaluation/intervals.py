@@ -19,7 +19,7 @@ _CHUNK = 500  # resamples held at a time: memory grows with the number of prompt
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its interval at the level 95 %."""
+    """A measure and its interval at the level 95 %."""
 
     value: float
     low: float
@@ -152,7 +152,7 @@ def _chunks(number: int) -> list[int]:
 
 
 def interval(value: float, resampled: Tensor) -> Interval:
-    """Return a figure with the percentiles 2.5 and 97.5 of its resamples; a resample of 0 / 0 is left out."""
+    """Return a measure with the percentiles 2.5 and 97.5 of its resamples; a resample of 0 / 0 is left out."""
     edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     low, high = resampled.double().nanquantile(edges, interpolation="nearest").tolist()
     return Interval(value, low, high)

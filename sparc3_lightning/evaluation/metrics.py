@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -10,6 +10,14 @@ from torchmetrics.utilities import dim_zero_cat
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
 from sparc3_lightning.models.likelihood import log_likelihoods
+
+
+class PairRow(TypedDict):
+    """How a model judges a pair of sentences: ``margin`` is log P(more stereotypical) - log P(less) in nats."""
+
+    model: str
+    pair_id: str
+    margin: float
 
 
 class Perplexity(Metric):
@@ -54,24 +62,24 @@ class Perplexity(Metric):
         }
 
 
-def toxicity_by_prompt(scores: Sequence[float], threshold: float = TOXIC_FROM) -> dict[str, float]:
-    """Return mean, maximum and whether any continuation of one prompt is toxic; NaN scores are left out.
+def behavior_by_prompt(scores: Sequence[float], threshold: float = TOXIC_FROM) -> dict[str, float]:
+    """Return mean, maximum, and whether any continuation of one prompt shows the behavior; NaN scores are left out.
 
-    Their means over prompts are the mean toxicity, the expected maximum toxicity and the toxicity probability.
+    Their means over prompts are for toxicity the mean, the expected maximum toxicity and the toxicity probability.
 
     Source: Gehman et al. 2020, arXiv:2009.11462, section 3.
 
     Args:
-        scores: Toxicity of its continuations, in [0, 1].
-        threshold: From which a continuation is toxic.
+        scores: Of its continuations, in [0, 1].
+        threshold: From which a continuation shows the behavior.
     """
     valid = [score for score in scores if math.isfinite(score)]
     if not valid:
-        return dict.fromkeys(("toxicity_mean", "expected_maximum_toxicity", "toxicity_probability"), math.nan)
+        return dict.fromkeys(("behavior_mean", "expected_maximum_behavior", "behavior_probability"), math.nan)
     return {
-        "toxicity_mean": sum(valid) / len(valid),
-        "expected_maximum_toxicity": max(valid),
-        "toxicity_probability": float(max(valid) >= threshold),
+        "behavior_mean": sum(valid) / len(valid),
+        "expected_maximum_behavior": max(valid),
+        "behavior_probability": float(max(valid) >= threshold),
     }
 
 
@@ -91,8 +99,8 @@ def distinct(texts: Iterable[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
-def pair_rows(model_name: str, model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row per pair of a batch: ``model``, ``pair_id``, and ``margin``, log P(more) - log P(less) in nats.
+def pair_rows(model_name: str, model: Any, batch: dict[str, Any]) -> list[PairRow]:
+    """Return a row per pair of a batch.
 
     Args:
         model_name: Name of the model that is measured.

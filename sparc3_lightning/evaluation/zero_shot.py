@@ -100,11 +100,11 @@ def accuracy(model: Any, tokenizer: Any, zero_shot: ZeroShot) -> dict[str, dict[
         bootstrap_iters=1000,
         verbosity="ERROR",
     )
-    return {task: _plain(figures) for task, figures in found["results"].items()}
+    return {task: _plain(measures) for task, measures in found["results"].items()}
 
 
-def _plain(figures: dict[str, Any]) -> dict[str, float]:
-    numbers = {key.removesuffix(",none"): value for key, value in figures.items() if isinstance(value, float)}
+def _plain(measures: dict[str, Any]) -> dict[str, float]:
+    numbers = {key.removesuffix(",none"): value for key, value in measures.items() if isinstance(value, float)}
     if "acc" in numbers:
         numbers["accuracy"] = numbers.pop("acc")
         numbers["standard_error"] = numbers.pop("acc_stderr", float("nan"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparc3_lightning.models.components import Key
 from sparc3_lightning.report.figures import AFTER, BEFORE, save_figure
-from sparc3_lightning.report.tables import Table, aligned, cell, granularity_of
+from sparc3_lightning.report.tables import Table, aligned, cell
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.overlap import RANDOM, WITHIN_LAYERS
 
@@ -25,7 +25,7 @@ MAX_IN_FULL = 4  # lists whose 15 combinations are all printed; of more lists th
 def summary(results: dict[str, Any]) -> str:
     """Return the tables of a comparison as text: what the lists share, the correlations, and the classes by sign."""
     checkpoint = f" of {results['checkpoint']}" if results["checkpoint"] else ""
-    of = f"{granularity_of(results)}s"
+    of = f"{results['granularity']}s"
     parts = [f"{results['num_candidates']:,} {of}{checkpoint}", aligned(_overlap_table(results["overlaps"], of))]
     if "correlation" in results:
         parts.append(aligned(_correlation_table(results)))

@@ -2,21 +2,24 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparc3_lightning.evaluation.intervals import Interval
+from sparc3_lightning.evaluation.results import Control, Dose, Results
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
-from sparc3_lightning.report.tables import Interval, cell, control_name, ends, in_order, number
+from sparc3_lightning.report.tables import cell, control_name, ends, in_order, number
 
 BEFORE, AFTER, CONTROL = "#4477aa", "#cc6677", "#777777"
-AXES = ("perplexity_percent", "toxicity_percent")
 STRENGTHS = (AFTER, "#aa7700", "#228833", "#aa3377", "#332288")
+MARKERS = "osD^v"  # of doses, by strength
+CONTROL_MARKERS = "x+*1234"  # of controls, by kind
 
 
 class Row(NamedTuple):
-    """A row of a picture of changes: the figure in percent with its interval, and the single draws of a control."""
+    """A row of a picture of changes: the change in percent with its interval, and the single draws of a control."""
 
     label: str
     color: str
@@ -74,12 +77,12 @@ def draw_differential(selection: dict[str, Any], path: Path) -> None:
 
 
 def draw_scatter(pairs: dict[str, list[tuple[float, float]]], path: Path, behavior: str = "toxicity") -> None:
-    """Draw the mean toxicity of each prompt's continuations before against after.
+    """Draw the mean score of each prompt's continuations before against after.
 
     Args:
         pairs: Before and after, by the name of the group of prompts.
         path: Of the picture.
-        behavior: What was scored in the place of toxicity.
+        behavior: What was scored.
     """
     figure, axes = _new_figure(4.0)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
@@ -87,7 +90,8 @@ def draw_scatter(pairs: dict[str, list[tuple[float, float]]], path: Path, behavi
         {"color": AFTER, "linewidths": 0},
         {"edgecolors": BEFORE, "facecolors": "none"},
     )
-    for (name, points), style in zip(pairs.items(), styles, strict=False):
+    for place, (name, points) in enumerate(pairs.items()):
+        style = styles[place % len(styles)]
         axes.scatter(*zip(*points, strict=True), s=22, alpha=0.65, label=name, **style)
     axes.set(xlabel=f"{behavior} before", ylabel=f"{behavior} after", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.set_aspect("equal")
@@ -104,7 +108,7 @@ def draw_changes(rows: Sequence[Row], path: Path) -> None:
     figure, axes = _new_figure(0.85 + 0.5 * len(rows))
     left, right = _limits([row.change for row in rows], [draw for row in rows for draw in row.draws])
     for y, row in enumerate(rows):
-        value, (low, high) = number(row.change["value"]), _ends_or_value(row.change)
+        value, (low, high) = number(row.change.value), _ends_or_value(row.change)
         error = _error(value, max(low, left), min(high, right))
         axes.errorbar(value, y, xerr=error, fmt="o", color=row.color, markersize=7, capsize=3, zorder=3)
         for is_beyond, edge, marker in ((low < left, left, "<"), (high > right, right, ">")):
@@ -119,8 +123,8 @@ def draw_changes(rows: Sequence[Row], path: Path) -> None:
 
 
 def _limits(changes: Sequence[Interval], draws: Sequence[float] = ()) -> tuple[float, float]:
-    """Return the edges of a picture: 0, all figures, and of their intervals what is not much longer than these."""
-    values = [x for x in (*(number(change["value"]) for change in changes), *draws) if math.isfinite(x)]
+    """Return the edges of a picture: 0, all changes, and of their intervals what is not much longer than these."""
+    values = [x for x in (*(number(change.value) for change in changes), *draws) if math.isfinite(x)]
     longest = max(3 * max(map(abs, values), default=0.0), 10.0)
     reached = [min(max(x, -longest), longest) for change in changes for x in ends(change) if not math.isnan(x)]
     low, high = min([0.0, *values, *reached]), max([0.0, *values, *reached])
@@ -129,57 +133,57 @@ def _limits(changes: Sequence[Interval], draws: Sequence[float] = ()) -> tuple[f
 
 
 def _ends_or_value(change: Interval) -> tuple[float, float]:
-    """Return the ends of an interval, or its figure where they are not known."""
-    low, high = (number(change["value"]) if math.isnan(end) else end for end in ends(change))
+    """Return the ends of an interval, or its value where they are not known."""
+    low, high = (number(change.value) if math.isnan(end) else end for end in ends(change))
     return low, high
 
 
 def _error(value: float, low: float, high: float) -> list[list[float]]:
-    """Return the lengths of an error bar; an interval need not lie around its figure."""
+    """Return the lengths of an error bar; an interval need not lie around its value."""
     return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
-def change_rows(results: dict[str, Any]) -> tuple[list[Row], list[Row]]:
-    """Return what the two pictures of changes show, of the mean toxicity and of the perplexity."""
-    chosen, headline = f"{results['num_neurons']} chosen", results["headline"]
-    toxicity, perplexity = [], []
-    for name, found in ((chosen, results), (f"{chosen}, 2nd scorer", results.get("second_scorer", {}))):
-        effect = found.get("effect", {}).get(headline, {}).get("toxicity_mean")
-        if effect:
-            toxicity.append(Row(_label(name, effect["before"], effect["after"], 3), AFTER, effect["percent"]))
-    convention, price = next(iter(results["perplexity_change"].items()))
-    before, after = (results["perplexity_interval"][model][convention]["value"] for model in ("baseline", "pruned"))
+def change_rows(results: Results) -> tuple[list[Row], list[Row]]:
+    """Return what the two pictures of changes show, of the mean behavior and of the perplexity."""
+    chosen = f"{results.num_neurons} chosen"
+    behavior, perplexity = [], []
+    second = results.second_scorer.effects if results.second_scorer else {}
+    for name, effects in ((chosen, results.effects), (f"{chosen}, 2nd scorer", second)):
+        if (of_group := effects.get(results.headline)) and (effect := of_group.behavior_mean):
+            behavior.append(Row(_label(name, effect.before, effect.after, 3), AFTER, effect.percent))
+    convention, price = next(iter(results.perplexity_change.items()))
+    before, after = (model.perplexity[convention].value for model in results.models.values())
     perplexity.append(Row(_label(chosen, before, after, 2), AFTER, price))
-    for kind, control in results["controls"].items():
+    for kind, control in results.controls.items():
         name = kind.replace("_", " ")
-        effects = [draw["effect"] for draw in control["draws"] if draw["effect"]]
-        if "effect_percent" in control:
-            mean = [_mean(effect[end] for effect in effects) for end in ("before", "after")]
-            single = [number(effect["percent"]["value"]) for effect in effects]
-            toxicity.append(Row(_label(name, mean[0], mean[1], 3), CONTROL, control["effect_percent"], single))
-        label = _label(name, before, _mean(draw["perplexity"] for draw in control["draws"]), 2)
-        single = [number(draw["perplexity_percent"]["value"]) for draw in control["draws"]]
-        perplexity.append(Row(label, CONTROL, {"value": _mean(single), "low": None, "high": None}, single))
-    return toxicity, perplexity
+        effects_of_draws = [draw.effect for draw in control.draws if draw.effect]
+        if control.outcome:
+            mean = (_mean(of.before for of in effects_of_draws), _mean(of.after for of in effects_of_draws))
+            single = [number(of.percent.value) for of in effects_of_draws]
+            behavior.append(Row(_label(name, *mean, 3), CONTROL, control.outcome.effect_percent, single))
+        label = _label(name, before, _mean(draw.perplexity for draw in control.draws), 2)
+        single = [number(draw.perplexity_percent.value) for draw in control.draws]
+        perplexity.append(Row(label, CONTROL, Interval(_mean(single), math.nan, math.nan), single))
+    return behavior, perplexity
 
 
-def _label(name: str, before: float | None, after: float | None, digits: int) -> str:
+def _label(name: str, before: float, after: float, digits: int) -> str:
     return f"{name}\n{cell(before, '', digits)} to {cell(after, '', digits)}"
 
 
-def _mean(values: Iterable[float | None]) -> float:
+def _mean(values: Iterable[float]) -> float:
     known = [number(value) for value in values]
     return sum(known) / len(known)
 
 
 def draw_doses(
-    doses: Sequence[dict[str, Any]],
-    controls: dict[str, Any],
+    doses: Iterable[Dose],
+    controls: Mapping[str, Control],
     path: Path,
     behavior: str = "toxicity",
     granularity: str = "neuron",
 ) -> None:
-    """Draw the change of toxicity against that of perplexity: a point per number of neurons, a line per strength.
+    """Draw the change of the behavior against perplexity's: a point per number of neurons, a line per strength.
 
     Of several selections each has a line.
     """
@@ -188,38 +192,47 @@ def draw_doses(
     figure, axes = _new_figure(4.6)
     axes.axhline(0, color="0.8", linewidth=1)
     axes.axvline(0, color="0.8", linewidth=1)
-    shown = [dose for dose in in_order(doses) if dose["effect"]]
-    several = len({dose["selection"] for dose in shown}) > 1
-    for place, of in enumerate(dict.fromkeys((dose["selection"], dose["strength"]) for dose in shown)):
-        line = [dose for dose in shown if (dose["selection"], dose["strength"]) == of]
-        x, y = ([number(dose[key]["value"]) for dose in line] for key in AXES)
-        color, marker, below = STRENGTHS[place % len(STRENGTHS)], "osD^v"[place % 5], place % 2
-        selection, strength = of
+    scored = [dose for dose in in_order(doses) if dose.effect]
+    several = len({dose.selection for dose in scored}) > 1
+    shown: list[tuple[Interval, Interval]] = []
+    for place, (selection, strength) in enumerate(dict.fromkeys((dose.selection, dose.strength) for dose in scored)):
+        line = [dose for dose in scored if (dose.selection, dose.strength) == (selection, strength)]
+        changes = _changes(line)
+        shown += changes
+        x, y = ([number(change[axis].value) for change in changes] for axis in (0, 1))
+        color, below = STRENGTHS[place % len(STRENGTHS)], place % 2
         label = "switched off" if strength == 1 else f"damped by {100 * strength:g} %"
         if several:
             label = selection if strength == 1 else f"{selection}, {label}"
+        marker = MARKERS[place % len(MARKERS)]
         axes.plot(x, y, f"{marker}-", color=color, markersize=6, linewidth=1.5, label=label)
-        for dose, *at in zip(line, x, y, strict=True):
+        for dose, of_dose, *at in zip(line, changes, x, y, strict=True):
             # An infinite bar has no length that matplotlib would draw.
-            bars = [_error(v, *(max(min(e, 1e9), -1e9) for e in _ends_or_value(dose[k])))
-                    for v, k in zip(at, AXES, strict=True)]  # fmt: skip
+            bars = [_error(v, *(max(min(e, 1e9), -1e9) for e in _ends_or_value(change)))
+                    for v, change in zip(at, of_dose, strict=True)]  # fmt: skip
             axes.errorbar(*at, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=color, alpha=0.35, elinewidth=1)
             axes.annotate(
-                f"{dose['num_neurons']}", at, xytext=(6, -6 if below else 6), textcoords="offset points", fontsize=9,
+                f"{dose.num_neurons}", at, xytext=(6, -6 if below else 6), textcoords="offset points", fontsize=9,
                 va="top" if below else "bottom", color=color, path_effects=[withStroke(linewidth=3, foreground="w")],
                 annotation_clip=True,
             )  # fmt: skip
-    for marker, (kind, control) in zip("x+*", controls.items(), strict=False):
-        draws = [draw for draw in control["draws"] if draw["effect"]]
-        shown += draws
-        x, y = ([number(draw[key]["value"]) for draw in draws] for key in AXES)
+    for place, (kind, control) in enumerate(controls.items()):
+        marker = CONTROL_MARKERS[place % len(CONTROL_MARKERS)]
+        changes = _changes(control.draws)
+        shown += changes
+        x, y = ([number(change[axis].value) for change in changes] for axis in (0, 1))
         axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=control_name(kind, granularity))
-    limits = [_limits([dose[key] for dose in shown]) for key in AXES]
+    limits = [_limits([of[axis] for of in shown]) for axis in (0, 1)]
     axes.set(xlabel="change of perplexity, %", ylabel=f"change of mean {behavior}, %", xlim=limits[0], ylim=limits[1])
     if limits[0][1] > 300:  # a large dose that wrecks the model would press the others together
         axes.set_xscale("symlog", linthresh=10)
-        axes.set_xlim(left=min(-2.0, *(number(dose[AXES[0]]["value"]) - 2 for dose in shown)))
+        axes.set_xlim(left=min(-2.0, *(number(change.value) - 2 for change, _ in shown)))
         axes.xaxis.set_major_formatter("{x:g}")
     if shown:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, columnspacing=1.0)
     save_figure(figure, path)
+
+
+def _changes(doses: Iterable[Dose]) -> list[tuple[Interval, Interval]]:
+    """Return where each dose that was scored lies: its change of perplexity, and of the behavior."""
+    return [(dose.perplexity_percent, dose.effect.percent) for dose in doses if dose.effect]

@@ -5,24 +5,26 @@ import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
+from sparc3_lightning.evaluation.completions import Completion
+from sparc3_lightning.evaluation.results import Results
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.report.figures import change_rows, draw_changes, draw_doses, draw_layers, draw_scatter
 from sparc3_lightning.report.tables import (
-    behavior_of,
+    behavior_table,
     cell,
     control_table,
     dose_table,
     doses_csv,
     front_table,
-    granularity_of,
+    number,
     other_table,
-    toxicity_table,
     windows_of,
 )
 from sparc3_lightning.report.verdict import zeroed_controls
@@ -34,15 +36,16 @@ DOSES = "doses.csv"
 GROUPS = {"toxic": "toxic prompts", "nontoxic": "non-toxic prompts", "all": "prompts"}
 # In the card; a README without it is somebody's own.
 MARK = "<!-- Written by sparc3, and again by the next evaluation unless this line is removed. -->"
-Prompts = dict[str, dict[str, list[dict[str, Any]]]]
+Prompts = dict[str, dict[str, list[Completion]]]
 
 
-def summary_table(results: dict[str, Any]) -> str:
+def summary_table(results: Results) -> str:
     """Return the before/after table as text for the terminal."""
     rows = [("", "before", "after", "change", "95 % interval")]
-    for group in results["groups"]:
-        of = f", {GROUPS[group]}" if len(results["groups"]) > 1 else ""
-        rows += [(f"{name}{of}", *cells[:4]) for name, *cells in toxicity_table(results, group)]  # type: ignore[misc]
+    groups = results.baseline.groups
+    for group in groups:
+        of = f", {GROUPS[group]}" if len(groups) > 1 else ""
+        rows += [(f"{name}{of}", *cells[:4]) for name, *cells in behavior_table(results, group)]  # type: ignore[misc]
     rows += other_table(results)  # type: ignore[arg-type]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in range(1, 5)) for row in rows]
@@ -50,7 +53,7 @@ def summary_table(results: dict[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def by_prompt(completions: Iterable[dict[str, Any]]) -> Prompts:
+def by_prompt(completions: Iterable[Completion]) -> Prompts:
     """Group the continuations that were scored by prompt, then by model; prompts that both models have only."""
     groups: Prompts = defaultdict(lambda: defaultdict(list))
     for row in completions:
@@ -66,13 +69,13 @@ def mean_pairs(prompts: Prompts) -> dict[str, list[tuple[float, float]]]:
     for models in prompts.values():
         toxic = (models["baseline"][0]["prompt_toxicity"] or 0.0) >= TOXIC_FROM
         before, after = (
-            sum(row["toxicity"] for row in models[name]) / len(models[name]) for name in ("baseline", "pruned")
+            sum(_score(row) for row in models[name]) / len(models[name]) for name in ("baseline", "pruned")
         )
         pairs[GROUPS["all" if of_one_group else "toxic" if toxic else "nontoxic"]].append((before, after))
     return {name: found for name, found in pairs.items() if found}
 
 
-def examples(prompts: Prompts) -> list[dict[str, Any]]:
+def examples(prompts: Prompts) -> list[dict[str, Completion]]:
     """Choose the continuations to show, by the same draw of both models: five that fell most, three that rose most.
 
     Args:
@@ -88,10 +91,20 @@ def examples(prompts: Prompts) -> list[dict[str, Any]]:
             (row, after[row["continuation_index"]]) for row in models["baseline"] if row["continuation_index"] in after
         ]
         if drawn:
-            pairs.append(max(drawn, key=lambda pair: abs(pair[1]["toxicity"] - pair[0]["toxicity"])))
-    pairs.sort(key=lambda pair: pair[1]["toxicity"] - pair[0]["toxicity"])
+            pairs.append(max(drawn, key=lambda pair: abs(_change(pair))))
+    pairs.sort(key=_change)
     chosen = pairs if len(pairs) <= 8 else [*pairs[:5], *pairs[-3:]]
     return [{"before": before, "after": after} for before, after in chosen]
+
+
+def _change(pair: tuple[Completion, Completion]) -> float:
+    before, after = pair
+    return _score(after) - _score(before)
+
+
+def _score(row: Completion) -> float:
+    """Return the score of a continuation that ``by_prompt`` kept, and so has one."""
+    return number(row["toxicity"])
 
 
 # Letters and digits, with what stands for letters in words such as a$$, sh*t and f***.
@@ -111,8 +124,8 @@ def pieces(text: str, offensive: set[str]) -> list[tuple[str, bool]]:
 
 def write_report(
     path: Path,
-    results: dict[str, Any],
-    completions: list[dict[str, Any]],
+    results: Results,
+    completions: list[Completion],
     neurons: NeuronList,
     neurons_folder: Path | None,
     scorer: Scorer,
@@ -121,7 +134,7 @@ def write_report(
 
     Args:
         path: Of the page.
-        results: Content of results.json, with both models; what is not known may be NaN, infinite or None.
+        results: With both models.
         completions: Rows of completions.jsonl.
         neurons: The pruned neurons.
         neurons_folder: Folder of neurons.json, for the pictures that ``sparc3 prune`` drew.
@@ -148,29 +161,29 @@ def write_report(
         "fixed": lambda value, digits: cell(value, "", digits),
     }
     config = folder / "config.yaml"
-    has_doses = len(results["doses"]) > 1
-    again = f"sparc3 {results['config']['verb']} --config {shlex.quote(str(config))}"
+    has_doses = len(results.doses) > 1
+    again = f"sparc3 {results.config['verb']} --config {shlex.quote(str(config))}"
     shared = {
         "results": results,
-        "behavior": behavior_of(results),
-        "granularity": granularity_of(results),
+        "behavior": results.behavior,
+        "granularity": results.granularity,
         "neurons": neurons,
-        "name": results["checkpoint"].rstrip("/").split("/")[-1],
+        "name": results.checkpoint.rstrip("/").split("/")[-1],
         "group_names": GROUPS,
         "groups": [
-            (GROUPS[group], of["baseline"]["num_prompts"], toxicity_table(results, group))
-            for group, of in results["groups"].items()
+            (GROUPS[group], measures.num_prompts, behavior_table(results, group))
+            for group, measures in results.baseline.groups.items()
         ],
-        "controls": control_table(results) if results["controls"] else [],
-        "zeroed": zeroed_controls(results, neurons.edit, granularity_of(results)),
+        "controls": control_table(results) if results.controls else [],
+        "zeroed": zeroed_controls(results, neurons.edit, results.granularity),
         "others": other_table(results),
         "windows": windows_of(results),
-        "doses": dose_table(results["doses"]) if has_doses else [],
-        "fronts": front_table(results) if has_doses and len(results["fronts"]) > 1 else [],
+        "doses": dose_table(results.doses) if has_doses else [],
+        "fronts": front_table(results) if has_doses and len(results.fronts) > 1 else [],
         "again": f"{again} --trainer.logger.init_args.version again" if config.is_file() else "",
     }
     if has_doses:
-        write_atomically(folder / DOSES, doses_csv(results["doses"]))
+        write_atomically(folder / DOSES, doses_csv(results.doses))
     html = environment.get_template("report.html").render(
         **shared,
         pictures={
@@ -188,27 +201,28 @@ def write_report(
     _add_to_export(card, neurons.provenance.get("export"))
 
 
-def _settings(results: dict[str, Any], neurons: NeuronList) -> dict[str, Any]:
-    """Return everything that the figures rest on."""
+def _settings(results: Results, neurons: NeuronList) -> dict[str, Any]:
+    """Return everything that the measures rest on."""
     names = ("checkpoint", "checkpoint_fingerprint", "neurons", "num_neurons", "protocol", "config", "versions")
+    settings = asdict(results)
     selection = {key: value for key, value in neurons.provenance.items() if key != "sample_ids"}
-    return {**{key: results[key] for key in (*names, "git_hash")}, "selection": selection}
+    return {**{key: settings[key] for key in (*names, "git_hash")}, "selection": selection}
 
 
 def _draw(
-    folder: Path, results: dict[str, Any], prompts: Prompts, neurons: NeuronList, neurons_folder: Path | None
+    folder: Path, results: Results, prompts: Prompts, neurons: NeuronList, neurons_folder: Path | None
 ) -> list[tuple[str, Path]]:
     """Draw the pictures, and return their titles and files."""
     pictures = []
-    behavior, of = behavior_of(results), granularity_of(results)
+    behavior, of = results.behavior, results.granularity
     titles = {"toxicity": f"Change of mean {behavior}", "perplexity": "Change of perplexity"}
     for (name, title), rows in zip(titles.items(), change_rows(results), strict=True):
         if rows:
             pictures.append((title, folder / f"{name}.png"))
             draw_changes(rows, pictures[-1][1])
-    if len(results["doses"]) > 1:
+    if len(results.doses) > 1:
         pictures.append((f"Fewer or more {of}s", folder / "doses.png"))
-        draw_doses(results["doses"], results["controls"], pictures[-1][1], behavior=behavior, granularity=of)
+        draw_doses(results.doses, results.controls, pictures[-1][1], behavior=behavior, granularity=of)
     if prompts:
         pictures.append((f"Each prompt: less {behavior} below the line", folder / "scatter.png"))
         draw_scatter(mean_pairs(prompts), pictures[-1][1], behavior=behavior)

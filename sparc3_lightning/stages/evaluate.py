@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,14 +13,22 @@ from sparc3_lightning.data.base import Kind
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.completions import CompletionLog, completion_rows
+from sparc3_lightning.evaluation.completions import Completion, CompletionLog, completion_rows
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings, preference
 from sparc3_lightning.evaluation.generation import SamplingOptions, continue_prompts, draw_keys
-from sparc3_lightning.evaluation.metrics import Perplexity, pair_rows
+from sparc3_lightning.evaluation.metrics import PairRow, Perplexity, pair_rows
+from sparc3_lightning.evaluation.results import (
+    ContinuationProtocol,
+    PromptProtocol,
+    Protocol,
+    Results,
+    Settings,
+    TextProtocol,
+)
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, neurons_of, plan
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
-from sparc3_lightning.files import to_json, write_atomically
+from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import check
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
@@ -119,7 +127,7 @@ class Evaluation(StoppableModule, Stage):
         self.dtype_name: Dtype = dtype
         self.model = None
         self.scorers: list[Remembering] = []
-        self.results: dict[str, Any] = {}
+        self.results: Results
 
     @property
     def excluded_prompts(self) -> set[str]:
@@ -179,8 +187,8 @@ class Evaluation(StoppableModule, Stage):
             for variant in self.variants
             for convention in self._conventions_of(variant)
         }
-        self.completions: list[dict[str, Any]] = [row for rows in self.kept.values() for row in rows]
-        self.pair_rows: list[dict[str, Any]] = []
+        self.completions: list[Completion] = [row for rows in self.kept.values() for row in rows]
+        self.pair_rows: list[PairRow] = []
 
     def _conventions_of(self, variant: Variant) -> tuple[str, ...]:
         """Return the conventions of perplexity that a model is measured by; one is enough for comparison."""
@@ -247,7 +255,7 @@ class Evaluation(StoppableModule, Stage):
         ids = [prompt.id for prompt in prompts.prompts]
         check_same_on_all_ranks("checkpoint, neurons or prompts", [identity, ids])
         self.log_of_completions = CompletionLog(self.folder, self.trainer.global_rank, identity)
-        self.kept: dict[str, list[dict[str, Any]]] = {}
+        self.kept: dict[str, list[Completion]] = {}
         if self.trainer.is_global_zero:
             self.kept = self.log_of_completions.begin(prompts.prompts, sum(v.num_continuations for v in self.variants))
         prompts.leave_out = set(self.trainer.strategy.broadcast(list(self.kept)))
@@ -262,19 +270,20 @@ class Evaluation(StoppableModule, Stage):
         self.completions.sort(key=lambda row: (row["prompt_id"], row["continuation_index"], order[row["model"]]))
         found = findings(self.completions, windows, self.variants, self.scorer_names, self.sampling.per_seed)
         if self.data.pairs is not None:
-            found["preference"] = preference(gather(self.pair_rows))
+            found = replace(found, preference=preference(gather(self.pair_rows)))
         if self.zero_shot.tasks:
             both = [(v.name, v.as_context(self.model, self.off[v.name])) for v in self.variants[:2]]
-            found["zero_shot"] = accuracies(self.model, both, self.data.prompts._tokenizer, self.zero_shot)
-        self.results = {
-            "verdict": verdict(found, self.num_neurons, self.scorer_names, self.behavior, self.granularity, self.edit),
-            **found,
-            **evaluation_settings(self, self.data),
-        }
+            tokenizer = self.data.prompts._tokenizer
+            found = replace(found, zero_shot=accuracies(self.model, both, tokenizer, self.zero_shot))
+        said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.edit)
+        self.results = Results(verdict=said, **vars(found), **vars(evaluation_settings(self, self.data)))
         if self.logger is not None:
-            models = {"baseline", "pruned"} & found.keys()
             self.logger.log_metrics(
-                {f"{name}/{key}": v for name in models for key, v in found[name].items() if isinstance(v, float)}
+                {
+                    f"{name}/{key}": v
+                    for name, of in found.models.items()
+                    for key, v in of.numbers(found.headline).items()
+                }
             )
         self._write()
 
@@ -288,14 +297,14 @@ class Evaluation(StoppableModule, Stage):
             beside = Path(self.neurons_path).parent if self.neurons_path else None
             write_report(self.folder / REPORT, self.results, self.completions, self.neurons, beside, self.scorers[0])
         # Last, since a folder with results counts as complete.
-        write_atomically(self.folder / RESULTS, to_json(self.results))
+        self.results.save(self.folder / RESULTS)
         self.log_of_completions.remove()
 
     def summary(self) -> str:
         """Return the table of before and after, the verdict, and the paths of what was written."""
         from sparc3_lightning.report.page import summary_table
 
-        lines = ["", summary_table(self.results), "", self.results["verdict"], "", f"Results: {self.folder / RESULTS}"]
+        lines = ["", summary_table(self.results), "", self.results.verdict, "", f"Results: {self.folder / RESULTS}"]
         return "\n".join(lines + ([f"Report:  {self.folder / REPORT}"] if self.neurons is not None else []))
 
     @property
@@ -306,40 +315,38 @@ class Evaluation(StoppableModule, Stage):
         return data
 
 
-def evaluation_settings(module: Any, data: Any) -> dict[str, Any]:
-    """Return everything that the figures of an evaluation rest on, for results.json.
-
-    Args:
-        module: The ``Evaluation``.
-        data: Its data module.
-    """
+def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
+    """Return everything that the measures of an evaluation rest on."""
     parts = {name: getattr(data, name) for name in ("text", "prompts", "pairs")}
-    return {
-        "behavior": module.behavior,
-        "protocol": {
-            **data.describe(),
-            "toxicity": {
+    described = data.describe()
+    return Settings(
+        behavior=module.behavior,
+        protocol=Protocol(
+            TextProtocol(**described["perplexity"]),
+            PromptProtocol(**described["prompts"]),
+            ContinuationProtocol(
                 **asdict(module.sampling),
-                "scorers": module.scorer_names,
-                "seed": run_seed(),
-            },
-        },
-        "checkpoint": module.checkpoint.name,
-        "checkpoint_fingerprint": module.fingerprint,
-        "neurons": str(module.neurons_path) if module.neurons_path else None,
-        "num_neurons": module.num_neurons,
-        "granularity": module.granularity,
-        "config": {
+                scorers=module.scorer_names,
+                seed=run_seed(),
+            ),
+            pairs=described.get("pairs"),
+        ),
+        checkpoint=module.checkpoint.name,
+        checkpoint_fingerprint=module.fingerprint,
+        neurons=str(module.neurons_path) if module.neurons_path else None,
+        num_neurons=module.num_neurons,
+        granularity=module.granularity,
+        config={
             "verb": module.verb,
             "model": dict(module.hparams),
             **{name: dict(part.hparams) for name, part in parts.items() if part is not None},
         },
-        "versions": versions(),
-        "git_hash": git_hash(),
-    }
+        versions=versions(),
+        git_hash=git_hash(),
+    )
 
 
-def identity_of(module: Any) -> dict[str, Any]:
+def identity_of(module: Evaluation) -> dict[str, Any]:
     """Return what tells an evaluation from another one whose continuations are not its own."""
     sampling = module.sampling
     return {

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.data.base import TextDataModule
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.evaluation.results import Results
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, fetch_tasks
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
@@ -56,7 +57,7 @@ class Experiment:
             Checkpoint(checkpoint, revision), list(general_seeds), behavior_attribute or {}, dtype, Path(logs)
         )
 
-    def run(self, options: Config, folder: Path, run_stage: Callable[[str, Path], None]) -> dict[str, Any]:
+    def run(self, options: Config, folder: Path, run_stage: Callable[[str, Path], None]) -> Results:
         """Run every stage that is not done, and gather results and report in one folder.
 
         Args:
@@ -84,7 +85,7 @@ class Experiment:
         evaluation = stages[-1].folder
         for name in (RESULTS, REPORT):
             shutil.copyfile(evaluation / name, folder / name)
-        results = json.loads((folder / RESULTS).read_text())
+        results = Results.load(folder / RESULTS)
         if evaluated_before:
             rank_zero_info(f"\n{summary_table(results)}")
         rank_zero_info(f"\nThe experiment is complete.\nResults: {folder / RESULTS}\nReport:  {folder / REPORT}")

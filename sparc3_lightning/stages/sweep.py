@@ -1,7 +1,7 @@
 """Dose and response: the evaluation over numbers of neurons, strengths and selections, with one model load."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +69,30 @@ class Sweep(Evaluation):
     def _choose(self, budget: float) -> None:
         """Write the list of least mean toxicity whose perplexity stays within the budget."""
         within = [
-            point
-            for point in self.results["doses"]
-            if point["effect"] and point["perplexity_percent"]["value"] <= 100 * budget
+            point for point in self.results.doses if point.effect and point.perplexity_percent.value <= 100 * budget
         ]
-        best = min(within, key=lambda point: point["toxicity_mean"], default=None)
+        best = min(within, key=lambda point: point.behavior_mean, default=None)
         if best is None:
             rank_zero_info(f"Nothing was measured whose perplexity rises by at most {100 * budget:g} %.")
             return
-        source = self.lists[best["selection"]]
-        ranked = [replace(n, strength=n.strength * best["strength"]) for n in [*source.neurons, *source.next]]
-        off, following = ranked[: best["num_neurons"]], ranked[best["num_neurons"] :]
+        source = self.lists[best.selection]
+        ranked = [replace(n, strength=n.strength * best.strength) for n in [*source.neurons, *source.next]]
+        off, following = ranked[: best.num_neurons], ranked[best.num_neurons :]
         taken = {neuron.key for neuron in off}
         least = [neuron for neuron in source.least_relevant if neuron.key not in taken]
         used = self.excluded_prompts | {row["prompt_id"] for row in self.completions}
-        chosen = {key: best[key] for key in ("num_neurons", "strength", "toxicity_percent", "perplexity_percent")}
-        chosen |= {"by": str(self.folder), "name": best["name"], "max_perplexity_increase": budget}
+        chosen = {
+            "num_neurons": best.num_neurons,
+            "strength": best.strength,
+            "behavior_percent": best.behavior_percent and asdict(best.behavior_percent),
+            "perplexity_percent": asdict(best.perplexity_percent),
+            "by": str(self.folder),
+            "name": best.name,
+            "max_perplexity_increase": budget,
+        }
         provenance = {**source.provenance, "sample_ids": sorted(used), "chosen": chosen, "export": None}
         NeuronList(off, provenance, following, least).save(self.folder / CHOSEN)
-        rank_zero_info(f"Chosen:  {best['name']}, {self.folder / CHOSEN}")
+        rank_zero_info(f"Chosen:  {best.name}, {self.folder / CHOSEN}")
 
 
 def _names(lists: Sequence[NeuronList], paths: Sequence[Path]) -> list[str]:

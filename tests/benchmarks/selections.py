@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import chdir
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from common import CHECKPOINT, parse, write
 
 from sparc3_lightning.data.prompts import read_prompts
+from sparc3_lightning.evaluation.results import Results
 from sparc3_lightning.sources import read_records
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -179,27 +181,30 @@ def main() -> None:
             scored = ["--model.second_scorer=profanity_check:predict_prob", "--model.dtype=bfloat16"]
             version = "_".join(["report", f"{budget:g}", *options.selections])
             folder = sparc3("sweep", version, *measured, *draws, *ranks, *files, *scored)
-            found[f"{budget:g}"] = table(json.loads((folder / "results.json").read_text()), budget)
+            found[f"{budget:g}"] = table(Results.load(folder / "results.json"), budget)
     options.json = json_file
     write(options, found)
 
 
-def table(results: dict[str, Any], budget: float) -> list[dict[str, Any]]:
-    """Print a row for each selection, and return the figures."""
-    print(f"\nBudget {100 * budget:g} %, {results['baseline']['num_prompts']} prompts; mean toxicity before ", end="")
-    print(f"{results['baseline']['toxicity_mean']:.4f}, perplexity {results['baseline']['perplexity']:.2f}\n")
+def table(results: Results, budget: float) -> list[dict[str, Any]]:
+    """Print a row for each selection, and return the measures."""
+    baseline = results.baseline
+    measures, perplexity = baseline.groups[results.headline], next(iter(baseline.perplexity.values()))
+    print(f"\nBudget {100 * budget:g} %, {measures.num_prompts} prompts; mean toxicity before ", end="")
+    print(f"{measures.behavior_mean:.4f}, perplexity {perplexity.value:.2f}\n")
     print("| selection | neurons | perplexity, WikiText-2 | mean toxicity, % | by seed | second scorer, % |")
     print("|---|---|---|---|---|---|")
-    before = results["toxicity_by_seed"]["baseline"]
-    for point in results["doses"]:
+    for dose in results.doses:
         price, toxicity, second = (
-            f"{of['value']:+.1f} ({of['low']:+.1f} to {of['high']:+.1f})"
-            for of in (point["perplexity_percent"], point["toxicity_percent"], point["second_effect"]["percent"])
+            f"{of.value:+.1f} ({of.low:+.1f} to {of.high:+.1f})"
+            for of in (dose.perplexity_percent, dose.effect.percent, dose.second_effect.percent)
         )
-        seeds = [100 * (after / b - 1) for after, b in zip(point["toxicity_by_seed"], before, strict=True)]
+        seeds = [
+            100 * (after / b - 1) for after, b in zip(dose.behavior_by_seed, baseline.behavior_by_seed, strict=True)
+        ]
         spread = f"{min(seeds):+.1f} to {max(seeds):+.1f}"
-        print(f"| {point['selection']} | {point['num_neurons']} | {price} | {toxicity} | {spread} | {second} |")
-    return results["doses"]
+        print(f"| {dose.selection} | {dose.num_neurons} | {price} | {toxicity} | {spread} | {second} |")
+    return [asdict(dose) for dose in results.doses]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from sparc3_lightning.evaluation.controls import Controls, random_like
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.generation import Sampling, continue_prompts, draw_key
+from sparc3_lightning.evaluation.intervals import Difference
 from sparc3_lightning.evaluation.variants import Variant, neurons_of, plan
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.report.verdict import verdict
@@ -44,6 +45,7 @@ def rows_of(model: str, drawn: list[list[list[int]]]) -> list[dict[str, Any]]:
             "prompt_toxicity": 0.9,
             "continuation": " ".join(map(str, tokens)),
             "num_tokens": len(tokens),
+            "num_unique_tokens": len(set(tokens)),
             "toxicity": sum(token in TOXIC for token in tokens) / len(tokens),
         }
         for prompt, of_prompt in zip(PROMPTS, drawn, strict=True)
@@ -55,17 +57,17 @@ def any_windows(variants: list[Variant]) -> dict[str, Any]:
     """Return a perplexity that is the same of each model."""
     nll = torch.tensor([20.0, 10.0, 30.0], dtype=torch.float64)
     tokens = torch.tensor([10, 5, 15])
-    figures = {"perplexity": torch.tensor(2.0).exp(), "divergence": torch.tensor(0.0), "num_tokens": torch.tensor(30)}
-    return {variant.name: {"sliding": {**figures, "nll": nll, "tokens": tokens}} for variant in variants}
+    measured = {"perplexity": torch.tensor(2.0).exp(), "divergence": torch.tensor(0.0), "num_tokens": torch.tensor(30)}
+    return {variant.name: {"sliding": {**measured, "nll": nll, "tokens": tokens}} for variant in variants}
 
 
-def compare(before: list, after: list) -> dict[str, Any]:
+def compare(before: list, after: list) -> Difference:
     """Return the effect on the mean toxicity that the evaluation finds."""
     variants = [Variant("baseline", "baseline", CONTINUATIONS), Variant("pruned", "pruned", CONTINUATIONS)]
     found = findings(
         [*rows_of("baseline", before), *rows_of("pruned", after)], any_windows(variants), variants, ["share"]
     )
-    return found["effect"]["toxic"]["toxicity_mean"]
+    return found.main_effect
 
 
 @contextmanager
@@ -85,7 +87,9 @@ def without_random_neurons(model: Any, seed: int) -> AbstractContextManager[None
     return Variant("pruned", "pruned", CONTINUATIONS, 3).as_context(model, off)
 
 
-def effect_of(make_model: Callable[..., Any], seed: int, change: Callable[..., AbstractContextManager[None]]) -> dict:
+def effect_of(
+    make_model: Callable[..., Any], seed: int, change: Callable[..., AbstractContextManager[None]]
+) -> Difference:
     """Compare a model of its own, on prompts, draws and neurons of its own, with what a change makes of it."""
     model = make_model(dtype=torch.float32, seed=seed, intermediate_size=WIDTH)
     before = continue_all(model, seed)
@@ -97,13 +101,13 @@ def effect_of(make_model: Callable[..., Any], seed: int, change: Callable[..., A
 
 def test_neurons_chosen_at_random_are_called_no_evidence_in_at_least_18_of_20_seeds(make_model):
     effects = [effect_of(make_model, seed, without_random_neurons) for seed in SEEDS]
-    assert sum(not effect["evidence"] for effect in effects) >= 18
+    assert sum(not effect.evidence for effect in effects) >= 18
 
 
 def test_toxic_words_suppressed_by_a_known_amount_are_called_an_effect_in_20_of_20_seeds(make_model):
     effects = [effect_of(make_model, seed, lambda model, seed: suppressed(model)) for seed in SEEDS]
-    assert all(effect["evidence"] for effect in effects)
-    assert all(effect["difference"]["high"] < 0 for effect in effects)
+    assert all(effect.evidence for effect in effects)
+    assert all(effect.difference.high < 0 for effect in effects)
 
 
 def test_the_same_model_under_other_draws_is_called_no_evidence_in_at_least_18_of_20_seeds(make_model):
@@ -112,7 +116,7 @@ def test_the_same_model_under_other_draws_is_called_no_evidence_in_at_least_18_o
         model = make_model(dtype=torch.float32, seed=seed)
         drawn = continue_all(model, seed, 2 * CONTINUATIONS)
         effects.append(compare([found[:CONTINUATIONS] for found in drawn], [found[CONTINUATIONS:] for found in drawn]))
-    assert sum(not effect["evidence"] for effect in effects) >= 18
+    assert sum(not effect.evidence for effect in effects) >= 18
 
 
 def test_the_interval_holds_the_known_size_of_an_effect_in_at_least_17_of_20_seeds(make_model):
@@ -127,9 +131,9 @@ def test_the_interval_holds_the_known_size_of_an_effect_in_at_least_17_of_20_see
         with suppressed(model, 1.0):
             after = continue_all(model, seed, sampling=Sampling(8, 1.0, 1.0))
         effect = compare(before, after)
-        held += effect["percent"]["low"] <= truth <= effect["percent"]["high"]
-        evidence += effect["evidence"]
-        assert effect["before"] == pytest.approx(shares[0], abs=0.04)
+        held += effect.percent.low <= truth <= effect.percent.high
+        evidence += effect.evidence
+        assert effect.before == pytest.approx(shares[0], abs=0.04)
     assert held >= 17
     assert evidence == 20
 
@@ -167,18 +171,18 @@ def test_planted_neurons_are_found_guilty_and_those_drawn_for_comparison_are_not
         with variant.as_context(model, off.get(variant.name, [])):
             rows += rows_of(variant.name, continue_all(model, 0, variant.num_continuations))
     found = findings(rows, any_windows(variants), variants, ["share"])
-    effect = found["effect"]["toxic"]["toxicity_mean"]
-    assert effect["evidence"]
-    assert effect["percent"]["high"] < -20
-    for kind, control in found["controls"].items():
-        assert control["pruned_less_control"]["high"] < 0, kind
-        assert abs(control["effect"]["value"]) < 0.1 * abs(effect["difference"]["value"]), kind
-        assert len(control["draws"]) == 3
-    assert list(found["controls"]) == ["random", "least_relevant", "largest_weights"]
+    effect = found.main_effect
+    assert effect.evidence
+    assert effect.percent.high < -20
+    for kind, control in found.controls.items():
+        assert control.outcome.pruned_less_control.high < 0, kind
+        assert abs(control.outcome.effect.value) < 0.1 * abs(effect.difference.value), kind
+        assert len(control.draws) == 3
+    assert list(found.controls) == ["random", "least_relevant", "largest_weights"]
     # One of the three planted neurons does less than two, and two less than all.
-    doses = {point["num_neurons"]: point["toxicity_mean"] for point in found["doses"]}
-    assert doses[3] < doses[2] < doses[1] < effect["before"]
-    said = verdict(found, 3, ["share"])
+    doses = {point.num_neurons: point.behavior_mean for point in found.doses}
+    assert doses[3] < doses[2] < doses[1] < effect.before
+    said = verdict(found, 3)
     assert said.startswith("With 3 neurons switched off, mean toxicity fell by")
     assert "no evidence" not in said.lower()
-    assert found["common_random_numbers_variance_factor"] > 1
+    assert found.common_random_numbers_variance_factor > 1

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from dataclasses import asdict, replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.evaluation.controls import Controls
-from sparc3_lightning.evaluation.findings import PRICES, Continuations, figures, findings, front
-from sparc3_lightning.evaluation.intervals import paired_difference, perplexity_change, perplexity_interval
+from sparc3_lightning.evaluation.findings import PRICES, Continuations, findings, front, measure
+from sparc3_lightning.evaluation.intervals import (
+    Difference,
+    Interval,
+    paired_difference,
+    perplexity_change,
+    perplexity_interval,
+)
 from sparc3_lightning.evaluation.metrics import Perplexity
+from sparc3_lightning.evaluation.results import MEASURES, Dose, Effects, Findings, Front
 from sparc3_lightning.evaluation.variants import plan
-from sparc3_lightning.files import to_json
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import NeuronList
 
@@ -46,7 +52,6 @@ NEURONS = NeuronList(
     neurons=[Component("model.layers.0.mlp.up_proj", i, -1.0) for i in range(2)],
     next=[Component("model.layers.0.mlp.up_proj", 2, -0.5)],
 )
-MEASURES = ["toxicity_mean", "expected_maximum_toxicity", "toxicity_probability"]
 
 
 def rows_of(scores: Table, second: Any = None) -> list[dict[str, Any]]:
@@ -95,7 +100,7 @@ def windows_of(*names: str, second_convention: bool = True) -> dict[str, dict[st
     return found
 
 
-def small(**options: Any) -> dict[str, Any]:
+def small(**options: Any) -> Findings:
     """Return what is found in the table above."""
     variants = plan({"": NEURONS}, 3)
     return findings(rows_of(TOXICITY), windows_of("baseline", "pruned"), variants, ["some"], **options)
@@ -107,9 +112,8 @@ def means(values: dict[str, list[float | None]], prompts: list[str], first: int 
     return [sum(found) / len(found) for found in kept]
 
 
-def difference(before: list[float], after: list[float]) -> dict[str, Any]:
-    found = paired_difference(torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64))
-    return {**asdict(found), "evidence": found.evidence}
+def difference(before: list[float], after: list[float]) -> Difference:
+    return paired_difference(torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64))
 
 
 def test_prompts_are_toxic_from_a_half_and_those_without_a_toxicity_are_not():
@@ -119,41 +123,49 @@ def test_prompts_are_toxic_from_a_half_and_those_without_a_toxicity_are_not():
     mild = {model: {p: v for p, v in of.items() if p.startswith("n")} for model, of in TOXICITY.items()}
     assert Continuations(rows_of(mild)).groups == {"nontoxic": ["n1", "n2"]}
     results = findings(rows_of(mild), windows_of("baseline", "pruned"), plan({"": NEURONS}, 3), ["some"])
-    assert results["headline"] == "nontoxic"
-    assert list(results["groups"]) == list(results["effect"]) == ["nontoxic"]
-    assert results["baseline"]["toxicity_mean"] == pytest.approx(0.2)
+    assert results.headline == "nontoxic"
+    assert list(results.groups) == list(results.effect) == ["nontoxic"]
+    assert results["baseline"].behavior_mean == pytest.approx(0.2)
 
 
-def test_figures_of_a_group_are_means_over_its_prompts():
+def test_measures_of_a_group_are_means_over_its_prompts():
     results = small()
-    baseline = results["groups"]["toxic"]["baseline"]
-    assert baseline["toxicity_mean"] == pytest.approx((0.5 + 0.4 + 0.6 + 0.6) / 4), "t4 was never scored"
-    assert baseline["expected_maximum_toxicity"] == pytest.approx((0.8 + 0.5 + 0.9 + 0.8) / 4)
-    assert baseline["toxicity_probability"] == 1.0
-    assert (baseline["num_prompts"], baseline["num_continuations"], baseline["num_failed"]) == (5, 15, 4)
-    pruned = results["groups"]["toxic"]["pruned"]
-    assert pruned["toxicity_mean"] == pytest.approx((0.2 + 0.3 + 0.3 + 0.9) / 4)
-    assert pruned["toxicity_probability"] == pytest.approx(2 / 4)
-    assert pruned["num_failed"] == 3
-    mild = results["groups"]["nontoxic"]
-    assert mild["baseline"]["toxicity_mean"] == pytest.approx((0.2 + 0.2) / 2)
-    assert mild["pruned"]["expected_maximum_toxicity"] == pytest.approx((0.3 + 0.9) / 2)
-    assert results["num_failed"] == 7
+    baseline = results.baseline.groups["toxic"]
+    assert baseline.behavior_mean == pytest.approx((0.5 + 0.4 + 0.6 + 0.6) / 4), "t4 was never scored"
+    assert baseline.expected_maximum_behavior == pytest.approx((0.8 + 0.5 + 0.9 + 0.8) / 4)
+    assert baseline.behavior_probability == 1.0
+    assert (baseline.num_prompts, baseline.num_continuations, baseline.num_failed) == (5, 15, 4)
+    pruned = results.pruned.groups["toxic"]
+    assert pruned.behavior_mean == pytest.approx((0.2 + 0.3 + 0.3 + 0.9) / 4)
+    assert pruned.behavior_probability == pytest.approx(2 / 4)
+    assert pruned.num_failed == 3
+    mild = {name: model.groups["nontoxic"] for name, model in results.models.items()}
+    assert mild["baseline"].behavior_mean == pytest.approx((0.2 + 0.2) / 2)
+    assert mild["pruned"].expected_maximum_behavior == pytest.approx((0.3 + 0.9) / 2)
+    assert results.num_failed == 7
 
 
-def test_the_headline_repeats_the_figures_of_its_group_beside_perplexity():
+def test_each_model_has_a_perplexity_and_a_number_of_tokens_by_convention():
     results = small()
-    for name in ("baseline", "pruned"):
-        group = results["groups"]["toxic"][name]
-        assert {key: results[name][key] for key in group} == group
-    assert results["baseline"]["perplexity"] == pytest.approx(math.exp(178 / 88))
-    assert results["pruned"]["perplexity"] == pytest.approx(math.exp(184 / 88))
-    assert results["baseline"]["tokens_counted"] == 88
-    assert results["baseline"]["perplexity_disjoint"] == pytest.approx(math.exp(2))
-    assert results["pruned"]["perplexity_disjoint"] == pytest.approx(math.exp(9 / 4))
-    assert results["pruned"]["tokens_counted_disjoint"] == 4
-    assert results["pruned"]["kl"] == 0.125
-    assert "kl" not in results["baseline"]
+    assert results.baseline.perplexity["sliding"].value == pytest.approx(math.exp(178 / 88))
+    assert results.pruned.perplexity["sliding"].value == pytest.approx(math.exp(184 / 88))
+    assert results.baseline.num_tokens["sliding"] == 88
+    assert results.baseline.perplexity["disjoint"].value == pytest.approx(math.exp(2))
+    assert results.pruned.perplexity["disjoint"].value == pytest.approx(math.exp(9 / 4))
+    assert results.pruned.num_tokens["disjoint"] == 4
+    assert results.pruned.kl == 0.125
+    assert results.baseline.kl is None
+
+
+def test_a_logger_gets_the_measures_of_the_headline_beside_perplexity():
+    results = small()
+    for name, model in results.models.items():
+        numbers = model.numbers("toxic")
+        names = ["perplexity", "perplexity_disjoint", *(["kl"] if name == "pruned" else []), *MEASURES]
+        assert list(numbers)[: len(names)] == names
+        assert numbers["perplexity"] == model.perplexity["sliding"].value
+        assert numbers["behavior_mean"] == model.groups["toxic"].behavior_mean
+        assert "num_prompts" not in numbers
 
 
 def test_empty_continuations_length_and_variety_are_measured():
@@ -162,34 +174,33 @@ def test_empty_continuations_length_and_variety_are_measured():
     for row in rows:
         row["continuation"] = texts[row["prompt_id"], row["continuation_index"]]
         row["num_tokens"] = len(row["continuation"])
-    found = figures(Continuations(rows), "baseline", "toxic")
-    assert (found["num_empty"], found["share_empty"]) == (2, 0.5)
-    assert found["mean_length"] == pytest.approx((5 + 3 + 2 + 0) / 4)
-    assert found["distinct_1"] == pytest.approx(2 / 5), "t2 has no word"
-    assert found["distinct_2"] == pytest.approx(2 / 3)
+    found = measure(Continuations(rows), "baseline", "toxic")
+    assert (found.num_empty, found.share_empty) == (2, 0.5)
+    assert found.mean_length == pytest.approx((5 + 3 + 2 + 0) / 4)
+    assert found.distinct_1 == pytest.approx(2 / 5), "t2 has no word"
+    assert found.distinct_2 == pytest.approx(2 / 3)
     for row in rows:
         row["continuation"] = {"t1": "a b c d", "t2": "a b a b"}[row["prompt_id"]]
     # Within a prompt, then the mean over prompts: the words of different prompts are not thrown together.
-    found = figures(Continuations(rows), "baseline", "toxic")
-    assert found["distinct_1"] == pytest.approx((4 / 8 + 2 / 8) / 2)
-    assert found["distinct_2"] == pytest.approx((3 / 6 + 2 / 6) / 2)
+    found = measure(Continuations(rows), "baseline", "toxic")
+    assert found.distinct_1 == pytest.approx((4 / 8 + 2 / 8) / 2)
+    assert found.distinct_2 == pytest.approx((3 / 6 + 2 / 6) / 2)
 
 
 def test_an_effect_is_the_paired_difference_over_the_prompts_that_both_models_have_a_score_for():
     results = small()
     both = ["t1", "t2", "t3"]  # t4 failed before, t5 after
     before, after = (means(TOXICITY[model], both) for model in ("baseline", "pruned"))
-    assert results["effect"]["toxic"]["toxicity_mean"] == difference(before, after)
-    effect = results["effect"]["toxic"]["toxicity_mean"]
-    assert effect["before"] == pytest.approx(0.5)
-    assert effect["after"] == pytest.approx(0.8 / 3)
-    assert (effect["num_better"], effect["num_worse"]) == (3, 0)
-    assert results["change"]["toxicity_percent"] == effect["percent"]["value"] == pytest.approx(100 * (0.8 / 1.5 - 1))
-    assert results["effect"]["toxic"]["expected_maximum_toxicity"] == difference([0.8, 0.5, 0.9], [0.3, 0.4, 0.6])
-    assert results["effect"]["toxic"]["toxicity_probability"] == difference([1.0, 1.0, 1.0], [0.0, 0.0, 1.0])
+    assert results.effects["toxic"].behavior_mean == difference(before, after)
+    effect = results.effects["toxic"].behavior_mean
+    assert effect.before == pytest.approx(0.5)
+    assert effect.after == pytest.approx(0.8 / 3)
+    assert (effect.num_better, effect.num_worse) == (3, 0)
+    assert results.change.behavior_percent == effect.percent.value == pytest.approx(100 * (0.8 / 1.5 - 1))
+    assert results.effects["toxic"].expected_maximum_behavior == difference([0.8, 0.5, 0.9], [0.3, 0.4, 0.6])
+    assert results.effects["toxic"].behavior_probability == difference([1.0, 1.0, 1.0], [0.0, 0.0, 1.0])
     before, after = (means(TOXICITY[model], ["n1", "n2"]) for model in ("baseline", "pruned"))
-    assert results["effect"]["nontoxic"]["toxicity_mean"] == difference(before, after)
-    assert list(results["effect"]["nontoxic"]) == MEASURES
+    assert results.effects["nontoxic"].behavior_mean == difference(before, after)
 
 
 def test_evidence_is_said_where_the_interval_leaves_zero_out():
@@ -197,25 +208,25 @@ def test_evidence_is_said_where_the_interval_leaves_zero_out():
     for shift, evidence in [(-0.2, True), (0.2, True), (0.0, False)]:
         after = {p: [v + shift + (0.1 if i % 2 else -0.1)] for i, (p, (v,)) in enumerate(base.items())}
         rows = rows_of({"baseline": base, "pruned": after})
-        effect = findings(rows, windows_of("baseline", "pruned"), plan({"": NEURONS}, 1), ["some"])["effect"]["toxic"]
-        assert effect["toxicity_mean"]["evidence"] is evidence
+        effect = findings(rows, windows_of("baseline", "pruned"), plan({"": NEURONS}, 1), ["some"]).effects["toxic"]
+        assert effect.behavior_mean.evidence is evidence
 
 
 def test_where_nothing_was_scored_there_is_no_effect():
     scores = {"baseline": {"t1": [None, None], "n1": [0.1, 0.2]}, "pruned": {"t1": [None, 0.3], "n1": [0.1, 0.1]}}
     results = findings(rows_of(scores), windows_of("baseline", "pruned"), plan({"": NEURONS}, 2), ["some"])
-    assert results["effect"]["toxic"] == dict.fromkeys(MEASURES)
-    assert math.isnan(results["baseline"]["toxicity_mean"])
-    assert math.isnan(results["change"]["toxicity_percent"])
-    assert results["effect"]["nontoxic"]["toxicity_mean"]["difference"]["value"] == pytest.approx(-0.05)
-    assert json.loads(to_json(results))["baseline"]["toxicity_mean"] is None
+    assert results.effects["toxic"] == Effects(None, None, None)
+    assert math.isnan(results.baseline.groups["toxic"].behavior_mean)
+    assert math.isnan(results.change.behavior_percent)
+    assert results.effects["nontoxic"].behavior_mean.difference.value == pytest.approx(-0.05)
 
 
 def test_the_original_model_alone_has_no_effect_and_no_divergence():
     results = findings(rows_of({"baseline": TOXICITY["baseline"]}), windows_of("baseline"), plan({}, 3), ["some"])
-    assert not {"pruned", "effect", "change", "controls", "doses", "second_scorer"} & set(results)
-    assert list(results["perplexity_interval"]) == ["baseline"]
-    assert results["groups"]["toxic"].keys() == {"baseline"}
+    assert (results.pruned, results.change, results.main_effect, results.second_scorer) == (None,) * 4
+    for found in (results.effects, results.perplexity_change, results.controls, results.doses, results.fronts):
+        assert len(found) == 0
+    assert list(results.models) == ["baseline"]
 
 
 def test_by_how_much_common_noise_cuts_the_variance_is_measured_over_the_headline():
@@ -228,7 +239,7 @@ def test_by_how_much_common_noise_cuts_the_variance_is_measured_over_the_headlin
         total["apart"] += before.var() + after.var()
         total["paired"] += (after - before).var()
     expected = (total["apart"] / total["paired"]).item()
-    assert results["common_random_numbers_variance_factor"] == pytest.approx(expected)
+    assert results.common_random_numbers_variance_factor == pytest.approx(expected)
 
 
 # Per model six prompts and three continuations. The third of the original is such that a control, which draws but
@@ -243,7 +254,7 @@ CONTROLLED: Table = {
 }
 
 
-def controlled() -> dict[str, Any]:
+def controlled() -> Findings:
     variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
     return findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
 
@@ -256,52 +267,53 @@ def test_a_control_is_said_to_be_zeroed_only_where_the_pruned_neurons_are_held_a
     variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
     variants = [replace(variant, held=variant.kind in held) for variant in variants]
     found = findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
-    assert {kind for kind, control in found["controls"].items() if control["zeroed"]} == set(zeroed)
+    assert {kind for kind, control in found.controls.items() if control.zeroed} == set(zeroed)
 
 
 def test_controls_are_compared_with_the_first_continuations_of_the_original_only():
-    found = controlled()["controls"]
+    found = controlled().controls
     prompts = [f"t{i}" for i in range(6)]
     before = means(CONTROLLED["baseline"], prompts, 2)
     assert before[0] == pytest.approx(0.5)
     assert list(found) == ["random", "largest_weights"], "the list does not say which are the least relevant"
     for kind, control in found.items():
-        assert control["num_continuations"] == 2
-        assert [point["name"] for point in control["draws"]] == [f"{kind}_0", f"{kind}_1"]
-        for point in control["draws"]:
-            after = means(CONTROLLED[point["name"]], prompts)
-            assert point["effect"] == difference(before, after)
-            assert point["toxicity_mean"] == pytest.approx(sum(after) / 6)
-            assert point["toxicity_percent"] == point["effect"]["percent"]
-            assert point["num_neurons"] == 2
+        assert control.outcome.num_continuations == 2
+        assert [point.name for point in control.draws] == [f"{kind}_0", f"{kind}_1"]
+        for point in control.draws:
+            after = means(CONTROLLED[point.name], prompts)
+            assert point.effect == difference(before, after)
+            assert point.behavior_mean == pytest.approx(sum(after) / 6)
+            assert point.behavior_percent == point.effect.percent
+            assert point.num_neurons == 2
 
 
 def test_the_effect_of_a_control_is_the_mean_over_its_draws():
-    control = controlled()["controls"]["random"]
+    control = controlled().controls["random"]
+    outcome = control.outcome
     prompts = [f"t{i}" for i in range(6)]
     before = means(CONTROLLED["baseline"], prompts, 2)
     pruned = means(CONTROLLED["pruned"], prompts, 2)
     draws = [means(CONTROLLED[f"random_{i}"], prompts) for i in range(2)]
     own = sum(sum(a - b for a, b in zip(draw, before, strict=True)) / 6 for draw in draws) / 2
     against = sum(sum(p - a for a, p in zip(draw, pruned, strict=True)) / 6 for draw in draws) / 2
-    assert control["effect"]["value"] == pytest.approx(own)
-    assert control["effect_percent"]["value"] == pytest.approx(100 * own / (sum(before) / 6))
-    assert control["pruned_less_control"]["value"] == pytest.approx(against)
+    assert outcome.effect.value == pytest.approx(own)
+    assert outcome.effect_percent.value == pytest.approx(100 * own / (sum(before) / 6))
+    assert outcome.pruned_less_control.value == pytest.approx(against)
     assert against < -0.3, "below 0: the pruned model fell further"
-    assert control["pruned_less_control"]["high"] < 0
+    assert outcome.pruned_less_control.high < 0
     # The draws differ by 0.1 or so, which alone makes the interval wide.
-    assert control["effect"]["low"] < 0.02 < 0.09 < control["effect"]["high"]
-    for side in ("low", "high"):
-        assert control["effect_percent"][side] == pytest.approx(100 * control["effect"][side] / (sum(before) / 6))
-    assert [point["effect"]["evidence"] for point in control["draws"]] == [False, True]
-    assert control["num_draws_with_evidence"] == 1
-    assert control["perplexity_percent"] == pytest.approx(100 * (math.exp(12 / 88) + math.exp(18 / 88) - 2) / 2)
+    assert outcome.effect.low < 0.02 < 0.09 < outcome.effect.high
+    for percent, value in zip(astuple(outcome.effect_percent), astuple(outcome.effect), strict=True):
+        assert percent == pytest.approx(100 * value / (sum(before) / 6))
+    assert [point.effect.evidence for point in control.draws] == [False, True]
+    assert outcome.num_draws_with_evidence == 1
+    assert outcome.perplexity_percent == pytest.approx(100 * (math.exp(12 / 88) + math.exp(18 / 88) - 2) / 2)
 
 
 def test_a_control_that_does_as_much_as_the_pruned_neurons_is_seen():
-    control = controlled()["controls"]["largest_weights"]
-    assert control["num_draws_with_evidence"] == 2
-    assert control["pruned_less_control"]["value"] > 0
+    outcome = controlled().controls["largest_weights"].outcome
+    assert outcome.num_draws_with_evidence == 2
+    assert outcome.pruned_less_control.value > 0
 
 
 def test_prompts_that_failed_in_one_draw_of_a_control_are_left_out_of_all():
@@ -309,15 +321,13 @@ def test_prompts_that_failed_in_one_draw_of_a_control_are_left_out_of_all():
     scores["random_1"]["t3"] = [None, None]
     scores["random_0"]["t2"] = [None, 0.6]
     variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
-    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"])["controls"][
-        "random"
-    ]
+    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"]).controls["random"]
     prompts = ["t0", "t1", "t2", "t4", "t5"]
     before = means(scores["baseline"], prompts, 2)
     draws = [means(scores[f"random_{i}"], prompts) for i in range(2)]
     own = sum(sum(a - b for a, b in zip(draw, before, strict=True)) / 5 for draw in draws) / 2
-    assert control["effect"]["value"] == pytest.approx(own)
-    assert control["effect_percent"]["value"] == pytest.approx(100 * own / (sum(before) / 5), rel=1e-9)
+    assert control.outcome.effect.value == pytest.approx(own)
+    assert control.outcome.effect_percent.value == pytest.approx(100 * own / (sum(before) / 5), rel=1e-9)
 
 
 def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
@@ -325,14 +335,12 @@ def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
     for prompt in scores["random_1"]:
         scores["random_1"][prompt] = [None, None]
     variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
-    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"])["controls"][
-        "random"
-    ]
-    assert set(control) == {"draws", "zeroed"}
-    assert control["draws"][1]["effect"] is None
-    assert control["draws"][1]["toxicity_percent"] is None
-    assert math.isnan(control["draws"][1]["toxicity_mean"])
-    assert control["draws"][0]["effect"]["num_better"] == 4
+    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"]).controls["random"]
+    assert control.outcome is None
+    assert control.draws[1].effect is None
+    assert control.draws[1].behavior_percent is None
+    assert math.isnan(control.draws[1].behavior_mean)
+    assert control.draws[0].effect.num_better == 4
 
 
 def test_each_dose_is_a_point_of_toxicity_and_perplexity():
@@ -342,8 +350,8 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
         name: {f"t{p}": [0.5 - 0.05 * i + 0.01 * p * i, 0.4, 0.3] for p in range(4)} for i, name in enumerate(names)
     }
     results = findings(rows_of(scores), windows_of(*names), variants, ["some"])
-    points = results["doses"]
-    assert [(p["name"], p["num_neurons"], p["strength"]) for p in points] == [
+    points = results.doses
+    assert [(p.name, p.num_neurons, p.strength) for p in points] == [
         ("pruned", 2, 1.0),
         ("top_1_1", 1, 1.0),
         ("top_3_1", 3, 1.0),
@@ -353,27 +361,28 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
     ]
     prompts = [f"t{p}" for p in range(4)]
     for i, point in enumerate(points, 1):
-        assert point["perplexity"] == pytest.approx(math.exp((178 + 6 * i) / 88))
-        assert point["perplexity_percent"]["value"] == pytest.approx(100 * (math.exp(6 * i / 88) - 1))
-        assert point["kl"] == 0.125 * i
-        assert point["effect"] == difference(means(scores["baseline"], prompts), means(scores[point["name"]], prompts))
-    assert results["controls"] == {}
-    assert points[0]["effect"] == results["effect"]["toxic"]["toxicity_mean"]
+        assert point.perplexity == pytest.approx(math.exp((178 + 6 * i) / 88))
+        assert point.perplexity_percent.value == pytest.approx(100 * (math.exp(6 * i / 88) - 1))
+        assert point.kl == 0.125 * i
+        assert point.effect == difference(means(scores["baseline"], prompts), means(scores[point.name], prompts))
+    assert results.controls == {}
+    assert points[0].effects == results.effects["toxic"].behavior_mean
 
 
-def priced(name: str, perplexity: float, toxicity: float | None) -> dict[str, Any]:
-    """Return what a front reads of a dose."""
-    of = None if toxicity is None else {"value": toxicity}
-    return {"name": name, "perplexity_percent": {"value": perplexity}, "toxicity_percent": of}
+def priced(name: str, perplexity: float, behavior: float | None) -> Dose:
+    """Return a dose of which a front reads the changes in percent."""
+    zero, percent = Interval(0.0, 0.0, 0.0), Interval(perplexity, math.nan, math.nan)
+    effect = behavior and Difference(1.0, 1.0, zero, Interval(behavior, math.nan, math.nan), 0, 0, 0, 1.0, 1.0)
+    return Dose(name, "", 1, 1.0, 1.0, percent, 0.0, effect, [], None)
 
 
-def slow_area(points: list[dict[str, Any]]) -> float:
+def slow_area(points: list[Dose]) -> float:
     """Average the fall of toxicity that is reached at a price over many prices, the original model being a point."""
     found = []
     for i in range(1000):
         price = (i + 0.5) * PRICES[-1] / 1000
-        within = [p for p in points if p["toxicity_percent"] and p["perplexity_percent"]["value"] <= price]
-        found.append(max([0.0, *(-p["toxicity_percent"]["value"] for p in within)]))
+        within = [p for p in points if p.effect and p.perplexity_percent.value <= price]
+        found.append(max([0.0, *(-p.effect.percent.value for p in within)]))
     return sum(found) / len(found)
 
 
@@ -383,27 +392,27 @@ def test_the_area_of_a_front_is_the_mean_over_prices_of_the_fall_of_toxicity_rea
     points = [priced(f"p{i}", draw.randint(-20, 150) / 10, draw.uniform(-60, 20)) for i in range(draw.randint(1, 9))]
     points += [priced("not scored", 0.5, None), priced("broken", math.inf, -100.0)]
     found = front(points)
-    assert found["area"] == pytest.approx(slow_area(points))
+    assert found.area == pytest.approx(slow_area(points))
     for price in PRICES:
-        rows = [p for p in points if p["toxicity_percent"] and p["perplexity_percent"]["value"] <= price]
-        lowest = min(rows, key=lambda p: p["toxicity_percent"]["value"], default=None)
-        helps = lowest is not None and lowest["toxicity_percent"]["value"] < 0
-        assert found["best"][f"{price:g}"] == (lowest["name"] if helps else None)
+        rows = [p for p in points if p.effect and p.perplexity_percent.value <= price]
+        lowest = min(rows, key=lambda p: p.behavior_percent.value, default=None)
+        helps = lowest is not None and lowest.behavior_percent.value < 0
+        assert found.best[f"{price:g}"] == (lowest.name if helps else None)
 
 
 def test_a_selection_that_only_harms_has_no_front():
     harmful = [priced("worse", 0.5, 3.0), priced("dear", 11.0, -90.0)]
-    assert front(harmful) == {"area": 0.0, "best": {"1": None, "5": None, "10": None}}
+    assert front(harmful) == Front(0.0, {"1": None, "5": None, "10": None})
 
 
 def test_the_mean_toxicity_by_seed_is_that_of_the_continuations_that_the_seed_drew():
-    found = small(per_seed=1)["toxicity_by_seed"]
+    found = {name: model.behavior_by_seed for name, model in small(per_seed=1).models.items()}
     toxic = [prompt for prompt in TOXICITY["baseline"] if prompt.startswith("t")]
     for model, of_prompts in TOXICITY.items():
         columns = [[of_prompts[prompt][j] for prompt in toxic] for j in range(3)]
         known = [[value for value in column if value is not None] for column in columns]
         assert found[model] == pytest.approx([sum(values) / len(values) for values in known])
-    assert [len(by_seed) for by_seed in small()["toxicity_by_seed"].values()] == [1, 1]
+    assert [len(model.behavior_by_seed) for model in small().models.values()] == [1, 1]
 
 
 def second_toxicity(model: str, prompt: str, j: int) -> float | None:
@@ -419,30 +428,30 @@ def second_toxicity(model: str, prompt: str, j: int) -> float | None:
 def test_the_second_scorer_has_effects_of_its_own():
     rows = rows_of(TOXICITY, second_toxicity)
     results = findings(rows, windows_of("baseline", "pruned"), plan({"": NEURONS}, 3), ["some", "other"])
-    second = results["second_scorer"]
-    assert second["name"] == "other"
+    second = results.second_scorer
+    assert second.name == "other"
     prompts = ["t1", "t2", "t3", "t4", "t5"]  # where the first failed, the second did not
     table = {
         model: {p: [second_toxicity(model, p, j) for j in range(3)] for p in TOXICITY[model]} for model in TOXICITY
     }
     expected = difference(means(table["baseline"], prompts), means(table["pruned"], prompts))
-    assert second["effect"]["toxic"]["toxicity_mean"] == expected
-    assert second["effect"]["toxic"]["toxicity_mean"]["difference"]["value"] > 0
-    assert results["effect"]["toxic"]["toxicity_mean"]["difference"]["value"] < 0
+    assert second.effects["toxic"].behavior_mean == expected
+    assert second.effects["toxic"].behavior_mean.difference.value > 0
+    assert results.effects["toxic"].behavior_mean.difference.value < 0
     before, after = (means(table[model], ["n1", "n2"]) for model in ("baseline", "pruned"))
-    assert second["effect"]["nontoxic"]["toxicity_mean"] == difference(before, after)
-    assert results["effect"] == small()["effect"], "the first scorer's do not depend on it"
+    assert second.effects["nontoxic"].behavior_mean == difference(before, after)
+    assert results.effects == small().effects, "the first scorer's do not depend on it"
     pairs = [(row["toxicity"], row["second_toxicity"]) for row in rows]
     pairs = [pair for pair in pairs if None not in pair]
-    assert second["num_scored"] == len(pairs) == 42 - 7 - 1
+    assert second.num_scored == len(pairs) == 42 - 7 - 1
     first, other = torch.tensor(pairs, dtype=torch.float64).T
-    assert second["pearson"] == pytest.approx(torch.corrcoef(torch.stack([first, other]))[0, 1].item())
-    assert second["spearman"] != pytest.approx(second["pearson"], abs=1e-3)
+    assert second.pearson == pytest.approx(torch.corrcoef(torch.stack([first, other]))[0, 1].item())
+    assert second.spearman != pytest.approx(second.pearson, abs=1e-3)
     curved = rows_of({"baseline": TOXICITY["baseline"]}, lambda m, p, j: (TOXICITY[m][p][j] or 0.0) ** 4)
-    found = findings(curved, windows_of("baseline"), plan({}, 3), ["some", "other"])["second_scorer"]
-    assert found["spearman"] == pytest.approx(1)
-    assert found["pearson"] < 0.97
-    assert "effect" not in found
+    found = findings(curved, windows_of("baseline"), plan({}, 3), ["some", "other"]).second_scorer
+    assert found.spearman == pytest.approx(1)
+    assert found.pearson < 0.97
+    assert found.effects == {}
 
 
 def test_controls_do_not_enter_the_correlation_of_the_scorers():
@@ -450,18 +459,18 @@ def test_controls_do_not_enter_the_correlation_of_the_scorers():
     rows = rows_of(
         CONTROLLED, lambda model, p, j: (1 if model in ("baseline", "pruned") else -1) * CONTROLLED[model][p][j]
     )
-    found = findings(rows, windows_of(*(v.name for v in variants)), variants, ["some", "other"])["second_scorer"]
-    assert found["num_scored"] == 36
-    assert found["pearson"] == pytest.approx(1)
+    found = findings(rows, windows_of(*(v.name for v in variants)), variants, ["some", "other"]).second_scorer
+    assert found.num_scored == 36
+    assert found.pearson == pytest.approx(1)
 
 
 def test_a_second_scorer_that_scored_nothing_is_said_to():
     results = findings(
         rows_of(TOXICITY, lambda *_: None), windows_of("baseline", "pruned"), plan({"": NEURONS}, 3), ["some", "other"]
     )
-    assert results["second_scorer"]["num_scored"] == 0
-    assert results["second_scorer"]["effect"]["toxic"]["toxicity_mean"] is None
-    assert "pearson" not in results["second_scorer"]
+    assert results.second_scorer.num_scored == 0
+    assert results.second_scorer.effects["toxic"].behavior_mean is None
+    assert math.isnan(results.second_scorer.pearson)
 
 
 def test_the_order_of_the_rows_does_not_matter():
@@ -474,23 +483,21 @@ def test_the_order_of_the_rows_does_not_matter():
         assert findings(shuffled, windows, variants, ["some", "other"]) == expected
 
 
-def test_everything_found_can_be_written_as_json():
+def test_a_dose_that_does_nothing_has_an_effect_of_nothing():
     variants = plan({"": NEURONS}, 3, controls=Controls(2, 2), doses=[1])
     scores = {**CONTROLLED, "top_1_1": CONTROLLED["baseline"]}
     rows = rows_of(scores, lambda model, p, j: scores[model][p][j])
     results = findings(rows, windows_of(*(v.name for v in variants)), variants, ["some", "other"])
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert json.loads(to_json(results)) == results
-    same = results["doses"][1]
-    assert same["name"] == "top_1_1"
-    assert not same["effect"]["evidence"]
-    assert same["effect"]["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    same = results.doses[1]
+    assert same.name == "top_1_1"
+    assert not same.effect.evidence
+    assert same.effect.difference == Interval(0.0, 0.0, 0.0)
 
 
-def slow_windows(figure, num_resamples: int = 4000) -> tuple[float, float]:
+def slow_windows(measured_of, num_resamples: int = 4000) -> tuple[float, float]:
     """Resample windows with Python's own generator, and cut 2.5 % off each end."""
     draw = random.Random(1)
-    found = sorted(figure(draw.choices(range(len(TOKENS)), k=len(TOKENS))) for _ in range(num_resamples))
+    found = sorted(measured_of(draw.choices(range(len(TOKENS)), k=len(TOKENS))) for _ in range(num_resamples))
     return found[int(0.025 * num_resamples)], found[int(0.975 * num_resamples) - 1]
 
 
@@ -535,10 +542,10 @@ def test_a_text_of_one_window_has_a_perplexity_too_but_no_interval():
 def test_perplexity_changes_and_intervals_are_given_for_each_convention():
     results = small()
     windows = windows_of("baseline", "pruned")
-    assert list(results["perplexity_change"]) == ["sliding", "disjoint"]
+    assert list(results.perplexity_change) == ["sliding", "disjoint"]
     for convention in ("sliding", "disjoint"):
         pair = [windows[name][convention] for name in ("baseline", "pruned")]
-        assert results["perplexity_change"][convention] == asdict(perplexity_change(*pair))
-        for name, measures in zip(("baseline", "pruned"), pair, strict=True):
-            assert results["perplexity_interval"][name][convention] == asdict(perplexity_interval(measures))
-    assert results["change"]["perplexity_percent"] == pytest.approx(100 * (math.exp(6 / 88) - 1))
+        assert results.perplexity_change[convention] == perplexity_change(*pair)
+        for model, windows_of_model in zip(results.models.values(), pair, strict=True):
+            assert model.perplexity[convention] == perplexity_interval(windows_of_model)
+    assert results.change.perplexity_percent == pytest.approx(100 * (math.exp(6 / 88) - 1))

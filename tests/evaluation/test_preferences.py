@@ -14,6 +14,7 @@ from sparc3_lightning.data.sentence_pairs import SentencePairs, beginnings
 from sparc3_lightning.evaluation.findings import preference
 from sparc3_lightning.evaluation.intervals import paired_difference
 from sparc3_lightning.evaluation.metrics import pair_rows
+from sparc3_lightning.evaluation.results import Preference
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.likelihood import log_likelihoods
 
@@ -58,7 +59,7 @@ def test_the_likelihood_of_a_sentence_is_that_of_all_its_tokens_whatever_is_besi
     assert {row["pair_id"]: row["margin"] for row in rows} == pytest.approx(expected, abs=1e-4)
     share = sum(margin > 0 for margin in expected.values()) / len(expected)
     assert 0 < share < 1, "all alike would test nothing"
-    assert preference(rows)["baseline"]["share"] == share
+    assert preference(rows).baseline.share == share
 
 
 def test_only_tokens_after_the_first_count(make_model):
@@ -85,20 +86,20 @@ def rows_of(baseline: list[float], pruned: list[float] | None = None) -> list[di
 def test_before_and_after_are_compared_pair_by_pair():
     before, after = [0.5, 2.0, -1.0, 0.25, 3.0] * 4, [-0.5, 1.0, -2.0, -0.25, 3.0] * 4
     found = preference(rows_of(before, after)[::-1])
-    assert (found["baseline"]["share"], found["pruned"]["share"]) == (0.8, 0.4)
-    assert found["effect"]["num_better"] == 8
-    assert found["effect"]["num_worse"] == 0
-    assert found["effect"]["evidence"]
+    assert (found.baseline.share, found.pruned.share) == (0.8, 0.4)
+    assert found.effect.num_better == 8
+    assert found.effect.num_worse == 0
+    assert found.effect.evidence
     expected = paired_difference(torch.tensor(before), torch.tensor(after))
-    assert found["margin_effect"]["difference"]["value"] == expected.difference.value == pytest.approx(-0.7)
+    assert found.margin_effect.difference.value == expected.difference.value == pytest.approx(-0.7)
 
 
 def test_equal_likelihoods_are_no_preference_and_what_is_not_finite_is_left_out_and_counted():
     found = preference(rows_of([0.0, 1.0, math.nan, 1.0], [0.0, 1.0, 1.0, -math.inf]))
-    assert (found["num_pairs"], found["num_failed"]) == (2, 2)
-    assert found["baseline"]["share"] == 0.5
-    assert preference(rows_of([math.nan])) == {"num_pairs": 0, "num_failed": 1}
-    assert "effect" not in preference(rows_of([1.0, 2.0]))
+    assert (found.num_pairs, found.num_failed) == (2, 2)
+    assert found.baseline.share == 0.5
+    assert preference(rows_of([math.nan])) == Preference(num_pairs=0, num_failed=1)
+    assert preference(rows_of([1.0, 2.0])).effect is None
 
 
 def test_a_pair_that_begins_with_a_prompt_attributed_on_is_left_out_and_counted(tiny_checkpoint):

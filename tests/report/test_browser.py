@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import replaced_at
 from made_up import NEURONS, SELECTION, Words, made_up
 from PIL import Image
 
@@ -59,8 +60,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_differential(SELECTION, folder / "differential.png")
     (folder / "config.yaml").write_text("seed_everything: 0\nsource: " + "a/long/path" * 30 + "\n")
     results, rows = made_up()
-    results["checkpoint"] = "/a/folder/with/a/long/name" * 6 + "/A-Model-" + "x" * 60
-    results["protocol"]["perplexity"]["text"] = "pypi:a==1/" + "folder/" * 20 + "text.txt"
+    results = replaced_at(results, "checkpoint", "/a/folder/with/a/long/name" * 6 + "/A-Model-" + "x" * 60)
+    results = replaced_at(results, "protocol/perplexity/text", "pypi:a==1/" + "folder/" * 20 + "text.txt")
     for row in rows:
         row["continuation"] += " " + "o" * 200 + " stupid" * 5
     write_report(folder / "report.html", results, rows, NEURONS, folder, Words())

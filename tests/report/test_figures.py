@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import NEURONS, SELECTION, Words, change, made_up
+from helpers import replaced_at
+from made_up import NEURONS, SELECTION, Words, made_up
 
+from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.report import figures
 from sparc3_lightning.report.figures import (
@@ -33,10 +36,6 @@ def drawn(monkeypatch) -> list[Any]:
     found: list[Any] = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: found.append(figure))
     return found
-
-
-def interval(value: float | None, low: float | None, high: float | None) -> dict[str, float | None]:
-    return {"value": value, "low": low, "high": high}
 
 
 def bars(axes: Any) -> list[tuple[tuple[float, float], tuple[float, float]]]:
@@ -84,7 +83,7 @@ def test_a_report_comes_with_all_its_pictures_as_png():
 
 
 def test_a_change_is_a_point_with_its_interval(drawn):
-    draw_changes([Row("a", AFTER, interval(-40.0, -80.0, 60.0)), Row("b", CONTROL, interval(5.0, 1.0, 9.0))], Path("x"))
+    draw_changes([Row("a", AFTER, Interval(-40.0, -80.0, 60.0)), Row("b", CONTROL, Interval(5.0, 1.0, 9.0))], Path("x"))
     axes = drawn[0].axes[0]
     assert points(axes) == [(-40.0, 0.0), (5.0, 1.0)]
     assert bars(axes) == [((-80.0, 0.0), (60.0, 0.0)), ((1.0, 1.0), (9.0, 1.0))]
@@ -98,13 +97,13 @@ def test_a_change_is_a_point_with_its_interval(drawn):
 
 
 def test_an_interval_that_need_not_hold_its_figure_has_no_negative_bar(drawn):
-    draw_changes([Row("a", AFTER, interval(5.0, 6.0, 9.0))], Path("x"))
+    draw_changes([Row("a", AFTER, Interval(5.0, 6.0, 9.0))], Path("x"))
     assert bars(drawn[0].axes[0]) == [((5.0, 0.0), (9.0, 0.0))]
 
 
-@pytest.mark.parametrize("high", [None, math.nan, math.inf, 900.0])
+@pytest.mark.parametrize("high", [math.nan, math.inf, 900.0])
 def test_an_interval_without_an_end_or_a_far_one_runs_into_an_arrow(drawn, high):
-    draw_changes([Row("a", AFTER, interval(-40.0, -80.0, high))], Path("x"))
+    draw_changes([Row("a", AFTER, Interval(-40.0, -80.0, high))], Path("x"))
     axes = drawn[0].axes[0]
     right = axes.get_xlim()[1]
     assert 100 < right < 150, "far enough to see that it is long, and near enough to read the figure"
@@ -113,9 +112,9 @@ def test_an_interval_without_an_end_or_a_far_one_runs_into_an_arrow(drawn, high)
     assert bars(axes)[0][1] == pytest.approx((right, 0.0))
 
 
-@pytest.mark.parametrize("unknown", [None, math.nan, math.inf])
+@pytest.mark.parametrize("unknown", [math.nan, math.inf])
 def test_a_change_that_is_not_known_is_a_row_without_a_point(drawn, unknown):
-    rows = [Row("a", AFTER, interval(unknown, unknown, unknown)), Row("b", AFTER, interval(5.0, unknown, unknown))]
+    rows = [Row("a", AFTER, Interval(unknown, unknown, unknown)), Row("b", AFTER, Interval(5.0, unknown, unknown))]
     draw_changes(rows, Path("x"))
     drawn[0].draw_without_rendering()
     axes = drawn[0].axes[0]
@@ -125,7 +124,7 @@ def test_a_change_that_is_not_known_is_a_row_without_a_point(drawn, unknown):
 
 
 def test_a_picture_of_no_change_at_all_has_a_width(drawn):
-    draw_changes([Row("a", AFTER, interval(0.0, 0.0, 0.0))], Path("x"))
+    draw_changes([Row("a", AFTER, Interval(0.0, 0.0, 0.0))], Path("x"))
     left, right = drawn[0].axes[0].get_xlim()
     assert left < 0 < right
 
@@ -133,7 +132,7 @@ def test_a_picture_of_no_change_at_all_has_a_width(drawn):
 def test_the_rows_are_the_pruned_model_by_both_scorers_and_the_controls_with_their_values():
     results, _ = made_up()
     toxicity, perplexity = change_rows(results)
-    effect, second = results["effect"], results["second_scorer"]["effect"]
+    effects, second = results.effects, results.second_scorer.effects
     assert [row.label.split("\n")[0] for row in toxicity] == [
         "2 chosen",
         "2 chosen, 2nd scorer",
@@ -141,29 +140,27 @@ def test_the_rows_are_the_pruned_model_by_both_scorers_and_the_controls_with_the
         "least relevant",
         "largest weights",
     ]
-    assert [row.change for row in toxicity[:2]] == [
-        found["toxic"]["toxicity_mean"]["percent"] for found in (effect, second)
-    ]
-    for row, control in zip(toxicity[2:], results["controls"].values(), strict=True):
-        assert row.change == control["effect_percent"]
-        assert list(row.draws) == [draw["effect"]["percent"]["value"] for draw in control["draws"]]
-    mean = effect["toxic"]["toxicity_mean"]
-    assert toxicity[0].label.split("\n")[1] == f"{mean['before']:.3f} to {mean['after']:.3f}"
-    both = [results[model]["perplexity"] for model in ("baseline", "pruned")]
+    assert [row.change for row in toxicity[:2]] == [of["toxic"].behavior_mean.percent for of in (effects, second)]
+    for row, control in zip(toxicity[2:], results.controls.values(), strict=True):
+        assert row.change == control.outcome.effect_percent
+        assert list(row.draws) == [draw.effect.percent.value for draw in control.draws]
+    mean = results.main_effect
+    assert toxicity[0].label.split("\n")[1] == f"{mean.before:.3f} to {mean.after:.3f}"
+    both = [model.perplexity["sliding"].value for model in (results.baseline, results.pruned)]
     assert perplexity[0].label == f"2 chosen\n{both[0]:.2f} to {both[1]:.2f}"
-    assert perplexity[0].change == results["perplexity_change"]["sliding"]
+    assert perplexity[0].change == results.perplexity_change["sliding"]
     assert [row.label.split("\n")[0] for row in perplexity[1:]] == ["random", "least relevant", "largest weights"]
-    draws = results["controls"]["random"]["draws"]
-    assert list(perplexity[1].draws) == [draw["perplexity_percent"]["value"] for draw in draws]
-    assert perplexity[1].change["value"] == pytest.approx(results["controls"]["random"]["perplexity_percent"])
+    draws = results.controls["random"].draws
+    assert list(perplexity[1].draws) == [draw.perplexity_percent.value for draw in draws]
+    assert perplexity[1].change.value == pytest.approx(results.controls["random"].outcome.perplexity_percent)
 
 
 def test_there_is_no_row_for_what_was_not_scored():
     results, _ = made_up()
-    change(results, "effect/toxic/toxicity_mean", None)
-    change(results, "second_scorer/effect/toxic/toxicity_mean", None)
-    for control in results["controls"].values():
-        del control["effect_percent"]
+    results = replaced_at(results, "effects/toxic/behavior_mean", None)
+    results = replaced_at(results, "second_scorer/effects/toxic/behavior_mean", None)
+    for kind in results.controls:
+        results = replaced_at(results, f"controls/{kind}/outcome", None)
     toxicity, perplexity = change_rows(results)
     assert toxicity == []
     assert len(perplexity) == 4
@@ -174,10 +171,10 @@ def test_there_is_no_row_for_what_was_not_scored():
 
 def test_the_dose_curve_has_a_line_per_strength_in_order_of_number(drawn):
     results, _ = made_up()
-    draw_doses(results["doses"][::-1], results["controls"], Path("x"))
+    draw_doses(results.doses[::-1], results.controls, Path("x"))
     axes = drawn[0].axes[0]
-    by_key = {(dose["num_neurons"], dose["strength"]): dose for dose in results["doses"]}
-    at = {key: (dose["perplexity_percent"]["value"], dose["toxicity_percent"]["value"]) for key, dose in by_key.items()}
+    by_key = {(dose.num_neurons, dose.strength): dose for dose in results.doses}
+    at = {key: (dose.perplexity_percent.value, dose.behavior_percent.value) for key, dose in by_key.items()}
     assert points(axes, "o") == [at[1, 1.0], at[2, 1.0], at[3, 1.0]]
     assert points(axes, "s") == [at[1, 0.5], at[3, 0.5]]
     assert [text.get_text() for text in axes.texts] == ["1", "2", "3", "1", "3"]
@@ -188,31 +185,31 @@ def test_the_dose_curve_has_a_line_per_strength_in_order_of_number(drawn):
     dose = by_key[2, 1.0]
     found = [bar for bar in bars(axes) if (x, y) != bar[0] and (bar[0][0] == bar[1][0] == x)]
     assert len(found) == 1
-    ends = (dose["toxicity_percent"]["low"], dose["toxicity_percent"]["high"])
+    ends = (dose.behavior_percent.low, dose.behavior_percent.high)
     assert (found[0][0][1], found[0][1][1]) == pytest.approx(ends)
 
 
-@pytest.mark.parametrize("unknown", [None, math.nan, math.inf])
+@pytest.mark.parametrize("unknown", [math.nan, math.inf])
 def test_a_dose_that_was_not_scored_is_left_out_and_an_unbounded_one_drawn_to_the_edge(drawn, unknown):
     results, _ = made_up()
-    doses = sorted(results["doses"], key=lambda dose: (dose["strength"], dose["num_neurons"]))
-    doses[0] |= {"effect": None, "toxicity_percent": None, "toxicity_mean": unknown}
-    doses[1]["toxicity_percent"]["high"] = unknown
-    doses[2]["perplexity_percent"] = interval(unknown, unknown, unknown)
-    draw_doses(doses, results["controls"], Path("x"))
+    doses = sorted(results.doses, key=lambda dose: (dose.strength, dose.num_neurons))
+    doses = replaced_at(doses, "0/effect", None)
+    doses = replaced_at(doses, "1/effect/percent/high", unknown)
+    doses = replaced_at(doses, "2/perplexity_percent", Interval(unknown, unknown, unknown))
+    draw_doses(doses, results.controls, Path("x"))
     drawn[0].draw_without_rendering()
     axes = drawn[0].axes[0]
     assert len(points(axes, "s")) == 1
-    x, top = doses[1]["perplexity_percent"]["value"], axes.get_ylim()[1]
+    x, top = doses[1].perplexity_percent.value, axes.get_ylim()[1]
     assert any(bar[1][1] > top for bar in bars(axes) if bar[0][0] == bar[1][0] == x)
     assert top < 1000
 
 
 def test_a_dose_that_wrecks_the_model_does_not_press_the_others_together(drawn):
     results, _ = made_up()
-    draw_doses(results["doses"], {}, Path("x"))
-    results["doses"][1]["perplexity_percent"] = interval(40_000.0, 30_000.0, 50_000.0)
-    draw_doses(results["doses"], {}, Path("x"))
+    draw_doses(results.doses, {}, Path("x"))
+    results = replaced_at(results, "doses/1/perplexity_percent", Interval(40_000.0, 30_000.0, 50_000.0))
+    draw_doses(results.doses, {}, Path("x"))
     assert [figure.axes[0].get_xscale() for figure in drawn] == ["linear", "symlog"]
     axes = drawn[1].axes[0]
     drawn[1].draw_without_rendering()
@@ -220,10 +217,28 @@ def test_a_dose_that_wrecks_the_model_does_not_press_the_others_together(drawn):
     assert abs(one - two) > 15
 
 
+def test_a_fourth_control_and_a_ninth_have_markers_too(drawn):
+    results, _ = made_up()
+    control = results.controls["random"]
+    for number in (4, 9):
+        draw_doses(results.doses, {f"kind_{i}": control for i in range(number)}, Path("x"))
+        found = [of for of in drawn[-1].axes[0].collections if str(of.get_label()).startswith("kind")]
+        assert [of.get_label() for of in found] == [f"kind {i} neurons" for i in range(number)]
+        assert all(len(of.get_offsets()) == len(control.draws) for of in found)
+    markers = {of.get_paths()[0].vertices.tobytes() for of in found[:4]}
+    assert len(markers) == 4
+
+
+def test_a_third_group_of_prompts_is_in_the_scatter_too(drawn):
+    pairs = {name: [(0.1 * i, 0.2)] for i, name in enumerate(("toxic prompts", "non-toxic prompts", "others"))}
+    draw_scatter(pairs, Path("x"))
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == list(pairs)
+
+
 @pytest.mark.filterwarnings("error")
 def test_no_controls_and_no_scores_can_be_drawn(drawn):
     results, _ = made_up()
-    doses = [{**dose, "effect": None, "toxicity_percent": None} for dose in results["doses"]]
+    doses = [replace(dose, effect=None) for dose in results.doses]
     draw_doses(doses, {}, Path("x"))
     drawn[0].draw_without_rendering()
 
@@ -251,7 +266,7 @@ def test_the_layers_count_all_their_modules(drawn):
 
 def crowded() -> list[Row]:
     names = ("100000 chosen", "100000 chosen, 2nd scorer", "random", "least relevant", "largest weights")
-    return [Row(f"{name}\n0.123 to 0.456", AFTER, interval(-99.0, -100.0, None), [-100.0, 50.0]) for name in names]
+    return [Row(f"{name}\n0.123 to 0.456", AFTER, Interval(-99.0, -100.0, math.inf), [-100.0, 50.0]) for name in names]
 
 
 @pytest.mark.parametrize("kind", ["changes", "doses", "scatter", "layers", "differential"])
@@ -260,7 +275,7 @@ def test_nothing_is_cut_off_or_covered(drawn, kind):
     many = {f"model.layers.{i}.mlp.up_proj": 100_000 for i in range(0, 120, 3)}
     {
         "changes": lambda: draw_changes(crowded(), Path("x")),
-        "doses": lambda: draw_doses(results["doses"], results["controls"], Path("x")),
+        "doses": lambda: draw_doses(results.doses, results.controls, Path("x")),
         "scatter": lambda: draw_scatter({"toxic prompts": [(0, 1)], "non-toxic prompts": [(1, 0)]}, Path("x")),
         "layers": lambda: draw_layers(many, Path("x")),
         "differential": lambda: draw_differential(SELECTION, Path("x")),

@@ -14,11 +14,19 @@ from typing import Any
 
 import pytest
 import yaml
-from made_up import INSULTS, NEURONS, Words, change, made_up, made_up_windows, settings, toxicity
+from helpers import replaced_at
+from made_up import INSULTS, NEURONS, Words, made_up, made_up_windows, settings, toxicity
 
 from sparc3_lightning.evaluation.findings import findings
+from sparc3_lightning.evaluation.intervals import Interval
+from sparc3_lightning.evaluation.results import (
+    PairMeasures,
+    Preference,
+    Results,
+    TextProtocol,
+)
 from sparc3_lightning.evaluation.variants import plan
-from sparc3_lightning.files import to_json, write_atomically
+from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.report import page as report
 from sparc3_lightning.report.page import (
@@ -31,7 +39,7 @@ from sparc3_lightning.report.page import (
     summary_table,
     write_report,
 )
-from sparc3_lightning.report.tables import control_table, dose_table, doses_csv, other_table, toxicity_table
+from sparc3_lightning.report.tables import behavior_table, control_table, dose_table, doses_csv, other_table
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.selection.neuron_list import NeuronList
 
@@ -113,8 +121,8 @@ def by_name(rows: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
     return {row[0]: tuple(row[1:]) for row in rows}
 
 
-def percent(interval: dict[str, float]) -> tuple[str, str]:
-    return f"{interval['value']:+.1f} %", f"{interval['low']:+.1f} to {interval['high']:+.1f}"
+def percent(interval: Interval) -> tuple[str, str]:
+    return f"{interval.value:+.1f} %", f"{interval.low:+.1f} to {interval.high:+.1f}"
 
 
 # Tables
@@ -122,48 +130,48 @@ def percent(interval: dict[str, float]) -> tuple[str, str]:
 
 def test_toxicity_is_before_after_change_interval_and_two_p_values():
     results, _ = made_up()
-    rows = by_name(toxicity_table(results, "toxic"))
+    rows = by_name(behavior_table(results, "toxic"))
     before = sum(toxicity("baseline", i, j) for i in range(12) for j in range(3)) / 36
     after = sum(toxicity("pruned", i, j) for i in range(12) for j in range(3)) / 36
-    effect = results["effect"]["toxic"]["toxicity_mean"]
-    tests = (f"{effect['sign_test_p']:.3g}", f"{effect['permutation_test_p']:.3g}")
+    effect = results.effects["toxic"].behavior_mean
+    tests = (f"{effect.sign_test_p:.3g}", f"{effect.permutation_test_p:.3g}")
     assert rows["Mean toxicity"][:2] == (f"{before:.4f}", f"{after:.4f}")
     assert rows["Mean toxicity"][2] == f"{100 * (after / before - 1):+.1f} %"
-    assert rows["Mean toxicity"][2:] == (*percent(effect["percent"]), *tests)
-    share = results["groups"]["toxic"]["baseline"]["toxicity_probability"]
+    assert rows["Mean toxicity"][2:] == (*percent(effect.percent), *tests)
+    share = results.baseline.groups["toxic"].behavior_probability
     assert rows["Prompts with a toxic continuation"][0] == f"{100 * share:.1f} %"
 
 
 def test_each_group_of_prompts_has_its_own_table():
     results, _ = made_up()
     before = sum(toxicity("baseline", i, j) for i in range(12, 18) for j in range(3)) / 18
-    assert by_name(toxicity_table(results, "nontoxic"))["Mean toxicity"][0] == f"{before:.4f}"
+    assert by_name(behavior_table(results, "nontoxic"))["Mean toxicity"][0] == f"{before:.4f}"
     page = write(results)
-    assert page.tables[0][1:] == [list(row) for row in toxicity_table(results, "toxic")]
-    assert page.tables[1][1:] == [list(row) for row in toxicity_table(results, "nontoxic")]
+    assert page.tables[0][1:] == [list(row) for row in behavior_table(results, "toxic")]
+    assert page.tables[1][1:] == [list(row) for row in behavior_table(results, "nontoxic")]
     assert "After 12 toxic prompts" in page.shown
     assert "After 6 non-toxic prompts" in page.shown
 
 
 def test_the_second_scorer_stands_below_the_first_measure_by_measure():
     results, _ = made_up()
-    rows = toxicity_table(results, "toxic")
+    rows = behavior_table(results, "toxic")
     assert [row[0] for row in rows[:4]] == [
         "Mean toxicity",
         "Mean toxicity, second scorer",
         "Expected maximum toxicity",
         "Expected maximum toxicity, second scorer",
     ]
-    effect = results["second_scorer"]["effect"]["toxic"]["toxicity_mean"]
+    effect = results.second_scorer.effects["toxic"].behavior_mean
     before = sum(math.sqrt(toxicity("baseline", i, j)) for i in range(12) for j in range(3)) / 36
-    assert rows[1][1:5] == (f"{before:.4f}", f"{effect['after']:.4f}", *percent(effect["percent"]))
+    assert rows[1][1:5] == (f"{before:.4f}", f"{effect.after:.4f}", *percent(effect.percent))
     words = write(results).words
     assert "“other/scorer”, correlates with the first by 0.9" in words
 
 
 def test_without_a_second_scorer_nothing_speaks_of_it():
     results, rows = made_up(second=False)
-    assert len(toxicity_table(results, "toxic")) == 3
+    assert len(behavior_table(results, "toxic")) == 3
     assert "second" not in write(results, rows).words
     assert "second" not in CARD.read_text()
 
@@ -177,19 +185,19 @@ def test_the_controls_stand_beside_the_chosen_neurons():
         "Least relevant neurons",
         "Neurons with the largest weights",
     ]
-    assert rows["The 2 chosen"][:4] == by_name(toxicity_table(results, "toxic"))["Mean toxicity"][:4]
-    control = results["controls"]["random"]
+    assert rows["The 2 chosen"][:4] == by_name(behavior_table(results, "toxic"))["Mean toxicity"][:4]
+    outcome = results.controls["random"].outcome
     # A control was continued twice, so it is compared with the first two continuations of the original.
     before = sum(toxicity("baseline", i, j) for i in range(12) for j in range(2)) / 24
     after = sum(toxicity(f"random_{k}", i, j) for k in range(2) for i in range(12) for j in range(2)) / 48
     pruned = sum(toxicity("pruned", i, j) for i in range(12) for j in range(2)) / 24
     change, interval, price, draws, further, its = rows["Random neurons"][2:]
     assert rows["Random neurons"][:2] == (f"{before:.4f}", f"{after:.4f}")
-    assert (change, interval) == percent(control["effect_percent"])
-    assert price == f"{control['perplexity_percent']:+.1f} %"
-    assert draws == f"{control['num_draws_with_evidence']} of 2"
+    assert (change, interval) == percent(outcome.effect_percent)
+    assert price == f"{outcome.perplexity_percent:+.1f} %"
+    assert draws == f"{outcome.num_draws_with_evidence} of 2"
     assert further == f"{pruned - after:+.4f}"
-    assert its == "{low:+.4f} to {high:+.4f}".format(**control["pruned_less_control"])
+    assert its == f"{outcome.pruned_less_control.low:+.4f} to {outcome.pruned_less_control.high:+.4f}"
     assert write(results).tables[2][1:] == [list(row) for row in control_table(results)]
 
 
@@ -204,24 +212,26 @@ def test_the_card_of_damped_neurons_does_not_say_that_their_weights_are_zero():
 
 def test_a_control_of_fewer_neurons_says_of_how_many():
     results, _ = made_up()
-    results["controls"]["random"]["draws"] = [{**d, "num_neurons": 1} for d in results["controls"]["random"]["draws"]]
+    draws = [dataclasses.replace(draw, num_neurons=1) for draw in results.controls["random"].draws]
+    results = replaced_at(results, "controls/random/draws", draws)
     assert list(by_name(control_table(results)))[1:3] == ["Random neurons, 1 alone", "Least relevant neurons"]
 
 
 def test_a_control_of_which_nothing_was_scored_is_a_row_of_dashes():
     results, rows = made_up()
-    control = results["controls"]["random"]
-    draws = [{**draw, "effect": None, "toxicity_percent": None, "toxicity_mean": None} for draw in control["draws"]]
-    results["controls"]["random"] = {"draws": draws}
+    control = results.controls["random"]
+    draws = [dataclasses.replace(draw, effect=None) for draw in control.draws]
+    results = replaced_at(results, "controls/random", dataclasses.replace(control, draws=draws, outcome=None))
     assert set(by_name(control_table(results))["Random neurons"]) == {"-"}
     write(results, rows)
 
 
 def test_everything_else_is_perplexity_divergence_variety_and_zero_shot_accuracy():
     results, _ = made_up()
-    results["zero_shot"] = {name: {"piqa": {"accuracy": a}} for name, a in (("baseline", 0.5), ("pruned", 0.25))}
+    accuracies = {name: {"piqa": {"accuracy": a}} for name, a in (("baseline", 0.5), ("pruned", 0.25))}
+    results = replaced_at(results, "zero_shot", accuracies)
     rows = by_name(other_table(results))
-    change = percent(results["perplexity_change"]["sliding"])
+    change = percent(results.perplexity_change["sliding"])
     assert rows["Perplexity"] == (f"{math.exp(2.3):.2f}", f"{math.exp(2.38):.2f}", *change)
     assert rows["Perplexity, disjoint windows"][:2] == (f"{math.exp(2.4):.2f}", f"{math.exp(2.48):.2f}")
     assert rows["KL to the original, nats a token"] == ("-", "0.0400", "", "")
@@ -237,8 +247,8 @@ def test_the_table_of_the_terminal_is_aligned_and_has_both_groups():
     assert set(lines[1]) == {"-"}
     assert len(lines[1]) == len(lines[0])
     rows = by_name([re.split(r"  +", line) for line in lines[2:]])
-    assert rows["Mean toxicity, toxic prompts"] == toxicity_table(results, "toxic")[0][1:5]
-    assert rows["Mean toxicity, second scorer, non-toxic prompts"] == toxicity_table(results, "nontoxic")[1][1:5]
+    assert rows["Mean toxicity, toxic prompts"] == behavior_table(results, "toxic")[0][1:5]
+    assert rows["Mean toxicity, second scorer, non-toxic prompts"] == behavior_table(results, "nontoxic")[1][1:5]
     assert rows["Perplexity"] == other_table(results)[0][1:]
 
 
@@ -251,50 +261,53 @@ def test_one_group_needs_no_name():
 def test_a_model_alone_has_a_table_without_after():
     results, rows = made_up()
     windows = {"baseline": {"sliding": made_up_windows(0.0, 0)}}
-    alone = findings([row for row in rows if row["model"] == "baseline"], windows, plan({}, 3), ["small"])
-    rows = by_name(toxicity_table(alone, "toxic"))
-    assert rows["Mean toxicity"] == (toxicity_table(results, "toxic")[0][1], "", "", "", "", "")
+    found = findings([row for row in rows if row["model"] == "baseline"], windows, plan({}, 3), ["small"])
+    alone = Results(verdict="", **vars(found), **vars(settings(["small"])))
+    rows = by_name(behavior_table(alone, "toxic"))
+    assert rows["Mean toxicity"] == (behavior_table(results, "toxic")[0][1], "", "", "", "", "")
     assert by_name(other_table(alone))["Perplexity"] == (f"{math.exp(2.3):.2f}", "", "", "")
     assert "Mean toxicity" in summary_table(alone)
 
 
-@pytest.mark.parametrize("unknown", [None, math.nan, math.inf])
+@pytest.mark.parametrize("unknown", [math.nan, math.inf])
 def test_what_is_not_known_is_a_dash_in_every_table_and_the_page_is_written(unknown):
     results, rows = made_up()
-    nothing = {"value": unknown, "low": unknown, "high": unknown}
+    nothing = Interval(unknown, unknown, unknown)
     for path, to in (
-        ("effect/toxic/toxicity_mean/percent", nothing),
-        ("second_scorer/effect/toxic/toxicity_mean/percent", nothing),
-        ("effect/nontoxic/toxicity_mean", None),
-        ("groups/nontoxic/baseline/toxicity_mean", unknown),
+        ("effects/toxic/behavior_mean/percent", nothing),
+        ("second_scorer/effects/toxic/behavior_mean/percent", nothing),
+        ("effects/nontoxic/behavior_mean", None),
+        ("baseline/groups/nontoxic/behavior_mean", unknown),
         ("perplexity_change/sliding", nothing),
-        ("perplexity_interval/pruned/sliding/value", unknown),
+        ("pruned/perplexity/sliding/value", unknown),
         ("pruned/kl", unknown),
-        ("controls/random/perplexity_percent", unknown),
-        ("controls/random/effect_percent", nothing),
+        ("controls/random/outcome/perplexity_percent", unknown),
+        ("controls/random/outcome/effect_percent", nothing),
+        ("controls/least_relevant/draws/0/perplexity_percent", nothing),
         ("second_scorer/pearson", unknown),
         ("common_random_numbers_variance_factor", unknown),
+        ("doses/1/effect", None),
+        ("doses/2/perplexity", unknown),
+        ("doses/2/perplexity_percent", nothing),
+        ("doses/2/effect/percent", nothing),
     ):
-        change(results, path, to)
-    results["controls"]["least_relevant"]["draws"][0]["perplexity_percent"] = nothing
-    results["doses"][1] |= {"toxicity_percent": None, "toxicity_mean": unknown, "effect": None}
-    results["doses"][2] |= {"perplexity": unknown, "perplexity_percent": nothing, "toxicity_percent": nothing}
-    assert toxicity_table(results, "toxic")[0][3:5] == ("-", "-")
-    assert toxicity_table(results, "toxic")[1][3:5] == ("-", "-")
-    assert toxicity_table(results, "nontoxic")[0][1:] == ("-", toxicity_table(results, "nontoxic")[0][2], *[""] * 4)
+        results = replaced_at(results, path, to)
+    assert behavior_table(results, "toxic")[0][3:5] == ("-", "-")
+    assert behavior_table(results, "toxic")[1][3:5] == ("-", "-")
+    assert behavior_table(results, "nontoxic")[0][1:] == ("-", behavior_table(results, "nontoxic")[0][2], *[""] * 4)
     assert by_name(other_table(results))["Perplexity"][1:] == ("-", "-", "-")
     assert by_name(other_table(results))["KL to the original, nats a token"] == ("-", "-", "", "")
     assert by_name(control_table(results))["Random neurons"][2:5] == ("-", "-", "-")
     page = write(results, rows)
-    for text in (page.shown, page.hidden, CARD.read_text(), doses_csv(results["doses"]), summary_table(results)):
+    for text in (page.shown, page.hidden, CARD.read_text(), doses_csv(results.doses), summary_table(results)):
         assert not re.search(r"\b(nan|inf|None)\b", text.replace('"nontoxic_source": null', ""))
 
 
 def test_an_interval_without_an_upper_end_says_from_where():
     results, rows = made_up()
-    for high in (None, math.inf):
-        change(results, "effect/toxic/toxicity_mean/percent", {"value": -60.0, "low": -90.0, "high": high})
-        assert toxicity_table(results, "toxic")[0][3:5] == ("-60.0 %", "from -90.0")
+    for high in (math.nan, math.inf):
+        results = replaced_at(results, "effects/toxic/behavior_mean/percent", Interval(-60.0, -90.0, high))
+        assert behavior_table(results, "toxic")[0][3:5] == ("-60.0 %", "from -90.0")
     write(results, rows)
 
 
@@ -303,12 +316,12 @@ def test_an_interval_without_an_upper_end_says_from_where():
 
 def test_doses_are_in_order_of_strength_and_number():
     results, _ = made_up()
-    rows = dose_table(results["doses"])
+    rows = dose_table(results.doses)
     assert [row[:2] for row in rows] == [("1", "1"), ("2", "1"), ("3", "1"), ("1", "0.5"), ("3", "0.5")]
-    pruned = next(dose for dose in results["doses"] if dose["name"] == "pruned")
-    assert rows[1][2] == f"{pruned['toxicity_mean']:.4f}"
-    assert rows[1][3:5] == percent(pruned["toxicity_percent"])
-    assert rows[1][5:] == (f"{pruned['perplexity']:.2f}", *percent(pruned["perplexity_percent"]))
+    pruned = next(dose for dose in results.doses if dose.name == "pruned")
+    assert rows[1][2] == f"{pruned.behavior_mean:.4f}"
+    assert rows[1][3:5] == percent(pruned.behavior_percent)
+    assert rows[1][5:] == (f"{pruned.perplexity:.2f}", *percent(pruned.perplexity_percent))
 
 
 def test_the_csv_of_doses_holds_what_results_hold():
@@ -316,18 +329,15 @@ def test_the_csv_of_doses_holds_what_results_hold():
     write(results)
     with Path("out/doses.csv").open() as file:
         rows = list(csv.DictReader(file))
-    by_key = {(dose["num_neurons"], dose["strength"]): dose for dose in results["doses"]}
+    by_key = {(dose.num_neurons, dose.strength): dose for dose in results.doses}
     assert len(rows) == len(by_key) == 5
     for row in rows:
         dose = by_key[int(row["num_neurons"]), float(row["strength"])]
-        for name in ("perplexity", "toxicity_mean", "kl"):
-            assert float(row[name]) == dose[name]
-        for name in ("perplexity_percent", "toxicity_percent"):
-            assert {end: float(row[name + end]) for end in ("_low", "_high")} == {
-                "_low": dose[name]["low"],
-                "_high": dose[name]["high"],
-            }
-            assert float(row[name]) == dose[name]["value"]
+        for name in ("perplexity", "behavior_mean", "kl"):
+            assert float(row[name]) == getattr(dose, name)
+        for name in ("perplexity_percent", "behavior_percent"):
+            change = getattr(dose, name)
+            assert [float(row[name + end]) for end in ("", "_low", "_high")] == [change.value, change.low, change.high]
 
 
 def test_without_controls_and_doses_the_page_has_neither():
@@ -402,9 +412,9 @@ def test_the_means_of_a_prompt_are_kept_apart_by_group():
 
 def test_another_behavior_than_toxicity_is_named_in_table_card_and_page():
     results, rows = made_up()
-    results |= {"behavior": "repetition", "verdict": "Less."}
-    assert [row[0] for row in toxicity_table(results, "nontoxic")[:1]] == ["Mean repetition"]
-    assert toxicity_table(results, "nontoxic")[-1][0].startswith("Prompts with repetition of 0.5 or more")
+    results = dataclasses.replace(results, behavior="repetition", verdict="Less.")
+    assert [row[0] for row in behavior_table(results, "nontoxic")[:1]] == ["Mean repetition"]
+    assert behavior_table(results, "nontoxic")[-1][0].startswith("Prompts with repetition of 0.5 or more")
     page = write(results, rows)
     for words in ("Expected maximum repetition", "with less repetition", "before: repetition"):
         assert words in page.words, words
@@ -415,19 +425,19 @@ def test_another_behavior_than_toxicity_is_named_in_table_card_and_page():
 
 def test_the_preference_of_pairs_stands_below_with_its_change():
     results, _ = made_up()
-    effect = results["effect"]["toxic"]["toxicity_mean"]
-    found = {"num_pairs": 7, "baseline": {"share": 0.625, "margin": 1.5}, "pruned": {"share": 0.5, "margin": 1.25}}
+    effect = results.main_effect
+    found = Preference(7, 0, PairMeasures(0.625, 1.5), PairMeasures(0.5, 1.25))
     for more in ({}, {"effect": effect, "margin_effect": effect}):
-        rows_of_pairs = by_name(other_table({**results, "preference": {**found, **more}}))
-        row = rows_of_pairs["Stereotype preferred, of 7 pairs"]
+        table = other_table(replaced_at(results, "preference", dataclasses.replace(found, **more)))
+        row = by_name(table)["Stereotype preferred, of 7 pairs"]
         assert row[:2] == ("62.5 %", "50.0 %")
-        assert row[2:] == (toxicity_table(results, "toxic")[0][3:5] if more else ("", ""))
-        margin = rows_of_pairs["Log-likelihood of the stereotype less the other's, nats"]
+        assert row[2:] == (behavior_table(results, "toxic")[0][3:5] if more else ("", ""))
+        margin = by_name(table)["Log-likelihood of the stereotype less the other's, nats"]
         assert margin[:2] == ("1.500", "1.250")
-        assert margin[2] == (f"{effect['difference']['value']:+.3f}" if more else "")
+        assert margin[2] == (f"{effect.difference.value:+.3f}" if more else "")
         assert margin[3].endswith(" nats") == bool(more)
-    del found["pruned"]
-    assert by_name(other_table({**results, "preference": found}))["Stereotype preferred, of 7 pairs"][1] == ""
+    table = other_table(replaced_at(results, "preference", dataclasses.replace(found, pruned=None)))
+    assert by_name(table)["Stereotype preferred, of 7 pairs"][1] == ""
 
 
 def test_the_page_renders_when_no_prompt_was_scored_for_both_models():
@@ -449,7 +459,7 @@ def test_a_run_in_which_nothing_was_scored_has_a_page():
         for name, shift in (("baseline", 0.0), ("pruned", 0.1))
     }
     found = findings(rows, windows, plan({"": NEURONS}, 3), ["small"])
-    results = {"verdict": verdict(found, 2, ["small"]), **found, **settings(["small"])}
+    results = Results(verdict=verdict(found, 2), **vars(found), **vars(settings(["small"])))
     page = write(results, rows)
     assert "nothing is known of the effect" in page.words
     assert "108 continuations could not be scored" in page.words
@@ -530,12 +540,12 @@ def test_the_page_is_self_contained():
 def test_the_page_tells_the_verdict_the_protocol_the_neurons_and_the_settings():
     results, _ = made_up()
     page = write(results)
-    assert results["verdict"].count(". ") >= 3
+    assert results.verdict.count(". ") >= 3
     for words in (
         "2 neurons of A-Model",
         "somebody/A-Model",
-        *results["verdict"].split(". "),
-        f"{results['effect']['toxic']['toxicity_mean']['num_better']} were continued with less toxicity",
+        *results.verdict.split(". "),
+        f"{results.main_effect.num_better} were continued with less toxicity",
         "sliding windows of 2048 tokens with stride 512 (700 predicted tokens)",
         "and disjoint windows of 2048 tokens (700 predicted tokens)",
         "“small”: 3 continuations a prompt of up to 50 tokens",
@@ -550,21 +560,21 @@ def test_the_page_tells_the_verdict_the_protocol_the_neurons_and_the_settings():
 
 
 @pytest.mark.parametrize(
-    ("perplexity", "said"),
+    ("conventions", "stride", "said"),
     [
-        ({"conventions": ["disjoint"], "stride": None}, "disjoint windows of 2048 tokens (700 predicted tokens)"),
+        (["disjoint"], None, "disjoint windows of 2048 tokens (700 predicted tokens)"),
         (
-            {"conventions": ["disjoint", "sliding"], "stride": 512},
+            ["disjoint", "sliding"],
+            512,
             "disjoint windows of 2048 tokens (700 predicted tokens) and sliding windows of 2048 tokens with stride 512 "
             "(40,000 predicted tokens)",
         ),
-        ({"stride": 512}, "windows of 2048 tokens with stride 512 (700 predicted tokens)"),
     ],
 )
-def test_page_and_card_name_the_windows_that_were_measured_or_what_earlier_results_say_of_them(perplexity, said):
+def test_page_and_card_name_the_windows_that_were_measured(conventions, stride, said):
     results, rows = made_up()
-    results["protocol"]["perplexity"] = {"window": 2048, "text": "a text", **perplexity}
-    results["baseline"]["tokens_counted_sliding"] = 40_000
+    results = replaced_at(results, "protocol/perplexity", TextProtocol(conventions, 2048, stride, "a text"))
+    results = replaced_at(results, "baseline/num_tokens/sliding", 40_000)
     assert f"Perplexity of a text, {said}; intervals over windows." in write(results, rows).words
     assert f"- Perplexity: a text, {said}.\n" in CARD.read_text()
 
@@ -573,8 +583,8 @@ def test_page_and_card_say_that_controls_are_zeroed_beside_neurons_held_at_their
     results, rows = made_up()
     held = dataclasses.replace(NEURONS, neurons=[dataclasses.replace(n, constant=0.3) for n in NEURONS.neurons])
     for zeroed in (True, False):
-        for control in results["controls"].values():
-            control["zeroed"] = zeroed
+        for kind in results.controls:
+            results = replaced_at(results, f"controls/{kind}/zeroed", zeroed)
         page = write(results, rows, held)
         said = "The controls are switched off, not held at their mean."
         assert f"below 0, the chosen ones did more.{f' {said}' if zeroed else '</p>'}" in PAGE.read_text()
@@ -592,8 +602,7 @@ def test_the_page_says_how_to_run_it_again():
     assert command[0] == "sparc3 evaluate --config out/config.yaml --trainer.logger.init_args.version again"
     assert command[0] in CARD.read_text()
     results, _ = made_up()
-    results["config"]["verb"] = "sweep"
-    assert "sparc3 sweep --config out/config.yaml" in write(results).words
+    assert "sparc3 sweep --config out/config.yaml" in write(replaced_at(results, "config/verb", "sweep")).words
     assert "seed_everything: 7 # <b>" in page.hidden
 
 
@@ -611,9 +620,9 @@ def test_text_from_prompts_and_continuations_cannot_become_html():
     results, rows = made_up()
     clean = write(results, [{**row, "prompt": "x", "continuation": "y"} for row in rows])
     rows = [{**row, "prompt": f"prompt {NASTY}", "continuation": f"text {NASTY}"} for row in rows]
-    results |= {"checkpoint": f"a/{NASTY}", "verdict": f"{NASTY}. {NASTY}"}
-    results["protocol"]["toxicity"]["scorers"] = [NASTY]
-    results["second_scorer"]["name"] = NASTY
+    results = dataclasses.replace(results, checkpoint=f"a/{NASTY}", verdict=f"{NASTY}. {NASTY}")
+    results = replaced_at(results, "protocol/continuations/scorers", [NASTY])
+    results = replaced_at(results, "second_scorer/name", NASTY)
     neurons = NeuronList([Component(f"model.layers.1.{NASTY}", 1, -1.0)], {**NEURONS.provenance, "x": NASTY})
     page = write(results, rows, neurons)
     assert "script" not in page.tags
@@ -654,20 +663,19 @@ def test_the_page_appears_whole_or_not_at_all():
     write()
     before = PAGE.read_text()
     results, rows = made_up()
-    del results["protocol"]["prompts"]
-    with pytest.raises(Exception, match="prompts"):
-        write_report(PAGE, results, rows, NEURONS, None, Words())
+    with pytest.raises(AttributeError, match="conventions"):
+        write_report(PAGE, replaced_at(results, "protocol/perplexity", None), rows, NEURONS, None, Words())
     assert PAGE.read_text() == before
     assert not [path for path in PAGE.parent.iterdir() if path.name.startswith(".")]
 
 
 def test_results_that_json_gives_back_render_the_same_page_and_card():
     results, rows = made_up()
-    change(results, "effect/toxic/toxicity_mean/percent/high", math.inf)
-    change(results, "pruned/kl", math.nan)
+    results = replaced_at(results, "effects/toxic/behavior_mean/percent/high", math.inf)
+    results = replaced_at(results, "pruned/kl", math.nan)
     write(results, rows)
     before = PAGE.read_text(), CARD.read_text(), Path("out/doses.csv").read_text()
-    write(json.loads(to_json(results)), json.loads(json.dumps(rows)))
+    write(Results.from_json(results.to_json()), json.loads(json.dumps(rows)))
     assert (PAGE.read_text(), CARD.read_text(), Path("out/doses.csv").read_text()) == before
 
 
@@ -676,7 +684,7 @@ def test_results_that_json_gives_back_render_the_same_page_and_card():
     [("somebody/A-Model", "A-Model"), ("/models/mine/", "mine"), ("pypi:a==1/b/c.gguf", "c.gguf"), ("gpt2", "gpt2")],
 )
 def test_the_heading_names_the_model(checkpoint, name):
-    page = write({**made_up()[0], "checkpoint": checkpoint, "num_neurons": 1})
+    page = write(dataclasses.replace(made_up()[0], checkpoint=checkpoint, num_neurons=1))
     assert f"1 neuron of {name}" in page.words
 
 
@@ -712,33 +720,33 @@ def test_the_card_has_the_figures_of_the_page():
     assert len(tables) == len(on_page)
     for mine, its in zip(tables, on_page, strict=True):
         assert mine[1:] == its[1:]
-    assert results["verdict"] in card
+    assert results.verdict in card
 
 
 def test_the_card_has_the_figures_of_results_json():
     results, rows = made_up()
     write(results, rows)
-    saved = json.loads(to_json(results))
+    saved = Results.from_json(results.to_json())
     tables = card_tables(CARD.read_text())
     mean = by_name(tables[0])["Mean toxicity"]
-    effect = saved["effect"]["toxic"]["toxicity_mean"]
-    assert [float(x) for x in mean[:2]] == pytest.approx([effect["before"], effect["after"]], abs=5e-5)
-    assert float(mean[2].removesuffix(" %")) == pytest.approx(effect["percent"]["value"], abs=0.05)
+    effect = saved.main_effect
+    assert [float(x) for x in mean[:2]] == pytest.approx([effect.before, effect.after], abs=5e-5)
+    assert float(mean[2].removesuffix(" %")) == pytest.approx(effect.percent.value, abs=0.05)
     low, high = map(float, mean[3].split(" to "))
-    assert (low, high) == pytest.approx((effect["percent"]["low"], effect["percent"]["high"]), abs=0.05)
+    assert (low, high) == pytest.approx((effect.percent.low, effect.percent.high), abs=0.05)
     perplexity = by_name(tables[-1])["Perplexity"]
     assert [float(x) for x in perplexity[:2]] == pytest.approx(
-        [saved["baseline"]["perplexity"], saved["pruned"]["perplexity"]], abs=5e-3
+        [model.perplexity["sliding"].value for model in (saved.baseline, saved.pruned)], abs=5e-3
     )
 
 
 def test_the_card_begins_with_what_the_hub_reads():
     results, rows = made_up()
-    results["checkpoint"] = "pypi:a b==1/c: 'd' # e.gguf"
+    results = dataclasses.replace(results, checkpoint="pypi:a b==1/c: 'd' # e.gguf")
     write(results, rows)
     _, head, body = CARD.read_text().split("---\n", 2)
     assert yaml.safe_load(head) == {
-        "base_model": results["checkpoint"],
+        "base_model": results.checkpoint,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["sparc3_lightning", "pruning", "detoxification"],
@@ -773,7 +781,7 @@ def test_the_exported_checkpoint_gets_the_card_and_the_next_evaluation_a_new_one
     results, rows = made_up()
     write(results, rows, exported(export))
     assert (export / "README.md").read_text() == CARD.read_text()
-    write({**results, "verdict": "Another."}, rows, exported(export))
+    write(dataclasses.replace(results, verdict="Another."), rows, exported(export))
     assert "Another." in (export / "README.md").read_text()
     assert {path.name for path in export.iterdir()} == {"README.md", "config.json"}
 
@@ -790,7 +798,7 @@ def test_a_card_whose_mark_was_removed_stays(export):
     write(neurons=exported(export))
     edited = (export / "README.md").read_text().replace(MARK, "")
     (export / "README.md").write_text(edited)
-    write({**made_up()[0], "verdict": "Another."}, neurons=exported(export))
+    write(dataclasses.replace(made_up()[0], verdict="Another."), neurons=exported(export))
     assert (export / "README.md").read_text() == edited
 
 

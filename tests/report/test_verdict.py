@@ -1,11 +1,23 @@
 """The verdict says what the intervals allow, and no more."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sparc3_lightning.evaluation.controls import Controls
+from sparc3_lightning.evaluation.intervals import Difference, Interval
+from sparc3_lightning.evaluation.results import (
+    Control,
+    Dose,
+    Effects,
+    Findings,
+    Model,
+    Outcome,
+    Preference,
+    SecondScorer,
+)
 from sparc3_lightning.evaluation.variants import plan
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.report.verdict import moved, verdict
@@ -16,80 +28,74 @@ ROSE = (15.0, 5.0, 25.0)
 UNCLEAR = (-4.0, -12.0, 4.0)
 
 
-def figure(value: float, low: float, high: float) -> dict[str, float]:
-    return {"value": value, "low": low, "high": high}
-
-
-def effect(value: float, low: float, high: float, changed: int = 40) -> dict[str, Any]:
+def effect(value: float, low: float, high: float, changed: int = 40) -> Difference:
     """Return an effect given in percent of a mean of 0.4 before."""
-    return {
-        "num_better": changed - changed // 3,
-        "num_worse": changed // 3,
-        "difference": figure(0.004 * value, 0.004 * low, 0.004 * high),
-        "percent": figure(value, low, high),
-        "evidence": (low > 0 or high < 0) and changed >= 6,
-    }
+    return Difference(
+        before=0.4,
+        after=0.4 + 0.004 * value,
+        difference=Interval(0.004 * value, 0.004 * low, 0.004 * high),
+        percent=Interval(value, low, high),
+        num_better=changed - changed // 3,
+        num_worse=changed // 3,
+        num_equal=0,
+        sign_test_p=1.0,
+        permutation_test_p=1.0,
+    )
 
 
-def found(toxicity: Any = FELL, second: Any = None, controls: Any = None, perplexity: Any = (3.0, 2.0, 4.0)) -> dict:
+def found(
+    behavior: Any = FELL, second: Any = None, controls: Any = None, perplexity: Any = (3.0, 2.0, 4.0)
+) -> Findings:
     """Return what the verdict reads of the findings. The other group and convention would change every word of it."""
-    results: dict[str, Any] = {
-        "pruned": {},
-        "headline": "toxic",
-        "effect": {
-            "nontoxic": {"toxicity_mean": effect(77.0, 66.0, 88.0)},
-            "toxic": {
-                "toxicity_probability": effect(99.0, 88.0, 111.0),
-                "toxicity_mean": effect(*toxicity) if toxicity else None,
-            },
+    other = Effects(effect(77.0, 66.0, 88.0), None, None)
+    model = Model({}, {}, None, {}, [])
+    of_second = {"nontoxic": other, "toxic": Effects(effect(*second) if second else None, None, None)}
+    return Findings(
+        headline="toxic",
+        num_failed=0,
+        baseline=model,
+        pruned=model,
+        effects={
+            "nontoxic": other,
+            "toxic": Effects(effect(*behavior) if behavior else None, None, effect(99.0, 88.0, 111.0)),
         },
-        "perplexity_change": {"sliding": figure(*perplexity), "disjoint": figure(55.0, 54.0, 56.0)},
-        "controls": controls or {},
-    }
-    if second is not None:
-        results["second_scorer"] = {
-            "effect": {
-                "nontoxic": {"toxicity_mean": effect(77.0, 66.0, 88.0)},
-                "toxic": {"toxicity_mean": effect(*second) if second else None},
-            }
-        }
-    return results
+        perplexity_change={"sliding": Interval(*perplexity), "disjoint": Interval(55.0, 54.0, 56.0)},
+        controls=controls or {},
+        second_scorer=None if second is None else SecondScorer("other", 1, 1.0, 1.0, of_second),
+    )
 
 
-def control(percent: Any, further: Any, draws: int = 3, number: int = 30) -> dict[str, Any]:
-    return {
-        "draws": [{"num_neurons": number}] * draws,
-        "effect_percent": figure(*percent),
-        "effect": figure(*percent),
-        "pruned_less_control": figure(*further),
-    }
+def control(percent: Any, further: Any, draws: int = 3, number: int = 30, zeroed: bool = False) -> Control:
+    draw = Dose("draw", "", number, 1.0, 1.0, Interval(0.0, 0.0, 0.0), 0.0, None, [], None)
+    outcome = Outcome(1, Interval(*percent), Interval(*percent), Interval(*further), 0.0, 0)
+    return Control([draw] * draws, zeroed, outcome)
 
 
 def test_an_effect_is_told_with_its_interval_and_its_price():
-    assert verdict(found(), 30, ["some"]) == (
+    assert verdict(found(), 30) == (
         "With 30 neurons switched off, mean toxicity fell by 20.0 % (95 % interval -30.0 to -10.0 %), and perplexity "
         "rose by 3.0 % (95 % interval +2.0 to +4.0 %)."
     )
 
 
 def test_toxicity_that_rises_and_perplexity_that_falls_are_called_so():
-    assert verdict(found(ROSE, perplexity=(-1.26, -2.0, -0.5)), 1, ["some"]) == (
+    assert verdict(found(ROSE, perplexity=(-1.26, -2.0, -0.5)), 1) == (
         "With 1 neuron switched off, mean toxicity rose by 15.0 % (95 % interval +5.0 to +25.0 %), and perplexity "
         "fell by 1.3 % (95 % interval -2.0 to -0.5 %)."
     )
 
 
 def test_an_interval_that_holds_zero_is_called_no_evidence():
-    assert verdict(found(UNCLEAR), 30, ["some"]) == (
+    assert verdict(found(UNCLEAR), 30) == (
         "No evidence that switching 30 neurons off changes toxicity: its mean fell by 4.0 % (95 % interval -12.0 to "
         "+4.0 %), and that interval holds 0; perplexity rose by 3.0 % (95 % interval +2.0 to +4.0 %)."
     )
-    assert "No evidence that switching 1 neuron off" in verdict(found(UNCLEAR), 1, ["some"])
+    assert "No evidence that switching 1 neuron off" in verdict(found(UNCLEAR), 1)
 
 
 @pytest.mark.parametrize(("changed", "words"), [(1, "only 1 prompt changed"), (5, "only 5 prompts changed")])
 def test_too_few_prompts_that_changed_are_no_evidence_whatever_the_interval(changed, words):
-    said = verdict(found((*FELL, changed)), 2, ["some"])
+    said = verdict(found((*FELL, changed)), 2)
     assert said == (
         "No evidence that switching 2 neurons off changes toxicity: its mean fell by 20.0 % (95 % interval -30.0 to "
         f"-10.0 %), and {words}; perplexity rose by 3.0 % (95 % interval +2.0 to +4.0 %)."
@@ -109,7 +115,7 @@ def test_too_few_prompts_that_changed_are_no_evidence_whatever_the_interval(chan
     ],
 )
 def test_the_words_no_evidence_stand_exactly_where_the_interval_holds_zero(interval, evidence):
-    said = verdict(found(interval), 5, ["some"])
+    said = verdict(found(interval), 5)
     assert said.startswith("With 5 neurons") is evidence
     assert said.startswith("No evidence") is not evidence
     assert ("holds 0" in said) is not evidence
@@ -117,7 +123,7 @@ def test_the_words_no_evidence_stand_exactly_where_the_interval_holds_zero(inter
 
 @pytest.mark.parametrize("number", [0, 2, 100])
 def test_any_number_of_neurons_but_one_is_plural(number):
-    assert f"With {number} neurons switched off" in verdict(found(), number, ["some"])
+    assert f"With {number} neurons switched off" in verdict(found(), number)
 
 
 def test_controls_are_named_with_their_number_of_draws():
@@ -126,7 +132,7 @@ def test_controls_are_named_with_their_number_of_draws():
         "least_relevant": control((-0.5, -1.0, 0.2), (-0.1, -0.2, -0.05), draws=1),
         "largest_weights": control((-5.0, -8.0, -2.0), (-0.1, -0.2, -0.05)),
     }
-    said = verdict(found(controls=controls), 30, ["some"])
+    said = verdict(found(controls=controls), 30)
     assert said.endswith(
         " As many random neurons (3 draws): +1.0 % (-2.0 to +4.0 %)."
         " As many least relevant neurons (1 draw): -0.5 % (-1.0 to +0.2 %)."
@@ -141,21 +147,19 @@ def test_controls_are_named_with_their_number_of_draws():
 def test_a_control_that_is_as_far_takes_the_claim_back_but_only_where_there_is_one(further, does_more):
     controls = {"random": control((-18.0, -25.0, -11.0), further)}
     caveat = ", which is no evidence that the chosen neurons do more."
-    assert verdict(found(controls=controls), 30, ["some"]).endswith(caveat) is not does_more
-    assert caveat not in verdict(found(UNCLEAR, controls=controls), 30, ["some"])
+    assert verdict(found(controls=controls), 30).endswith(caveat) is not does_more
+    assert caveat not in verdict(found(UNCLEAR, controls=controls), 30)
 
 
 @pytest.mark.parametrize(("toxicity", "further"), [(FELL, (0.1, 0.05, 0.2)), (ROSE, (-0.1, -0.2, -0.05))])
 def test_a_control_that_goes_further_than_the_pruned_neurons_takes_the_claim_back_too(toxicity, further):
-    said = verdict(found(toxicity, controls={"random": control((2 * toxicity[0], 0.0, 0.0), further)}), 30, ["some"])
+    said = verdict(found(toxicity, controls={"random": control((2 * toxicity[0], 0.0, 0.0), further)}), 30)
     assert "no evidence that the chosen neurons do more" in said
 
 
 def test_a_control_that_was_not_measured_or_scored_is_not_mentioned():
-    assert verdict(found(controls={"random": {"draws": [{}]}}), 30, ["some"]) == verdict(found(), 30, ["some"])
-    without = found()
-    del without["controls"]
-    assert verdict(without, 30, ["some"]) == verdict(found(), 30, ["some"])
+    unscored = replace(control(FELL, FELL), outcome=None)
+    assert verdict(found(controls={"random": unscored}), 30) == verdict(found(), 30)
 
 
 @pytest.mark.parametrize(
@@ -172,39 +176,39 @@ def test_a_control_that_was_not_measured_or_scored_is_not_mentioned():
     ],
 )
 def test_the_second_scorer_agrees_only_if_both_have_evidence_of_the_same_direction(first, second, said):
-    assert verdict(found(first, second), 3, ["some", "other"]).endswith(f". {said}")
+    assert verdict(found(first, second), 3).endswith(f". {said}")
 
 
 def test_a_second_scorer_is_not_mentioned_where_there_is_one_scorer():
-    assert "second" not in verdict(found(second=FELL), 3, ["some"])
+    assert "second" not in verdict(found(), 3)
 
 
 def test_nothing_is_claimed_where_nothing_was_pruned_or_scored():
-    assert "no neurons were given" in verdict({"headline": "toxic"}, 0, ["some"])
-    said = verdict(found(False), 3, ["some"])
+    assert "no neurons were given" in verdict(replace(found(), pruned=None), 0)
+    said = verdict(found(False), 3)
     assert said == "No continuation of both models could be scored, so nothing is known of the effect."
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_change_that_has_no_percentage_is_not_given_one(value):
-    assert moved(figure(value, value, value)) == "cannot be compared with 0"
+    assert moved(Interval(value, value, value)) == "cannot be compared with 0"
 
 
 def test_a_change_in_words_has_its_sign_in_the_verb():
-    assert moved(figure(-12.34, -20.0, -1.04)) == "fell by 12.3 % (95 % interval -20.0 to -1.0 %)"
-    assert moved(figure(0.0, 0.0, 0.0)) == "did not change (95 % interval +0.0 to +0.0 %)"
-    assert moved(figure(12.36, -1.0, 20.06)) == "rose by 12.4 % (95 % interval -1.0 to +20.1 %)"
+    assert moved(Interval(-12.34, -20.0, -1.04)) == "fell by 12.3 % (95 % interval -20.0 to -1.0 %)"
+    assert moved(Interval(0.0, 0.0, 0.0)) == "did not change (95 % interval +0.0 to +0.0 %)"
+    assert moved(Interval(12.36, -1.0, 20.06)) == "rose by 12.4 % (95 % interval -1.0 to +20.1 %)"
 
 
 def test_a_change_that_has_no_interval_is_told_without_one():
-    assert moved(figure(12.36, math.nan, math.nan)) == "rose by 12.4 %"
-    assert moved(figure(0.0, math.nan, math.nan)) == "did not change"
-    said = verdict(found(perplexity=(3.0, math.nan, math.nan)), 30, ["some"])
+    assert moved(Interval(12.36, math.nan, math.nan)) == "rose by 12.4 %"
+    assert moved(Interval(0.0, math.nan, math.nan)) == "did not change"
+    said = verdict(found(perplexity=(3.0, math.nan, math.nan)), 30)
     assert said.endswith("(95 % interval -30.0 to -10.0 %), and perplexity rose by 3.0 %.")
 
 
 def test_a_control_of_fewer_neurons_is_not_said_to_be_of_as_many():
-    words = verdict(found(controls={"random": control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05), number=12)}), 30, ["some"])
+    words = verdict(found(controls={"random": control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05), number=12)}), 30)
     assert "Only 12 random neurons, all there are to draw from, (3 draws): +1.0 % (-2.0 to +4.0 %)." in words
     assert "As many" not in words
 
@@ -224,10 +228,10 @@ def test_neurons_that_are_damped_or_held_at_their_mean_are_not_said_to_be_off(ed
     up = "model.layers.0.mlp.up_proj"
     edit = NeuronList([Component(up, i, -1.0, *of) for i, of in enumerate(edits)]).edit
     assert edit == words
-    assert verdict(found(), 2, ["some"], edit=edit).startswith(f"With 2 neurons {words}, mean toxicity fell")
+    assert verdict(found(), 2, edit=edit).startswith(f"With 2 neurons {words}, mean toxicity fell")
     off = words == "switched off"
     what = "switching 2 neurons off" if off else f"having 2 neurons {words}"
-    assert verdict(found(UNCLEAR), 2, ["some"], edit=edit).startswith(f"No evidence that {what} changes toxicity: its")
+    assert verdict(found(UNCLEAR), 2, edit=edit).startswith(f"No evidence that {what} changes toxicity: its")
 
 
 @pytest.mark.parametrize(
@@ -253,10 +257,10 @@ def test_neurons_that_are_damped_or_held_at_their_mean_are_not_said_to_be_off(ed
 )
 def test_controls_that_are_zeroed_beside_neurons_held_at_their_mean_are_said_to_be(edit, zeroed, said):
     controls = {
-        kind: {**control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)), "zeroed": kind in zeroed}
+        kind: control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05), zeroed=kind in zeroed)
         for kind in ("random", "least_relevant", "largest_weights")
     }
-    words = verdict(found(controls=controls), 30, ["some"], granularity="head", edit=edit)
+    words = verdict(found(controls=controls), 30, granularity="head", edit=edit)
     assert words.endswith(f"+1.0 % (-2.0 to +4.0 %). {said}".rstrip())
     assert ("their mean." in words) is bool(zeroed)
 
@@ -266,20 +270,20 @@ def test_every_control_that_can_be_planned_has_a_sentence():
     neurons = NeuronList([Component(up, 0, -1.0)], least_relevant=[Component(up, 1, 0.0)])
     kinds = {variant.kind for variant in plan({"": neurons}, 1, controls=Controls(1))} - {"baseline", "pruned"}
     controls = {kind: control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)) for kind in kinds}
-    assert verdict(found(controls=controls), 30, ["some"]).count("As many ") == len(kinds) == 3
+    assert verdict(found(controls=controls), 30).count("As many ") == len(kinds) == 3
 
 
 def test_another_behavior_is_named_in_the_place_of_toxicity():
     for toxicity in (FELL, UNCLEAR):
-        words = verdict(found(toxicity), 20, ["repetition"], "repetition")
+        words = verdict(found(toxicity), 20, "repetition")
         assert "repetition" in words
         assert "toxic" not in words
 
 
 @pytest.mark.parametrize(
-    ("evidence", "end"), [(True, "(-9.0 to -1.0)."), (False, "(-9.0 to -1.0), which is no evidence.")]
+    ("changed", "end"), [(6, "(-9.0 to -1.0)."), (5, "(-9.0 to -1.0), which is no evidence.")], ids=["yes", "no"]
 )
-def test_the_preference_of_pairs_is_told_in_points_and_so_is_that_there_is_no_evidence(evidence, end):
-    effect = {"before": 0.6, "after": 0.55, "difference": figure(-0.05, -0.09, -0.01), "evidence": evidence}
-    words = verdict({**found(), "preference": {"effect": effect}}, 20, ["small"])
+def test_the_preference_of_pairs_is_told_in_points_and_so_is_that_there_is_no_evidence(changed, end):
+    change = replace(effect(*FELL, changed), before=0.6, after=0.55, difference=Interval(-0.05, -0.09, -0.01))
+    words = verdict(replace(found(), preference=Preference(20, 0, effect=change)), 20)
     assert words.endswith(f"is the likelier one in 60.0 % before and 55.0 % after, -5.0 points {end}")

@@ -13,7 +13,18 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
-from evaluations import MILD, PROMPTS, completions, data, evaluation, run, save_neurons, write_inputs
+from evaluations import (
+    MILD,
+    PROMPTS,
+    completions,
+    data,
+    evaluation,
+    perplexity_of,
+    run,
+    save_neurons,
+    toxic,
+    write_inputs,
+)
 
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.prompts import prompt_id
@@ -90,14 +101,10 @@ def without_a_report(monkeypatch):
 
 def test_results_json_holds_both_models_and_how_they_were_measured(tiny_checkpoint, neurons):
     results = run(evaluation(tiny_checkpoint, neurons, num_continuations=2))
-    figures = {
-        "perplexity",
-        "tokens_counted",
-        "perplexity_disjoint",
-        "tokens_counted_disjoint",
-        "toxicity_mean",
-        "expected_maximum_toxicity",
-        "toxicity_probability",
+    measures = {
+        "behavior_mean",
+        "expected_maximum_behavior",
+        "behavior_probability",
         "num_prompts",
         "num_continuations",
         "num_failed",
@@ -109,18 +116,23 @@ def test_results_json_holds_both_models_and_how_they_were_measured(tiny_checkpoi
         "distinct_2",
     }
     for name in ("baseline", "pruned"):
-        assert set(results[name]) == (figures if name == "baseline" else figures | {"kl"})
-        assert all(math.isfinite(value) for value in results[name].values())
-        assert results[name]["tokens_counted"] == 12 * 20 - 1
-        assert results[name]["tokens_counted_disjoint"] == 5 * 47
-        assert results[name]["num_prompts"] == 8
-        assert results[name]["num_continuations"] == 16
-        assert 0 <= results[name]["toxicity_mean"] <= results[name]["expected_maximum_toxicity"] <= 1
-    before, after = results["baseline"], results["pruned"]
-    assert before["perplexity"] != after["perplexity"]
+        assert set(results[name]) == {"perplexity", "num_tokens", "kl", "groups", "behavior_by_seed"}
+        assert (results[name]["kl"] is None) is (name == "baseline")
+        assert list(results[name]["groups"]) == ["toxic"]
+        found = toxic(results, name)
+        assert set(found) == measures
+        assert all(math.isfinite(value) for value in found.values())
+        assert all(math.isfinite(of["value"]) for of in results[name]["perplexity"].values())
+        assert results[name]["num_tokens"] == {"sliding": 12 * 20 - 1, "disjoint": 5 * 47}
+        assert found["num_prompts"] == 8
+        assert found["num_continuations"] == 16
+        assert 0 <= found["behavior_mean"] <= found["expected_maximum_behavior"] <= 1
+    before, after = (toxic(results, name)["behavior_mean"] for name in ("baseline", "pruned"))
+    perplexities = [perplexity_of(results, name) for name in ("baseline", "pruned")]
+    assert perplexities[0] != perplexities[1]
     assert results["change"] == {
-        "perplexity_percent": pytest.approx(100 * (after["perplexity"] / before["perplexity"] - 1)),
-        "toxicity_percent": pytest.approx(100 * (after["toxicity_mean"] / before["toxicity_mean"] - 1)),
+        "perplexity_percent": pytest.approx(100 * (perplexities[1] / perplexities[0] - 1)),
+        "behavior_percent": pytest.approx(100 * (after / before - 1)),
     }
     assert results["num_failed"] == 0
     assert results["num_neurons"] == 24
@@ -129,9 +141,9 @@ def test_results_json_holds_both_models_and_how_they_were_measured(tiny_checkpoi
     assert {"torch", "transformers", "lightning", "detoxify", "python"} <= set(results["versions"])
     windows = {"conventions": ["sliding", "disjoint"], "window": 48, "stride": 16}
     assert results["protocol"]["perplexity"] == {**windows, "text": "text.txt"}
-    toxicity = results["protocol"]["toxicity"]
-    assert (toxicity["temperature"], toxicity["top_p"], toxicity["max_new_tokens"]) == (1.0, 0.9, 8)
-    assert (toxicity["num_continuations"], toxicity["scorers"], toxicity["seed"]) == (2, ["small"], 0)
+    of = results["protocol"]["continuations"]
+    assert (of["temperature"], of["top_p"], of["max_new_tokens"]) == (1.0, 0.9, 8)
+    assert (of["num_continuations"], of["scorers"], of["seed"]) == (2, ["small"], 0)
     expected = {"source": "prompts.jsonl", "nontoxic_source": None, "excluded": 2}
     assert results["protocol"]["prompts"] == expected
     assert results["config"]["model"]["neurons"] == "neurons.json"
@@ -158,9 +170,9 @@ def test_completions_have_one_line_for_each_continuation_of_each_model(tiny_chec
     assert [row["toxicity"] for row in rows] == pytest.approx(scores, abs=1e-5)
     for name in ("baseline", "pruned"):
         mine = [row["toxicity"] for row in rows if row["model"] == name]
-        assert results[name]["toxicity_mean"] == pytest.approx(sum(mine) / len(mine))
+        assert toxic(results, name)["behavior_mean"] == pytest.approx(sum(mine) / len(mine))
         maxima = [max(mine_of) for mine_of in by_prompt(rows, name).values()]
-        assert results[name]["expected_maximum_toxicity"] == pytest.approx(sum(maxima) / len(maxima))
+        assert toxic(results, name)["expected_maximum_behavior"] == pytest.approx(sum(maxima) / len(maxima))
 
 
 def by_prompt(rows, name: str) -> dict[str, list[float]]:
@@ -182,7 +194,7 @@ def test_another_seed_draws_other_continuations_and_measures_the_same_perplexity
 ):
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
     results, of_seed_0 = run(evaluation(tiny_checkpoint)), completions(baseline.folder)
-    assert results["baseline"]["perplexity"] == baseline.results["baseline"]["perplexity"]
+    assert perplexity_of(results, "baseline") == perplexity_of(baseline.results, "baseline")
     assert [r["continuation"] for r in completions()] != [r["continuation"] for r in of_seed_0]
     assert [r["prompt"] for r in completions()] == [r["prompt"] for r in of_seed_0]
 
@@ -193,7 +205,7 @@ def test_continuations_are_divided_over_seeds_and_those_of_a_seed_are_those_of_a
 ):
     monkeypatch.setenv("PL_GLOBAL_SEED", "3")
     results = run(evaluation(tiny_checkpoint, neurons, num_continuations=6, num_seeds=2), folder="both")
-    assert results["protocol"]["toxicity"]["num_seeds"] == 2
+    assert results["protocol"]["continuations"]["num_seeds"] == 2
     both = {(r["model"], r["prompt_id"], r["continuation_index"]): r["continuation"] for r in completions("both")}
     assert len(both) == 2 * 8 * 6
     for place, seed in enumerate((3, 4)):
@@ -203,19 +215,19 @@ def test_continuations_are_divided_over_seeds_and_those_of_a_seed_are_those_of_a
             at = (row["model"], row["prompt_id"], 3 * place + row["continuation_index"])
             assert both.pop(at) == row["continuation"]
         for model in ("baseline", "pruned"):
-            figure = results["toxicity_by_seed"][model][place]
-            assert figure == pytest.approx(alone[model]["toxicity_mean"])
-            assert alone["toxicity_by_seed"][model] == [pytest.approx(figure)]
+            of_seed = results[model]["behavior_by_seed"][place]
+            assert of_seed == pytest.approx(toxic(alone, model)["behavior_mean"])
+            assert alone[model]["behavior_by_seed"] == [pytest.approx(of_seed)]
     assert not both
-    assert all(len(figures) == 2 for figures in results["toxicity_by_seed"].values())
-    assert results["doses"][0]["toxicity_by_seed"] == results["toxicity_by_seed"]["pruned"]
+    assert all(len(results[model]["behavior_by_seed"]) == 2 for model in ("baseline", "pruned"))
+    assert results["doses"][0]["behavior_by_seed"] == results["pruned"]["behavior_by_seed"]
 
 
 def test_perplexity_is_that_of_the_loop_with_labels(tiny_checkpoint):
     of = data(stride=20)
     results = run(evaluation(tiny_checkpoint), of)
     model = load_model(tiny_checkpoint, torch.float32)
-    for convention, key in (("sliding", "perplexity"), ("disjoint", "perplexity_disjoint")):
+    for convention in ("sliding", "disjoint"):
         nats = count = 0
         for window in of.text.windows:
             if window.convention == convention:
@@ -224,19 +236,19 @@ def test_perplexity_is_that_of_the_loop_with_labels(tiny_checkpoint):
                 labels[:, : -window.num_scored] = -100
                 nats += model(input_ids=ids, labels=labels).loss.item() * window.num_scored
                 count += window.num_scored
-        assert results["baseline"][key] == pytest.approx(math.exp(nats / count), rel=1e-5)
+        assert perplexity_of(results, "baseline", convention) == pytest.approx(math.exp(nats / count), rel=1e-5)
 
 
-def test_one_convention_alone_is_called_perplexity(baseline, tiny_checkpoint):
+def test_one_convention_alone_is_measured_as_beside_the_other(baseline, tiny_checkpoint):
     alone = run(evaluation(tiny_checkpoint), data(conventions=["disjoint"]))
-    assert alone["baseline"]["perplexity"] == baseline.results["baseline"]["perplexity_disjoint"]
-    assert "perplexity_disjoint" not in alone["baseline"]
+    assert perplexity_of(alone, "baseline", "disjoint") == perplexity_of(baseline.results, "baseline", "disjoint")
+    assert list(alone["baseline"]["perplexity"]) == ["disjoint"]
 
 
 def test_perplexity_of_a_single_window_has_no_interval_anywhere(tiny_checkpoint, neurons):
     model = evaluation(tiny_checkpoint, neurons, doses=[1], controls=Controls(1))
     results = run(model, data(num_tokens=48))
-    for of in (results["perplexity_change"], *results["perplexity_interval"].values()):
+    for of in (results["perplexity_change"], *(results[name]["perplexity"] for name in ("baseline", "pruned"))):
         for convention in ("sliding", "disjoint"):
             assert of[convention]["value"] is not None
             assert of[convention]["low"] is of[convention]["high"] is None
@@ -249,10 +261,10 @@ def test_perplexity_of_a_single_window_has_no_interval_anywhere(tiny_checkpoint,
 
 def test_without_neurons_only_the_model_as_it_is_is_measured(baseline):
     results = baseline.results
-    assert "pruned" not in results
-    assert "change" not in results
+    assert results["pruned"] is None
+    assert results["change"] is None
     assert results["num_neurons"] == 0
-    assert results["baseline"]["num_prompts"] == 10
+    assert toxic(results, "baseline")["num_prompts"] == 10
     assert {row["model"] for row in completions(baseline.folder)} == {"baseline"}
     assert not (baseline.folder / REPORT).exists()
 
@@ -278,8 +290,10 @@ def test_the_masked_model_measures_as_the_exported_checkpoint_does(both, tiny_ch
     rows = [{"text": text, "toxicity": 0.95} for text in PROMPTS[2:]]
     Path("left.jsonl").write_text("\n".join(map(json.dumps, rows)))
     alone = run(evaluation("pruned"), data(source="left.jsonl"), "alone")
-    pruned = {name: value for name, value in both.results["pruned"].items() if name != "kl"}
-    assert alone["baseline"] == pytest.approx(pruned, rel=1e-5), "kl is not of a model as it is"
+    measured, expected = flat(alone["baseline"]), flat(both.results["pruned"])
+    assert measured.pop("/kl") is None
+    del expected["/kl"]  # of the model as it is there is none
+    assert measured == pytest.approx(expected, rel=1e-5)
     masked = {r["prompt_id"]: r["continuation"] for r in completions(both.folder) if r["model"] == "pruned"}
     assert {r["prompt_id"]: r["continuation"] for r in completions("alone")} == masked
 
@@ -368,11 +382,12 @@ def test_a_model_that_gives_nan_counts_as_failed_and_never_as_harmless(tiny_chec
         ("baseline", spoiled, 0),
         ("pruned", spoiled, 0),
     ]
-    assert (results["baseline"]["num_failed"], results["pruned"]["num_failed"], results["num_failed"]) == (1, 1, 2)
-    assert results["baseline"]["num_continuations"] == 16
+    assert [toxic(results, name)["num_failed"] for name in ("baseline", "pruned")] == [1, 1]
+    assert results["num_failed"] == 2
+    assert toxic(results, "baseline")["num_continuations"] == 16
     scored = by_prompt([row for row in completions() if row["toxicity"] is not None], "baseline").values()
     assert sorted(map(len, scored)) == [1, *[2] * 7]
-    assert results["baseline"]["toxicity_mean"] == pytest.approx(sum(sum(of) / len(of) for of in scored) / 8)
+    assert toxic(results, "baseline")["behavior_mean"] == pytest.approx(sum(sum(of) / len(of) for of in scored) / 8)
 
 
 # With everything that can be asked for: controls, doses, strengths, a second scorer, and prompts of both kinds.
@@ -501,7 +516,7 @@ def test_perplexity_and_divergence_of_every_model_are_those_of_a_slow_loop_with_
     with torch.no_grad():
         before = torch.cat(logs())
         perplexity = before.gather(1, targets.unsqueeze(1)).mean().neg().exp().item()
-        assert whole.results["baseline"]["perplexity"] == pytest.approx(perplexity, rel=1e-5)
+        assert perplexity_of(whole.results, "baseline") == pytest.approx(perplexity, rel=1e-5)
         for name, point in points.items():
             dose, strength = DOSES.get(name, (5, 1.0))
             off = (PRUNED + NEXT)[:dose] if name in DOSES else whole.model.off[name]
@@ -520,10 +535,8 @@ def test_perplexity_and_divergence_of_every_model_are_those_of_a_slow_loop_with_
 
 def test_the_interval_of_perplexity_and_of_its_change_holds_the_figure_of_both_conventions(whole):
     for name in ("baseline", "pruned"):
-        found = whole.results["perplexity_interval"][name]
+        found = whole.results[name]["perplexity"]
         assert set(found) == {"sliding", "disjoint"}
-        assert found["sliding"]["value"] == whole.results[name]["perplexity"]
-        assert found["disjoint"]["value"] == whole.results[name]["perplexity_disjoint"]
         assert all(of["low"] < of["value"] < of["high"] for of in found.values())
     change = whole.results["perplexity_change"]
     assert change["sliding"]["value"] == whole.results["change"]["perplexity_percent"]
@@ -534,18 +547,16 @@ def test_toxic_and_non_toxic_prompts_are_kept_apart_and_the_headline_is_the_toxi
     assert whole.results["headline"] == "toxic"
     for group, texts in (("toxic", TOXIC), ("nontoxic", NONTOXIC)):
         for name in ("baseline", "pruned"):
-            found = whole.results["groups"][group][name]
+            found = whole.results[name]["groups"][group]
             assert (found["num_prompts"], found["num_continuations"]) == (len(texts), 2 * len(texts))
-            assert found["toxicity_mean"] == pytest.approx(whole.mean(name, texts))
-        effect = whole.results["effect"][group]["toxicity_mean"]
+            assert found["behavior_mean"] == pytest.approx(whole.mean(name, texts))
+        effect = whole.results["effects"][group]["behavior_mean"]
         before, after = (whole.mean(name, texts) for name in ("baseline", "pruned"))
         assert effect["difference"]["value"] == pytest.approx(after - before)
         assert effect["percent"]["value"] == pytest.approx(100 * (after / before - 1))
         assert effect["num_better"] + effect["num_worse"] + effect["num_equal"] == len(texts)
-    for name in ("baseline", "pruned"):
-        assert whole.results["groups"]["toxic"][name].items() <= whole.results[name].items()
-    toxic = whole.results["effect"]["toxic"]["toxicity_mean"]
-    assert whole.results["change"]["toxicity_percent"] == toxic["percent"]["value"]
+    effect = whole.results["effects"]["toxic"]["behavior_mean"]
+    assert whole.results["change"]["behavior_percent"] == effect["percent"]["value"]
 
 
 def test_controls_are_compared_on_the_continuations_that_they_have_too(whole):
@@ -554,15 +565,16 @@ def test_controls_are_compared_on_the_continuations_that_they_have_too(whole):
     for kind, found in whole.results["controls"].items():
         draws = [whole.mean(f"{kind}_{i}", TOXIC) for i in range(2)]
         assert [point["name"] for point in found["draws"]] == [f"{kind}_0", f"{kind}_1"]
-        assert [point["toxicity_mean"] for point in found["draws"]] == pytest.approx(draws)
+        assert [point["effect"]["after"] for point in found["draws"]] == pytest.approx(draws)
         effects = [point["effect"]["difference"]["value"] for point in found["draws"]]
         assert effects == pytest.approx([draw - before for draw in draws], abs=1e-6)
-        assert found["num_continuations"] == 1
-        assert found["effect"]["value"] == pytest.approx(sum(draws) / 2 - before)
-        assert found["effect_percent"]["value"] == pytest.approx(100 * (sum(draws) / 2 / before - 1))
-        assert found["pruned_less_control"]["value"] == pytest.approx(pruned - sum(draws) / 2)
-        assert found["pruned_less_control"]["low"] <= found["pruned_less_control"]["value"]
-        assert found["pruned_less_control"]["value"] <= found["pruned_less_control"]["high"]
+        outcome = found["outcome"]
+        assert outcome["num_continuations"] == 1
+        assert outcome["effect"]["value"] == pytest.approx(sum(draws) / 2 - before)
+        assert outcome["effect_percent"]["value"] == pytest.approx(100 * (sum(draws) / 2 / before - 1))
+        assert outcome["pruned_less_control"]["value"] == pytest.approx(pruned - sum(draws) / 2)
+        assert outcome["pruned_less_control"]["low"] <= outcome["pruned_less_control"]["value"]
+        assert outcome["pruned_less_control"]["value"] <= outcome["pruned_less_control"]["high"]
 
 
 def test_doses_and_strengths_are_in_the_results_and_the_same_in_doses_csv(whole):
@@ -570,10 +582,11 @@ def test_doses_and_strengths_are_in_the_results_and_the_same_in_doses_csv(whole)
     assert {point["name"]: (point["num_neurons"], point["strength"]) for point in found} == DOSES
     before = whole.mean("baseline", TOXIC)
     for point in found:
-        assert point["toxicity_mean"] == pytest.approx(whole.mean(point["name"], TOXIC))
-        assert point["toxicity_percent"]["value"] == pytest.approx(100 * (point["toxicity_mean"] / before - 1))
+        effect = point["effect"]
+        assert effect["after"] == pytest.approx(whole.mean(point["name"], TOXIC))
+        assert effect["percent"]["value"] == pytest.approx(100 * (effect["after"] / before - 1))
     assert (
-        next(p for p in found if p["name"] == "pruned")["effect"] == whole.results["effect"]["toxic"]["toxicity_mean"]
+        next(p for p in found if p["name"] == "pruned")["effect"] == whole.results["effects"]["toxic"]["behavior_mean"]
     )
     rows = list(csv.DictReader((whole.folder / "doses.csv").read_text().splitlines()))
     assert [(int(row["num_neurons"]), float(row["strength"])) for row in rows] == [
@@ -583,11 +596,13 @@ def test_doses_and_strengths_are_in_the_results_and_the_same_in_doses_csv(whole)
     by_dose = {(point["num_neurons"], point["strength"]): point for point in found}
     for row in rows:
         point = by_dose[int(row["num_neurons"]), float(row["strength"])]
-        for column in ("perplexity", "toxicity_mean", "kl"):
+        for column in ("perplexity", "kl"):
             assert float(row[column]) == point[column]
-        for column in ("perplexity_percent", "toxicity_percent"):
+        assert float(row["behavior_mean"]) == point["effect"]["after"]
+        changes = {"perplexity_percent": point["perplexity_percent"], "behavior_percent": point["effect"]["percent"]}
+        for column, of in changes.items():
             ends = [float(row[f"{column}{end}"]) for end in ("", "_low", "_high")]
-            assert ends == [point[column][key] for key in ("value", "low", "high")]
+            assert ends == [of[key] for key in ("value", "low", "high")]
     assert (whole.folder / "doses.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -598,7 +613,7 @@ def test_the_second_scorer_scores_the_same_continuations_and_is_set_beside_the_f
         assert row["second_toxicity"] == expected
     both = [row for row in whole.rows if row["model"] in ("baseline", "pruned") and row["second_toxicity"] is not None]
     found = whole.results["second_scorer"]
-    assert whole.results["protocol"]["toxicity"]["scorers"] == ["small", "toy_scorers:letters"]
+    assert whole.results["protocol"]["continuations"]["scorers"] == ["small", "toy_scorers:letters"]
     assert found["name"] == "toy_scorers:letters"
     assert 0 < found["num_scored"] == len(both) < 44, "some were scored, and some not"
     pairs = torch.tensor([[row["toxicity"], row["second_toxicity"]] for row in both], dtype=torch.float64)
@@ -615,7 +630,7 @@ def test_the_second_scorer_scores_the_same_continuations_and_is_set_beside_the_f
                 any(row["model"] == name and row["prompt"] == text for row in both) for name in ("baseline", "pruned")
             )
         ]
-        effect = found["effect"][group]["toxicity_mean"]
+        effect = found["effects"][group]["behavior_mean"]
         assert effect["before"] == pytest.approx(whole.mean("baseline", scored, "second_toxicity"))
         assert effect["after"] == pytest.approx(whole.mean("pruned", scored, "second_toxicity"))
         assert effect["num_better"] + effect["num_worse"] + effect["num_equal"] == len(scored)
@@ -671,7 +686,7 @@ def test_controls_that_are_to_draw_more_than_the_other_models_draw_as_many_and_t
 ):
     options = {"num_continuations": 2, "controls": Controls(1, 5), "max_new_tokens": 2}
     results = run(evaluation(tiny_checkpoint, neurons, **options))
-    assert {of["num_continuations"] for of in results["controls"].values()} == {2}
+    assert {of["outcome"]["num_continuations"] for of in results["controls"].values()} == {2}
     drawn = [row for row in completions() if row["model"] == "random_0"]
     assert len(drawn) == 2 * len({row["prompt_id"] for row in drawn})
 
@@ -704,9 +719,9 @@ def with_an_idle_neuron(tiny_checkpoint) -> tuple[str, Path]:
 def test_a_mask_without_effect_has_no_divergence_no_effect_and_the_same_continuations(with_an_idle_neuron):
     results = run(evaluation(*with_an_idle_neuron, num_continuations=2))
     assert results["pruned"]["kl"] == 0
-    assert results["change"] == {"perplexity_percent": 0, "toxicity_percent": 0}
+    assert results["change"] == {"perplexity_percent": 0, "behavior_percent": 0}
     assert results["perplexity_change"]["sliding"] == {"value": 0, "low": 0, "high": 0}
-    effect = results["effect"]["toxic"]["toxicity_mean"]
+    effect = results["effects"]["toxic"]["behavior_mean"]
     assert (effect["num_equal"], effect["evidence"], effect["sign_test_p"]) == (8, False, 1)
     assert effect["permutation_test_p"] == 1
     assert results["verdict"].startswith("No evidence that switching 1 neuron off changes toxicity")
@@ -728,7 +743,7 @@ def test_a_scorer_that_finds_nothing_gives_valid_json_a_report_and_a_summary(
     results = run(model)
     assert all(row["toxicity" if place == "scorer" else "second_toxicity"] in (0, None) for row in completions())
     found = results if place == "scorer" else results["second_scorer"]
-    effect = found["effect"]["toxic"]["toxicity_mean"]
+    effect = found["effects"]["toxic"]["behavior_mean"]
     if scorer == "nothing":
         assert effect is None
         assert results["num_failed"] == (5 * 8 if place == "scorer" else 0)
@@ -736,7 +751,7 @@ def test_a_scorer_that_finds_nothing_gives_valid_json_a_report_and_a_summary(
         assert (effect["before"], effect["after"], effect["percent"]["value"]) == (0, 0, None)
         assert not effect["evidence"]
     if place == "scorer":
-        assert results["change"]["toxicity_percent"] is None
+        assert results["change"]["behavior_percent"] is None
     else:
         assert found["num_scored"] == (0 if scorer == "nothing" else 16)
         assert "toy_scorers" in results["verdict"]
@@ -858,7 +873,7 @@ def test_continuations_of_a_run_that_told_toxic_prompts_apart_are_of_the_one_gro
     with caplog.at_level("INFO"):
         results = run(evaluation(tiny_checkpoint, neurons, **OPTIONS), data(2, min_toxicity=None))
     assert "Keeping the continuations of 2 prompts" in caplog.text
-    assert {group: of["baseline"]["num_prompts"] for group, of in results["groups"].items()} == {"all": 8}
+    assert {group: of["num_prompts"] for group, of in results["baseline"]["groups"].items()} == {"all": 8}
 
 
 @pytest.mark.parametrize(

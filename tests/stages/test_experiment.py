@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers import Unshuffled, sentence
+from made_up import made_up
 from safetensors.torch import load_file, save_file
 
 from sparc3_lightning import cli
@@ -129,10 +131,7 @@ def pretend(verb: str, config: Path) -> None:
     where = yaml.safe_load(config.read_text())["trainer"]["logger"]["init_args"]
     folder = Path(where["save_dir"], where["name"], where["version"])
     folder.mkdir(parents=True)
-    figures = {"perplexity": 2.0, "toxicity_mean": 0.5}
-    results = {"baseline": figures, "pruned": figures, "change": {}}
-    results |= {"groups": {}, "perplexity_interval": {"baseline": {}, "pruned": {}}}
-    (folder / outputs[verb]).write_text(json.dumps(results))
+    (folder / outputs[verb]).write_text(made_up()[0].to_json())
     (folder / "report.html").touch()
 
 
@@ -216,9 +215,10 @@ def test_one_command_carries_out_the_whole_experiment(done, tiny_checkpoint):
     assert results["num_neurons"] == 6
     assert results["checkpoint"] == tiny_checkpoint
     assert results["num_failed"] == 0
-    assert {"perplexity", "toxicity_mean"} <= set(results["baseline"])
-    assert {"perplexity", "toxicity_mean"} <= set(results["pruned"])
-    assert set(results["change"]) == {"perplexity_percent", "toxicity_percent"}
+    for model in ("baseline", "pruned"):
+        assert math.isfinite(results[model]["perplexity"]["sliding"]["value"])
+        assert 0 <= results[model]["groups"]["toxic"]["behavior_mean"] <= 1
+    assert set(results["change"]) == {"perplexity_percent", "behavior_percent"}
     assert "<html" in (folder / "report.html").read_text()
     stages = json.loads((folder / "experiment.json").read_text())["stages"]
     assert list(stages) == ["general_0", "general_1", "behavior", "neurons", "evaluation"]
@@ -527,8 +527,9 @@ def test_an_evaluation_whose_change_is_not_known_can_be_gathered(done, verbs_run
     stage = Path(json.loads((done.folder / "experiment.json").read_text())["stages"]["evaluation"])
     results = json.loads((stage / "results.json").read_text())
     interval = {"value": None, "low": None, "high": None}
-    results["change"] = {"perplexity_percent": 1.5, "toxicity_percent": None}
-    results["perplexity_interval"] = {name: {"sliding": interval} for name in ("baseline", "pruned")}
+    results["change"] = {"perplexity_percent": 1.5, "behavior_percent": None}
+    for name in ("baseline", "pruned"):
+        results[name]["perplexity"] = {"sliding": interval}
     results["perplexity_change"] = {"sliding": interval}
     (stage / "results.json").write_text(json.dumps(results))
     assert run()[0] == results

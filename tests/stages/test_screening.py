@@ -94,7 +94,8 @@ def test_one_command_screens_prompts_attributes_on_the_worst_and_evaluates_on_th
     results = json.loads((folder / "results.json").read_text())
     assert results["headline"] == "all"
     assert results["behavior"] == "repetition"
-    assert results["baseline"]["uniqueness"] == pytest.approx(1 - results["baseline"]["toxicity_mean"])
+    measures = results["baseline"]["groups"]["all"]
+    assert measures["uniqueness"] == pytest.approx(1 - measures["behavior_mean"])
     assert results["preference"]["num_pairs"] == 8
     assert results["protocol"]["pairs"]["source"] == "pairs.jsonl"
     assert "repetition" in results["verdict"]

@@ -5,7 +5,7 @@ import csv
 import json
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.evaluation.findings import front
+from sparc3_lightning.evaluation.intervals import Difference, Interval
+from sparc3_lightning.evaluation.results import Dose, Findings, Model, Results
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.models.sharding import load_for
@@ -30,8 +32,8 @@ from sparc3_lightning.stages.sweep import Sweep
 
 MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 LOGS = Path("lightning_logs/sweep")
-COLUMNS = ["selection", "num_neurons", "strength", "perplexity", "toxicity_mean", "kl"]
-COLUMNS += [f"{of}_percent{end}" for of in ("perplexity", "toxicity") for end in ("", "_low", "_high")]
+COLUMNS = ["selection", "num_neurons", "strength", "perplexity", "behavior_mean", "kl"]
+COLUMNS += [f"{of}_percent{end}" for of in ("perplexity", "behavior") for end in ("", "_low", "_high")]
 
 
 @pytest.fixture(autouse=True)
@@ -115,11 +117,13 @@ def test_a_sweep_loads_one_model_and_measures_one_baseline_and_a_point_per_dose_
     by_place = {(point["num_neurons"], point["strength"]): point for point in results["doses"]}
     for row in rows:
         point = by_place[int(row["num_neurons"]), float(row["strength"])]
-        for column in ("perplexity", "toxicity_mean", "kl"):
+        for column in ("perplexity", "kl"):
             assert float(row[column]) == point[column]
-        for column in ("perplexity_percent", "toxicity_percent"):
+        assert float(row["behavior_mean"]) == point["effect"]["after"]
+        changes = {"perplexity_percent": point["perplexity_percent"], "behavior_percent": point["effect"]["percent"]}
+        for column, of in changes.items():
             found = [float(row[f"{column}{end}"]) for end in ("", "_low", "_high")]
-            assert found == [point[column][key] for key in ("value", "low", "high")]
+            assert found == [of[key] for key in ("value", "low", "high")]
     assert len({point["perplexity"] for point in results["doses"]}) == 6
     picture = (folder / "doses.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
@@ -212,7 +216,8 @@ def test_every_list_is_measured_as_it_stands_and_compared_by_its_front(monkeypat
     points = {point["selection"]: point for point in results["doses"]}
     assert [(of["name"], of["num_neurons"]) for of in points.values()] == [("pruned", 5), ("ratio", 7)]
     assert list(points) == ["difference", "ratio"] == list(results["fronts"])
-    assert results["fronts"] == {name: front([point]) for name, point in points.items()}
+    doses = Results.load(folder / "results.json").doses
+    assert results["fronts"] == {dose.selection: asdict(front([dose])) for dose in doses}
     models = Counter(json.loads(line)["model"] for line in (folder / "completions.jsonl").read_text().splitlines())
     assert models == {"baseline": 6, "pruned": 6, "ratio": 6}
     rows = list(csv.DictReader((folder / "doses.csv").read_text().splitlines()))
@@ -222,7 +227,7 @@ def test_every_list_is_measured_as_it_stands_and_compared_by_its_front(monkeypat
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     alone, _ = sweep("--model.neurons", "other/neurons.json", "--model.doses", "[]")
     assert alone["doses"] == [points["ratio"] | {"name": "pruned", "selection": ""}]
-    assert alone["pruned"]["toxicity_mean"] == points["ratio"]["toxicity_mean"]
+    assert alone["pruned"]["groups"]["toxic"]["behavior_mean"] == points["ratio"]["effect"]["after"]
 
 
 def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike():
@@ -252,7 +257,7 @@ def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other
     results, folder = sweep(*grid, "--model.max_perplexity_increase", str(budget))
     within = [point for point in results["doses"] if point["perplexity_percent"]["value"] <= 100 * budget]
     assert 1 < len(within) < len(rises)
-    best = min(within, key=lambda point: point["toxicity_mean"])
+    best = min(within, key=lambda point: point["effect"]["after"])
     chosen = NeuronList.load(folder / "chosen/neurons.json")
     source = NeuronList.load(Path({"difference": "pruned", "ratio": "other"}[best["selection"]], "neurons.json"))
     places = [(neuron.module, neuron.index) for neuron in source.neurons + source.next]
@@ -277,10 +282,12 @@ def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path)
     every = [replace(neuron, strength=0.5) for neuron in listed.neurons + listed.next]
     NeuronList(every[:5], listed.provenance, every[5:]).save(Path("damped.json"))
     module = Sweep("tiny", Path("damped.json"), doses=[2], strengths=[0.25], scorer="small")
-    name, figure = "top_2_0.25", {"value": -1.0}
-    best = {"name": name, "selection": "", "num_neurons": 2, "strength": 0.25, "effect": {"evidence": True}}
-    best |= {"toxicity_mean": 0.1, "toxicity_percent": figure, "perplexity_percent": figure}
-    module.results, module.off, module.completions, module.folder = {"doses": [best]}, {name: every[:2]}, [], tmp_path
+    change = Interval(-1.0, -2.0, -0.5)
+    effect = Difference(0.2, 0.1, change, change, 9, 0, 0, 0.0, 0.0)
+    best = Dose("top_2_0.25", "", 2, 0.25, 9.0, change, 0.1, effect, [], None)
+    baseline = Model({}, {}, None, {}, [])
+    module.results = Findings(headline="toxic", num_failed=0, baseline=baseline, doses=[best])
+    module.off, module.completions, module.folder = {best.name: every[:2]}, [], tmp_path
     module._choose(0.01)
     chosen = NeuronList.load(tmp_path / "chosen/neurons.json")
     assert [n.key for n in chosen.neurons + chosen.next] == [n.key for n in every]

@@ -10,6 +10,14 @@ import torch
 
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings
+from sparc3_lightning.evaluation.results import (
+    ContinuationProtocol,
+    PromptProtocol,
+    Protocol,
+    Results,
+    Settings,
+    TextProtocol,
+)
 from sparc3_lightning.evaluation.variants import Variant, plan
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.report.verdict import verdict
@@ -54,7 +62,9 @@ def uniform(seed: int) -> float:
 
 
 @functools.cache
-def evaluation(num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, others: bool = True) -> tuple[Any, Any]:
+def evaluation(
+    num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, others: bool = True
+) -> tuple[Results, Any]:
     """Return results and completions as an evaluation would give them, with or without controls and doses."""
     more: dict[str, Any] = {"controls": Controls(2, 2), "doses": (1, 3), "strengths": (1.0, 0.5)}
     variants = plan({"": NEURONS}, 3, **(more if others else {}))
@@ -83,8 +93,7 @@ def evaluation(num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, 
         }
     scorers = ["small", "other/scorer"] if second else ["small"]
     found = findings(rows, windows, variants, scorers)
-    results = {"verdict": verdict(found, 2, scorers), **found, **settings(scorers)}
-    return results, rows
+    return Results(verdict=verdict(found, 2), **vars(found), **vars(settings(scorers))), rows
 
 
 def price(variant: Variant) -> float:
@@ -105,43 +114,25 @@ def made_up_windows(shift: float, convention: int) -> dict[str, torch.Tensor]:
     }
 
 
-def settings(scorers: list[str]) -> dict[str, Any]:
-    return {
-        "protocol": {
-            "perplexity": {
-                "conventions": ["sliding", "disjoint"],
-                "window": 2048,
-                "stride": 512,
-                "text": "WikiText-2 raw test",
-            },
-            "prompts": {"source": "allenai/real-toxicity-prompts", "nontoxic_source": None, "excluded": 93},
-            "toxicity": {
-                "max_new_tokens": 50,
-                "temperature": 0.7,
-                "top_p": 0.9,
-                "num_continuations": 3,
-                "scorers": scorers,
-                "seed": 0,
-            },
-        },
-        "checkpoint": "somebody/A-Model",
-        "checkpoint_fingerprint": "files:abc",
-        "neurons": "neurons.json",
-        "num_neurons": 2,
-        "config": {"verb": "evaluate", "model": {"scorer": "small"}},
-        "versions": {"torch": "2"},
-        "git_hash": None,
-    }
+def settings(scorers: list[str]) -> Settings:
+    return Settings(
+        behavior="toxicity",
+        protocol=Protocol(
+            TextProtocol(["sliding", "disjoint"], 2048, 512, "WikiText-2 raw test"),
+            PromptProtocol("allenai/real-toxicity-prompts", None, 93),
+            ContinuationProtocol(50, 0.7, 0.9, num_continuations=3, num_seeds=1, scorers=scorers, seed=0),
+        ),
+        checkpoint="somebody/A-Model",
+        checkpoint_fingerprint="files:abc",
+        neurons="neurons.json",
+        num_neurons=2,
+        granularity="neuron",
+        config={"verb": "evaluate", "model": {"scorer": "small"}},
+        versions={"torch": "2"},
+        git_hash=None,
+    )
 
 
-def made_up(**options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def made_up(**options: Any) -> tuple[Results, list[dict[str, Any]]]:
     """Return an evaluation that a test may change."""
     return copy.deepcopy(evaluation(**options))
-
-
-def change(value: Any, path: str, to: Any) -> None:
-    """Set what lies at a path such as ``effect/toxic/toxicity_mean``."""
-    *parents, last = path.split("/")
-    for key in parents:
-        value = value[key]
-    value[last] = to

@@ -1,0 +1,410 @@
+"""results.json: what an evaluation found and what that rests on, as frozen dataclasses, written and read here alone."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from sparc3_lightning.evaluation.intervals import Difference, Interval
+from sparc3_lightning.files import to_json, write_atomically
+
+FORMAT = "sparc3_lightning results 1"
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What was measured of one model's continuations of one group of prompts.
+
+    The first three are means over the prompts of what ``behavior_by_prompt`` returns. ``num_failed`` continuations
+    could not be scored, and ``num_empty`` have no text. ``mean_length`` is in tokens, and ``uniqueness`` the share of
+    different ones among them. NaN stands for what is not known.
+    """
+
+    behavior_mean: float
+    expected_maximum_behavior: float
+    behavior_probability: float
+    num_prompts: int
+    num_continuations: int
+    num_failed: int
+    num_empty: int
+    share_empty: float
+    mean_length: float
+    uniqueness: float
+    distinct_1: float
+    distinct_2: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was measured of one model.
+
+    Args:
+        perplexity: With its interval over windows, by convention of the windows.
+        num_tokens: How many tokens were predicted, by convention.
+        kl: Divergence from the original model in nats a token, None for that model itself.
+        groups: What was measured of its continuations, by group of prompts.
+        behavior_by_seed: Mean of the behaviour over the headline's continuations, for each seed they were drawn by.
+    """
+
+    perplexity: dict[str, Interval]
+    num_tokens: dict[str, int]
+    kl: float | None
+    groups: dict[str, Measures]
+    behavior_by_seed: list[float]
+
+    def numbers(self, group: str) -> dict[str, float]:
+        """Return, by name, what a logger plots: perplexity, divergence, and the measures of a group of prompts."""
+        found = {
+            f"perplexity_{name}" if place else "perplexity": of.value
+            for place, (name, of) in enumerate(self.perplexity.items())
+        }
+        found |= {} if self.kl is None else {"kl": self.kl}
+        return found | {name: v for name, v in asdict(self.groups[group]).items() if isinstance(v, float)}
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What changed from the original to the pruned model in one group of prompts; None where nothing was scored."""
+
+    behavior_mean: Difference | None
+    expected_maximum_behavior: Difference | None
+    behavior_probability: Difference | None
+
+
+MEASURES = tuple(of.name for of in fields(Effects))
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change of perplexity and of the mean behaviour in percent of the original model; NaN if it is not known."""
+
+    perplexity_percent: float
+    behavior_percent: float
+
+
+@dataclass(frozen=True)
+class Dose:
+    """What one model gives for its perplexity: a point of the dose curve, or one draw of a control.
+
+    Args:
+        name: Of the model.
+        selection: Name of the list that its neurons are from.
+        num_neurons: How many are off or damped.
+        strength: 1 is off, a fraction damps.
+        perplexity: By the first convention.
+        perplexity_percent: Its change in percent of the original model.
+        kl: Divergence from the original model, in nats a token.
+        effect: On the mean behaviour after the headline's prompts; None if nothing was scored.
+        behavior_by_seed: As of ``Model``.
+        second_effect: As ``effect``, by the second scorer; None without one.
+    """
+
+    name: str
+    selection: str
+    num_neurons: int
+    strength: float
+    perplexity: float
+    perplexity_percent: Interval
+    kl: float
+    effect: Difference | None
+    behavior_by_seed: list[float]
+    second_effect: Difference | None
+
+    @property
+    def behavior_mean(self) -> float:
+        """The mean behaviour of this model; NaN if nothing was scored."""
+        return self.effect.after if self.effect else math.nan
+
+    @property
+    def behavior_percent(self) -> Interval | None:
+        """The change of the mean behaviour in percent of the original model."""
+        return self.effect.percent if self.effect else None
+
+
+@dataclass(frozen=True)
+class Front:
+    """The most that one selection achieves for its price in perplexity, see ``front``."""
+
+    area: float
+    best: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the draws of a control did on average.
+
+    Args:
+        num_continuations: How many each draw was given per prompt; the other models are compared by as many.
+        effect: On the mean behaviour.
+        effect_percent: The same in percent of the original model.
+        pruned_less_control: Mean behaviour of the pruned model less that of the control.
+        perplexity_percent: Mean change of perplexity.
+        num_draws_with_evidence: Draws that by themselves give evidence of an effect.
+    """
+
+    num_continuations: int
+    effect: Interval
+    effect_percent: Interval
+    pruned_less_control: Interval
+    perplexity_percent: float
+    num_draws_with_evidence: int
+
+
+@dataclass(frozen=True)
+class Control:
+    """One kind of control.
+
+    Args:
+        draws: What each draw gives.
+        zeroed: Whether its neurons are zeroed where the chosen ones are held at their mean: it is not like for like.
+        outcome: Of all draws; None if no prompt has a score of every draw.
+    """
+
+    draws: list[Dose]
+    zeroed: bool
+    outcome: Outcome | None
+
+
+@dataclass(frozen=True)
+class SecondScorer:
+    """What a second scorer says, and its correlations with the first over what both could score.
+
+    Args:
+        name: Of the scorer.
+        num_scored: Continuations of the original and the pruned model that both scorers could score.
+        pearson: NaN if one of them does not vary.
+        spearman: As ``pearson``, of ranks.
+        effects: By group of prompts; empty without a pruned model.
+    """
+
+    name: str
+    num_scored: int
+    pearson: float
+    spearman: float
+    effects: dict[str, Effects]
+
+
+@dataclass(frozen=True)
+class PairMeasures:
+    """Share of pairs in which the stereotype is preferred, in [0, 1], and mean margin in nats; see ``preference``."""
+
+    share: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Which sentence of a pair each model finds likelier; None for what was not measured, or not finite."""
+
+    num_pairs: int
+    num_failed: int
+    baseline: PairMeasures | None = None
+    pruned: PairMeasures | None = None
+    effect: Difference | None = None
+    margin_effect: Difference | None = None
+
+
+@dataclass(frozen=True)
+class TextProtocol:
+    """What perplexity was measured on: a text, cut into windows of tokens by each convention."""
+
+    conventions: list[str]
+    window: int
+    stride: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class PromptProtocol:
+    """Where the prompts are from, and how many were left out because the neurons were attributed on them."""
+
+    source: str
+    nontoxic_source: str | None
+    excluded: int
+
+
+@dataclass(frozen=True)
+class ContinuationProtocol:
+    """How the prompts were continued, and what scored that."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    num_continuations: int
+    num_seeds: int
+    scorers: list[str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How everything was measured; ``pairs`` are the options of the pairs of sentences, if there were any."""
+
+    perplexity: TextProtocol
+    prompts: PromptProtocol
+    continuations: ContinuationProtocol
+    pairs: dict[str, object] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What was found. Without a pruned model there are no effects, controls and doses.
+
+    Args:
+        headline: The group of prompts that the verdict is about.
+        num_failed: Continuations of all models that could not be scored.
+        change: The two numbers that sum the change up.
+        baseline: The original model.
+        pruned: The model with the chosen neurons off.
+        perplexity_change: In percent, by convention of the windows.
+        effects: By group of prompts.
+        common_random_numbers_variance_factor: See ``variance_factor``.
+        controls: By kind.
+        doses: The pruned model, and all further numbers of neurons and lists.
+        fronts: By selection.
+        second_scorer: If there was one.
+        preference: If there were pairs of sentences.
+        zero_shot: Numbers of each task of lm-eval-harness, by model and task.
+    """
+
+    headline: str
+    num_failed: int
+    change: Change | None = None
+    baseline: Model
+    pruned: Model | None = None
+    perplexity_change: dict[str, Interval] = field(default_factory=dict)
+    effects: dict[str, Effects] = field(default_factory=dict)
+    common_random_numbers_variance_factor: float | None = None
+    controls: dict[str, Control] = field(default_factory=dict)
+    doses: list[Dose] = field(default_factory=list)
+    fronts: dict[str, Front] = field(default_factory=dict)
+    second_scorer: SecondScorer | None = None
+    preference: Preference | None = None
+    zero_shot: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """The original model and, if there is one, the pruned model, by name."""
+        return {"baseline": self.baseline} | ({} if self.pruned is None else {"pruned": self.pruned})
+
+    @property
+    def main_effect(self) -> Difference | None:
+        """The effect on the mean behaviour after the headline's prompts; None if nothing is known of it."""
+        return self.effects[self.headline].behavior_mean if self.effects else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the findings rest on.
+
+    Args:
+        behavior: What the scorer scores.
+        protocol: How it was measured.
+        checkpoint: As the option named it.
+        checkpoint_fingerprint: What tells it from every other checkpoint.
+        neurons: The neurons.json, if there was one.
+        num_neurons: How many neurons are off in the pruned model.
+        granularity: What they are: ``neuron``, ``head`` or ``weight``.
+        config: The verb, and the options of model and data.
+        versions: Of the packages.
+        git_hash: Of the code, if it is known.
+    """
+
+    behavior: str
+    protocol: Protocol
+    checkpoint: str
+    checkpoint_fingerprint: str
+    neurons: str | None
+    num_neurons: int
+    granularity: str
+    config: dict[str, object]
+    versions: dict[str, str]
+    git_hash: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results(Settings, Findings):
+    """The content of results.json: the verdict in words, what was found, and what that rests on."""
+
+    verdict: str
+
+    def to_json(self) -> str:
+        """Return the content as JSON, in which NaN and infinity are null."""
+        return to_json({"format": FORMAT, "verdict": self.verdict, **_plain(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Results":
+        """Read what ``to_json`` wrote; null comes back as NaN where a number is asked for.
+
+        Raises:
+            ValueError: If it is of another format, or damaged.
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, dict) else None
+            raise ValueError(f"its format is {found!r}")
+        return _read(cls, content)
+
+    def save(self, path: Path) -> None:
+        """Write results.json, whole or not at all."""
+        write_atomically(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        """Read results.json.
+
+        Raises:
+            FileNotFoundError: If it does not exist.
+            ValueError: If it is of another format, or damaged.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a results.json of format {FORMAT!r}: {error!s:.200}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with dicts in place of dataclasses; of a difference, whether it is evidence is written too."""
+    if is_dataclass(value):
+        found = {of.name: _plain(getattr(value, of.name)) for of in fields(value)}
+        return {**found, "evidence": value.evidence} if isinstance(value, Difference) else found
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _read(kind: Any, value: Any, place: str = "") -> Any:
+    """Return what JSON gave as the type that an annotation names, with every dataclass inside.
+
+    Args:
+        kind: The annotation.
+        value: What JSON gave.
+        place: Where it lies, such as ``doses.0.kl``.
+
+    Raises:
+        ValueError: If the value is of another type, or lacks a field; the place is named.
+    """
+    origin, of = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # every union here is one with None
+        return None if value is None else _read(of[0], value, place)
+
+    def inside(kind: Any, key: object, value: Any) -> Any:
+        return _read(kind, value, f"{place}.{key}" if place else str(key))
+
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+        types = get_type_hints(kind)
+        if missing := [key.name for key in fields(kind) if key.name not in value]:
+            raise ValueError(f"{place or 'it'} has no {missing[0]}")
+        return kind(**{key.name: inside(types[key.name], key.name, value[key.name]) for key in fields(kind)})
+    if origin is list and isinstance(value, list):
+        return [inside(of[0], i, item) for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: inside(of[1], key, item) for key, item in value.items()}
+    if kind is float and (value is None or type(value) in (int, float)):
+        return math.nan if value is None else float(value)
+    if origin is None and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{place} cannot be {value!r:.80}")
