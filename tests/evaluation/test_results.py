@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import changed
-from test_page import made_up
+from helpers import replaced_at
+from made_up import made_up
 
 from sparc3_lightning.evaluation.results import FORMAT, Results
 
@@ -48,8 +48,8 @@ def test_whether_a_difference_is_evidence_is_in_the_file():
 def test_what_is_not_a_number_is_null_in_the_file_and_comes_back_as_nan(unknown):
     results, _ = made_up()
     for path in ("baseline/groups/toxic/behavior_mean", "effects/toxic/behavior_mean/percent/high"):
-        results = changed(results, path, unknown)
-    results = changed(results, "change/behavior_percent", unknown)
+        results = replaced_at(results, path, unknown)
+    results = replaced_at(results, "change/behavior_percent", unknown)
     found = json.loads(results.to_json(), parse_constant=pytest.fail)
     assert found["baseline"]["groups"]["toxic"]["behavior_mean"] is None
     back = Results.from_json(results.to_json())
@@ -59,7 +59,7 @@ def test_what_is_not_a_number_is_null_in_the_file_and_comes_back_as_nan(unknown)
 
 
 def test_paths_and_tuples_of_the_options_are_written_as_json_has_them():
-    results = changed(made_up()[0], "config/model", {"neurons": Path("a/b"), "doses": (1, 2)})
+    results = replaced_at(made_up()[0], "config/model", {"neurons": Path("a/b"), "doses": (1, 2)})
     assert Results.from_json(results.to_json()).config["model"] == {"neurons": "a/b", "doses": [1, 2]}
 
 
@@ -102,7 +102,7 @@ def test_a_file_that_is_no_text_is_refused_by_its_path():
     ],
 )
 def test_what_is_damaged_is_named(path, to, reason):
-    PATH.write_text(json.dumps(changed(content(), path, to)))
+    PATH.write_text(json.dumps(replaced_at(content(), path, to)))
     with pytest.raises(ValueError, match=f"^results.json is not .*: {reason}"):
         Results.load(PATH)
 
