@@ -124,8 +124,8 @@ def test_prompts_are_toxic_from_a_half_and_those_without_a_toxicity_are_not():
     assert Continuations(rows_of(mild)).groups == {"nontoxic": ["n1", "n2"]}
     results = findings(rows_of(mild), windows_of("baseline", "pruned"), plan({"": NEURONS}, 3), ["some"])
     assert results.headline == "nontoxic"
-    assert list(results.groups) == list(results.effect) == ["nontoxic"]
-    assert results["baseline"].behavior_mean == pytest.approx(0.2)
+    assert list(results.baseline.groups) == list(results.effects) == ["nontoxic"]
+    assert results.baseline.groups["nontoxic"].behavior_mean == pytest.approx(0.2)
 
 
 def test_measures_of_a_group_are_means_over_its_prompts():
@@ -366,7 +366,7 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
         assert point.kl == 0.125 * i
         assert point.effect == difference(means(scores["baseline"], prompts), means(scores[point.name], prompts))
     assert results.controls == {}
-    assert points[0].effects == results.effects["toxic"].behavior_mean
+    assert points[0].effect == results.effects["toxic"].behavior_mean
 
 
 def priced(name: str, perplexity: float, behavior: float | None) -> Dose:

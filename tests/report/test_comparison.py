@@ -43,6 +43,7 @@ def made_up(num_lists: int, name: str = "list") -> dict[str, Any]:
     values = torch.randn(num_lists, 600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return {
         "checkpoint": None,
+        "granularity": "neuron",
         "num_candidates": 600,
         "lists": [{"name": name, "num_neurons": 40} for name in names],
         "overlaps": find_overlaps(names, keys, member_SN, MODULES, 600),
