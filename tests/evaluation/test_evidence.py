@@ -99,17 +99,20 @@ def effect_of(
     return compare(before, after)
 
 
+@pytest.mark.slow
 def test_neurons_chosen_at_random_are_called_no_evidence_in_at_least_18_of_20_seeds(make_model):
     effects = [effect_of(make_model, seed, without_random_neurons) for seed in SEEDS]
     assert sum(not effect.evidence for effect in effects) >= 18
 
 
+@pytest.mark.slow
 def test_toxic_words_suppressed_by_a_known_amount_are_called_an_effect_in_20_of_20_seeds(make_model):
     effects = [effect_of(make_model, seed, lambda model, seed: suppressed(model)) for seed in SEEDS]
     assert all(effect.evidence for effect in effects)
     assert all(effect.difference.high < 0 for effect in effects)
 
 
+@pytest.mark.slow
 def test_the_same_model_under_other_draws_is_called_no_evidence_in_at_least_18_of_20_seeds(make_model):
     effects = []
     for seed in SEEDS:
@@ -119,6 +122,7 @@ def test_the_same_model_under_other_draws_is_called_no_evidence_in_at_least_18_o
     assert sum(not effect.evidence for effect in effects) >= 18
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_known_size_of_an_effect_in_at_least_17_of_20_seeds(make_model):
     model = make_model(dtype=torch.float32)
     model.lm_head.weight.data.zero_()  # every token is as likely, so the shares can be written down
