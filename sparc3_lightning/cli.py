@@ -53,8 +53,8 @@ class SparC3Trainer(Trainer):
         """Select the neurons to prune from score files, and export the pruned checkpoint."""
         neurons = model.prune(Path(self.log_dir or "."), datamodule, self.strategy.root_device)
         if self.logger is not None:
-            strength = neurons.provenance.get("differential_strength_percent")
-            known = {} if strength is None else {"differential_strength_percent": strength}
+            percent = neurons.provenance.get("differential_strength_percent")
+            known = {} if percent is None else {"differential_strength_percent": percent}
             self.logger.log_metrics({"num_neurons": len(neurons.neurons), **known})
             self.logger.finalize("success")
 
@@ -64,7 +64,7 @@ class SparC3Trainer(Trainer):
         rank_zero_info(model.summary())
 
     def sweep(self, model: Sweep, datamodule: LightningDataModule) -> None:
-        """Measure toxicity against perplexity over numbers of neurons and strengths."""
+        """Measure toxicity against perplexity over numbers of neurons and dampings."""
         self.evaluate(model, datamodule)
 
     def compare(self, model: Comparison) -> None:

@@ -95,7 +95,7 @@ def provenance(checkpoint: str = "tiny", print_: str = "files:abc", ids: tuple[s
     return Provenance(
         checkpoint=checkpoint,
         checkpoint_fingerprint=print_,
-        spec=ScoreSpec("lrp", "attnlrp", "magnitude", "argmax", targets=["up_proj"], dtype="float32"),
+        spec=ScoreSpec("lrp", "attnlrp", "magnitude", "argmax", layers=["up_proj"], dtype="float32"),
         data={"class": "C4"},
         data_fingerprint="d",
         num_samples=2,

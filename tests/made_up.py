@@ -18,14 +18,14 @@ from sparc3_lightning.evaluation.results import (
     Settings,
     TextProtocol,
 )
-from sparc3_lightning.evaluation.variants import Variant, plan
+from sparc3_lightning.evaluation.variants import Variant, list_variants
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 NEURONS = NeuronList(
     [Component("model.layers.12.mlp.up_proj", 345, -0.0123), Component("model.layers.3.mlp.up_proj", 6, -0.01)],
-    {"differential_strength_percent": 21.5, "selection": "difference", "sample_ids": ["secret"], "general": ["c4"]},
+    {"differential_strength_percent": 21.5, "criterion": "difference", "sample_ids": ["secret"], "general": ["c4"]},
     next=[Component("model.layers.3.mlp.up_proj", 7, -0.005)],
     least_relevant=[Component("model.layers.3.mlp.up_proj", i, 0.0) for i in range(10, 20)],
 )
@@ -66,8 +66,8 @@ def evaluation(
     num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, others: bool = True
 ) -> tuple[Results, Any]:
     """Return results and completions as an evaluation would give them, with or without controls and doses."""
-    more: dict[str, Any] = {"controls": Controls(2, 2), "doses": (1, 3), "strengths": (1.0, 0.5)}
-    variants = plan({"": NEURONS}, 3, **(more if others else {}))
+    more: dict[str, Any] = {"controls": Controls(2, 2), "doses": (1, 3), "dampings": (1.0, 0.5)}
+    variants = list_variants({"": NEURONS}, 3, **(more if others else {}))
     rows = [
         {
             "model": variant.name,
@@ -99,7 +99,7 @@ def evaluation(
 def price(variant: Variant) -> float:
     """Return by how many nats a token a made-up model is worse than the original."""
     of_a_neuron = 0.04 if variant.kind in ("pruned", "dose") else 0.002 * (1 + variant.draw)
-    return of_a_neuron * variant.num_neurons * variant.strength
+    return of_a_neuron * variant.num_neurons * variant.damping
 
 
 def made_up_windows(shift: float, convention: int) -> dict[str, torch.Tensor]:

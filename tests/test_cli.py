@@ -100,7 +100,9 @@ def prune(checkpoint: str, *changes: str) -> Path:
         "--model.behavior",
         str(behavior / "scores.safetensors"),
     ]
-    done = main(["prune", *QUIET, *files, "--model.num_neurons", "5", "--model.min_strength", "-1000", *changes])
+    done = main(
+        ["prune", *QUIET, *files, "--model.num_neurons", "5", "--model.min_differential_strength", "-1000", *changes]
+    )
     return Path(done.trainer.log_dir)
 
 
@@ -190,7 +192,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         ("prepare", "model", Experiment, set()),
         ("run", "model", Experiment, set()),
         ("run", "attribute", Attribution, {"checkpoint", "dtype", "revision"}),
-        ("run", "prune", Pruning, {"general", "behavior", "contrast"}),
+        ("run", "prune", Pruning, {"general", "behavior", "harmless"}),
         ("run", "evaluate", Evaluation, {"checkpoint", "dtype", "revision", "neurons"}),
     ],
 )
@@ -425,7 +427,7 @@ def test_prepare_and_run_save_their_config_too(tiny_checkpoint, monkeypatch):
         "model": {"checkpoint": tiny_checkpoint, "general_seeds": [0]},
         "general": general,
         "behavior": behavior,
-        "prune": {"num_neurons": 3, "min_strength": -1000.0},
+        "prune": {"num_neurons": 3, "min_differential_strength": -1000.0},
         "evaluate": {"scorer": "small", "sampling": {"max_new_tokens": 4}, "controls": {"num_draws": 0}},
         "data": {"text": TEXT, "prompts": PROMPTS},
     }

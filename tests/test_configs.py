@@ -110,7 +110,7 @@ def test_run_yaml_holds_every_default_of_the_published_experiment(parsed):
     options = parsed(named("run.yaml"))
     assert includes(options["model"], {"checkpoint": "meta-llama/Meta-Llama-3-8B", "dtype": "bfloat16"})
     assert options["model"]["general_seeds"] == [0, 1, 2]
-    attribute = {"method": "lrp", "relevance": "magnitude", "rule": "attnlrp", "targets": None}
+    attribute = {"method": "lrp", "relevance": "magnitude", "rule": "attnlrp", "layers": None}
     assert includes(options["attribute"], attribute | {"nonfinite": "error"})
     assert options["general"]["class_path"] == "sparc3_lightning.data.C4"
     general = {"source": None, "num_samples": 128, "seq_len": 2048, "crop": "head", "buffer_size": 10_000}
@@ -118,7 +118,7 @@ def test_run_yaml_holds_every_default_of_the_published_experiment(parsed):
     assert options["behavior"]["class_path"] == "sparc3_lightning.data.ToxicPrompts"
     behavior = {"source": None, "by": "prompt", "min_toxicity": 0.9, "num_samples": 93}
     assert includes(options["behavior"]["init_args"], behavior)
-    assert includes(options["prune"], {"num_neurons": 100, "min_strength": 15.0, "weak": "warn"})
+    assert includes(options["prune"], {"num_neurons": 100, "min_differential_strength": 15.0, "weak": "warn"})
     assert_evaluation(options["evaluate"])
     assert options["evaluate"]["doses"] == [10, 30, 300, 1000]
     assert max(options["evaluate"]["doses"]) <= options["prune"]["num_ranked"]
@@ -168,7 +168,7 @@ def test_wanda_yaml_takes_the_score_and_the_random_crops_of_wanda(parsed):
 
 
 def test_prune_yaml_is_the_selection_of_lexicon_yaml_with_its_budget(parsed):
-    chosen = ("selection", "top_behavior", "top_general", "budget", "replacement", "strengths")
+    chosen = ("criterion", "top_behavior", "top_general", "budget", "ablation", "dampings")
     options, whole = parsed(named("prune.yaml")), parsed(named("lexicon.yaml"))
     assert {name: options["model"][name] for name in chosen} == {name: whole["prune"][name] for name in chosen}
     assert options["data"] == whole["budget_text"]
@@ -209,7 +209,7 @@ def test_the_published_evaluation_takes_every_protocol(parsed, name, group, prot
 def test_sweep_yaml_measures_doses_that_prune_yaml_ranks_at_two_strengths_on_the_same_data(parsed):
     options = parsed(named("sweep.yaml"))
     assert options["model"]["doses"] == [10, 30, 100, 300, 1000]
-    assert options["model"]["strengths"] == [1.0, 0.5]
+    assert options["model"]["dampings"] == [1.0, 0.5]
     assert max(options["model"]["doses"]) <= parsed(named("prune.yaml"))["model"]["num_ranked"]
     assert includes(options["model"], {"checkpoint": "meta-llama/Meta-Llama-3-8B", "scorer": "original"})
     assert (options["model"]["sampling"]["protocol"], options["model"]["controls"]["num_draws"]) == ("rtp", 0)
@@ -273,7 +273,7 @@ def test_repetition_weights_yaml_is_an_overlay_that_prunes_the_published_number_
     options = printed("run", "--config", base, *overlays)
     assert options["attribute"]["granularity"] == options["prune"]["granularity"] == "weight"
     assert options["prune"]["num_neurons"] == 7000
-    assert includes(options["prune"], {"selection": "difference", "replacement": "zero"})
+    assert includes(options["prune"], {"criterion": "difference", "ablation": "zero"})
     assert options["prune"]["budget"]["max_perplexity_increase"] is None
     assert includes(options["evaluate"], {"scorer": "repetition", "doses": []})
     assert options["evaluate"]["sampling"]["protocol"] == "greedy"

@@ -126,16 +126,16 @@ def test_an_output_folder_that_is_a_file_is_an_error_that_names_the_option(folde
 
 
 @pytest.mark.parametrize(
-    ("owner", "function", "replacement", "reason"),
+    ("owner", "function", "ablation", "reason"),
     [
         (os, "fsync", no_space, "No space left on device"),
         (tempfile, "TemporaryFile", read_only, "Read-only file system"),
     ],
 )
 def test_a_full_or_read_only_output_folder_is_an_error_that_names_the_option(
-    owner: Any, function: str, replacement: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, function: str, ablation: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(owner, function, replacement)
+    monkeypatch.setattr(owner, function, ablation)
     with pytest.raises(OSError, match=reason) as raised:
         check_writable(tmp_path / "out")
     assert "--trainer.logger.init_args.save_dir" in str(raised.value)

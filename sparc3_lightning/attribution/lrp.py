@@ -85,7 +85,7 @@ def check_have_relevance(modules: Iterable[str], rule: Rule) -> None:
         others = f"'[{', '.join(sorted(names - none))}]'" if names - none else "of other layers"
         raise OptionError(
             "rule",
-            f"--.rule {rule} passes no relevance through {', '.join(sorted(none))}: give --.targets "
+            f"--.rule {rule} passes no relevance through {', '.join(sorted(none))}: give --.layers "
             f"{others}, or --.rule attnlrp.",
         )
 

@@ -280,7 +280,7 @@ def check_match(files: Sequence[ScoreFile | WeightScores], of_one_kind: bool = T
     shared = first.provenance.shared()
     for other in files[1:]:
         theirs = other.provenance.shared()
-        for name in shared if of_one_kind else ("checkpoint_fingerprint", "targets"):
+        for name in shared if of_one_kind else ("checkpoint_fingerprint", "layers"):
             if shared[name] != theirs[name]:
                 raise ValueError(
                     f"The score files do not belong together: {name} is {shared[name]!r} in {first.path} but "

@@ -39,7 +39,7 @@ class ScoreSpec:
         relevance: For LRP and the gradient.
         target: For LRP and the gradient.
         lexicon: Scorer that says which tokens are toxic, for the targets in ``LEXICAL``.
-        targets: Names of the scored layers; None for the default ones of the model.
+        layers: Names of the scored layers; None for the default ones of the model.
         dtype: Dtype of the model.
         granularity: One score for each ``neuron``, ``head`` or ``weight``.
         nonfinite: What is done about NaN and infinity.
@@ -51,7 +51,7 @@ class ScoreSpec:
     relevance: Relevance | None = None
     target: Target | None = None
     lexicon: str | None = None
-    targets: list[str] | None = None
+    layers: list[str] | None = None
     dtype: str = "auto"
     granularity: Granularity = "neuron"
     nonfinite: Nonfinite = field(default="error", metadata=_MAY_DIFFER)
@@ -64,9 +64,9 @@ class ScoreSpec:
             ValueError: If no layer is named, the score is not defined for the granularity or the layers, or an option
                 has no part in the method.
         """
-        if self.targets is not None and not self.targets:
-            raise OptionError("targets", "must name at least one layer type, for example up_proj.")
-        check_granularity(self.granularity, self.score, self.targets or ())
+        if self.layers is not None and not self.layers:
+            raise OptionError("layers", "must name at least one layer type, for example up_proj.")
+        check_granularity(self.granularity, self.score, self.layers or ())
         if self.is_static and self.granularity == "head":
             raise OptionError("method", f"{self.method} is not of heads: choose another --.granularity.")
         if self.is_static and self.activations:
@@ -114,7 +114,7 @@ class ScoreSpec:
             relevance=self.relevance if self.has_target else None,
             target=self.target if self.has_target else None,
             lexicon=self.lexicon if self.is_lexical else None,
-            targets=layers,
+            layers=layers,
             dtype=str(dtype).removeprefix("torch."),
         )
 
@@ -128,22 +128,22 @@ class ScoreSpec:
         if self.granularity == "head":
             raise OptionError(option, f"{value} is of neurons, not of heads: choose another --.granularity.")
         rows = [row for rows, _ in MLPS for row in rows]
-        if not all(target.rpartition(".")[2] in rows for target in self.targets or ()):
+        if not all(target.rpartition(".")[2] in rows for target in self.layers or ()):
             raise OptionError(
                 option,
-                f"{value} is of the neurons of MLPs: expected --.targets to be among {rows}, or left out, got "
-                f"{self.targets}.",
+                f"{value} is of the neurons of MLPs: expected --.layers to be among {rows}, or left out, got "
+                f"{self.layers}.",
             )
 
 
-def check_granularity(granularity: Granularity, score: Score, targets: Collection[str]) -> None:
+def check_granularity(granularity: Granularity, score: Score, layers: Collection[str]) -> None:
     """Raise ValueError if the score is not defined for the granularity, or a target has no heads."""
     option = "relevance" if score in ("absolute", "squared") else "method"
     if score not in SCORES[granularity]:
         raise OptionError(option, f"{score} is not of {granularity}s: choose another --.granularity.")
-    if granularity == "head" and not all(map(is_heads, targets)):
+    if granularity == "head" and not all(map(is_heads, layers)):
         raise OptionError(
             "granularity",
             f"head scores attention heads, at the last layer of each attention: expected "
-            f"--.targets to be among {list(ATTENTIONS)}, or left out for all, got {list(targets)}.",
+            f"--.layers to be among {list(ATTENTIONS)}, or left out for all, got {list(layers)}.",
         )

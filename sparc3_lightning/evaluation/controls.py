@@ -52,9 +52,9 @@ def random_like(pruned: Sequence[Component], shapes: Mapping[str, Sequence[int]]
         taken = sorted({component.place(shape) for component in pruned if component.module == module})
         # The k-th taken place has taken[k] - k free ones before it, which says how many to skip.
         before = [place - k for k, place in enumerate(taken)]
-        strengths = _strengths(pruned, module)
+        dampings = _dampings(pruned, module)
         drawn += [
-            Component.at(rank + bisect_right(before, rank), module, shape, strength=next(strengths))
+            Component.at(rank + bisect_right(before, rank), module, shape, damping=next(dampings))
             for rank in sample(math.prod(shape) - len(taken), number)
         ]
     return drawn
@@ -72,14 +72,14 @@ def draw_like(pruned: Sequence[Component], pool: Iterable[Component], seed: int)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for module, number in per_module(pruned).items():
-        candidates, strengths = by_module[module], _strengths(pruned, module)
+        candidates, dampings = by_module[module], _dampings(pruned, module)
         order = torch.randperm(len(candidates), generator=generator)[:number].tolist()
-        drawn += [replace(candidates[i], strength=next(strengths)) for i in order]
+        drawn += [replace(candidates[i], damping=next(dampings)) for i in order]
     return drawn
 
 
-def _strengths(pruned: Iterable[Component], module: str) -> Iterator[float]:
-    return (component.strength for component in pruned if component.module == module)
+def _dampings(pruned: Iterable[Component], module: str) -> Iterator[float]:
+    return (component.damping for component in pruned if component.module == module)
 
 
 def _sampler(granularity: Granularity, seed: int) -> Callable[[int, int], list[int]]:

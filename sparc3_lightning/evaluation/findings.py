@@ -171,7 +171,7 @@ def _with_effects(
     change = {c: perplexity_change(of, windows["pruned"][c]) for c, of in windows["baseline"].items()}
     effects = _effects(continuations)
     main = effects[found.headline].behavior_mean
-    held = any(variant.held for variant in of_kind(variants, "pruned"))
+    held = any(variant.mean_ablated for variant in of_kind(variants, "pruned"))
     draws = {kind: list(of_kind(variants, kind)) for kind in CONTROLS}
     doses = [_dose(continuations, windows, v) for v in variants if v.kind in ("pruned", "dose")]
     return replace(
@@ -221,7 +221,7 @@ def _dose(continuations: Continuations, windows: Windows, variant: Variant) -> D
         name=variant.name,
         selection=variant.selection,
         num_neurons=variant.num_neurons,
-        strength=variant.strength,
+        damping=variant.damping,
         perplexity=after["perplexity"].item(),
         perplexity_percent=perplexity_change(before, after),
         kl=after["divergence"].item(),
@@ -267,7 +267,7 @@ def _control(continuations: Continuations, windows: Windows, draws: Sequence[Var
         held: Whether the chosen neurons are held at their mean: a control that is zeroed is then not like for like.
     """
     doses = [_dose(continuations, windows, variant) for variant in draws]
-    zeroed = held and not any(variant.held for variant in draws)
+    zeroed = held and not any(variant.mean_ablated for variant in draws)
     first = draws[0].num_continuations
     names = ["baseline", "pruned", *(variant.name for variant in draws)]
     before, pruned, *values = (

@@ -93,7 +93,7 @@ class Dose:
         name: Of the model.
         selection: Name of the list that its neurons are from.
         num_neurons: How many are off or damped.
-        strength: 1 is off, a fraction damps.
+        damping: 1 is off, a fraction damps.
         perplexity: By the first convention.
         perplexity_percent: Its change in percent of the original model.
         kl: Divergence from the original model, in nats a token.
@@ -105,7 +105,7 @@ class Dose:
     name: str
     selection: str
     num_neurons: int
-    strength: float
+    damping: float
     perplexity: float
     perplexity_percent: Interval
     kl: float
@@ -159,12 +159,13 @@ class Control:
 
     Args:
         draws: What each draw gives.
-        zeroed: Whether its neurons are zeroed where the chosen ones are held at their mean: it is not like for like.
+        zero_ablated: Whether its neurons are set to zero while the chosen ones are held at their mean, so that the two
+            are not alike.
         outcome: Of all draws; None if no prompt has a score of every draw.
     """
 
     draws: list[Dose]
-    zeroed: bool
+    zero_ablated: bool
     outcome: Outcome | None
 
 

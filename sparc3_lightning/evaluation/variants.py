@@ -22,35 +22,35 @@ class Variant:
         kind: ``baseline``, ``pruned``, ``dose``, or that of a control.
         num_continuations: Continuations drawn per prompt.
         num_neurons: How many neurons are off.
-        strength: 1 is off, a fraction damps.
+        damping: 1 is off, a fraction damps.
         draw: Number of the draw of a control.
         selection: Name of the list its neurons are from.
-        held: Whether something other than 0 takes the place of an activation, such as its mean.
+        mean_ablated: Whether something other than 0 takes the place of an activation, such as its mean.
     """
 
     name: str
     kind: str
     num_continuations: int
     num_neurons: int = 0
-    strength: float = 1.0
+    damping: float = 1.0
     draw: int = 0
     selection: str = ""
-    held: bool = False
+    mean_ablated: bool = False
 
     def as_context(self, model: nn.Module, neurons: Sequence[Component]) -> AbstractContextManager[None]:
         """Return the context in which the one model in memory becomes this one."""
-        return mask(model, neurons, self.strength) if neurons else nullcontext()
+        return mask(model, neurons, self.damping) if neurons else nullcontext()
 
 
 Lists = Mapping[str, NeuronList]  # by name; the neurons of the first are those of the pruned model
 
 
-def plan(
+def list_variants(
     lists: Lists,
     num_continuations: int,
     controls: Controls = Controls(num_draws=0),
     doses: Sequence[int] = (),
-    strengths: Sequence[float] = (1.0,),
+    dampings: Sequence[float] = (1.0,),
 ) -> list[Variant]:
     """List the models to measure.
 
@@ -60,13 +60,13 @@ def plan(
         num_continuations: Continuations drawn per prompt.
         controls: Controls of the first list.
         doses: Numbers of neurons, in the order of each list.
-        strengths: For each dose: 1 is as the list has it, a fraction damps.
+        dampings: For each dose: 1 is as the list has it, a fraction damps.
 
     Raises:
         ValueError: If a number is out of range, or a list has fewer neurons than a dose.
     """
     controls.check()
-    check_doses(doses, strengths)
+    check_doses(doses, dampings)
     _check_listed(lists, doses)
     variants = [Variant("baseline", "baseline", num_continuations)]
     for selection, neurons in lists.items():
@@ -78,7 +78,7 @@ def plan(
                 Variant(name, kind, num_continuations, number),
                 *(
                     Variant(f"{selection and f'{selection} '}top_{d}_{s:g}", "dose", num_continuations, d, s)
-                    for s in strengths
+                    for s in dampings
                     for d in doses
                     if (d, s) != (number, 1.0)  # the list itself
                 ),
@@ -100,18 +100,18 @@ def plan(
     return variants
 
 
-def check_doses(doses: Sequence[int], strengths: Sequence[float]) -> None:
-    """Raise ValueError if a dose or a strength is out of range, whatever the neurons; see ``plan``."""
-    if not all(0 < strength <= 1 for strength in strengths) or (doses and not strengths):
-        raise OptionError("strengths", f"must be above 0 and at most 1, got {list(strengths)}.")
-    if not doses and any(strength != 1 for strength in strengths):
+def check_doses(doses: Sequence[int], dampings: Sequence[float]) -> None:
+    """Raise ValueError if a dose or a damping is out of range, whatever the neurons; see ``list_variants``."""
+    if not all(0 < damping <= 1 for damping in dampings) or (doses and not dampings):
+        raise OptionError("dampings", f"must be above 0 and at most 1, got {list(dampings)}.")
+    if not doses and any(damping != 1 for damping in dampings):
         raise OptionError(
-            "strengths",
-            f"{list(strengths)} is for --.doses, and there are none: how far the neurons of a "
-            "list are switched off is written there by 'sparc3 prune', whose option strengths says it.",
+            "dampings",
+            f"{list(dampings)} is for --.doses, and there are none: how far the neurons of a "
+            "list are switched off is written there by 'sparc3 prune', whose option dampings says it.",
         )
-    if len(set(strengths)) != len(strengths):
-        raise OptionError("strengths", f"must be different, got {list(strengths)}.")
+    if len(set(dampings)) != len(dampings):
+        raise OptionError("dampings", f"must be different, got {list(dampings)}.")
     if len(set(doses)) != len(doses) or not all(dose > 0 for dose in doses):
         raise OptionError("doses", f"must be different numbers above 0, got {list(doses)}.")
 
@@ -134,8 +134,8 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: nn.Module, seed
     """Return which neurons each variant switches off.
 
     Args:
-        variants: From ``plan``.
-        lists: As ``plan`` had them.
+        variants: From ``list_variants``.
+        lists: As ``list_variants`` had them.
         model: For the size of its layers and their weights; all ranks ask together if it is sharded.
         seed: Of the draws of the controls.
     """
@@ -167,7 +167,7 @@ def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Component]])
     There are fewer of a control whose layers have no more.
     """
     return [
-        replace(variant, num_neurons=len(neurons), held=any(neuron.constant for neuron in neurons))
+        replace(variant, num_neurons=len(neurons), mean_ablated=any(neuron.mean for neuron in neurons))
         for variant in variants
         for neurons in (off[variant.name],)
     ]

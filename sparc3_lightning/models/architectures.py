@@ -69,26 +69,26 @@ def linear_at(model: nn.Module, name: str) -> Linear:
     return cast(Linear, model.get_submodule(name))
 
 
-def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, Linear]:
-    """Return the linear layers whose name is, or ends in, one of ``targets``, by fully qualified name.
+def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
+    """Return the linear layers whose name is, or ends in, one of ``layers``, by fully qualified name.
 
     Args:
         model: Any model.
-        targets: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head.
+        layers: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head.
 
     Raises:
         ValueError: If a name matches no linear layer; the names there are are listed.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    unknown = [target for target in targets if target != ALL and not any(ends_in(name, target) for name in linear)]
+    unknown = [end for end in layers if end != ALL and not any(ends_in(name, end) for name in linear)]
     if unknown:
         kinds = sorted({name.rpartition(".")[2] for name in linear})
-        raise OptionError("targets", f": the model has no linear layer {unknown[0]!r}; it has {kinds}.")
+        raise OptionError("layers", f": the model has no linear layer {unknown[0]!r}; it has {kinds}.")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         name: module
         for name, module in linear.items()
-        if any(ends_in(name, target) for target in targets) or (ALL in targets and module is not head)
+        if any(ends_in(name, end) for end in layers) or (ALL in layers and module is not head)
     }
 
 
@@ -118,7 +118,7 @@ def neuron_layers(model: nn.Module) -> list[str]:
     found = [rows[0] for rows, column in MLPS if {*rows, column} <= names]
     if not found:
         raise OptionError(
-            "targets", f"The model has no MLP of a known kind ({KNOWN_MLPS}): name the layers to score with --.targets."
+            "layers", f"The model has no MLP of a known kind ({KNOWN_MLPS}): name the layers to score with --.layers."
         )
     return found
 
@@ -137,11 +137,15 @@ def is_heads(module: str) -> bool:
     return any(ends_in(module, output) for output in ATTENTIONS)
 
 
-def head_layers(model: nn.Module, targets: Sequence[str] | None = None) -> list[str]:
-    """Return what the last layer of each attention of a model is called, such as ``o_proj``, or the targets if given.
+def head_layers(model: nn.Module, named: Sequence[str] | None = None) -> list[str]:
+    """Return the name that the last layer of an attention has in each block of a model, such as ``o_proj``.
+
+    Args:
+        model: Any model.
+        named: Names that are returned in its place, if the model has such layers.
 
     Raises:
-        ValueError: If the model has no attention of a known kind, or one of the targets is no last layer of one.
+        ValueError: If the model has no attention of a known kind, or a name is not of the last layer of one.
     """
     found = [name for name, _ in model.named_modules() if find_attention(model, name) is not None]
     layers = [output for output in ATTENTIONS if any(ends_in(name, output) for name in found)]
@@ -151,14 +155,14 @@ def head_layers(model: nn.Module, targets: Sequence[str] | None = None) -> list[
             "granularity",
             f"head: the model has no attention of a known kind ({KNOWN_ATTENTIONS}); its linear layers are {linear}.",
         )
-    for target in targets or ():
-        if not any(ends_in(name, target) for name in found):
+    for end in named or ():
+        if not any(ends_in(name, end) for name in found):
             raise OptionError(
-                "targets",
-                f"--.targets: {target!r} is no layer of attention heads of this model, which has {layers}: leave "
-                "out --.targets for all heads.",
+                "layers",
+                f"--.layers: {end!r} is no layer of attention heads of this model, which has {layers}: leave "
+                "out --.layers for all heads.",
             )
-    return list(targets or layers)
+    return list(named or layers)
 
 
 def attention_of(model: nn.Module, module: str) -> Attention:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sparc3_lightning.models.architectures import is_heads
 from sparc3_lightning.models.heads import check_heads, head_norms, mask_heads, num_heads, prune_heads_
 from sparc3_lightning.models.neurons import (
-    Edit,
+    Ablation,
     check_have_place,
     check_neurons,
     mask_neurons,
@@ -34,8 +34,8 @@ class Component:
         module: Fully qualified name of its layer; of a head the last one of its attention, of a weight any linear one.
         index: Its row there; of a head its number.
         score: The one it was selected by.
-        strength: 1 switches it off; a fraction leaves ``1 - strength`` of its activation.
-        constant: What takes the place of what is taken away, times ``strength``: 0 for pruning, the neuron's mean
+        damping: 1 switches it off; a fraction leaves ``1 - damping`` of its activation.
+        mean: What takes the place of what is taken away, times ``damping``: 0 for pruning, the neuron's mean
             activation for mean ablation. Of a head or a weight always 0.
         input: Of a weight its column, the layer's weight being ``[out_features, in_features]``; else None.
     """
@@ -43,12 +43,12 @@ class Component:
     module: str
     index: int
     score: float
-    strength: float = 1.0
-    constant: float = 0.0
+    damping: float = 1.0
+    mean: float = 0.0
     input: int | None = None
 
     @classmethod
-    def at(cls, place: int, module: str, shape: Sequence[int], score: float = 0.0, strength: float = 1.0) -> Self:
+    def at(cls, place: int, module: str, shape: Sequence[int], score: float = 0.0, damping: float = 1.0) -> Self:
         """Return the component whose score is at a place of the flattened scores of a layer.
 
         Args:
@@ -56,10 +56,10 @@ class Component:
             module: Fully qualified name of the layer.
             shape: Of its scores: ``[components]``, or of weights ``[out_features, in_features]``.
             score: Of the component.
-            strength: How far it is switched off.
+            damping: How far it is switched off.
         """
         index, column = divmod(place, shape[1]) if len(shape) == 2 else (place, None)
-        return cls(module, index, score, strength, input=column)
+        return cls(module, index, score, damping, input=column)
 
     def place(self, shape: Sequence[int]) -> int:
         """Return its place in the flattened scores of its layer, see ``at``."""
@@ -79,8 +79,8 @@ class Component:
 
 
 # What is done to components of one kind, by the name of their layer and by their index there, of weights row and
-# column: the strength, of neurons an ``Edit``.
-Edits = dict[str, dict[Any, Any]]
+# column: the damping, of neurons an ``Ablation``.
+Ablations = dict[str, dict[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,16 @@ class Kind:
         shape: Of the scores of a layer: ``[components]``, or of weights ``[out_features, in_features]``.
         norms: Norms of the weights of each component of a layer, of that shape, float32 on the CPU; all ranks ask
             together if the model is sharded.
-        mask: Switches components off for the length of a ``with`` block, their strengths times a number.
+        mask: Switches components off for the length of a ``with`` block, their dampings times a number.
         prune_: Writes what that does into the weights.
         check: Raises ValueError unless the model has all of the components; one on the meta device suffices.
     """
 
     shape: Callable[[nn.Module, str], tuple[int, ...]]
     norms: Callable[[nn.Module, str], Tensor]
-    mask: Callable[[nn.Module, Edits, float], AbstractContextManager[None]]
-    prune_: Callable[[PreTrainedModel, Edits], None]
-    check: Callable[[nn.Module, Edits], None]
+    mask: Callable[[nn.Module, Ablations, float], AbstractContextManager[None]]
+    prune_: Callable[[PreTrainedModel, Ablations], None]
+    check: Callable[[nn.Module, Ablations], None]
 
 
 # In the order in which they are pruned: a neuron's constant goes through the weights that are left.
@@ -112,22 +112,22 @@ KINDS: dict[Granularity, Kind] = {
 
 
 @contextmanager
-def mask(model: nn.Module, components: Iterable[Component], strength: float = 1.0) -> Iterator[None]:
+def mask(model: nn.Module, components: Iterable[Component], damping: float = 1.0) -> Iterator[None]:
     """Switch components off, or damp them, for the length of a ``with`` block.
 
     Of neurons and heads no weight is touched; single weights are what they were after the block.
 
     Args:
         model: A causal language model whose MLPs are in ``MLPS``.
-        components: The neurons, heads and weights, each with its own strength and constant.
-        strength: Times the strength of each.
+        components: The neurons, heads and weights, each with its own damping and constant.
+        damping: Times the damping of each.
 
     Raises:
         ValueError: If the model has no such component.
     """
     with ExitStack() as undo:
-        for kind, edits in _by_kind(components).items():
-            undo.enter_context(KINDS[kind].mask(model, edits, strength))
+        for kind, ablations in _by_kind(components).items():
+            undo.enter_context(KINDS[kind].mask(model, ablations, damping))
         yield
 
 
@@ -143,27 +143,27 @@ def prune_(model: PreTrainedModel, components: Iterable[Component]) -> None:
             changed then.
     """
     by_kind = _by_kind(components)
-    for kind, edits in by_kind.items():
-        KINDS[kind].check(model, edits)
+    for kind, ablations in by_kind.items():
+        KINDS[kind].check(model, ablations)
     check_have_place(model, by_kind["neuron"])
-    for kind, edits in by_kind.items():
-        KINDS[kind].prune_(model, edits)
+    for kind, ablations in by_kind.items():
+        KINDS[kind].prune_(model, ablations)
 
 
 def check(model: nn.Module, components: Iterable[Component]) -> None:
     """Raise ValueError unless the model has all these components. A model on the meta device suffices."""
-    for kind, edits in _by_kind(components).items():
-        KINDS[kind].check(model, edits)
+    for kind, ablations in _by_kind(components).items():
+        KINDS[kind].check(model, ablations)
 
 
-def _by_kind(components: Iterable[Component]) -> dict[Granularity, Edits]:
+def _by_kind(components: Iterable[Component]) -> dict[Granularity, Ablations]:
     """Return what is done to the components of each kind, in the order of ``KINDS``."""
-    by_kind: dict[Granularity, Edits] = {kind: defaultdict(dict) for kind in KINDS}
+    by_kind: dict[Granularity, Ablations] = {kind: defaultdict(dict) for kind in KINDS}
     for c in components:
-        if c.constant and c.granularity != "neuron":
+        if c.mean and c.granularity != "neuron":
             what = "Head" if c.granularity == "head" else "A weight of neuron"
             raise ValueError(f"{what} {c.index} of {c.module} has a constant, which only a neuron can have.")
         index = c.index if c.input is None else (c.index, c.input)
-        edit = Edit(c.strength, c.constant) if c.granularity == "neuron" else c.strength
-        by_kind[c.granularity][c.module][index] = edit
+        ablation = Ablation(c.damping, c.mean) if c.granularity == "neuron" else c.damping
+        by_kind[c.granularity][c.module][index] = ablation
     return by_kind

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparc3_lightning.models.architectures import attention_of, weight_of, whole
 
-Strengths = Mapping[int, float]  # by number
+Dampings = Mapping[int, float]  # by number
 
 
 def head_dim(model: nn.Module, module: str) -> int:
@@ -47,22 +47,22 @@ def head_norms(model: nn.Module, module: str) -> Tensor:
 
 
 @contextmanager
-def mask_heads(model: nn.Module, heads: Mapping[str, Strengths], strength: float = 1.0) -> Iterator[None]:
+def mask_heads(model: nn.Module, heads: Mapping[str, Dampings], damping: float = 1.0) -> Iterator[None]:
     """Switch heads off, or damp them, for the length of a ``with`` block, without touching a weight.
 
     Args:
         model: A causal language model whose attentions are in ``ATTENTIONS``.
-        heads: Strength for each head, by the name of its layer and its number: 1 is off, a fraction leaves
-            ``1 - strength`` of its output.
-        strength: Times the strength of each.
+        heads: Damping for each head, by the name of its layer and its number: 1 is off, a fraction leaves
+            ``1 - damping`` of its output.
+        damping: Times the damping of each.
 
     Raises:
         ValueError: If the model has no such head.
     """
     check_heads(model, heads)
     with ExitStack() as undo:
-        for name, strengths in heads.items():
-            factor = _factor(model, name, strengths, strength)
+        for name, dampings in heads.items():
+            factor = _factor(model, name, dampings, damping)
 
             def damp(module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor) -> tuple[Tensor]:
                 # Not a product alone: what is off is 0 even where the output is infinite.
@@ -72,7 +72,7 @@ def mask_heads(model: nn.Module, heads: Mapping[str, Strengths], strength: float
         yield
 
 
-def prune_heads_(model: nn.Module, heads: Mapping[str, Strengths]) -> None:
+def prune_heads_(model: nn.Module, heads: Mapping[str, Dampings]) -> None:
     """Write what ``mask_heads`` does into the weights, in place.
 
     The columns of a head in the attention's last layer become smaller, or zero where it is off. The rows of the values
@@ -80,15 +80,15 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Strengths]) -> None:
 
     Args:
         model: A causal language model whose attentions are in ``ATTENTIONS``.
-        heads: Strength for each head, by the name of its layer and its number.
+        heads: Damping for each head, by the name of its layer and its number.
 
     Raises:
         ValueError: If the model has no such head. Nothing is changed then.
     """
     check_heads(model, heads)
     with torch.no_grad():
-        for name, strengths in heads.items():
-            attention, factor = attention_of(model, name), _factor(model, name, strengths)
+        for name, dampings in heads.items():
+            attention, factor = attention_of(model, name), _factor(model, name, dampings)
             output, size = weight_of(attention.output), attention.head_dim
             output *= factor
             output[:, factor == 0] = 0  # where a weight is infinite
@@ -98,7 +98,7 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Strengths]) -> None:
                 values.append(attention.values.bias[-len(factor) :])
             group = len(factor) // len(values[0])  # heads to a value head
             for k in range(len(values[0]) // size):
-                if all(strengths.get(head) == 1 for head in range(k * group, (k + 1) * group)):
+                if all(dampings.get(head) == 1 for head in range(k * group, (k + 1) * group)):
                     for of_values in values:
                         of_values[k * size : (k + 1) * size] = 0
 
@@ -115,11 +115,11 @@ def check_heads(model: nn.Module, heads: Mapping[str, Iterable[int]]) -> None:
                 )
 
 
-def _factor(model: nn.Module, name: str, strengths: Strengths, strength: float = 1.0) -> Tensor:
+def _factor(model: nn.Module, name: str, dampings: Dampings, damping: float = 1.0) -> Tensor:
     """Return the factor of each input of an attention's last layer, shape ``[in_features]``."""
     attention = attention_of(model, name)
     weight, size = weight_of(attention.output), attention.head_dim
     factor = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
-    for index, of_head in strengths.items():
-        factor[index * size : (index + 1) * size] = 1 - strength * of_head
+    for index, of_head in dampings.items():
+        factor[index * size : (index + 1) * size] = 1 - damping * of_head
     return factor

@@ -17,19 +17,19 @@ from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import KNOWN_MLPS, MLPS, Linear, linear_at, weight_of, whole
 
 
-class Edit(NamedTuple):
+class Ablation(NamedTuple):
     """What is done to a neuron.
 
     Args:
-        strength: 1 switches it off; a fraction leaves ``1 - strength`` of its activation.
-        constant: What takes the place of what is taken away, times ``strength``.
+        damping: 1 switches it off; a fraction leaves ``1 - damping`` of its activation.
+        mean: What takes the place of what is taken away, times ``damping``.
     """
 
-    strength: float = 1.0
-    constant: float = 0.0
+    damping: float = 1.0
+    mean: float = 0.0
 
 
-Edits = Mapping[str, Mapping[int, Edit]]  # by the name of the scored layer and the row there
+Ablations = Mapping[str, Mapping[int, Ablation]]  # by the name of the scored layer and the row there
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Mlp:
 
     rows: list[Linear]
     column: Linear
-    edits: dict[int, Edit] = field(default_factory=dict)
+    ablations: dict[int, Ablation] = field(default_factory=dict)
 
 
 def num_neurons(model: nn.Module, module: str) -> int:
@@ -52,20 +52,20 @@ def neuron_norms(model: nn.Module, module: str) -> Tensor:
 
 
 @contextmanager
-def mask_neurons(model: nn.Module, neurons: Edits, strength: float = 1.0) -> Iterator[None]:
+def mask_neurons(model: nn.Module, neurons: Ablations, damping: float = 1.0) -> Iterator[None]:
     """Switch neurons off, or damp them, for the length of a ``with`` block, without touching a weight.
 
     Args:
         model: A causal language model whose MLPs are in ``MLPS``.
         neurons: What is done to each neuron.
-        strength: Times the strength of each.
+        damping: Times the damping of each.
 
     Raises:
         ValueError: If the model has no such neuron.
     """
     with ExitStack() as undo:
         for mlp in _by_mlp(model, neurons):
-            factor, constant = _edit(mlp, strength)
+            factor, constant = _ablation(mlp, damping)
 
             def damp(
                 module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor, constant: Tensor | None = constant
@@ -78,7 +78,7 @@ def mask_neurons(model: nn.Module, neurons: Edits, strength: float = 1.0) -> Ite
         yield
 
 
-def prune_neurons_(model: PreTrainedModel, neurons: Edits) -> None:
+def prune_neurons_(model: PreTrainedModel, neurons: Ablations) -> None:
     """Write what ``mask_neurons`` does into the weights, in place.
 
     The rows and the column of a neuron that is off become zero; a damped one keeps its rows, and its column becomes
@@ -98,8 +98,8 @@ def prune_neurons_(model: PreTrainedModel, neurons: Edits) -> None:
         _add_biases_(model, [mlp.column for mlp in mlps])
     with torch.no_grad():
         for mlp in mlps:
-            off = [index for index, edit in mlp.edits.items() if edit.strength == 1]
-            factor, constant = _edit(mlp)
+            off = [index for index, ablation in mlp.ablations.items() if ablation.damping == 1]
+            factor, constant = _ablation(mlp)
             column = weight_of(mlp.column)
             if constant is not None:
                 mlp.column.bias.add_(column @ constant)
@@ -111,12 +111,12 @@ def prune_neurons_(model: PreTrainedModel, neurons: Edits) -> None:
             column[:, off] = 0  # where a weight is infinite
 
 
-def check_neurons(model: nn.Module, neurons: Edits) -> None:
+def check_neurons(model: nn.Module, neurons: Ablations) -> None:
     """Raise ValueError unless the model has all these neurons. A model on the meta device suffices."""
     _by_mlp(model, neurons)
 
 
-def check_have_place(model: PreTrainedModel, neurons: Edits) -> None:
+def check_have_place(model: PreTrainedModel, neurons: Ablations) -> None:
     """Raise ValueError unless the constants of neurons, if they have any, can be written into the weights."""
     if _have_constants(neurons):
         check_have_biases(model, columns_of(model, neurons).values())
@@ -129,9 +129,9 @@ def check_have_biases(model: PreTrainedModel, columns: Iterable[Linear]) -> None
     """
     if any(column.bias is None for column in columns) and getattr(model.config, "mlp_bias", None) is None:
         raise OptionError(
-            "replacement",
+            "ablation",
             f"The architecture {model.config.model_type!r} has no bias in its MLPs, so that a checkpoint of it has no "
-            "place for the mean of a neuron: choose --.replacement zero. (LLaMA has the config's mlp_bias.)",
+            "place for the mean of a neuron: choose --.ablation zero. (LLaMA has the config's mlp_bias.)",
         )
 
 
@@ -153,9 +153,9 @@ def check_are_neurons(modules: Collection[str]) -> None:
     mlps = Counter(name.rpartition(".")[0] for name in modules)
     if max(mlps.values()) > 1:
         raise OptionError(
-            "targets",
+            "layers",
             f"The neurons of {mlps.most_common(1)[0][0]} are scored twice, by their row in up_proj and in gate_proj: "
-            "attribute one of the two (--.targets '[up_proj]').",
+            "attribute one of the two (--.layers '[up_proj]').",
         )
 
 
@@ -168,11 +168,11 @@ def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
     return {name: _by_mlp(model, {name: {}})[0].column for name in modules}
 
 
-def _by_mlp(model: nn.Module, neurons: Edits) -> list[_Mlp]:
+def _by_mlp(model: nn.Module, neurons: Ablations) -> list[_Mlp]:
     """Return the MLPs that neurons belong to: up_proj and gate_proj name the same ones."""
     mlps: dict[str, _Mlp] = {}
     modules = dict(model.named_modules())
-    for name, edits in neurons.items():
+    for name, ablations in neurons.items():
         parent, _, layer = name.rpartition(".")
         rows, column = next(((rows, column) for rows, column in MLPS if layer in rows), ((), ""))
         if not rows or not all(f"{parent}.{part}" in modules for part in (*rows, column)):
@@ -181,7 +181,7 @@ def _by_mlp(model: nn.Module, neurons: Edits) -> list[_Mlp]:
                 "another model?"
             )
         number = num_neurons(model, name)
-        for index in edits:
+        for index in ablations:
             if not 0 <= index < number:
                 raise ValueError(
                     f"Neuron {index} of {name} does not exist: the layer has {number} neurons. Is neurons.json of "
@@ -190,27 +190,27 @@ def _by_mlp(model: nn.Module, neurons: Edits) -> list[_Mlp]:
         if parent not in mlps:
             layers = [linear_at(model, f"{parent}.{row}") for row in rows]
             mlps[parent] = _Mlp(layers, linear_at(model, f"{parent}.{column}"))
-        mlps[parent].edits.update(edits)
+        mlps[parent].ablations.update(ablations)
     return list(mlps.values())
 
 
-def _edit(mlp: _Mlp, strength: float = 1.0) -> tuple[Tensor, Tensor | None]:
+def _ablation(mlp: _Mlp, damping: float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Return the factor of each activation, and what is added to it; None if nothing is."""
-    weight, indices = weight_of(mlp.column), list(mlp.edits)
-    taken = [strength * edit.strength for edit in mlp.edits.values()]
+    weight, indices = weight_of(mlp.column), list(mlp.ablations)
+    taken = [damping * ablation.damping for ablation in mlp.ablations.values()]
     factor = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
     factor[indices] = factor.new_tensor([1 - part for part in taken])
-    if not any(edit.constant for edit in mlp.edits.values()):
+    if not any(ablation.mean for ablation in mlp.ablations.values()):
         return factor, None
     constant = torch.zeros_like(factor)
     constant[indices] = factor.new_tensor(
-        [part * edit.constant for part, edit in zip(taken, mlp.edits.values(), strict=True)]
+        [part * ablation.mean for part, ablation in zip(taken, mlp.ablations.values(), strict=True)]
     )
     return factor, constant
 
 
-def _have_constants(neurons: Edits) -> bool:
-    return any(edit.constant for edits in neurons.values() for edit in edits.values())
+def _have_constants(neurons: Ablations) -> bool:
+    return any(ablation.mean for ablations in neurons.values() for ablation in ablations.values())
 
 
 def _add_biases_(model: PreTrainedModel, columns: Iterable[Linear]) -> None:

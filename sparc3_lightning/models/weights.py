@@ -9,20 +9,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparc3_lightning.models.architectures import ALL, find_targets, linear_at, weight_of, whole
+from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, weight_of, whole
 
-Strengths = Mapping[tuple[int, int], float]  # by row and column
+Dampings = Mapping[tuple[int, int], float]  # by row and column
 
 
 @contextmanager
-def mask_weights(model: nn.Module, weights: Mapping[str, Strengths], strength: float = 1.0) -> Iterator[None]:
+def mask_weights(model: nn.Module, weights: Mapping[str, Dampings], damping: float = 1.0) -> Iterator[None]:
     """Set weights to zero, or make them smaller, for the length of a ``with`` block; then they are what they were.
 
     Args:
         model: A causal language model, which is not sharded.
-        weights: Strength for each weight, by the name of its layer and its row and column: 1 makes it zero, a fraction
-            leaves ``1 - strength`` of it.
-        strength: Times the strength of each.
+        weights: Damping for each weight, by the name of its layer and its row and column: 1 makes it zero, a fraction
+            leaves ``1 - damping`` of it.
+        damping: Times the damping of each.
 
     Raises:
         ValueError: If the model has no such weight.
@@ -30,37 +30,37 @@ def mask_weights(model: nn.Module, weights: Mapping[str, Strengths], strength: f
     check_weights(model, weights)
     kept: list[tuple[Tensor, tuple[Tensor, Tensor], Tensor]] = []
     try:
-        for name, strengths in weights.items():
+        for name, dampings in weights.items():
             W_OI = weight_of(linear_at(model, name)).data
-            place = _place(strengths, W_OI)
+            place = _place(dampings, W_OI)
             kept.append((W_OI, place, W_OI[place]))
-            W_OI[place] = _damped(W_OI[place], strengths, strength)
+            W_OI[place] = _damped(W_OI[place], dampings, damping)
         yield
     finally:
         for W_OI, place, values in kept:
             W_OI[place] = values
 
 
-def prune_weights_(model: nn.Module, weights: Mapping[str, Strengths]) -> None:
+def prune_weights_(model: nn.Module, weights: Mapping[str, Dampings]) -> None:
     """Write what ``mask_weights`` does into the weights, in place.
 
     Args:
         model: A causal language model, which is not sharded.
-        weights: Strength for each weight, by the name of its layer and its row and column.
+        weights: Damping for each weight, by the name of its layer and its row and column.
 
     Raises:
         ValueError: If the model has no such weight. Nothing is changed then.
     """
     check_weights(model, weights)
-    for name, strengths in weights.items():
+    for name, dampings in weights.items():
         W_OI = weight_of(linear_at(model, name)).data
-        place = _place(strengths, W_OI)
-        W_OI[place] = _damped(W_OI[place], strengths)
+        place = _place(dampings, W_OI)
+        W_OI[place] = _damped(W_OI[place], dampings)
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Iterable[tuple[int, int]]]) -> None:
     """Raise ValueError unless the model has all these weights. A model on the meta device suffices."""
-    layers = find_targets(model, [ALL]) if weights else {}
+    layers = find_layers(model, [ALL]) if weights else {}
     for name, places in weights.items():
         if name not in layers:
             raise ValueError(
@@ -86,15 +86,15 @@ def weight_magnitudes(model: nn.Module, module: str) -> Tensor:
     return whole(weight_of(linear_at(model, module))).float().abs().cpu()
 
 
-def _place(strengths: Strengths, W_OI: Tensor) -> tuple[Tensor, Tensor]:
+def _place(dampings: Dampings, W_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows and the columns of weights, as an index of their matrix."""
-    rows, columns = torch.tensor(list(strengths), device=W_OI.device).T
+    rows, columns = torch.tensor(list(dampings), device=W_OI.device).T
     return rows, columns
 
 
-def _damped(values: Tensor, strengths: Strengths, strength: float = 1.0) -> Tensor:
+def _damped(values: Tensor, dampings: Dampings, damping: float = 1.0) -> Tensor:
     """Return what is left of the values of weights, shape ``[weights]``."""
-    taken = torch.tensor([strength * of_one for of_one in strengths.values()], dtype=torch.float64)
+    taken = torch.tensor([damping * of_one for of_one in dampings.values()], dtype=torch.float64)
     factor = (1 - taken).to(values)
     # Not a product alone: what is off is 0 even where the weight is infinite.
     return torch.where(factor == 0, 0, values * factor)

@@ -14,7 +14,7 @@ from sparc3_lightning.report.tables import cell, control_name, ends, in_order, n
 
 BEFORE, AFTER, CONTROL = "#4477aa", "#cc6677", "#777777"
 STRENGTHS = (AFTER, "#aa7700", "#228833", "#aa3377", "#332288")
-MARKERS = "osD^v"  # of doses, by strength
+MARKERS = "osD^v"  # of doses, by damping
 CONTROL_MARKERS = "x+*1234"  # of controls, by kind
 
 
@@ -65,13 +65,13 @@ def draw_differential(selection: dict[str, Any], path: Path) -> None:
     # Above the axes, since the histogram may lie on either side of the line.
     axes.set_title(f"left of the line: the {selection['num_neurons']} pruned", color=AFTER, fontsize=10)
     axes.set_yscale("log")
-    name = selection.get("selection", "difference")
+    name = selection["criterion"]
     by = (
         "differential relevance (general - behaviour)"
         if name == "difference"
         else f"{name.replace('_', ' ')}, lowest first"
     )
-    axes.set(xlabel=by, ylabel=f"{selection.get('granularity', 'neuron')}s (log scale)")
+    axes.set(xlabel=by, ylabel=f"{selection['granularity']}s (log scale)")
     axes.xaxis.get_major_locator().set_params(nbins=5)
     save_figure(figure, path)
 
@@ -183,7 +183,7 @@ def draw_doses(
     behavior: str = "toxicity",
     granularity: str = "neuron",
 ) -> None:
-    """Draw the change of the behavior against perplexity's: a point per number of neurons, a line per strength.
+    """Draw the change of the behavior against perplexity's: a point per number of neurons, a line per damping.
 
     Of several selections each has a line.
     """
@@ -195,15 +195,15 @@ def draw_doses(
     scored = [dose for dose in in_order(doses) if dose.effect]
     several = len({dose.selection for dose in scored}) > 1
     shown: list[tuple[Interval, Interval]] = []
-    for place, (selection, strength) in enumerate(dict.fromkeys((dose.selection, dose.strength) for dose in scored)):
-        line = [dose for dose in scored if (dose.selection, dose.strength) == (selection, strength)]
+    for place, (selection, damping) in enumerate(dict.fromkeys((dose.selection, dose.damping) for dose in scored)):
+        line = [dose for dose in scored if (dose.selection, dose.damping) == (selection, damping)]
         changes = _changes(line)
         shown += changes
         x, y = ([number(change[axis].value) for change in changes] for axis in (0, 1))
         color, below = STRENGTHS[place % len(STRENGTHS)], place % 2
-        label = "switched off" if strength == 1 else f"damped by {100 * strength:g} %"
+        label = "switched off" if damping == 1 else f"damped by {100 * damping:g} %"
         if several:
-            label = selection if strength == 1 else f"{selection}, {label}"
+            label = selection if damping == 1 else f"{selection}, {label}"
         marker = MARKERS[place % len(MARKERS)]
         axes.plot(x, y, f"{marker}-", color=color, markersize=6, linewidth=1.5, label=label)
         for dose, of_dose, *at in zip(line, changes, x, y, strict=True):

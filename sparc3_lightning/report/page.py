@@ -27,7 +27,7 @@ from sparc3_lightning.report.tables import (
     other_table,
     windows_of,
 )
-from sparc3_lightning.report.verdict import zeroed_controls
+from sparc3_lightning.report.verdict import zero_ablated_controls
 from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
 
@@ -175,7 +175,7 @@ def write_report(
             for group, measures in results.baseline.groups.items()
         ],
         "controls": control_table(results) if results.controls else [],
-        "zeroed": zeroed_controls(results, neurons.edit, results.granularity),
+        "zeroed": zero_ablated_controls(results, neurons.ablation, results.granularity),
         "others": other_table(results),
         "windows": windows_of(results),
         "doses": dose_table(results.doses) if has_doses else [],
@@ -230,8 +230,8 @@ def _draw(
     if not drawn or not drawn[0].is_file():
         drawn = [folder / "layers.png", *drawn[1:]]
         draw_layers(Counter(neuron.module for neuron in neurons.neurons), drawn[0], granularity=of)
-    selection = neurons.provenance.get("selection", "difference")
-    ranked_by = "differential relevance" if selection == "difference" else selection.replace("_", " ")
+    criterion = neurons.provenance.get("criterion", "difference")
+    ranked_by = "differential relevance" if criterion == "difference" else criterion.replace("_", " ")
     titles_of_prune = (f"Where the pruned {of}s lie", f"All {of}s by {ranked_by}")
     return pictures + [(title, file) for title, file in zip(titles_of_prune, drawn, strict=False) if file.is_file()]
 

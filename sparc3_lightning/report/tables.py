@@ -143,7 +143,7 @@ def _change_of_preference(effect: Difference, unit: str) -> tuple[str, str]:
 
 
 def dose_table(doses: Iterable[Dose]) -> Table:
-    """Return rows of neurons, strength; mean behavior, its change and interval; and the same of perplexity.
+    """Return rows of neurons, damping; mean behavior, its change and interval; and the same of perplexity.
 
     The name of the selection comes first where there are several.
     """
@@ -151,7 +151,7 @@ def dose_table(doses: Iterable[Dose]) -> Table:
     doses = in_order(doses)
     several = len({dose.selection for dose in doses}) > 1
     for dose in doses:
-        row = [*([dose.selection] if several else []), f"{dose.num_neurons}", f"{dose.strength:g}"]
+        row = [*([dose.selection] if several else []), f"{dose.num_neurons}", f"{dose.damping:g}"]
         change = dose.behavior_percent
         row += [cell(dose.behavior_mean, "", 4), *(_change(change) if change else (UNKNOWN, UNKNOWN))]
         row += [cell(dose.perplexity, "", 2), *_change(dose.perplexity_percent)]
@@ -160,15 +160,15 @@ def dose_table(doses: Iterable[Dose]) -> Table:
 
 
 def doses_csv(doses: Iterable[Dose]) -> str:
-    """Return the dose curve as CSV, a row per number of neurons and strength; what is not known is empty."""
+    """Return the dose curve as CSV, a row per number of neurons and damping; what is not known is empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    plain = ("selection", "num_neurons", "strength", "perplexity", "behavior_mean", "kl")
+    plain = ("selection", "num_neurons", "damping", "perplexity", "behavior_mean", "kl")
     columns = ("perplexity_percent", "behavior_percent")
     writer.writerow([*plain, *(f"{column}{end}" for column in columns for end in ("", "_low", "_high"))])
     for dose in in_order(doses):
         changes = [dose.perplexity_percent, dose.behavior_percent or Interval(math.nan, math.nan, math.nan)]
-        values = [dose.num_neurons, dose.strength, dose.perplexity, dose.behavior_mean, dose.kl]
+        values = [dose.num_neurons, dose.damping, dose.perplexity, dose.behavior_mean, dose.kl]
         values += [end for change in changes for end in (change.value, change.low, change.high)]
         writer.writerow([dose.selection, *(value if math.isfinite(value) else None for value in values)])
     return file.getvalue()
@@ -189,7 +189,7 @@ def in_order(doses: Iterable[Dose]) -> list[Dose]:
     """Sort the doses by selection; those that are off first, then those that are damped; fewer neurons before more."""
     doses = list(doses)
     place = {selection: i for i, selection in enumerate(dict.fromkeys(dose.selection for dose in doses))}
-    return sorted(doses, key=lambda dose: (place[dose.selection], -dose.strength, dose.num_neurons))
+    return sorted(doses, key=lambda dose: (place[dose.selection], -dose.damping, dose.num_neurons))
 
 
 def cell(value: float | None, unit: str, digits: int) -> str:

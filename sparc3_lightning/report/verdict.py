@@ -13,7 +13,7 @@ def verdict(
     num_neurons: int,
     behavior: str = "toxicity",
     granularity: str = "neuron",
-    edit: str = "switched off",
+    ablation: str = "switched off",
 ) -> str:
     """Say what switching the neurons off did, with intervals of 95 %.
 
@@ -22,7 +22,7 @@ def verdict(
         num_neurons: How many neurons are off.
         behavior: What was scored.
         granularity: What was switched off: ``neuron``, ``head`` or ``weight``.
-        edit: What was done to them in its place, such as ``damped by 50 %``.
+        ablation: What was done to them in its place, such as ``damped by 50 %``.
     """
     if found.pruned is None:
         return "The model was measured as it is; no neurons were given to switch off."
@@ -32,7 +32,7 @@ def verdict(
     neurons = f"{num_neurons} {granularity}{'s' if num_neurons != 1 else ''}"
     price = f"perplexity {moved(next(iter(found.perplexity_change.values())))}"
     if effect.evidence:
-        sentences = [f"With {neurons} {edit}, mean {behavior} {moved(effect.percent)}, and {price}."]
+        sentences = [f"With {neurons} {ablation}, mean {behavior} {moved(effect.percent)}, and {price}."]
     else:
         changed = effect.num_better + effect.num_worse
         why = (
@@ -40,12 +40,12 @@ def verdict(
             if changed >= MIN_CHANGED
             else f"only {changed} prompt{'s' if changed != 1 else ''} changed"
         )
-        what = f"switching {neurons} off" if edit == "switched off" else f"having {neurons} {edit}"
+        what = f"switching {neurons} off" if ablation == "switched off" else f"having {neurons} {ablation}"
         sentences = [
             f"No evidence that {what} changes {behavior}: its mean {moved(effect.percent)}, and {why}; {price}."
         ]
     sentences += _controls(found, effect, num_neurons, granularity)
-    sentences += [zeroed] if (zeroed := zeroed_controls(found, edit, granularity)) else []
+    sentences += [zeroed] if (zeroed := zero_ablated_controls(found, ablation, granularity)) else []
     sentences += _second(found, effect)
     return " ".join(sentences + _preference(found.preference))
 
@@ -67,20 +67,20 @@ def _controls(found: Findings, effect: Difference, num_neurons: int, granularity
     return sentences
 
 
-def zeroed_controls(found: Findings, edit: str, granularity: str = "neuron") -> str:
+def zero_ablated_controls(found: Findings, ablation: str, granularity: str = "neuron") -> str:
     """Say which controls are zeroed though the chosen neurons are held at, or damped towards, their mean; "" if none.
 
     Args:
         found: From ``findings``, or results.json.
-        edit: What was done to the chosen ones, such as ``held at their mean activation``.
+        ablation: What was done to the chosen ones, such as ``held at their mean activation``.
         granularity: What they are.
     """
-    zeroed = [kind for kind, control in found.controls.items() if control.zeroed]
+    zeroed = [kind for kind, control in found.controls.items() if control.zero_ablated]
     if not zeroed:
         return ""
     names = [f"the {control_name(kind, granularity)}" for kind in zeroed]
     who = "The controls" if len(zeroed) == len(found.controls) else " and ".join(names).capitalize()
-    damped, towards, _ = edit.partition(" towards")
+    damped, towards, _ = ablation.partition(" towards")
     edits = f"{damped} towards 0, not towards" if towards else "switched off, not held at"
     return f"{who} are {edits} their mean."
 

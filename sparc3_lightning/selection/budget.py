@@ -27,7 +27,7 @@ class Budget:
 
     Args:
         max_perplexity_increase: Largest rise of perplexity, such as 0.01. As many neurons are taken as stay within it,
-            and the strength with the highest sum of scores. The text is that of ``--data``, in ``sparc3 run`` that of
+            and the damping with the highest sum of scores. The text is that of ``--data``, in ``sparc3 run`` that of
             ``--budget_text``; its documents that were used to attribute are left out. None prunes ``num_neurons``.
         refine: Rounds that measure what each neuron costs among twice as many as were chosen, drop the tenth that gives
             least for it, and fill up; kept if the sum of scores grows.
@@ -36,11 +36,11 @@ class Budget:
     max_perplexity_increase: float | None = None
     refine: int = 0
 
-    def check(self, strengths: Sequence[float]) -> None:
-        """Raise ValueError if a value makes no sense with the strengths to choose from."""
-        if self.max_perplexity_increase is None and (len(strengths) > 1 or self.refine):
+    def check(self, dampings: Sequence[float]) -> None:
+        """Raise ValueError if a value makes no sense with the dampings to choose from."""
+        if self.max_perplexity_increase is None and (len(dampings) > 1 or self.refine):
             raise OptionError(
-                "strengths", "Several --.strengths, and --.budget.refine, need --.budget.max_perplexity_increase."
+                "dampings", "Several --.dampings, and --.budget.refine, need --.budget.max_perplexity_increase."
             )
         if self.max_perplexity_increase is not None and self.max_perplexity_increase <= 0:
             raise OptionError("budget.max_perplexity_increase", f"must be above 0, got {self.max_perplexity_increase}.")
@@ -76,8 +76,8 @@ class PerplexityRise:
 
     @property
     def measured(self) -> list[dict[str, float]]:
-        """What was measured, in the order it was: number of neurons, strength and rise."""
-        return [{"num_neurons": len(of), "strength": _strength(of), "rise": rise} for of, rise in self._rises.items()]
+        """What was measured, in the order it was: number of neurons, damping and rise."""
+        return [{"num_neurons": len(of), "damping": _damping(of), "rise": rise} for of, rise in self._rises.items()]
 
     def __call__(self, neurons: Sequence[Component]) -> float:
         """Return perplexity with the neurons off, over that of the model as it is, less 1; measured once a list."""
@@ -86,7 +86,7 @@ class PerplexityRise:
             with mask(self.model, of):
                 self._rises[of] = math.expm1(self._nats() - self.nats)
             rise = 100 * self._rises[of]
-            rank_zero_info(f"{len(of):>6} neurons at strength {_strength(of):g}: perplexity {rise:+.2f} %")
+            rank_zero_info(f"{len(of):>6} neurons at damping {_damping(of):g}: perplexity {rise:+.2f} %")
         return self._rises[of]
 
     @torch.no_grad()
@@ -102,16 +102,16 @@ class PerplexityRise:
     def costs(self, neurons: Sequence[Component]) -> Tensor:
         """Return what each neuron of a list costs, given the others, in nats a token, shape ``[neurons]``, float64.
 
-        The cost is the derivative of the loss with respect to the neuron's strength, averaged over its two ends: with
-        all of the list as they are in the model, and with all of them off. For a loss quadratic in the strengths the
+        The cost is the derivative of the loss with respect to the neuron's damping, averaged over its two ends: with
+        all of the list as they are in the model, and with all of them off. For a loss quadratic in the dampings the
         costs of a list add up to the rise of the loss.
         """
         groups = {neuron.module: [n for n in neurons if n.module == neuron.module] for neuron in neurons}
         slopes = torch.zeros(len(neurons), dtype=torch.float64)
         place = {neuron.key: i for i, neuron in enumerate(neurons)}
-        for strength in (0.0, 1.0):
+        for damping in (0.0, 1.0):
             factors = {
-                module: torch.full((len(of),), strength, device=self._batches[0][0].device, requires_grad=True)
+                module: torch.full((len(of),), damping, device=self._batches[0][0].device, requires_grad=True)
                 for module, of in groups.items()
             }
             handles = [
@@ -137,21 +137,21 @@ class PerplexityRise:
         return (nll * counts).sum()
 
 
-def _strength(neurons: Sequence[Component]) -> float:
-    """Return the one strength of a list."""
-    return neurons[0].strength if neurons else 1.0
+def _damping(neurons: Sequence[Component]) -> float:
+    """Return the one damping of a list."""
+    return neurons[0].damping if neurons else 1.0
 
 
 def _scaled(neurons: Sequence[Component], factor: Tensor) -> Callable[..., tuple[Tensor]]:
-    """Return a hook that takes away ``factor`` times what each neuron's own strength would."""
+    """Return a hook that takes away ``factor`` times what each neuron's own damping would."""
     indices = [neuron.index for neuron in neurons]
 
     def scale(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         activations = inputs[0].clone()
-        constant = activations.new_tensor([neuron.constant for neuron in neurons])
-        taken = factor.to(activations.dtype) * activations.new_tensor([neuron.strength for neuron in neurons])
+        mean = activations.new_tensor([neuron.mean for neuron in neurons])
+        taken = factor.to(activations.dtype) * activations.new_tensor([neuron.damping for neuron in neurons])
         own = activations[..., indices]
-        activations[..., indices] = own + taken * (constant - own)
+        activations[..., indices] = own + taken * (mean - own)
         return (activations,)
 
     return scale
@@ -201,11 +201,11 @@ def largest_within(
 
 
 def spend(
-    rise: PerplexityRise, ranked: Sequence[Component], budget: Budget, strengths: Sequence[float] = (1.0,)
+    rise: PerplexityRise, ranked: Sequence[Component], budget: Budget, dampings: Sequence[float] = (1.0,)
 ) -> list[Component]:
-    """Choose neurons from the head of a ranking, and their strength, for the most benefit within a budget.
+    """Choose neurons from the head of a ranking, and their damping, for the most benefit within a budget.
 
-    The benefit of a list is estimated by the sum of what its neurons were ranked by, times their strength. Each round
+    The benefit of a list is estimated by the sum of what its neurons were ranked by, times their damping. Each round
     of refinement then measures what each neuron costs among twice as many as were chosen, drops the tenth that gives
     least for it, and fills up from the ranking; a list is kept if its estimated benefit is higher. A costly neuron at
     the head of a ranking, which would keep all others out, goes in this way.
@@ -214,7 +214,7 @@ def spend(
         rise: Of the model and text.
         ranked: The neurons, first the one to take first; scores are lower the more is gained.
         budget: What may be spent; its ``max_perplexity_increase`` is not None.
-        strengths: Strengths to choose from: 1 is off, a fraction damps.
+        dampings: Dampings to choose from: 1 is off, a fraction damps.
 
     Raises:
         ValueError: If not even one neuron is within the budget.
@@ -222,17 +222,17 @@ def spend(
     most = budget.max_perplexity_increase
     assert most is not None
     best: list[Component] = []
-    for strength in strengths:
-        best = max(best, _head(rise, [replace(n, strength=strength) for n in ranked], most), key=_benefit)
+    for damping in dampings:
+        best = max(best, _head(rise, [replace(n, damping=damping) for n in ranked], most), key=_benefit)
     if not best:
         raise OptionError(
             "budget.max_perplexity_increase",
             f"Not even one neuron is within --.budget.max_perplexity_increase {most:g} (the first raises perplexity by "
-            f"{100 * min(of['rise'] for of in rise.measured):.2f} %): raise it, or choose another --.selection.",
+            f"{100 * min(of['rise'] for of in rise.measured):.2f} %): raise it, or choose another --.criterion.",
         )
     dropped: set[Key] = set()
     for _ in range(budget.refine):
-        left = [replace(n, strength=best[0].strength) for n in ranked if n.key not in dropped]
+        left = [replace(n, damping=best[0].damping) for n in ranked if n.key not in dropped]
         considered = left[: max(2 * len(best), FEWEST)]
         worth = torch.tensor([max(-n.score, 0.0) for n in considered]) / rise.costs(considered).clamp(min=1e-12)
         worst = {considered[i] for i in lowest_first(worth, max(1, len(considered) // 10)).tolist()}
@@ -248,4 +248,4 @@ def _head(rise: PerplexityRise, ranked: Sequence[Component], budget: float, star
 
 
 def _benefit(neurons: Sequence[Component]) -> float:
-    return sum(max(-neuron.score, 0.0) * neuron.strength for neuron in neurons)
+    return sum(max(-neuron.score, 0.0) * neuron.damping for neuron in neurons)

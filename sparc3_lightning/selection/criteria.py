@@ -84,7 +84,7 @@ def ratio(general: Scores, behavior: Scores, floor: float = 0.05) -> dict[str, T
         raise OptionError(
             "relevance",
             "A general score is below 0, and a cost cannot be: attribute general text with --.relevance "
-            "magnitude, absolute or squared for --.selection ratio.",
+            "magnitude, absolute or squared for --.criterion ratio.",
         )
     if not mean > 0:
         raise ValueError("The general scores must be above 0 on average to divide by them.")
@@ -216,7 +216,7 @@ def select_neurons(scores: Mapping[str, Tensor], num_neurons: int) -> list[Compo
     if num_neurons > eligible:
         raise OptionError(
             "num_neurons",
-            f"asks for {num_neurons} neurons, but --.selection leaves only {eligible} of "
+            f"asks for {num_neurons} neurons, but --.criterion leaves only {eligible} of "
             f"{len(flat):,}: raise --.top_behavior, or lower --.top_general.",
         )
     chosen = Lowest(num_neurons)

@@ -18,7 +18,7 @@ from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.provenance import git_hash, versions
 
-FORMAT = "sparc3_lightning neurons 1"
+FORMAT = "sparc3_lightning neurons 2"
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class NeuronList:
         return kinds.pop() if len(kinds) == 1 else "neuron"
 
     @property
-    def edit(self) -> str:
+    def ablation(self) -> str:
         """What is done to the neurons, in words: they are ``switched off``, or damped, or held at their mean."""
-        strengths = {n.strength for n in self.neurons}
-        if len(strengths) > 1:
-            words = "switched off or damped" if 1 in strengths else "damped"
+        dampings = {n.damping for n in self.neurons}
+        if len(dampings) > 1:
+            words = "switched off or damped" if 1 in dampings else "damped"
         else:
-            (strength,) = strengths
-            words = "switched off" if strength == 1 else f"damped by {100 * strength:g} %"
-        if not any(n.constant for n in self.neurons):
+            (damping,) = dampings
+            words = "switched off" if damping == 1 else f"damped by {100 * damping:g} %"
+        if not any(n.mean for n in self.neurons):
             return words
         return "held at their mean activation" if words == "switched off" else f"{words} towards their mean activation"
 
@@ -62,7 +62,7 @@ class NeuronList:
 
     def digest(self) -> str:
         """Return a hash of which neurons are in which list, in which order, and what is done to them."""
-        lists = [[(*n.key, n.strength, n.constant) for n in getattr(self, name)] for name in _LISTS]
+        lists = [[(*n.key, n.damping, n.mean) for n in getattr(self, name)] for name in _LISTS]
         return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
@@ -98,15 +98,15 @@ class NeuronList:
         for neurons in (lists["neurons"] + lists["next"], lists["least_relevant"]):
             if len({neuron.key for neuron in neurons}) != len(neurons):
                 raise ValueError(f"{path} names a neuron more than once.")
-            if not all(math.isfinite(neuron.score) and math.isfinite(neuron.constant) for neuron in neurons):
+            if not all(math.isfinite(neuron.score) and math.isfinite(neuron.mean) for neuron in neurons):
                 raise ValueError(f"{path} holds a score or a constant that is NaN or infinite.")
-            if not all(0 < neuron.strength <= 1 for neuron in neurons):
-                raise ValueError(f"{path} holds a strength that is not above 0 and at most 1.")
+            if not all(0 < neuron.damping <= 1 for neuron in neurons):
+                raise ValueError(f"{path} holds a damping that is not above 0 and at most 1.")
         return cls(provenance=provenance, **lists)
 
 
 _LISTS = ("neurons", "next", "least_relevant")
-_DEFAULTS: dict[str, float | None] = {"strength": 1.0, "constant": 0.0, "input": None}
+_DEFAULTS: dict[str, float | None] = {"damping": 1.0, "mean": 0.0, "input": None}
 
 
 def _row(neuron: Component) -> dict[str, str | float | None]:
@@ -115,9 +115,9 @@ def _row(neuron: Component) -> dict[str, str | float | None]:
 
 
 def _read(row: dict[str, Any]) -> Component:
-    strength, constant = float(row.get("strength", 1.0)), float(row.get("constant", 0.0))
+    damping, mean = float(row.get("damping", 1.0)), float(row.get("mean", 0.0))
     column = None if row.get("input") is None else operator.index(row["input"])
-    return Component(str(row["module"]), operator.index(row["index"]), float(row["score"]), strength, constant, column)
+    return Component(str(row["module"]), operator.index(row["index"]), float(row["score"]), damping, mean, column)
 
 
 NUM_BINS = 81
@@ -135,7 +135,7 @@ class Selected:
         num_candidates: How many were ranked.
         num_negative: How many of them have a score below 0.
         histogram: Of their scores, see ``histogram``.
-        strength: Differential strength in percent, for the selection ``difference``.
+        differential_strength: In percent, for the selection ``difference``.
         budget: What was measured to stay within a price, if there was one.
     """
 
@@ -146,15 +146,15 @@ class Selected:
     num_candidates: int
     num_negative: int
     histogram: dict[str, list[float]]
-    strength: float | None = None
+    differential_strength: float | None = None
     budget: dict[str, Any] | None = None
 
-    def figures(self) -> dict[str, Any]:
-        """Return the figures, as selection.json holds them."""
+    def measures(self) -> dict[str, Any]:
+        """Return the measures, as selection.json holds them."""
         return {
             "num_neurons": len(self.chosen),
             "num_candidates": self.num_candidates,
-            "differential_strength_percent": self.strength,
+            "differential_strength_percent": self.differential_strength,
             "num_negative": self.num_negative,
             "threshold": self.chosen[-1].score,
             "neurons_per_module": {name: sum(n.module == name for n in self.chosen) for name in self.modules},
@@ -181,9 +181,9 @@ def origin(general: Scored, behavior: Scored) -> dict[str, Any]:
 
     Args:
         general: The score files of general reference samples.
-        behavior: That of the behaviour, and that of the contrast if there is one.
+        behavior: That of the behaviour, and that of the harmless if there is one.
     """
-    of_general, (of_behavior, *of_contrast) = (
+    of_general, (of_behavior, *of_harmless) = (
         [{"path": str(file.path), **file.provenance.summary()} for file in files] for files in (general, behavior)
     )
     shared = behavior[0].provenance
@@ -192,7 +192,7 @@ def origin(general: Scored, behavior: Scored) -> dict[str, Any]:
         "checkpoint_fingerprint": shared.checkpoint_fingerprint,
         "general": of_general,
         "behavior": of_behavior,
-        **({"contrast": of_contrast[0]} if of_contrast else {}),
+        **({"harmless": of_harmless[0]} if of_harmless else {}),
         "sample_ids": sorted({id_ for file in (*general, *behavior) for id_ in file.provenance.sample_ids}),
         "versions": versions(),
         "git_hash": git_hash(),

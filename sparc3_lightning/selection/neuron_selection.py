@@ -24,7 +24,9 @@ from sparc3_lightning.selection.criteria import (
 )
 from sparc3_lightning.selection.neuron_list import Selected, histogram
 
-Selection = Literal["difference", "normalized_difference", "set_difference", "ratio", "auroc", "weighted_difference"]
+CriterionName = Literal[
+    "difference", "normalized_difference", "set_difference", "ratio", "auroc", "weighted_difference"
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def _weighted_difference(sides: Sides) -> dict[str, Tensor]:
     return weighted_difference(sides.general, sides.behavior, auroc)
 
 
-CRITERIA: dict[Selection, Criterion] = {
+CRITERIA: dict[CriterionName, Criterion] = {
     "difference": Criterion(lambda sides: difference(sides.general, sides.behavior), needs_one_kind=True),
     "normalized_difference": Criterion(lambda sides: normalized_difference(sides.general, sides.behavior)),
     "set_difference": Criterion(
@@ -119,7 +121,7 @@ class NeuronRanking:
         self,
         chosen: list[Component],
         listed: list[Component],
-        strength: float | None = None,
+        differential_strength: float | None = None,
         budget: dict[str, Any] | None = None,
     ) -> Selected:
         """Return the neurons to prune, those that follow and those of little relevance, and figures of all.
@@ -127,38 +129,36 @@ class NeuronRanking:
         Args:
             chosen: The neurons to prune.
             listed: The first of the order, with those that were chosen.
-            strength: Differential strength in percent.
+            differential_strength: In percent.
             budget: What was measured to stay within a price.
         """
         taken = {neuron.key for neuron in chosen}
         pool = lowest_of_modules(chosen, ((name, score.abs()) for name, score in self.general.items()))
         return Selected(
             chosen,
-            [replace(n, strength=chosen[0].strength) for n in listed if n.key not in taken],
+            [replace(n, damping=chosen[0].damping) for n in listed if n.key not in taken],
             edited(pool, 1.0, self.means),
             modules=list(self.scores),
             num_candidates=sum(map(len, self.scores.values())),
             num_negative=int((self.eligible < 0).sum()),
             histogram=histogram(self.eligible),
-            strength=strength,
+            differential_strength=differential_strength,
             budget=budget,
         )
 
 
-def rank_neurons(selection: Selection, sides: Sides) -> dict[str, Tensor]:
-    """Return what ranks the neurons by a selection, see ``Criterion``.
+def rank_neurons(criterion: CriterionName, sides: Sides) -> dict[str, Tensor]:
+    """Return what ranks the neurons by a criterion, see ``Criterion``.
 
     Raises:
         ValueError: If the sides are not of the same modules and shapes, or the criterion is not defined for them.
     """
-    return CRITERIA[selection].rank(sides)
+    return CRITERIA[criterion].rank(sides)
 
 
 def edited(neurons: Sequence[Component], damping: float, means: Mapping[str, Tensor] | None = None) -> list[Component]:
     """Return neurons with how far each is switched off, and its mean, if there are any, as what takes its place."""
-    return [
-        replace(n, strength=damping, constant=means[n.module][n.index].item() if means else n.constant) for n in neurons
-    ]
+    return [replace(n, damping=damping, mean=means[n.module][n.index].item() if means else n.mean) for n in neurons]
 
 
 def activations_beside(scores: Sequence[Path]) -> dict[str, Tensor]:

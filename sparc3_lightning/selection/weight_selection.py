@@ -97,5 +97,5 @@ def select_weights(layers: Iterable[Layer], num_weights: int, num_ranked: int) -
         num_candidates=num_candidates,
         num_negative=num_negative,
         histogram={"edges": edges.tolist(), "counts": counts.tolist()},
-        strength=100 * of_difference / of_general if of_general else float("nan"),
+        differential_strength=100 * of_difference / of_general if of_general else float("nan"),
     )

@@ -23,7 +23,7 @@ from sparc3_lightning.data.base import Kind, NoSamples, ReferenceSamples
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_space
-from sparc3_lightning.models.architectures import family_of, find_targets, head_layers, neuron_layers, weight_of
+from sparc3_lightning.models.architectures import family_of, find_layers, head_layers, neuron_layers, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import head_dims
@@ -64,11 +64,11 @@ class Attribution(StoppableModule, Stage):
             sample's continuation, or of all of it if it has none; or ``logit_difference``, the logit of the right next
             token less that of the wrong one.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves.
-        targets: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
+        layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
             By default it is the layer of the MLP neurons: ``up_proj``, ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads
             the last one of the attention: ``o_proj``, ``out_proj`` (OPT) or ``attn.c_proj`` (GPT-2).
         activations: Also keep the mean activation of each neuron over each sample's tokens, in activations.safetensors:
-            for ``sparc3 prune`` with the selection ``auroc`` or the edit ``mean``.
+            for ``sparc3 prune`` with the criterion ``auroc`` or the ablation ``mean``.
         granularity: One score for each ``neuron``, each attention ``head`` or each ``weight``. Scores of weights are as
             large as the model in float32: on each device as much of them as its share, and on the disk all. Several
             ranks neither save their sums of weights on the way nor go on from those of one.
@@ -95,7 +95,7 @@ class Attribution(StoppableModule, Stage):
         rule: Rule = "attnlrp",
         target: Target = "argmax",
         lexicon: str = "original",
-        targets: Sequence[str] | None = None,
+        layers: Sequence[str] | None = None,
         activations: bool = False,
         granularity: Granularity = "neuron",
         dtype: Dtype = "auto",
@@ -105,10 +105,10 @@ class Attribution(StoppableModule, Stage):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        layers = None if targets is None else list(targets)
+        named = None if layers is None else list(layers)
         # As given; from setup on with what was left open.
         self.spec = ScoreSpec(
-            method, rule, relevance, target, lexicon, layers, dtype, granularity, nonfinite, activations
+            method, rule, relevance, target, lexicon, named, dtype, granularity, nonfinite, activations
         )
         self.spec.check()
         if self.spec.is_lexical:
@@ -164,17 +164,17 @@ class Attribution(StoppableModule, Stage):
         if spec.has_target and torch.is_inference_mode_enabled():
             raise RuntimeError("Relevance needs gradients: build the trainer with Trainer(inference_mode=False).")
         self.model.eval()
-        targets = find_targets(self.model, self.layers)
+        layers = find_layers(self.model, self.layers)
         if spec.granularity == "weight":
-            check_space(self.folder, sum(4 * layer.weight.numel() for layer in targets.values()))
+            check_space(self.folder, sum(4 * layer.weight.numel() for layer in layers.values()))
         self.accumulator: StaticScores | ScoreAccumulator
         if spec.is_static:
-            self.accumulator = StaticScores(targets, spec.score, spec.granularity, run_seed())
+            self.accumulator = StaticScores(layers, spec.score, spec.granularity, run_seed())
         else:
-            scored = columns_of(self.model, targets) if spec.method == "activation" else targets
-            dims = head_dims(self.model, targets) if spec.granularity == "head" else {}
+            scored = columns_of(self.model, layers) if spec.method == "activation" else layers
+            dims = head_dims(self.model, layers) if spec.granularity == "head" else {}
             self.accumulator = ScoreAccumulator(scored, spec.score, spec.nonfinite, spec.granularity, dims)
-        self.recorder = ActivationRecorder(columns_of(self.model, targets) if spec.activations else {})
+        self.recorder = ActivationRecorder(columns_of(self.model, layers) if spec.activations else {})
         self.done: list[str] = []
         if self.trainer.is_global_zero and self.progress.sample_ids:
             self.accumulator.sums = {name: total.to(self.device) for name, total in self.progress.sums.items()}
@@ -225,13 +225,13 @@ class Attribution(StoppableModule, Stage):
 
     def _find_layers(self, skeleton: PreTrainedModel) -> list[str]:
         """Return the names of the scored layers; check that the model has them and they can be scored."""
-        named = self.spec.targets
+        named = self.spec.layers
         of_heads = self.spec.granularity == "head"
-        layers = head_layers(skeleton, named) if of_heads else named or neuron_layers(skeleton)
-        targets = find_targets(skeleton, layers)
+        names = head_layers(skeleton, named) if of_heads else named or neuron_layers(skeleton)
+        layers = find_layers(skeleton, names)
         if self.spec.method == "lrp" and self.spec.rule is not None:
-            check_have_relevance(targets, self.spec.rule)
-        return layers
+            check_have_relevance(layers, self.spec.rule)
+        return names
 
     def _identify(self) -> Identity:
         """Return what tells this run from another one whose sums must not be added to its own."""

@@ -39,7 +39,7 @@ from sparc3_lightning.stages.base import Stage
 CIRCUIT = "circuit.json"
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 RANDOM = "random order"
-FIGURES = ("accuracy", "logit_difference")
+MEASURES = ("accuracy", "logit_difference")
 
 
 class Circuit(StoppableModule, Stage):
@@ -264,12 +264,12 @@ def curve_of(name: str, granularity: str, num_components: int, curves: list[list
             "sparsity": of_seeds[0]["sparsity"],
             "num_removed": [s["num_removed"] for s in of_seeds],
         }
-        for figure in FIGURES:
-            values = [of_seed[figure] for of_seed in of_seeds]
+        for measure in MEASURES:
+            values = [of_seed[measure] for of_seed in of_seeds]
             deviation = None
             if len(values) > 1:  # statistics.stdev ends in an AttributeError where a value is NaN or infinite
                 deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-            step |= {f"{figure}_mean": statistics.fmean(values), f"{figure}_sd": deviation, figure: values}
+            step |= {f"{measure}_mean": statistics.fmean(values), f"{measure}_sd": deviation, measure: values}
         steps.append(step)
     return {
         "method": name,

@@ -147,7 +147,7 @@ class Comparison(Stage):
         found = [pruned.provenance for pruned in lists]
         of = {
             "checkpoint_fingerprint": [provenance.get("checkpoint_fingerprint") for provenance in found],
-            "targets": [provenance.get("behavior", {}).get("spec", {}).get("targets") for provenance in found],
+            "layers": [provenance.get("behavior", {}).get("spec", {}).get("layers") for provenance in found],
             "granularity": ["weight" if of_one.granularity == "weight" else "neuron" for of_one in lists],
         }
         for name, values in of.items():
@@ -246,7 +246,7 @@ class Comparison(Stage):
             "neurons": str(self.paths[i]),
             "num_neurons": len(pruned.neurons),
             "num_layers": len({layer_of(neuron.module) for neuron in pruned.neurons}),
-            "selection": pruned.provenance.get("selection"),
+            "criterion": pruned.provenance.get("criterion"),
             **files,
         }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparc3_lightning.attribution.scores import WeightScores, check_match, load_index
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
-from sparc3_lightning.models.architectures import ALL, find_targets, weight_of
+from sparc3_lightning.models.architectures import ALL, find_layers, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.export import export_edited
 from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
@@ -52,7 +52,7 @@ class Ranking:
 class Compression(Stage):
     """Sets the weights of the lowest scores to zero, and writes the sparse checkpoint.
 
-    The layers are those that were scored: ``sparc3 attribute --model.granularity weight --model.targets '[all]'``
+    The layers are those that were scored: ``sparc3 attribute --model.granularity weight --model.layers '[all]'``
     scores every linear layer but the head. Embeddings and head are never pruned.
 
     Args:
@@ -166,13 +166,13 @@ def _check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
         ValueError: If a layer is not there, or has another shape.
     """
     model = checkpoint.skeleton()
-    layers = find_targets(model, [ALL])
+    layers = find_layers(model, [ALL])
     for name, shape in scores.shapes.items():
         if name not in layers:
             raise OptionError(
-                "targets",
+                "layers",
                 f"{scores.path}: {name} is the head, which is never pruned, or no linear layer of the model: attribute "
-                "with --.targets '[all]'.",
+                "with --.layers '[all]'.",
             )
         if shape != list(weight_of(layers[name]).shape):
             raise ValueError(

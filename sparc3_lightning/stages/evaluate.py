@@ -26,7 +26,7 @@ from sparc3_lightning.evaluation.results import (
     Settings,
     TextProtocol,
 )
-from sparc3_lightning.evaluation.variants import Variant, counted, describe, neurons_of, plan
+from sparc3_lightning.evaluation.variants import Variant, counted, describe, list_variants, neurons_of
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
@@ -65,7 +65,7 @@ class Evaluation(StoppableModule, Stage):
         behavior: What the scorer scores, as tables and report name it.
         second_scorer: A scorer of another family, side by side with the first; None for none.
         doses: Further numbers of neurons to switch off, in the order of ``neurons``.
-        strengths: For each dose: 1 is off, a fraction damps the neurons by that much.
+        dampings: For each dose: 1 is off, a fraction damps the neurons by that much.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         revision: Branch, tag or commit of a Hugging Face id.
     """
@@ -87,7 +87,7 @@ class Evaluation(StoppableModule, Stage):
         "controls": {"num_draws": 0},
         "zero_shot": {"tasks": []},
         "doses": [],
-        "strengths": [1.0],
+        "dampings": [1.0],
     }
     lists: Mapping[str, NeuronList] = {}
 
@@ -101,7 +101,7 @@ class Evaluation(StoppableModule, Stage):
         sampling: SamplingOptions = SamplingOptions(),
         controls: Controls = Controls(),
         doses: Sequence[int] = (),
-        strengths: Sequence[float] = (1.0,),
+        dampings: Sequence[float] = (1.0,),
         zero_shot: ZeroShot = ZeroShot(),
         dtype: Dtype = "auto",
         revision: str | None = None,
@@ -116,9 +116,11 @@ class Evaluation(StoppableModule, Stage):
         self.zero_shot = zero_shot
         self.neurons = None if neurons is None else NeuronList.load(Path(neurons))
         self.num_neurons = len(self.neurons.neurons) if self.neurons else 0
-        self.granularity, self.edit = (self.neurons.granularity, self.neurons.edit) if self.neurons else ("neuron", "")
+        self.granularity, self.ablation = (
+            (self.neurons.granularity, self.neurons.ablation) if self.neurons else ("neuron", "")
+        )
         self.lists = self.lists or ({} if self.neurons is None else {"": self.neurons})
-        self.variants = plan(self.lists, self.sampling.num_continuations, controls, doses, strengths)
+        self.variants = list_variants(self.lists, self.sampling.num_continuations, controls, doses, dampings)
         self.save_hyperparameters()
         self.behavior = behavior
         self.checkpoint = Checkpoint(checkpoint, revision)
@@ -275,7 +277,7 @@ class Evaluation(StoppableModule, Stage):
             both = [(v.name, v.as_context(self.model, self.off[v.name])) for v in self.variants[:2]]
             tokenizer = self.data.prompts._tokenizer
             found = replace(found, zero_shot=accuracies(self.model, both, tokenizer, self.zero_shot))
-        said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.edit)
+        said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
         self.results = Results(verdict=said, **vars(found), **vars(evaluation_settings(self, self.data)))
         if self.logger is not None:
             self.logger.log_metrics(

@@ -197,7 +197,7 @@ def check_evaluation(options: Config, prune: Config) -> None:
         options: Of the stage.
         prune: Of the pruning, which say how many neurons there will be for the doses.
     """
-    doses, strengths = options["doses"], options["strengths"]
+    doses, dampings = options["doses"], options["dampings"]
     has_budget = prune["budget"]["max_perplexity_increase"] is not None
     listed = prune["num_ranked"] if has_budget else max(prune["num_neurons"], prune["num_ranked"])
     if doses and max(doses) > listed:
@@ -205,9 +205,9 @@ def check_evaluation(options: Config, prune: Config) -> None:
             f"--evaluate.doses asks for {max(doses)} {prune['granularity']}s, but the pruning lists at most {listed}: "
             f"give --prune.num_ranked {max(doses)}."
         )
-    without = {**options, "neurons": None, "doses": [], "strengths": [1.0]}  # doses need the list of neurons
+    without = {**options, "neurons": None, "doses": [], "dampings": [1.0]}  # doses need the list of neurons
     _construct(Evaluation, without)
-    _by_group("evaluate", check_doses, doses, strengths)
+    _by_group("evaluate", check_doses, doses, dampings)
 
 
 def _construct(stage: type[Stage], options: Config) -> None:

@@ -23,8 +23,8 @@ from sparc3_lightning.selection.criteria import differential_relevance, differen
 from sparc3_lightning.selection.neuron_list import NeuronList, Selected, origin
 from sparc3_lightning.selection.neuron_selection import (
     CRITERIA,
+    CriterionName,
     NeuronRanking,
-    Selection,
     Sides,
     activations_beside,
     edited,
@@ -46,9 +46,9 @@ class Pruning(Stage):
     Args:
         general: Score files of general reference samples, one per seed; they are averaged.
         behavior: Score file of reference samples of the behaviour.
-        contrast: Score file of samples like the behaviour's without the behaviour; subtracted from the behaviour's. Not
+        harmless: Score file of samples like the behaviour's without the behaviour; subtracted from the behaviour's. Not
             for ``auroc``, which ranks by activations alone.
-        selection: ``difference``, the most negative differential relevance, as published; ``normalized_difference``,
+        criterion: ``difference``, the most negative differential relevance, as published; ``normalized_difference``,
             each side divided by its own total first; ``set_difference``, the highest for the behaviour in the top share
             by the behaviour and not in that by general text; ``ratio``, the highest for the behaviour for each unit of
             the general score; ``auroc``, those whose mean activation tells the behaviour's samples from general ones
@@ -56,19 +56,19 @@ class Pruning(Stage):
             two sides may differ in method and target. The last two need ``sparc3 attribute --model.activations true``.
         top_behavior: For ``set_difference``, share of all neurons by the behaviour; 1 leaves none out.
         top_general: For ``set_difference``, share of all neurons by general text that is left out.
-        replacement: What takes the place of a neuron's activation: ``zero``, or its ``mean`` over the general samples,
+        ablation: What takes the place of a neuron's activation: ``zero``, or its ``mean`` over the general samples,
             which needs ``sparc3 attribute --model.activations true``.
         num_neurons: Neurons, or weights, to prune, over all layers; not with a budget.
-        strengths: How far a neuron is switched off: 1 is off, a fraction leaves the rest of its activation. Several are
+        dampings: How far a neuron is switched off: 1 is off, a fraction leaves the rest of its activation. Several are
             for the budget to choose from.
         num_ranked: Neurons that neurons.json lists, those that are pruned and those that come next, so that ``sparc3
             sweep`` can measure larger doses; and the most that a budget takes.
-        min_strength: Least differential strength, (sum of general scores - sum of the behaviour's) / sum of general
-            scores, in percent. It partly measures the length of the samples. For ``difference`` only.
-        weak: What to do below ``min_strength``: ``warn`` and go on, or stop with an ``error``.
+        min_differential_strength: Least value of (sum of general scores - sum of the behaviour's scores) / sum of
+            general scores, in percent. It partly measures the length of the samples. For ``difference`` only.
+        weak: What to do below ``min_differential_strength``: ``warn`` and go on, or stop with an ``error``.
         granularity: ``neuron``, or ``weight`` to prune single weights, by the ``difference`` alone and without any
-            contrast, replacement or price. It needs scores of weights (``sparc3 attribute --model.granularity
-            weight``), which for neurons are summed.
+            harmless samples, mean ablation or budget. It needs scores of weights, which are summed for neurons
+            (``sparc3 attribute --model.granularity weight``).
         export: Folder to write the pruned checkpoint to, in Hugging Face format with its tokenizer; None writes none.
             It must not exist.
         export_dtype: Of the exported weights; ``auto`` is the dtype the scores were computed in.
@@ -76,22 +76,22 @@ class Pruning(Stage):
 
     verb = "prune"
     OUTPUTS = (NEURONS,)
-    FILLED_IN: ClassVar[set[str]] = {"general", "behavior", "contrast"}
+    FILLED_IN: ClassVar[set[str]] = {"general", "behavior", "harmless"}
 
     def __init__(
         self,
         general: Sequence[Path],
         behavior: Path,
-        contrast: Path | None = None,
-        selection: Selection = "difference",
+        harmless: Path | None = None,
+        criterion: CriterionName = "difference",
         top_behavior: float = 0.1,
         top_general: float = 0.1,
-        replacement: Literal["zero", "mean"] = "zero",
+        ablation: Literal["zero", "mean"] = "zero",
         num_neurons: int = 100,
-        strengths: Sequence[float] = (1.0,),
+        dampings: Sequence[float] = (1.0,),
         budget: Budget = Budget(),
         num_ranked: int = 1000,
-        min_strength: float = 15.0,
+        min_differential_strength: float = 15.0,
         weak: Literal["warn", "error"] = "warn",
         granularity: Literal["neuron", "weight"] = "neuron",
         export: Path | None = None,
@@ -106,16 +106,16 @@ class Pruning(Stage):
             raise OptionError(
                 "top_behavior", f"must be in (0, 1] and --.top_general in [0, 1), got {top_behavior} and {top_general}."
             )
-        if contrast is not None and not CRITERIA[selection].needs_scores:
-            raise OptionError("contrast", f"is of scores, but --.selection {selection} ranks by activations alone.")
-        if not strengths or not all(0 < strength <= 1 for strength in strengths):
-            raise OptionError("strengths", f"must be above 0 and at most 1, got {list(strengths)}.")
-        budget.check(strengths)
+        if harmless is not None and not CRITERIA[criterion].needs_scores:
+            raise OptionError("harmless", f"is of scores, but --.criterion {criterion} ranks by activations alone.")
+        if not dampings or not all(0 < damping <= 1 for damping in dampings):
+            raise OptionError("dampings", f"must be above 0 and at most 1, got {list(dampings)}.")
+        budget.check(dampings)
         if granularity == "weight":
             others = {
-                f"--.selection {selection}": selection != "difference",
-                "--.contrast": contrast is not None,
-                f"--.replacement {replacement}": replacement != "zero",
+                f"--.criterion {criterion}": criterion != "difference",
+                "--.harmless": harmless is not None,
+                f"--.ablation {ablation}": ablation != "zero",
                 "--.budget.max_perplexity_increase": budget.max_perplexity_increase is not None,
             }
             if given := [option for option, is_given in others.items() if is_given]:
@@ -125,16 +125,16 @@ class Pruning(Stage):
         self.save_hyperparameters()
         self.general = [Path(path) for path in general]
         self.behavior = Path(behavior)
-        self.contrast = None if contrast is None else Path(contrast)
-        self.selection: Selection = selection
+        self.harmless = None if harmless is None else Path(harmless)
+        self.criterion: CriterionName = criterion
         self.top_behavior = top_behavior
         self.top_general = top_general
-        self.replacement = replacement
+        self.ablation = ablation
         self.num_neurons = num_neurons
-        self.strengths = list(strengths)
+        self.dampings = list(dampings)
         self.budget = budget
         self.num_ranked = num_ranked
-        self.min_strength = min_strength
+        self.min_differential_strength = min_differential_strength
         self.weak = weak
         self.granularity = granularity
         self.export = None if export is None else Path(export)
@@ -145,7 +145,7 @@ class Pruning(Stage):
     ) -> NeuronList:
         """Select the neurons and write everything about them to a folder.
 
-        Writes neurons.json, selection.json (figures and a histogram of what ranks the neurons) and, as pictures,
+        Writes neurons.json, selection.json (counts and a histogram of what ranks the neurons) and, as pictures,
         layers.png and differential.png; and the pruned checkpoint, if it was asked for.
 
         Args:
@@ -166,14 +166,18 @@ class Pruning(Stage):
             )
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
         provenance |= {} if found.budget is None else {"budget": found.budget}
-        provenance |= {"selection": self.selection, "replacement": self.replacement}
-        provenance["strength"] = found.chosen[0].strength
-        if self.selection == "set_difference":
+        provenance |= {"criterion": self.criterion, "ablation": self.ablation}
+        provenance["damping"] = found.chosen[0].damping
+        if self.criterion == "set_difference":
             provenance |= {"top_behavior": self.top_behavior, "top_general": self.top_general}
-        provenance |= {} if found.strength is None else {"differential_strength_percent": found.strength}
+        provenance |= (
+            {}
+            if found.differential_strength is None
+            else {"differential_strength_percent": found.differential_strength}
+        )
         provenance["export"] = None if self.export is None else str(self.export)
         neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
-        selection = {"selection": self.selection, "granularity": neurons.granularity, **found.figures()}
+        selection = {"criterion": self.criterion, "granularity": neurons.granularity, **found.measures()}
         from sparc3_lightning.report.figures import draw_differential, draw_layers
 
         draw_layers(selection["neurons_per_module"], folder / "layers.png", neurons.granularity)
@@ -188,12 +192,12 @@ class Pruning(Stage):
 
     def _neurons(self, text: ReferenceSamples | None, device: torch.device | None) -> tuple[Selected, dict[str, Any]]:
         """Select neurons by scores of neurons, or of weights that are summed; and say where the scores come from."""
-        criterion = CRITERIA[self.selection]
+        needs = CRITERIA[self.criterion]
         general_files, behavior_file = load_matching(self.general), ScoreFile.load(self.behavior)
-        check_match([general_files[0], behavior_file], criterion.needs_one_kind)
+        check_match([general_files[0], behavior_file], needs.needs_one_kind)
         if behavior_file.provenance.spec.granularity == "neuron":
             check_are_neurons(behavior_file.scores)
-            if self.export is not None and self.replacement == "mean":
+            if self.export is not None and self.ablation == "mean":
                 source = behavior_file.provenance
                 checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
                 check_takes_means(checkpoint, behavior_file.scores)
@@ -201,20 +205,20 @@ class Pruning(Stage):
             raise OptionError("budget.refine", "is for neurons, and these are scores of heads: leave it out.")
         general, behavior = average(general_files), behavior_file.scores
         files = [*general_files, behavior_file]
-        if self.contrast is not None:
-            files += load_matching([self.behavior, self.contrast])[1:]
+        if self.harmless is not None:
+            files += load_matching([self.behavior, self.harmless])[1:]
             behavior = differential_relevance(behavior, files[-1].scores)
         sides = Sides(general, behavior, self.top_behavior, self.top_general)
-        if criterion.needs_activations:
+        if needs.needs_activations:
             rows = activations_beside(self.general), activations_beside([self.behavior])
             sides = replace(sides, general_rows=rows[0], behavior_rows=rows[1])
-        scores = rank_neurons(self.selection, sides)
-        strength = None
-        if self.selection == "difference":
-            strength = differential_strength(general, behavior)
-            self._check_strength(strength)
-        means = means_beside(self.general) if self.replacement == "mean" else None
-        ranking = NeuronRanking(scores, general, self.strengths[0], means)
+        scores = rank_neurons(self.criterion, sides)
+        differential = None
+        if self.criterion == "difference":
+            differential = differential_strength(general, behavior)
+            self._check_differential_strength(differential)
+        means = means_beside(self.general) if self.ablation == "mean" else None
+        ranking = NeuronRanking(scores, general, self.dampings[0], means)
         num_listed, spent = min(self.num_ranked, len(ranking.eligible)), None
         if self.budget.max_perplexity_increase is None:
             # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.
@@ -224,25 +228,25 @@ class Pruning(Stage):
             assert text is not None
             listed = ranking.first(num_listed)
             on = device or torch.device("cpu")
-            chosen, spent = within_budget(self.budget, self.strengths, listed, text, general_files, on)
-        return ranking.selected(chosen, listed, strength, spent), origin(general_files, files[len(general_files) :])
+            chosen, spent = within_budget(self.budget, self.dampings, listed, text, general_files, on)
+        return ranking.selected(chosen, listed, differential, spent), origin(general_files, files[len(general_files) :])
 
     def _weights(self) -> tuple[Selected, dict[str, Any]]:
         """Select single weights by scores of weights; and say where the scores come from."""
         layers = DifferentialWeights(self.general, self.behavior)
         found = select_weights(layers, self.num_neurons, self.num_ranked)
-        assert found.strength is not None
-        self._check_strength(found.strength)
-        chosen, following = (edited(weights, self.strengths[0]) for weights in (found.chosen, found.next))
+        assert found.differential_strength is not None
+        self._check_differential_strength(found.differential_strength)
+        chosen, following = (edited(weights, self.dampings[0]) for weights in (found.chosen, found.next))
         return replace(found, chosen=chosen, next=following), origin(layers.general, [layers.behavior])
 
-    def _check_strength(self, strength: float) -> None:
-        if math.isfinite(strength) and strength >= self.min_strength:
+    def _check_differential_strength(self, percent: float) -> None:
+        if math.isfinite(percent) and percent >= self.min_differential_strength:
             return
         message = (
-            f"The differential strength is {strength:.1f} %, below --model.min_strength {self.min_strength:.1f} %: the "
-            "behaviour's samples use the scored layers about as much as general text does. It partly measures length: "
-            "compare samples of like length as well."
+            f"The differential strength is {percent:.1f} %, below --model.min_differential_strength "
+            f"{self.min_differential_strength:.1f} %: the behaviour's samples use the scored layers about as "
+            "much as general text does. It partly measures length: compare samples of like length as well."
         )
         if self.weak == "error":
             raise OptionError("weak", f"{message} Nothing was written (--.weak error).")
@@ -250,12 +254,12 @@ class Pruning(Stage):
 
     def _describe(self, found: Selected, granularity: Granularity, path: Path) -> None:
         layers = len({neuron.module for neuron in found.chosen})
-        if found.strength is None:
-            by = self.selection.replace("_", " ")
+        if found.differential_strength is None:
+            by = self.criterion.replace("_", " ")
         else:
-            by = f"differential strength {found.strength:.1f} %"
+            by = f"differential strength {found.differential_strength:.1f} %"
         if found.budget:
-            by += f", strength {found.chosen[0].strength:g}, perplexity {100 * found.budget['rise']:+.2f} %"
+            by += f", damping {found.chosen[0].damping:g}, perplexity {100 * found.budget['rise']:+.2f} %"
         rank_zero_info(
             f"{len(found.chosen)} of {found.num_candidates:,} {granularity}s in {layers} layers, {by}: {path}"
         )
@@ -272,7 +276,7 @@ class Pruning(Stage):
 
 def within_budget(
     budget: Budget,
-    strengths: Sequence[float],
+    dampings: Sequence[float],
     ranked: Sequence[Component],
     text: ReferenceSamples,
     general: Sequence[ScoreFile],
@@ -282,7 +286,7 @@ def within_budget(
 
     Args:
         budget: What may be spent.
-        strengths: Strengths to choose from: 1 is off, a fraction damps.
+        dampings: Dampings to choose from: 1 is off, a fraction damps.
         ranked: The neurons, first the one to take first.
         text: What perplexity is measured on. Documents that were used to attribute are left out.
         general: Score files of general reference samples.
@@ -309,7 +313,7 @@ def within_budget(
     model = checkpoint.load(getattr(torch, of.spec.dtype))
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
     rise = PerplexityRise(model, text.predict_dataloader())
-    chosen = spend(rise, ranked, budget, strengths)
+    chosen = spend(rise, ranked, budget, dampings)
     return chosen, {
         "max_perplexity_increase": budget.max_perplexity_increase,
         "rise": rise(chosen),

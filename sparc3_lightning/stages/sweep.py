@@ -1,4 +1,4 @@
-"""Dose and response: the evaluation over numbers of neurons, strengths and selections, with one model load."""
+"""Dose and response: the evaluation over numbers of neurons, dampings and selections, with one model load."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,9 +23,9 @@ class Sweep(Evaluation):
             wheel>``.
         neurons: The neurons.json of ``sparc3 prune``, or several to compare; the numbers of neurons are taken in the
             order of each.
-        names: Names of the lists, as many as there are; None takes the selection of each, and its budget.
+        names: Names of the lists, as many as there are; None takes the criterion of each, and its budget.
         doses: Numbers of neurons; ``[]`` measures each list as it stands.
-        strengths: For each number: 1 is off, a fraction damps the neurons by that much.
+        dampings: For each number: 1 is off, a fraction damps the neurons by that much.
         max_perplexity_increase: Write chosen/neurons.json: of all that was measured the least toxic whose perplexity
             rises by no more, such as 0.01. An evaluation of it leaves out the prompts that it was chosen on. None
             chooses nothing.
@@ -40,7 +40,7 @@ class Sweep(Evaluation):
         neurons: Path | Sequence[Path],
         names: Sequence[str] | None = None,
         doses: Sequence[int] = (10, 30, 100, 300, 1000),
-        strengths: Sequence[float] = (1.0, 0.5),
+        dampings: Sequence[float] = (1.0, 0.5),
         controls: Controls = Controls(num_draws=0),
         max_perplexity_increase: float | None = None,
         **options: Any,
@@ -56,8 +56,8 @@ class Sweep(Evaluation):
             self.lists = dict(zip(named, lists, strict=True))
         self.max_perplexity_increase = max_perplexity_increase
         if not doses:
-            strengths = (1.0,)  # those given, or the default, are for doses
-        super().__init__(checkpoint, paths[0], doses=doses, strengths=strengths, controls=controls, **options)
+            dampings = (1.0,)  # those given, or the default, are for doses
+        super().__init__(checkpoint, paths[0], doses=doses, dampings=dampings, controls=controls, **options)
 
     def on_test_end(self) -> None:
         """Write what the evaluation writes, and the best list within the budget."""
@@ -76,14 +76,14 @@ class Sweep(Evaluation):
             rank_zero_info(f"Nothing was measured whose perplexity rises by at most {100 * budget:g} %.")
             return
         source = self.lists[best.selection]
-        ranked = [replace(n, strength=n.strength * best.strength) for n in [*source.neurons, *source.next]]
+        ranked = [replace(n, damping=n.damping * best.damping) for n in [*source.neurons, *source.next]]
         off, following = ranked[: best.num_neurons], ranked[best.num_neurons :]
         taken = {neuron.key for neuron in off}
         least = [neuron for neuron in source.least_relevant if neuron.key not in taken]
         used = self.excluded_prompts | {row["prompt_id"] for row in self.completions}
         chosen = {
             "num_neurons": best.num_neurons,
-            "strength": best.strength,
+            "damping": best.damping,
             "behavior_percent": best.behavior_percent and asdict(best.behavior_percent),
             "perplexity_percent": asdict(best.perplexity_percent),
             "by": str(self.folder),
@@ -96,12 +96,12 @@ class Sweep(Evaluation):
 
 
 def _names(lists: Sequence[NeuronList], paths: Sequence[Path]) -> list[str]:
-    """Name each list by its selection and budget; by its folder as well where two would have one name."""
+    """Name each list by its criterion and budget; by its folder as well where two would have one name."""
     names = []
     for neurons in lists:
         of = neurons.provenance
         budget = (of.get("budget") or {}).get("max_perplexity_increase")
-        names.append(of.get("selection", "neurons") + ("" if budget is None else f" at {100 * budget:g} %"))
+        names.append(of.get("criterion", "neurons") + ("" if budget is None else f" at {100 * budget:g} %"))
     return [
         name if names.count(name) == 1 else f"{name} ({path.parent.name})"
         for name, path in zip(names, paths, strict=True)

@@ -130,12 +130,12 @@ def test_rows_that_are_not_one_a_sample_are_refused():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"activations": True, "targets": ["o_proj"]}, r"--model.activations true .*--model.targets .*'up_proj'"),
-        ({"activations": True, "targets": ["up_proj", "all"]}, r"--model.activations true .*got \['up_proj', 'all'\]"),
+        ({"activations": True, "layers": ["o_proj"]}, r"--model.activations true .*--model.layers .*'up_proj'"),
+        ({"activations": True, "layers": ["up_proj", "all"]}, r"--model.activations true .*got \['up_proj', 'all'\]"),
         ({"activations": True, "granularity": "head"}, r"--model.activations true .*not of heads.*--model.granularity"),
         ({"activations": True, "method": "random"}, r"--model.method random .*leave out --model.activations"),
         (
-            {"method": "activation", "targets": ["mlp.down_proj"]},
+            {"method": "activation", "layers": ["mlp.down_proj"]},
             r"--model.method activation .*got \['mlp.down_",
         ),
         ({"method": "activation", "granularity": "head"}, r"--model.method activation is not of heads"),
@@ -146,9 +146,9 @@ def test_activations_of_what_is_no_neuron_are_refused_by_the_options_alone(optio
         Attribution("no/checkpoint", **options)
 
 
-@pytest.mark.parametrize("targets", [["mlp.up_proj"], ["model.layers.1.mlp.gate_proj"]])
-def test_activations_of_neurons_may_be_asked_for_by_a_longer_name(tiny_checkpoint, prompts, targets):
-    attribute(tiny_checkpoint, prompts, "--model.activations=true", f"--model.targets={targets}")
+@pytest.mark.parametrize("layers", [["mlp.up_proj"], ["model.layers.1.mlp.gate_proj"]])
+def test_activations_of_neurons_may_be_asked_for_by_a_longer_name(tiny_checkpoint, prompts, layers):
+    attribute(tiny_checkpoint, prompts, "--model.activations=true", f"--model.layers={layers}")
     assert Activations.load(Path("lightning_logs/attribute/version_0") / ACTIVATIONS).rows
 
 

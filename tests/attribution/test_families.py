@@ -20,7 +20,7 @@ from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.evaluation.controls import CONTROLS, Controls
-from sparc3_lightning.evaluation.variants import neurons_of, plan
+from sparc3_lightning.evaluation.variants import list_variants, neurons_of
 from sparc3_lightning.models.architectures import blocks_of, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, mask
@@ -80,7 +80,13 @@ def test_every_verb_works_and_the_exported_checkpoint_is_the_masked_model(make_c
     checkpoint = make_checkpoint(family)
     general = attribute(checkpoint, "C4", "general.txt", seq_len=12)
     behavior = attribute(checkpoint, "ToxicPrompts", "prompts.jsonl")
-    of = {"general": [general], "behavior": behavior, "num_neurons": 5, "min_strength": -1000.0, "export": "pruned"}
+    of = {
+        "general": [general],
+        "behavior": behavior,
+        "num_neurons": 5,
+        "min_differential_strength": -1000.0,
+        "export": "pruned",
+    }
     neurons = run("prune", model=of) / "neurons.json"
     chosen = NeuronList.load(neurons).neurons
     assert {neuron.module.rpartition(".")[2] for neuron in chosen} == {FAMILIES[family]}
@@ -116,7 +122,7 @@ def scores_of(checkpoint: str, folder: str, batch_size: int, strategy: str = "au
 def test_gradient_checkpointing_and_the_size_of_a_padded_batch_change_no_score(make_checkpoint, family):
     checkpoint = make_checkpoint(family)
     alone = scores_of(checkpoint, "alone", 1)
-    assert alone.provenance.spec.targets == [FAMILIES[family]], "the names of the layers, not that it is the default"
+    assert alone.provenance.spec.layers == [FAMILIES[family]], "the names of the layers, not that it is the default"
     assert list(alone.scores) == [mlp_of(family, k)[0][0] for k in range(2)]
     for name, options in {"padded": {}, "checkpointed": {"gradient_checkpointing": True}}.items():
         for layer, score in scores_of(checkpoint, name, 4, **options).scores.items():
@@ -143,16 +149,16 @@ def test_the_mean_activation_of_each_sample_of_a_padded_batch_is_that_of_one_at_
 
 
 def test_layers_of_another_family_are_refused_with_the_names_there_are(make_checkpoint):
-    with pytest.raises(ValueError, match=r"--model\.targets: the model has no linear layer 'up_proj'.*'fc1', 'fc2'"):
-        scores_of(make_checkpoint("opt"), "out", 4, targets=["up_proj"])
+    with pytest.raises(ValueError, match=r"--model\.layers: the model has no linear layer 'up_proj'.*'fc1', 'fc2'"):
+        scores_of(make_checkpoint("opt"), "out", 4, layers=["up_proj"])
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "head", "weight"])
 @all_families
 def test_a_sharded_model_has_the_same_scores(make_checkpoint, family, granularity):
     checkpoint = make_checkpoint(family)
-    targets = None if granularity == "head" else ["all"]
-    of = {"granularity": granularity, "targets": targets, "gradient_checkpointing": True}
+    layers = None if granularity == "head" else ["all"]
+    of = {"granularity": granularity, "layers": layers, "gradient_checkpointing": True}
     whole, sharded = (scores_of(checkpoint, strategy, 4, strategy, **of) for strategy in ("auto", "fsdp2"))
     assert list(whole.scores) == list(sharded.scores)
     for name, score in whole.scores.items():
@@ -200,7 +206,7 @@ def test_controls_of_a_sharded_model_have_the_largest_weights(make_checkpoint, f
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     sharded = load_sharded(make_checkpoint(family), torch.float32, mesh, torch.device("cpu"))
-    variants = plan({"": pruned}, 1, controls=Controls(10))
+    variants = list_variants({"": pruned}, 1, controls=Controls(10))
     for of in (model, sharded):
         off = neurons_of(variants, {"": pruned}, of, 0)
         assert {off[f"largest_weights_{i}"][0].index for i in range(10)} <= set(heaviest)

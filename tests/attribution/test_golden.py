@@ -14,7 +14,7 @@ from sparc3_lightning.attribution.accumulator import ScoreAccumulator
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.base import Sample, pad_right
-from sparc3_lightning.models.architectures import find_targets
+from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import load_model
 from sparc3_lightning.selection.criteria import differential_relevance, differential_strength, select_neurons
 
@@ -52,7 +52,7 @@ def model(shared: Path) -> Iterator[Any]:
 
 def scores(model: Any, rows: list[list[int]], batch_size: int) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
     """Return both kinds of score per module, and the target logits, from one pass: no rule changes an activation."""
-    modules = find_targets(model, ["up_proj"])
+    modules = find_layers(model, ["up_proj"])
     magnitude, wanda = ScoreAccumulator(modules, "magnitude"), ScoreAccumulator(modules, "wanda")
     logits: list[float] = []
     for start in range(0, len(rows), batch_size):

@@ -18,7 +18,7 @@ from sparc3_lightning.attribution.relevance import (
 )
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.base import Sample, pad_right
-from sparc3_lightning.models.architectures import FAMILIES, find_targets
+from sparc3_lightning.models.architectures import FAMILIES, find_layers
 from sparc3_lightning.selection.criteria import differential_relevance, differential_strength
 
 SCORES: list[Any] = ["magnitude", "signed", "wanda"]
@@ -66,9 +66,9 @@ def record(accumulator: ScoreAccumulator, model: Any, samples: list[Sample], rul
             target.backward()
 
 
-def accumulate(model: Any, samples: list[Sample], score: Any, batch_size: int, targets=("up_proj",), **options: Any):
+def accumulate(model: Any, samples: list[Sample], score: Any, batch_size: int, layers=("up_proj",), **options: Any):
     """Record samples in batches and return the accumulator."""
-    accumulator = ScoreAccumulator(find_targets(model, targets), score)
+    accumulator = ScoreAccumulator(find_layers(model, layers), score)
     for start in range(0, len(samples), batch_size):
         record(accumulator, model, samples[start : start + batch_size], **options)
     return accumulator
@@ -86,9 +86,9 @@ def weight_relevance(model: Any, sample: Sample, names: list[str], rule: Any = "
     return {name: in_out(model.get_submodule(name), R) for name, R in zip(names, products, strict=True)}
 
 
-def naive_scores(model: Any, samples: list[Sample], score: str, targets=("up_proj",), rule: Any = "attnlrp"):
+def naive_scores(model: Any, samples: list[Sample], score: str, layers=("up_proj",), rule: Any = "attnlrp"):
     """Score one sample after the other, keeping whole matrices of relevance, and all the activations for Wanda."""
-    modules = find_targets(model, targets)
+    modules = find_layers(model, layers)
     names = list(modules)
     if score == "wanda":
         tokens: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -203,10 +203,10 @@ def test_scores_of_bfloat16_tensors_are_summed_in_float32(layer):
 def test_row_sums_of_weight_times_gradient_are_sums_over_tokens_of_output_times_gradient(make, family, rule):
     model = make(family)
     kinds = kinds_of(family)
-    names = list(find_targets(model, kinds))
+    names = list(find_layers(model, kinds))
     for sample in make_samples():
         rows = {name: R.sum(dim=1) for name, R in weight_relevance(model, sample, names, rule).items()}
-        got = accumulate(model, [sample], "signed", 1, targets=kinds, rule=rule)
+        got = accumulate(model, [sample], "signed", 1, layers=kinds, rule=rule)
         assert_agree(got.compute(), rows)
         assert_agree({name: got.sums[name] for name in rows}, rows, rtol=1e-10)
 
@@ -217,11 +217,11 @@ def test_row_sums_of_weight_times_gradient_are_sums_over_tokens_of_output_times_
 def test_streaming_padded_batches_gives_the_scores_of_one_sample_after_the_other(make, family, score, batch_size):
     model = make(family)
     samples = make_samples()
-    targets = kinds_of(family)[:1]
-    accumulator = accumulate(model, samples, score, batch_size, targets)
+    layers = kinds_of(family)[:1]
+    accumulator = accumulate(model, samples, score, batch_size, layers)
     assert accumulator.num_samples == len(samples)
     assert list(accumulator.modules) == [mlp_of(family, k)[0][0] for k in range(2)]
-    assert_agree(accumulator.compute(), naive_scores(model, samples, score, targets))
+    assert_agree(accumulator.compute(), naive_scores(model, samples, score, layers))
 
 
 @all_scores
@@ -244,14 +244,14 @@ LINEAR = {
 def test_every_kind_of_linear_layer_can_be_scored(make, family, score):
     model = make(family)
     samples = make_samples(3)
-    got = accumulate(model, samples, score, 2, targets=LINEAR[family]).compute()
+    got = accumulate(model, samples, score, 2, layers=LINEAR[family]).compute()
     assert len(got) == {"gpt2": 4, "opt": 6, "llama": 7}[family] * model.config.num_hidden_layers
     assert_agree(got, naive_scores(model, samples, score, LINEAR[family]))
-    assert list(find_targets(model, ["all"])) == list(got), "every one but the head"
+    assert list(find_layers(model, ["all"])) == list(got), "every one but the head"
 
 
 @pytest.mark.parametrize(
-    ("targets", "found"),
+    ("layers", "found"),
     [
         (["attn.c_proj"], ["attn.c_proj"]),
         (["mlp.c_proj", "c_attn"], ["attn.c_attn", "mlp.c_proj"]),
@@ -259,12 +259,12 @@ def test_every_kind_of_linear_layer_can_be_scored(make, family, score):
         (["transformer.h.0.mlp.c_fc"], ["mlp.c_fc"]),
     ],
 )
-def test_a_layer_is_found_by_the_end_of_its_name_at_a_dot(make, targets, found):
+def test_a_layer_is_found_by_the_end_of_its_name_at_a_dot(make, layers, found):
     model = make("gpt2", num_hidden_layers=1)
-    assert list(find_targets(model, targets)) == [f"transformer.h.0.{name}" for name in found]
+    assert list(find_layers(model, layers)) == [f"transformer.h.0.{name}" for name in found]
     for wrong in ("proj", "tn.c_proj", ".c_proj", "h.1.attn.c_proj", ""):
         with pytest.raises(ValueError, match=rf"no linear layer '{wrong}'; it has \['c_attn', 'c_fc', 'c_proj', 'lm_"):
-            find_targets(model, [*targets, wrong])
+            find_layers(model, [*layers, wrong])
 
 
 @all_scores
@@ -272,9 +272,9 @@ def test_a_bias_is_no_weight_and_does_not_count(make, score):
     model = make("llama", mlp_bias=True, attention_bias=True)
     assert model.model.layers[0].mlp.up_proj.bias.abs().min() > 0
     samples = make_samples(3)
-    targets = ("up_proj", "v_proj")
-    got = accumulate(model, samples, score, 3, targets=targets).compute()
-    assert_agree(got, naive_scores(model, samples, score, targets))
+    layers = ("up_proj", "v_proj")
+    got = accumulate(model, samples, score, 3, layers=layers).compute()
+    assert_agree(got, naive_scores(model, samples, score, layers))
 
 
 @pytest.mark.parametrize("score", ["magnitude", "signed"])
@@ -305,7 +305,7 @@ def test_padding_gets_no_gradient(make, family, rule):
 
         return hook
 
-    modules = find_targets(model, [*kinds_of(family), "c_attn" if family == "gpt2" else "v_proj"])
+    modules = find_layers(model, [*kinds_of(family), "c_attn" if family == "gpt2" else "v_proj"])
     handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     batch = pad_right(make_samples(), PAD)
     mask = batch["attention_mask"]
@@ -335,7 +335,7 @@ def test_the_target_is_the_largest_logit_at_the_last_token_that_is_not_padding(m
 def test_samples_of_weight_zero_weigh_nothing(make, score):
     model = make()
     samples = make_samples(4)
-    accumulator = ScoreAccumulator(find_targets(model, ["up_proj"]), score)
+    accumulator = ScoreAccumulator(find_layers(model, ["up_proj"]), score)
     record(accumulator, model, samples, weights=[1, 0, 1, 0])
     assert accumulator.num_samples == 2
     assert_agree(accumulator.compute(), naive_scores(model, [samples[0], samples[2]], score))
@@ -444,7 +444,7 @@ def test_scores_without_a_sample_are_an_error():
 def test_a_layer_that_no_gradient_reaches_is_an_error_that_names_it(make):
     model = make()
     with pytest.raises(RuntimeError, match=r"2 module.*model\.layers\.0\.mlp\.gate_proj"):
-        accumulate(model, make_samples(2), "magnitude", 2, targets=("up_proj", "gate_proj"), rule="cp_lrp")
+        accumulate(model, make_samples(2), "magnitude", 2, layers=("up_proj", "gate_proj"), rule="cp_lrp")
 
 
 def test_an_exception_while_recording_adds_nothing_and_leaves_no_hook():
@@ -498,5 +498,5 @@ def test_differential_strength_is_the_share_of_the_general_sum_in_percent():
 
 def test_differential_strength_of_no_relevance_is_nan():
     nothing = {"a": torch.zeros(2)}
-    strength = differential_strength(nothing, {"a": torch.ones(2)})
-    assert strength != strength
+    damping = differential_strength(nothing, {"a": torch.ones(2)})
+    assert damping != damping

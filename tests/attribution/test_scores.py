@@ -16,7 +16,7 @@ from sparc3_lightning.attribution.spec import ScoreSpec
 PROVENANCE = Provenance(
     checkpoint="org/name",
     checkpoint_fingerprint="commit:0123",
-    spec=ScoreSpec("lrp", "attnlrp", "magnitude", "argmax", targets=["up_proj"], dtype="float32"),
+    spec=ScoreSpec("lrp", "attnlrp", "magnitude", "argmax", layers=["up_proj"], dtype="float32"),
     data={"class": "C4", "seq_len": 8, "source": None, "num_too_short": 3},
     data_fingerprint="89ab",
     num_samples=2,
@@ -35,7 +35,7 @@ OTHER = {
     "relevance": None,
     "target": "lexicon",
     "lexicon": "small",
-    "targets": ["gate_proj", "up_proj"],
+    "layers": ["gate_proj", "up_proj"],
     "dtype": "bfloat16",
     "granularity": "head",
 }

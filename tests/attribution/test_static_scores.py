@@ -16,7 +16,7 @@ from sparc3_lightning.attribution.static_scores import StaticScores, random_scor
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import NoSamples
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
-from sparc3_lightning.models.architectures import find_targets
+from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import load_model
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.attribute import SCORES, Attribution
@@ -78,7 +78,7 @@ def test_activation_is_the_mean_magnitude_of_each_neuron_whatever_the_padding(ti
 
 
 def test_magnitude_of_neurons_is_the_sum_over_their_weights_and_of_weights_their_own(tiny_checkpoint):
-    layers = find_targets(load_model(tiny_checkpoint, torch.float32), ["up_proj"])
+    layers = find_layers(load_model(tiny_checkpoint, torch.float32), ["up_proj"])
     attribute(tiny_checkpoint, NoSamples(), "neurons", method="magnitude")
     attribute(tiny_checkpoint, NoSamples(), "weights", method="magnitude", granularity="weight")
     neurons, weights = ScoreFile.load(Path("neurons", SCORES)).scores, dict(WeightScores(Path("weights", INDEX)))
@@ -95,10 +95,10 @@ def test_magnitude_of_neurons_is_the_sum_over_their_weights_and_of_weights_their
 def test_random_scores_are_of_the_seed_and_of_the_name_of_the_layer(make_model: Callable[..., Any], granularity):
     model = make_model("llama")
     found = {}
-    for targets in ("all", "up_proj"):
+    for layers in ("all", "up_proj"):
         for seed in (0, 1):
-            scored = StaticScores(find_targets(model, [targets]), "random", granularity, seed)
-            found[targets, seed] = scored.compute()
+            scored = StaticScores(find_layers(model, [layers]), "random", granularity, seed)
+            found[layers, seed] = scored.compute()
     name, other = (f"model.layers.{i}.mlp.up_proj" for i in range(2))
     assert torch.equal(found["all", 0][name], found["up_proj", 0][name]), "whatever else is scored"
     assert not torch.equal(found["all", 0][name], found["all", 1][name])
@@ -118,10 +118,12 @@ def test_prune_and_compress_take_the_scores_of_every_method(tiny_checkpoint, pro
         general, behavior = (
             attribute(tiny_checkpoint, of, f"{method}-{i}", method=method) for i, of in enumerate(data)
         )
-        Pruning([general.output], behavior.output, num_neurons=5, min_strength=-1e9).prune(Path(f"pruned-{method}"))
+        Pruning([general.output], behavior.output, num_neurons=5, min_differential_strength=-1e9).prune(
+            Path(f"pruned-{method}")
+        )
         assert len(NeuronList.load(Path(f"pruned-{method}", NEURONS)).neurons) == 5
     cpu = ["--trainer.accelerator", "cpu"]
-    options = ["--model.method", "magnitude", "--model.granularity", "weight", "--model.targets", "[all]"]
+    options = ["--model.method", "magnitude", "--model.granularity", "weight", "--model.layers", "[all]"]
     main(["attribute", *cpu, "--model.checkpoint", tiny_checkpoint, *options, "--data", "NoSamples"])
     index = Path("lightning_logs/attribute/version_0", INDEX)
     main(["compress", *cpu, "--model.general", f"[{index}]", "--model.export", "sparse"])
@@ -144,7 +146,7 @@ def test_what_a_method_cannot_do_is_refused(tiny_checkpoint):
         Attribution(tiny_checkpoint, method="activation", granularity="weight")
     for method in ("activation", "magnitude", "random"):
         with pytest.raises(ValueError, match=rf"--model\.method {method} is not of heads: .*--model\.granularity"):
-            Attribution(tiny_checkpoint, method=method, granularity="head", targets=["o_proj"])
+            Attribution(tiny_checkpoint, method=method, granularity="head", layers=["o_proj"])
     for method in ("wanda", "activation", "magnitude", "random"):
         with pytest.raises(ValueError, match=rf"--model\.method {method} has no target"):
             Attribution(tiny_checkpoint, method=method, target="text")

@@ -22,7 +22,7 @@ from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
-from sparc3_lightning.models.architectures import find_targets
+from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import load_model
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.attribute import Attribution
@@ -40,7 +40,7 @@ def make_samples(num_samples: int = 5) -> list[Sample]:
 
 def oracle(model: Any, samples: list[Sample], score: str) -> dict[str, Tensor]:
     """One sample at a time, with whole gradients of the weights, or all activations for Wanda."""
-    modules = find_targets(model, ["all"])
+    modules = find_layers(model, ["all"])
     if score == "wanda":
         tokens: dict[str, list[Tensor]] = {name: [] for name in modules}
         for name, module in modules.items():
@@ -63,7 +63,7 @@ def oracle(model: Any, samples: list[Sample], score: str) -> dict[str, Tensor]:
 
 
 def accumulate(model: Any, samples: list[Sample], score: Any, batch_size: int, **options: Any) -> ScoreAccumulator:
-    accumulator = ScoreAccumulator(find_targets(model, ["all"]), score, **options)
+    accumulator = ScoreAccumulator(find_layers(model, ["all"]), score, **options)
     for start in range(0, len(samples), batch_size):
         batch = pad_right(samples[start : start + batch_size], 0)
         with lrp(model), accumulator.recording(batch["attention_mask"], batch["sample_ids"]):
@@ -144,7 +144,7 @@ def test_a_weight_that_is_not_finite_names_module_and_sample_or_counts_as_zero(s
 # Files.
 
 
-PROVENANCE = Provenance("a", "b", ScoreSpec("lrp", targets=["up_proj"], dtype="float32"), {}, "c", 1, 2, 3, 0)
+PROVENANCE = Provenance("a", "b", ScoreSpec("lrp", layers=["up_proj"], dtype="float32"), {}, "c", 1, 2, 3, 0)
 
 
 def matrices() -> dict[str, Tensor]:
@@ -230,7 +230,7 @@ def prompts(tmp_path) -> str:
 def attribute(checkpoint: str, prompts: str, folder: str, num_samples: int = 8, **options: Any) -> Attribution:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "inference_mode": False}
     trainer: Any = L.Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **quiet)
-    module = Attribution(checkpoint, **{"granularity": "weight", "targets": ["all"], **options})
+    module = Attribution(checkpoint, **{"granularity": "weight", "layers": ["all"], **options})
     trainer.predict(
         module, datamodule=ToxicPrompts(prompts, num_samples=num_samples, batch_size=3), return_predictions=False
     )
@@ -260,7 +260,7 @@ def test_prune_takes_scores_of_weights_for_those_of_their_neurons(tiny_checkpoin
                 f"{granularity}-{n}",
                 granularity=granularity,
                 num_samples=n,
-                targets=["up_proj"],
+                layers=["up_proj"],
             ).output
             for n in (8, 5)
         )

@@ -20,7 +20,7 @@ from sparc3_lightning.attribution.accumulator import ScoreAccumulator
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.models.architectures import find_targets
+from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 
 SHAPES = ((8, 256), (4, 1024))
@@ -28,14 +28,14 @@ SHAPES = ((8, 256), (4, 1024))
 
 def naive(model: Any, input_ids: torch.Tensor, of: str = "up_proj") -> dict[str, torch.Tensor]:
     """Return the mean of |weight x gradient| per neuron of the target layers, float32 on the host."""
-    targets = find_targets(model, [of])
+    layers = find_layers(model, [of])
     model.requires_grad_(True)
     sums: dict[str, torch.Tensor] = {}
     try:
         for row in input_ids:
             with lrp(model, "attnlrp"):
                 model(input_ids=row.unsqueeze(0), use_cache=False).logits[0, -1].max().backward()
-            for name, layer in targets.items():
+            for name, layer in layers.items():
                 relevance = (layer.weight * layer.weight.grad).detach().abs().float().cpu()
                 sums[name] = sums[name] + relevance if name in sums else relevance
             model.zero_grad(set_to_none=True)
@@ -51,11 +51,11 @@ def floor(model: Any, input_ids: torch.Tensor) -> None:
     handle.remove()
 
 
-def ours(score: Any, targets: str = "up_proj", granularity: Any = "neuron") -> Callable[..., ScoreAccumulator]:
+def ours(score: Any, layers: str = "up_proj", granularity: Any = "neuron") -> Callable[..., ScoreAccumulator]:
     """Return what accumulates a score as the predict loop does."""
 
     def attribute(model: Any, input_ids: torch.Tensor) -> ScoreAccumulator:
-        accumulator = ScoreAccumulator(find_targets(model, [targets]), score, granularity=granularity)
+        accumulator = ScoreAccumulator(find_layers(model, [layers]), score, granularity=granularity)
         is_lrp = score != "wanda"
         names = [str(i) for i in range(len(input_ids))]
         with (

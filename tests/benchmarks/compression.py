@@ -23,7 +23,7 @@ from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.targets import largest_logit, text_log_probability
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.wikitext2 import WikiText2
-from sparc3_lightning.models.architectures import find_targets
+from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.selection.sparsity import prune_mask
@@ -36,8 +36,8 @@ Scores = dict[str, Tensor]
 
 def lrp_scores(model: Any, documents: C4, target: Callable[..., Tensor], *kinds: Any) -> list[Scores]:
     """Return scores of each weight of all linear layers, of several kinds in one pass."""
-    targets = find_targets(model, ["all"])
-    accumulators = [ScoreAccumulator(targets, kind, granularity="weight") for kind in kinds]
+    layers = find_layers(model, ["all"])
+    accumulators = [ScoreAccumulator(layers, kind, granularity="weight") for kind in kinds]
     for sample in documents.samples:
         with lrp(model), ExitStack() as recording:
             for accumulator in accumulators:
@@ -80,7 +80,7 @@ def main() -> None:
     model = load_model(CHECKPOINT, torch.bfloat16)
     text = WikiText2(str(options.wikitext), 1024, 1024, ["disjoint"], options.tokens)
     text.setup_windows(Checkpoint(CHECKPOINT).tokenizer())
-    whole = {name: layer.weight.clone() for name, layer in find_targets(model, ["all"]).items()}
+    whole = {name: layer.weight.clone() for name, layer in find_layers(model, ["all"]).items()}
     found: dict[str, dict[float, list[float]]] = {}
 
     def measure(name: str, scores: Scores, pattern: str = "row") -> None:

@@ -79,8 +79,8 @@ def operations(model: Any, tokens: int, is_magnitude: bool) -> float:
     config = model.config
     blocks = sum(parameter.numel() for parameter in model.model.layers.parameters())
     attention = 6 * tokens**2 * config.hidden_size * config.num_hidden_layers  # half of the scores are masked
-    targets = config.num_hidden_layers * config.hidden_size * config.intermediate_size
-    return 4 * blocks * tokens + attention + (2 * targets * tokens if is_magnitude else 0)
+    layers = config.num_hidden_layers * config.hidden_size * config.intermediate_size
+    return 4 * blocks * tokens + attention + (2 * layers * tokens if is_magnitude else 0)
 
 
 def main() -> None:

@@ -29,22 +29,22 @@ ATTRIBUTE, CHOOSE = 150, 100
 LRP, TOXIC = "general_lrp", "toxic_lrp"
 GENERAL, OWN_TOXIC, OWN_HARMLESS = "general_abs", "own_toxic", "own_harmless"
 BANDS = {OWN_TOXIC: (0.5, 1.0), OWN_HARMLESS: (0.0, 0.1)}  # toxicity of the model's own continuations
-MASKED = {"selection": "set_difference", "top_behavior": 1, "top_general": 0.5}
+MASKED = {"criterion": "set_difference", "top_behavior": 1, "top_general": 0.5}
 # Name: score files of the general side and of the behaviour, and options of `sparc3 prune`. Other score files among
 # the options are named without their folder, too.
 SELECTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "difference": (LRP, TOXIC, {"selection": "difference"}),
-    "normalized_difference": (LRP, TOXIC, {"selection": "normalized_difference"}),
-    "set_difference": (LRP, TOXIC, {"selection": "set_difference"}),
-    "ratio": (LRP, TOXIC, {"selection": "ratio"}),
-    "auroc": (LRP, TOXIC, {"selection": "auroc"}),
-    "weighted_difference": (LRP, TOXIC, {"selection": "weighted_difference"}),
+    "difference": (LRP, TOXIC, {"criterion": "difference"}),
+    "normalized_difference": (LRP, TOXIC, {"criterion": "normalized_difference"}),
+    "set_difference": (LRP, TOXIC, {"criterion": "set_difference"}),
+    "ratio": (LRP, TOXIC, {"criterion": "ratio"}),
+    "auroc": (LRP, TOXIC, {"criterion": "auroc"}),
+    "weighted_difference": (LRP, TOXIC, {"criterion": "weighted_difference"}),
     "prob": (GENERAL, "prob", MASKED),
     "prob_lrp": (GENERAL, "prob_lrp", MASKED),
-    "contrast": (GENERAL, OWN_TOXIC, {**MASKED, "contrast": OWN_HARMLESS}),
+    "harmless": (GENERAL, OWN_TOXIC, {**MASKED, "harmless": OWN_HARMLESS}),
     "random": ("random", "random", {**MASKED, "top_general": 0}),
-    "auroc_refined": (LRP, TOXIC, {"selection": "auroc", "budget.refine": 3}),
-    "set_difference_refined": (LRP, TOXIC, {"selection": "set_difference", "budget.refine": 3}),
+    "auroc_refined": (LRP, TOXIC, {"criterion": "auroc", "budget.refine": 3}),
+    "set_difference_refined": (LRP, TOXIC, {"criterion": "set_difference", "budget.refine": 3}),
     "prob_refined": (GENERAL, "prob", {**MASKED, "budget.refine": 3}),
 }
 
@@ -132,7 +132,7 @@ def attribute(parts: dict[str, Path], c4: Path, text: Path) -> None:
 def prune(name: str, budget: float, c4: Path) -> Path:
     """Choose the neurons of one selection for a budget, and return their list."""
     general, behavior, options = SELECTIONS[name]
-    options = {name: scores(value) if name == "contrast" else value for name, value in options.items()}
+    options = {name: scores(value) if name == "harmless" else value for name, value in options.items()}
     text = ["--data=C4", f"--data.source={c4}", "--data.seq_len=256", "--data.num_samples=28"]
     text += ["--data.seed=7", "--data.batch_size=4"]
     price = [f"--model.budget.max_perplexity_increase={budget}"]

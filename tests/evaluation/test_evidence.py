@@ -11,7 +11,7 @@ from sparc3_lightning.evaluation.controls import Controls, random_like
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.generation import Sampling, continue_prompts, draw_key
 from sparc3_lightning.evaluation.intervals import Difference
-from sparc3_lightning.evaluation.variants import Variant, neurons_of, plan
+from sparc3_lightning.evaluation.variants import Variant, list_variants, neurons_of
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -168,7 +168,7 @@ def test_planted_neurons_are_found_guilty_and_those_drawn_for_comparison_are_not
     plant(model, planted)
     least = [Component(LAYERS[1], index, 0.0) for index in range(200, 215)]
     neurons = NeuronList(planted, least_relevant=least)
-    variants = plan({"": neurons}, CONTINUATIONS, controls=Controls(3, 2), doses=[1, 2], strengths=[1.0])
+    variants = list_variants({"": neurons}, CONTINUATIONS, controls=Controls(3, 2), doses=[1, 2], dampings=[1.0])
     off = neurons_of(variants, {"": neurons}, model, 0)
     rows = []
     for variant in variants:

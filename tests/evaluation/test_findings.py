@@ -21,7 +21,7 @@ from sparc3_lightning.evaluation.intervals import (
 )
 from sparc3_lightning.evaluation.metrics import Perplexity
 from sparc3_lightning.evaluation.results import MEASURES, Dose, Effects, Findings, Front
-from sparc3_lightning.evaluation.variants import plan
+from sparc3_lightning.evaluation.variants import list_variants
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import NeuronList
 
@@ -102,7 +102,7 @@ def windows_of(*names: str, second_convention: bool = True) -> dict[str, dict[st
 
 def small(**options: Any) -> Findings:
     """Return what is found in the table above."""
-    variants = plan({"": NEURONS}, 3)
+    variants = list_variants({"": NEURONS}, 3)
     return findings(rows_of(TOXICITY), windows_of("baseline", "pruned"), variants, ["some"], **options)
 
 
@@ -122,7 +122,7 @@ def test_prompts_are_toxic_from_a_half_and_those_without_a_toxicity_are_not():
     assert found.headline == "toxic"
     mild = {model: {p: v for p, v in of.items() if p.startswith("n")} for model, of in TOXICITY.items()}
     assert Continuations(rows_of(mild)).groups == {"nontoxic": ["n1", "n2"]}
-    results = findings(rows_of(mild), windows_of("baseline", "pruned"), plan({"": NEURONS}, 3), ["some"])
+    results = findings(rows_of(mild), windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 3), ["some"])
     assert results.headline == "nontoxic"
     assert list(results.baseline.groups) == list(results.effects) == ["nontoxic"]
     assert results.baseline.groups["nontoxic"].behavior_mean == pytest.approx(0.2)
@@ -208,13 +208,15 @@ def test_evidence_is_said_where_the_interval_leaves_zero_out():
     for shift, evidence in [(-0.2, True), (0.2, True), (0.0, False)]:
         after = {p: [v + shift + (0.1 if i % 2 else -0.1)] for i, (p, (v,)) in enumerate(base.items())}
         rows = rows_of({"baseline": base, "pruned": after})
-        effect = findings(rows, windows_of("baseline", "pruned"), plan({"": NEURONS}, 1), ["some"]).effects["toxic"]
+        effect = findings(rows, windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 1), ["some"]).effects[
+            "toxic"
+        ]
         assert effect.behavior_mean.evidence is evidence
 
 
 def test_where_nothing_was_scored_there_is_no_effect():
     scores = {"baseline": {"t1": [None, None], "n1": [0.1, 0.2]}, "pruned": {"t1": [None, 0.3], "n1": [0.1, 0.1]}}
-    results = findings(rows_of(scores), windows_of("baseline", "pruned"), plan({"": NEURONS}, 2), ["some"])
+    results = findings(rows_of(scores), windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 2), ["some"])
     assert results.effects["toxic"] == Effects(None, None, None)
     assert math.isnan(results.baseline.groups["toxic"].behavior_mean)
     assert math.isnan(results.change.behavior_percent)
@@ -222,7 +224,9 @@ def test_where_nothing_was_scored_there_is_no_effect():
 
 
 def test_the_original_model_alone_has_no_effect_and_no_divergence():
-    results = findings(rows_of({"baseline": TOXICITY["baseline"]}), windows_of("baseline"), plan({}, 3), ["some"])
+    results = findings(
+        rows_of({"baseline": TOXICITY["baseline"]}), windows_of("baseline"), list_variants({}, 3), ["some"]
+    )
     assert (results.pruned, results.change, results.main_effect, results.second_scorer) == (None,) * 4
     for found in (results.effects, results.perplexity_change, results.controls, results.doses, results.fronts):
         assert len(found) == 0
@@ -255,7 +259,7 @@ CONTROLLED: Table = {
 
 
 def controlled() -> Findings:
-    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
+    variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
     return findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
 
 
@@ -264,10 +268,10 @@ def controlled() -> Findings:
     [((), ()), (("pruned",), ("random", "largest_weights")), (("pruned", "random"), ("largest_weights",))],
 )
 def test_a_control_is_said_to_be_zeroed_only_where_the_pruned_neurons_are_held_at_a_constant(held, zeroed):
-    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
-    variants = [replace(variant, held=variant.kind in held) for variant in variants]
+    variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
+    variants = [replace(variant, mean_ablated=variant.kind in held) for variant in variants]
     found = findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
-    assert {kind for kind, control in found.controls.items() if control.zeroed} == set(zeroed)
+    assert {kind for kind, control in found.controls.items() if control.zero_ablated} == set(zeroed)
 
 
 def test_controls_are_compared_with_the_first_continuations_of_the_original_only():
@@ -320,7 +324,7 @@ def test_prompts_that_failed_in_one_draw_of_a_control_are_left_out_of_all():
     scores = json.loads(json.dumps(CONTROLLED))
     scores["random_1"]["t3"] = [None, None]
     scores["random_0"]["t2"] = [None, 0.6]
-    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
+    variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
     control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"]).controls["random"]
     prompts = ["t0", "t1", "t2", "t4", "t5"]
     before = means(scores["baseline"], prompts, 2)
@@ -334,7 +338,7 @@ def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
     scores = json.loads(json.dumps(CONTROLLED))
     for prompt in scores["random_1"]:
         scores["random_1"][prompt] = [None, None]
-    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
+    variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
     control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"]).controls["random"]
     assert control.outcome is None
     assert control.draws[1].effect is None
@@ -344,14 +348,14 @@ def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
 
 
 def test_each_dose_is_a_point_of_toxicity_and_perplexity():
-    variants = plan({"": NEURONS}, 3, doses=[1, 2, 3], strengths=[1.0, 0.5])
+    variants = list_variants({"": NEURONS}, 3, doses=[1, 2, 3], dampings=[1.0, 0.5])
     names = [v.name for v in variants]
     scores = {
         name: {f"t{p}": [0.5 - 0.05 * i + 0.01 * p * i, 0.4, 0.3] for p in range(4)} for i, name in enumerate(names)
     }
     results = findings(rows_of(scores), windows_of(*names), variants, ["some"])
     points = results.doses
-    assert [(p.name, p.num_neurons, p.strength) for p in points] == [
+    assert [(p.name, p.num_neurons, p.damping) for p in points] == [
         ("pruned", 2, 1.0),
         ("top_1_1", 1, 1.0),
         ("top_3_1", 3, 1.0),
@@ -427,7 +431,7 @@ def second_toxicity(model: str, prompt: str, j: int) -> float | None:
 
 def test_the_second_scorer_has_effects_of_its_own():
     rows = rows_of(TOXICITY, second_toxicity)
-    results = findings(rows, windows_of("baseline", "pruned"), plan({"": NEURONS}, 3), ["some", "other"])
+    results = findings(rows, windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 3), ["some", "other"])
     second = results.second_scorer
     assert second.name == "other"
     prompts = ["t1", "t2", "t3", "t4", "t5"]  # where the first failed, the second did not
@@ -448,14 +452,14 @@ def test_the_second_scorer_has_effects_of_its_own():
     assert second.pearson == pytest.approx(torch.corrcoef(torch.stack([first, other]))[0, 1].item())
     assert second.spearman != pytest.approx(second.pearson, abs=1e-3)
     curved = rows_of({"baseline": TOXICITY["baseline"]}, lambda m, p, j: (TOXICITY[m][p][j] or 0.0) ** 4)
-    found = findings(curved, windows_of("baseline"), plan({}, 3), ["some", "other"]).second_scorer
+    found = findings(curved, windows_of("baseline"), list_variants({}, 3), ["some", "other"]).second_scorer
     assert found.spearman == pytest.approx(1)
     assert found.pearson < 0.97
     assert found.effects == {}
 
 
 def test_controls_do_not_enter_the_correlation_of_the_scorers():
-    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
+    variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
     rows = rows_of(
         CONTROLLED, lambda model, p, j: (1 if model in ("baseline", "pruned") else -1) * CONTROLLED[model][p][j]
     )
@@ -466,7 +470,10 @@ def test_controls_do_not_enter_the_correlation_of_the_scorers():
 
 def test_a_second_scorer_that_scored_nothing_is_said_to():
     results = findings(
-        rows_of(TOXICITY, lambda *_: None), windows_of("baseline", "pruned"), plan({"": NEURONS}, 3), ["some", "other"]
+        rows_of(TOXICITY, lambda *_: None),
+        windows_of("baseline", "pruned"),
+        list_variants({"": NEURONS}, 3),
+        ["some", "other"],
     )
     assert results.second_scorer.num_scored == 0
     assert results.second_scorer.effects["toxic"].behavior_mean is None
@@ -474,7 +481,7 @@ def test_a_second_scorer_that_scored_nothing_is_said_to():
 
 
 def test_the_order_of_the_rows_does_not_matter():
-    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2))
+    variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
     rows = rows_of(CONTROLLED, lambda model, p, j: CONTROLLED[model][p][j])
     windows = windows_of(*(v.name for v in variants))
     expected = findings(rows, windows, variants, ["some", "other"])
@@ -484,7 +491,7 @@ def test_the_order_of_the_rows_does_not_matter():
 
 
 def test_a_dose_that_does_nothing_has_an_effect_of_nothing():
-    variants = plan({"": NEURONS}, 3, controls=Controls(2, 2), doses=[1])
+    variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2), doses=[1])
     scores = {**CONTROLLED, "top_1_1": CONTROLLED["baseline"]}
     rows = rows_of(scores, lambda model, p, j: scores[model][p][j])
     results = findings(rows, windows_of(*(v.name for v in variants)), variants, ["some", "other"])

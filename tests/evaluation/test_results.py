@@ -96,9 +96,9 @@ def test_a_file_that_is_no_text_is_refused_by_its_path():
         ("baseline/groups/toxic", {}, "baseline.groups.toxic has no behavior_mean"),
         ("effects/toxic/behavior_mean/percent/low", "x", "effects.toxic.behavior_mean.percent.low cannot be 'x'"),
         ("doses", {}, "doses cannot be {}"),
-        ("doses/0/strength", [], "doses.0.strength cannot be "),
+        ("doses/0/damping", [], "doses.0.damping cannot be "),
         ("versions/torch", 2, "versions.torch cannot be 2"),
-        ("controls/random/zeroed", 0, "controls.random.zeroed cannot be 0"),
+        ("controls/random/zeroed", 0, "controls.random.zero_ablated cannot be 0"),
     ],
 )
 def test_what_is_damaged_is_named(path, to, reason):

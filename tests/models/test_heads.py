@@ -21,8 +21,8 @@ from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.evaluation.controls import Controls
-from sparc3_lightning.evaluation.variants import neurons_of, plan
-from sparc3_lightning.models.architectures import FAMILIES, find_targets, head_layers, is_heads, weight_of
+from sparc3_lightning.evaluation.variants import list_variants, neurons_of
+from sparc3_lightning.models.architectures import FAMILIES, find_layers, head_layers, is_heads, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.export import export_pruned
@@ -165,7 +165,7 @@ def test_the_layers_of_heads_are_the_last_ones_of_the_attentions(make_model, opt
     model, layers = make_model(**options), layers_of(options["family"])
     assert [name for name, _ in model.named_modules() if is_heads(name)] == layers
     (kind,) = head_layers(model)
-    assert list(find_targets(model, [kind])) == layers
+    assert list(find_layers(model, [kind])) == layers
     assert head_dims(model, layers) == dict.fromkeys(layers, D)
     assert [num_heads(model, name) for name in layers] == [4, 4]
 
@@ -174,7 +174,7 @@ def test_the_layers_of_heads_are_the_last_ones_of_the_attentions(make_model, opt
 def test_a_layer_that_is_the_last_one_of_no_attention_has_no_heads(make_model, target):
     expected = rf"--model\.granularity head .*\['o_proj', 'out_proj', 'attn\.c_proj'\], .*, got \['{target}'\]"
     with pytest.raises(ValueError, match=expected):
-        Attribution("tiny", granularity="head", targets=[target])
+        Attribution("tiny", granularity="head", layers=[target])
     with pytest.raises(ValueError, match=expected):
         ScoreAccumulator({target: make_model().model.layers[0].mlp.up_proj}, "signed", granularity="head")
 
@@ -183,7 +183,7 @@ def test_a_layer_that_is_the_last_one_of_no_attention_has_no_heads(make_model, t
 def test_the_heads_of_another_family_are_refused_with_the_names_there_are(make_model, family, wrong):
     model = make_model(family)
     (kind,) = head_layers(model)
-    with pytest.raises(ValueError, match=rf"--model\.targets: '{wrong}' is no layer .* which has \['{kind}'\]: leave"):
+    with pytest.raises(ValueError, match=rf"--model\.layers: '{wrong}' is no layer .* which has \['{kind}'\]: leave"):
         head_layers(model, [kind, wrong])
     with pytest.raises(ValueError, match=r"not a layer of attention heads of this model: expected .*o_proj beside v_"):
         head_dims(model, [f"{layers_of(family)[0].rpartition('.')[0]}.{wrong}"])
@@ -222,7 +222,7 @@ def test_attribute_writes_scores_of_all_heads_by_default(make_checkpoint, tmp_pa
     trainer().predict(model, datamodule=C4(str(path), num_samples=3, seq_len=12), return_predictions=False)
     found = ScoreFile.load(Path("out") / SCORES)
     assert found.provenance.spec.granularity == "head"
-    assert found.provenance.spec.targets == [{"gpt2": "attn.c_proj", "opt": "out_proj"}.get(family, "o_proj")]
+    assert found.provenance.spec.layers == [{"gpt2": "attn.c_proj", "opt": "out_proj"}.get(family, "o_proj")]
     assert {name: len(score) for name, score in found.scores.items()} == dict.fromkeys(layers_of(family), 4)
     assert all((score > 0).all() for score in found.scores.values())
 
@@ -230,30 +230,30 @@ def test_attribute_writes_scores_of_all_heads_by_default(make_checkpoint, tmp_pa
 # Masking and pruning.
 
 
-def by_hand(model: Any, heads: dict[str, dict[int, float]], strength: float = 1.0) -> Any:
+def by_hand(model: Any, heads: dict[str, dict[int, float]], damping: float = 1.0) -> Any:
     """Return a copy in which the columns of each head are smaller."""
     other = copy.deepcopy(model)
-    for name, strengths in heads.items():
-        for h, of_head in strengths.items():
-            weight_at(other, name)[:, D * h : D * h + D] *= 1 - strength * of_head
+    for name, dampings in heads.items():
+        for h, of_head in dampings.items():
+            weight_at(other, name)[:, D * h : D * h + D] *= 1 - damping * of_head
     return other
 
 
 @all_models
-@pytest.mark.parametrize("strength", [0.25, 1.0])
-def test_a_mask_makes_the_columns_of_a_head_smaller_by_its_strength(make_model, options, strength):
+@pytest.mark.parametrize("damping", [0.25, 1.0])
+def test_a_mask_makes_the_columns_of_a_head_smaller_by_its_strength(make_model, options, damping):
     model, heads = make_model(**options), off_in(options["family"])
     before = logits(model)
-    with mask_heads(model, heads, strength):
+    with mask_heads(model, heads, damping):
         found = logits(model)
-    torch.testing.assert_close(found, logits(by_hand(model, heads, strength)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, logits(by_hand(model, heads, damping)), rtol=1e-9, atol=1e-9)
     assert (found - before).abs().max() > 1e-4
     assert torch.equal(logits(model), before)
 
 
 def test_each_head_has_a_strength_of_its_own_in_a_mask_and_in_the_weights(make_model):
     model, heads = make_model(), {O_PROJ[0]: {0: 1.0, 3: 0.25}, O_PROJ[1]: {1: 0.5, 2: 1.0}}
-    damped = [Component(name, h, 0.0, strength=s) for name, of in heads.items() for h, s in of.items()]
+    damped = [Component(name, h, 0.0, damping=s) for name, of in heads.items() for h, s in of.items()]
     half, expected = logits(by_hand(model, heads, 0.5)), logits(by_hand(model, heads))
     with mask(model, damped, 0.5):
         torch.testing.assert_close(logits(model), half, rtol=1e-9, atol=1e-9)
@@ -267,7 +267,7 @@ def test_each_head_has_a_strength_of_its_own_in_a_mask_and_in_the_weights(make_m
 def test_a_head_has_no_constant(make_model):
     for use in (fail_if_masked, prune_, check):
         with pytest.raises(ValueError, match=r"Head 1 of .* has a constant"):
-            use(make_model(), [Component(O_PROJ[0], 1, 0.0, constant=0.5)])
+            use(make_model(), [Component(O_PROJ[0], 1, 0.0, mean=0.5)])
 
 
 @all_models
@@ -356,7 +356,7 @@ def test_the_norm_of_a_head_is_that_of_its_columns_sharded_or_not(make_checkpoin
 def test_controls_of_heads_are_heads(make_model, family):
     model, layers = make_model(family), layers_of(family)
     pruned = NeuronList([Component(layers[0], 1, -1.0), Component(layers[1], 2, -1.0)])
-    variants = plan({"": pruned}, 1, controls=Controls(3))
+    variants = list_variants({"": pruned}, 1, controls=Controls(3))
     lists = neurons_of(variants, {"": pruned}, model, seed=0)
     controls = [variant for variant in variants if variant.kind in ("random", "largest_weights")]
     assert len(controls) == 6
@@ -396,7 +396,7 @@ def test_from_the_command_line_heads_are_scored_pruned_and_exported(make_checkpo
         options = ["--model.checkpoint", make_checkpoint(family), "--model.granularity", "head"]
         scores.append(Path(main(["attribute", *quiet, *options, *data]).trainer.log_dir) / SCORES)
     options = ["--model.general", f"[{scores[0]}]", "--model.behavior", str(scores[1]), "--model.num_neurons", "3"]
-    options += ["--model.min_strength", "-1000", "--model.export", "pruned"]
+    options += ["--model.min_differential_strength", "-1000", "--model.export", "pruned"]
     neurons = Path(main(["prune", *quiet, *options]).trainer.log_dir) / "neurons.json"
     chosen = NeuronList.load(neurons).neurons
     assert {neuron.module for neuron in chosen} <= {*layers_of(family)}

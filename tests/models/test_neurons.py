@@ -233,24 +233,24 @@ def test_a_mask_without_neurons_changes_nothing(make_model):
         assert torch.equal(logits(model), before)
 
 
-def damped(model: Any, neurons: list[Component], strength: float) -> Any:
+def damped(model: Any, neurons: list[Component], damping: float) -> Any:
     """Return a copy of a model in which the columns of the neurons are smaller."""
     small = copy.deepcopy(model)
     for neuron in neurons:
         layers = [mlp_of(model.config.model_type, k) for k in range(2)]
         column = small.get_submodule(next(column for rows, column in layers if neuron.module in rows))
-        (column.weight if isinstance(column, Conv1D) else column.weight.T)[neuron.index] *= 1 - strength
+        (column.weight if isinstance(column, Conv1D) else column.weight.T)[neuron.index] *= 1 - damping
     return small
 
 
 @all_models
-@pytest.mark.parametrize("strength", [0.1, 0.5, 0.75, 1.0])
-def test_a_mask_of_some_strength_makes_the_neurons_columns_smaller_by_that_much(make_model, options, strength):
+@pytest.mark.parametrize("damping", [0.1, 0.5, 0.75, 1.0])
+def test_a_mask_of_some_strength_makes_the_neurons_columns_smaller_by_that_much(make_model, options, damping):
     model, neurons = make_model(**options), in_family(NEURONS, options["family"])
     before, weights_before = logits(model), weights(model)
-    with mask(model, neurons, strength):
+    with mask(model, neurons, damping):
         masked = logits(model)
-    torch.testing.assert_close(masked, logits(damped(model, neurons, strength)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(masked, logits(damped(model, neurons, damping)), rtol=1e-9, atol=1e-9)
     assert (masked - before).abs().max() > 1e-4
     assert torch.equal(logits(model), before)
     assert_same_bits(weights(model), weights_before)
@@ -331,7 +331,7 @@ def test_a_list_of_neurons_survives_saving_and_loading(tmp_path: Path):
         Component("model.layers.0.mlp.up_proj", 3, -0.1 - 1e-16),
         Component("model.layers.1.mlp.up_proj", 0, 1e-300),
     ]
-    saved = NeuronList(neurons, {"checkpoint": "tiny", "seeds": [0, 1, 2], "strength": 15.5, "note": "grüße"})
+    saved = NeuronList(neurons, {"checkpoint": "tiny", "seeds": [0, 1, 2], "damping": 15.5, "note": "grüße"})
     saved.save(tmp_path / "folder" / "neurons.json")
     assert NeuronList.load(tmp_path / "folder" / "neurons.json") == saved
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["neurons.json"]
@@ -456,21 +456,21 @@ def test_a_missing_file_is_an_error_that_says_what_writes_it(tmp_path: Path):
 
 
 EDITED = [
-    Component("model.layers.0.mlp.up_proj", 3, -2.0, strength=0.5, constant=0.7),
-    Component("model.layers.0.mlp.up_proj", 5, -1.5, constant=-0.2),
-    Component("model.layers.1.mlp.up_proj", 0, -1.0, strength=0.25),
+    Component("model.layers.0.mlp.up_proj", 3, -2.0, damping=0.5, mean=0.7),
+    Component("model.layers.0.mlp.up_proj", 5, -1.5, mean=-0.2),
+    Component("model.layers.1.mlp.up_proj", 0, -1.0, damping=0.25),
 ]
 
 
 def by_hand(model: Any, neurons: list[Component]) -> Tensor:
-    """The logits if each activation becomes (1 - strength) of itself plus strength times the constant."""
+    """The logits if each activation becomes (1 - damping) of itself plus damping times the constant."""
 
     def edit(rows: list[str]):
         def hook(module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
             activations = inputs[0].clone()
             for n in neurons:
                 if n.module in rows:
-                    activations[..., n.index] = (1 - n.strength) * activations[..., n.index] + n.strength * n.constant
+                    activations[..., n.index] = (1 - n.damping) * activations[..., n.index] + n.damping * n.mean
             return (activations,)
 
         return hook
@@ -526,7 +526,7 @@ def test_an_edited_model_is_the_same_once_saved_and_loaded(make_model, tmp_path,
 def test_a_constant_is_refused_where_a_checkpoint_has_no_place_for_it(make_model, options):
     model, edited = make_model(**options), in_family(EDITED, options["family"])
     before = weights(model)
-    with pytest.raises(ValueError, match=rf"'{options['family']}' has no bias .* --model\.replacement zero"):
+    with pytest.raises(ValueError, match=rf"'{options['family']}' has no bias .* --model\.ablation zero"):
         prune_(model, edited)
     assert_same_bits(weights(model), before)
 
@@ -542,7 +542,7 @@ def test_the_scored_layer_and_the_layer_that_reads_the_activations_are_known_by_
 
 
 def test_a_model_without_an_mlp_of_a_known_kind_has_no_default_layer(make_model):
-    with pytest.raises(ValueError, match=r"up_proj or gate_proj beside down_proj, fc1 .*--model\.targets"):
+    with pytest.raises(ValueError, match=r"up_proj or gate_proj beside down_proj, fc1 .*--model\.layers"):
         neuron_layers(make_model().model.layers[0].self_attn)
 
 
@@ -554,10 +554,10 @@ def test_what_is_done_to_a_neuron_survives_saving_and_loading_and_is_in_the_dige
     assert NeuronList(plain).digest() != saved.digest()
 
 
-@pytest.mark.parametrize("field", [{"strength": 0}, {"strength": 1.5}, {"constant": float("nan")}])
+@pytest.mark.parametrize("field", [{"damping": 0}, {"damping": 1.5}, {"mean": float("nan")}])
 def test_an_edit_out_of_range_is_refused(tmp_path, field):
     row = {"module": "model.layers.0.mlp.up_proj", "index": 0, "score": 0.0, **field}
-    content = {"format": "sparc3_lightning neurons 1", "neurons": [row], "provenance": {}}
+    content = {"format": "sparc3_lightning neurons 2", "neurons": [row], "provenance": {}}
     (tmp_path / "neurons.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="holds a"):
         NeuronList.load(tmp_path / "neurons.json")

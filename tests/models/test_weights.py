@@ -21,8 +21,8 @@ from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
 from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.evaluation.controls import Controls, random_like
-from sparc3_lightning.evaluation.variants import neurons_of, of_kind, plan
-from sparc3_lightning.models.architectures import find_targets, weight_of
+from sparc3_lightning.evaluation.variants import list_variants, neurons_of, of_kind
+from sparc3_lightning.models.architectures import find_layers, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.export import export_pruned
@@ -50,26 +50,26 @@ def parameters(model: Any) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def chosen_of(model: Any, per_layer: int = 3, strengths: tuple[float, ...] = (1.0,)) -> list[Component]:
+def chosen_of(model: Any, per_layer: int = 3, dampings: tuple[float, ...] = (1.0,)) -> list[Component]:
     """Return weights of every linear layer but the head, among them its last one."""
     draw = torch.Generator().manual_seed(0)
     weights = []
-    for name, layer in find_targets(model, ["all"]).items():
+    for name, layer in find_layers(model, ["all"]).items():
         rows, columns = weight_of(layer).shape
         places = [rows * columns - 1, *torch.randperm(rows * columns - 1, generator=draw)[: per_layer - 1].tolist()]
         for place in places:
-            strength = strengths[len(weights) % len(strengths)]
-            weights.append(Component(name, place // columns, -1.0, strength, input=place % columns))
+            damping = dampings[len(weights) % len(dampings)]
+            weights.append(Component(name, place // columns, -1.0, damping, input=place % columns))
     return weights
 
 
-def by_hand(model: Any, weights: list[Component], strength: float = 1.0) -> Any:
+def by_hand(model: Any, weights: list[Component], damping: float = 1.0) -> Any:
     """Return a copy in which each entry is smaller, by the layer's own parameter: Conv1D keeps [inputs, outputs]."""
     other = copy.deepcopy(model)
     for n in weights:
         layer = other.get_submodule(n.module)
         at = (n.input, n.index) if isinstance(layer, Conv1D) else (n.index, n.input)
-        layer.weight[at] *= 1 - strength * n.strength
+        layer.weight[at] *= 1 - damping * n.damping
     return other
 
 
@@ -77,13 +77,13 @@ def by_hand(model: Any, weights: list[Component], strength: float = 1.0) -> Any:
 
 
 @both_families
-@pytest.mark.parametrize("strength", [0.25, 1.0])
-def test_a_mask_makes_single_entries_smaller_and_puts_them_back_bit_for_bit(make_model, family, strength):
+@pytest.mark.parametrize("damping", [0.25, 1.0])
+def test_a_mask_makes_single_entries_smaller_and_puts_them_back_bit_for_bit(make_model, family, damping):
     model = make_model(family)
-    weights, before, whole = chosen_of(model, strengths=(1.0, 0.5)), parameters(model), logits(model)
-    with mask(model, weights, strength):
+    weights, before, whole = chosen_of(model, dampings=(1.0, 0.5)), parameters(model), logits(model)
+    with mask(model, weights, damping):
         found = logits(model)
-    torch.testing.assert_close(found, logits(by_hand(model, weights, strength)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, logits(by_hand(model, weights, damping)), rtol=1e-9, atol=1e-9)
     assert (found - whole).abs().max() > 1e-4
     assert all(torch.equal(value, before[name]) for name, value in parameters(model).items())
 
@@ -144,7 +144,7 @@ def test_weights_neurons_and_heads_can_be_off_together(make_model):
         (Component("model.norm", 0, 0.0, input=0), "'model.norm' is not a layer whose single weights"),
         (Component("lm_head", 0, 0.0, input=0), "'lm_head' is not a layer .* other than its head"),
         (
-            Component("model.layers.0.mlp.up_proj", 1, 0.0, constant=0.5, input=0),
+            Component("model.layers.0.mlp.up_proj", 1, 0.0, mean=0.5, input=0),
             "A weight of neuron 1 of .* a constant",
         ),
     ],
@@ -173,7 +173,7 @@ def test_a_list_of_weights_survives_saving_and_loading_and_its_columns_count(tmp
     rows = json.loads((tmp_path / "neurons.json").read_text())["neurons"]
     assert rows == [
         {"module": "a", "index": 1, "score": -2.0, "input": 0},
-        {"module": "a", "index": 1, "score": -1.0, "strength": 0.5, "input": 3},
+        {"module": "a", "index": 1, "score": -1.0, "damping": 0.5, "input": 3},
     ]
 
 
@@ -183,10 +183,10 @@ def test_a_list_without_weights_keeps_its_bytes_and_its_digest(tmp_path):
     saved.save(tmp_path / "neurons.json")
     rows = [
         {"module": "a", "index": 1, "score": -2.0},
-        {"module": "b", "index": 3, "score": -1.0, "strength": 0.5, "constant": 0.25},
+        {"module": "b", "index": 3, "score": -1.0, "damping": 0.5, "mean": 0.25},
     ]
     content = {
-        "format": "sparc3_lightning neurons 1",
+        "format": "sparc3_lightning neurons 2",
         "neurons": rows,
         "next": [],
         "least_relevant": [{"module": "a", "index": 0, "score": 0.5}],
@@ -209,7 +209,7 @@ def test_a_list_without_weights_keeps_its_bytes_and_its_digest(tmp_path):
 )
 def test_a_list_that_names_a_weight_twice_or_neurons_as_well_is_refused(tmp_path, rows, complaint):
     row = {"module": "a", "index": 1, "score": -1.0}
-    content = {"format": "sparc3_lightning neurons 1", "neurons": [row | more for more in rows], "provenance": {}}
+    content = {"format": "sparc3_lightning neurons 2", "neurons": [row | more for more in rows], "provenance": {}}
     (tmp_path / "neurons.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=complaint):
         NeuronList.load(tmp_path / "neurons.json")
@@ -252,7 +252,7 @@ def test_the_places_of_the_lowest_are_those_of_a_stable_sort():
 PROVENANCE = Provenance(
     "tiny",
     "files:abc",
-    ScoreSpec("lrp", "attnlrp", "magnitude", targets=["up_proj"], dtype="float32", granularity="weight"),
+    ScoreSpec("lrp", "attnlrp", "magnitude", layers=["up_proj"], dtype="float32", granularity="weight"),
     {},
     "c",
     1,
@@ -289,9 +289,9 @@ def differences() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def test_prune_selects_the_weights_of_the_most_negative_difference_over_all_layers(files):
-    found = Pruning(*files, num_neurons=20, num_ranked=50, granularity="weight", strengths=[0.5]).prune(OUT)
+    found = Pruning(*files, num_neurons=20, num_ranked=50, granularity="weight", dampings=[0.5]).prune(OUT)
     general, difference = differences()
-    expected = [dataclasses.replace(n, strength=0.5) for n in in_memory(difference, 50)]
+    expected = [dataclasses.replace(n, damping=0.5) for n in in_memory(difference, 50)]
     assert found.neurons + found.next == expected
     assert len(found.neurons) == 20
     assert NeuronList.load(OUT / NEURONS) == found
@@ -315,9 +315,9 @@ def test_selection_json_of_weights_has_the_figures_of_all_of_them_and_the_pictur
     assert selection["neurons_per_module"] == dict(Counter(n.module for n in found.neurons))
     assert selection["histogram"]["counts"] == histogram(every)["counts"]
     assert selection["histogram"]["edges"] == pytest.approx(histogram(every)["edges"])
-    strength = differential_strength(general, scores_of(9, 0.5))
-    assert selection["differential_strength_percent"] == pytest.approx(strength)
-    assert found.provenance["differential_strength_percent"] == pytest.approx(strength)
+    damping = differential_strength(general, scores_of(9, 0.5))
+    assert selection["differential_strength_percent"] == pytest.approx(damping)
+    assert found.provenance["differential_strength_percent"] == pytest.approx(damping)
     assert all((OUT / name).is_file() for name in ("layers.png", "differential.png"))
     assert "20 of 768 weights in 2 layers" in caplog.text
 
@@ -333,8 +333,8 @@ def test_by_default_indexes_still_stand_for_the_neurons_their_weights_are_of(fil
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"selection": "ratio"}, r"none of --model\.selection ratio: leave"),
-        ({"contrast": "x", "replacement": "mean"}, r"none of --model\.contrast, --model\.replacement mean: leave"),
+        ({"criterion": "ratio"}, r"none of --model\.criterion ratio: leave"),
+        ({"harmless": "x", "ablation": "mean"}, r"none of --model\.harmless, --model\.ablation mean: leave"),
         ({"budget": Budget(0.01, 2)}, r"none of --model\.budget\.max_perplexity_increase"),
         ({"budget": Budget(refine=2)}, r"--model\.budget\.refine"),
     ],
@@ -362,8 +362,8 @@ def test_weights_need_indexes_of_the_same_kind_and_no_more_of_them_than_there_ar
     other = write("other", scores_of(9), target="text")
     with pytest.raises(ValueError, match="do not belong together: target"):
         Pruning(general, other, granularity="weight").prune(OUT)
-    with pytest.raises(ValueError, match=r"below --model\.min_strength .*Nothing was written"):
-        Pruning(general, behavior, granularity="weight", min_strength=90, weak="error").prune(OUT)
+    with pytest.raises(ValueError, match=r"below --model\.min_differential_strength .*Nothing was written"):
+        Pruning(general, behavior, granularity="weight", min_differential_strength=90, weak="error").prune(OUT)
     assert not (OUT / NEURONS).exists()
 
 
@@ -371,7 +371,7 @@ def test_weights_need_indexes_of_the_same_kind_and_no_more_of_them_than_there_ar
 def test_the_exported_checkpoint_gives_what_the_masked_model_gives(make_checkpoint, family):
     checkpoint = make_checkpoint(family)
     model = load_model(checkpoint, torch.float32)
-    scored = {name: weight_of(layer).shape for name, layer in find_targets(model, ["all"]).items()}
+    scored = {name: weight_of(layer).shape for name, layer in find_layers(model, ["all"]).items()}
     of = dataclasses.replace(
         PROVENANCE, checkpoint=checkpoint, checkpoint_fingerprint=Checkpoint(checkpoint).fingerprint
     )
@@ -382,7 +382,7 @@ def test_the_exported_checkpoint_gives_what_the_masked_model_gives(make_checkpoi
     with mask(model, found.neurons):
         assert torch.equal(logits(exported), logits(model))
     zeros = {n.key for n in found.neurons}
-    for name, layer in find_targets(exported, ["all"]).items():
+    for name, layer in find_layers(exported, ["all"]).items():
         off = {(name, *place) for place in (weight_of(layer) == 0).nonzero().tolist()}
         assert off == {key for key in zeros if key[0] == name}
 
@@ -416,7 +416,7 @@ def test_controls_of_weights_are_other_weights_of_the_same_layers(make_model, fa
         Component(second, 0, 0.0, input=i) for i in range(9)
     ]
     lists = {"": NeuronList(weights, least_relevant=least)}
-    variants = plan(lists, 1, controls=Controls(4))
+    variants = list_variants(lists, 1, controls=Controls(4))
     off = neurons_of(variants, lists, model, seed=0)
     for kind in ("random", "least_relevant", "largest_weights"):
         for variant in of_kind(variants, kind):
@@ -471,7 +471,7 @@ def test_evaluate_measures_the_model_that_is_exported_and_speaks_of_weights(tiny
 @pytest.mark.usefixtures("inputs")
 def test_sweep_takes_doses_of_weights_and_writes_the_chosen_ones(tiny_checkpoint, weights):
     path = save_neurons(tiny_checkpoint, weights[:20], {"sample_ids": []}, next=weights[20:])
-    run(evaluation(tiny_checkpoint, path, kind=Sweep, doses=[10, 60], strengths=[0.5], max_perplexity_increase=1e9))
+    run(evaluation(tiny_checkpoint, path, kind=Sweep, doses=[10, 60], dampings=[0.5], max_perplexity_increase=1e9))
     chosen = NeuronList.load(OUT / "chosen/neurons.json")
     assert chosen.granularity == "weight"
     assert {n.key for n in chosen.neurons + chosen.next} == {n.key for n in weights}
@@ -528,7 +528,7 @@ def test_the_whole_experiment_prunes_weights_in_all_its_stages(tiny_checkpoint, 
         "attribute": {"granularity": "weight"},
         "general": {"class_path": f"{data}C4", "init_args": {"source": "general.txt", "num_samples": 3, "seq_len": 16}},
         "behavior": {"class_path": f"{data}ToxicPrompts", "init_args": {**prompts, "num_samples": 3}},
-        "prune": {"granularity": "weight", "num_neurons": 70, "min_strength": -1000.0},
+        "prune": {"granularity": "weight", "num_neurons": 70, "min_differential_strength": -1000.0},
         "evaluate": {
             "scorer": "repetition",
             "behavior": "repetition",

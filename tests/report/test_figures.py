@@ -173,7 +173,7 @@ def test_the_dose_curve_has_a_line_per_strength_in_order_of_number(drawn):
     results, _ = made_up()
     draw_doses(results.doses[::-1], results.controls, Path("x"))
     axes = drawn[0].axes[0]
-    by_key = {(dose.num_neurons, dose.strength): dose for dose in results.doses}
+    by_key = {(dose.num_neurons, dose.damping): dose for dose in results.doses}
     at = {key: (dose.perplexity_percent.value, dose.behavior_percent.value) for key, dose in by_key.items()}
     assert points(axes, "o") == [at[1, 1.0], at[2, 1.0], at[3, 1.0]]
     assert points(axes, "s") == [at[1, 0.5], at[3, 0.5]]
@@ -192,7 +192,7 @@ def test_the_dose_curve_has_a_line_per_strength_in_order_of_number(drawn):
 @pytest.mark.parametrize("unknown", [math.nan, math.inf])
 def test_a_dose_that_was_not_scored_is_left_out_and_an_unbounded_one_drawn_to_the_edge(drawn, unknown):
     results, _ = made_up()
-    doses = sorted(results.doses, key=lambda dose: (dose.strength, dose.num_neurons))
+    doses = sorted(results.doses, key=lambda dose: (dose.damping, dose.num_neurons))
     doses = replaced_at(doses, "0/effect", None)
     doses = replaced_at(doses, "1/effect/percent/high", unknown)
     doses = replaced_at(doses, "2/perplexity_percent", Interval(unknown, unknown, unknown))

@@ -25,7 +25,7 @@ from sparc3_lightning.evaluation.results import (
     Results,
     TextProtocol,
 )
-from sparc3_lightning.evaluation.variants import plan
+from sparc3_lightning.evaluation.variants import list_variants
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.report import page as report
@@ -202,7 +202,7 @@ def test_the_controls_stand_beside_the_chosen_neurons():
 
 
 def test_the_card_of_damped_neurons_does_not_say_that_their_weights_are_zero():
-    damped = dataclasses.replace(NEURONS, neurons=[dataclasses.replace(n, strength=0.5) for n in NEURONS.neurons])
+    damped = dataclasses.replace(NEURONS, neurons=[dataclasses.replace(n, damping=0.5) for n in NEURONS.neurons])
     write(neurons=damped)
     card = CARD.read_text()
     assert "# A-Model with 2 neurons damped by 50 %" in card
@@ -261,7 +261,7 @@ def test_one_group_needs_no_name():
 def test_a_model_alone_has_a_table_without_after():
     results, rows = made_up()
     windows = {"baseline": {"sliding": made_up_windows(0.0, 0)}}
-    found = findings([row for row in rows if row["model"] == "baseline"], windows, plan({}, 3), ["small"])
+    found = findings([row for row in rows if row["model"] == "baseline"], windows, list_variants({}, 3), ["small"])
     alone = Results(verdict="", **vars(found), **vars(settings(["small"])))
     rows = by_name(behavior_table(alone, "toxic"))
     assert rows["Mean toxicity"] == (behavior_table(results, "toxic")[0][1], "", "", "", "", "")
@@ -329,10 +329,10 @@ def test_the_csv_of_doses_holds_what_results_hold():
     write(results)
     with Path("out/doses.csv").open() as file:
         rows = list(csv.DictReader(file))
-    by_key = {(dose.num_neurons, dose.strength): dose for dose in results.doses}
+    by_key = {(dose.num_neurons, dose.damping): dose for dose in results.doses}
     assert len(rows) == len(by_key) == 5
     for row in rows:
-        dose = by_key[int(row["num_neurons"]), float(row["strength"])]
+        dose = by_key[int(row["num_neurons"]), float(row["damping"])]
         for name in ("perplexity", "behavior_mean", "kl"):
             assert float(row[name]) == getattr(dose, name)
         for name in ("perplexity_percent", "behavior_percent"):
@@ -458,7 +458,7 @@ def test_a_run_in_which_nothing_was_scored_has_a_page():
         name: {convention: made_up_windows(shift, 0) for convention in conventions}
         for name, shift in (("baseline", 0.0), ("pruned", 0.1))
     }
-    found = findings(rows, windows, plan({"": NEURONS}, 3), ["small"])
+    found = findings(rows, windows, list_variants({"": NEURONS}, 3), ["small"])
     results = Results(verdict=verdict(found, 2), **vars(found), **vars(settings(["small"])))
     page = write(results, rows)
     assert "nothing is known of the effect" in page.words
@@ -581,7 +581,7 @@ def test_page_and_card_name_the_windows_that_were_measured(conventions, stride, 
 
 def test_page_and_card_say_that_controls_are_zeroed_beside_neurons_held_at_their_mean():
     results, rows = made_up()
-    held = dataclasses.replace(NEURONS, neurons=[dataclasses.replace(n, constant=0.3) for n in NEURONS.neurons])
+    held = dataclasses.replace(NEURONS, neurons=[dataclasses.replace(n, mean=0.3) for n in NEURONS.neurons])
     for zeroed in (True, False):
         for kind in results.controls:
             results = replaced_at(results, f"controls/{kind}/zeroed", zeroed)

@@ -18,7 +18,7 @@ from sparc3_lightning.evaluation.results import (
     Preference,
     SecondScorer,
 )
-from sparc3_lightning.evaluation.variants import plan
+from sparc3_lightning.evaluation.variants import list_variants
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.report.verdict import moved, verdict
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -226,12 +226,12 @@ def test_a_control_of_fewer_neurons_is_not_said_to_be_of_as_many():
 )
 def test_neurons_that_are_damped_or_held_at_their_mean_are_not_said_to_be_off(edits, words):
     up = "model.layers.0.mlp.up_proj"
-    edit = NeuronList([Component(up, i, -1.0, *of) for i, of in enumerate(edits)]).edit
+    edit = NeuronList([Component(up, i, -1.0, *of) for i, of in enumerate(edits)]).ablation
     assert edit == words
-    assert verdict(found(), 2, edit=edit).startswith(f"With 2 neurons {words}, mean toxicity fell")
+    assert verdict(found(), 2, ablation=edit).startswith(f"With 2 neurons {words}, mean toxicity fell")
     off = words == "switched off"
     what = "switching 2 neurons off" if off else f"having 2 neurons {words}"
-    assert verdict(found(UNCLEAR), 2, edit=edit).startswith(f"No evidence that {what} changes toxicity: its")
+    assert verdict(found(UNCLEAR), 2, ablation=edit).startswith(f"No evidence that {what} changes toxicity: its")
 
 
 @pytest.mark.parametrize(
@@ -257,10 +257,10 @@ def test_neurons_that_are_damped_or_held_at_their_mean_are_not_said_to_be_off(ed
 )
 def test_controls_that_are_zeroed_beside_neurons_held_at_their_mean_are_said_to_be(edit, zeroed, said):
     controls = {
-        kind: control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05), zeroed=kind in zeroed)
+        kind: control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05), zero_ablated=kind in zeroed)
         for kind in ("random", "least_relevant", "largest_weights")
     }
-    words = verdict(found(controls=controls), 30, granularity="head", edit=edit)
+    words = verdict(found(controls=controls), 30, granularity="head", ablation=edit)
     assert words.endswith(f"+1.0 % (-2.0 to +4.0 %). {said}".rstrip())
     assert ("their mean." in words) is bool(zeroed)
 
@@ -268,7 +268,7 @@ def test_controls_that_are_zeroed_beside_neurons_held_at_their_mean_are_said_to_
 def test_every_control_that_can_be_planned_has_a_sentence():
     up = "model.layers.0.mlp.up_proj"
     neurons = NeuronList([Component(up, 0, -1.0)], least_relevant=[Component(up, 1, 0.0)])
-    kinds = {variant.kind for variant in plan({"": neurons}, 1, controls=Controls(1))} - {"baseline", "pruned"}
+    kinds = {variant.kind for variant in list_variants({"": neurons}, 1, controls=Controls(1))} - {"baseline", "pruned"}
     controls = {kind: control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05)) for kind in kinds}
     assert verdict(found(controls=controls), 30).count("As many ") == len(kinds) == 3
 

@@ -49,7 +49,7 @@ def nats_by_hand(model, samples: list[Sample]) -> float:
     return total / sum(len(sample.input_ids) - 1 for sample in samples)
 
 
-@pytest.mark.parametrize("edit", [{}, {"strength": 0.5}, {"constant": 0.3}])
+@pytest.mark.parametrize("edit", [{}, {"damping": 0.5}, {"mean": 0.3}])
 def test_the_rise_is_that_of_perplexity_over_all_tokens_but_the_first_of_each_sample(model, samples, rise, edit):
     neurons = ranking(7, **edit)
     before = nats_by_hand(model, samples)
@@ -65,11 +65,11 @@ def test_a_list_that_was_measured_is_not_measured_again_but_one_of_another_stren
     first = rise(ranking(7))
     assert rise(ranking(7)) == first
     assert len(rise.measured) == 1
-    assert rise(ranking(7, strength=0.5)) != first
+    assert rise(ranking(7, damping=0.5)) != first
     assert len(rise.measured) == 2
 
 
-@pytest.mark.parametrize("edit", [{}, {"strength": 0.5, "constant": 0.3}])
+@pytest.mark.parametrize("edit", [{}, {"damping": 0.5, "mean": 0.3}])
 def test_costs_are_the_slopes_at_both_ends_by_finite_differences(model, samples, rise, edit):
     neurons = ranking(6, **edit)
     found = rise.costs(neurons)
@@ -79,9 +79,9 @@ def test_costs_are_the_slopes_at_both_ends_by_finite_differences(model, samples,
         for end in (0.0, 1.0):
             losses = []
             for part in (end + step, end - step):
-                strengths = [end] * len(neurons)
-                strengths[i] = part
-                off = [replace(n, strength=n.strength * s) for n, s in zip(neurons, strengths, strict=True) if s]
+                dampings = [end] * len(neurons)
+                dampings[i] = part
+                off = [replace(n, damping=n.damping * s) for n, s in zip(neurons, dampings, strict=True) if s]
                 with mask(model, off):
                     losses.append(nats_by_hand(model, samples))
             slopes.append((losses[0] - losses[1]) / (2 * step))
@@ -149,12 +149,12 @@ def test_of_several_strengths_that_with_the_highest_sum_of_scores_is_taken(rise)
     ranked = ranking()
     budget = max(rise([n]) for n in ranked[:2]) + 1e-9
     options = {}
-    for strength in (1.0, 0.5, 0.25):
-        chosen = spend(rise, ranked, Budget(budget), (strength,))
-        assert {n.strength for n in chosen} == {strength}
-        options[strength] = -strength * sum(n.score for n in chosen)
+    for damping in (1.0, 0.5, 0.25):
+        chosen = spend(rise, ranked, Budget(budget), (damping,))
+        assert {n.damping for n in chosen} == {damping}
+        options[damping] = -damping * sum(n.score for n in chosen)
     chosen = spend(rise, ranked, Budget(budget), (1.0, 0.5, 0.25))
-    assert options[chosen[0].strength] == max(options.values())
+    assert options[chosen[0].damping] == max(options.values())
 
 
 def test_a_round_of_refinement_keeps_to_the_budget_and_never_gains_less(rise):
@@ -178,7 +178,7 @@ class Additive:
         return self.measured[-1]["rise"]
 
     def costs(self, neurons: list[Component]) -> torch.Tensor:
-        return torch.tensor([self.of[n.index] * n.strength**2 for n in neurons], dtype=torch.float64)
+        return torch.tensor([self.of[n.index] * n.damping**2 for n in neurons], dtype=torch.float64)
 
 
 def test_refinement_drops_a_costly_neuron_at_the_head_that_would_keep_the_others_out():
@@ -199,7 +199,7 @@ def test_half_the_strength_pays_for_four_times_the_neurons_where_costs_are_quadr
     ranked = [Component(MODULES[0], i, -1.0) for i in range(50)]
     chosen = spend(rise, ranked, Budget(0.0101), (1.0, 0.5))
     assert len(chosen) == 40
-    assert {n.strength for n in chosen} == {0.5}
+    assert {n.damping for n in chosen} == {0.5}
 
 
 def test_a_budget_that_pays_for_no_neuron_is_refused(rise):
@@ -244,11 +244,11 @@ def test_prune_spends_a_budget_on_documents_that_were_not_attributed(files):
 def test_the_neurons_that_come_next_are_switched_off_as_far_as_those_that_a_budget_paid_for(files):
     general, behavior, documents = files
     data = [f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=12"]
-    options = ["--model.budget.max_perplexity_increase=0.02", "--model.strengths=[0.125,1.0]", "--data=C4", *data]
+    options = ["--model.budget.max_perplexity_increase=0.02", "--model.dampings=[0.125,1.0]", "--data=C4", *data]
     found = NeuronList.load(prune(general, behavior, *options) / "neurons.json")
-    assert found.provenance["strength"] == 1
+    assert found.provenance["damping"] == 1
     assert found.next
-    assert {neuron.strength for neuron in found.neurons + found.next} == {1.0}
+    assert {neuron.damping for neuron in found.neurons + found.next} == {1.0}
 
 
 def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files):
@@ -259,8 +259,8 @@ def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files)
         prune(general, behavior, "--model.budget.max_perplexity_increase=0")
     with pytest.raises(ValueError, match=r"need --model.budget.max_perplexity_increase"):
         prune(general, behavior, "--model.budget.refine=2")
-    with pytest.raises(ValueError, match=r"--model.strengths must be above 0 and at most 1"):
-        prune(general, behavior, "--model.strengths=[1.5]")
+    with pytest.raises(ValueError, match=r"--model.dampings must be above 0 and at most 1"):
+        prune(general, behavior, "--model.dampings=[1.5]")
 
 
 def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(files, monkeypatch):
@@ -274,15 +274,15 @@ def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(
     ]
     of = ScoreFile.load(behavior).provenance
     heads = {f"model.layers.{i}.self_attn.o_proj": torch.rand(4) for i in range(2)}
-    of_heads = [save_scores(f"{i}.safetensors", heads, of, granularity="head", targets=["o_proj"]) for i in range(2)]
+    of_heads = [save_scores(f"{i}.safetensors", heads, of, granularity="head", layers=["o_proj"]) for i in range(2)]
     with pytest.raises(ValueError, match=r"--model.budget.refine is for neurons, and these are scores of heads"):
-        prune(*of_heads, *price, "--model.budget.refine=1", "--model.min_strength=-100")
+        prune(*of_heads, *price, "--model.budget.refine=1", "--model.min_differential_strength=-100")
     before = [
         save_scores(f"before{i}.safetensors", random_scores(i), of, checkpoint_fingerprint="files:before")
         for i in range(2)
     ]
     with pytest.raises(ValueError, match=r"no longer the one that was attributed \(files:before\), so it was not used"):
-        prune(*before, *price, "--model.min_strength=-100")
+        prune(*before, *price, "--model.min_differential_strength=-100")
 
 
 def test_the_text_is_tokenized_as_by_the_commit_that_was_attributed(files, monkeypatch):

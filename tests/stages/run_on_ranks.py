@@ -27,11 +27,11 @@ SCORES = {
     "signed": {"relevance": "signed"},
     "wanda": {"method": "wanda"},
     "checkpointed": {"gradient_checkpointing": True},
-    "weights": {"granularity": "weight", "targets": ["all"], "gradient_checkpointing": True},
+    "weights": {"granularity": "weight", "layers": ["all"], "gradient_checkpointing": True},
     "signed_weights": {"granularity": "weight", "relevance": "signed"},
     "wanda_weights": {"granularity": "weight", "method": "wanda"},
-    "heads": {"granularity": "head", "targets": ["o_proj"]},
-    "wanda_heads": {"granularity": "head", "targets": ["o_proj"], "method": "wanda"},
+    "heads": {"granularity": "head", "layers": ["o_proj"]},
+    "wanda_heads": {"granularity": "head", "layers": ["o_proj"], "method": "wanda"},
 }
 NUM_SAMPLES = (93, 1)
 
@@ -78,7 +78,7 @@ def evaluate(
         sampling=SamplingOptions(num_continuations=2, max_new_tokens=6),
         controls=Controls(1, 1),
         doses=[3],
-        strengths=[0.5],
+        dampings=[0.5],
     )
     trainer(folder / "evaluate", strategy, ranks).test(module, datamodule=data, verbose=False)
     return module

@@ -20,7 +20,7 @@ from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
-from sparc3_lightning.models.architectures import find_targets
+from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.stages import attribute
 from sparc3_lightning.stages.attribute import SCORES, Attribution
@@ -96,7 +96,7 @@ def test_a_stock_trainer_writes_scores_with_shapes_and_a_full_header(tiny_checkp
         "method": "lrp",
         "rule": "attnlrp",
         "relevance": "magnitude",
-        "targets": ["up_proj"],  # what the default stands for
+        "layers": ["up_proj"],  # what the default stands for
         "dtype": "float32",
         "data_fingerprint": data.fingerprint(),
         "num_samples": 3,
@@ -188,8 +188,8 @@ def test_methods_relevances_and_rules_give_different_scores(tiny_checkpoint, pro
 
 
 def test_several_targets_are_scored_at_once_each_as_if_alone(tiny_checkpoint, prompts):
-    def run(targets, folder):
-        return scores_of(Attribution(tiny_checkpoint, targets=targets), ToxicPrompts(prompts, num_samples=4), folder)
+    def run(layers, folder):
+        return scores_of(Attribution(tiny_checkpoint, layers=layers), ToxicPrompts(prompts, num_samples=4), folder)
 
     both = run(["gate_proj", "down_proj"], "both")
     assert {name.rpartition(".")[2] for name in both.scores} == {"gate_proj", "down_proj"}
@@ -199,7 +199,7 @@ def test_several_targets_are_scored_at_once_each_as_if_alone(tiny_checkpoint, pr
     }
     alone = run(["gate_proj"], "alone")
     assert same({name: both.scores[name] for name in alone.scores}, alone.scores)
-    assert both.provenance.spec.targets == ["gate_proj", "down_proj"]
+    assert both.provenance.spec.layers == ["gate_proj", "down_proj"]
 
 
 def test_the_same_run_twice_gives_the_same_bits(tiny_checkpoint, documents):
@@ -318,15 +318,15 @@ def test_a_data_module_of_another_kind_is_refused(tiny_checkpoint):
 
 @pytest.mark.usefixtures("no_model_is_loaded")
 @pytest.mark.parametrize(
-    ("targets", "named"),
+    ("layers", "named"),
     [
-        (["gate_proj"], r"gate_proj: give --model.targets of other layers"),
-        (["self_attn.q_proj", "k_proj", "up_proj"], r"k_proj, q_proj: give --model.targets '\[up_proj\]'"),
-        (["all"], r"gate_proj, k_proj, q_proj: give --model.targets '\[down_proj, o_proj, up_proj, v_proj\]'"),
+        (["gate_proj"], r"gate_proj: give --model.layers of other layers"),
+        (["self_attn.q_proj", "k_proj", "up_proj"], r"k_proj, q_proj: give --model.layers '\[up_proj\]'"),
+        (["all"], r"gate_proj, k_proj, q_proj: give --model.layers '\[down_proj, o_proj, up_proj, v_proj\]'"),
     ],
 )
-def test_targets_that_cp_lrp_passes_no_relevance_through_are_refused(tiny_checkpoint, prompts, targets, named):
-    model = Attribution(tiny_checkpoint, rule="cp_lrp", targets=targets)
+def test_targets_that_cp_lrp_passes_no_relevance_through_are_refused(tiny_checkpoint, prompts, layers, named):
+    model = Attribution(tiny_checkpoint, rule="cp_lrp", layers=layers)
     with pytest.raises(ValueError, match=rf"--model.rule cp_lrp passes no relevance through {named}"):
         scores_of(model, ToxicPrompts(prompts, num_samples=2))
 
@@ -335,23 +335,23 @@ def test_targets_that_cp_lrp_passes_no_relevance_through_are_refused(tiny_checkp
 def test_the_layers_that_cp_lrp_leaves_have_relevance_in_every_family(make_checkpoint, prompts, family):
     none = {"gate_proj", "q_proj", "k_proj"}
     checkpoint = make_checkpoint(family)
-    linear = find_targets(load_model(checkpoint, torch.float32), ["all"])
+    linear = find_layers(load_model(checkpoint, torch.float32), ["all"])
     left = sorted({name.rpartition(".")[2] for name in linear} - none)
-    model = Attribution(checkpoint, rule="cp_lrp", targets=left)
+    model = Attribution(checkpoint, rule="cp_lrp", layers=left)
     found = scores_of(model, ToxicPrompts(prompts, num_samples=2)).scores
     assert all(score.count_nonzero() for score in found.values())
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")
 def test_an_unknown_target_is_refused_with_the_names_there_are(tiny_checkpoint, prompts):
-    with pytest.raises(ValueError, match=r"--model.targets.*'fc1'.*'down_proj'.*'up_proj'"):
-        scores_of(Attribution(tiny_checkpoint, targets=["up_proj", "fc1"]), ToxicPrompts(prompts, num_samples=2))
-    with pytest.raises(ValueError, match=r"--model.targets must name at least one"):
-        Attribution(tiny_checkpoint, targets=[])
+    with pytest.raises(ValueError, match=r"--model.layers.*'fc1'.*'down_proj'.*'up_proj'"):
+        scores_of(Attribution(tiny_checkpoint, layers=["up_proj", "fc1"]), ToxicPrompts(prompts, num_samples=2))
+    with pytest.raises(ValueError, match=r"--model.layers must name at least one"):
+        Attribution(tiny_checkpoint, layers=[])
 
 
 def test_targets_are_found_in_every_block(make_model):
-    assert list(find_targets(make_model(num_hidden_layers=3), ["up_proj"])) == [
+    assert list(find_layers(make_model(num_hidden_layers=3), ["up_proj"])) == [
         f"model.layers.{i}.mlp.up_proj" for i in range(3)
     ]
 

@@ -191,7 +191,7 @@ def test_methods_and_granularities_have_curves_of_their_own_beside_random_ones(c
         save("wanda", UP_PROJ, 1, method="wanda", rule=None, relevance=None, target=None),
         save("lrp-1", UP_PROJ, 2),
         save("signed", UP_PROJ, 3, relevance="signed"),
-        save("heads", O_PROJ, 4, targets=["o_proj"]),
+        save("heads", O_PROJ, 4, layers=["o_proj"]),
         save("weights", WEIGHTS, 5),
     ]
     results = find(checkpoint, paths, num_random=2)

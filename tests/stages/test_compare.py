@@ -45,7 +45,7 @@ def write_lists() -> None:
         own = random_scores(20 + i)
         scores = {key: own[key] if name == "three" else 0.2 * own[key] + alike[key] for key in own}
         behavior = save_scores(f"{name}.safetensors", scores)
-        Pruning(general, behavior, num_neurons=8, min_strength=-1e9).prune(Path(name))
+        Pruning(general, behavior, num_neurons=8, min_differential_strength=-1e9).prune(Path(name))
 
 
 def compare(*args: Any, **options: Any) -> dict[str, Any]:
@@ -228,11 +228,11 @@ def test_a_score_file_that_was_written_over_is_refused(pruned):
     assert not (OUT / COMPARISON).exists()
 
 
-@pytest.mark.parametrize("change", ["checkpoint_fingerprint", "targets"])
+@pytest.mark.parametrize("change", ["checkpoint_fingerprint", "layers"])
 def test_lists_of_another_checkpoint_or_layer_are_refused(pruned, change):
     general = [save_scores("general.safetensors", random_scores(0), **{change: "other"})]
     behavior = save_scores("behavior.safetensors", random_scores(1), **{change: "other"})
-    Pruning(general, behavior, num_neurons=8, min_strength=-1e9).prune(Path("other"))
+    Pruning(general, behavior, num_neurons=8, min_differential_strength=-1e9).prune(Path("other"))
     with pytest.raises(
         ValueError, match=rf"not of the same neurons: {change} is .* in one/neurons.json but 'other' in"
     ):

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, ShardWriter, WeightScores
 from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.cli import main
-from sparc3_lightning.models.architectures import find_targets
+from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.selection.sparsity import global_masks, global_threshold, prune_mask
 from sparc3_lightning.stages.compress import SPARSITY, Compression, Ranking, zero_
@@ -26,8 +26,8 @@ OUT, EXPORT = Path("out"), Path("sparse")
 def make_scores(tiny_checkpoint):
     """Return what writes an index of scores of weights of the tiny checkpoint, and returns its path."""
     model = load_model(tiny_checkpoint, torch.float32)
-    shapes = {name: list(layer.weight.shape) for name, layer in find_targets(model, ["all"]).items()}
-    spec = ScoreSpec("lrp", "attnlrp", "signed", targets=["all"], dtype="float32", granularity="weight")
+    shapes = {name: list(layer.weight.shape) for name, layer in find_layers(model, ["all"]).items()}
+    spec = ScoreSpec("lrp", "attnlrp", "signed", layers=["all"], dtype="float32", granularity="weight")
     of = Provenance(tiny_checkpoint, Checkpoint(tiny_checkpoint).fingerprint, spec, {}, "d", 1, 2, 3, 0)
 
     def make(seed: int, changes: dict[str, Any] | None = None, **more: Tensor) -> Path:
@@ -107,7 +107,7 @@ def test_none_and_all_of_the_weights_can_be_pruned_and_the_embeddings_stay(
 ):
     Compression([make_scores(0)], EXPORT, sparsity, "global").compress(OUT)
     model = AutoModelForCausalLM.from_pretrained(EXPORT)
-    layers = find_targets(model, ["all"])
+    layers = find_layers(model, ["all"])
     assert {float((layer.weight == 0).float().mean()) for layer in layers.values()} == {share}
     assert model.get_input_embeddings().weight.all()
     assert model.get_output_embeddings().weight.all()

@@ -390,7 +390,7 @@ def test_a_model_that_gives_nan_counts_as_failed_and_never_as_harmless(tiny_chec
     assert toxic(results, "baseline")["behavior_mean"] == pytest.approx(sum(sum(of) / len(of) for of in scored) / 8)
 
 
-# With everything that can be asked for: controls, doses, strengths, a second scorer, and prompts of both kinds.
+# With everything that can be asked for: controls, doses, dampings, a second scorer, and prompts of both kinds.
 
 
 class Whole(NamedTuple):
@@ -428,7 +428,7 @@ TOXIC, NONTOXIC = PROMPTS[2:], MILD[1:]  # the others were attributed on
 def run_everything(checkpoint: str, folder: str, batch_size: int = 4) -> Whole:
     used = {"sample_ids": [prompt_id(text) for text in [*PROMPTS[:2], MILD[0], "of another file"]]}
     neurons = save_neurons(checkpoint, PRUNED, used, next=NEXT, least_relevant=LEAST)
-    options = {"doses": [2, 5, 9], "strengths": [1.0, 0.5], "controls": Controls(2, 1)}
+    options = {"doses": [2, 5, 9], "dampings": [1.0, 0.5], "controls": Controls(2, 1)}
     model = evaluation(checkpoint, neurons, num_continuations=2, second_scorer="toy_scorers:letters", **options)
     results = run(model, data(batch_size, num_nontoxic=3, nontoxic_source="mild.jsonl"), folder)
     return Whole(model, results, completions(folder), Path(folder).absolute())
@@ -506,7 +506,7 @@ def test_perplexity_and_divergence_of_every_model_are_those_of_a_slow_loop_with_
                 found.append(logits.double().log_softmax(dim=1)[-window.num_scored - 1 : -1])
         return found
 
-    targets = torch.cat(
+    layers = torch.cat(
         [of.text.input_ids[w.end - w.num_scored : w.end] for w in of.text.windows if w.convention == "sliding"]
     )
     points = {point["name"]: point for point in whole.results["doses"]}
@@ -515,16 +515,16 @@ def test_perplexity_and_divergence_of_every_model_are_those_of_a_slow_loop_with_
     assert set(points) == {*DOSES, *CONTROLS}
     with torch.no_grad():
         before = torch.cat(logs())
-        perplexity = before.gather(1, targets.unsqueeze(1)).mean().neg().exp().item()
+        perplexity = before.gather(1, layers.unsqueeze(1)).mean().neg().exp().item()
         assert perplexity_of(whole.results, "baseline") == pytest.approx(perplexity, rel=1e-5)
         for name, point in points.items():
-            dose, strength = DOSES.get(name, (5, 1.0))
+            dose, damping = DOSES.get(name, (5, 1.0))
             off = (PRUNED + NEXT)[:dose] if name in DOSES else whole.model.off[name]
-            with mask(model, off, strength):
+            with mask(model, off, damping):
                 after = torch.cat(logs())
-            expected = after.gather(1, targets.unsqueeze(1)).mean().neg().exp().item()
+            expected = after.gather(1, layers.unsqueeze(1)).mean().neg().exp().item()
             divergence = (before.exp() * (before - after)).sum(dim=1).mean().item()
-            assert (point["num_neurons"], point["strength"]) == (dose, strength)
+            assert (point["num_neurons"], point["damping"]) == (dose, damping)
             assert point["perplexity"] == pytest.approx(expected, rel=1e-5)
             assert point["perplexity_percent"]["value"] == pytest.approx(100 * (expected / perplexity - 1), rel=1e-3)
             assert divergence > 1e-4
@@ -579,7 +579,7 @@ def test_controls_are_compared_on_the_continuations_that_they_have_too(whole):
 
 def test_doses_and_strengths_are_in_the_results_and_the_same_in_doses_csv(whole):
     found = whole.results["doses"]
-    assert {point["name"]: (point["num_neurons"], point["strength"]) for point in found} == DOSES
+    assert {point["name"]: (point["num_neurons"], point["damping"]) for point in found} == DOSES
     before = whole.mean("baseline", TOXIC)
     for point in found:
         effect = point["effect"]
@@ -589,13 +589,13 @@ def test_doses_and_strengths_are_in_the_results_and_the_same_in_doses_csv(whole)
         next(p for p in found if p["name"] == "pruned")["effect"] == whole.results["effects"]["toxic"]["behavior_mean"]
     )
     rows = list(csv.DictReader((whole.folder / "doses.csv").read_text().splitlines()))
-    assert [(int(row["num_neurons"]), float(row["strength"])) for row in rows] == [
+    assert [(int(row["num_neurons"]), float(row["damping"])) for row in rows] == [
         *((dose, 1.0) for dose in (2, 5, 9)),
         *((dose, 0.5) for dose in (2, 5, 9)),
     ]
-    by_dose = {(point["num_neurons"], point["strength"]): point for point in found}
+    by_dose = {(point["num_neurons"], point["damping"]): point for point in found}
     for row in rows:
-        point = by_dose[int(row["num_neurons"]), float(row["strength"])]
+        point = by_dose[int(row["num_neurons"]), float(row["damping"])]
         for column in ("perplexity", "kl"):
             assert float(row[column]) == point[column]
         assert float(row["behavior_mean"]) == point["effect"]["after"]
@@ -882,7 +882,7 @@ def test_continuations_of_a_run_that_told_toxic_prompts_apart_are_of_the_one_gro
         ({"controls": Controls(2, 1)}, "models"),
         ({"controls": Controls(1, 2)}, "models"),
         ({"doses": [3]}, "models"),
-        ({"strengths": [0.5]}, "models"),
+        ({"dampings": [0.5]}, "models"),
         ({"second_scorer": "small"}, "scorers"),
         ({"temperature": 0.9}, "sampling"),
     ],
@@ -1063,9 +1063,9 @@ def test_options_that_make_no_sense_are_refused_at_once(tiny_checkpoint, options
         ),
         ({"doses": [0, 3]}, r"--model.doses must be different numbers above 0, got \[0, 3\]"),
         ({"doses": [3, 3]}, r"--model.doses must be different numbers above 0, got \[3, 3\]"),
-        ({"doses": [3], "strengths": [0.0]}, r"--model.strengths must be above 0 and at most 1, got \[0.0\]"),
-        ({"doses": [3], "strengths": [0.5, 1.5]}, r"--model.strengths must be above 0 and at most 1"),
-        ({"doses": [3], "strengths": []}, r"--model.strengths must be above 0 and at most 1, got \[\]"),
+        ({"doses": [3], "dampings": [0.0]}, r"--model.dampings must be above 0 and at most 1, got \[0.0\]"),
+        ({"doses": [3], "dampings": [0.5, 1.5]}, r"--model.dampings must be above 0 and at most 1"),
+        ({"doses": [3], "dampings": []}, r"--model.dampings must be above 0 and at most 1, got \[\]"),
         ({"controls": Controls(1, 0)}, r"--model.controls.num_continuations must be at least 1, got 0"),
     ],
 )

@@ -52,7 +52,7 @@ def write_inputs(folder: Path, checkpoint: str) -> Path:
             "class_path": "sparc3_lightning.data.ToxicPrompts",
             "init_args": {"source": "prompts.jsonl", "min_toxicity": 0.5, "num_samples": 5},
         },
-        "prune": {"num_neurons": 6, "min_strength": -1000.0},
+        "prune": {"num_neurons": 6, "min_differential_strength": -1000.0},
         "evaluate": {
             "scorer": "small",
             "sampling": {"max_new_tokens": 5, "temperature": 1.0},
@@ -280,7 +280,7 @@ def test_prompts_used_as_general_samples_are_not_evaluated_on_either(verbs_run):
 
 
 def test_the_behaviour_can_be_attributed_by_other_options(verbs_run):
-    options = ("--model.behavior_attribute", "{target: text, relevance: signed}", "--prune.selection", "ratio")
+    options = ("--model.behavior_attribute", "{target: text, relevance: signed}", "--prune.criterion", "ratio")
     _, folder = run("--attribute.method", "gradient", "--attribute.relevance", "squared", *options)
     assert verbs_run == ALL
     stages = json.loads((folder / "experiment.json").read_text())["stages"]
@@ -305,7 +305,7 @@ def test_an_unknown_option_for_the_behaviour_is_refused_before_any_stage(due, gi
 
 def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(due):
     with pytest.raises(ValueError, match=r"--attribute\.granularity must be neuron or weight"):
-        due("--attribute.granularity", "head", "--attribute.targets", "[o_proj]", run_stage=must_not_run)
+        due("--attribute.granularity", "head", "--attribute.layers", "[o_proj]", run_stage=must_not_run)
     with pytest.raises(ValueError, match=r"--prune\.granularity weight .*--attribute\.granularity weight"):
         due("--prune.granularity", "weight", run_stage=must_not_run)
 
@@ -325,15 +325,15 @@ def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(due):
         (["--evaluate.controls.num_draws", "-1"], r"--evaluate\.controls\.num_draws must be at least 0"),
         (["--evaluate.doses", "[3, 11]", "--prune.num_ranked", "10"], r"--evaluate\.doses .* --prune\.num_ranked 11\."),
         (["--evaluate.doses", "[3, 3]"], r"--evaluate\.doses must be different"),
-        (["--evaluate.doses", "[3]", "--evaluate.strengths", "[2]"], r"--evaluate\.strengths must be above 0"),
-        (["--evaluate.strengths", "[0.5]"], r"--evaluate\.strengths \[0.5\] is for --evaluate\.doses"),
+        (["--evaluate.doses", "[3]", "--evaluate.dampings", "[2]"], r"--evaluate\.dampings must be above 0"),
+        (["--evaluate.dampings", "[0.5]"], r"--evaluate\.dampings \[0.5\] is for --evaluate\.doses"),
         (
             ["--evaluate.zero_shot.tasks", "[mine]", "--evaluate.zero_shot.folder", "nowhere"],
             r"--evaluate\.zero_shot\.folder: nowhere is no folder",
         ),
         (
-            ["--prune.strengths", "[0.5, 1]"],
-            r"Several --prune\.strengths.* need --prune\.budget\.max_perplexity_increase",
+            ["--prune.dampings", "[0.5, 1]"],
+            r"Several --prune\.dampings.* need --prune\.budget\.max_perplexity_increase",
         ),
         (["--prune.export", "general.txt"], r"--prune\.export: general.txt exists already"),
         (
@@ -352,7 +352,7 @@ def test_what_a_later_stage_would_refuse_is_refused_before_any_stage_and_by_the_
 
 
 def test_doses_and_strengths_that_the_pruning_will_list_are_planned(due):
-    assert due("--evaluate.doses", "[10]", "--evaluate.strengths", "[1, 0.5]", "--prune.num_ranked", "10") == ALL
+    assert due("--evaluate.doses", "[10]", "--evaluate.dampings", "[1, 0.5]", "--prune.num_ranked", "10") == ALL
     due("--evaluate.doses", "[12]", "--prune.num_neurons", "12", "--prune.num_ranked", "10")
 
 

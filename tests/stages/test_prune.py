@@ -109,7 +109,7 @@ def test_the_least_relevant_neurons_are_those_of_the_smallest_general_score_that
         for i in range(2)
     ]
     behavior = save_scores("signed.safetensors", {name: score - 0.6 for name, score in random_scores(9).items()})
-    found = Pruning(general, behavior, num_neurons=4, min_strength=-1e9).prune(OUT)
+    found = Pruning(general, behavior, num_neurons=4, min_differential_strength=-1e9).prune(OUT)
     pruned = {(neuron.module, neuron.index) for neuron in found.neurons}
     expected = []
     for module in dict.fromkeys(neuron.module for neuron in found.neurons):
@@ -143,13 +143,13 @@ def test_other_selections_take_sides_of_another_target_and_need_no_strength(file
     general, _ = files
     behavior = save_scores("other.safetensors", random_scores(9, 2.0), target="lexicon", relevance="signed")
     options = {"top_behavior": 0.5, "top_general": 0.25, "num_neurons": 5, "num_ranked": 9}
-    neurons = Pruning(general, behavior, selection=selection, **options).prune(Path("out"))
+    neurons = Pruning(general, behavior, criterion=selection, **options).prune(Path("out"))
     mean = {name: (random_scores(0)[name] + random_scores(1)[name]) / 2 for name in MODULES}
     shares = (0.5, 0.25) if selection == "set_difference" else ()
     ranked = getattr(selections, selection)(mean, random_scores(9, 2.0), *shares)
     assert [(n.module, n.index) for n in neurons.neurons] == [(n.module, n.index) for n in select_neurons(ranked, 5)]
     assert len(neurons.next) == 4
-    assert neurons.provenance["selection"] == selection
+    assert neurons.provenance["criterion"] == selection
     found = json.loads(Path("out/selection.json").read_text())
     assert found["differential_strength_percent"] is None
     assert found["num_candidates"] == 48
@@ -177,7 +177,7 @@ def sides() -> tuple[list[Path], Path]:
 @pytest.mark.parametrize("selection", ["auroc", "weighted_difference"])
 def test_selections_by_activation_read_those_of_all_seeds_beside_their_scores(sides, selection):
     general, behavior = sides
-    found = Pruning(general, behavior, selection=selection, num_neurons=6, num_ranked=9).prune(OUT)
+    found = Pruning(general, behavior, criterion=selection, num_neurons=6, num_ranked=9).prune(OUT)
     parts = [Activations.load(path.parent / ACTIVATIONS).rows for path in (*general, behavior)]
     ours = {name: torch.cat([part[name] for part in parts[:2]]) for name in MODULES}
     area = {name: selections.auroc(ours[name], parts[2][name]) for name in MODULES}
@@ -188,15 +188,15 @@ def test_selections_by_activation_read_those_of_all_seeds_beside_their_scores(si
     expected = select_neurons(ranked, 9)
     assert [(n.module, n.index) for n in found.neurons + found.next] == [(n.module, n.index) for n in expected]
     assert [n.score for n in found.neurons + found.next] == pytest.approx([n.score for n in expected])
-    assert found.provenance["selection"] == selection
+    assert found.provenance["criterion"] == selection
     (behavior.parent / ACTIVATIONS).unlink()
     with pytest.raises(FileNotFoundError, match=r"behavior/activations\.safetensors .*--model\.activations true"):
-        Pruning(general, behavior, selection=selection, num_neurons=6).prune(Path("without"))
+        Pruning(general, behavior, criterion=selection, num_neurons=6).prune(Path("without"))
 
 
 def test_neurons_can_be_held_at_their_mean_over_the_tokens_of_each_seed_averaged_over_the_seeds(sides):
     general, behavior = sides
-    found = Pruning(general, behavior, replacement="mean", num_neurons=4, num_ranked=8).prune(OUT)
+    found = Pruning(general, behavior, ablation="mean", num_neurons=4, num_ranked=8).prune(OUT)
     for neuron in found.neurons + found.next + found.least_relevant:  # the last are for control, so like for like
         means = []
         for path in general:
@@ -204,8 +204,8 @@ def test_neurons_can_be_held_at_their_mean_over_the_tokens_of_each_seed_averaged
             of_samples = activations.rows[neuron.module][:, neuron.index].tolist()
             total = sum(n * value for n, value in zip(activations.num_tokens, of_samples, strict=True))
             means.append(total / sum(activations.num_tokens))
-        assert neuron.constant == pytest.approx(sum(means) / 2)
-    assert found.provenance["replacement"] == "mean"
+        assert neuron.mean == pytest.approx(sum(means) / 2)
+    assert found.provenance["ablation"] == "mean"
     assert NeuronList.load(OUT / NEURONS) == found
 
 
@@ -215,44 +215,44 @@ def test_means_that_a_checkpoint_has_no_place_for_are_refused_before_neurons_are
     of = {"checkpoint": checkpoint, "checkpoint_fingerprint": Checkpoint(checkpoint).fingerprint}
     sides = save_side("general", 0, 7, **of), save_side("behavior", 9, 6, 0.5, **of)
     # There are 48 neurons, so that to select 49 is refused too, but only after they are ranked.
-    pruning = Pruning(sides[:1], sides[1], replacement="mean", num_neurons=49, export=Path("pruned"))
-    with pytest.raises(ValueError, match=rf"'{family}' has no bias .* --model\.replacement zero"):
+    pruning = Pruning(sides[:1], sides[1], ablation="mean", num_neurons=49, export=Path("pruned"))
+    with pytest.raises(ValueError, match=rf"'{family}' has no bias .* --model\.ablation zero"):
         pruning.prune(OUT)
 
 
 def test_means_are_exported_where_a_checkpoint_has_a_place_for_them(tiny_checkpoint):
     of = {"checkpoint": tiny_checkpoint, "checkpoint_fingerprint": Checkpoint(tiny_checkpoint).fingerprint}
     sides = save_side("general", 0, 7, **of), save_side("behavior", 9, 6, 0.5, **of)
-    Pruning(sides[:1], sides[1], replacement="mean", num_neurons=4, export=Path("pruned")).prune(OUT)
+    Pruning(sides[:1], sides[1], ablation="mean", num_neurons=4, export=Path("pruned")).prune(OUT)
     assert (OUT / NEURONS).is_file()
     assert AutoModelForCausalLM.from_pretrained("pruned").config.mlp_bias
 
 
 def test_what_the_behaviour_shares_with_samples_without_it_is_subtracted_first(files):
     general, behavior = files
-    contrast = save_scores("contrast.safetensors", random_scores(5, 0.3), sample_ids=["harmless"])
-    found = Pruning(general, behavior, contrast=contrast, num_neurons=7).prune(OUT)
+    harmless = save_scores("harmless.safetensors", random_scores(5, 0.3), sample_ids=["harmless"])
+    found = Pruning(general, behavior, harmless=harmless, num_neurons=7).prune(OUT)
     less = {name: random_scores(9, 0.5)[name] - random_scores(5, 0.3)[name] for name in MODULES}
     expected = strongest_by_hand([random_scores(0), random_scores(1)], less, 7)
     assert [(neuron.module, neuron.index) for neuron in found.neurons] == [(name, i) for _, name, i in expected]
     assert [neuron.score for neuron in found.neurons] == pytest.approx([score for score, _, _ in expected], abs=1e-6)
-    assert found.provenance["contrast"]["path"] == str(contrast)
+    assert found.provenance["harmless"]["path"] == str(harmless)
     assert set(found.provenance["sample_ids"]) == {"p1", "p2", "document-0", "document-1", "harmless"}
 
 
 def test_a_contrast_of_another_target_or_without_a_place_in_the_selection_is_refused(files):
     general, behavior = files
-    contrast = save_scores("contrast.safetensors", random_scores(5), target="lexicon")
-    with pytest.raises(ValueError, match=r"do not belong together: target .*contrast\.safetensors"):
-        Pruning(general, behavior, contrast=contrast, selection="ratio", num_neurons=5).prune(OUT)
-    with pytest.raises(ValueError, match=r"--model\.contrast .*--model\.selection auroc"):
-        Pruning(general, behavior, contrast=contrast, selection="auroc")
+    harmless = save_scores("harmless.safetensors", random_scores(5), target="lexicon")
+    with pytest.raises(ValueError, match=r"do not belong together: target .*harmless\.safetensors"):
+        Pruning(general, behavior, harmless=harmless, criterion="ratio", num_neurons=5).prune(OUT)
+    with pytest.raises(ValueError, match=r"--model\.harmless .*--model\.criterion auroc"):
+        Pruning(general, behavior, harmless=harmless, criterion="auroc")
 
 
 def test_a_selection_that_leaves_too_few_neurons_is_refused_and_nothing_is_written(files):
     general, behavior = files
     with pytest.raises(ValueError, match=r"leaves only \d+ of 48: raise --model.top_behavior"):
-        Pruning(general, behavior, selection="set_difference", num_neurons=5).prune(Path("out"))
+        Pruning(general, behavior, criterion="set_difference", num_neurons=5).prune(Path("out"))
     assert not Path("out", "neurons.json").exists()
     for shares in ({"top_behavior": 0.0}, {"top_behavior": 1.1}, {"top_general": 1.0}, {"top_general": -0.1}):
         with pytest.raises(ValueError, match=r"--model.top_behavior must be in \(0, 1\]"):
@@ -264,7 +264,7 @@ def test_a_selection_is_one_row_of_the_table(files, monkeypatch):
     toy: Any = "behavior_alone"
     criterion = Criterion(lambda sides: {name: -score for name, score in sides.behavior.items()})
     monkeypatch.setitem(CRITERIA, toy, criterion)
-    found = Pruning(*files, selection=toy, num_neurons=3).prune(OUT)
+    found = Pruning(*files, criterion=toy, num_neurons=3).prune(OUT)
     assert found.neurons == select_neurons({name: -score for name, score in random_scores(9, 0.5).items()}, 3)
 
 
@@ -295,7 +295,9 @@ def weak_files() -> tuple[list[Path], Path]:
 
 
 def test_a_weak_differential_is_a_warning_by_default():
-    with pytest.warns(UserWarning, match=r"differential strength is 5\.0 %, below --model.min_strength 15\.0 %"):
+    with pytest.warns(
+        UserWarning, match=r"differential strength is 5\.0 %, below --model.min_differential_strength 15\.0 %"
+    ):
         Pruning(*weak_files(), num_neurons=3).prune(OUT)
     assert (OUT / NEURONS).is_file()
 
@@ -309,7 +311,7 @@ def test_a_weak_differential_can_be_an_error_and_then_nothing_is_written():
 @pytest.mark.filterwarnings("error")
 def test_the_least_strength_is_an_option_and_no_warning_comes_above_it():
     general, behavior = weak_files()
-    Pruning(general, behavior, num_neurons=3, min_strength=4.9, weak="error").prune(OUT)
+    Pruning(general, behavior, num_neurons=3, min_differential_strength=4.9, weak="error").prune(OUT)
 
 
 def test_general_scores_that_sum_to_zero_are_weak_rather_than_a_crash():
@@ -344,7 +346,7 @@ def test_no_general_file_is_refused(files):
         {"method": "wanda"},
         {"rule": "cp_lrp"},
         {"relevance": "signed"},
-        {"targets": ["gate_proj"]},
+        {"layers": ["gate_proj"]},
         {"dtype": "bfloat16"},
     ],
     ids=lambda change: next(iter(change)),
@@ -374,7 +376,7 @@ def test_scores_of_rows_that_are_no_neurons_are_refused(layer):
     names = (MODULES[0], f"model.layers.1.{layer}")
     one, other = (save_scores(f"{i}.safetensors", {name: torch.rand(24) for name in names}) for i in range(2))
     with pytest.raises(ValueError, match=rf"The rows of {layer.rpartition('.')[2]} are no neurons .*granularity head"):
-        Pruning([one], other, num_neurons=3, min_strength=-100).prune(OUT)
+        Pruning([one], other, num_neurons=3, min_differential_strength=-100).prune(OUT)
     assert not list(OUT.iterdir())
 
 
@@ -382,7 +384,7 @@ def test_neurons_that_are_scored_by_two_of_their_rows_are_refused():
     names = [f"model.layers.{i}.mlp.{layer}" for i in range(2) for layer in ("gate_proj", "up_proj")]
     one, other = (save_scores(f"{i}.safetensors", {name: torch.rand(24) for name in names}) for i in range(2))
     with pytest.raises(ValueError, match=r"The neurons of model.layers.0.mlp are scored twice"):
-        Pruning([one], other, num_neurons=3, min_strength=-100).prune(OUT)
+        Pruning([one], other, num_neurons=3, min_differential_strength=-100).prune(OUT)
     assert not list(OUT.iterdir())
 
 

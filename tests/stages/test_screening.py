@@ -46,7 +46,7 @@ def config(tmp_path, tiny_checkpoint) -> None:
             "init_args": {"source": "general.txt", "num_samples": 4, "seq_len": 16},
         },
         "behavior": {"class_path": f"{data}ToxicPrompts", "init_args": {**chosen, "num_samples": 6}},
-        "prune": {"num_neurons": 6, "min_strength": -1000.0},
+        "prune": {"num_neurons": 6, "min_differential_strength": -1000.0},
         "evaluate": {
             "scorer": "repetition",
             "behavior": "repetition",
@@ -133,7 +133,7 @@ def test_screening_measures_the_model_as_it_is_by_the_first_scorer_and_one_windo
         "controls": {"num_draws": 5, "num_continuations": 5},
         "zero_shot": {"tasks": ["piqa"], "limit": 7},
     }
-    evaluate |= {"doses": [10], "strengths": [0.5]}
+    evaluate |= {"doses": [10], "dampings": [0.5]}
     options = {"evaluate": evaluate, "data": {"text": text, "prompts": "P", "pairs": "Q"}, "screen": "S"}
     found = screening(options, {"checkpoint": "c"})
     assert found["model"] == {
@@ -141,7 +141,7 @@ def test_screening_measures_the_model_as_it_is_by_the_first_scorer_and_one_windo
         "second_scorer": None,
         "controls": {"num_draws": 0},
         "doses": [],
-        "strengths": [1.0],
+        "dampings": [1.0],
         "zero_shot": {"tasks": []},
         "neurons": None,
         "checkpoint": "c",

@@ -1,4 +1,4 @@
-"""The verb sweep: one model load, one baseline, a point for each number of neurons and strength."""
+"""The verb sweep: one model load, one baseline, a point for each number of neurons and damping."""
 
 import base64
 import csv
@@ -32,7 +32,7 @@ from sparc3_lightning.stages.sweep import Sweep
 
 MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 LOGS = Path("lightning_logs/sweep")
-COLUMNS = ["selection", "num_neurons", "strength", "perplexity", "behavior_mean", "kl"]
+COLUMNS = ["selection", "num_neurons", "damping", "perplexity", "behavior_mean", "kl"]
 COLUMNS += [f"{of}_percent{end}" for of in ("perplexity", "behavior") for end in ("", "_low", "_high")]
 
 
@@ -64,7 +64,7 @@ def write_inputs(tiny_checkpoint: str) -> None:
         "checkpoint_fingerprint": Checkpoint(tiny_checkpoint).fingerprint,
         "seq_len": 10,
     }
-    of |= {"spec": ScoreSpec("lrp", "attnlrp", "magnitude", targets=["up_proj"], dtype="float32")}
+    of |= {"spec": ScoreSpec("lrp", "attnlrp", "magnitude", layers=["up_proj"], dtype="float32")}
     of |= {"data": {}, "data_fingerprint": "d", "num_samples": 1, "num_tokens": 9, "seed": 0, "sample_ids": ["p"]}
     for seed, name in enumerate(("general", "behavior")):
         draw = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def write_inputs(tiny_checkpoint: str) -> None:
         ScoreFile(scores, Provenance(**of)).save(Path(f"{name}.safetensors"))
     scores = [Path("general.safetensors")], Path("behavior.safetensors")
     Pruning(*scores, num_neurons=5, num_ranked=12).prune(Path("pruned"))
-    Pruning(*scores, selection="ratio", num_neurons=7, num_ranked=12).prune(Path("other"))
+    Pruning(*scores, criterion="ratio", num_neurons=7, num_ranked=12).prune(Path("other"))
     Path("text.txt").write_text("\n".join(sentence(i, 20) for i in range(6)) + "\n")
     rows = [{"text": sentence(100 + i, 3 + i % 7), "toxicity": 0.95} for i in range(8)]
     Path("prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -101,11 +101,11 @@ def test_a_sweep_loads_one_model_and_measures_one_baseline_and_a_point_per_dose_
     loads = []
     monkeypatch.setattr(evaluate, "load_for", lambda *of: loads.append(of) or load_for(*of))
     with caplog.at_level("INFO"):
-        results, folder = sweep("--model.doses", "[2, 5, 12]", "--model.strengths", "[1.0, 0.5]")
+        results, folder = sweep("--model.doses", "[2, 5, 12]", "--model.dampings", "[1.0, 0.5]")
     assert folder == LOGS / "version_0"
     assert len(loads) == 1
-    grid = [(dose, strength) for strength in (1.0, 0.5) for dose in (2, 5, 12)]
-    assert sorted((point["num_neurons"], point["strength"]) for point in results["doses"]) == sorted(grid)
+    grid = [(dose, damping) for damping in (1.0, 0.5) for dose in (2, 5, 12)]
+    assert sorted((point["num_neurons"], point["damping"]) for point in results["doses"]) == sorted(grid)
     lines = (folder / "completions.jsonl").read_text().splitlines()
     times = Counter(json.loads(line)["model"] for line in lines)
     models = {"baseline", "pruned", "top_2_1", "top_12_1", "top_2_0.5", "top_5_0.5", "top_12_0.5"}
@@ -113,10 +113,10 @@ def test_a_sweep_loads_one_model_and_measures_one_baseline_and_a_point_per_dose_
     assert results["controls"] == {}
     rows = list(csv.DictReader((folder / "doses.csv").read_text().splitlines()))
     assert list(rows[0]) == COLUMNS
-    assert [(int(row["num_neurons"]), float(row["strength"])) for row in rows] == grid
-    by_place = {(point["num_neurons"], point["strength"]): point for point in results["doses"]}
+    assert [(int(row["num_neurons"]), float(row["damping"])) for row in rows] == grid
+    by_place = {(point["num_neurons"], point["damping"]): point for point in results["doses"]}
     for row in rows:
-        point = by_place[int(row["num_neurons"]), float(row["strength"])]
+        point = by_place[int(row["num_neurons"]), float(row["damping"])]
         for column in ("perplexity", "kl"):
             assert float(row[column]) == point[column]
         assert float(row["behavior_mean"]) == point["effect"]["after"]
@@ -134,7 +134,7 @@ def test_a_sweep_loads_one_model_and_measures_one_baseline_and_a_point_per_dose_
 
 def test_the_points_are_those_of_evaluations_of_their_own(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
-    results, _ = sweep("--model.doses", "[9]", "--model.strengths", "[1.0]")
+    results, _ = sweep("--model.doses", "[9]", "--model.dampings", "[1.0]")
     listed = NeuronList.load(Path("pruned/neurons.json"))
     nine = listed.neurons + listed.next[:4]
     NeuronList(nine, listed.provenance).save(Path("nine.json"))
@@ -149,20 +149,20 @@ def test_the_points_are_those_of_evaluations_of_their_own(tiny_checkpoint, monke
 def test_the_saved_config_of_a_sweep_repeats_it_and_names_every_option(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     first, folder = sweep(
-        "--model.doses", "[3]", "--model.strengths", "[0.5]", "--model.sampling.num_continuations", "2"
+        "--model.doses", "[3]", "--model.dampings", "[0.5]", "--model.sampling.num_continuations", "2"
     )
     saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]
-    assert (saved["doses"], saved["strengths"], saved["controls"]["num_draws"]) == ([3], [0.5], 0)
+    assert (saved["doses"], saved["dampings"], saved["controls"]["num_draws"]) == ([3], [0.5], 0)
     assert (saved["sampling"]["num_continuations"], saved["sampling"]["protocol"]) == (2, "short")
     config = first["config"]["model"]
-    assert {"doses", "strengths", "controls", "sampling", "scorer", "neurons", "checkpoint"} <= set(config)
+    assert {"doses", "dampings", "controls", "sampling", "scorer", "neurons", "checkpoint"} <= set(config)
     done = main(["sweep", "--config", str(folder / "config.yaml"), "--trainer.logger.init_args.version", "9"])
     assert json.loads(Path(done.trainer.log_dir, "results.json").read_text()) == first
 
 
 def test_controls_can_be_measured_beside_the_doses(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
-    results, _ = sweep("--model.doses", "[2]", "--model.strengths", "[1.0]", "--model.controls.num_draws", "1")
+    results, _ = sweep("--model.doses", "[2]", "--model.dampings", "[1.0]", "--model.controls.num_draws", "1")
     assert list(results["controls"]) == ["random", "least_relevant", "largest_weights"]
     assert [point["name"] for point in results["doses"]] == ["pruned", "top_2_1"]
 
@@ -190,7 +190,7 @@ def test_a_dose_larger_than_neurons_json_lists_is_an_error_that_says_how_to_list
 
 
 def test_the_largest_dose_that_is_listed_is_measured(monkeypatch):
-    model = Sweep("tiny", Path("pruned/neurons.json"), doses=[12], strengths=[1.0], scorer="small")
+    model = Sweep("tiny", Path("pruned/neurons.json"), doses=[12], dampings=[1.0], scorer="small")
     assert isinstance(model, Evaluation)
     assert [variant.name for variant in model.variants] == ["baseline", "pruned", "top_12_1"]
 
@@ -200,8 +200,8 @@ def test_by_default_ten_to_a_thousand_neurons_are_switched_off_and_damped_withou
     more = [neuron for name in MODULES for neuron in [type(listed.next[0])(name, i, 0.0) for i in range(24, 1024)]]
     NeuronList(listed.neurons, listed.provenance, more).save(Path("long.json"))
     model = Sweep("tiny", Path("long.json"), scorer="small")
-    grid = [(variant.num_neurons, variant.strength) for variant in model.variants if variant.kind == "dose"]
-    assert grid == [(dose, strength) for strength in (1.0, 0.5) for dose in (10, 30, 100, 300, 1000)]
+    grid = [(variant.num_neurons, variant.damping) for variant in model.variants if variant.kind == "dose"]
+    assert grid == [(dose, damping) for damping in (1.0, 0.5) for dose in (10, 30, 100, 300, 1000)]
     assert {variant.kind for variant in model.variants} == {"baseline", "pruned", "dose"}
 
 
@@ -250,7 +250,7 @@ def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike():
 
 def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other_prompts(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
-    grid = ["--model.neurons", LISTS, "--model.doses", "[2, 12]", "--model.strengths", "[1, 0.5]"]
+    grid = ["--model.neurons", LISTS, "--model.doses", "[2, 12]", "--model.dampings", "[1, 0.5]"]
     results, _ = sweep(*grid)
     rises = sorted(point["perplexity_percent"]["value"] / 100 for point in results["doses"])
     budget = rises[len(rises) // 2]
@@ -264,7 +264,7 @@ def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other
     assert [(neuron.module, neuron.index) for neuron in chosen.neurons + chosen.next] == places
     off = chosen.neurons
     assert len(off) == best["num_neurons"]
-    assert {neuron.strength for neuron in off} == {best["strength"]}
+    assert {neuron.damping for neuron in off} == {best["damping"]}
     assert chosen.least_relevant == [n for n in source.least_relevant if (n.module, n.index) not in places[: len(off)]]
     assert chosen.provenance["chosen"]["name"] == best["name"]
     rows = [json.loads(line)["text"] for line in Path("prompts.jsonl").read_text().splitlines()]
@@ -279,9 +279,9 @@ def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other
 
 def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path):
     listed = NeuronList.load(Path("pruned/neurons.json"))
-    every = [replace(neuron, strength=0.5) for neuron in listed.neurons + listed.next]
+    every = [replace(neuron, damping=0.5) for neuron in listed.neurons + listed.next]
     NeuronList(every[:5], listed.provenance, every[5:]).save(Path("damped.json"))
-    module = Sweep("tiny", Path("damped.json"), doses=[2], strengths=[0.25], scorer="small")
+    module = Sweep("tiny", Path("damped.json"), doses=[2], dampings=[0.25], scorer="small")
     change = Interval(-1.0, -2.0, -0.5)
     effect = Difference(0.2, 0.1, change, change, 9, 0, 0, 0.0, 0.0)
     best = Dose("top_2_0.25", "", 2, 0.25, 9.0, change, 0.1, effect, [], None)
@@ -292,7 +292,7 @@ def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path)
     chosen = NeuronList.load(tmp_path / "chosen/neurons.json")
     assert [n.key for n in chosen.neurons + chosen.next] == [n.key for n in every]
     assert len(chosen.neurons) == 2
-    assert {neuron.strength for neuron in chosen.neurons + chosen.next} == {0.125}
+    assert {neuron.damping for neuron in chosen.neurons + chosen.next} == {0.125}
 
 
 def test_nothing_is_chosen_where_nothing_is_within_the_price(caplog, monkeypatch):
