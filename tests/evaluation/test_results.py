@@ -10,8 +10,9 @@ import pytest
 from helpers import replaced_at
 from made_up import made_up
 
-from sparc3_lightning.evaluation.results import FORMAT, Results
+from sparc3_lightning.evaluation.results import Results
 
+FORMAT = Results.FORMAT
 PATH = Path("results.json")
 
 
@@ -71,7 +72,7 @@ def test_paths_and_tuples_of_the_options_are_written_as_json_has_them():
         ("[]", "its format is None"),
         ("{}", "its format is None"),
         ('{"format": "sparc3_lightning results 0"}', "its format is 'sparc3_lightning results 0'"),
-        (json.dumps({"format": FORMAT}), "it has no headline"),
+        (json.dumps({"format": FORMAT}), "it has no verdict"),
     ],
 )
 def test_a_file_of_another_format_or_a_broken_one_is_refused_by_its_path(text, reason):
@@ -98,7 +99,7 @@ def test_a_file_that_is_no_text_is_refused_by_its_path():
         ("doses", {}, "doses cannot be {}"),
         ("doses/0/damping", [], "doses.0.damping cannot be "),
         ("versions/torch", 2, "versions.torch cannot be 2"),
-        ("controls/random/zeroed", 0, "controls.random.zero_ablated cannot be 0"),
+        ("controls/random/zero_ablated", 0, "controls.random.zero_ablated cannot be 0"),
     ],
 )
 def test_what_is_damaged_is_named(path, to, reason):
