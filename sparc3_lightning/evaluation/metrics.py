@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
+from sparc3_lightning.data.sentence_pairs import PairBatch
 from sparc3_lightning.models.likelihood import log_likelihoods
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PairRow(TypedDict):
@@ -99,7 +103,7 @@ def distinct(texts: Iterable[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
-def pair_rows(model_name: str, model: Any, batch: dict[str, Any]) -> list[PairRow]:
+def pair_rows(model_name: str, model: "PreTrainedModel", batch: PairBatch) -> list[PairRow]:
     """Return a row per pair of a batch.
 
     Args:

@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedModel
 
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.attribution.targets import logit_difference
-from sparc3_lightning.data.base import ReferenceSamples
+from sparc3_lightning.data.base import ReferenceSamples, WeightedBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import write_atomically
@@ -73,7 +73,7 @@ class Circuit(StoppableModule, Stage):
 
     verb = "circuit"
     OUTPUTS = (CIRCUIT,)
-    model: Any
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -101,15 +101,12 @@ class Circuit(StoppableModule, Stage):
         self.threshold = threshold
         self.num_random = num_random
         self.dtype_name: Dtype = dtype
-        self.model = None
-        self.batches: list[dict[str, Any]] = []
+        self.batches: list[WeightedBatch] = []
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
         self.begin_loop()
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, ReferenceSamples):
-            raise TypeError(f"A circuit needs a data module of samples with two tokens to compare (IOI), got {data!r}.")
+        data = self.data
         data.check_target("logit_difference")
         self.checkpoint.check_context(data.longest, data.way_to_shorter)
         self._check_groups()
@@ -150,10 +147,10 @@ class Circuit(StoppableModule, Stage):
 
     def configure_model(self) -> None:
         """Load the model, once."""
-        if self.model is None:
+        if not hasattr(self, "model"):
             self.model = load_for(self, self.checkpoint, self.dtype_name)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def predict_step(self, batch: WeightedBatch, batch_idx: int) -> None:
         """Keep the batch: it is a few tokens, and all of them are measured each time that something is out."""
         self.batches.append(batch)
 
@@ -232,7 +229,7 @@ class Circuit(StoppableModule, Stage):
 
     def _write(self, curves: list[Curve]) -> None:
         """Write the picture and the tables."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self.data
         results = CircuitResults(
             checkpoint=self.checkpoint.name,
             checkpoint_fingerprint=self.checkpoint.fingerprint,
@@ -247,6 +244,14 @@ class Circuit(StoppableModule, Stage):
         write_atomically(self.folder / "circuit.csv", circuit_csv(curves))
         results.save(self.output)
         self.written = f"\n{summary(results)}\n\nCircuits: {self.output}"
+
+    @property
+    def data(self) -> ReferenceSamples:
+        """The data module."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ReferenceSamples):
+            raise TypeError(f"A circuit needs a data module of samples with two tokens to compare (IOI), got {data!r}.")
+        return data
 
 
 def order_of(scores: Scores) -> Order:

@@ -1,6 +1,5 @@
 """The overlap of circuits: which neurons several behaviours share, and which serve one alone."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -27,7 +26,7 @@ from sparc3_lightning.report.comparison import (
     summary,
 )
 from sparc3_lightning.selection.criteria import Scores, difference, normalized_difference
-from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import NeuronList, SelectionResults
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.prune import NEURONS, SELECTION
@@ -232,7 +231,7 @@ class Comparison(Stage):
         number = sum(sizes.values()) if self.num_candidates is None else self.num_candidates
         if self.num_candidates is None and not sizes:
             beside = [path.parent / SELECTION for path in self.paths]
-            found = {json.loads(path.read_text())["num_candidates"] if path.is_file() else 0 for path in beside}
+            found = {SelectionResults.load(path).num_candidates if path.is_file() else 0 for path in beside}
             number = max(found)
             if len(found) > 1 or not number:
                 raise OptionError(
