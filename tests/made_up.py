@@ -30,6 +30,8 @@ NEURONS = NeuronList(
     least_relevant=[Component("model.layers.3.mlp.up_proj", i, 0.0) for i in range(10, 20)],
 )
 SELECTION = {
+    "criterion": "difference",
+    "granularity": "neuron",
     "histogram": {"edges": [-2.0, -1.0, 0.0, 1.0], "counts": [1.0, 100.0, 3.0]},
     "threshold": -1.5,
     "num_neurons": 100,

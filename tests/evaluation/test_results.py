@@ -98,7 +98,7 @@ def test_a_file_that_is_no_text_is_refused_by_its_path():
         ("doses", {}, "doses cannot be {}"),
         ("doses/0/damping", [], "doses.0.damping cannot be "),
         ("versions/torch", 2, "versions.torch cannot be 2"),
-        ("controls/random/zeroed", 0, "controls.random.zero_ablated cannot be 0"),
+        ("controls/random/zero_ablated", 0, "controls.random.zero_ablated cannot be 0"),
     ],
 )
 def test_what_is_damaged_is_named(path, to, reason):
