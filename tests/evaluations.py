@@ -104,3 +104,11 @@ def toxic(results: dict[str, Any], model: str) -> dict[str, Any]:
 
 def perplexity_of(results: dict[str, Any], model: str, convention: str = "sliding") -> float:
     return results[model]["perplexity"][convention]["value"]
+
+
+def flat(value: Any, at: str = "") -> dict[str, Any]:
+    """Return every leaf of results.json by its path."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {path: leaf for key, item in items for path, leaf in flat(item, f"{at}/{key}").items()}
+    return {at: value}

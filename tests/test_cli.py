@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from helpers import sentence
+from made_up import made_up
 
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.cli import STAGES, entry_point, main
@@ -417,7 +418,7 @@ def test_the_saved_config_repeats_a_run_after_which_the_folder_was_removed(tiny_
 
 
 def test_prepare_and_run_save_their_config_too(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(Experiment, "run", lambda *_: {"change": {}})
+    monkeypatch.setattr(Experiment, "run", lambda *_: made_up()[0])
     general = {"class_path": "C4", "init_args": {"source": "general.txt", "num_samples": 3, "seq_len": 12}}
     behavior = {
         "class_path": "ToxicPrompts",

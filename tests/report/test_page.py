@@ -584,7 +584,7 @@ def test_page_and_card_say_that_controls_are_zeroed_beside_neurons_held_at_their
     held = dataclasses.replace(NEURONS, neurons=[dataclasses.replace(n, mean=0.3) for n in NEURONS.neurons])
     for zeroed in (True, False):
         for kind in results.controls:
-            results = replaced_at(results, f"controls/{kind}/zeroed", zeroed)
+            results = replaced_at(results, f"controls/{kind}/zero_ablated", zeroed)
         page = write(results, rows, held)
         said = "The controls are switched off, not held at their mean."
         assert f"below 0, the chosen ones did more.{f' {said}' if zeroed else '</p>'}" in PAGE.read_text()

@@ -65,10 +65,10 @@ def found(
     )
 
 
-def control(percent: Any, further: Any, draws: int = 3, number: int = 30, zeroed: bool = False) -> Control:
+def control(percent: Any, further: Any, draws: int = 3, number: int = 30, zero_ablated: bool = False) -> Control:
     draw = Dose("draw", "", number, 1.0, 1.0, Interval(0.0, 0.0, 0.0), 0.0, None, [], None)
     outcome = Outcome(1, Interval(*percent), Interval(*percent), Interval(*further), 0.0, 0)
-    return Control([draw] * draws, zeroed, outcome)
+    return Control([draw] * draws, zero_ablated, outcome)
 
 
 def test_an_effect_is_told_with_its_interval_and_its_price():

@@ -19,6 +19,7 @@ from evaluations import (
     completions,
     data,
     evaluation,
+    flat,
     perplexity_of,
     run,
     save_neurons,
@@ -443,14 +444,6 @@ def whole(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.syspath_prepend(folder)
         yield run_everything(tiny_checkpoint, "out")
-
-
-def flat(value: Any, at: str = "") -> dict[str, Any]:
-    """Return every leaf of results.json by its path."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {path: leaf for key, item in items for path, leaf in flat(item, f"{at}/{key}").items()}
-    return {at: value}
 
 
 def test_every_model_of_the_plan_continues_every_prompt_as_often_as_was_asked(whole):

@@ -15,7 +15,7 @@ from sparc3_lightning.models.components import mask
 from sparc3_lightning.selection import criteria as selections
 from sparc3_lightning.selection.criteria import select_neurons
 from sparc3_lightning.selection.neuron_list import NeuronList, histogram
-from sparc3_lightning.selection.neuron_selection import CRITERIA, Criterion, Selection
+from sparc3_lightning.selection.neuron_selection import CRITERIA, Criterion, CriterionName
 from sparc3_lightning.stages import prune as prune_module
 from sparc3_lightning.stages.prune import NEURONS, SELECTION, Pruning
 
@@ -260,7 +260,7 @@ def test_a_selection_that_leaves_too_few_neurons_is_refused_and_nothing_is_writt
 
 
 def test_a_selection_is_one_row_of_the_table(files, monkeypatch):
-    assert set(CRITERIA) == set(get_args(Selection))
+    assert set(CRITERIA) == set(get_args(CriterionName))
     toy: Any = "behavior_alone"
     criterion = Criterion(lambda sides: {name: -score for name, score in sides.behavior.items()})
     monkeypatch.setitem(CRITERIA, toy, criterion)
