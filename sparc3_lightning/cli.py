@@ -100,17 +100,23 @@ class Verb:
     needs_data: bool = True
 
 
-VERBS = (
-    Verb(Attribution, ReferenceSamples),
-    Verb(Pruning, ReferenceSamples, needs_data=False),
-    Verb(Evaluation, EvaluationData),
-    Verb(Sweep, EvaluationData),
-    Verb(Comparison),
-    Verb(Circuit, ReferenceSamples),
-    Verb(Compression),
-)
-# The two of an experiment have a group for each of its stages.
-STAGES: dict[str, Verb | None] = {"prepare": None, **{verb.stage.verb: verb for verb in VERBS}, "run": None}
+# By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
+VERBS: dict[str, Verb | None] = {
+    "prepare": None,
+    **{
+        verb.stage.verb: verb
+        for verb in (
+            Verb(Attribution, ReferenceSamples),
+            Verb(Pruning, ReferenceSamples, needs_data=False),
+            Verb(Evaluation, EvaluationData),
+            Verb(Sweep, EvaluationData),
+            Verb(Comparison),
+            Verb(Circuit, ReferenceSamples),
+            Verb(Compression),
+        )
+    },
+    "run": None,
+}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -120,7 +126,7 @@ class SaveConfig(SaveConfigCallback):
         """Save the config."""
         folder = trainer.log_dir
         if folder is not None:
-            for name in (name for verb in VERBS for name in verb.stage.OUTPUTS):
+            for name in (name for verb in VERBS.values() if verb for name in verb.stage.OUTPUTS):
                 check_absent(Path(folder) / name)
         self.overwrite = True
         super().setup(trainer, pl_module, stage)
@@ -145,7 +151,7 @@ class SparC3CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Name the verbs; each is a method of the trainer."""
-        return {name: {"model", "datamodule"} for name in STAGES}
+        return {name: {"model", "datamodule"} for name in VERBS}
 
     def init_parser(self, stage: str | None = None, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of a verb, which knows its stage; super would add a second config action."""
@@ -160,7 +166,7 @@ class SparC3CLI(LightningCLI):
         """Add the groups trainer, model and data of one verb, if it was asked for."""
         if parser.stage is None:
             return
-        verb = STAGES[parser.stage]
+        verb = VERBS[parser.stage]
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         logger = {"save_dir": "lightning_logs", "name": parser.stage}
         defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
@@ -259,7 +265,7 @@ def main(args: ArgsType = None) -> SparC3CLI:
     """Run the command line from Python: ``main(["attribute", "--config", "lrp.yaml"])``."""
     given = sys.argv[1:] if args is None else args
     # Filling the parsers of all verbs takes longer than the rest of what happens before a stage begins.
-    asked = [name for name in STAGES if name in given] or STAGES
+    asked = [name for name in VERBS if name in given] or VERBS
     return SparC3CLI(
         LightningModule,
         LightningDataModule,

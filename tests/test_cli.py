@@ -21,7 +21,7 @@ from helpers import sentence
 from made_up import made_up
 
 from sparc3_lightning.attribution.scores import ScoreFile
-from sparc3_lightning.cli import STAGES, entry_point, main
+from sparc3_lightning.cli import VERBS, entry_point, main
 from sparc3_lightning.distributed import usable_accelerator
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.circuit import Circuit
@@ -159,7 +159,7 @@ def options_in(help_text: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("verb", STAGES)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, verb):
     code, out = help_of(verb)
     assert code == 0
@@ -251,7 +251,7 @@ def test_help_of_the_evaluation_data_explains_each_option(capsys):
 def test_help_of_the_program_lists_the_verbs(capsys):
     code, out, _ = stops(capsys, "--help")
     assert code == 0
-    assert all(re.search(rf"\n +{verb} +\w+", out) for verb in STAGES)
+    assert all(re.search(rf"\n +{verb} +\w+", out) for verb in VERBS)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_a_wrong_command_exits_with_2_and_names_what_is_wrong(capsys, verb, args
 def test_an_unknown_verb_is_an_error_that_lists_the_verbs(capsys):
     code, _, err = stops(capsys, "explain")
     assert code == 2
-    assert all(verb in err for verb in STAGES)
+    assert all(verb in err for verb in VERBS)
 
 
 def test_a_typo_in_a_config_file_is_an_error_that_names_it(capsys):

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import Control, Dose, Results
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
-from sparc3_lightning.report.tables import cell, control_name, ends, in_order, number
+from sparc3_lightning.report.tables import cell, ends, in_order, number
 from sparc3_lightning.selection.neuron_list import SelectionResults
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def draw_doses(
         changes = _changes(control.draws)
         shown += changes
         x, y = ([number(change[axis].value) for change in changes] for axis in (0, 1))
-        axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=control_name(kind, granularity))
+        axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=CONTROLS[kind].name(granularity))
     limits = [_limits([of[axis] for of in shown]) for axis in (0, 1)]
     axes.set(xlabel="change of perplexity, %", ylabel=f"change of mean {behavior}, %", xlim=limits[0], ylim=limits[1])
     if limits[0][1] > 300:  # a large dose that wrecks the model would press the others together
