@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from sparc3_lightning.stages.compare import Comparison
 from sparc3_lightning.stages.compress import Compression
 from sparc3_lightning.stages.evaluate import Evaluation
 from sparc3_lightning.stages.experiment import Experiment
+from sparc3_lightning.stages.plan import Config
 from sparc3_lightning.stages.prune import Pruning
 from sparc3_lightning.stages.sweep import Sweep
 
@@ -133,7 +135,9 @@ class SaveConfig(SaveConfigCallback):
 class FindConfig(ActionConfigFile):
     """Takes the path of a config file, or the bare name of a shipped one."""
 
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: ArgumentParser, cfg: Namespace, values: object, option_string: str | None = None
+    ) -> None:
         """Parse the file."""
         path = Path(str(values))
         if not path.exists() and path.parent == Path():
@@ -207,11 +211,11 @@ class SparC3CLI(LightningCLI):
     before_prepare = _save_config
     before_run = _save_config
 
-    def prepare(self, model: Experiment, **_: Any) -> None:
+    def prepare(self, model: Experiment, **_: object) -> None:
         """Fetch everything."""
         model.prepare(self._options(), Path(self.trainer.log_dir or "."))
 
-    def run(self, model: Experiment, plan: Path | None = None, **_: Any) -> None:
+    def run(self, model: Experiment, plan: Path | None = None, **_: object) -> None:
         """Run the stages, each as its own verb; in a process of its own where that starts further ones."""
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             raise ValueError("'sparc3 run' is started once, not by every task of srun: use configs/slurm/pipeline.sh.")
@@ -225,7 +229,7 @@ class SparC3CLI(LightningCLI):
             self.trainer.logger.log_metrics(known)
             self.trainer.logger.finalize("success")
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> Config:
         """Return the config of this verb as plain values."""
         parser = self._parser(self.subcommand)
         # None is kept: left out, an option that was set to None would fall back to its default in the stage.

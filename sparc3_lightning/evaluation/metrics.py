@@ -3,15 +3,19 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
+from sparc3_lightning.data.sentence_pairs import PairBatch
 from sparc3_lightning.evaluation.completions import Completion
 from sparc3_lightning.models.likelihood import log_likelihoods
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PairRow(TypedDict):
@@ -161,7 +165,7 @@ CONTINUATION_METRICS = {
 }
 
 
-def pair_rows(model_name: str, model: Any, batch: dict[str, Any]) -> list[PairRow]:
+def pair_rows(model_name: str, model: "PreTrainedModel", batch: PairBatch) -> list[PairRow]:
     """Return a row per pair of a batch.
 
     Args:

@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -256,7 +255,7 @@ def write_report(
     _add_to_export(card, neurons.provenance.get("export"))
 
 
-def _settings(results: Results, neurons: NeuronList) -> dict[str, Any]:
+def _settings(results: Results, neurons: NeuronList) -> dict[str, object]:
     """Return everything that the measures rest on."""
     names = ("checkpoint", "checkpoint_fingerprint", "neurons", "num_neurons", "protocol", "config", "versions")
     settings = asdict(results)

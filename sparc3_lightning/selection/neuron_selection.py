@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from sparc3_lightning.selection.criteria import (
     set_difference,
     weighted_difference,
 )
-from sparc3_lightning.selection.neuron_list import Selected, histogram
+from sparc3_lightning.selection.neuron_list import Selected, Spent, histogram
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class NeuronRanking:
         chosen: list[Component],
         listed: list[Component],
         differential_strength: float | None = None,
-        budget: dict[str, Any] | None = None,
+        budget: Spent | None = None,
     ) -> Selected:
         """Return the neurons to prune, those that follow and those of little relevance, and figures of all.
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from sparc3_lightning.attribution.scores import WeightScores, check_match, load_index
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
+from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.architectures import ALL, find_layers, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.export import export_edited
+from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
 from sparc3_lightning.stages.base import Stage
 
@@ -128,8 +130,10 @@ class Compression(Stage):
             "checkpoint": source.checkpoint,
             "checkpoint_fingerprint": source.checkpoint_fingerprint,
             "general": [{"path": str(file.path), **file.provenance.summary()} for file in files],
+            "versions": versions(),
+            "git_hash": git_hash(),
         }
-        self.finish(results)
+        write_atomically(self.output, to_json(results))
         return (
             f"{found['num_pruned']:,} of {found['num_weights']:,} weights in {len(found['layers'])} layers are zero, "
             f"{share:.1%} of all parameters: {self.export}\nSparsity of each layer: {self.output}"
