@@ -1,4 +1,4 @@
-"""The tables of a comparison of behaviours: text for the terminal, and CSV."""
+"""compare.json, and the tables and pictures of a comparison of behaviours: text for the terminal, CSV and PNG."""
 
 import csv
 import io
@@ -104,10 +104,7 @@ def _kinds(overlaps: Sequence[Overlap]) -> list[str]:
 
 
 def neurons_csv(
-    names: Sequence[str],
-    keys: Sequence[Key],
-    lists: Sequence[NeuronList],
-    differential_SN: Tensor | None,
+    names: Sequence[str], keys: Sequence[Key], lists: Sequence[NeuronList], differential_SN: Tensor | None
 ) -> str:
     """Return a row for each pruned neuron: its rank in each list that holds it, and its differential relevance.
 
@@ -118,13 +115,7 @@ def neurons_csv(
         differential_SN: Shape ``[behaviours, neurons]``, if it is known.
     """
     ranks = [{n.key: rank for rank, n in enumerate(pruned.neurons, start=1)} for pruned in lists]
-    heads = [
-        "module",
-        "index",
-        *(["input"] if len(keys[0]) > 2 else []),
-        "num_lists",
-        *(f"rank_{name}" for name in names),
-    ]
+    heads = [*("module", "index", "input")[: len(keys[0])], "num_lists", *(f"rank_{name}" for name in names)]
     if differential_SN is not None:
         heads += [f"differential_{name}" for name in names]
     rows = []

@@ -40,7 +40,7 @@ class MeasuredAttribution(Attribution):
     """Notes the peak of host memory before the model is loaded."""
 
     def configure_model(self) -> None:
-        if self.model is None:
+        if not hasattr(self, "model"):
             self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         super().configure_model()
 
