@@ -1,5 +1,6 @@
 """What tests of several rooms share: tiny models by their configs, names of layers, sentences, and score files."""
 
+import json
 import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ TEXT = (
     "leave call ask need feel become "
 )
 WORDS = TEXT.split()
+IDS = {word: number for number, word in enumerate(WORDS, start=4)}
 MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 # Of each family the classes, what its config calls otherwise than LLaMA's or lacks, and what it adds.
 FAMILIES: dict[str, tuple[Any, Any, dict[str, str | None], dict[str, Any]]] = {
@@ -163,3 +165,18 @@ def replaced_at(value: Any, path: str, to: Any) -> Any:
     copy = value.copy()
     copy[place] = replaced_at(value[place], rest, to) if rest else to
     return copy
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def ids_of(text: str) -> list[int]:
+    return [IDS[word] for word in text.split()]
+
+
+def set_up(data: Any) -> Any:
+    data.prepare_data()
+    data.setup("predict")
+    return data
