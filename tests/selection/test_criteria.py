@@ -1,4 +1,4 @@
-"""Orders of neurons against slow loops over them."""
+"""Orders of neurons against slow loops over them, and the difference of two sets of samples."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from sparc3_lightning.selection.criteria import (
     by_auroc,
     difference,
     differential_relevance,
+    differential_strength,
     normalized_difference,
     ratio,
     select_neurons,
@@ -139,3 +140,42 @@ def test_auroc_of_what_is_apart_and_of_what_is_alike():
     low, high = torch.zeros(3, 2), torch.tensor([[1.0, 0.0], [2.0, 0.0]])
     assert auroc(low, high).tolist() == [1.0, 0.5]
     assert auroc(high, low).tolist() == [0.0, 0.5]
+
+
+def test_differential_relevance_is_general_less_behaviour():
+    general = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([0.5])}
+    behavior = {"b": torch.tensor([2.0]), "a": torch.tensor([1.0, 4.0])}
+    difference = differential_relevance(general, behavior)
+    assert {name: value.tolist() for name, value in difference.items()} == {"a": [2.0, -3.0], "b": [-1.5]}
+    assert list(difference) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "behavior",
+    [
+        {"a": torch.ones(2)},
+        {"a": torch.ones(2), "b": torch.ones(1), "c": torch.ones(1)},
+        {"a": torch.ones(2), "c": torch.ones(1)},
+        {"a": torch.ones(2), "b": torch.ones(2)},
+    ],
+)
+def test_scores_of_other_modules_or_shapes_have_no_difference(behavior):
+    general = {"a": torch.ones(2), "b": torch.ones(1)}
+    with pytest.raises(ValueError, match="modules and shapes"):
+        differential_relevance(general, behavior)
+    with pytest.raises(ValueError, match="modules and shapes"):
+        differential_strength(general, behavior)
+
+
+def test_differential_strength_is_the_share_of_the_general_sum_in_percent():
+    general = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([4.0])}
+    behavior = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([4.0])}
+    assert differential_strength(general, behavior) == pytest.approx(25.0)
+    assert differential_strength(behavior, general) == pytest.approx(-100 / 3)
+    assert differential_strength(general, general) == 0
+
+
+def test_differential_strength_of_no_relevance_is_nan():
+    nothing = {"a": torch.zeros(2)}
+    damping = differential_strength(nothing, {"a": torch.ones(2)})
+    assert damping != damping
