@@ -69,20 +69,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class CircuitResults(JsonFile):
-    """The content of circuit.json.
-
-    Args:
-        checkpoint: As the option named it.
-        checkpoint_fingerprint: What tells it from every other checkpoint.
-        data: Class and options of the samples.
-        num_samples: How many were measured.
-        num_left_out: How many were not, since they were used to attribute.
-        whole_model: What was measured of it.
-        threshold: Share of its accuracy that a circuit must keep.
-        curves: Of each granularity and method.
-        versions: Of the packages.
-        git_hash: Of the code, if it is known.
-    """
+    """The content of circuit.json; samples that were used to attribute are left out."""
 
     FORMAT = "sparc3_lightning circuit 1"
     checkpoint: str

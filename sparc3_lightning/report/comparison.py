@@ -41,19 +41,8 @@ class Listed:
 class ComparisonResults(JsonFile):
     """The content of compare.json.
 
-    Args:
-        checkpoint: As the lists name it.
-        checkpoint_fingerprint: What tells it from every other checkpoint.
-        num_candidates: Neurons that the lists were chosen from.
-        granularity: What they are of: ``neuron``, ``head`` or ``weight``.
-        normalize: Whether each side was divided by its own total.
-        lists: What is compared.
-        overlaps: Of each combination of lists.
-        layers: See ``find_profiles``.
-        correlation: See ``find_correlations``; None without score files.
-        classes: Of ``all`` neurons and of the ``pruned`` ones; None without score files.
-        versions: Of the packages.
-        git_hash: Of the code, if it is known.
+    ``layers`` is from ``find_profiles``. ``correlation``, from ``find_correlations``, and the classes of ``all``
+    neurons and of the ``pruned`` ones are None without score files.
     """
 
     FORMAT = "sparc3_lightning compare 1"

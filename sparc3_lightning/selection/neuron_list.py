@@ -125,17 +125,7 @@ NUM_BINS = 81
 
 @dataclass(frozen=True)
 class Spent:
-    """What was measured to stay within a budget of perplexity.
-
-    Args:
-        max_perplexity_increase: The budget.
-        rise: Of perplexity, with the chosen neurons off.
-        perplexity: Of the model as it is.
-        num_tokens: How many were predicted.
-        num_documents: How many were read.
-        data: Class and options of the text.
-        measured: Each number of neurons and damping that was measured, and its rise.
-    """
+    """What was measured to stay within a budget: ``rise`` is that of the chosen neurons; see ``PerplexityRise``."""
 
     max_perplexity_increase: float | None
     rise: float

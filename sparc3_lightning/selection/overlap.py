@@ -58,28 +58,17 @@ class Class:
 
 @dataclass(frozen=True)
 class Classes:
-    """Numbers of neurons by sign, see ``SignClasses``: of all, and of those that serve one behaviour or several."""
+    """Numbers of neurons by the signs of their differential relevance for several behaviours.
+
+    ``general`` ones are positive for all: more relevant for general text than for any behaviour. ``neutral`` ones are
+    negative for none, and 0 for one or more. The others serve one behaviour or several: they are negative for these.
+    """
 
     neurons: int
     general: int
     neutral: int
     specific: list[Class]
     shared: list[Class]
-
-
-@dataclass(frozen=True)
-class SignClasses:
-    """Numbers of neurons by the signs of their differential relevance for several behaviours.
-
-    Args:
-        general: Positive for all: more relevant for general text than for any behaviour.
-        neutral: Negative for none, and 0 for one or more.
-        serving: Negative for all behaviours of a combination, and for no other.
-    """
-
-    general: int
-    neutral: int
-    serving: dict[Combination, int]
 
 
 def exclusive_sizes(member_SN: Tensor) -> dict[Combination, int]:
@@ -171,17 +160,6 @@ def overlap(shared: int, strata: Sequence[Stratum]) -> Chance:
     at_least = torch.logsumexp(log_p[shared:], dim=0).item()
     log10_p = min(at_least, 0.0) / math.log(10)
     return Chance(expected, shared / expected if expected else math.nan, 10**log10_p, log10_p)
-
-
-def sign_classes(differential_SN: Tensor) -> SignClasses:
-    """Class neurons by the signs of their differential relevance, R_general - R_behavior, for several behaviours.
-
-    Args:
-        differential_SN: One row a behaviour, shape ``[behaviours, neurons]``; negative serves the behaviour.
-    """
-    serving = exclusive_sizes(differential_SN < 0)
-    general = int((differential_SN > 0).all(dim=0).sum())
-    return SignClasses(general, serving.pop(()) - general, serving)
 
 
 def without_linear(values_N: Tensor, by_N: Tensor) -> Tensor:
@@ -286,16 +264,17 @@ def find_correlations(differential_SN: Tensor, general_SN: Tensor) -> dict[str, 
 
 
 def find_classes(names: Sequence[str], differential_SN: Tensor) -> Classes:
-    """Count the neurons of each class by sign, with names in place of rows.
+    """Class neurons by the signs of their differential relevance, R_general - R_behavior, for several behaviours.
 
     Args:
         names: Of the behaviours.
-        differential_SN: Shape ``[behaviours, neurons]``.
+        differential_SN: Shape ``[behaviours, neurons]``; negative serves the behaviour.
     """
-    found = sign_classes(differential_SN)
-    serving = [Class([names[i] for i in rows], number) for rows, number in found.serving.items()]
-    specific, shared = serving[: len(names)], serving[len(names) :]
-    return Classes(differential_SN.shape[1], found.general, found.neutral, specific, shared)
+    serving = exclusive_sizes(differential_SN < 0)
+    general = int((differential_SN > 0).all(dim=0).sum())
+    neutral = serving.pop(()) - general
+    found = [Class([names[i] for i in rows], number) for rows, number in serving.items()]
+    return Classes(differential_SN.shape[1], general, neutral, found[: len(names)], found[len(names) :])
 
 
 def ranks(values: Tensor) -> Tensor:

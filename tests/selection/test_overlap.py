@@ -12,10 +12,10 @@ import torch
 from sparc3_lightning.selection.overlap import (
     correlation,
     exclusive_sizes,
+    find_classes,
     inclusive_sizes,
     log_overlap,
     overlap,
-    sign_classes,
     without_linear,
 )
 
@@ -164,7 +164,8 @@ def test_large_sets_neither_overflow_nor_take_long():
 def test_classes_by_sign_equal_a_loop_over_neurons():
     draw = torch.Generator().manual_seed(0)
     values = torch.randint(-2, 3, (3, 200), generator=draw).float()
-    found = sign_classes(values)
+    found = find_classes("012", values)
+    numbers = {tuple(map(int, row.lists)): row.neurons for row in found.specific + found.shared}
     general = neutral = 0
     serving: Counter = Counter()
     for column in values.T.tolist():
@@ -176,9 +177,9 @@ def test_classes_by_sign_equal_a_loop_over_neurons():
         else:
             neutral += 1
     assert (found.general, found.neutral) == (general, neutral)
-    assert found.serving == {combination: serving[combination] for combination in found.serving}
-    assert general + neutral + sum(found.serving.values()) == 200
-    assert min(general, neutral, *found.serving.values()) > 0
+    assert numbers == {combination: serving[combination] for combination in numbers}
+    assert general + neutral + sum(numbers.values()) == 200
+    assert min(general, neutral, *numbers.values()) > 0
 
 
 def test_the_correlation_of_rests_is_the_partial_correlation():
