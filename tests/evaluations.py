@@ -22,6 +22,14 @@ from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation
 
 PROMPTS = [sentence(300 + i, 2 + i) for i in range(10)]
 MILD = [sentence(400 + i, 3 + i) for i in range(4)]
+UP = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+EVERY_SECOND = [Component(name, index, -1.0 - index) for name in UP for index in range(0, 24, 2)]
+PRUNED = [Component(UP[0], 3, -9.0), Component(UP[1], 20, -8.0), Component(UP[0], 11, -7.0)]
+PRUNED += [Component(UP[1], 0, -6.0), Component(UP[0], 23, -5.0)]
+NEXT = [Component(UP[i % 2], 5 + i, -1.0 / (1 + i)) for i in range(4)]
+LEAST = [Component(UP[0], i, 0.01 * i) for i in (4, 6, 8, 10, 12)] + [
+    Component(UP[1], i, 0.02 * i) for i in (2, 4, 6, 8)
+]
 TOY_SCORERS = """
 import math
 

@@ -1,5 +1,6 @@
 """What tests of several rooms share: tiny models by their configs, names of layers, sentences, and score files."""
 
+import json
 import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers import (
 from sparc3_lightning.attribution.scores import Provenance, ScoreFile
 from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.data.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
+from sparc3_lightning.models.components import Component
 
 TEXT = (
     "the a of to and in is was it for on as with his he be at by had this that are they from not have or an which "
@@ -37,7 +39,19 @@ TEXT = (
     "leave call ask need feel become "
 )
 WORDS = TEXT.split()
+IDS = {word: number for number, word in enumerate(WORDS, start=4)}
 MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+NEURONS = [
+    Component("model.layers.0.mlp.up_proj", 3, -2.0),
+    Component("model.layers.1.mlp.up_proj", 0, -1.5),
+    Component("model.layers.0.mlp.up_proj", 23, -1.0),
+    Component("model.layers.0.mlp.up_proj", 7, 0.5),
+]
+EDITED = [
+    Component("model.layers.0.mlp.up_proj", 3, -2.0, damping=0.5, mean=0.7),
+    Component("model.layers.0.mlp.up_proj", 5, -1.5, mean=-0.2),
+    Component("model.layers.1.mlp.up_proj", 0, -1.0, damping=0.25),
+]
 # Of each family the classes, what its config calls otherwise than LLaMA's or lacks, and what it adds.
 FAMILIES: dict[str, tuple[Any, Any, dict[str, str | None], dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}, {}),
@@ -163,3 +177,18 @@ def replaced_at(value: Any, path: str, to: Any) -> Any:
     copy = value.copy()
     copy[place] = replaced_at(value[place], rest, to) if rest else to
     return copy
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def ids_of(text: str) -> list[int]:
+    return [IDS[word] for word in text.split()]
+
+
+def set_up(data: Any) -> Any:
+    data.prepare_data()
+    data.setup("predict")
+    return data

@@ -1,30 +1,22 @@
+"""Neurons: masked, pruned, damped and held at a constant, in models of every family; and which are refused."""
+
 import copy
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import fail_if_masked, mlp_of
+from helpers import EDITED, NEURONS, fail_if_masked, mlp_of
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.models.architectures import FAMILIES, neuron_layers
 from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.neurons import columns_of
-from sparc3_lightning.selection.criteria import select_neurons
-from sparc3_lightning.selection.neuron_list import FORMAT, NeuronList
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61]])
-NEURONS = [
-    Component("model.layers.0.mlp.up_proj", 3, -2.0),
-    Component("model.layers.1.mlp.up_proj", 0, -1.5),
-    Component("model.layers.0.mlp.up_proj", 23, -1.0),
-    Component("model.layers.0.mlp.up_proj", 7, 0.5),
-]
 UNKNOWN_MODULES = [
     "model.layers.0.mlp.down_proj",
     "model.layers.0.self_attn.q_proj",
@@ -81,49 +73,6 @@ def without(model: Any, neurons: list[Component]) -> Any:
             if layer.bias is not None and name != column:
                 layer.bias.data = layer.bias.data[kept]
     return narrow
-
-
-# Selection.
-
-
-@pytest.mark.parametrize("num_neurons", [1, 7, 40, 60])
-def test_selection_is_the_head_of_the_sorted_list_of_all_neurons(num_neurons):
-    draw = torch.Generator().manual_seed(0)
-    # Whole numbers, so that there are many ties.
-    scores = {name: torch.randint(-3, 4, (20,), generator=draw).float() for name in ("b", "a", "c")}
-    rows = [(score, place, i) for place, name in enumerate(scores) for i, score in enumerate(scores[name].tolist())]
-    expected = [Component(list(scores)[place], i, score) for score, place, i in sorted(rows)[:num_neurons]]
-    assert select_neurons(scores, num_neurons) == expected
-
-
-def test_the_lowest_scores_over_modules_of_different_sizes_come_first():
-    scores = {"a": torch.tensor([0.5, -3.0]), "b": torch.tensor([-1.0, 4.0, -5.0])}
-    assert select_neurons(scores, 3) == [Component("b", 2, -5.0), Component("a", 1, -3.0), Component("b", 0, -1.0)]
-
-
-def test_ties_go_to_the_first_module_and_the_first_index():
-    scores = {"z": torch.zeros(3), "a": torch.zeros(2)}
-    assert [(neuron.module, neuron.index) for neuron in select_neurons(scores, 4)] == [
-        ("z", 0),
-        ("z", 1),
-        ("z", 2),
-        ("a", 0),
-    ]
-
-
-@pytest.mark.parametrize("num_neurons", [0, -1, 4])
-def test_a_number_of_neurons_out_of_bounds_is_refused(num_neurons):
-    scores = {"a": torch.zeros(2), "b": torch.zeros(1)}
-    with pytest.raises(ValueError, match=rf"--model.num_neurons must be between 1 and 3 .*got {num_neurons}\."):
-        select_neurons(scores, num_neurons)
-
-
-def test_scores_with_nan_cannot_be_ranked():
-    with pytest.raises(ValueError, match="NaN"):
-        select_neurons({"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([float("nan")])}, 1)
-
-
-# Masking and pruning.
 
 
 @all_models
@@ -323,145 +272,6 @@ def test_neurons_are_checked_against_a_model_without_weights(make_model):
         check(model, [Component("model.layers.0.mlp.up_proj", 24, 0.0)])
 
 
-# neurons.json.
-
-
-def test_a_list_of_neurons_survives_saving_and_loading(tmp_path: Path):
-    neurons = [
-        Component("model.layers.0.mlp.up_proj", 3, -0.1 - 1e-16),
-        Component("model.layers.1.mlp.up_proj", 0, 1e-300),
-    ]
-    saved = NeuronList(neurons, {"checkpoint": "tiny", "seeds": [0, 1, 2], "damping": 15.5, "note": "grüße"})
-    saved.save(tmp_path / "folder" / "neurons.json")
-    assert NeuronList.load(tmp_path / "folder" / "neurons.json") == saved
-    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["neurons.json"]
-
-
-def test_selected_neurons_survive_saving_and_loading(tmp_path: Path):
-    neurons = select_neurons({"a": torch.randn(9, generator=torch.Generator().manual_seed(0))}, 4)
-    NeuronList(neurons).save(tmp_path / "neurons.json")
-    assert NeuronList.load(tmp_path / "neurons.json") == NeuronList(neurons, {})
-
-
-def test_the_neurons_that_follow_and_the_least_relevant_ones_survive_saving_and_loading(tmp_path: Path):
-    saved = NeuronList(NEURONS[:1], {"a": 1}, next=NEURONS[1:3], least_relevant=[Component("b", 5, 0.0), *NEURONS[:1]])
-    saved.save(tmp_path / "neurons.json")
-    assert NeuronList.load(tmp_path / "neurons.json") == saved
-    content = json.loads((tmp_path / "neurons.json").read_text())
-    assert list(content) == ["format", "neurons", "next", "least_relevant", "provenance"]
-    assert content["next"] == [{"module": n.module, "index": n.index, "score": n.score} for n in NEURONS[1:3]]
-
-
-def test_saving_again_replaces_the_file(tmp_path: Path):
-    path = tmp_path / "neurons.json"
-    for neurons in (NEURONS, NEURONS[:1]):
-        NeuronList(neurons).save(path)
-        assert NeuronList.load(path).neurons == neurons
-
-
-ROW = {"module": "a", "index": 1, "score": -1.0}
-GOOD: dict[str, Any] = {"format": FORMAT, "neurons": [ROW], "provenance": {}}
-
-
-def test_a_file_written_by_hand_or_before_there_were_other_lists_can_be_loaded(tmp_path: Path):
-    (tmp_path / "neurons.json").write_text(json.dumps(GOOD))
-    found = NeuronList.load(tmp_path / "neurons.json")
-    assert found == NeuronList([Component("a", 1, -1.0)])
-    assert found.next == found.least_relevant == []
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        json.dumps(GOOD)[:-10],
-        "no json",
-        b"\xff\xfe\x00",
-        "null",
-        "[]",
-        "{}",
-        json.dumps([ROW]),
-        {**GOOD, "format": "another 1"},
-        {**GOOD, "format": None},
-        {"neurons": [ROW], "provenance": {}},
-        {"format": FORMAT, "provenance": {}},
-        {"format": FORMAT, "neurons": [ROW]},
-        {**GOOD, "provenance": None},
-        {**GOOD, "neurons": None},
-        {**GOOD, "neurons": 3},
-        {**GOOD, "neurons": ["a"]},
-        {**GOOD, "neurons": [["a", 1, -1.0]]},
-        {**GOOD, "neurons": [{"module": "a", "index": 1}]},
-        {**GOOD, "neurons": [{**ROW, "index": "first"}]},
-        {**GOOD, "neurons": [{**ROW, "index": 1.5}]},
-        {**GOOD, "neurons": [{**ROW, "index": None}]},
-        {**GOOD, "neurons": [{**ROW, "index": float("inf")}]},
-        {**GOOD, "neurons": [{**ROW, "score": None}]},
-        {**GOOD, "neurons": [{**ROW, "score": "low"}]},
-        {**GOOD, "next": None},
-        {**GOOD, "next": [{"module": "a"}]},
-        {**GOOD, "least_relevant": 3},
-        {**GOOD, "least_relevant": [{**ROW, "index": 1.5}]},
-    ],
-)
-def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path: Path, content):
-    path = tmp_path / "neurons.json"
-    data = json.dumps(content) if isinstance(content, dict) else content
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    with pytest.raises(ValueError, match=r"neurons\.json is not a neurons\.json of format"):
-        NeuronList.load(path)
-
-
-@pytest.mark.parametrize(
-    ("rows", "complaint"),
-    [
-        ([], "holds no neurons"),
-        ([ROW, {**ROW, "index": 2}, {**ROW, "score": 5.0}], "names a neuron more than once"),
-        ([ROW, {**ROW, "index": 2, "score": float("nan")}], "NaN or infinite"),
-        ([{**ROW, "score": float("inf")}], "NaN or infinite"),
-        ([{**ROW, "score": float("-inf")}], "NaN or infinite"),
-    ],
-)
-def test_a_file_without_neurons_with_one_twice_or_with_a_score_that_is_not_finite_is_refused(
-    tmp_path: Path, rows, complaint
-):
-    path = tmp_path / "neurons.json"
-    path.write_text(json.dumps({**GOOD, "neurons": rows}))
-    with pytest.raises(ValueError, match=rf"neurons\.json .*{complaint}"):
-        NeuronList.load(path)
-
-
-@pytest.mark.parametrize(
-    ("lists", "complaint"),
-    [
-        ({"next": [ROW]}, "names a neuron more than once"),
-        ({"next": [{**ROW, "index": 2}, {**ROW, "index": 2}]}, "names a neuron more than once"),
-        ({"next": [{**ROW, "index": 2, "score": float("nan")}]}, "NaN or infinite"),
-        ({"least_relevant": [{**ROW, "index": 2}, {**ROW, "index": 2}]}, "names a neuron more than once"),
-        ({"least_relevant": [{**ROW, "score": float("inf")}]}, "NaN or infinite"),
-    ],
-)
-def test_the_other_lists_are_checked_as_the_neurons_are(tmp_path: Path, lists, complaint):
-    path = tmp_path / "neurons.json"
-    path.write_text(json.dumps({**GOOD, **lists}))
-    with pytest.raises(ValueError, match=rf"neurons\.json .*{complaint}"):
-        NeuronList.load(path)
-
-
-def test_a_missing_file_is_an_error_that_says_what_writes_it(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"--model.neurons: .*neurons\.json does not exist.*sparc3 prune"):
-        NeuronList.load(tmp_path / "neurons.json")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        NeuronList.load(tmp_path)
-
-
-EDITED = [
-    Component("model.layers.0.mlp.up_proj", 3, -2.0, damping=0.5, mean=0.7),
-    Component("model.layers.0.mlp.up_proj", 5, -1.5, mean=-0.2),
-    Component("model.layers.1.mlp.up_proj", 0, -1.0, damping=0.25),
-]
-
-
 def by_hand(model: Any, neurons: list[Component]) -> Tensor:
     """The logits if each activation becomes (1 - damping) of itself plus damping times the constant."""
 
@@ -544,20 +354,3 @@ def test_the_scored_layer_and_the_layer_that_reads_the_activations_are_known_by_
 def test_a_model_without_an_mlp_of_a_known_kind_has_no_default_layer(make_model):
     with pytest.raises(ValueError, match=r"up_proj or gate_proj beside down_proj, fc1 .*--model\.layers"):
         neuron_layers(make_model().model.layers[0].self_attn)
-
-
-def test_what_is_done_to_a_neuron_survives_saving_and_loading_and_is_in_the_digest(tmp_path):
-    saved = NeuronList(EDITED)
-    saved.save(tmp_path / "neurons.json")
-    assert NeuronList.load(tmp_path / "neurons.json") == saved
-    plain = [Component(n.module, n.index, n.score) for n in EDITED]
-    assert NeuronList(plain).digest() != saved.digest()
-
-
-@pytest.mark.parametrize("field", [{"damping": 0}, {"damping": 1.5}, {"mean": float("nan")}])
-def test_an_edit_out_of_range_is_refused(tmp_path, field):
-    row = {"module": "model.layers.0.mlp.up_proj", "index": 0, "score": 0.0, **field}
-    content = {"format": "sparc3_lightning neurons 2", "neurons": [row], "provenance": {}}
-    (tmp_path / "neurons.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="holds a"):
-        NeuronList.load(tmp_path / "neurons.json")

@@ -1,14 +1,16 @@
-"""Orders of neurons against slow loops over them."""
+"""Orders of neurons against slow loops over them, those that come first, and the difference of two sets of samples."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.criteria import (
     auroc,
     by_auroc,
     difference,
     differential_relevance,
+    differential_strength,
     normalized_difference,
     ratio,
     select_neurons,
@@ -139,3 +141,79 @@ def test_auroc_of_what_is_apart_and_of_what_is_alike():
     low, high = torch.zeros(3, 2), torch.tensor([[1.0, 0.0], [2.0, 0.0]])
     assert auroc(low, high).tolist() == [1.0, 0.5]
     assert auroc(high, low).tolist() == [0.0, 0.5]
+
+
+def test_differential_relevance_is_general_less_behaviour():
+    general = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([0.5])}
+    behavior = {"b": torch.tensor([2.0]), "a": torch.tensor([1.0, 4.0])}
+    difference = differential_relevance(general, behavior)
+    assert {name: value.tolist() for name, value in difference.items()} == {"a": [2.0, -3.0], "b": [-1.5]}
+    assert list(difference) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "behavior",
+    [
+        {"a": torch.ones(2)},
+        {"a": torch.ones(2), "b": torch.ones(1), "c": torch.ones(1)},
+        {"a": torch.ones(2), "c": torch.ones(1)},
+        {"a": torch.ones(2), "b": torch.ones(2)},
+    ],
+)
+def test_scores_of_other_modules_or_shapes_have_no_difference(behavior):
+    general = {"a": torch.ones(2), "b": torch.ones(1)}
+    with pytest.raises(ValueError, match="modules and shapes"):
+        differential_relevance(general, behavior)
+    with pytest.raises(ValueError, match="modules and shapes"):
+        differential_strength(general, behavior)
+
+
+def test_differential_strength_is_the_share_of_the_general_sum_in_percent():
+    general = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([4.0])}
+    behavior = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([4.0])}
+    assert differential_strength(general, behavior) == pytest.approx(25.0)
+    assert differential_strength(behavior, general) == pytest.approx(-100 / 3)
+    assert differential_strength(general, general) == 0
+
+
+def test_differential_strength_of_no_relevance_is_nan():
+    nothing = {"a": torch.zeros(2)}
+    damping = differential_strength(nothing, {"a": torch.ones(2)})
+    assert damping != damping
+
+
+@pytest.mark.parametrize("num_neurons", [1, 7, 40, 60])
+def test_selection_is_the_head_of_the_sorted_list_of_all_neurons(num_neurons):
+    draw = torch.Generator().manual_seed(0)
+    # Whole numbers, so that there are many ties.
+    scores = {name: torch.randint(-3, 4, (20,), generator=draw).float() for name in ("b", "a", "c")}
+    rows = [(score, place, i) for place, name in enumerate(scores) for i, score in enumerate(scores[name].tolist())]
+    expected = [Component(list(scores)[place], i, score) for score, place, i in sorted(rows)[:num_neurons]]
+    assert select_neurons(scores, num_neurons) == expected
+
+
+def test_the_lowest_scores_over_modules_of_different_sizes_come_first():
+    scores = {"a": torch.tensor([0.5, -3.0]), "b": torch.tensor([-1.0, 4.0, -5.0])}
+    assert select_neurons(scores, 3) == [Component("b", 2, -5.0), Component("a", 1, -3.0), Component("b", 0, -1.0)]
+
+
+def test_ties_go_to_the_first_module_and_the_first_index():
+    scores = {"z": torch.zeros(3), "a": torch.zeros(2)}
+    assert [(neuron.module, neuron.index) for neuron in select_neurons(scores, 4)] == [
+        ("z", 0),
+        ("z", 1),
+        ("z", 2),
+        ("a", 0),
+    ]
+
+
+@pytest.mark.parametrize("num_neurons", [0, -1, 4])
+def test_a_number_of_neurons_out_of_bounds_is_refused(num_neurons):
+    scores = {"a": torch.zeros(2), "b": torch.zeros(1)}
+    with pytest.raises(ValueError, match=rf"--model.num_neurons must be between 1 and 3 .*got {num_neurons}\."):
+        select_neurons(scores, num_neurons)
+
+
+def test_scores_with_nan_cannot_be_ranked():
+    with pytest.raises(ValueError, match="NaN"):
+        select_neurons({"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([float("nan")])}, 1)

@@ -1,0 +1,193 @@
+"""The block in which a model is under the rules: the logits are the same, the model is restored, what is refused."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import mlp_of
+from slow_lrp import INPUT_IDS, all_families, all_rules, assert_same, gradients
+from torch import Tensor, nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sparc3_lightning.attribution.lrp import lrp
+
+
+def logits(model: Any) -> Tensor:
+    """Return all logits, without a graph."""
+    with torch.no_grad():
+        return model(INPUT_IDS).logits
+
+
+@all_families
+@all_rules
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_logits_are_the_same_with_and_without_the_rules(make, family, rule, dtype, implementation):
+    model = make(family, dtype=dtype, attn_implementation=implementation)
+    before = logits(model)
+    with lrp(model, rule):
+        inside = logits(model)
+    assert before.dtype == dtype
+    assert torch.equal(inside, before)
+
+
+@all_families
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_of_a_padded_batch_are_the_same_with_and_without_the_rules(make, family, implementation, side):
+    # Not float64, where transformers' eager attention gives NaN for a row of padding alone.
+    model = make(family, dtype=torch.float32, attn_implementation=implementation)
+    input_ids = torch.cat([INPUT_IDS, INPUT_IDS.flip(1)])
+    mask = torch.ones_like(input_ids)
+    padding = slice(0, 3) if side == "left" else slice(-3, None)
+    input_ids[1, padding], mask[1, padding] = 0, 0
+    with torch.no_grad():
+        before = model(input_ids, attention_mask=mask).logits
+        with lrp(model):
+            inside = model(input_ids, attention_mask=mask).logits
+    assert before.isfinite().all()
+    assert torch.equal(inside, before)
+
+
+@all_families
+@all_rules
+def test_greedy_continuations_are_the_same_with_and_without_the_rules(make, family, rule):
+    model = make(family)
+    options: dict[str, Any] = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    before = model.generate(INPUT_IDS, attention_mask=torch.ones_like(INPUT_IDS), **options)
+    with lrp(model, rule):
+        inside = model.generate(INPUT_IDS, attention_mask=torch.ones_like(INPUT_IDS), **options)
+    assert before.shape[1] == INPUT_IDS.shape[1] + 10
+    assert torch.equal(inside, before)
+
+
+def _state(model: Any) -> list[Any]:
+    """Return all that ``lrp`` may change: methods and hooks of the modules, the config, both registries."""
+    methods = {name: {"forward", "_norm"} & module.__dict__.keys() for name, module in model.named_modules()}
+    hooks = [
+        len(hooks)
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    ]
+    registries = [dict(ALL_ATTENTION_FUNCTIONS), dict(ALL_MASK_ATTENTION_FUNCTIONS)]
+    return [methods, hooks, model.config.to_dict(), model.config._attn_implementation, *registries]
+
+
+@all_families
+@all_rules
+def test_leaving_the_block_restores_the_model_bit_for_bit(make, family, rule):
+    model = make(family)
+    before, logits_before, gradients_before = _state(model), logits(model), gradients(model)
+    with lrp(model, rule):
+        assert _state(model) != before
+        gradients(model)
+    assert _state(model) == before
+    assert torch.equal(logits(model), logits_before)
+    assert_same(gradients(model), gradients_before, rtol=0)
+
+
+@all_families
+def test_an_exception_inside_the_block_restores_the_model_bit_for_bit(make, family):
+    model = make(family)
+    before, logits_before, gradients_before = _state(model), logits(model), gradients(model)
+    with pytest.raises(ZeroDivisionError), lrp(model):  # noqa: PT012
+        gradients(model)
+        _ = 1 / 0
+    assert _state(model) == before
+    assert torch.equal(logits(model), logits_before)
+    assert_same(gradients(model), gradients_before, rtol=0)
+
+
+def test_a_forward_that_a_module_had_of_its_own_is_put_back(make):
+    model = make()
+    mlp = model.model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = own
+    with lrp(model):
+        assert mlp.forward is not own
+    assert mlp.__dict__["forward"] is own
+
+
+@all_families
+def test_the_block_can_be_entered_again_and_with_another_rule(make, family):
+    model = make(family)
+    found = []
+    for rule in ("attnlrp", "cp_lrp", "attnlrp"):
+        with lrp(model, rule):
+            found.append(gradients(model))
+    assert_same(found[2], found[0], rtol=0)
+    assert not torch.equal(found[1]["d embeddings"], found[0]["d embeddings"])
+
+
+@all_families
+def test_the_rules_of_one_model_leave_another_of_its_class_alone(make, family):
+    model, other = make(family), make(family, seed=1)
+    before, gradients_before = _state(other)[:4], gradients(other)
+    with lrp(model):
+        assert _state(other)[:4] == before
+        assert_same(gradients(other), gradients_before, rtol=0)
+        twin = copy.deepcopy(other)
+        assert_same(gradients(twin), gradients_before, rtol=0)
+
+
+def test_two_models_of_one_class_can_be_under_the_rules_at_once(make):
+    model, other = make(), make(seed=1)
+    with lrp(model):
+        expected = gradients(model)
+    with lrp(other):
+        expected_of_other = gradients(other)
+    with lrp(model):
+        with lrp(other):
+            assert_same(gradients(model), expected, rtol=0)
+            assert_same(gradients(other), expected_of_other, rtol=0)
+        assert_same(gradients(model), expected, rtol=0)
+
+
+def _assert_refused(model: Any, match: str, rule: Any = "attnlrp") -> None:
+    """Assert that the rules are refused with a message, and nothing is changed."""
+    before = _state(model)
+    with pytest.raises(ValueError, match=match), lrp(model, rule):
+        pytest.fail("the block was entered")
+    assert _state(model) == before
+
+
+def test_float16_is_refused(make):
+    _assert_refused(make(dtype=torch.float16), "float16.*--model.dtype")
+
+
+def test_training_mode_is_refused(make):
+    _assert_refused(make().train(), r"model\.eval\(\)")
+
+
+def test_applying_the_rules_twice_is_refused_and_leaves_the_first_in_place(make):
+    model = make()
+    with lrp(model):
+        expected = gradients(model)
+        _assert_refused(model, "does not nest")
+        _assert_refused(model, "does not nest", rule="cp_lrp")
+        assert_same(gradients(model), expected, rtol=0)
+
+
+def test_an_architecture_without_rules_is_refused_and_those_with_rules_are_named():
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=128, **sizes)).eval()
+    _assert_refused(model, "'gpt_neox'.*gemma3_text, gpt2, llama, opt, qwen2, qwen3.*--model.method wanda")
+
+
+def test_an_unknown_rule_is_refused_and_the_known_ones_are_named(make):
+    _assert_refused(make(), "'gradient'.*'attnlrp'.*'cp_lrp'", rule="gradient")
+
+
+@all_families
+def test_a_module_that_no_rule_reaches_is_refused_by_name(make, family):
+    model = make(family)
+    name = mlp_of(family, 1)[1].rpartition(".")[0]
+    model.get_submodule(name).extra = nn.GroupNorm(4, 16)
+    _assert_refused(model, rf"{name}\.extra \(GroupNorm\)")
+
+
+def test_softcapped_logits_are_refused(make):
+    _assert_refused(make("gemma3_text", final_logit_softcapping=30.0), "final_logit_softcapping")

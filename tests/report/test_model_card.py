@@ -1,0 +1,147 @@
+"""The model card: its figures, what the hub reads of it, and in which folders it is put."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from made_up import NEURONS, made_up
+from pages import CARD, PAGE, by_name, write
+
+from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.report import page as report
+from sparc3_lightning.report.page import MARK
+from sparc3_lightning.selection.neuron_list import NeuronList
+
+pytestmark = pytest.mark.usefixtures("pictures_take_no_time")
+
+
+def card_tables(card: str) -> list[list[list[str]]]:
+    """Return the tables of a Markdown text, each row as cells, and check that each is one by the rules of GitHub."""
+    lines = card.splitlines()
+    tables: list[list[list[str]]] = []
+    for number, line in enumerate(lines):
+        if line.startswith("|"):
+            if not lines[number - 1].startswith("|"):
+                assert lines[number - 1] == "", f"no blank line before {line}"
+                assert re.fullmatch(r"\|(---\|)+", lines[number + 1]), f"no rule below {line}"
+                tables.append([])
+            assert line.endswith("|")
+            tables[-1].append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif number and lines[number - 1].startswith("|"):
+            assert line == "", f"no blank line before {line}"
+    for table in tables:
+        assert {len(row) for row in table} == {len(table[0])}
+        assert len(table) > 2
+    return tables
+
+
+def test_the_card_has_the_figures_of_the_page():
+    results, _ = made_up()
+    page = write(results)
+    card = CARD.read_text()
+    tables = [[row for row in table if row[0] != "---"] for table in card_tables(card)]
+    on_page = [page.tables[0], page.tables[1], page.tables[2], page.tables[4], page.tables[3]]
+    assert len(tables) == len(on_page)
+    for mine, its in zip(tables, on_page, strict=True):
+        assert mine[1:] == its[1:]
+    assert results.verdict in card
+
+
+def test_the_card_has_the_figures_of_results_json():
+    results, rows = made_up()
+    write(results, rows)
+    saved = Results.from_json(results.to_json())
+    tables = card_tables(CARD.read_text())
+    mean = by_name(tables[0])["Mean toxicity"]
+    effect = saved.main_effect
+    assert [float(x) for x in mean[:2]] == pytest.approx([effect.before, effect.after], abs=5e-5)
+    assert float(mean[2].removesuffix(" %")) == pytest.approx(effect.percent.value, abs=0.05)
+    low, high = map(float, mean[3].split(" to "))
+    assert (low, high) == pytest.approx((effect.percent.low, effect.percent.high), abs=0.05)
+    perplexity = by_name(tables[-1])["Perplexity"]
+    assert [float(x) for x in perplexity[:2]] == pytest.approx(
+        [model.perplexity["sliding"].value for model in (saved.baseline, saved.pruned)], abs=5e-3
+    )
+
+
+def test_the_card_begins_with_what_the_hub_reads():
+    results, rows = made_up()
+    results = dataclasses.replace(results, checkpoint="pypi:a b==1/c: 'd' # e.gguf")
+    write(results, rows)
+    _, head, body = CARD.read_text().split("---\n", 2)
+    assert yaml.safe_load(head) == {
+        "base_model": results.checkpoint,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sparc3_lightning", "pruning", "detoxification"],
+    }
+    assert body.splitlines()[0] == MARK
+    assert body.splitlines()[2].startswith("# c: 'd' # e.gguf with 2 neurons")
+    assert "&" not in CARD.read_text(), "nothing is escaped as in HTML"
+    assert "\n\n\n" not in CARD.read_text()
+
+
+def test_the_card_says_how_the_neurons_were_found():
+    write()
+    assert "2 neurons with the most negative differential relevance" in CARD.read_text()
+    write(neurons=NeuronList(NEURONS.neurons))
+    assert "2 neurons of a list that was given had" in CARD.read_text()
+
+
+@pytest.fixture
+def export() -> Path:
+    """The folder of an exported checkpoint."""
+    folder = Path("export")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def exported(folder: Path) -> NeuronList:
+    return NeuronList(NEURONS.neurons, {**NEURONS.provenance, "export": str(folder)})
+
+
+def test_the_exported_checkpoint_gets_the_card_and_the_next_evaluation_a_new_one(export):
+    results, rows = made_up()
+    write(results, rows, exported(export))
+    assert (export / "README.md").read_text() == CARD.read_text()
+    write(dataclasses.replace(results, verdict="Another."), rows, exported(export))
+    assert "Another." in (export / "README.md").read_text()
+    assert {path.name for path in export.iterdir()} == {"README.md", "config.json"}
+
+
+@pytest.mark.parametrize("content", ["mine", "# Made with sparc3_lightning, and edited\n", ""])
+def test_a_readme_of_somebody_else_stays(export, content):
+    (export / "README.md").write_text(content)
+    write(neurons=exported(export))
+    assert (export / "README.md").read_text() == content
+    assert CARD.is_file()
+
+
+def test_a_card_whose_mark_was_removed_stays(export):
+    write(neurons=exported(export))
+    edited = (export / "README.md").read_text().replace(MARK, "")
+    (export / "README.md").write_text(edited)
+    write(dataclasses.replace(made_up()[0], verdict="Another."), neurons=exported(export))
+    assert (export / "README.md").read_text() == edited
+
+
+def test_a_folder_that_is_no_checkpoint_or_not_there_gets_no_card():
+    Path("empty").mkdir()
+    for folder in ("empty", "missing"):
+        write(neurons=exported(Path(folder)))
+    assert os.listdir("empty") == []  # noqa: PTH208
+    assert not Path("missing").exists()
+
+
+def test_a_card_that_cannot_be_put_there_does_not_cost_the_page(export, monkeypatch):
+    (export / "README.md").mkdir()
+    warnings: list[str] = []
+    monkeypatch.setattr(report, "rank_zero_warn", warnings.append)
+    PAGE.unlink(missing_ok=True)
+    write(neurons=exported(export))
+    assert len(warnings) == 1
+    assert "could not be put into export" in warnings[0]

@@ -1,0 +1,68 @@
+"""Evaluation: what a reader finds beside the results."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from evaluations import PRUNED, completions, evaluation, run, save_neurons
+
+from sparc3_lightning.evaluation.controls import Controls
+from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.models.export import export_pruned
+from sparc3_lightning.stages.evaluate import REPORT
+
+pytestmark = pytest.mark.usefixtures("seed_of_the_run", "input_files")
+
+
+@pytest.mark.parametrize("scorer", ["nothing", "zero"])
+@pytest.mark.parametrize("place", ["scorer", "second_scorer"])
+def test_a_scorer_that_finds_nothing_gives_valid_json_a_report_and_a_summary(
+    tiny_checkpoint, neurons, monkeypatch, tmp_path, scorer, place
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    model = evaluation(
+        tiny_checkpoint, neurons, **{place: f"toy_scorers:{scorer}"}, controls=Controls(1), doses=[3], max_new_tokens=4
+    )
+    results = run(model)
+    assert all(row["toxicity" if place == "scorer" else "second_toxicity"] in (0, None) for row in completions())
+    found = results if place == "scorer" else results["second_scorer"]
+    effect = found["effects"]["toxic"]["behavior_mean"]
+    if scorer == "nothing":
+        assert effect is None
+        assert results["num_failed"] == (5 * 8 if place == "scorer" else 0)
+    else:
+        assert (effect["before"], effect["after"], effect["percent"]["value"]) == (0, 0, None)
+        assert not effect["evidence"]
+    if place == "scorer":
+        assert results["change"]["behavior_percent"] is None
+    else:
+        assert found["num_scored"] == (0 if scorer == "nothing" else 16)
+        assert "toy_scorers" in results["verdict"]
+    assert "nan" not in model.summary()
+    assert Path("out", REPORT).is_file()
+
+
+def test_the_model_card_is_put_into_the_folder_of_the_exported_checkpoint(tiny_checkpoint):
+    export_pruned(Checkpoint(tiny_checkpoint), PRUNED, Path("pruned"), dtype=torch.float32)
+    neurons = save_neurons(tiny_checkpoint, PRUNED, {"export": "pruned"})
+    results = run(evaluation(tiny_checkpoint, neurons, max_new_tokens=2))
+    card = Path("out", "model_card.md").read_text()
+    assert Path("pruned", "README.md").read_text() == card
+    assert card.startswith("---\nbase_model: ")
+    assert results["verdict"] in card
+    # One of our own is brought up to date, one of somebody else's is left alone.
+    run(evaluation(tiny_checkpoint, neurons, max_new_tokens=3), folder="later")
+    assert Path("pruned", "README.md").read_text() == Path("later", "model_card.md").read_text() != card
+    foreign = "My notes: made with sparc3_lightning, then tuned by hand."
+    Path("pruned", "README.md").write_text(foreign)
+    run(evaluation(tiny_checkpoint, neurons, max_new_tokens=2), folder="again")
+    assert Path("pruned", "README.md").read_text() == foreign
+
+
+@pytest.mark.parametrize("export", [None, "gone", "foreign"])
+def test_no_model_card_is_put_where_there_is_no_exported_checkpoint(tiny_checkpoint, export):
+    Path("foreign").mkdir()
+    run(evaluation(tiny_checkpoint, save_neurons(tiny_checkpoint, PRUNED, {"export": export}), max_new_tokens=2))
+    assert Path("out", "model_card.md").is_file()
+    assert not Path("gone").exists()
+    assert not list(Path("foreign").iterdir())
