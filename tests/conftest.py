@@ -14,6 +14,8 @@ from helpers import FAMILIES, WORDS, make_config, tokenizer_of
 # Tiny models are fastest on one core, and two cores that wait for each other are slow when others use them too.
 torch.set_num_threads(1)
 SHARED = Path(__file__).parents[2] / "shared"
+# Of the same name in every room: collected for doctests, they would be taken for one module.
+collect_ignore_glob = ["*conftest.py"]
 
 
 @pytest.fixture(autouse=True)
