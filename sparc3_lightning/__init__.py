@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what __getattr__ returns, for type checkers
     from sparc3_lightning.attribution.lrp import lrp as lrp
     from sparc3_lightning.attribution.scores import ScoreFile as ScoreFile
+    from sparc3_lightning.evaluation.results import Results as Results
     from sparc3_lightning.models.checkpoints import load_model as load_model
     from sparc3_lightning.models.components import Component as Component
     from sparc3_lightning.models.components import mask as mask
@@ -41,6 +42,7 @@ _HOME = {
     "select_neurons": "selection.criteria",
     "ScoreFile": "attribution.scores",
     "NeuronList": "selection.neuron_list",
+    "Results": "evaluation.results",
 }
 __all__ = [*_HOME, "__version__"]
 

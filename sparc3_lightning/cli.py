@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from sparc3_lightning.stages.compare import Comparison
 from sparc3_lightning.stages.compress import Compression
 from sparc3_lightning.stages.evaluate import Evaluation
 from sparc3_lightning.stages.experiment import Experiment
+from sparc3_lightning.stages.plan import Config
 from sparc3_lightning.stages.prune import Pruning
 from sparc3_lightning.stages.sweep import Sweep
 
@@ -98,17 +100,23 @@ class Verb:
     needs_data: bool = True
 
 
-VERBS = (
-    Verb(Attribution, ReferenceSamples),
-    Verb(Pruning, ReferenceSamples, needs_data=False),
-    Verb(Evaluation, EvaluationData),
-    Verb(Sweep, EvaluationData),
-    Verb(Comparison),
-    Verb(Circuit, ReferenceSamples),
-    Verb(Compression),
-)
-# The two of an experiment have a group for each of its stages.
-STAGES: dict[str, Verb | None] = {"prepare": None, **{verb.stage.verb: verb for verb in VERBS}, "run": None}
+# By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
+VERBS: dict[str, Verb | None] = {
+    "prepare": None,
+    **{
+        verb.stage.verb: verb
+        for verb in (
+            Verb(Attribution, ReferenceSamples),
+            Verb(Pruning, ReferenceSamples, needs_data=False),
+            Verb(Evaluation, EvaluationData),
+            Verb(Sweep, EvaluationData),
+            Verb(Comparison),
+            Verb(Circuit, ReferenceSamples),
+            Verb(Compression),
+        )
+    },
+    "run": None,
+}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -118,7 +126,7 @@ class SaveConfig(SaveConfigCallback):
         """Save the config."""
         folder = trainer.log_dir
         if folder is not None:
-            for name in (name for verb in VERBS for name in verb.stage.OUTPUTS):
+            for name in (name for verb in VERBS.values() if verb for name in verb.stage.OUTPUTS):
                 check_absent(Path(folder) / name)
         self.overwrite = True
         super().setup(trainer, pl_module, stage)
@@ -127,7 +135,9 @@ class SaveConfig(SaveConfigCallback):
 class FindConfig(ActionConfigFile):
     """Takes the path of a config file, or the bare name of a shipped one."""
 
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: ArgumentParser, cfg: Namespace, values: object, option_string: str | None = None
+    ) -> None:
         """Parse the file."""
         path = Path(str(values))
         if not path.exists() and path.parent == Path():
@@ -141,7 +151,7 @@ class SparC3CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Name the verbs; each is a method of the trainer."""
-        return {name: {"model", "datamodule"} for name in STAGES}
+        return {name: {"model", "datamodule"} for name in VERBS}
 
     def init_parser(self, stage: str | None = None, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of a verb, which knows its stage; super would add a second config action."""
@@ -156,7 +166,7 @@ class SparC3CLI(LightningCLI):
         """Add the groups trainer, model and data of one verb, if it was asked for."""
         if parser.stage is None:
             return
-        verb = STAGES[parser.stage]
+        verb = VERBS[parser.stage]
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         logger = {"save_dir": "lightning_logs", "name": parser.stage}
         defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
@@ -201,11 +211,11 @@ class SparC3CLI(LightningCLI):
     before_prepare = _save_config
     before_run = _save_config
 
-    def prepare(self, model: Experiment, **_: Any) -> None:
+    def prepare(self, model: Experiment, **_: object) -> None:
         """Fetch everything."""
         model.prepare(self._options(), Path(self.trainer.log_dir or "."))
 
-    def run(self, model: Experiment, plan: Path | None = None, **_: Any) -> None:
+    def run(self, model: Experiment, plan: Path | None = None, **_: object) -> None:
         """Run the stages, each as its own verb; in a process of its own where that starts further ones."""
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             raise ValueError("'sparc3 run' is started once, not by every task of srun: use configs/slurm/pipeline.sh.")
@@ -219,7 +229,7 @@ class SparC3CLI(LightningCLI):
             self.trainer.logger.log_metrics(known)
             self.trainer.logger.finalize("success")
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> Config:
         """Return the config of this verb as plain values."""
         parser = self._parser(self.subcommand)
         # None is kept: left out, an option that was set to None would fall back to its default in the stage.
@@ -255,7 +265,7 @@ def main(args: ArgsType = None) -> SparC3CLI:
     """Run the command line from Python: ``main(["attribute", "--config", "lrp.yaml"])``."""
     given = sys.argv[1:] if args is None else args
     # Filling the parsers of all verbs takes longer than the rest of what happens before a stage begins.
-    asked = [name for name in STAGES if name in given] or STAGES
+    asked = [name for name in VERBS if name in given] or VERBS
     return SparC3CLI(
         LightningModule,
         LightningDataModule,

@@ -1,14 +1,16 @@
 """Several processes that work on one job: what each is asked to be, and what they gather from each other."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+T = TypeVar("T")
 
-def check_slurm_tasks(devices: Any, num_nodes: int, environment: Mapping[str, str]) -> None:
+
+def check_slurm_tasks(devices: object, num_nodes: int, environment: Mapping[str, str]) -> None:
     """Raise unless srun started one task for each device.
 
     Args:
@@ -20,17 +22,17 @@ def check_slurm_tasks(devices: Any, num_nodes: int, environment: Mapping[str, st
         ValueError: If the numbers differ. Without this the ranks would wait for each other until a timeout.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS")
-    if tasks is None or not str(devices).isdigit() or int(devices) * num_nodes == int(tasks):
+    if tasks is None or not str(devices).isdigit() or int(str(devices)) * num_nodes == int(tasks):
         return
     nodes = environment.get("SLURM_STEP_NUM_NODES", "1")
     raise ValueError(
         f"srun started {tasks} task(s) on {nodes} node(s), but --trainer.devices {devices} x --trainer.num_nodes "
-        f"{num_nodes} asks for {int(devices) * num_nodes}: give srun --ntasks-per-node={devices} --nodes={num_nodes}, "
-        "or change these options."
+        f"{num_nodes} asks for {int(str(devices)) * num_nodes}: give srun --ntasks-per-node={devices} "
+        f"--nodes={num_nodes}, or change these options."
     )
 
 
-def usable_accelerator(accelerator: Any) -> Any:
+def usable_accelerator(accelerator: object) -> object:
     """Return the accelerator to take: the CPU where ``auto`` would be an Apple GPU, which has no float64.
 
     Args:
@@ -53,7 +55,7 @@ def usable_accelerator(accelerator: Any) -> Any:
     return "cpu"
 
 
-def check_same_on_all_ranks(what: str, value: Any) -> None:
+def check_same_on_all_ranks(what: str, value: object) -> None:
     """Raise ValueError unless every rank has the same value, for example the hash of a file that each reads."""
     values = gather([value])
     different = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
@@ -64,11 +66,11 @@ def check_same_on_all_ranks(what: str, value: Any) -> None:
         )
 
 
-def gather(rows: list[Any]) -> list[Any]:
+def gather(rows: list[T]) -> list[T]:
     """Return the rows of all ranks, on each of them."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    parts: list[list[T]] = [[]] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
 

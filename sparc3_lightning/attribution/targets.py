@@ -3,8 +3,8 @@
 Shape letters: B samples, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -148,8 +148,16 @@ def _log_of_lexicon(
     return logits_BTV[:, :, lexicon].logsumexp(dim=-1) - logits_BTV.logsumexp(dim=-1)
 
 
+class Explained(TypedDict):
+    """What a target needs of a batch: token ids, the first token that counts, and the tokens to compare."""
+
+    input_ids: Tensor
+    start: Tensor
+    contrast: Tensor
+
+
 def target_of(
-    model: PreTrainedModel, target: Target, batch: Mapping[str, Tensor], attention_mask: Tensor | None, lexicon: Tensor
+    model: PreTrainedModel, target: Target, batch: Explained, attention_mask: Tensor | None, lexicon: Tensor
 ) -> Tensor:
     """Return the target of a name for each sample of a padded batch, shape ``[samples]``; see the functions above."""
     input_ids = batch["input_ids"]

@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, NamedTuple, TypedDict, TypeVar
 
 import lightning as L
 import torch
@@ -12,8 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sparc3_lightning.models.checkpoints import Checkpoint
-from sparc3_lightning.sources import read_records, resolve
+from sparc3_lightning.sources import Row, read_records, resolve
 
+if TYPE_CHECKING:
+    from datasets import Dataset as HubRows
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 Kind = Literal["file", "checkpoint", "tokenizer", "scorer"]  # what an option names that may lie on this machine
 
 
@@ -28,6 +33,28 @@ class Sample(NamedTuple):
     input_ids: list[int]
     start: int = 0
     contrast: tuple[int, int] | None = None
+
+
+class Batch(TypedDict):
+    """Samples of different lengths, padded on the right.
+
+    ``input_ids`` and ``attention_mask`` are int64 of shape ``[samples, tokens]``; ``is_padded`` says whether there is
+    any padding. ``start``, shape ``[samples]``, is the first token of each that counts; ``contrast``, shape
+    ``[samples, 2]``, is 0 where a sample has none.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    is_padded: bool
+    sample_ids: list[str]
+    start: Tensor
+    contrast: Tensor
+
+
+class WeightedBatch(Batch):
+    """A batch of a loop; the weight of a sample is 1, or 0 for a filler."""
+
+    weights: list[int]
 
 
 class Share(DistributedSampler):
@@ -61,21 +88,21 @@ class Share(DistributedSampler):
         return len(self.indices)
 
 
-class Weighted(Dataset):
+class Weighted(Dataset[tuple[T, int]], Generic[T]):
     """Items with the weight 1; past the end the last item, with the weight 0."""
 
-    def __init__(self, items: Sequence[Any]) -> None:
+    def __init__(self, items: Sequence[T]) -> None:
         self.items = items
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[T, int]:
         return (self.items[index], 1) if index < len(self.items) else (self.items[-1], 0)
 
 
 def share_dataloader(
-    items: Sequence[Any], trainer: L.Trainer | None, batch_size: int, collate: Callable[[list[tuple[Any, int]]], Any]
+    items: Sequence[T], trainer: L.Trainer | None, batch_size: int, collate: Callable[[list[tuple[T, int]]], object]
 ) -> DataLoader:
     """Return the batches of this rank; ``collate`` gets pairs of an item and its weight, 1 or 0 for a filler."""
     replicas, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
@@ -90,7 +117,7 @@ class HubDataset(NamedTuple):
     config: str | None = None
     split: str = "train"
 
-    def rows(self, *, streaming: bool) -> Any:
+    def rows(self, *, streaming: bool) -> "HubRows":
         """Open the data set.
 
         Raises:
@@ -142,14 +169,14 @@ class TextDataModule(L.LightningDataModule, ABC):
             return [resolve(self.source)]
         return [Path(file["filename"]) for file in self.hub.rows(streaming=False).cache_files]
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[Row]:
         """Yield the rows, from the file or from the hub."""
         if self.source is None:
             yield from self.hub.rows(streaming=False)
         else:
             yield from read_records(resolve(self.source))
 
-    def text_of(self, row: dict[str, Any], number: int, text_field: str, option: str) -> str:
+    def text_of(self, row: Row, number: int, text_field: str, option: str) -> str:
         """Return the text of a row.
 
         Args:
@@ -169,7 +196,7 @@ class TextDataModule(L.LightningDataModule, ABC):
             )
         return text
 
-    def load_tokenizer(self) -> Any:
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the tokenizer that was given, else the model's."""
         return self.tokenizer_checkpoint.tokenizer()
 
@@ -194,12 +221,12 @@ class ReferenceSamples(TextDataModule):
         super().__init__(source, tokenizer, batch_size)
         self.samples: list[Sample] = []
         self.pad_token_id = 0
-        self.notes: dict[str, Any] = {}
+        self.notes: dict[str, int] = {}
         self.leave_out: set[str] = set()  # ids of samples that an earlier run has done
         self._set_up_for: Checkpoint | None = None
 
     @abstractmethod
-    def read_samples(self, tokenizer: Any) -> list[Sample]:
+    def read_samples(self, tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
         """Read and tokenize the samples; leave what was counted on the way in ``notes``."""
 
     def setup(self, stage: str) -> None:
@@ -246,7 +273,7 @@ class ReferenceSamples(TextDataModule):
         # If nothing is left there is one filler, since Lightning runs no loop at all over no batches.
         ordered = sorted(left or self.samples[:1], key=lambda sample: -len(sample.input_ids))
 
-        def collate(pairs: list[tuple[Sample, int]]) -> dict[str, Any]:
+        def collate(pairs: list[tuple[Sample, int]]) -> WeightedBatch:
             batch = pad_right([sample for sample, _ in pairs], self.pad_token_id)
             return {**batch, "weights": [weight if left else 0 for _, weight in pairs]}
 
@@ -270,7 +297,7 @@ class NoSamples(ReferenceSamples):
     def setup(self, stage: str) -> None:
         """Read nothing."""
 
-    def read_samples(self, tokenizer: Any) -> list[Sample]:
+    def read_samples(self, tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
         """Return no samples."""
         return []
 
@@ -284,14 +311,8 @@ class NoSamples(ReferenceSamples):
         return share_dataloader([None], self.trainer, 1, lambda _: {"sample_ids": []})
 
 
-def pad_right(samples: list[Sample], pad_token_id: int) -> dict[str, Any]:
-    """Collate samples of different lengths.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``, int64 of shape ``[samples, tokens]``; ``is_padded``, whether there is any
-        padding; ``start``, the first token of each that counts, shape ``[samples]``; ``contrast``, shape
-        ``[samples, 2]``, 0 where a sample has none; and ``sample_ids``, a list.
-    """
+def pad_right(samples: list[Sample], pad_token_id: int) -> Batch:
+    """Collate samples of different lengths."""
     longest = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full((len(samples), longest), pad_token_id)
     mask: Tensor = torch.zeros_like(input_ids)

@@ -5,11 +5,14 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sparc3_lightning.data.base import HubDataset, ReferenceSamples, Sample
 from sparc3_lightning.files import write_atomically
-from sparc3_lightning.sources import cache_folder, read_records, resolve
+from sparc3_lightning.sources import Row, cache_folder, read_records, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class C4(ReferenceSamples):
@@ -61,7 +64,7 @@ class C4(ReferenceSamples):
         if self.source is not None:
             super().prepare_data()
         elif not self._kept_documents.exists():
-            kept: list[dict[str, Any]] = []
+            kept: list[Row] = []
             self._take(self.load_tokenizer(), self._stream(), kept.append)
             lines = [json.dumps(document, ensure_ascii=False) for document in kept]
             write_atomically(self._kept_documents, "\n".join(lines) + "\n")
@@ -70,15 +73,18 @@ class C4(ReferenceSamples):
         """Return the files that ``prepare_data`` fetched."""
         return super().fetched_files() if self.source is not None else [self._kept_documents]
 
-    def read_samples(self, tokenizer: Any) -> list[Sample]:
+    def read_samples(self, tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
         """Tokenize documents in shuffled order until enough are long enough."""
         if self.source is not None:
             return self._take(tokenizer, self._shuffled_file())
-        documents = ((record["number"], record["text"]) for record in read_records(self._kept_documents))
+        documents = ((int(str(record["number"])), str(record["text"])) for record in read_records(self._kept_documents))
         return self._take(tokenizer, documents)
 
     def _take(
-        self, tokenizer: Any, documents: Iterator[tuple[int, str]], keep: Callable[[dict[str, Any]], None] | None = None
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        documents: Iterator[tuple[int, str]],
+        keep: Callable[[Row], None] | None = None,
     ) -> list[Sample]:
         """Take the first documents that are long enough, and hand each that was read to ``keep``."""
         draw = random.Random(self.seed)

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.sentence_pairs import SentencePairs
 from sparc3_lightning.data.wikitext2 import WikiText2
+from sparc3_lightning.models.checkpoints import Checkpoint
 
 
 class EvaluationData(L.LightningDataModule):
@@ -25,7 +26,7 @@ class EvaluationData(L.LightningDataModule):
         self.text = text
         self.prompts = prompts
         self.pairs = pairs
-        self._set_up: Any = None  # what the parts are set up for
+        self._set_up: tuple[set[str], list[Checkpoint]] | None = None  # what the parts are set up for
 
     def prepare_data(self) -> None:
         """Fetch what is not there yet."""
@@ -36,7 +37,7 @@ class EvaluationData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Tokenize all parts, before any model is loaded; again for another tokenizer, or other prompts left out."""
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        module = self.trainer.lightning_module if self.trainer is not None else None
         parts = [part for part in (self.text, self.prompts, self.pairs) if part is not None]
         for part in parts:
             part.trainer = self.trainer

@@ -3,9 +3,11 @@
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from sparc3_lightning.sources import Row
 
 TOXIC_FROM = 0.5  # RealToxicityPrompts' own threshold, for prompts and for continuations
 
@@ -31,7 +33,7 @@ def prompt_id(text: str) -> str:
 
 
 def read_prompts(
-    rows: Iterable[dict[str, Any]], text_field: str = "text", until: str | None = None, where: Where | None = None
+    rows: Iterable[Row], text_field: str = "text", until: str | None = None, where: Where | None = None
 ) -> list[Prompt]:
     """Read rows of RealToxicityPrompts, ``{"prompt": {"text", "toxicity"}}``, or flat ones, ``{"text", "toxicity"}``.
 
@@ -51,7 +53,8 @@ def read_prompts(
     prompts: dict[str, Prompt] = {}
     num_without = 0
     for number, row in enumerate(matching_rows(rows, where), start=1):
-        content = row["prompt"] if isinstance(row.get("prompt"), dict) else row
+        prompt, continuation = row.get("prompt"), row.get("continuation")
+        content = prompt if isinstance(prompt, dict) else row
         text = content.get(text_field)
         if not isinstance(text, str):
             raise ValueError(
@@ -65,10 +68,10 @@ def read_prompts(
                 continue
         if not text.strip():
             raise ValueError(f"Row {number} of the prompts is only white space: remove it.")
-        following = row["continuation"] if isinstance(row.get("continuation"), dict) else {}
+        following = continuation if isinstance(continuation, dict) else {}
         toxicity, of_continuation = (_score(part.get("toxicity"), number) for part in (content, following))
-        prompt = Prompt(prompt_id(text), text, toxicity, following.get("text"), of_continuation)
-        prompts.setdefault(prompt.id, prompt)
+        found = Prompt(prompt_id(text), text, toxicity, following.get("text"), of_continuation)
+        prompts.setdefault(found.id, found)
     if num_without:
         rank_zero_info(f"{num_without} prompts are passed over: nothing stands before {until!r} (option until).")
     if not prompts:
@@ -76,16 +79,16 @@ def read_prompts(
     return list(prompts.values())
 
 
-def _score(value: str | float | None, number: int) -> float | None:
+def _score(value: object, number: int) -> float | None:
     """Return a toxicity as a number; None where there is none, which csv writes as an empty text and pandas as NaN."""
     try:
-        score = math.nan if value in (None, "") else float(value)
+        score = math.nan if value in (None, "") else float(cast("str | float", value))
     except (TypeError, ValueError):
         raise ValueError(f"Row {number} of the prompts has the toxicity {value!r}, expected a number.") from None
     return None if math.isnan(score) else score
 
 
-def matching_rows(rows: Iterable[dict[str, Any]], where: Where | None) -> Iterable[dict[str, Any]]:
+def matching_rows(rows: Iterable[Row], where: Where | None) -> Iterable[Row]:
     """Yield the rows whose fields have the values that are asked for.
 
     Raises:
@@ -130,7 +133,18 @@ def check_source(by: str, source: str | None) -> None:
         )
 
 
-def worst_continued(rows: Iterable[dict[str, Any]], source: str | None) -> list[Prompt]:
+class _Scored(TypedDict):
+    """What is read of a row of completions.jsonl."""
+
+    prompt_id: str
+    continuation_index: int
+    prompt: str
+    prompt_toxicity: float | None
+    continuation: str
+    toxicity: float
+
+
+def worst_continued(rows: Iterable[Row], source: str | None) -> list[Prompt]:
     """Give each prompt of completions.jsonl the highest score of the original model's continuations of it.
 
     Args:
@@ -148,7 +162,7 @@ def worst_continued(rows: Iterable[dict[str, Any]], source: str | None) -> list[
     return list(worst.values())
 
 
-def continued(rows: Iterable[dict[str, Any]], source: str | None) -> list[Prompt]:
+def continued(rows: Iterable[Row], source: str | None) -> list[Prompt]:
     """Return every continuation of the original model in completions.jsonl, with its prompt.
 
     The first one of every prompt comes first, so that a few are of many prompts. The id of each is that of its prompt
@@ -173,13 +187,13 @@ def continued(rows: Iterable[dict[str, Any]], source: str | None) -> list[Prompt
     ]
 
 
-def _of_the_original(rows: Iterable[dict[str, Any]], source: str | None) -> Iterable[dict[str, Any]]:
+def _of_the_original(rows: Iterable[Row], source: str | None) -> Iterable[_Scored]:
     """Yield the continuations of the original model that were scored."""
     for row in rows:
         if not {"prompt_id", "prompt", "model", "toxicity"} <= row.keys():
             raise ValueError(f"{source} is not a completions.jsonl of 'sparc3 evaluate' (by=continuation).")
         if row["model"] == "baseline" and row["toxicity"] is not None:
-            yield row
+            yield cast("_Scored", row)
 
 
 def worst_first(prompts: Iterable[Prompt]) -> list[Prompt]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, Kind, TextDataModule, share_dataloader
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HUB = HubDataset("allenai/real-toxicity-prompts")
+
+
+class PromptBatch(TypedDict):
+    """Prompts, and their tokens padded on the left; the weight of a prompt is 1, or 0 for a filler."""
+
+    prompts: list[Prompt]
+    weights: list[int]
+    input_ids: Tensor
+    attention_mask: Tensor
 
 
 class RealToxicityPrompts(TextDataModule):
@@ -166,12 +176,12 @@ class RealToxicityPrompts(TextDataModule):
         return super().fetched_files() + ([resolve(extra)] if extra is not None else [])
 
     def test_dataloader(self) -> DataLoader:
-        """Return batches: ``prompts`` and ``weights``; ``input_ids`` and ``attention_mask``, padded on the left."""
+        """Return batches, see ``PromptBatch``."""
         left = [prompt for prompt in self.prompts if prompt.id not in self.leave_out]
         # If nothing is left there is one filler, since Lightning runs no loop at all over no batches.
         return share_dataloader(left or self.prompts[:1], self.trainer, self.batch_size, self._collate)
 
-    def _collate(self, pairs: list[tuple[Prompt, int]]) -> dict[str, Any]:
+    def _collate(self, pairs: list[tuple[Prompt, int]]) -> PromptBatch:
         prompts = [prompt for prompt, _ in pairs]
         texts = [prompt.text for prompt in prompts]
         tokens = self._tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")

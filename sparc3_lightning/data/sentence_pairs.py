@@ -1,9 +1,10 @@
 """Pairs of sentences, one more stereotypical than the other: CrowS-Pairs (Nangia et al. 2020) and data sets like it."""
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
@@ -20,6 +21,15 @@ class Pair(NamedTuple):
     id: str
     more: list[int]
     less: list[int]
+
+
+class PairBatch(TypedDict):
+    """Pairs of sentences padded on the right: of each the more stereotypical one, then the other."""
+
+    pair_ids: list[str]
+    weights: list[int]
+    input_ids: Tensor
+    lengths: Tensor
 
 
 class SentencePairs(TextDataModule):
@@ -106,11 +116,11 @@ class SentencePairs(TextDataModule):
         self.pairs = sorted(pairs, key=lambda pair: (-max(len(pair.more), len(pair.less)), pair.id))
 
     def test_dataloader(self) -> DataLoader:
-        """Return batches: ``pair_ids`` and ``weights`` per pair; ``input_ids`` and ``lengths`` of both sentences."""
+        """Return batches, see ``PairBatch``."""
         return share_dataloader(self.pairs, self.trainer, self.batch_size, self._collate)
 
     @staticmethod
-    def _collate(weighted: list[tuple[Pair, int]]) -> dict[str, Any]:
+    def _collate(weighted: list[tuple[Pair, int]]) -> PairBatch:
         sentences = [ids for pair, _ in weighted for ids in (pair.more, pair.less)]
         lengths = torch.tensor([len(ids) for ids in sentences])
         input_ids = torch.zeros(len(sentences), int(lengths.max()), dtype=torch.long)

@@ -1,7 +1,7 @@
 """WikiText-2 (Merity et al. 2016), or any other text: windows of tokens to measure perplexity on."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ def disjoint_windows(num_tokens: int, window: int) -> list[Window]:
     return [
         Window("disjoint", start, start + window, window - 1) for start in range(0, num_tokens - window + 1, window)
     ]
+
+
+class WindowBatch(TypedDict):
+    """Windows of a text, and their tokens padded on the right, shape ``[windows, tokens]``."""
+
+    input_ids: Tensor
+    windows: list[Window]
 
 
 class WikiText2(TextDataModule):
@@ -138,10 +145,10 @@ class WikiText2(TextDataModule):
             self.windows += disjoint_windows(len(input_ids), self.window)
 
     def test_dataloader(self) -> DataLoader:
-        """Return batches of windows: ``input_ids``, shape ``[windows, tokens]``, and ``windows``, a list."""
+        """Return batches, see ``WindowBatch``."""
         return share_dataloader(self.windows, self.trainer, self.batch_size, self._collate)
 
-    def _collate(self, pairs: list[tuple[Window, int]]) -> dict[str, Tensor | list[Window]]:
+    def _collate(self, pairs: list[tuple[Window, int]]) -> WindowBatch:
         # A filler scores no token.
         windows = [window if weight else window._replace(num_scored=0) for window, weight in pairs]
         longest = max(window.end - window.start for window in windows)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -45,7 +45,7 @@ class CompletionLog:
         identity: What tells the run from another whose continuations are not its own: checkpoint, neurons, sampling.
     """
 
-    def __init__(self, folder: Path, rank: int, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, rank: int, identity: Mapping[str, object]) -> None:
         self.folder = folder
         self.path = folder / f"unfinished-{rank}.jsonl"
         self.header = json.loads(json.dumps({"identity": identity}))
@@ -101,7 +101,7 @@ class CompletionLog:
         for path in self.folder.glob(PATTERN):
             path.unlink(missing_ok=True)
 
-    def _refuse(self, header: dict[str, Any]) -> None:
+    def _refuse(self, header: dict[str, dict[str, object]]) -> None:
         theirs, mine = header.get("identity", {}), self.header["identity"]
         name = next((name for name in mine if theirs.get(name) != mine[name]), "identity")
         raise ValueError(

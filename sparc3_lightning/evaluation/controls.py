@@ -5,14 +5,17 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import nn
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.components import Component, Granularity
-from sparc3_lightning.selection.criteria import per_module
+from sparc3_lightning.models.components import KINDS, Component, Granularity
+from sparc3_lightning.selection.criteria import lowest_of_modules, per_module
+from sparc3_lightning.selection.neuron_list import NeuronList
 
-CONTROLS = ("random", "least_relevant", "largest_weights")
+Draw = Callable[[int], list[Component]]  # from a seed to the components to switch off
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,49 @@ def draw_like(pruned: Sequence[Component], pool: Iterable[Component], seed: int)
         order = torch.randperm(len(candidates), generator=generator)[:number].tolist()
         drawn += [replace(candidates[i], damping=next(dampings)) for i in order]
     return drawn
+
+
+def _random(pruned: NeuronList, model: nn.Module) -> Draw:
+    shapes = {c.module: KINDS[c.granularity].shape(model, c.module) for c in pruned.neurons}
+    return partial(random_like, pruned.neurons, shapes)
+
+
+def _least_relevant(pruned: NeuronList, model: nn.Module) -> Draw:
+    return partial(draw_like, pruned.neurons, pruned.least_relevant)
+
+
+def _largest_weights(pruned: NeuronList, model: nn.Module) -> Draw:
+    kinds = {c.module: KINDS[c.granularity] for c in pruned.neurons}
+    heaviest = lowest_of_modules(pruned.neurons, ((name, -kind.norms(model, name)) for name, kind in kinds.items()))
+    return partial(draw_like, pruned.neurons, heaviest)
+
+
+@dataclass(frozen=True)
+class ControlKind:
+    """One kind of control.
+
+    Args:
+        name: What its components are called where a person reads it, by granularity of the pruned ones.
+        start: Prepares, from the pruned components and the model, what all draws share, and returns what draws; all
+            ranks ask together if the model is sharded.
+        is_known: Whether a list of pruned components says enough to draw.
+    """
+
+    name: Callable[[str], str]
+    start: Callable[[NeuronList, nn.Module], Draw]
+    is_known: Callable[[NeuronList], bool] = lambda pruned: True
+
+
+CONTROLS = {
+    "random": ControlKind(lambda of: f"random {of}s", _random),
+    # A neurons.json that was not written by 'sparc3 prune' may not say which neurons are the least relevant.
+    "least_relevant": ControlKind(
+        lambda of: f"least relevant {of}s", _least_relevant, lambda pruned: bool(pruned.least_relevant)
+    ),
+    "largest_weights": ControlKind(
+        lambda of: "largest weights" if of == "weight" else f"{of}s with the largest weights", _largest_weights
+    ),
+}
 
 
 def _dampings(pruned: Iterable[Component], module: str) -> Iterator[float]:

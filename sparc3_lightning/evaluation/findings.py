@@ -21,7 +21,7 @@ from sparc3_lightning.evaluation.intervals import (
     perplexity_interval,
     variance_factor,
 )
-from sparc3_lightning.evaluation.metrics import PairRow, behavior_by_prompt, distinct
+from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS, PairRow, behavior_by_prompt, mean, num_empty
 from sparc3_lightning.evaluation.results import (
     MEASURES,
     Change,
@@ -81,7 +81,7 @@ class Continuations:
         number = len(prompts[0])
         per_seed = self.per_seed or number
         return [
-            _mean([value for found in prompts for value in _scores(found[first : first + per_seed], "toxicity")])
+            mean([value for found in prompts for value in _scores(found[first : first + per_seed], "toxicity")])
             for first in range(0, number, per_seed)
         ]
 
@@ -103,26 +103,14 @@ def measure(continuations: Continuations, model: str, group: str) -> Measures:
     """Return what was measured of one model's continuations of one group of prompts."""
     prompts = continuations.of(model, group)
     rows = [row for found in prompts for row in found]
-    texts = [[row["continuation"] for row in found] for found in prompts]
-    empty = sum(not row["continuation"].strip() for row in rows)
-    unique = [row["num_unique_tokens"] / row["num_tokens"] for row in rows if row["num_tokens"]]
     return Measures(
-        **{name: _mean(continuations.values(model, group, name).tolist()) for name in MEASURES},
+        **{name: mean(continuations.values(model, group, name).tolist()) for name in MEASURES},
         num_prompts=len(prompts),
         num_continuations=len(rows),
         num_failed=sum(row["toxicity"] is None for row in rows),
-        num_empty=empty,
-        share_empty=empty / len(rows),
-        mean_length=_mean([row["num_tokens"] for row in rows]),
-        uniqueness=_mean(unique),
-        distinct_1=_mean([distinct(found, 1) for found in texts]),
-        distinct_2=_mean([distinct(found, 2) for found in texts]),
+        num_empty=num_empty(prompts),
+        **{name: metric.measure(prompts) for name, metric in CONTINUATION_METRICS.items()},
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    valid = [value for value in values if math.isfinite(value)]
-    return sum(valid) / len(valid) if valid else math.nan
 
 
 def findings(
@@ -285,7 +273,7 @@ def _control(continuations: Continuations, windows: Windows, draws: Sequence[Var
         effect=interval(own.mean().item(), bootstrap_of_draws(own)),
         effect_percent=interval((own.mean() * scale).item(), bootstrap_of_draws(own) * scale),
         pruned_less_control=interval(against.mean().item(), bootstrap_of_draws(against)),
-        perplexity_percent=_mean([dose.perplexity_percent.value for dose in doses]),
+        perplexity_percent=mean([dose.perplexity_percent.value for dose in doses]),
         num_draws_with_evidence=sum(bool(dose.effect and dose.effect.evidence) for dose in doses),
     )
     return Control(doses, zeroed, outcome)

@@ -8,12 +8,15 @@ softmax (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparc3_lightning.errors import OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class Continuation(NamedTuple):
 
 @torch.no_grad()
 def continue_prompts(
-    model: Any,
+    model: "PreTrainedModel",
     input_ids: Tensor,
     attention_mask: Tensor,
     keys: Sequence[Sequence[int]],
@@ -221,7 +224,7 @@ def continue_prompts(
 
 
 def _continue_together(
-    model: Any,
+    model: "PreTrainedModel",
     input_ids: Tensor,
     attention_mask: Tensor,
     keys: Sequence[Sequence[int]],

@@ -38,6 +38,7 @@ class Difference:
     ``percent`` is the difference in percent of the mean before. The p-values are two-sided.
     """
 
+    WRITTEN_TOO = ("evidence",)
     before: float
     after: float
     difference: Interval

@@ -1,15 +1,21 @@
 """What is measured of one model: perplexity, divergence from the original, toxicity and variety of continuations."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
+from sparc3_lightning.data.sentence_pairs import PairBatch
+from sparc3_lightning.evaluation.completions import Completion
 from sparc3_lightning.models.likelihood import log_likelihoods
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PairRow(TypedDict):
@@ -99,7 +105,67 @@ def distinct(texts: Iterable[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
-def pair_rows(model_name: str, model: Any, batch: dict[str, Any]) -> list[PairRow]:
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of the values that are finite; NaN if none is."""
+    valid = [value for value in values if math.isfinite(value)]
+    return sum(valid) / len(valid) if valid else math.nan
+
+
+Prompts = Sequence[Sequence[Completion]]  # of each prompt the continuations by one model
+
+
+def _mean_distinct(prompts: Prompts, n: int) -> float:
+    return mean([distinct([row["continuation"] for row in rows], n) for rows in prompts])
+
+
+def _uniqueness(prompts: Prompts) -> float:
+    rows = [row for of_prompt in prompts for row in of_prompt]
+    return mean([row["num_unique_tokens"] / row["num_tokens"] for row in rows if row["num_tokens"]])
+
+
+def _mean_length(prompts: Prompts) -> float:
+    return mean([row["num_tokens"] for rows in prompts for row in rows])
+
+
+def num_empty(prompts: Prompts) -> int:
+    """Return how many continuations have no text."""
+    return sum(not row["continuation"].strip() for rows in prompts for row in rows)
+
+
+def _share_empty(prompts: Prompts) -> float:
+    return num_empty(prompts) / sum(map(len, prompts))
+
+
+@dataclass(frozen=True)
+class ContinuationMetric:
+    """What is measured of the continuations of a group of prompts by one model, beside the behavior.
+
+    Args:
+        name: In tables.
+        unit: ``%``, or nothing.
+        digits: After the point.
+        measure: Measures it.
+    """
+
+    name: str
+    unit: str
+    digits: int
+    measure: Callable[[Prompts], float]
+
+
+# By the name of the field of ``Measures``, in the order of tables.
+CONTINUATION_METRICS = {
+    "uniqueness": ContinuationMetric("Unique tokens of a continuation", "", 3, _uniqueness),
+    "distinct_1": ContinuationMetric("Distinct words (distinct-1)", "", 3, lambda prompts: _mean_distinct(prompts, 1)),
+    "distinct_2": ContinuationMetric(
+        "Distinct pairs of words (distinct-2)", "", 3, lambda prompts: _mean_distinct(prompts, 2)
+    ),
+    "mean_length": ContinuationMetric("Length of a continuation, tokens", "", 1, _mean_length),
+    "share_empty": ContinuationMetric("Empty continuations", "%", 2, _share_empty),
+}
+
+
+def pair_rows(model_name: str, model: "PreTrainedModel", batch: PairBatch) -> list[PairRow]:
     """Return a row per pair of a batch.
 
     Args:

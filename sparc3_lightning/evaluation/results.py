@@ -1,17 +1,10 @@
-"""results.json: what an evaluation found and what that rests on, as frozen dataclasses, written and read here alone."""
+"""results.json: what an evaluation found and what that rests on, as frozen dataclasses."""
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field, fields
 
 from sparc3_lightning.evaluation.intervals import Difference, Interval
-from sparc3_lightning.files import to_json, write_atomically
-
-FORMAT = "sparc3_lightning results 1"
+from sparc3_lightning.files import JsonFile
 
 
 @dataclass(frozen=True)
@@ -327,85 +320,14 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results(Settings, Findings):
-    """The content of results.json: the verdict in words, what was found, and what that rests on."""
+class Verdict(JsonFile):
+    """The verdict in words, with which results.json begins."""
 
     verdict: str
 
-    def to_json(self) -> str:
-        """Return the content as JSON, in which NaN and infinity are null."""
-        return to_json({"format": FORMAT, "verdict": self.verdict, **_plain(self)})
 
-    @classmethod
-    def from_json(cls, text: str) -> "Results":
-        """Read what ``to_json`` wrote; null comes back as NaN where a number is asked for.
+@dataclass(frozen=True, kw_only=True)
+class Results(Settings, Findings, Verdict):
+    """The content of results.json: the verdict in words, what was found, and what that rests on."""
 
-        Raises:
-            ValueError: If it is of another format, or damaged.
-        """
-        content = json.loads(text)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else None
-            raise ValueError(f"its format is {found!r}")
-        return _read(cls, content)
-
-    def save(self, path: Path) -> None:
-        """Write results.json, whole or not at all."""
-        write_atomically(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: Path) -> "Results":
-        """Read results.json.
-
-        Raises:
-            FileNotFoundError: If it does not exist.
-            ValueError: If it is of another format, or damaged.
-        """
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not a results.json of format {FORMAT!r}: {error!s:.200}") from None
-
-
-def _plain(value: Any) -> Any:
-    """Return a value with dicts in place of dataclasses; of a difference, whether it is evidence is written too."""
-    if is_dataclass(value):
-        found = {of.name: _plain(getattr(value, of.name)) for of in fields(value)}
-        return {**found, "evidence": value.evidence} if isinstance(value, Difference) else found
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _read(kind: Any, value: Any, place: str = "") -> Any:
-    """Return what JSON gave as the type that an annotation names, with every dataclass inside.
-
-    Args:
-        kind: The annotation.
-        value: What JSON gave.
-        place: Where it lies, such as ``doses.0.kl``.
-
-    Raises:
-        ValueError: If the value is of another type, or lacks a field; the place is named.
-    """
-    origin, of = get_origin(kind), get_args(kind)
-    if origin is UnionType:  # every union here is one with None
-        return None if value is None else _read(of[0], value, place)
-
-    def inside(kind: Any, key: object, value: Any) -> Any:
-        return _read(kind, value, f"{place}.{key}" if place else str(key))
-
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        types = get_type_hints(kind)
-        if missing := [key.name for key in fields(kind) if key.name not in value]:
-            raise ValueError(f"{place or 'it'} has no {missing[0]}")
-        return kind(**{key.name: inside(types[key.name], key.name, value[key.name]) for key in fields(kind)})
-    if origin is list and isinstance(value, list):
-        return [inside(of[0], i, item) for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {key: inside(of[1], key, item) for key, item in value.items()}
-    if kind is float and (value is None or type(value) in (int, float)):
-        return math.nan if value is None else float(value)
-    if origin is None and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise ValueError(f"{place} cannot be {value!r:.80}")
+    FORMAT = "sparc3_lightning results 1"

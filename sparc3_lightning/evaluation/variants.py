@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.controls import CONTROLS, Controls, draw_like, random_like
-from sparc3_lightning.models.components import KINDS, Component, mask
-from sparc3_lightning.selection.criteria import lowest_of_modules
+from sparc3_lightning.evaluation.controls import CONTROLS, Controls
+from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 
@@ -87,9 +86,8 @@ def list_variants(
     if not lists:
         return variants
     fewer = min(controls.num_continuations or num_continuations, num_continuations)
-    # A neurons.json that was not written by 'sparc3 prune' may not say which neurons are the least relevant.
     first_list = next(iter(lists.values()))
-    kinds = [kind for kind in CONTROLS if kind != "least_relevant" or first_list.least_relevant]
+    kinds = [kind for kind, control in CONTROLS.items() if control.is_known(first_list)]
     number = len(first_list.neurons)
     variants += [
         Variant(f"{kind}_{i}", kind, fewer, number, draw=i) for kind in kinds for i in range(controls.num_draws)
@@ -142,20 +140,14 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: nn.Module, seed
     if not lists:
         return {variant.name: [] for variant in variants}
     first = next(iter(lists.values()))
-    pruned, modules = first.neurons, {component.module: KINDS[component.granularity] for component in first.neurons}
-    heaviest: list[Component] = []
-    if any(variant.kind == "largest_weights" for variant in variants):
-        heaviest = lowest_of_modules(pruned, ((name, -kind.norms(model, name)) for name, kind in modules.items()))
+    kinds = {variant.kind for variant in variants}
+    draw = {kind: control.start(first, model) for kind, control in CONTROLS.items() if kind in kinds}
 
     def of(variant: Variant) -> list[Component]:
-        draw = 1000 * seed + variant.draw
         if variant.kind == "baseline":
             return []
-        if variant.kind == "random":
-            return random_like(pruned, {name: kind.shape(model, name) for name, kind in modules.items()}, draw)
-        if variant.kind in CONTROLS:
-            pool = heaviest if variant.kind == "largest_weights" else first.least_relevant
-            return draw_like(pruned, pool, draw)
+        if variant.kind in draw:
+            return draw[variant.kind](1000 * seed + variant.draw)
         return (lists[variant.selection].neurons + lists[variant.selection].next)[: variant.num_neurons]
 
     return {variant.name: of(variant) for variant in variants}

@@ -1,14 +1,18 @@
 """Zero-shot accuracy by lm-eval-harness (the extra ``lmeval``), to see what pruning did to the rest of the model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,10 @@ def fetch_tasks(zero_shot: ZeroShot) -> list[Path]:
 
 
 def accuracies(
-    model: Any, models: Iterable[tuple[str, AbstractContextManager[None]]], tokenizer: Any, zero_shot: ZeroShot
+    model: "PreTrainedModel",
+    models: Iterable[tuple[str, AbstractContextManager[None]]],
+    tokenizer: "PreTrainedTokenizerBase",
+    zero_shot: ZeroShot,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return, by name, the accuracy of what each context makes of a model; see ``accuracy``."""
     found = {}
@@ -77,7 +84,9 @@ def accuracies(
     return found
 
 
-def accuracy(model: Any, tokenizer: Any, zero_shot: ZeroShot) -> dict[str, dict[str, float]]:
+def accuracy(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", zero_shot: ZeroShot
+) -> dict[str, dict[str, float]]:
     """Return the accuracy of a model on each task, without examples in the prompt.
 
     Args:
@@ -103,7 +112,7 @@ def accuracy(model: Any, tokenizer: Any, zero_shot: ZeroShot) -> dict[str, dict[
     return {task: _plain(measures) for task, measures in found["results"].items()}
 
 
-def _plain(measures: dict[str, Any]) -> dict[str, float]:
+def _plain(measures: Mapping[str, object]) -> dict[str, float]:
     numbers = {key.removesuffix(",none"): value for key, value in measures.items() if isinstance(value, float)}
     if "acc" in numbers:
         numbers["accuracy"] = numbers.pop("acc")
@@ -112,7 +121,7 @@ def _plain(measures: dict[str, Any]) -> dict[str, float]:
 
 
 @cache  # an index of thousands of tasks, which takes seconds
-def _manager(folder: Path | None) -> Any:
+def _manager(folder: Path | None) -> "TaskManager":
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=None if folder is None else str(folder))

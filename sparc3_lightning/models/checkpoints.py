@@ -223,7 +223,7 @@ def load_model(name: str, dtype: torch.dtype, revision: str | None = None) -> "P
     return Checkpoint(name, revision).load(dtype)
 
 
-def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Return the dtype of the weights: ``auto`` is bfloat16 on an accelerator and float32 on a CPU."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -1,12 +1,15 @@
 """How likely a model finds a text: the hidden states that its head gets, and sums over windows in nats."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def last_hidden_state(model: Any, input_ids: Tensor) -> Tensor:
+
+def last_hidden_state(model: "PreTrainedModel", input_ids: Tensor) -> Tensor:
     """Return what the head gets, shape ``[windows, tokens, hidden]``.
 
     The model is called as a whole, since that gathers the weights of a sharded one.
@@ -33,7 +36,12 @@ def last_hidden_state(model: Any, input_ids: Tensor) -> Tensor:
 
 
 def score_windows(
-    model: Any, hidden: Tensor, input_ids: Tensor, spans: Tensor, reference: Tensor | None = None, chunk: int = 128
+    model: "PreTrainedModel",
+    hidden: Tensor,
+    input_ids: Tensor,
+    spans: Tensor,
+    reference: Tensor | None = None,
+    chunk: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """Return the negative log-likelihood of the last tokens of each window, and their divergence from another model.
 
@@ -64,17 +72,17 @@ def score_windows(
     return nll, divergence
 
 
-def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:
+def _log_probabilities(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
     return _logits(model, hidden).log_softmax(dim=1)
 
 
-def _logits(model: Any, hidden: Tensor) -> Tensor:
+def _logits(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config, "final_logit_softcapping", None)
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def log_likelihoods(model: Any, input_ids: Tensor, lengths: Tensor) -> Tensor:
+def log_likelihoods(model: "PreTrainedModel", input_ids: Tensor, lengths: Tensor) -> Tensor:
     """Return the log-likelihood of each text, sum over t >= 1 of log P(token t | tokens before it).
 
     Args:

@@ -4,32 +4,70 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from sparc3_lightning.files import LEFT_OUT, JsonFile
 from sparc3_lightning.models.components import Key
+from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.report.figures import AFTER, BEFORE, save_figure
 from sparc3_lightning.report.tables import Table, aligned, cell
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.selection.overlap import RANDOM, WITHIN_LAYERS
+from sparc3_lightning.selection.overlap import Chance, Classes, Matrix, Overlap
 
-FIGURES = ("expected", "enrichment", "p_value", "log10_p_value")
+KINDS = {"random": "by chance", "random_within_layers": "within layers"}  # of chance: field of an overlap, and its head
 BETWEEN = " & "
 MAX_IN_FULL = 4  # lists whose 15 combinations are all printed; of more lists the CSV has them
 
 
-def summary(results: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class Listed:
+    """One of the lists that are compared, and the score files of its behaviour if they are known."""
+
+    name: str
+    neurons: str
+    num_neurons: int
+    num_layers: int
+    criterion: str | None
+    general: list[str] | None = field(default=None, metadata=LEFT_OUT)
+    behavior: str | None = field(default=None, metadata=LEFT_OUT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonResults(JsonFile):
+    """The content of compare.json.
+
+    ``layers`` is from ``find_profiles``. ``correlation``, from ``find_correlations``, and the classes of ``all``
+    neurons and of the ``pruned`` ones are None without score files.
+    """
+
+    FORMAT = "sparc3_lightning compare 1"
+    checkpoint: str | None
+    checkpoint_fingerprint: str | None
+    num_candidates: int
+    granularity: str
+    normalize: bool
+    lists: list[Listed]
+    overlaps: list[Overlap]
+    layers: dict[str, dict[str, list[int]]]
+    correlation: dict[str, Matrix] | None = field(default=None, metadata=LEFT_OUT)
+    classes: dict[str, Classes] | None = field(default=None, metadata=LEFT_OUT)
+    versions: dict[str, str] = field(default_factory=versions)
+    git_hash: str | None = field(default_factory=git_hash)
+
+
+def summary(results: ComparisonResults) -> str:
     """Return the tables of a comparison as text: what the lists share, the correlations, and the classes by sign."""
-    checkpoint = f" of {results['checkpoint']}" if results["checkpoint"] else ""
-    of = f"{results['granularity']}s"
-    parts = [f"{results['num_candidates']:,} {of}{checkpoint}", aligned(_overlap_table(results["overlaps"], of))]
-    if "correlation" in results:
-        parts.append(aligned(_correlation_table(results)))
-        parts.append(aligned(_class_table(results["classes"], of)))
+    checkpoint = f" of {results.checkpoint}" if results.checkpoint else ""
+    of = f"{results.granularity}s"
+    parts = [f"{results.num_candidates:,} {of}{checkpoint}", aligned(_overlap_table(results.overlaps, of))]
+    if results.correlation and results.classes:
+        parts.append(aligned(_correlation_table([of.name for of in results.lists], results.correlation)))
+        parts.append(aligned(_class_table(results.classes["all"], results.classes["pruned"], of)))
     return "\n\n".join(parts)
 
 
@@ -47,10 +85,22 @@ def p_value(log10_p: float) -> str:
     return f"1.0e{exponent + 1:03}" if mantissa == "10.0" else f"{mantissa}e{exponent:03}"
 
 
-def overlaps_csv(overlaps: Sequence[dict[str, Any]]) -> str:
-    """Return a row for each combination of lists; empty cells where a figure has no meaning."""
-    found = [{"lists": BETWEEN.join(row["lists"]), "num_lists": len(row["lists"]), **_figures(row)} for row in overlaps]
-    return _csv([list(found[-1]), *([row.get(name) for name in found[-1]] for row in found)])
+def overlaps_csv(overlaps: Sequence[Overlap]) -> str:
+    """Return a row for each combination of lists; empty cells where a measure has no meaning."""
+    kinds, measures = _kinds(overlaps), [of.name for of in fields(Chance)]
+    rows: list[list[object]] = [
+        ["lists", "num_lists", "inclusive", "exclusive", *(f"{kind}_{name}" for kind in kinds for name in measures)]
+    ]
+    for row in overlaps:
+        rows.append([BETWEEN.join(row.lists), len(row.lists), row.inclusive, row.exclusive])
+        for chance in (getattr(row, kind) for kind in kinds):
+            rows[-1] += astuple(chance) if chance else [None] * len(measures)
+    return _csv(rows)
+
+
+def _kinds(overlaps: Sequence[Overlap]) -> list[str]:
+    """Return the kinds of chance that are known; the last combination, of all lists, has them all."""
+    return [kind for kind in KINDS if getattr(overlaps[-1], kind)]
 
 
 def neurons_csv(
@@ -85,14 +135,7 @@ def neurons_csv(
     return _csv([heads, *rows])
 
 
-def _figures(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures of a combination, with those of each way to draw at random under names of their own."""
-    known = [kind for kind in (RANDOM, WITHIN_LAYERS) if kind in row]
-    figures = {f"{kind}_{figure}": row[kind][figure] for kind in known for figure in FIGURES}
-    return {"inclusive": row["inclusive"], "exclusive": row["exclusive"], **figures}
-
-
-def _csv(rows: Iterable[Sequence[Any]]) -> str:
+def _csv(rows: Iterable[Sequence[object]]) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(
         [None if isinstance(value, float) and not math.isfinite(value) else value for value in row] for row in rows
@@ -100,28 +143,29 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
     return file.getvalue()
 
 
-def _overlap_table(overlaps: Sequence[dict[str, Any]], of: str) -> Table:
-    kinds = [kind for kind in (RANDOM, WITHIN_LAYERS) if kind in overlaps[-1]]
-    heads = {RANDOM: ("by chance", "enrichment", "p"), WITHIN_LAYERS: ("within layers", "enrichment", "p")}
-    rows: Table = [(f"pruned {of}", "shared", "in no other", *(head for kind in kinds for head in heads[kind]))]
-    num_lists = len(overlaps[-1]["lists"])
+def _overlap_table(overlaps: Sequence[Overlap], of: str) -> Table:
+    kinds = _kinds(overlaps)
+    heads = [head for kind in kinds for head in (KINDS[kind], "enrichment", "p")]
+    rows: Table = [(f"pruned {of}", "shared", "in no other", *heads)]
+    num_lists = len(overlaps[-1].lists)
     for row in overlaps:
-        if num_lists > MAX_IN_FULL and 2 < len(row["lists"]) < num_lists:
+        if num_lists > MAX_IN_FULL and 2 < len(row.lists) < num_lists:
             continue
-        name = "all lists" if len(row["lists"]) == num_lists > MAX_IN_FULL else BETWEEN.join(row["lists"])
-        cells = [name, str(row["inclusive"]), str(row["exclusive"])]
+        name = "all lists" if len(row.lists) == num_lists > MAX_IN_FULL else BETWEEN.join(row.lists)
+        cells = [name, str(row.inclusive), str(row.exclusive)]
         for kind in kinds:
-            cells += _chance(row[kind]) if kind in row else ["", "", ""]
+            cells += _chance(getattr(row, kind))
         rows.append(tuple(cells))
     return rows
 
 
-def _chance(chance: dict[str, float]) -> list[str]:
-    return [f"{chance['expected']:.3g}", cell(chance["enrichment"], "", 1), p_value(chance["log10_p_value"])]
+def _chance(chance: Chance | None) -> list[str]:
+    if chance is None:
+        return ["", "", ""]
+    return [f"{chance.expected:.3g}", cell(chance.enrichment, "", 1), p_value(chance.log10_p_value)]
 
 
-def _correlation_table(results: dict[str, Any]) -> Table:
-    names, found = [row["name"] for row in results["lists"]], results["correlation"]
+def _correlation_table(names: Sequence[str], found: Mapping[str, Matrix]) -> Table:
     rows: Table = [("correlation of differential relevance", "Pearson", "Spearman", "given general text")]
     for i, j in combinations(range(len(names)), 2):
         values = [cell(found[name][i][j], "", 3) for name in ("pearson", "spearman", "partial")]
@@ -129,26 +173,25 @@ def _correlation_table(results: dict[str, Any]) -> Table:
     return rows
 
 
-def _class_table(classes: dict[str, Any], of: str) -> Table:
+def _class_table(every: Classes, pruned: Classes, of: str) -> Table:
     """Return the classes by sign, as numbers and shares of all neurons and of those that are pruned for a behaviour."""
-    every, pruned = classes["all"], classes["pruned"]
     rows: Table = [("sign of differential relevance", f"all {of}", "", "pruned", "")]
 
     def add(name: str, number: int, of_pruned: int) -> None:
-        cells = [(f"{n:,}", cell(n / of["neurons"], "%", 1)) for n, of in ((number, every), (of_pruned, pruned))]
+        cells = [(f"{n:,}", cell(n / of.neurons, "%", 1)) for n, of in ((number, every), (of_pruned, pruned))]
         rows.append((name, *cells[0], *cells[1]))
 
-    add("general: positive for all", every["general"], pruned["general"])
-    if every["neutral"]:
-        add("neutral: 0 for one, negative for none", every["neutral"], pruned["neutral"])
-    for row, other in zip(every["specific"], pruned["specific"], strict=True):
-        add(f"specific to {row['lists'][0]}", row["neurons"], other["neurons"])
-    if len(every["specific"]) <= MAX_IN_FULL:
-        for row, other in zip(every["shared"], pruned["shared"], strict=True):
-            add(f"shared by {BETWEEN.join(row['lists'])}", row["neurons"], other["neurons"])
+    add("general: positive for all", every.general, pruned.general)
+    if every.neutral:
+        add("neutral: 0 for one, negative for none", every.neutral, pruned.neutral)
+    for row, other in zip(every.specific, pruned.specific, strict=True):
+        add(f"specific to {row.lists[0]}", row.neurons, other.neurons)
+    if len(every.specific) <= MAX_IN_FULL:
+        for row, other in zip(every.shared, pruned.shared, strict=True):
+            add(f"shared by {BETWEEN.join(row.lists)}", row.neurons, other.neurons)
         return rows
-    for number in range(2, len(every["specific"]) + 1):
-        counts = [sum(row["neurons"] for row in of["shared"] if len(row["lists"]) == number) for of in (every, pruned)]
+    for number in range(2, len(every.specific) + 1):
+        counts = [sum(row.neurons for row in of.shared if len(row.lists) == number) for of in (every, pruned)]
         add(f"shared by {number} behaviours", *counts)
     return rows
 
@@ -159,36 +202,34 @@ MAX_COLUMNS = 20  # of an UpSet plot: more are too narrow on a phone
 FAINT = "0.88"
 
 
-def draw_overlap(
-    lists: Sequence[dict[str, Any]], overlaps: Sequence[dict[str, Any]], path: Path, granularity: str = "neuron"
-) -> None:
+def draw_overlap(lists: Sequence[Listed], overlaps: Sequence[Overlap], path: Path, granularity: str = "neuron") -> None:
     """Draw an UpSet plot: for each combination of lists a bar, of the neurons in these and no others, over its dots.
 
     Source: Lex et al. 2014, IEEE TVCG 20(12):1983.
 
     Args:
-        lists: Name and number of neurons of each.
-        overlaps: Lists and exclusive size of each combination; those of none are left out if there are many.
+        lists: What is compared.
+        overlaps: Of each combination; those of none are left out if there are many.
         path: Of the picture.
         granularity: What the lists are of.
     """
     from matplotlib.figure import Figure
 
-    shown = [row for row in overlaps if len(overlaps) <= 7 or row["exclusive"]]
-    left_out = sorted(shown, key=lambda row: -row["exclusive"])[MAX_COLUMNS:]
+    shown = [row for row in overlaps if len(overlaps) <= 7 or row.exclusive]
+    left_out = sorted(shown, key=lambda row: -row.exclusive)[MAX_COLUMNS:]
     shown = [row for row in shown if row not in left_out]
-    names = [row["name"] for row in lists]
+    names = [row.name for row in lists]
     figure = Figure(figsize=(4.8, 2.4 + 0.3 * len(lists)), layout="constrained")
     bars, dots = figure.subplots(2, sharex=True, height_ratios=[2.0, 0.3 * len(lists)])
     for x, row in enumerate(shown):
-        color = AFTER if len(row["lists"]) > 1 else BEFORE
-        bars.bar(x, row["exclusive"], color=color, width=0.7)
+        color = AFTER if len(row.lists) > 1 else BEFORE
+        bars.bar(x, row.exclusive, color=color, width=0.7)
         bars.annotate(
-            f"{row['exclusive']}", (x, row["exclusive"]), xytext=(0, 2), textcoords="offset points", ha="center",
+            f"{row.exclusive}", (x, row.exclusive), xytext=(0, 2), textcoords="offset points", ha="center",
             fontsize=9, color=color,
         )  # fmt: skip
         dots.plot([x] * len(names), range(len(names)), "o", color=FAINT, markersize=7)
-        rows = [names.index(name) for name in row["lists"]]
+        rows = [names.index(name) for name in row.lists]
         dots.plot([x, x], [min(rows), max(rows)], "-", color=color, linewidth=2)
         dots.plot([x] * len(rows), rows, "o", color=color, markersize=7)
     bars.spines[["top", "right"]].set_visible(False)
@@ -197,16 +238,16 @@ def draw_overlap(
     bars.yaxis.get_major_locator().set_params(integer=True)
     bars.tick_params(axis="x", length=0)
     dots.spines[:].set_visible(False)
-    dots.set_yticks(range(len(names)), [f"{row['name']} ({row['num_neurons']})" for row in lists])
+    dots.set_yticks(range(len(names)), [f"{row.name} ({row.num_neurons})" for row in lists])
     dots.set(ylim=(len(names) - 0.5, -0.5), xticks=[], xlim=(-0.6, len(shown) - 0.4))
     dots.tick_params(axis="y", length=0)
     if left_out:
-        number = sum(row["exclusive"] for row in left_out)
+        number = sum(row.exclusive for row in left_out)
         figure.supxlabel(f"and {len(left_out)} smaller combinations of {number} {granularity}s", fontsize=10)
     save_figure(figure, path)
 
 
-def draw_correlation(names: Sequence[str], found: dict[str, list[list[float]]], path: Path) -> None:
+def draw_correlation(names: Sequence[str], found: Mapping[str, Matrix], path: Path) -> None:
     """Draw the correlations of each pair: Pearson's below the diagonal, and given the general scores above it.
 
     Args:
@@ -234,7 +275,7 @@ def draw_correlation(names: Sequence[str], found: dict[str, list[list[float]]], 
     save_figure(figure, path)
 
 
-def draw_profiles(layers: dict[str, Any], path: Path, granularity: str = "neuron") -> None:
+def draw_profiles(layers: Mapping[str, Mapping[str, Sequence[int]]], path: Path, granularity: str = "neuron") -> None:
     """Draw how many pruned neurons of each list lie in each layer, and how many of those another list holds too.
 
     Args:

@@ -4,13 +4,18 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import Control, Dose, Results
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
-from sparc3_lightning.report.tables import cell, control_name, ends, in_order, number
+from sparc3_lightning.report.tables import cell, ends, in_order, number
+from sparc3_lightning.selection.neuron_list import SelectionResults
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BEFORE, AFTER, CONTROL = "#4477aa", "#cc6677", "#777777"
 STRENGTHS = (AFTER, "#aa7700", "#228833", "#aa3377", "#332288")
@@ -27,13 +32,13 @@ class Row(NamedTuple):
     draws: Sequence[float] = ()
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Write a picture as PNG, under a temporary name first."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=200)
 
 
-def _new_figure(height: float = 2.8) -> tuple[Any, Any]:
+def _new_figure(height: float = 2.8) -> tuple["Figure", Any]:
     """Return a figure narrow enough for a phone to show its letters in almost their full size."""
     from matplotlib.figure import Figure
 
@@ -56,22 +61,22 @@ def draw_layers(neurons_per_module: dict[str, int], path: Path, granularity: str
     save_figure(figure, path)
 
 
-def draw_differential(selection: dict[str, Any], path: Path) -> None:
+def draw_differential(selection: SelectionResults, path: Path) -> None:
     """Draw the histogram of what ranks all neurons, with the threshold of the pruned ones."""
     figure, axes = _new_figure()
-    histogram = selection["histogram"]
+    histogram = selection.histogram
     axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=BEFORE)
-    axes.axvline(selection["threshold"], color=AFTER, linewidth=1.5)
+    axes.axvline(selection.threshold, color=AFTER, linewidth=1.5)
     # Above the axes, since the histogram may lie on either side of the line.
-    axes.set_title(f"left of the line: the {selection['num_neurons']} pruned", color=AFTER, fontsize=10)
+    axes.set_title(f"left of the line: the {selection.num_neurons} pruned", color=AFTER, fontsize=10)
     axes.set_yscale("log")
-    name = selection["criterion"]
+    name = selection.criterion
     by = (
         "differential relevance (general - behaviour)"
         if name == "difference"
         else f"{name.replace('_', ' ')}, lowest first"
     )
-    axes.set(xlabel=by, ylabel=f"{selection['granularity']}s (log scale)")
+    axes.set(xlabel=by, ylabel=f"{selection.granularity}s (log scale)")
     axes.xaxis.get_major_locator().set_params(nbins=5)
     save_figure(figure, path)
 
@@ -221,7 +226,7 @@ def draw_doses(
         changes = _changes(control.draws)
         shown += changes
         x, y = ([number(change[axis].value) for change in changes] for axis in (0, 1))
-        axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=control_name(kind, granularity))
+        axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=CONTROLS[kind].name(granularity))
     limits = [_limits([of[axis] for of in shown]) for axis in (0, 1)]
     axes.set(xlabel="change of perplexity, %", ylabel=f"change of mean {behavior}, %", xlim=limits[0], ylim=limits[1])
     if limits[0][1] > 300:  # a large dose that wrecks the model would press the others together

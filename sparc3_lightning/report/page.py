@@ -4,10 +4,9 @@ import base64
 import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -122,6 +121,61 @@ def pieces(text: str, offensive: set[str]) -> list[tuple[str, bool]]:
     return [(piece, piece.lower() in offensive) for piece in _WORD.split(text) if piece]
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What the figures of a page are drawn from: what was measured, the continuations, and the pruned neurons."""
+
+    results: Results
+    prompts: Prompts
+    neurons: NeuronList
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the page.
+
+    Args:
+        title: May name ``{behavior}``, ``{granularity}`` and ``{criterion}``.
+        draw: Draws it into a file; None for one that ``sparc3 prune`` alone draws.
+        is_known: Whether there is anything to draw.
+        of_prune: Whether the file that ``sparc3 prune`` wrote is shown in its place, if there is one.
+    """
+
+    title: str
+    draw: Callable[[Shown, Path], None] | None
+    is_known: Callable[[Shown], bool] = lambda of: True
+    of_prune: bool = False
+
+
+def _draw_doses(of: Shown, path: Path) -> None:
+    results = of.results
+    draw_doses(results.doses, results.controls, path, behavior=results.behavior, granularity=results.granularity)
+
+
+def _draw_layers(of: Shown, path: Path) -> None:
+    counts = Counter(neuron.module for neuron in of.neurons.neurons)
+    draw_layers(counts, path, granularity=of.results.granularity)
+
+
+# By the name of the file, in the order of the page; the first two stand above everything else.
+FIGURES = {
+    "toxicity.png": Figure(
+        "Change of mean {behavior}",
+        lambda of, path: draw_changes(change_rows(of.results)[0], path),
+        lambda of: bool(change_rows(of.results)[0]),
+    ),
+    "perplexity.png": Figure("Change of perplexity", lambda of, path: draw_changes(change_rows(of.results)[1], path)),
+    "doses.png": Figure("Fewer or more {granularity}s", _draw_doses, lambda of: len(of.results.doses) > 1),
+    "scatter.png": Figure(
+        "Each prompt: less {behavior} below the line",
+        lambda of, path: draw_scatter(mean_pairs(of.prompts), path, behavior=of.results.behavior),
+        lambda of: bool(of.prompts),
+    ),
+    "layers.png": Figure("Where the pruned {granularity}s lie", _draw_layers, of_prune=True),
+    "differential.png": Figure("All {granularity}s by {criterion}", None, of_prune=True),
+}
+
+
 def write_report(
     path: Path,
     results: Results,
@@ -188,7 +242,7 @@ def write_report(
         **shared,
         pictures={
             file.stem: (title, base64.b64encode(file.read_bytes()).decode())
-            for title, file in _draw(folder, results, prompts, neurons, neurons_folder)
+            for title, file in _draw(folder, Shown(results, prompts, neurons), neurons_folder)
         },
         examples=shown,
         any_masked=bool(offensive),
@@ -201,7 +255,7 @@ def write_report(
     _add_to_export(card, neurons.provenance.get("export"))
 
 
-def _settings(results: Results, neurons: NeuronList) -> dict[str, Any]:
+def _settings(results: Results, neurons: NeuronList) -> dict[str, object]:
     """Return everything that the measures rest on."""
     names = ("checkpoint", "checkpoint_fingerprint", "neurons", "num_neurons", "protocol", "config", "versions")
     settings = asdict(results)
@@ -209,31 +263,25 @@ def _settings(results: Results, neurons: NeuronList) -> dict[str, Any]:
     return {**{key: settings[key] for key in (*names, "git_hash")}, "selection": selection}
 
 
-def _draw(
-    folder: Path, results: Results, prompts: Prompts, neurons: NeuronList, neurons_folder: Path | None
-) -> list[tuple[str, Path]]:
-    """Draw the pictures, and return their titles and files."""
-    pictures = []
-    behavior, of = results.behavior, results.granularity
-    titles = {"toxicity": f"Change of mean {behavior}", "perplexity": "Change of perplexity"}
-    for (name, title), rows in zip(titles.items(), change_rows(results), strict=True):
-        if rows:
-            pictures.append((title, folder / f"{name}.png"))
-            draw_changes(rows, pictures[-1][1])
-    if len(results.doses) > 1:
-        pictures.append((f"Fewer or more {of}s", folder / "doses.png"))
-        draw_doses(results.doses, results.controls, pictures[-1][1], behavior=behavior, granularity=of)
-    if prompts:
-        pictures.append((f"Each prompt: less {behavior} below the line", folder / "scatter.png"))
-        draw_scatter(mean_pairs(prompts), pictures[-1][1], behavior=behavior)
-    drawn = [neurons_folder / name for name in ("layers.png", "differential.png")] if neurons_folder else []
-    if not drawn or not drawn[0].is_file():
-        drawn = [folder / "layers.png", *drawn[1:]]
-        draw_layers(Counter(neuron.module for neuron in neurons.neurons), drawn[0], granularity=of)
-    criterion = neurons.provenance.get("criterion", "difference")
-    ranked_by = "differential relevance" if criterion == "difference" else criterion.replace("_", " ")
-    titles_of_prune = (f"Where the pruned {of}s lie", f"All {of}s by {ranked_by}")
-    return pictures + [(title, file) for title, file in zip(titles_of_prune, drawn, strict=False) if file.is_file()]
+def _draw(folder: Path, shown: Shown, neurons_folder: Path | None) -> list[tuple[str, Path]]:
+    """Draw the figures, and return their titles and files."""
+    criterion = shown.neurons.provenance.get("criterion", "difference")
+    words = {
+        "behavior": shown.results.behavior,
+        "granularity": shown.results.granularity,
+        "criterion": "differential relevance" if criterion == "difference" else criterion.replace("_", " "),
+    }
+    figures = []
+    for name, figure in FIGURES.items():
+        file = folder / name
+        if figure.of_prune and neurons_folder and (neurons_folder / name).is_file():
+            file = neurons_folder / name
+        elif figure.draw and figure.is_known(shown):
+            figure.draw(shown, file)
+        else:
+            continue
+        figures.append((figure.title.format(**words), file))
+    return figures
 
 
 def _add_to_export(card: str, export: str | None) -> None:

@@ -5,7 +5,9 @@ import io
 import math
 from collections.abc import Iterable
 
+from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Difference, Interval
+from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS
 from sparc3_lightning.evaluation.results import Dose, Findings, Preference, Results
 
 # Measures of the behaviour by their name in ``Effects``: name in tables, unit, digits.
@@ -15,15 +17,6 @@ BEHAVIOR = {
     "behavior_probability": ("Prompts with {} of 0.5 or more", "%", 1),
 }
 TOXIC = "Prompts with a toxic continuation"  # what the last of them is called for toxicity itself
-# What else is measured of continuations, by its name in ``Measures``.
-OTHERS = {
-    "uniqueness": ("Unique tokens of a continuation", "", 3),
-    "distinct_1": ("Distinct words (distinct-1)", "", 3),
-    "distinct_2": ("Distinct pairs of words (distinct-2)", "", 3),
-    "mean_length": ("Length of a continuation, tokens", "", 1),
-    "share_empty": ("Empty continuations", "%", 2),
-    "num_failed": ("Failed continuations", "", 0),
-}
 UNKNOWN = "-"
 Table = list[tuple[str, ...]]
 
@@ -74,7 +67,7 @@ def control_table(results: Results) -> Table:
     rows: Table = [(f"The {results.num_neurons} chosen", *(cells or [UNKNOWN] * 4), _percent(price), "", "", "")]
     for kind, control in results.controls.items():
         effects = [draw.effect for draw in control.draws if draw.effect]
-        name, outcome = control_name(kind, results.granularity).capitalize(), control.outcome
+        name, outcome = CONTROLS[kind].name(results.granularity).capitalize(), control.outcome
         if (number_off := control.draws[0].num_neurons) != results.num_neurons:
             name += f", {number_off} alone"
         if outcome is None:  # no prompt has a score of every draw
@@ -102,9 +95,11 @@ def other_table(results: Findings) -> Table:
         rows.append((name, *cells, *missing, *(_change(change) if change else ("", ""))))
     cells = [cell(model.kl, "", 4) for model in models.values()]
     rows.append(("KL to the original, nats a token", *cells, *missing, "", ""))
-    for key, (name, unit, digits) in OTHERS.items():
-        cells = [cell(getattr(model.groups[results.headline], key), unit, digits) for model in models.values()]
-        rows.append((name, *cells, *missing, "", ""))
+    groups = [model.groups[results.headline] for model in models.values()]
+    for key, metric in CONTINUATION_METRICS.items():
+        cells = [cell(getattr(group, key), metric.unit, metric.digits) for group in groups]
+        rows.append((metric.name, *cells, *missing, "", ""))
+    rows.append(("Failed continuations", *(cell(group.num_failed, "", 0) for group in groups), *missing, "", ""))
     rows += _preference_rows(results.preference) if results.preference else []
     for task in results.zero_shot.get("baseline", {}):
         cells = [cell(results.zero_shot[model][task].get("accuracy"), "%", 1) for model in models]
@@ -218,18 +213,6 @@ def _range(interval: Interval, digits: int) -> str:
     if not math.isfinite(low):
         return UNKNOWN
     return f"{low:+.{digits}f} to {high:+.{digits}f}" if math.isfinite(high) else f"from {low:+.{digits}f}"
-
-
-def control_name(kind: str, granularity: str = "neuron") -> str:
-    """Return what a control is called where a person reads it.
-
-    Example:
-        >>> control_name("largest_weights"), control_name("largest_weights", "weight")
-        ('neurons with the largest weights', 'largest weights')
-    """
-    if kind == "largest_weights":
-        return "largest weights" if granularity == "weight" else f"{granularity}s with the largest weights"
-    return f"{kind.replace('_', ' ')} {granularity}s"
 
 
 def aligned(rows: Table) -> str:

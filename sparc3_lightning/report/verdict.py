@@ -5,7 +5,6 @@ import math
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import MIN_CHANGED, Difference, Interval
 from sparc3_lightning.evaluation.results import Findings, Preference
-from sparc3_lightning.report.tables import control_name
 
 
 def verdict(
@@ -52,11 +51,11 @@ def verdict(
 
 def _controls(found: Findings, effect: Difference, num_neurons: int, granularity: str) -> list[str]:
     sentences = []
-    for kind in CONTROLS:
+    for kind, of in CONTROLS.items():
         control = found.controls.get(kind)
         if control is None or control.outcome is None:
             continue
-        draws, number, name = len(control.draws), control.draws[0].num_neurons, control_name(kind, granularity)
+        draws, number, name = len(control.draws), control.draws[0].num_neurons, of.name(granularity)
         as_many = f"As many {name}" if number == num_neurons else f"Only {number} {name}, all there are to draw from,"
         percent, further = control.outcome.effect_percent, control.outcome.pruned_less_control
         sentence = f"{as_many} ({draws} draw{'s' if draws != 1 else ''}): {_signed(percent)}"
@@ -78,7 +77,7 @@ def zero_ablated_controls(found: Findings, ablation: str, granularity: str = "ne
     zeroed = [kind for kind, control in found.controls.items() if control.zero_ablated]
     if not zeroed:
         return ""
-    names = [f"the {control_name(kind, granularity)}" for kind in zeroed]
+    names = [f"the {CONTROLS[kind].name(granularity)}" for kind in zeroed]
     who = "The controls" if len(zeroed) == len(found.controls) else " and ".join(names).capitalize()
     damped, towards, _ = ablation.partition(" towards")
     edits = f"{damped} towards 0, not towards" if towards else "switched off, not held at"

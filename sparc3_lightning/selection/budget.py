@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparc3_lightning.data.base import Batch
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.components import Component, Key, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
@@ -46,13 +46,6 @@ class Budget:
             raise OptionError("budget.max_perplexity_increase", f"must be above 0, got {self.max_perplexity_increase}.")
 
 
-class TextBatch(TypedDict):
-    """Samples of a text, padded on the right: tokens, and 1 at each of them, int64, shape ``[samples, tokens]``."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-
-
 class PerplexityRise:
     """By how much perplexity on a text rises when neurons are off.
 
@@ -61,7 +54,7 @@ class PerplexityRise:
         batches: Of the text. Every token but the first of each sample counts.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Iterable[TextBatch]) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Iterable[Batch]) -> None:
         self.model = model
         device = next(model.parameters()).device
         self._batches = [(b["input_ids"].to(device), b["attention_mask"].sum(dim=1)) for b in batches]

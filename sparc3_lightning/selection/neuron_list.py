@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparc3_lightning.attribution.scores import ScoreFile, WeightScores
 from sparc3_lightning.errors import OptionFileNotFoundError
-from sparc3_lightning.files import write_atomically
+from sparc3_lightning.files import JsonFile, write_atomically
 from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.provenance import git_hash, versions
 
@@ -67,7 +67,7 @@ class NeuronList:
 
     def save(self, path: Path) -> None:
         """Write neurons.json, under a temporary name first."""
-        content: dict[str, Any] = {"format": FORMAT}
+        content: dict[str, object] = {"format": FORMAT}
         content |= {name: [_row(neuron) for neuron in getattr(self, name)] for name in _LISTS}
         write_atomically(path, json.dumps({**content, "provenance": self.provenance}, indent=1) + "\n")
 
@@ -124,6 +124,39 @@ NUM_BINS = 81
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What was measured to stay within a budget: ``rise`` is that of the chosen neurons; see ``PerplexityRise``."""
+
+    max_perplexity_increase: float | None
+    rise: float
+    perplexity: float
+    num_tokens: int
+    num_documents: int
+    data: dict[str, object]
+    measured: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class SelectionResults(JsonFile):
+    """The content of selection.json: numbers of what was selected, and of all that it was selected from.
+
+    ``threshold`` is the score of the last one that was chosen. The rest is as in ``Selected``.
+    """
+
+    FORMAT = "sparc3_lightning selection 1"
+    criterion: str
+    granularity: str
+    num_neurons: int
+    num_candidates: int
+    differential_strength_percent: float | None
+    num_negative: int
+    threshold: float
+    neurons_per_module: dict[str, int]
+    histogram: dict[str, list[float]]
+    budget: Spent | None
+
+
+@dataclass(frozen=True)
 class Selected:
     """Neurons, or single weights, that were selected, and figures of all that they were selected from.
 
@@ -147,20 +180,22 @@ class Selected:
     num_negative: int
     histogram: dict[str, list[float]]
     differential_strength: float | None = None
-    budget: dict[str, Any] | None = None
+    budget: Spent | None = None
 
-    def measures(self) -> dict[str, Any]:
-        """Return the measures, as selection.json holds them."""
-        return {
-            "num_neurons": len(self.chosen),
-            "num_candidates": self.num_candidates,
-            "differential_strength_percent": self.differential_strength,
-            "num_negative": self.num_negative,
-            "threshold": self.chosen[-1].score,
-            "neurons_per_module": {name: sum(n.module == name for n in self.chosen) for name in self.modules},
-            "histogram": self.histogram,
-            "budget": self.budget,
-        }
+    def results(self, criterion: str, granularity: Granularity) -> SelectionResults:
+        """Return the content of selection.json."""
+        return SelectionResults(
+            criterion=criterion,
+            granularity=granularity,
+            num_neurons=len(self.chosen),
+            num_candidates=self.num_candidates,
+            differential_strength_percent=self.differential_strength,
+            num_negative=self.num_negative,
+            threshold=self.chosen[-1].score,
+            neurons_per_module={name: sum(n.module == name for n in self.chosen) for name in self.modules},
+            histogram=self.histogram,
+            budget=self.budget,
+        )
 
 
 def histogram(values: Tensor, num_bins: int = NUM_BINS) -> dict[str, list[float]]:
@@ -176,7 +211,7 @@ def histogram(values: Tensor, num_bins: int = NUM_BINS) -> dict[str, list[float]
 Scored = Sequence[ScoreFile | WeightScores]
 
 
-def origin(general: Scored, behavior: Scored) -> dict[str, Any]:
+def origin(general: Scored, behavior: Scored) -> dict[str, object]:
     """Return where a selection comes from: the first fields of the provenance in neurons.json.
 
     Args:

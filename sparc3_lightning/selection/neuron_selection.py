@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +22,7 @@ from sparc3_lightning.selection.criteria import (
     set_difference,
     weighted_difference,
 )
-from sparc3_lightning.selection.neuron_list import Selected, histogram
-
-CriterionName = Literal[
-    "difference", "normalized_difference", "set_difference", "ratio", "auroc", "weighted_difference"
-]
+from sparc3_lightning.selection.neuron_list import Selected, Spent, histogram
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ def _weighted_difference(sides: Sides) -> dict[str, Tensor]:
     return weighted_difference(sides.general, sides.behavior, auroc)
 
 
-CRITERIA: dict[CriterionName, Criterion] = {
+CRITERIA = {
     "difference": Criterion(lambda sides: difference(sides.general, sides.behavior), needs_one_kind=True),
     "normalized_difference": Criterion(lambda sides: normalized_difference(sides.general, sides.behavior)),
     "set_difference": Criterion(
@@ -85,6 +81,10 @@ CRITERIA: dict[CriterionName, Criterion] = {
     ),
     "weighted_difference": Criterion(_weighted_difference, needs_activations=True, needs_one_kind=True),
 }
+if TYPE_CHECKING:
+    CriterionName = str
+else:  # for the command line, which refuses any other name
+    CriterionName = Literal[*CRITERIA]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class NeuronRanking:
         chosen: list[Component],
         listed: list[Component],
         differential_strength: float | None = None,
-        budget: dict[str, Any] | None = None,
+        budget: Spent | None = None,
     ) -> Selected:
         """Return the neurons to prune, those that follow and those of little relevance, and figures of all.
 

@@ -6,27 +6,30 @@ Sets are the rows of a matrix, shape ``[sets, neurons]``; a combination of sets 
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Final, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 from torchmetrics.functional import pearson_corrcoef
 
+from sparc3_lightning.files import LEFT_OUT
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.models.components import Key
 
 Combination = tuple[int, ...]
 # Where sets are drawn from, and how many each takes there: (neurons, sizes).
 Stratum = tuple[int, tuple[int, ...]]
-# Ways to draw sets at random: from all neurons alike, or with the number of each in every layer kept.
-RANDOM: Final = "random"
-WITHIN_LAYERS: Final = "random_within_layers"
+Matrix = list[list[float]]
 
 
-class Chance(TypedDict):
-    """How many neurons lists would share by chance, how many times as many they do, and how probable that is."""
+@dataclass(frozen=True)
+class Chance:
+    """How many neurons lists would share by chance, how many times as many they do, and how probable that is.
+
+    ``enrichment`` is NaN if none can be shared. The p-value is the probability to share at least as many, which a float
+    may be too small for, and so there is its logarithm too.
+    """
 
     expected: float
     enrichment: float
@@ -34,63 +37,38 @@ class Chance(TypedDict):
     log10_p_value: float
 
 
-class OverlapRow(TypedDict):
-    """How many neurons all lists of a combination hold, and how many no other list does."""
+@dataclass(frozen=True)
+class Overlap:
+    """How many neurons all lists of a combination hold, and how many no other list does; by chance, if it is known."""
 
     lists: list[str]
     inclusive: int
     exclusive: int
-    random: NotRequired[Chance]
-    random_within_layers: NotRequired[Chance]
+    random: Chance | None = field(default=None, metadata=LEFT_OUT)
+    random_within_layers: Chance | None = field(default=None, metadata=LEFT_OUT)
 
 
-class ClassRow(TypedDict):
+@dataclass(frozen=True)
+class Class:
     """Behaviours, and the number of neurons that serve just those."""
 
     lists: list[str]
     neurons: int
 
 
-class Classes(TypedDict):
-    """Numbers of neurons by sign, see ``SignClasses``: of all, and of those that serve one behaviour or several."""
+@dataclass(frozen=True)
+class Classes:
+    """Numbers of neurons by the signs of their differential relevance for several behaviours.
+
+    ``general`` ones are positive for all: more relevant for general text than for any behaviour. ``neutral`` ones are
+    negative for none, and 0 for one or more. The others serve one behaviour or several: they are negative for these.
+    """
 
     neurons: int
     general: int
     neutral: int
-    specific: list[ClassRow]
-    shared: list[ClassRow]
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How many neurons all sets of a combination share, and how many they would if they were drawn at random.
-
-    ``log10_p`` is that of the p-value, the probability to share at least as many, which a float may be too small for.
-    """
-
-    shared: int
-    expected: float
-    log10_p: float
-
-    @property
-    def enrichment(self) -> float:
-        """How many times as many are shared as expected; NaN if none can be."""
-        return self.shared / self.expected if self.expected else math.nan
-
-
-@dataclass(frozen=True)
-class SignClasses:
-    """Numbers of neurons by the signs of their differential relevance for several behaviours.
-
-    Args:
-        general: Positive for all: more relevant for general text than for any behaviour.
-        neutral: Negative for none, and 0 for one or more.
-        serving: Negative for all behaviours of a combination, and for no other.
-    """
-
-    general: int
-    neutral: int
-    serving: dict[Combination, int]
+    specific: list[Class]
+    shared: list[Class]
 
 
 def exclusive_sizes(member_SN: Tensor) -> dict[Combination, int]:
@@ -160,7 +138,7 @@ def log_overlap(num_neurons: int, sizes: tuple[int, ...]) -> Tensor:
     return log_p
 
 
-def overlap(shared: int, strata: Sequence[Stratum]) -> Overlap:
+def overlap(shared: int, strata: Sequence[Stratum]) -> Chance:
     """Compare the number of shared neurons with that of sets drawn at random.
 
     Args:
@@ -175,25 +153,13 @@ def overlap(shared: int, strata: Sequence[Stratum]) -> Overlap:
         (0.0218, 505)
     """
     expected = math.fsum(math.prod(sizes) / num ** (len(sizes) - 1) for num, sizes in strata if num)
-    if not shared:
-        return Overlap(shared, expected, 0.0)
     log_p = torch.zeros(1, dtype=torch.float64)
-    for num_neurons, sizes in strata:
+    for num_neurons, sizes in strata if shared else ():
         if min(sizes) > 0:
             log_p = _log_of_sum(log_p, log_overlap(num_neurons, tuple(sorted(sizes))))
     at_least = torch.logsumexp(log_p[shared:], dim=0).item()
-    return Overlap(shared, expected, min(at_least, 0.0) / math.log(10))
-
-
-def sign_classes(differential_SN: Tensor) -> SignClasses:
-    """Class neurons by the signs of their differential relevance, R_general - R_behavior, for several behaviours.
-
-    Args:
-        differential_SN: One row a behaviour, shape ``[behaviours, neurons]``; negative serves the behaviour.
-    """
-    serving = exclusive_sizes(differential_SN < 0)
-    general = int((differential_SN > 0).all(dim=0).sum())
-    return SignClasses(general, serving.pop(()) - general, serving)
+    log10_p = min(at_least, 0.0) / math.log(10)
+    return Chance(expected, shared / expected if expected else math.nan, 10**log10_p, log10_p)
 
 
 def without_linear(values_N: Tensor, by_N: Tensor) -> Tensor:
@@ -232,7 +198,7 @@ def _log_of_sum(one: Tensor, other: Tensor) -> Tensor:
 
 def find_overlaps(
     names: Sequence[str], keys: Sequence[Key], member_SN: Tensor, sizes: Mapping[str, int], num_candidates: int
-) -> list[OverlapRow]:
+) -> list[Overlap]:
     """Return what each combination of lists holds, and from two lists on what it would hold by chance.
 
     Args:
@@ -249,28 +215,14 @@ def find_overlaps(
     found = []
     for combination in filter(None, exclusive):
         shared = inclusive[combination]
-        row: OverlapRow = {
-            "lists": [names[i] for i in combination],
-            "inclusive": shared,
-            "exclusive": exclusive[combination],
-        }
+        row = Overlap([names[i] for i in combination], shared, exclusive[combination])
         if len(combination) > 1:
-            row[RANDOM] = _by_chance(shared, [(num_candidates, tuple(inclusive[(i,)] for i in combination))])
+            row = replace(row, random=overlap(shared, [(num_candidates, tuple(inclusive[(i,)] for i in combination))]))
             if sizes:
                 strata = [(size, tuple(held[name][i] for i in combination)) for name, size in sizes.items()]
-                row[WITHIN_LAYERS] = _by_chance(shared, strata)
+                row = replace(row, random_within_layers=overlap(shared, strata))
         found.append(row)
     return found
-
-
-def _by_chance(shared: int, strata: Sequence[Stratum]) -> Chance:
-    found = overlap(shared, strata)
-    return {
-        "expected": found.expected,
-        "enrichment": found.enrichment,
-        "p_value": 10**found.log10_p,
-        "log10_p_value": found.log10_p,
-    }
 
 
 def find_profiles(
@@ -293,7 +245,7 @@ def find_profiles(
     }
 
 
-def find_correlations(differential_SN: Tensor, general_SN: Tensor) -> dict[str, list[list[float]]]:
+def find_correlations(differential_SN: Tensor, general_SN: Tensor) -> dict[str, Matrix]:
     """Correlate the differential relevance of each pair of behaviours over all neurons.
 
     ``partial`` is Pearson's given the general scores. These are in the differential relevance of both, and correlate it
@@ -312,23 +264,17 @@ def find_correlations(differential_SN: Tensor, general_SN: Tensor) -> dict[str, 
 
 
 def find_classes(names: Sequence[str], differential_SN: Tensor) -> Classes:
-    """Count the neurons of each class by sign, with names in place of rows.
+    """Class neurons by the signs of their differential relevance, R_general - R_behavior, for several behaviours.
 
     Args:
         names: Of the behaviours.
-        differential_SN: Shape ``[behaviours, neurons]``.
+        differential_SN: Shape ``[behaviours, neurons]``; negative serves the behaviour.
     """
-    found = sign_classes(differential_SN)
-    serving: list[ClassRow] = [
-        {"lists": [names[i] for i in rows], "neurons": number} for rows, number in found.serving.items()
-    ]
-    return {
-        "neurons": differential_SN.shape[1],
-        "general": found.general,
-        "neutral": found.neutral,
-        "specific": serving[: len(names)],
-        "shared": serving[len(names) :],
-    }
+    serving = exclusive_sizes(differential_SN < 0)
+    general = int((differential_SN > 0).all(dim=0).sum())
+    neutral = serving.pop(()) - general
+    found = [Class([names[i] for i in rows], number) for rows, number in serving.items()]
+    return Classes(differential_SN.shape[1], general, neutral, found[: len(names)], found[len(names) :])
 
 
 def ranks(values: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -19,7 +19,7 @@ from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, Sh
 from sparc3_lightning.attribution.spec import Method, Nonfinite, ScoreSpec
 from sparc3_lightning.attribution.static_scores import StaticScores
 from sparc3_lightning.attribution.targets import LEXICAL, Target, lexicon_of, target_of
-from sparc3_lightning.data.base import Kind, NoSamples, ReferenceSamples
+from sparc3_lightning.data.base import Kind, NoSamples, ReferenceSamples, WeightedBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_space
@@ -85,7 +85,7 @@ class Attribution(StoppableModule, Stage):
     OUTPUTS = (SCORES, INDEX)
     READS: ClassVar[dict[str, Kind]] = {"checkpoint": "checkpoint", "lexicon": "scorer"}
     FILLED_IN: ClassVar[set[str]] = {"checkpoint", "dtype", "revision"}
-    model: Any
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -121,10 +121,9 @@ class Attribution(StoppableModule, Stage):
         self.lexicon: list[int] = []
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
-        self.model = None
 
     @classmethod
-    def reads(cls, options: Mapping[str, Any]) -> dict[str, Kind]:
+    def reads(cls, options: Mapping[str, object]) -> dict[str, Kind]:
         """Return what is read with such options: a lexicon only for a target that speaks of one."""
         is_lexical = options.get("target") in LEXICAL
         return {option: kind for option, kind in cls.READS.items() if option != "lexicon" or is_lexical}
@@ -155,7 +154,7 @@ class Attribution(StoppableModule, Stage):
 
     def configure_model(self) -> None:
         """Load the model, once."""
-        if self.model is None:
+        if not hasattr(self, "model"):
             self.model = load_for(self, self.checkpoint, self.dtype_name, self.gradient_checkpointing)
 
     def on_predict_start(self) -> None:
@@ -185,7 +184,7 @@ class Attribution(StoppableModule, Stage):
         self.num_saved = len(self.done)
         self.words = torch.tensor(self.lexicon, device=self.device)  # once: every copy makes the host wait
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def predict_step(self, batch: WeightedBatch, batch_idx: int) -> None:
         """Add the scores of one batch."""
         spec = self.spec
         if spec.is_static:

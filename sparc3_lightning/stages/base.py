@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import lightning as L
 
 from sparc3_lightning.data.base import Kind
-from sparc3_lightning.files import check_absent, check_writable, to_json, write_atomically
-from sparc3_lightning.provenance import git_hash, versions
+from sparc3_lightning.files import check_absent, check_writable
 
 
 class Stage(L.LightningModule):
@@ -21,7 +20,7 @@ class Stage(L.LightningModule):
     written = ""
 
     @classmethod
-    def reads(cls, options: Mapping[str, Any]) -> dict[str, Kind]:
+    def reads(cls, options: Mapping[str, object]) -> dict[str, Kind]:
         """Return those of ``READS`` that a stage with such options makes use of."""
         return cls.READS
 
@@ -43,10 +42,6 @@ class Stage(L.LightningModule):
     def begin_loop(self, output: str | None = None) -> None:
         """Take the trainer's folder for the results. All ranks call this once, since the folder is a broadcast."""
         self.begin(Path(self.trainer.log_dir or "."), output)
-
-    def finish(self, results: dict[str, Any]) -> None:
-        """Write the results, with the versions that made them. They are the last file, and complete the folder."""
-        write_atomically(self.output, to_json({**results, "versions": versions(), "git_hash": git_hash()}))
 
     def summary(self) -> str:
         """Say what was written, once the loop has ended; nothing on a rank that wrote nothing."""

@@ -4,15 +4,16 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedModel
 
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.attribution.targets import logit_difference
-from sparc3_lightning.data.base import ReferenceSamples
+from sparc3_lightning.data.base import ReferenceSamples, WeightedBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import write_atomically
@@ -21,7 +22,17 @@ from sparc3_lightning.models.components import Component, check
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.models.sharding import check_is_whole, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
-from sparc3_lightning.report.circuits import circuit_csv, summary
+from sparc3_lightning.report.circuits import (
+    CircuitFound,
+    CircuitResults,
+    Curve,
+    Measured,
+    SeedSteps,
+    Step,
+    circuit_csv,
+    draw_circuit,
+    summary,
+)
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.orders import (
     ComponentOrder,
@@ -39,7 +50,6 @@ from sparc3_lightning.stages.base import Stage
 CIRCUIT = "circuit.json"
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 RANDOM = "random order"
-MEASURES = ("accuracy", "logit_difference")
 
 
 class Circuit(StoppableModule, Stage):
@@ -63,7 +73,7 @@ class Circuit(StoppableModule, Stage):
 
     verb = "circuit"
     OUTPUTS = (CIRCUIT,)
-    model: Any
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -91,15 +101,12 @@ class Circuit(StoppableModule, Stage):
         self.threshold = threshold
         self.num_random = num_random
         self.dtype_name: Dtype = dtype
-        self.model = None
-        self.batches: list[dict[str, Any]] = []
+        self.batches: list[WeightedBatch] = []
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
         self.begin_loop()
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, ReferenceSamples):
-            raise TypeError(f"A circuit needs a data module of samples with two tokens to compare (IOI), got {data!r}.")
+        data = self.data
         data.check_target("logit_difference")
         self.checkpoint.check_context(data.longest, data.way_to_shorter)
         self._check_groups()
@@ -140,10 +147,10 @@ class Circuit(StoppableModule, Stage):
 
     def configure_model(self) -> None:
         """Load the model, once."""
-        if self.model is None:
+        if not hasattr(self, "model"):
             self.model = load_for(self, self.checkpoint, self.dtype_name)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def predict_step(self, batch: WeightedBatch, batch_idx: int) -> None:
         """Keep the batch: it is a few tokens, and all of them are measured each time that something is out."""
         self.batches.append(batch)
 
@@ -158,42 +165,43 @@ class Circuit(StoppableModule, Stage):
         if self.trainer.is_global_zero:
             self._write(found)
 
-    def _measure_group(self, of: Group) -> dict[str, Any]:
+    def _measure_group(self, of: Group) -> Curve:
         """Return the curve of a method, and the sparsest circuit by the mean of its scores over the seeds."""
         curves = [self._curve(order_of(load_scores(path))) for path in of.paths]
         order = order_of(of.average())
         # Measured again, since an order by the mean is none of the seeds' orders.
         curve = self._curve(order) if len(curves) > 1 else curves[0]
-        kept = [step for step in curve if step["accuracy"] >= self.threshold * self.full["accuracy"]]
+        kept = [step for step in curve if step.accuracy >= self.threshold * self.full.accuracy]
         circuit = None
         if kept:
-            circuit = {**kept[-1], "num_kept": len(order) - kept[-1]["num_removed"], "file": None}
+            circuit = CircuitFound(**asdict(kept[-1]), num_kept=len(order) - kept[-1].num_removed, file=None)
             # Of weights there is no list, and none of what is nothing.
-            if isinstance(order, ComponentOrder) and kept[-1]["num_removed"]:
-                circuit["file"] = re.sub(r"[^\w.-]+", "-", f"circuit-{of.granularity}-{of.name}.json")
-                self._save(of, order.components[: kept[-1]["num_removed"]], circuit)
+            if isinstance(order, ComponentOrder) and circuit.num_removed:
+                name = re.sub(r"[^\w.-]+", "-", f"circuit-{of.granularity}-{of.name}.json")
+                circuit = replace(circuit, file=name)
+                self._save(of, order.components[: circuit.num_removed], circuit, self.folder / name)
         found = curve_of(of.name, of.granularity, len(order), curves)
         rank_zero_info(f"Measured {len(curves)} order(s) of {len(order):,} {of.granularity}s by {of.name}.")
-        return {**found, "scores": list(map(str, of.paths)), "circuit": circuit}
+        return replace(found, scores=list(map(str, of.paths)), circuit=circuit)
 
-    def _measure_random(self, like: Group) -> dict[str, Any]:
+    def _measure_random(self, like: Group) -> Curve:
         scores = load_scores(like.paths[0])
         orders = (order_of(random_scores(scores, run_seed() + i)) for i in range(self.num_random))
         num_components = sum(score.numel() for score in scores.values())
         return curve_of(RANDOM, like.granularity, num_components, [self._curve(order) for order in orders])
 
-    def _curve(self, order: Order) -> list[dict[str, Any]]:
+    def _curve(self, order: Order) -> list[Step]:
         """Return what is left at each sparsity."""
         steps = []
         for sparsity in self.sparsities:
             with order.without(self.model, round(sparsity * len(order))) as num_removed:
-                steps.append({"sparsity": sparsity, "num_removed": num_removed, **self._measure()})
+                steps.append(Step(sparsity, num_removed, **asdict(self._measure())))
             if self.stop.agreed(self.device) is not None:
                 self.stop.leave(None, self.trainer.is_global_zero)
         return steps
 
     @torch.no_grad()
-    def _measure(self) -> dict[str, float]:
+    def _measure(self) -> Measured:
         """Return accuracy and mean logit difference of the model as it is now, over the samples of all ranks."""
         differences: list[float] = []
         for batch in self.batches:
@@ -202,9 +210,9 @@ class Circuit(StoppableModule, Stage):
             differences += [value for value, weight in zip(values, batch["weights"], strict=True) if weight]
         differences = gather(differences)
         right = sum(value > 0 for value in differences)  # not where it is NaN
-        return {"accuracy": right / len(differences), "logit_difference": statistics.fmean(differences)}
+        return Measured(right / len(differences), statistics.fmean(differences))
 
-    def _save(self, of: Group, removed: list[Component], circuit: dict[str, Any]) -> None:
+    def _save(self, of: Group, removed: list[Component], circuit: CircuitFound, path: Path) -> None:
         """Write what a circuit is without as a list that 'sparc3 evaluate' can switch off."""
         if not self.trainer.is_global_zero:
             return
@@ -213,31 +221,37 @@ class Circuit(StoppableModule, Stage):
             "checkpoint_fingerprint": self.checkpoint.fingerprint,
             "scores": [{"path": str(path), **p.summary()} for path, p in zip(of.paths, of.provenances, strict=True)],
             "sample_ids": sorted({name for provenance in of.provenances for name in provenance.sample_ids}),
-            "circuit": {**circuit, "whole_model": self.full, "threshold": self.threshold},
+            "circuit": {**asdict(circuit), "whole_model": asdict(self.full), "threshold": self.threshold},
             "versions": versions(),
             "git_hash": git_hash(),
         }
-        NeuronList(removed, provenance).save(self.folder / circuit["file"])
+        NeuronList(removed, provenance).save(path)
 
-    def _write(self, found: list[dict[str, Any]]) -> None:
+    def _write(self, curves: list[Curve]) -> None:
         """Write the picture and the tables."""
-        from sparc3_lightning.report.circuits import draw_circuit
-
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        results = {
-            "checkpoint": self.checkpoint.name,
-            "checkpoint_fingerprint": self.checkpoint.fingerprint,
-            "data": {"class": type(data).__name__, **data.hparams, **data.notes},
-            "num_samples": self.num_samples,
-            "num_left_out": len(data.leave_out),
-            "whole_model": self.full,
-            "threshold": self.threshold,
-            "curves": found,
-        }
+        data = self.data
+        results = CircuitResults(
+            checkpoint=self.checkpoint.name,
+            checkpoint_fingerprint=self.checkpoint.fingerprint,
+            data={"class": type(data).__name__, **data.hparams, **data.notes},
+            num_samples=self.num_samples,
+            num_left_out=len(data.leave_out),
+            whole_model=self.full,
+            threshold=self.threshold,
+            curves=curves,
+        )
         draw_circuit(results, self.folder / "circuit.png")
-        write_atomically(self.folder / "circuit.csv", circuit_csv(found))
-        self.finish(results)
+        write_atomically(self.folder / "circuit.csv", circuit_csv(curves))
+        results.save(self.output)
         self.written = f"\n{summary(results)}\n\nCircuits: {self.output}"
+
+    @property
+    def data(self) -> ReferenceSamples:
+        """The data module."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ReferenceSamples):
+            raise TypeError(f"A circuit needs a data module of samples with two tokens to compare (IOI), got {data!r}.")
+        return data
 
 
 def order_of(scores: Scores) -> Order:
@@ -246,7 +260,7 @@ def order_of(scores: Scores) -> Order:
     return WeightOrder(scores) if is_of_weights else ComponentOrder(scores)
 
 
-def curve_of(name: str, granularity: str, num_components: int, curves: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def curve_of(name: str, granularity: str, num_components: int, curves: Sequence[Sequence[Step]]) -> Curve:
     """Put the steps of several seeds together: at each sparsity mean and standard deviation over the seeds.
 
     Args:
@@ -254,27 +268,26 @@ def curve_of(name: str, granularity: str, num_components: int, curves: list[list
         granularity: What the components are.
         num_components: How many there are.
         curves: The steps of each seed.
-
-    Returns:
-        The steps hold the figures of each seed too; a single seed has no standard deviation, which is None.
     """
-    steps = []
-    for of_seeds in zip(*curves, strict=True):
-        step: dict[str, Any] = {
-            "sparsity": of_seeds[0]["sparsity"],
-            "num_removed": [s["num_removed"] for s in of_seeds],
-        }
-        for measure in MEASURES:
-            values = [of_seed[measure] for of_seed in of_seeds]
-            deviation = None
-            if len(values) > 1:  # statistics.stdev ends in an AttributeError where a value is NaN or infinite
-                deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-            step |= {f"{measure}_mean": statistics.fmean(values), f"{measure}_sd": deviation, measure: values}
-        steps.append(step)
-    return {
-        "method": name,
-        "granularity": granularity,
-        "num_components": num_components,
-        "num_seeds": len(curves),
-        "steps": steps,
-    }
+    return Curve(name, granularity, num_components, len(curves), [_of_seeds(of) for of in zip(*curves, strict=True)])
+
+
+def _of_seeds(steps: Sequence[Step]) -> SeedSteps:
+    accuracy, logit_difference = [of.accuracy for of in steps], [of.logit_difference for of in steps]
+    return SeedSteps(
+        sparsity=steps[0].sparsity,
+        num_removed=[of.num_removed for of in steps],
+        accuracy_mean=statistics.fmean(accuracy),
+        accuracy_sd=_deviation(accuracy),
+        accuracy=accuracy,
+        logit_difference_mean=statistics.fmean(logit_difference),
+        logit_difference_sd=_deviation(logit_difference),
+        logit_difference=logit_difference,
+    )
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    # statistics.stdev ends in an AttributeError where a value is NaN or infinite
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan

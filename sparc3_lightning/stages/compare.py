@@ -1,10 +1,10 @@
 """The overlap of circuits: which neurons several behaviours share, and which serve one alone."""
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -15,9 +15,18 @@ from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.models.components import Key
-from sparc3_lightning.report.comparison import neurons_csv, overlaps_csv, summary
+from sparc3_lightning.report.comparison import (
+    ComparisonResults,
+    Listed,
+    draw_correlation,
+    draw_overlap,
+    draw_profiles,
+    neurons_csv,
+    overlaps_csv,
+    summary,
+)
 from sparc3_lightning.selection.criteria import Scores, difference, normalized_difference
-from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import NeuronList, SelectionResults
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.prune import NEURONS, SELECTION
@@ -114,32 +123,31 @@ class Comparison(Stage):
         member_SN = torch.tensor([[key in held for key in keys] for held in map(_keys, lists)])
         sizes = {} if sides is None else {name: len(score) for name, score in sides[0].behavior.scores.items()}
         rows = _rows(keys, sizes) if sizes else None
-        results: dict[str, Any] = {
-            "checkpoint": lists[0].provenance.get("checkpoint"),
-            "checkpoint_fingerprint": lists[0].provenance.get("checkpoint_fingerprint"),
-            "num_candidates": self._count_candidates(sizes, len(keys)),
-            "granularity": granularity,
-            "normalize": self.normalize,
-            "lists": [self._describe(i, pruned, sides) for i, pruned in enumerate(lists)],
-        }
-        results["overlaps"] = find_overlaps(self.names, keys, member_SN, sizes, results["num_candidates"])
-        results["layers"] = find_profiles(self.names, keys, member_SN, sizes)
+        num_candidates = self._count_candidates(sizes, len(keys))
+        results = ComparisonResults(
+            checkpoint=lists[0].provenance.get("checkpoint"),
+            checkpoint_fingerprint=lists[0].provenance.get("checkpoint_fingerprint"),
+            num_candidates=num_candidates,
+            granularity=granularity,
+            normalize=self.normalize,
+            lists=[self._describe(i, pruned, sides) for i, pruned in enumerate(lists)],
+            overlaps=find_overlaps(self.names, keys, member_SN, sizes, num_candidates),
+            layers=find_profiles(self.names, keys, member_SN, sizes),
+        )
         of_pruned = None
         if sides is not None:
             differential_SN, general_SN = self._differential(sides)
             of_pruned = differential_SN[:, rows]
-            results["correlation"] = find_correlations(differential_SN, general_SN)
+            correlation = find_correlations(differential_SN, general_SN)
             of = {"all": differential_SN, "pruned": of_pruned}
-            results["classes"] = {name: find_classes(self.names, values_SN) for name, values_SN in of.items()}
-        from sparc3_lightning.report.comparison import draw_correlation, draw_overlap, draw_profiles
-
-        draw_overlap(results["lists"], results["overlaps"], folder / "overlap.png", granularity)
-        draw_profiles(results["layers"], folder / "layers.png", granularity)
-        if sides is not None:
-            draw_correlation(self.names, results["correlation"], folder / "correlation.png")
-        write_atomically(folder / "overlap.csv", overlaps_csv(results["overlaps"]))
+            classes = {name: find_classes(self.names, values_SN) for name, values_SN in of.items()}
+            results = replace(results, correlation=correlation, classes=classes)
+            draw_correlation(self.names, correlation, folder / "correlation.png")
+        draw_overlap(results.lists, results.overlaps, folder / "overlap.png", granularity)
+        draw_profiles(results.layers, folder / "layers.png", granularity)
+        write_atomically(folder / "overlap.csv", overlaps_csv(results.overlaps))
         write_atomically(folder / "neurons.csv", neurons_csv(self.names, keys, lists, of_pruned))
-        self.finish(results)
+        results.save(self.output)
         return f"\n{summary(results)}\n\nComparison: {self.output}"
 
     def _check_same_model(self, lists: Sequence[NeuronList]) -> None:
@@ -179,7 +187,7 @@ class Comparison(Stage):
         files = {path: ScoreFile.load(path) for found in paths for side in found for path in side}
         sides = [Sides([files[path] for path in general], files[behavior]) for general, (behavior,) in paths]
         for i, (pruned, side) in enumerate(zip(lists, sides, strict=True)):
-            self._check_side(i, pruned.provenance, side)
+            self._check_side(i, pruned, side)
         check_match([side.behavior for side in sides], of_one_kind=False)
         return sides
 
@@ -190,10 +198,10 @@ class Comparison(Stage):
             return general, [self.behaviors[i]]
         return general, [Path(file["path"]) for file in [pruned.provenance.get("behavior")] if file]
 
-    def _check_side(self, i: int, provenance: dict[str, Any], side: Sides) -> None:
+    def _check_side(self, i: int, pruned: NeuronList, side: Sides) -> None:
         """Refuse score files that are not those a list was selected from, or that cannot be subtracted."""
-        recorded = [] if self.general else list(zip(side.general, provenance["general"], strict=True))
-        recorded += [] if self.behaviors else [(side.behavior, provenance["behavior"])]
+        recorded = [] if self.general else list(zip(side.general, pruned.provenance["general"], strict=True))
+        recorded += [] if self.behaviors else [(side.behavior, pruned.provenance["behavior"])]
         for file, then in recorded:
             then = {**then, **then.get("spec", {})}
             for name, now in {"data_fingerprint": file.provenance.data_fingerprint, **file.provenance.shared()}.items():
@@ -204,7 +212,7 @@ class Comparison(Stage):
                         f"{then[name]!r} and is {now!r}. Give --.general and --.behaviors, or prune "
                         "again.",
                     )
-        fingerprint = provenance.get("checkpoint_fingerprint")
+        fingerprint = pruned.provenance.get("checkpoint_fingerprint")
         if fingerprint not in (None, side.behavior.provenance.checkpoint_fingerprint):
             raise ValueError(
                 f"The score file {side.behavior.path} is of another checkpoint than {self.paths[i]}: "
@@ -223,7 +231,7 @@ class Comparison(Stage):
         number = sum(sizes.values()) if self.num_candidates is None else self.num_candidates
         if self.num_candidates is None and not sizes:
             beside = [path.parent / SELECTION for path in self.paths]
-            found = {json.loads(path.read_text())["num_candidates"] if path.is_file() else 0 for path in beside}
+            found = {SelectionResults.load(path).num_candidates if path.is_file() else 0 for path in beside}
             number = max(found)
             if len(found) > 1 or not number:
                 raise OptionError(
@@ -236,19 +244,16 @@ class Comparison(Stage):
             raise OptionError("num_candidates", f"is {number:,}, but the lists hold {num_pruned:,} neurons.")
         return number
 
-    def _describe(self, i: int, pruned: NeuronList, sides: Sequence[Sides] | None) -> dict[str, Any]:
-        files: dict[str, Any] = {}
-        if sides is not None:
-            general, behavior = sides[i]
-            files = {"general": [str(file.path) for file in general], "behavior": str(behavior.path)}
-        return {
-            "name": self.names[i],
-            "neurons": str(self.paths[i]),
-            "num_neurons": len(pruned.neurons),
-            "num_layers": len({layer_of(neuron.module) for neuron in pruned.neurons}),
-            "criterion": pruned.provenance.get("criterion"),
-            **files,
-        }
+    def _describe(self, i: int, pruned: NeuronList, sides: Sequence[Sides] | None) -> Listed:
+        return Listed(
+            name=self.names[i],
+            neurons=str(self.paths[i]),
+            num_neurons=len(pruned.neurons),
+            num_layers=len({layer_of(neuron.module) for neuron in pruned.neurons}),
+            criterion=pruned.provenance.get("criterion"),
+            general=[str(file.path) for file in sides[i].general] if sides else None,
+            behavior=str(sides[i].behavior.path) if sides else None,
+        )
 
     def _differential(self, sides: Sequence[Sides]) -> tuple[Tensor, Tensor]:
         """Return the differential relevance and the general scores, each of shape ``[behaviours, neurons]``."""

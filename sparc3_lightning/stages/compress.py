@@ -6,18 +6,20 @@ of neurons here, and what it makes is the checkpoint.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparc3_lightning.attribution.scores import WeightScores, check_match, load_index
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
-from sparc3_lightning.models.architectures import ALL, find_layers, weight_of
+from sparc3_lightning.files import to_json, write_atomically
+from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.export import export_edited
+from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
 from sparc3_lightning.stages.base import Stage
 
@@ -110,53 +112,64 @@ class Compression(Stage):
         source = files[0].provenance
         checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
         num_parameters = _check_layers(files[0], checkpoint)
-        found: dict[str, Any] = {}
-        name: Any = source.spec.dtype if self.export_dtype == "auto" else self.export_dtype
+        done: list[Zeroed] = []
+        cpu = torch.device("cpu")
+        dtype = resolve_dtype(source.spec.dtype if self.export_dtype == "auto" else self.export_dtype, cpu)
         export_edited(
             checkpoint,
-            lambda model: found.update(zero_(model, Ranking(files).masks(self.sparsity, self.pattern))),
+            lambda model: done.append(zero_(model, Ranking(files).masks(self.sparsity, self.pattern))),
             self.export,
-            dtype=resolve_dtype(name, torch.device("cpu")),
+            dtype=dtype,
         )
-        share = found["num_pruned"] / num_parameters
+        (found,) = done
+        share = found.num_pruned / num_parameters
         results = {
             "pattern": self.pattern,
             "sparsity": self.sparsity,
-            **found,
+            **vars(found),
             "share_of_all_parameters": share,
             "export": str(self.export),
             "checkpoint": source.checkpoint,
             "checkpoint_fingerprint": source.checkpoint_fingerprint,
             "general": [{"path": str(file.path), **file.provenance.summary()} for file in files],
+            "versions": versions(),
+            "git_hash": git_hash(),
         }
-        self.finish(results)
+        write_atomically(self.output, to_json(results))
         return (
-            f"{found['num_pruned']:,} of {found['num_weights']:,} weights in {len(found['layers'])} layers are zero, "
+            f"{found.num_pruned:,} of {found.num_weights:,} weights in {len(found.layers)} layers are zero, "
             f"{share:.1%} of all parameters: {self.export}\nSparsity of each layer: {self.output}"
         )
 
 
-def zero_(model: Any, masks: Iterator[tuple[str, Tensor]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Zeroed:
+    """What was set to zero; ``masks`` is a hash of where, and ``layers`` the sparsity of each layer."""
+
+    num_pruned: int
+    num_weights: int
+    masks: str
+    layers: dict[str, float]
+
+
+def zero_(model: nn.Module, masks: Iterator[tuple[str, Tensor]]) -> Zeroed:
     """Set weights to zero in place, and say which.
 
     Args:
         model: Any model.
         masks: Name of each linear layer, and True where a weight is pruned, shape ``[out_features, in_features]``.
-
-    Returns:
-        ``num_pruned``, ``num_weights``, ``masks``, a hash of them all, and ``layers``, the sparsity of each.
     """
     digest, layers = hashlib.sha256(), {}
     num_pruned = num_weights = 0
     for name, pruned in masks:
-        weight = weight_of(model.get_submodule(name)).data
+        weight = weight_of(linear_at(model, name)).data
         weight.masked_fill_(pruned.to(weight.device), 0)
         digest.update(name.encode() + np.packbits(pruned.cpu().numpy()).tobytes())
         count = int(pruned.sum())
         layers[name] = count / pruned.numel()
         num_pruned += count
         num_weights += pruned.numel()
-    return {"num_pruned": num_pruned, "num_weights": num_weights, "masks": digest.hexdigest()[:16], "layers": layers}
+    return Zeroed(num_pruned, num_weights, digest.hexdigest()[:16], layers)
 
 
 def _check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:

@@ -8,9 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from transformers import PreTrainedModel
 
 from sparc3_lightning.data.base import Kind
 from sparc3_lightning.data.evaluation_data import EvaluationData
+from sparc3_lightning.data.real_toxicity_prompts import PromptBatch
+from sparc3_lightning.data.sentence_pairs import PairBatch
+from sparc3_lightning.data.wikitext2 import WindowBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.completions import Completion, CompletionLog, completion_rows
@@ -70,7 +74,7 @@ class Evaluation(StoppableModule, Stage):
         revision: Branch, tag or commit of a Hugging Face id.
     """
 
-    model: Any
+    model: PreTrainedModel
     verb = "evaluate"
     OUTPUTS = (RESULTS,)
     READS: ClassVar[dict[str, Kind]] = {
@@ -81,7 +85,7 @@ class Evaluation(StoppableModule, Stage):
     }
     FILLED_IN: ClassVar[set[str]] = {"checkpoint", "dtype", "revision", "neurons"}
     # With these the model as it is continues the prompts, and is measured by the first scorer alone.
-    SCREENING: ClassVar[dict[str, Any]] = {
+    SCREENING: ClassVar[dict[str, object]] = {
         "neurons": None,
         "second_scorer": None,
         "controls": {"num_draws": 0},
@@ -127,7 +131,6 @@ class Evaluation(StoppableModule, Stage):
         self.neurons_path = neurons
         self.scorer_names = [name for name in (scorer, second_scorer) if name is not None]
         self.dtype_name: Dtype = dtype
-        self.model = None
         self.scorers: list[Remembering] = []
         self.results: Results
 
@@ -174,7 +177,7 @@ class Evaluation(StoppableModule, Stage):
 
     def configure_model(self) -> None:
         """Load the model and the scorers, once."""
-        if self.model is None:
+        if not hasattr(self, "model"):
             device = self.trainer.strategy.root_device
             self.scorers = [Remembering(load_scorer(name, device)) for name in self.scorer_names]
             self.model = load_for(self, self.checkpoint, self.dtype_name)
@@ -196,7 +199,7 @@ class Evaluation(StoppableModule, Stage):
         """Return the conventions of perplexity that a model is measured by; one is enough for comparison."""
         return self.data.text.conventions[: None if variant.kind in ("baseline", "pruned") else 1]
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure every model on one batch of windows, of prompts, or of pairs of sentences."""
         measure = (self._measure_perplexity, self._measure_toxicity, self._measure_preference)[dataloader_idx]
         self._original: torch.Tensor | None = None
@@ -204,13 +207,13 @@ class Evaluation(StoppableModule, Stage):
             with variant.as_context(self.model, self.off[variant.name]):
                 measure(variant, batch)
 
-    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_end(self, outputs: object, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Stop if that is asked for: the continuations are on the disk."""
         if self.stop.agreed(self.device) is not None:
             new = len(self.completions) - sum(map(len, self.kept.values()))
             self.stop.leave(f"{new} continuations of rank 0 are kept" if new else None, self.trainer.is_global_zero)
 
-    def _measure_perplexity(self, variant: Variant, batch: dict[str, Any]) -> None:
+    def _measure_perplexity(self, variant: Variant, batch: WindowBatch) -> None:
         windows = batch["windows"]
         spans = torch.tensor([[w.end - w.start - w.num_scored, w.end - w.start] for w in windows])
         hidden = last_hidden_state(self.model, batch["input_ids"])
@@ -226,7 +229,7 @@ class Evaluation(StoppableModule, Stage):
                     torch.tensor([window.num_scored]),
                 )
 
-    def _measure_toxicity(self, variant: Variant, batch: dict[str, Any]) -> None:
+    def _measure_toxicity(self, variant: Variant, batch: PromptBatch) -> None:
         prompts = batch["prompts"]
         drawn = continue_prompts(
             self.model,
@@ -247,7 +250,7 @@ class Evaluation(StoppableModule, Stage):
                 self.completions += rows
                 self.log_of_completions.append(rows)
 
-    def _measure_preference(self, variant: Variant, batch: dict[str, Any]) -> None:
+    def _measure_preference(self, variant: Variant, batch: PairBatch) -> None:
         if variant.kind in ("baseline", "pruned"):
             self.pair_rows += pair_rows(variant.name, self.model, batch)
 
@@ -348,7 +351,7 @@ def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
     )
 
 
-def identity_of(module: Evaluation) -> dict[str, Any]:
+def identity_of(module: Evaluation) -> dict[str, object]:
     """Return what tells an evaluation from another one whose continuations are not its own."""
     sampling = module.sampling
     return {

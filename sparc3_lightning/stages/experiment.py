@@ -105,7 +105,7 @@ class Experiment:
             lines.append(f"{stage.verb} {_write_config(stage, number, folder)} {'done' if stage.done else 'todo'}\n")
         write_atomically(path, "".join(lines))
 
-    def prepare(self, options: Config, folder: Path) -> dict[str, Any]:
+    def prepare(self, options: Config, folder: Path) -> dict[str, list[dict[str, str | int]]]:
         """Fetch everything the stages would download, and write a manifest of it.
 
         Args:
@@ -134,7 +134,7 @@ class Experiment:
                 if data is not None and not wants_screening(data)
             ),
         ]
-        files = []
+        files: list[dict[str, str | int]] = []
         for purpose, fetch in needs:
             for path in fetch():
                 files.append(

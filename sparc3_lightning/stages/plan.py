@@ -218,7 +218,7 @@ def _construct(stage: type[Stage], options: Config) -> None:
     _by_group(stage.verb, parser.instantiate_classes, config)
 
 
-def _by_group(group: str, check: Callable[..., T], *arguments: Any) -> T:
+def _by_group(group: str, check: Callable[..., T], *arguments: object) -> T:
     """Call a check, whose error names an option as that stage's own verb does, and name it as ``run`` does."""
     try:
         return check(*arguments)
@@ -327,7 +327,7 @@ def _takes_seed(data: Config) -> bool:
     return "seed" in signature(_class_of(data)).parameters
 
 
-def _without_none(value: Any) -> Any:
+def _without_none(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return value

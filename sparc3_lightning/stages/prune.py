@@ -1,11 +1,10 @@
 """Stage 2: from score files to the list of neurons to prune, and to the pruned checkpoint."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -13,14 +12,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from sparc3_lightning.attribution.scores import ScoreFile, average, check_match, load_matching
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
-from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.models.export import check_takes_means, export_pruned
 from sparc3_lightning.models.neurons import check_are_neurons
+from sparc3_lightning.report.figures import draw_differential, draw_layers
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
 from sparc3_lightning.selection.criteria import differential_relevance, differential_strength
-from sparc3_lightning.selection.neuron_list import NeuronList, Selected, origin
+from sparc3_lightning.selection.neuron_list import NeuronList, Selected, Spent, origin
 from sparc3_lightning.selection.neuron_selection import (
     CRITERIA,
     CriterionName,
@@ -165,7 +164,7 @@ class Pruning(Stage):
                 "budget.max_perplexity_increase", "needs a text: --data C4 --data.source <file> and so on."
             )
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
-        provenance |= {} if found.budget is None else {"budget": found.budget}
+        provenance |= {} if found.budget is None else {"budget": asdict(found.budget)}
         provenance |= {"criterion": self.criterion, "ablation": self.ablation}
         provenance["damping"] = found.chosen[0].damping
         if self.criterion == "set_difference":
@@ -177,12 +176,10 @@ class Pruning(Stage):
         )
         provenance["export"] = None if self.export is None else str(self.export)
         neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
-        selection = {"criterion": self.criterion, "granularity": neurons.granularity, **found.measures()}
-        from sparc3_lightning.report.figures import draw_differential, draw_layers
-
-        draw_layers(selection["neurons_per_module"], folder / "layers.png", neurons.granularity)
+        selection = found.results(self.criterion, neurons.granularity)
+        draw_layers(selection.neurons_per_module, folder / "layers.png", neurons.granularity)
         draw_differential(selection, folder / "differential.png")
-        write_atomically(folder / SELECTION, json.dumps(selection, indent=1) + "\n")
+        selection.save(folder / SELECTION)
         if self.export is not None:
             self._export(neurons)
         # Last, since a folder with neurons.json counts as complete.
@@ -190,7 +187,9 @@ class Pruning(Stage):
         self._describe(found, neurons.granularity, self.output)
         return neurons
 
-    def _neurons(self, text: ReferenceSamples | None, device: torch.device | None) -> tuple[Selected, dict[str, Any]]:
+    def _neurons(
+        self, text: ReferenceSamples | None, device: torch.device | None
+    ) -> tuple[Selected, dict[str, object]]:
         """Select neurons by scores of neurons, or of weights that are summed; and say where the scores come from."""
         needs = CRITERIA[self.criterion]
         general_files, behavior_file = load_matching(self.general), ScoreFile.load(self.behavior)
@@ -231,7 +230,7 @@ class Pruning(Stage):
             chosen, spent = within_budget(self.budget, self.dampings, listed, text, general_files, on)
         return ranking.selected(chosen, listed, differential, spent), origin(general_files, files[len(general_files) :])
 
-    def _weights(self) -> tuple[Selected, dict[str, Any]]:
+    def _weights(self) -> tuple[Selected, dict[str, object]]:
         """Select single weights by scores of weights; and say where the scores come from."""
         layers = DifferentialWeights(self.general, self.behavior)
         found = select_weights(layers, self.num_neurons, self.num_ranked)
@@ -259,7 +258,7 @@ class Pruning(Stage):
         else:
             by = f"differential strength {found.differential_strength:.1f} %"
         if found.budget:
-            by += f", damping {found.chosen[0].damping:g}, perplexity {100 * found.budget['rise']:+.2f} %"
+            by += f", damping {found.chosen[0].damping:g}, perplexity {100 * found.budget.rise:+.2f} %"
         rank_zero_info(
             f"{len(found.chosen)} of {found.num_candidates:,} {granularity}s in {layers} layers, {by}: {path}"
         )
@@ -281,7 +280,7 @@ def within_budget(
     text: ReferenceSamples,
     general: Sequence[ScoreFile],
     device: torch.device,
-) -> tuple[list[Component], dict[str, Any]]:
+) -> tuple[list[Component], Spent]:
     """Load the model that scores are of, and spend a budget on the head of a ranking.
 
     Args:
@@ -314,15 +313,15 @@ def within_budget(
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
     rise = PerplexityRise(model, text.predict_dataloader())
     chosen = spend(rise, ranked, budget, dampings)
-    return chosen, {
-        "max_perplexity_increase": budget.max_perplexity_increase,
-        "rise": rise(chosen),
-        "perplexity": rise.perplexity,
-        "num_tokens": rise.num_tokens,
-        "num_documents": len(left),
-        "data": {"class": type(text).__name__, **text.hparams},
-        "measured": rise.measured,
-    }
+    return chosen, Spent(
+        max_perplexity_increase=budget.max_perplexity_increase,
+        rise=rise(chosen),
+        perplexity=rise.perplexity,
+        num_tokens=rise.num_tokens,
+        num_documents=len(left),
+        data={"class": type(text).__name__, **text.hparams},
+        measured=rise.measured,
+    )
 
 
 def _are_of_one_source(text: ReferenceSamples, data: Mapping[str, object]) -> bool:

@@ -205,7 +205,7 @@ def test_controls_of_a_sharded_model_have_the_largest_weights(make_checkpoint, f
     heaviest = sorted(range(24), key=lambda i: -norms[i])[:POOL]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    sharded = load_sharded(make_checkpoint(family), torch.float32, mesh, torch.device("cpu"))
+    sharded = load_sharded(Checkpoint(make_checkpoint(family)), torch.float32, mesh, torch.device("cpu"))
     variants = list_variants({"": pruned}, 1, controls=Controls(10))
     for of in (model, sharded):
         off = neurons_of(variants, {"": pruned}, of, 0)

@@ -10,8 +10,9 @@ import pytest
 from helpers import replaced_at
 from made_up import made_up
 
-from sparc3_lightning.evaluation.results import FORMAT, Results
+from sparc3_lightning.evaluation.results import Results
 
+FORMAT = Results.FORMAT
 PATH = Path("results.json")
 
 
@@ -71,7 +72,7 @@ def test_paths_and_tuples_of_the_options_are_written_as_json_has_them():
         ("[]", "its format is None"),
         ("{}", "its format is None"),
         ('{"format": "sparc3_lightning results 0"}', "its format is 'sparc3_lightning results 0'"),
-        (json.dumps({"format": FORMAT}), "it has no headline"),
+        (json.dumps({"format": FORMAT}), "it has no verdict"),
     ],
 )
 def test_a_file_of_another_format_or_a_broken_one_is_refused_by_its_path(text, reason):

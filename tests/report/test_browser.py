@@ -130,7 +130,7 @@ def test_the_verdict_is_seen_first(any_page):
     verdict = page.locator(".verdict")
     assert verdict.is_visible()
     text = verdict.inner_text().replace("\xa0", " ")
-    for sentence in results["verdict"].split(". "):
+    for sentence in results.verdict.split(". "):
         assert sentence in text
     strong = page.locator(".verdict strong")
     assert strong.bounding_box()["y"] < 450

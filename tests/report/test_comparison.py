@@ -12,6 +12,8 @@ import torch
 from sparc3_lightning.report import comparison
 from sparc3_lightning.report.comparison import (
     MAX_COLUMNS,
+    ComparisonResults,
+    Listed,
     draw_correlation,
     draw_overlap,
     draw_profiles,
@@ -33,7 +35,7 @@ def drawn(monkeypatch) -> list[Any]:
     return found
 
 
-def made_up(num_lists: int, name: str = "list") -> dict[str, Any]:
+def made_up(num_lists: int, name: str = "list") -> ComparisonResults:
     """Compare random lists of 40 of 100 neurons."""
     draw, names = random.Random(0), [f"{name} {i}" for i in range(num_lists)]
     pool = [(module, i) for module in MODULES for i in range(9)][:100]
@@ -41,16 +43,18 @@ def made_up(num_lists: int, name: str = "list") -> dict[str, Any]:
     keys = sorted(set().union(*lists))
     member_SN = torch.tensor([[key in held for key in keys] for held in lists])
     values = torch.randn(num_lists, 600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return {
-        "checkpoint": None,
-        "granularity": "neuron",
-        "num_candidates": 600,
-        "lists": [{"name": name, "num_neurons": 40} for name in names],
-        "overlaps": find_overlaps(names, keys, member_SN, MODULES, 600),
-        "layers": find_profiles(names, keys, member_SN, MODULES),
-        "correlation": find_correlations(values, values.roll(1, dims=1)),
-        "classes": {of: find_classes(names, values[:, :number]) for of, number in (("all", 600), ("pruned", 90))},
-    }
+    return ComparisonResults(
+        checkpoint=None,
+        checkpoint_fingerprint=None,
+        granularity="neuron",
+        normalize=False,
+        num_candidates=600,
+        lists=[Listed(name, "neurons.json", 40, 12, None) for name in names],
+        overlaps=find_overlaps(names, keys, member_SN, MODULES, 600),
+        layers=find_profiles(names, keys, member_SN, MODULES),
+        correlation=find_correlations(values, values.roll(1, dims=1)),
+        classes={of: find_classes(names, values[:, :number]) for of, number in (("all", 600), ("pruned", 90))},
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,33 +86,33 @@ def test_few_lists_are_printed_in_full_and_of_many_the_pairs_and_all():
     assert table[-1].startswith("all lists")
     shared = [line for line in lines if line.startswith("shared by")]
     counts = dict.fromkeys(range(2, 7), 0)
-    for row in results["classes"]["all"]["shared"]:
-        counts[len(row["lists"])] += row["neurons"]
+    for row in results.classes["all"].shared:
+        counts[len(row.lists)] += row.neurons
     assert [line.split() for line in shared] == [
         ["shared", "by", str(number), "behaviours", str(count), *line.split()[5:]]
         for (number, count), line in zip(counts.items(), shared, strict=True)
     ]
-    assert len(overlaps_csv(results["overlaps"]).splitlines()) == 2**6
+    assert len(overlaps_csv(results.overlaps).splitlines()) == 2**6
 
 
 def test_a_bar_of_the_upset_plot_is_the_exclusive_size_over_the_dots_of_its_lists(drawn):
     results = made_up(3)
-    draw_overlap(results["lists"], results["overlaps"], Path("x"))
+    draw_overlap(results.lists, results.overlaps, Path("x"))
     bars, dots = drawn[0].axes
-    assert [bar.get_height() for bar in bars.patches] == [row["exclusive"] for row in results["overlaps"]]
+    assert [bar.get_height() for bar in bars.patches] == [row.exclusive for row in results.overlaps]
     faint = [line for line in dots.lines if line.get_marker() == "o" and line.get_color() == comparison.FAINT]
     on = [line for line in dots.lines if line.get_marker() == "o" and line not in faint]
     found = [[f"list {int(y)}" for y in line.get_ydata()] for line in on]
-    assert found == [row["lists"] for row in results["overlaps"]]
+    assert found == [row.lists for row in results.overlaps]
     assert [label.get_text() for label in dots.get_yticklabels()] == [f"list {i} (40)" for i in range(3)]
 
 
 def test_of_many_combinations_the_largest_are_drawn_and_the_rest_is_counted(drawn):
     results = made_up(8)
-    draw_overlap(results["lists"], results["overlaps"], Path("x"))
+    draw_overlap(results.lists, results.overlaps, Path("x"))
     heights = [bar.get_height() for bar in drawn[0].axes[0].patches]
     assert len(heights) == MAX_COLUMNS
-    sizes = sorted((row["exclusive"] for row in results["overlaps"] if row["exclusive"]), reverse=True)
+    sizes = sorted((row.exclusive for row in results.overlaps if row.exclusive), reverse=True)
     assert sorted(heights, reverse=True) == sizes[:MAX_COLUMNS]
     rest = sizes[MAX_COLUMNS:]
     assert drawn[0].get_supxlabel() == f"and {len(rest)} smaller combinations of {sum(rest)} neurons"
@@ -136,11 +140,11 @@ def test_the_profile_has_a_panel_for_each_list_with_what_it_shares_in_front(draw
 @pytest.mark.parametrize("kind", ["overlap", "correlation", "profiles"])
 def test_nothing_is_cut_off_or_covered(drawn, kind, num_lists):
     results = made_up(num_lists, "a long category")
-    names = [row["name"] for row in results["lists"]]
+    names = [row.name for row in results.lists]
     {
-        "overlap": lambda: draw_overlap(results["lists"], results["overlaps"], Path("x")),
-        "correlation": lambda: draw_correlation(names, results["correlation"], Path("x")),
-        "profiles": lambda: draw_profiles(results["layers"], Path("x")),
+        "overlap": lambda: draw_overlap(results.lists, results.overlaps, Path("x")),
+        "correlation": lambda: draw_correlation(names, results.correlation, Path("x")),
+        "profiles": lambda: draw_profiles(results.layers, Path("x")),
     }[kind]()
     figure = drawn[0]
     figure.draw_without_rendering()

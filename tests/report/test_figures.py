@@ -10,6 +10,7 @@ import pytest
 from helpers import replaced_at
 from made_up import NEURONS, SELECTION, Words, made_up
 
+from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.report import figures
@@ -217,7 +218,9 @@ def test_a_dose_that_wrecks_the_model_does_not_press_the_others_together(drawn):
     assert abs(one - two) > 15
 
 
-def test_a_fourth_control_and_a_ninth_have_markers_too(drawn):
+def test_a_fourth_control_and_a_ninth_have_markers_too(drawn, monkeypatch):
+    for i in range(9):
+        monkeypatch.setitem(CONTROLS, f"kind_{i}", replace(CONTROLS["random"], name=lambda of, i=i: f"kind {i} {of}s"))
     results, _ = made_up()
     control = results.controls["random"]
     for number in (4, 9):

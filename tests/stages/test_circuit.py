@@ -25,6 +25,7 @@ from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.ioi import IOI
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import mask, prune_
+from sparc3_lightning.report.circuits import CircuitResults, Step
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.orders import ComponentOrder, group_scores
 from sparc3_lightning.stages import circuit
@@ -268,6 +269,7 @@ def test_the_commands_from_sentences_to_a_circuit_that_can_be_loaded(checkpoint,
     main(["circuit", *common, *ioi, "--data.init_args.seed", "7", "--model.sparsities", "[0.1, 0.5]", *options])
     folder = Path("lightning_logs/circuit/version_0")
     results = json.loads((folder / CIRCUIT).read_text())
+    assert len(CircuitResults.load(folder / CIRCUIT).curves) == 4
     assert [curve["num_seeds"] for curve in results["curves"]] == [1, 1, 1, 1]
     assert {ScoreFile.load(Path(path)).provenance.spec.target for path in paths} == {"logit_difference"}
     for curve in results["curves"][:2]:
@@ -308,10 +310,10 @@ def test_the_same_samples_twice_are_no_two_seeds(save):
 
 
 def test_a_seed_whose_logits_are_not_finite_gives_a_deviation_that_is_not_known():
-    of_seeds = [[{"sparsity": 0.5, "num_removed": 1, "accuracy": a, "logit_difference": d}] for a, d in NOT_FINITE]
-    (step,) = curve_of("lrp", "neuron", 2, of_seeds)["steps"]
-    assert step["accuracy_sd"] == pytest.approx(statistics.stdev([0.5, 0.0]))
-    assert math.isnan(step["logit_difference_sd"])
+    of_seeds = [[Step(0.5, 1, a, d)] for a, d in NOT_FINITE]
+    (step,) = curve_of("lrp", "neuron", 2, of_seeds).steps
+    assert step.accuracy_sd == pytest.approx(statistics.stdev([0.5, 0.0]))
+    assert math.isnan(step.logit_difference_sd)
 
 
 NOT_FINITE = [(0.5, 1.0), (0.0, math.nan)]

@@ -14,6 +14,7 @@ from helpers import MODULES, provenance, random_scores, save_scores
 
 from sparc3_lightning.cli import main
 from sparc3_lightning.models.components import Component
+from sparc3_lightning.report.comparison import ComparisonResults
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.compare import COMPARISON, Comparison
 from sparc3_lightning.stages.prune import Pruning
@@ -136,6 +137,7 @@ def test_json_csv_and_pictures_are_written_and_the_tables_returned(pruned):
         COMPARISON, "overlap.csv", "neurons.csv", *(f"{name}.png" for name in expected)
     }  # fmt: skip
     assert all((OUT / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in expected)
+    assert ComparisonResults.load(OUT / COMPARISON).lists[0].name == "one"
     results = json.loads((OUT / COMPARISON).read_text())
     assert results["checkpoint_fingerprint"] == "files:abc"
     assert results["num_candidates"] == 48

@@ -200,4 +200,4 @@ def test_a_weight_that_is_kept_transposed_as_in_gpt2_is_pruned_by_output_and_inp
     mask = torch.tensor([[True, False, False], [True, True, False]])
     found = zero_(model, iter([("layer", mask)]))
     assert torch.equal(model["layer"].weight, whole.masked_fill(mask.T, 0))
-    assert (found["num_pruned"], found["num_weights"], found["layers"]) == (3, 6, {"layer": 0.5})
+    assert (found.num_pruned, found.num_weights, found.layers) == (3, 6, {"layer": 0.5})

@@ -43,7 +43,7 @@ def test_the_demo_measures_both_models_and_gives_the_same_numbers_when_run_twice
         results.append(json.loads(next(Path(logs, "evaluate").glob("*/results.json")).read_text()))
     first, second = results
     for model in ("baseline", "pruned"):
-        assert math.isfinite(first[model]["perplexity"]["sliding"]["value"])
+        assert math.isfinite(first[model]["perplexity"]["disjoint"]["value"])
         assert 0 <= first[model]["groups"]["toxic"]["behavior_mean"] <= 1
         assert first[model]["groups"]["toxic"]["num_prompts"] == 24
         assert first[model] == second[model]

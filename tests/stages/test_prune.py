@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from sparc3_lightning.models.components import mask
 from sparc3_lightning.selection import criteria as selections
 from sparc3_lightning.selection.criteria import select_neurons
 from sparc3_lightning.selection.neuron_list import NeuronList, histogram
-from sparc3_lightning.selection.neuron_selection import CRITERIA, Criterion, CriterionName
 from sparc3_lightning.stages import prune as prune_module
 from sparc3_lightning.stages.prune import NEURONS, SELECTION, Pruning
 
@@ -257,15 +255,6 @@ def test_a_selection_that_leaves_too_few_neurons_is_refused_and_nothing_is_writt
     for shares in ({"top_behavior": 0.0}, {"top_behavior": 1.1}, {"top_general": 1.0}, {"top_general": -0.1}):
         with pytest.raises(ValueError, match=r"--model.top_behavior must be in \(0, 1\]"):
             Pruning(general, behavior, **shares)
-
-
-def test_a_selection_is_one_row_of_the_table(files, monkeypatch):
-    assert set(CRITERIA) == set(get_args(CriterionName))
-    toy: Any = "behavior_alone"
-    criterion = Criterion(lambda sides: {name: -score for name, score in sides.behavior.items()})
-    monkeypatch.setitem(CRITERIA, toy, criterion)
-    found = Pruning(*files, criterion=toy, num_neurons=3).prune(OUT)
-    assert found.neurons == select_neurons({name: -score for name, score in random_scores(9, 0.5).items()}, 3)
 
 
 def test_histogram_counts_values_between_the_smallest_and_the_largest():
