@@ -111,3 +111,11 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 def tiny_checkpoint(make_checkpoint: Callable[[str], str]) -> str:
     """A folder with a tiny random LLaMA, as save_pretrained writes it."""
     return make_checkpoint("llama")
+
+
+@pytest.fixture
+def as_if_from_a_shell(monkeypatch):
+    """Restore the seed that a run sets, and keep pytest's own arguments out of LightningCLI's sight."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("sys.argv", ["sparc3"])
