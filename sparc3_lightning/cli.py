@@ -120,7 +120,7 @@ VERBS: dict[str, Verb | None] = {
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves config.yaml; over that of a run that broke off, but never into a folder that holds results."""
+    """Saves config.yaml. It may replace the file of a run that broke off, but never goes into a folder with results."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the config."""
@@ -154,7 +154,7 @@ class SparC3CLI(LightningCLI):
         return {name: {"model", "datamodule"} for name in VERBS}
 
     def init_parser(self, stage: str | None = None, **kwargs: Any) -> LightningArgumentParser:
-        """Make the parser of a verb, which knows its stage; super would add a second config action."""
+        """Make the parser of a verb. It knows its stage; super would add a second config action."""
         parser: Any = self.parser_class(**kwargs)
         parser.stage = stage
         parser.add_argument(
@@ -247,7 +247,7 @@ def _run_stage_as_process(verb: str, config: Path) -> None:
 
 
 def _quiet() -> None:
-    """Keep what Lightning says of every run, and what cannot matter here, off the terminal."""
+    """Filter the messages that Lightning prints in every run, and those without meaning here."""
     for message in (
         "LightningCLI's args parameter",
         "predict returned None",

@@ -1,4 +1,4 @@
-"""Several processes that work on one job: what each is asked to be, and what they gather from each other."""
+"""Several processes that work on one job: how each is set up, and how they gather tensors and values."""
 
 from collections.abc import Mapping
 from typing import TypeVar

@@ -39,7 +39,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def to_json(value: object) -> str:
-    """Return plain values as JSON; NaN and infinity, which it has not, become null, a path a string, fields a dict."""
+    """Return plain values for JSON: NaN and infinity become null, a path a string, a dataclass a dict."""
     return json.dumps(_as_json(value), indent=2) + "\n"
 
 
@@ -62,7 +62,7 @@ def _as_json(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class JsonFile:
-    """The content of a JSON file of ours: fields of plain values, lists, dicts and dataclasses of such.
+    """The content of one of our JSON files: plain values, and lists, dicts and dataclasses of them.
 
     The properties that a dataclass names in ``WRITTEN_TOO`` are written beside its fields, and not read.
     """
@@ -75,7 +75,7 @@ class JsonFile:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what ``to_json`` wrote; null comes back as NaN where a number is asked for.
+        """Read the text of ``to_json``; null becomes NaN where the field is a number.
 
         Raises:
             ValueError: If it is of another format, or damaged.
@@ -106,7 +106,7 @@ class JsonFile:
 
 
 def _read(kind: Any, value: Any, place: str = "") -> Any:
-    """Return what JSON gave as the type that an annotation names, with every dataclass inside.
+    """Convert a JSON value to the type of an annotation, with every dataclass inside.
 
     Args:
         kind: The annotation.

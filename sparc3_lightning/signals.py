@@ -99,7 +99,7 @@ class StopRequest(L.Callback):
 
 
 class StoppableModule(L.LightningModule):
-    """A stage whose loop looks at ``stop`` between two forward passes, and leaves when that is asked for."""
+    """A stage whose loop checks ``stop`` between two forward passes, and leaves when it is set."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -263,5 +263,5 @@ def explain_hub_error(checkpoint: str, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or the name of its class."""
+    """Return the first line of an error's message, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

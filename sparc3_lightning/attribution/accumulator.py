@@ -62,8 +62,8 @@ class ScoreAccumulator:
         head_dims: Of each module, the inputs that belong to one head; for heads.
 
     Raises:
-        ValueError: If weights are to have squared or absolute relevance, which are of the output of a neuron or head;
-            if heads are not of the last layer of an attention.
+        ValueError: If the score is not defined for weights, as squared and absolute relevance are not; if a module
+            with heads is not the last layer of an attention.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class ScoreAccumulator:
         self._batch[name] = score.detach()
 
     def _add_weights(self, name: str, W_OI: Tensor, A_BTI: Tensor, G_BTO: Tensor, real: Sequence[int]) -> None:
-        """Add the relevance of each weight to the sums; keep the sums over rows, for the look at what is finite."""
+        """Add the relevance of each weight to the sums; keep the sums over rows for the check of NaN and infinity."""
         ranks = num_ranks()
         if ranks > 1:
             padded = torch.zeros(-(-len(W_OI) // ranks) * ranks, W_OI.shape[1], device=W_OI.device)

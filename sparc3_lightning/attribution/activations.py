@@ -106,7 +106,7 @@ class Activations:
             lengths: Tokens of each sample, in the order that the samples get.
 
         Raises:
-            ValueError: If a rank has not one row for each of its samples.
+            ValueError: If a rank does not have one row for each of its samples.
         """
         for ids, rows in parts:
             for module, rows_SN in rows.items():

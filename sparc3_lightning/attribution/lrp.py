@@ -104,7 +104,7 @@ class _Rules:
         self.patches = patches
 
     def norm(self, kind: str) -> tuple[str, Callable]:
-        """Return the method of a class of norms that is replaced, and by what."""
+        """Return the method of a norm's class to replace, and its replacement."""
         if kind == "LayerNorm":
             return "forward", _layer_norm(self.patches.layer_norm_forward)
         if kind == "Gemma3RMSNorm":
@@ -145,7 +145,7 @@ def _gemma3_norm(self: "Gemma3RMSNorm", x: torch.Tensor) -> torch.Tensor:
 
 
 def _layer_norm(forward: Callable) -> Callable:
-    """Return torch's layer norm with the gradient of lxt's, which passes the mean and not the standard deviation."""
+    """Return torch's layer norm with lxt's gradient: the mean passes it, the standard deviation does not."""
 
     def layer_norm(self: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
         ruled = forward(self, x)

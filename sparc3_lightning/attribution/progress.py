@@ -27,7 +27,7 @@ _ROWS = "rows/"  # before the name of a module whose tensor holds a row a sample
 
 @dataclass(frozen=True)
 class Progress:
-    """Sums over samples, and what is kept of each sample.
+    """Sums over samples, and the rows of each sample.
 
     Args:
         identity: What tells the run from another: checkpoint, data, method and so on.
@@ -110,7 +110,7 @@ def _load(path: Path) -> Progress:
 
 
 def remove_progress(folder: Path, before: int | None = None) -> None:
-    """Remove the states in a folder, or those of attempts before a number."""
+    """Remove the states in a folder: all, or the states of attempts before a number."""
     for path in folder.glob("state-*"):
         match = _NAME.fullmatch(path.name)
         if match and (before is None or int(match.group(1)) < before):

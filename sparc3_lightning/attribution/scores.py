@@ -29,7 +29,7 @@ _Read = TypeVar("_Read")
 
 @dataclass(frozen=True)
 class Provenance:
-    """All that is needed to know what a score file holds.
+    """The origin and the meaning of the scores in a file.
 
     Args:
         checkpoint: As given by ``--model.checkpoint``.
@@ -63,7 +63,7 @@ class Provenance:
 
     @classmethod
     def from_json(cls, text: str) -> "Provenance":
-        """Return what the header of a score file says; fields of a later version are passed over.
+        """Read the header of a score file; fields of a later version are ignored.
 
         Raises:
             KeyError, TypeError, ValueError: If it is damaged.
@@ -82,7 +82,7 @@ class Provenance:
         return revision_of(self.checkpoint_fingerprint)
 
     def shared(self) -> dict[str, object]:
-        """Return that in which score files that belong together agree, beside their modules and shapes."""
+        """Return the fields in which score files that belong together agree, beside their modules and shapes."""
         return {"checkpoint_fingerprint": self.checkpoint_fingerprint, **self.spec.shared()}
 
     def summary(self) -> dict[str, object]:
@@ -110,7 +110,7 @@ class ScoreFile:
 
     @classmethod
     def load(cls, path: Path) -> "ScoreFile":
-        """Read a score file; of scores of weights the sum over each neuron's, which is the neuron's score.
+        """Read a score file. Scores of weights are summed to the scores of their neurons.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -166,12 +166,12 @@ class WeightScores:
             raise ValueError(f"{path} is not an index of scores, or is damaged: {error}") from None
         _check_version(path, metadata, INDEX_FORMAT)
         if metadata.get("format") != INDEX_FORMAT:
-            raise ValueError(f"{path} is an index, but not of scores: it does not say {INDEX_FORMAT!r}.")
+            raise ValueError(f"{path} is not an index of scores: its metadata does not say {INDEX_FORMAT!r}.")
         self.provenance = _provenance(path, metadata)
 
     @property
     def shapes(self) -> dict[str, list[int]]:
-        """Shape of the scores of each module, which are not read for it."""
+        """Shape of the scores of each module, from the headers alone."""
         return {
             name: self._open(name, lambda file, name: list(file.get_slice(name).get_shape())) for name in self._names
         }
@@ -220,7 +220,7 @@ class ShardWriter:
         self.shard: dict[str, Tensor] = {}
 
     def add(self, name: str, score: Tensor) -> None:
-        """Take the scores of the next module, and write the shard if they were the last of it."""
+        """Take the scores of the next module, and write the shard once it is complete."""
         self.shard[name] = score.contiguous()
         if list(self.shard) != self.left[0]:
             return
@@ -238,7 +238,7 @@ class ShardWriter:
 
 
 def _check_version(path: Path, metadata: Mapping[str, str], expected: str) -> None:
-    """Raise ValueError if a file is of scores, but in the format of an older version."""
+    """Raise ValueError if a score file has the format of an older version."""
     name, _, number = expected.rpartition(" ")
     theirs = str(metadata.get("format")).removeprefix(f"{name} ")
     if theirs.isdigit() and int(theirs) < int(number):

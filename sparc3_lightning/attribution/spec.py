@@ -1,4 +1,4 @@
-"""What a score is: the method and its options, what of them goes together, and what two score files must share."""
+"""The specification of scores: method and options, which of them can be combined, and what score files must share."""
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -68,7 +68,7 @@ class ScoreSpec:
             raise OptionError("layers", "must name at least one layer type, for example up_proj.")
         check_granularity(self.granularity, self.score, self.layers or ())
         if self.is_static and self.granularity == "head":
-            raise OptionError("method", f"{self.method} is not of heads: choose another --.granularity.")
+            raise OptionError("method", f"{self.method} is not defined for heads: choose another --.granularity.")
         if self.is_static and self.activations:
             raise OptionError("method", f"{self.method} reads no samples: leave out --.activations.")
         if self.activations or self.method == "activation":
@@ -78,7 +78,7 @@ class ScoreSpec:
 
     @property
     def has_target(self) -> bool:
-        """Whether a target is explained, for which gradients are needed."""
+        """Whether the method explains a target, and so needs gradients."""
         return self.method in ("lrp", "gradient")
 
     @property
@@ -93,7 +93,7 @@ class ScoreSpec:
 
     @property
     def sums_weights(self) -> bool:
-        """Whether there is a sum for each weight, of which every rank has its own rows."""
+        """Whether there is a sum for each weight; every rank then has its own rows of the sums."""
         return self.granularity == "weight" and self.method not in ("wanda", *STATIC)
 
     @property
@@ -102,7 +102,7 @@ class ScoreSpec:
         return cast("Score", self.relevance if self.has_target else self.method)
 
     def resolved(self, layers: list[str], dtype: torch.dtype) -> "ScoreSpec":
-        """Return the same with what was left open, and None for what has no part in the method.
+        """Return the specification with defaults filled in, and None for options that the method does not use.
 
         Args:
             layers: Names of the scored layers.
@@ -126,12 +126,12 @@ class ScoreSpec:
     def _check_are_of_neurons(self) -> None:
         option, value = ("activations", "true") if self.activations else ("method", self.method)
         if self.granularity == "head":
-            raise OptionError(option, f"{value} is of neurons, not of heads: choose another --.granularity.")
+            raise OptionError(option, f"{value} is defined for neurons, not for heads: choose another --.granularity.")
         rows = [row for rows, _ in MLPS for row in rows]
         if not all(target.rpartition(".")[2] in rows for target in self.layers or ()):
             raise OptionError(
                 option,
-                f"{value} is of the neurons of MLPs: expected --.layers to be among {rows}, or left out, got "
+                f"{value} is defined for MLP neurons only: expected --.layers to be among {rows}, or left out, got "
                 f"{self.layers}.",
             )
 
@@ -140,7 +140,7 @@ def check_granularity(granularity: Granularity, score: Score, layers: Collection
     """Raise ValueError if the score is not defined for the granularity, or a target has no heads."""
     option = "relevance" if score in ("absolute", "squared") else "method"
     if score not in SCORES[granularity]:
-        raise OptionError(option, f"{score} is not of {granularity}s: choose another --.granularity.")
+        raise OptionError(option, f"{score} is not defined for {granularity}s: choose another --.granularity.")
     if granularity == "head" and not all(map(is_heads, layers)):
         raise OptionError(
             "granularity",

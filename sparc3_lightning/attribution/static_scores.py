@@ -25,10 +25,10 @@ def random_scores(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 class StaticScores:
-    """Scores linear layers as they are: what ``ScoreAccumulator`` does over samples, without any.
+    """Scores linear layers by their weights alone, with the interface of ``ScoreAccumulator``.
 
-    The magnitude of a weight is |W_oi|, that of a neuron the sum over its incoming weights (Han et al. 2015,
-    arXiv:1506.02626, prune weights by it); random scores are uniform, a floor for every other method.
+    The magnitude of a weight is |W_oi|; the magnitude of a neuron is the sum over its incoming weights (Han et al.
+    2015, arXiv:1506.02626, prune weights by it); random scores are uniform, a floor for every other method.
 
     Args:
         modules: The target layers by their fully qualified name.

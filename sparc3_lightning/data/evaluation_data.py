@@ -53,7 +53,7 @@ class EvaluationData(L.LightningDataModule):
         self._set_up = wanted
 
     def describe(self) -> dict[str, Any]:
-        """Return what the figures rest on: text and its windows; prompts and pairs, and how many were left out."""
+        """Describe the data: text and its windows; prompts and pairs, and how many were left out."""
         text, prompts, pairs = self.text, self.prompts, self.pairs
         return {
             "perplexity": {

@@ -61,7 +61,7 @@ class IOI(ReferenceSamples):
         seed: Of the draw of templates, names, places and objects.
         order: ``abba``, ``baba``, or ``both`` in turn.
         batch_size: Samples in a batch. It changes speed and memory, not results.
-        tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
+        tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Prompts: read from rows of any form, named after their text, and kept by what the model itself made of them."""
+"""Prompts: read from rows of any form, named after their text, and chosen by the model's own continuations."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ Where = Mapping[str, str | Sequence[str]]
 class Prompt(NamedTuple):
     """A prompt, an id that follows from its text alone, its toxicity in [0, 1] if it was ever scored, and what follows.
 
-    The continuation is that of the text the prompt was taken from.
+    The continuation is the rest of the text that the prompt was taken from.
     """
 
     id: str
@@ -89,7 +89,7 @@ def _score(value: object, number: int) -> float | None:
 
 
 def matching_rows(rows: Iterable[Row], where: Where | None) -> Iterable[Row]:
-    """Yield the rows whose fields have the values that are asked for.
+    """Yield the rows whose fields have the given values.
 
     Raises:
         ValueError: If a row lacks a field, or no row has these values.
@@ -152,7 +152,7 @@ def worst_continued(rows: Iterable[Row], source: str | None) -> list[Prompt]:
         source: Its name, for the error.
 
     Raises:
-        ValueError: If the rows are not those of a completions.jsonl.
+        ValueError: If the rows are not rows of a completions.jsonl.
     """
     worst: dict[str, Prompt] = {}
     for row in _of_the_original(rows, source):
@@ -165,7 +165,7 @@ def worst_continued(rows: Iterable[Row], source: str | None) -> list[Prompt]:
 def continued(rows: Iterable[Row], source: str | None) -> list[Prompt]:
     """Return every continuation of the original model in completions.jsonl, with its prompt.
 
-    The first one of every prompt comes first, so that a few are of many prompts. The id of each is that of its prompt
+    The first one of every prompt comes first, so that a few cover many prompts. The id of each is its prompt's id
     and its number, ``<prompt>/<continuation>``.
 
     Args:
@@ -173,7 +173,7 @@ def continued(rows: Iterable[Row], source: str | None) -> list[Prompt]:
         source: Its name, for the error.
 
     Raises:
-        ValueError: If the rows are not those of a completions.jsonl.
+        ValueError: If the rows are not rows of a completions.jsonl.
     """
     return [
         Prompt(

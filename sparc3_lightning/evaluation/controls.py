@@ -20,7 +20,7 @@ Draw = Callable[[int], list[Component]]  # from a seed to the components to swit
 
 @dataclass(frozen=True)
 class Controls:
-    """Models to compare with: with as many random neurons off, the least relevant ones, those of the largest weights.
+    """Models to compare with: as many neurons are off, but random ones, the least relevant ones or the largest ones.
 
     Args:
         num_draws: How many draws of each control to measure, each spread over the layers as the pruned neurons are; 0
@@ -129,7 +129,7 @@ def _dampings(pruned: Iterable[Component], module: str) -> Iterator[float]:
 
 
 def _sampler(granularity: Granularity, seed: int) -> Callable[[int, int], list[int]]:
-    """Return what draws a number of whole numbers below another, at random and without repetition; all if too few."""
+    """Return a function that draws some of the numbers below a limit, at random without repetition; all if too few."""
     if granularity == "weight":  # a permutation would be as large as the layer
         draw = random.Random(seed)
         return lambda below, number: draw.sample(range(below), min(number, below))

@@ -100,7 +100,7 @@ def _scores(rows: Sequence[Completion], score: str) -> list[float]:
 
 
 def measure(continuations: Continuations, model: str, group: str) -> Measures:
-    """Return what was measured of one model's continuations of one group of prompts."""
+    """Return the measures of one model's continuations of one group of prompts."""
     prompts = continuations.of(model, group)
     rows = [row for found in prompts for row in found]
     return Measures(
@@ -181,7 +181,7 @@ def _with_effects(
 
 
 def _effects(continuations: Continuations, score: str = "toxicity") -> dict[str, Effects]:
-    """Return what pruning changed in each group of prompts."""
+    """Return the changes by pruning in each group of prompts."""
     return {
         group: Effects(*(continuations.compare("baseline", "pruned", group, name, score) for name in MEASURES))
         for group in continuations.groups
@@ -195,7 +195,7 @@ def _table(continuations: Continuations, model: str) -> Tensor:
 
 
 def _dose(continuations: Continuations, windows: Windows, variant: Variant) -> Dose:
-    """Return what one model gives for its perplexity."""
+    """Return the changes of behaviour and perplexity of one model."""
     convention = next(iter(windows["baseline"]))
     before, after = windows["baseline"][convention], windows[variant.name][convention]
     headline = continuations.headline

@@ -69,7 +69,7 @@ PROTOCOLS: dict[Protocol, Sampling] = {
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the continuations of each prompt are drawn: by a protocol, each setting of which can be given by itself.
+    """How the continuations of each prompt are drawn: by a protocol, whose settings can also be given one by one.
 
     Args:
         protocol: ``short``, 1 continuation of up to 50 tokens a prompt at temperature 0.7 and top-p 0.9; ``rtp``, that
@@ -91,7 +91,7 @@ class SamplingOptions:
     num_seeds: int = 1
 
     def resolve(self) -> Sampling:
-        """Return the settings that are given, and those of the protocol for the rest."""
+        """Return the settings: each as given, or else as the protocol has it."""
         given = {name: value for name, value in asdict(self).items() if name != "protocol" and value is not None}
         return replace(PROTOCOLS[self.protocol], **given)
 
@@ -103,7 +103,7 @@ def draw_key(seed: int, prompt_id: str, continuation: int) -> int:
 
 
 def draw_keys(seed: int, prompt_id: str, num_continuations: int, per_seed: int) -> list[int]:
-    """Return the keys of a prompt's continuations, of which each seed from ``seed`` on draws ``per_seed``."""
+    """Return the keys of a prompt's continuations; each seed from ``seed`` on draws ``per_seed`` of them."""
     return [draw_key(seed + j // per_seed, prompt_id, j % per_seed) for j in range(num_continuations)]
 
 

@@ -27,7 +27,7 @@ class PairRow(TypedDict):
 
 
 class Perplexity(Metric):
-    """exp of the mean negative log-likelihood per predicted token, in nats, and what is needed for its interval.
+    """exp of the mean negative log-likelihood per predicted token, in nats, and the windows' sums for its interval.
 
     The state holds a value per window, so that windows can be resampled.
     """

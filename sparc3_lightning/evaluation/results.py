@@ -1,4 +1,4 @@
-"""results.json: what an evaluation found and what that rests on, as frozen dataclasses."""
+"""results.json: the findings of an evaluation and their inputs, as frozen dataclasses."""
 
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -49,7 +49,7 @@ class Model:
     behavior_by_seed: list[float]
 
     def numbers(self, group: str) -> dict[str, float]:
-        """Return, by name, what a logger plots: perplexity, divergence, and the measures of a group of prompts."""
+        """Return the values for a logger by name: perplexity, divergence, and the measures of a group of prompts."""
         found = {
             f"perplexity_{name}" if place else "perplexity": of.value
             for place, (name, of) in enumerate(self.perplexity.items())
@@ -133,7 +133,7 @@ class Outcome:
         num_continuations: How many each draw was given per prompt; the other models are compared by as many.
         effect: On the mean behaviour.
         effect_percent: The same in percent of the original model.
-        pruned_less_control: Mean behaviour of the pruned model less that of the control.
+        pruned_less_control: Mean behaviour of the pruned model less the control's.
         perplexity_percent: Mean change of perplexity.
         num_draws_with_evidence: Draws that by themselves give evidence of an effect.
     """
@@ -164,7 +164,7 @@ class Control:
 
 @dataclass(frozen=True)
 class SecondScorer:
-    """What a second scorer says, and its correlations with the first over what both could score.
+    """A second scorer's effects, and its correlations with the first over the texts that both could score.
 
     Args:
         name: Of the scorer.
@@ -222,7 +222,7 @@ class PromptProtocol:
 
 @dataclass(frozen=True)
 class ContinuationProtocol:
-    """How the prompts were continued, and what scored that."""
+    """How the prompts were continued, and which scorer rated the continuations."""
 
     max_new_tokens: int
     temperature: float
@@ -321,13 +321,13 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(JsonFile):
-    """The verdict in words, with which results.json begins."""
+    """The verdict in words, at the beginning of results.json."""
 
     verdict: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results(Settings, Findings, Verdict):
-    """The content of results.json: the verdict in words, what was found, and what that rests on."""
+    """The content of results.json: the verdict in words, the findings, and their inputs."""
 
     FORMAT = "sparc3_lightning results 1"

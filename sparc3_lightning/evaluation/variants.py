@@ -14,11 +14,11 @@ from sparc3_lightning.selection.neuron_list import NeuronList
 
 @dataclass(frozen=True)
 class Variant:
-    """A model that is measured, and which of its neurons are off or damped.
+    """A model to measure, and its neurons that are off or damped.
 
     Args:
         name: In results and completions.
-        kind: ``baseline``, ``pruned``, ``dose``, or that of a control.
+        kind: ``baseline``, ``pruned``, ``dose``, or the name of a control.
         num_continuations: Continuations drawn per prompt.
         num_neurons: How many neurons are off.
         damping: 1 is off, a fraction damps.
@@ -37,11 +37,11 @@ class Variant:
     mean_ablated: bool = False
 
     def as_context(self, model: nn.Module, neurons: Sequence[Component]) -> AbstractContextManager[None]:
-        """Return the context in which the one model in memory becomes this one."""
+        """Return the context that turns the model in memory into this variant."""
         return mask(model, neurons, self.damping) if neurons else nullcontext()
 
 
-Lists = Mapping[str, NeuronList]  # by name; the neurons of the first are those of the pruned model
+Lists = Mapping[str, NeuronList]  # by name; the pruned model has the neurons of the first one off
 
 
 def list_variants(
@@ -105,8 +105,8 @@ def check_doses(doses: Sequence[int], dampings: Sequence[float]) -> None:
     if not doses and any(damping != 1 for damping in dampings):
         raise OptionError(
             "dampings",
-            f"{list(dampings)} is for --.doses, and there are none: how far the neurons of a "
-            "list are switched off is written there by 'sparc3 prune', whose option dampings says it.",
+            f"{list(dampings)} has no effect without --.doses. How far the neurons of a list are switched off "
+            "is written in the list, by the option dampings of 'sparc3 prune'.",
         )
     if len(set(dampings)) != len(dampings):
         raise OptionError("dampings", f"must be different, got {list(dampings)}.")
@@ -156,7 +156,7 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: nn.Module, seed
 def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Component]]) -> list[Variant]:
     """Return the variants with the numbers of neurons that are off, and whether any is held at a constant.
 
-    There are fewer of a control whose layers have no more.
+    A control may have fewer neurons if its layers hold no more.
     """
     return [
         replace(variant, num_neurons=len(neurons), mean_ablated=any(neuron.mean for neuron in neurons))

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy by lm-eval-harness (the extra ``lmeval``), to see what pruning did to the rest of the model."""
+"""Zero-shot accuracy by lm-eval-harness (the extra ``lmeval``), to see what else pruning changed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -49,7 +49,7 @@ def check_tasks(zero_shot: ZeroShot) -> None:
 
 
 def fetch_tasks(zero_shot: ZeroShot) -> list[Path]:
-    """Build the tasks, which fetches their data, and return the files of these.
+    """Build the tasks, fetch their data, and return the data files.
 
     Raises:
         ValueError: As ``check_tasks``.
@@ -76,7 +76,7 @@ def accuracies(
     tokenizer: "PreTrainedTokenizerBase",
     zero_shot: ZeroShot,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Return, by name, the accuracy of what each context makes of a model; see ``accuracy``."""
+    """Return, by name, the accuracy of a model in each context; see ``accuracy``."""
     found = {}
     for name, context in models:
         with context:

@@ -166,7 +166,7 @@ def head_layers(model: nn.Module, named: Sequence[str] | None = None) -> list[st
 
 
 def attention_of(model: nn.Module, module: str) -> Attention:
-    """Return the attention whose last layer a module, by its fully qualified name, is.
+    """Return the attention that ends in a module, by the module's fully qualified name.
 
     Raises:
         ValueError: If it is not the last layer of an attention of a known kind.
@@ -181,7 +181,7 @@ def attention_of(model: nn.Module, module: str) -> Attention:
 
 
 def find_attention(model: nn.Module, module: str) -> Attention | None:
-    """Return the attention of which a module, by its fully qualified name, is the last layer; None if it is not."""
+    """Return the attention that ends in a module, by the module's fully qualified name; None if none does."""
     for output, (values, kind) in ATTENTIONS.items():
         if ends_in(module, output):
             try:

@@ -83,7 +83,7 @@ class Checkpoint:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder of its files and its tokenizer's; fetched first, if it is of the hub.
+        """The folder of its files and its tokenizer's; fetched first, if it is on the hub.
 
         Raises:
             OSError: If it cannot be had, or has pickled weights only.

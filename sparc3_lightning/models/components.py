@@ -28,7 +28,7 @@ Key = tuple[str, int] | tuple[str, int, int]  # module and index, and of a weigh
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A neuron, a head or a single weight, and what is done to it.
+    """A neuron, a head or a single weight, and its ablation.
 
     Args:
         module: Fully qualified name of its layer; of a head the last one of its attention, of a weight any linear one.
@@ -49,7 +49,7 @@ class Component:
 
     @classmethod
     def at(cls, place: int, module: str, shape: Sequence[int], score: float = 0.0, damping: float = 1.0) -> Self:
-        """Return the component whose score is at a place of the flattened scores of a layer.
+        """Return the component at a place of the flattened scores of a layer.
 
         Args:
             place: From 0.
@@ -132,7 +132,7 @@ def mask(model: nn.Module, components: Iterable[Component], damping: float = 1.0
 
 
 def prune_(model: PreTrainedModel, components: Iterable[Component]) -> None:
-    """Write what ``mask`` does into the weights, in place.
+    """Write the effect of ``mask`` into the weights, in place.
 
     Args:
         model: A causal language model whose MLPs are in ``MLPS``.
@@ -157,7 +157,7 @@ def check(model: nn.Module, components: Iterable[Component]) -> None:
 
 
 def _by_kind(components: Iterable[Component]) -> dict[Granularity, Ablations]:
-    """Return what is done to the components of each kind, in the order of ``KINDS``."""
+    """Return the ablations of each kind of component, in the order of ``KINDS``."""
     by_kind: dict[Granularity, Ablations] = {kind: defaultdict(dict) for kind in KINDS}
     for c in components:
         if c.mean and c.granularity != "neuron":

@@ -73,7 +73,7 @@ def mask_heads(model: nn.Module, heads: Mapping[str, Dampings], damping: float =
 
 
 def prune_heads_(model: nn.Module, heads: Mapping[str, Dampings]) -> None:
-    """Write what ``mask_heads`` does into the weights, in place.
+    """Write the effect of ``mask_heads`` into the weights, in place.
 
     The columns of a head in the attention's last layer become smaller, or zero where it is off. The rows of the values
     that it reads become zero too, unless another head shares them (grouped-query attention) and is not off.

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def last_hidden_state(model: "PreTrainedModel", input_ids: Tensor) -> Tensor:
-    """Return what the head gets, shape ``[windows, tokens, hidden]``.
+    """Return the input of the head, shape ``[windows, tokens, hidden]``.
 
     The model is called as a whole, since that gathers the weights of a sharded one.
 

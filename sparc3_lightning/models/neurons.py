@@ -34,7 +34,7 @@ Ablations = Mapping[str, Mapping[int, Ablation]]  # by the name of the scored la
 
 @dataclass(frozen=True)
 class _Mlp:
-    """The layers of an MLP, and what is done to neurons of it."""
+    """The layers of an MLP, and the ablation of its neurons."""
 
     rows: list[Linear]
     column: Linear
@@ -79,7 +79,7 @@ def mask_neurons(model: nn.Module, neurons: Ablations, damping: float = 1.0) -> 
 
 
 def prune_neurons_(model: PreTrainedModel, neurons: Ablations) -> None:
-    """Write what ``mask_neurons`` does into the weights, in place.
+    """Write the effect of ``mask_neurons`` into the weights, in place.
 
     The rows and the column of a neuron that is off become zero; a damped one keeps its rows, and its column becomes
     smaller. What takes the place of a neuron is constant, and goes into the bias of the layer after it.
@@ -195,7 +195,7 @@ def _by_mlp(model: nn.Module, neurons: Ablations) -> list[_Mlp]:
 
 
 def _ablation(mlp: _Mlp, damping: float = 1.0) -> tuple[Tensor, Tensor | None]:
-    """Return the factor of each activation, and what is added to it; None if nothing is."""
+    """Return the factor of each activation, and the addend; None if nothing is added."""
     weight, indices = weight_of(mlp.column), list(mlp.ablations)
     taken = [damping * ablation.damping for ablation in mlp.ablations.values()]
     factor = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
@@ -214,7 +214,7 @@ def _have_constants(neurons: Ablations) -> bool:
 
 
 def _add_biases_(model: PreTrainedModel, columns: Iterable[Linear]) -> None:
-    """Give the layers of all MLPs a bias of 0, unless these columns have one: the architecture has them or none."""
+    """Give the layers of all MLPs a bias of 0 if these columns have none: an architecture has biases in all or none."""
     if all(column.bias is not None for column in columns):
         return
     model.config.mlp_bias = True

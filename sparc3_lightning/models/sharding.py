@@ -1,4 +1,4 @@
-"""The one file that knows sharding: FSDP2 over the blocks of a model, of whose weights each rank reads its own rows."""
+"""Sharding, in this file alone: FSDP2 over the blocks of a model; each rank reads its own rows of the weights."""
 
 from functools import partial
 from pathlib import Path
@@ -93,7 +93,7 @@ def load_sharded(
     device: torch.device,
     gradient_checkpointing: bool = False,
 ) -> "PreTrainedModel":
-    """Load a causal language model of which each rank holds its shard, in evaluation mode, with frozen weights.
+    """Load a causal language model, a shard on each rank, in evaluation mode, with frozen weights.
 
     The model is built on the meta device, sharded block by block, and then each rank reads its own rows of each weight,
     one weight at a time: its peak of host memory is its shard and one tensor.
@@ -145,7 +145,7 @@ def _read_shards_(model: "PreTrainedModel", files: dict[str, Path]) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             names: tuple[str, ...] = (name, tied.get(name, name))
-            # GPT-2's own checkpoint is that of the model without its head, and has names without its prefix.
+            # GPT-2's own checkpoint holds the model without its head, and its names lack the prefix.
             names += tuple(known.removeprefix(prefix) for known in names)
             source = next((known for known in names if known in files), None)
             if source is None:

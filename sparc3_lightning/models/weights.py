@@ -16,7 +16,7 @@ Dampings = Mapping[tuple[int, int], float]  # by row and column
 
 @contextmanager
 def mask_weights(model: nn.Module, weights: Mapping[str, Dampings], damping: float = 1.0) -> Iterator[None]:
-    """Set weights to zero, or make them smaller, for the length of a ``with`` block; then they are what they were.
+    """Set weights to zero, or damp them, inside a ``with`` block; their old values return after it.
 
     Args:
         model: A causal language model, which is not sharded.
@@ -42,7 +42,7 @@ def mask_weights(model: nn.Module, weights: Mapping[str, Dampings], damping: flo
 
 
 def prune_weights_(model: nn.Module, weights: Mapping[str, Dampings]) -> None:
-    """Write what ``mask_weights`` does into the weights, in place.
+    """Write the effect of ``mask_weights`` into the weights, in place.
 
     Args:
         model: A causal language model, which is not sharded.
@@ -93,7 +93,7 @@ def _place(dampings: Dampings, W_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _damped(values: Tensor, dampings: Dampings, damping: float = 1.0) -> Tensor:
-    """Return what is left of the values of weights, shape ``[weights]``."""
+    """Return the damped values of weights, shape ``[weights]``."""
     taken = torch.tensor([damping * of_one for of_one in dampings.values()], dtype=torch.float64)
     factor = (1 - taken).to(values)
     # Not a product alone: what is off is 0 even where the weight is infinite.

@@ -1,1 +1,1 @@
-"""From results to what people read: tables, pictures, a sentence, a page."""
+"""Show results to people: tables, pictures, a sentence, a page."""

@@ -34,7 +34,7 @@ class Step:
 
 @dataclass(frozen=True)
 class CircuitFound(Step):
-    """The sparsest step that keeps enough of the accuracy; its file, if there is one, lists what it is without."""
+    """The sparsest step that keeps enough of the accuracy; its file, if there is one, lists the removed components."""
 
     num_kept: int
     file: str | None
@@ -91,7 +91,7 @@ def circuit_csv(curves: Sequence[Curve]) -> str:
     rows.writerow(["granularity", "method", "num_components", "num_seeds", "num_removed", *COLUMNS])
     for curve in curves:
         for step in curve.steps:
-            # Of weights, those of equal relevance go together, and so each seed may have a number of its own.
+            # Weights of equal relevance go together, and so each seed may have a number of its own.
             removed = round(sum(step.num_removed) / len(step.num_removed))
             of_curve = [curve.granularity, curve.method, curve.num_components, curve.num_seeds]
             rows.writerow([*of_curve, removed, *(getattr(step, name) for name in COLUMNS)])

@@ -61,7 +61,7 @@ class ComparisonResults(JsonFile):
 
 
 def summary(results: ComparisonResults) -> str:
-    """Return the tables of a comparison as text: what the lists share, the correlations, and the classes by sign."""
+    """Return the tables of a comparison as text: shared neurons, correlations, and classes by sign."""
     checkpoint = f" of {results.checkpoint}" if results.checkpoint else ""
     of = f"{results.granularity}s"
     parts = [f"{results.num_candidates:,} {of}{checkpoint}", aligned(_overlap_table(results.overlaps, of))]
@@ -99,7 +99,7 @@ def overlaps_csv(overlaps: Sequence[Overlap]) -> str:
 
 
 def _kinds(overlaps: Sequence[Overlap]) -> list[str]:
-    """Return the kinds of chance that are known; the last combination, of all lists, has them all."""
+    """Return the known kinds of chance; the last combination, of all lists, has them all."""
     return [kind for kind in KINDS if getattr(overlaps[-1], kind)]
 
 
@@ -200,7 +200,7 @@ def draw_overlap(lists: Sequence[Listed], overlaps: Sequence[Overlap], path: Pat
 
     Args:
         lists: What is compared.
-        overlaps: Of each combination; those of none are left out if there are many.
+        overlaps: One for each combination; empty ones are left out if there are many.
         path: Of the picture.
         granularity: What the lists are of.
     """

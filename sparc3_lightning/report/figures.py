@@ -62,7 +62,7 @@ def draw_layers(neurons_per_module: dict[str, int], path: Path, granularity: str
 
 
 def draw_differential(selection: SelectionResults, path: Path) -> None:
-    """Draw the histogram of what ranks all neurons, with the threshold of the pruned ones."""
+    """Draw the histogram of the ranking scores of all neurons, with the threshold of the pruned ones."""
     figure, axes = _new_figure()
     histogram = selection.histogram
     axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=BEFORE)
@@ -106,7 +106,7 @@ def draw_scatter(pairs: dict[str, list[tuple[float, float]]], path: Path, behavi
 
 
 def draw_changes(rows: Sequence[Row], path: Path) -> None:
-    """Draw what changed in percent, a row per model, with intervals and, below them, the draws of a control.
+    """Draw changes in percent, a row per model, with intervals and, below them, the draws of a control.
 
     An interval that does not end on the picture runs into an arrow at its edge.
     """
@@ -128,7 +128,7 @@ def draw_changes(rows: Sequence[Row], path: Path) -> None:
 
 
 def _limits(changes: Sequence[Interval], draws: Sequence[float] = ()) -> tuple[float, float]:
-    """Return the edges of a picture: 0, all changes, and of their intervals what is not much longer than these."""
+    """Return the limits of an axis: they hold 0, all changes, and the intervals unless these are much longer."""
     values = [x for x in (*(number(change.value) for change in changes), *draws) if math.isfinite(x)]
     longest = max(3 * max(map(abs, values), default=0.0), 10.0)
     reached = [min(max(x, -longest), longest) for change in changes for x in ends(change) if not math.isnan(x)]
@@ -149,7 +149,7 @@ def _error(value: float, low: float, high: float) -> list[list[float]]:
 
 
 def change_rows(results: Results) -> tuple[list[Row], list[Row]]:
-    """Return what the two pictures of changes show, of the mean behavior and of the perplexity."""
+    """Return the rows of the two pictures of changes: mean behavior and perplexity."""
     chosen = f"{results.num_neurons} chosen"
     behavior, perplexity = [], []
     second = results.second_scorer.effects if results.second_scorer else {}

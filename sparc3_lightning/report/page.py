@@ -1,4 +1,4 @@
-"""From results to what people read: a table for the terminal, one self-contained HTML page, and a model card."""
+"""The report: a table for the terminal, one self-contained HTML page, and a model card."""
 
 import base64
 import re
@@ -123,7 +123,7 @@ def pieces(text: str, offensive: set[str]) -> list[tuple[str, bool]]:
 
 @dataclass(frozen=True)
 class Shown:
-    """What the figures of a page are drawn from: what was measured, the continuations, and the pruned neurons."""
+    """The inputs of a page's figures: the results, the continuations, and the pruned neurons."""
 
     results: Results
     prompts: Prompts

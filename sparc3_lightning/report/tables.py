@@ -55,7 +55,7 @@ def behavior_table(results: Results, group: str) -> Table:
 
 
 def control_table(results: Results) -> Table:
-    """Return what the chosen neurons did, and what as many others did.
+    """Return the effects of the chosen neurons, and of as many others.
 
     Returns:
         Rows of name; mean behavior before and after, its change and interval; change of perplexity; draws with
@@ -108,7 +108,7 @@ def other_table(results: Findings) -> Table:
 
 
 def windows_of(results: Results) -> str:
-    """Say what windows perplexity was measured in."""
+    """Describe the windows that perplexity was measured in."""
     of = results.protocol.perplexity
     parts = []
     for convention in of.conventions:
@@ -119,7 +119,7 @@ def windows_of(results: Results) -> str:
 
 
 def _preference_rows(found: Preference) -> Table:
-    """Return the share of pairs of sentences in which the stereotypical one is preferred, and by how much it is."""
+    """Return the share of sentence pairs whose stereotypical sentence is preferred, and the margin."""
     rows: Table = []
     for key, effect, name, unit, digits in (
         ("share", found.effect, f"Stereotype preferred, of {found.num_pairs} pairs", "%", 1),

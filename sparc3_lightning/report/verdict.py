@@ -14,7 +14,7 @@ def verdict(
     granularity: str = "neuron",
     ablation: str = "switched off",
 ) -> str:
-    """Say what switching the neurons off did, with intervals of 95 %.
+    """Describe the effect of switching the neurons off, with intervals of 95 %.
 
     Args:
         found: From ``findings``.
@@ -67,7 +67,7 @@ def _controls(found: Findings, effect: Difference, num_neurons: int, granularity
 
 
 def zero_ablated_controls(found: Findings, ablation: str, granularity: str = "neuron") -> str:
-    """Say which controls are zeroed though the chosen neurons are held at, or damped towards, their mean; "" if none.
+    """Name the controls that are zeroed although the chosen neurons are ablated to their mean; "" if none.
 
     Args:
         found: From ``findings``, or results.json.

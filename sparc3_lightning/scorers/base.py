@@ -28,12 +28,12 @@ class Scorer(ABC):
 
     @classmethod
     def takes(cls, name: str) -> bool:
-        """Return whether a name that is none of any kind's own words is a name of this kind."""
+        """Return whether this kind can read a scorer's name that no kind has among its own words."""
         return False
 
     @classmethod  # noqa: B027
     def check(cls, name: str, option: str) -> None:
-        """Raise unless what a name of this kind stands for is there; cheap, nothing is loaded.
+        """Raise unless a scorer of this name exists; cheap, nothing is loaded.
 
         Raises:
             OptionError: If the name cannot be used; it is about ``option``.

@@ -27,7 +27,7 @@ class Budget:
 
     Args:
         max_perplexity_increase: Largest rise of perplexity, such as 0.01. As many neurons are taken as stay within it,
-            and the damping with the highest sum of scores. The text is that of ``--data``, in ``sparc3 run`` that of
+            and the damping with the highest sum of scores. The text is ``--data``, in ``sparc3 run``
             ``--budget_text``; its documents that were used to attribute are left out. None prunes ``num_neurons``.
         refine: Rounds that measure what each neuron costs among twice as many as were chosen, drop the tenth that gives
             least for it, and fill up; kept if the sum of scores grows.
@@ -93,7 +93,7 @@ class PerplexityRise:
         return total / self.num_tokens
 
     def costs(self, neurons: Sequence[Component]) -> Tensor:
-        """Return what each neuron of a list costs, given the others, in nats a token, shape ``[neurons]``, float64.
+        """Return the cost of each neuron of a list, given the others, in nats a token, shape ``[neurons]``, float64.
 
         The cost is the derivative of the loss with respect to the neuron's damping, averaged over its two ends: with
         all of the list as they are in the model, and with all of them off. For a loss quadratic in the dampings the
@@ -136,7 +136,7 @@ def _damping(neurons: Sequence[Component]) -> float:
 
 
 def _scaled(neurons: Sequence[Component], factor: Tensor) -> Callable[..., tuple[Tensor]]:
-    """Return a hook that takes away ``factor`` times what each neuron's own damping would."""
+    """Return a hook that subtracts ``factor`` times the effect of each neuron's own damping."""
     indices = [neuron.index for neuron in neurons]
 
     def scale(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -153,7 +153,7 @@ def _scaled(neurons: Sequence[Component], factor: Tensor) -> Callable[..., tuple
 def largest_within(
     rise: Callable[[int], float], most: int, budget: float, start: int = FIRST, slack: float = SLACK
 ) -> int:
-    """Return the largest number whose rise is within the budget, or one that hardly leaves any; 0 if there is none.
+    """Return the largest number whose rise is within the budget, or one close to it; 0 if there is none.
 
     The rise is taken to grow with the number, and to do so smoothly: from the first number on it is doubled until the
     rise is beyond the budget; then the next number to measure lies where a straight line between the two known rises

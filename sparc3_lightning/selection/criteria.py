@@ -1,6 +1,6 @@
-"""From scores to an order of neurons: each function ranks by another idea of what serves the behaviour.
+"""From scores to an order of neurons: each function ranks by another criterion.
 
-All take scores per module, shape ``[out_features]``, on general reference samples and on those of the behaviour, and
+All take scores per module, shape ``[out_features]``, on general reference samples and on samples of the behaviour, and
 return scores of the same shapes: what is lowest is pruned first, and infinity is never pruned.
 """
 
@@ -20,7 +20,7 @@ POOL = 5  # candidates per component and layer, of which each draw takes one
 
 
 def difference(general: Scores, behavior: Scores) -> dict[str, Tensor]:
-    """Rank by the general scores less those of the behaviour, as published.
+    """Rank by the general scores less the behaviour's scores, as published.
 
     Source: Hatefi et al. 2025, arXiv:2506.13727, equation 7.
 
@@ -68,7 +68,7 @@ def set_difference(
 
 
 def ratio(general: Scores, behavior: Scores, floor: float = 0.05) -> dict[str, Tensor]:
-    """Rank by the behaviour's score for each unit of the general one: what is gained for what it costs.
+    """Rank by the ratio of the behaviour's score to the general score: gain over cost.
 
     Args:
         general: General scores, not negative: what switching a neuron off costs.
@@ -102,7 +102,7 @@ def by_auroc(general: Scores, behavior: Scores) -> dict[str, Tensor]:
 
 
 def weighted_difference(general: Scores, behavior: Scores, weight: Scores) -> dict[str, Tensor]:
-    """Rank by the difference times 2 AUROC - 1, what an activation tells of the behaviour beyond chance.
+    """Rank by the difference times 2 AUROC - 1: how well an activation predicts the behaviour, beyond chance.
 
     Source: the weight is AurA's (Suau et al. 2024, arXiv:2407.12824, section 3.2: 1 - Gini coefficient damps a neuron),
     the difference is SparC3's.
@@ -155,7 +155,7 @@ def _quantile(scores: Scores, share: float) -> Tensor:
 
 
 def differential_relevance(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Subtract the relevance for the behaviour from the general one: what is most negative serves the behaviour.
+    """Subtract the relevance for the behaviour from the general one: the most negative neurons serve the behaviour.
 
     Source: Hatefi et al. 2025, arXiv:2506.13727, equation 7.
 
@@ -176,7 +176,7 @@ def differential_relevance(general: Mapping[str, Tensor], behavior: Mapping[str,
 def check_same_modules(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> None:
     """Raise ValueError if the modules or shapes of two sets of scores differ."""
     if {name: score.shape for name, score in general.items()} != {n: s.shape for n, s in behavior.items()}:
-        raise ValueError("The general scores and those of the behaviour are not of the same modules and shapes.")
+        raise ValueError("The general scores and the behaviour's scores differ in their modules or shapes.")
 
 
 def differential_strength(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> float:

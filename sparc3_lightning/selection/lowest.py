@@ -58,8 +58,8 @@ def lowest_first(scores: Tensor, number: int) -> Tensor:
 class Lowest:
     """The components of the lowest scores over all layers, taken in layer by layer.
 
-    They are those that a stable sort of all scores at once would give, and in its order: of equal scores those of the
-    earlier layer are lower, and within a layer those that come first, of weights in the order of rows.
+    They and their order are what a stable sort of all scores at once would give. Of equal scores the earlier layer's
+    are lower, and within a layer the first; weights are counted row by row.
 
     Args:
         number: How many to keep.

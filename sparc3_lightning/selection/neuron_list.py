@@ -1,4 +1,4 @@
-"""neurons.json: the neurons or weights that ``sparc3 prune`` selected, what is done to them, and their origin."""
+"""neurons.json: the neurons or weights that ``sparc3 prune`` selected, their ablation, and their origin."""
 
 import hashlib
 import json
@@ -61,7 +61,7 @@ class NeuronList:
         return [*self.neurons, *self.next, *self.least_relevant]
 
     def digest(self) -> str:
-        """Return a hash of which neurons are in which list, in which order, and what is done to them."""
+        """Return a hash of the lists: their neurons, in order, with their ablation."""
         lists = [[(*n.key, n.damping, n.mean) for n in getattr(self, name)] for name in _LISTS]
         return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
 
@@ -125,7 +125,7 @@ NUM_BINS = 81
 
 @dataclass(frozen=True)
 class Spent:
-    """What was measured to stay within a budget: ``rise`` is that of the chosen neurons; see ``PerplexityRise``."""
+    """What was measured to stay within a budget: ``rise`` belongs to the chosen neurons; see ``PerplexityRise``."""
 
     max_perplexity_increase: float | None
     rise: float
@@ -138,7 +138,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class SelectionResults(JsonFile):
-    """The content of selection.json: numbers of what was selected, and of all that it was selected from.
+    """The content of selection.json: figures of the selected neurons, and of all candidates.
 
     ``threshold`` is the score of the last one that was chosen. The rest is as in ``Selected``.
     """
@@ -216,7 +216,7 @@ def origin(general: Scored, behavior: Scored) -> dict[str, object]:
 
     Args:
         general: The score files of general reference samples.
-        behavior: That of the behaviour, and that of the harmless if there is one.
+        behavior: The score file of the behaviour, followed by the harmless samples' if there is one.
     """
     of_general, (of_behavior, *of_harmless) = (
         [{"path": str(file.path), **file.provenance.summary()} for file in files] for files in (general, behavior)

@@ -1,4 +1,4 @@
-"""Which selection of neurons is asked for, what it needs, and the order of all neurons that it gives."""
+"""The selection of neurons: its options, the inputs it needs, and its order of all neurons."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,7 @@ class Sides:
 
 @dataclass(frozen=True)
 class Criterion:
-    """How a selection ranks neurons, and what it needs.
+    """How a selection ranks neurons, and which inputs it needs.
 
     Args:
         rank: Returns scores per module: what is lowest is pruned first, and infinity is never pruned.
@@ -110,7 +110,7 @@ class NeuronRanking:
         return flat[flat < math.inf]
 
     def first(self, number: int) -> list[Component]:
-        """Return the first neurons of the order, each with what is done to it.
+        """Return the first neurons of the order, each with its ablation.
 
         Raises:
             ValueError: As ``criteria.select``.
@@ -124,7 +124,7 @@ class NeuronRanking:
         differential_strength: float | None = None,
         budget: Spent | None = None,
     ) -> Selected:
-        """Return the neurons to prune, those that follow and those of little relevance, and figures of all.
+        """Return the neurons to prune, the next ones in the ranking, the least relevant ones, and figures of all.
 
         Args:
             chosen: The neurons to prune.
@@ -148,7 +148,7 @@ class NeuronRanking:
 
 
 def rank_neurons(criterion: CriterionName, sides: Sides) -> dict[str, Tensor]:
-    """Return what ranks the neurons by a criterion, see ``Criterion``.
+    """Return the ranking scores of a criterion, see ``Criterion``.
 
     Raises:
         ValueError: If the sides are not of the same modules and shapes, or the criterion is not defined for them.
@@ -157,7 +157,7 @@ def rank_neurons(criterion: CriterionName, sides: Sides) -> dict[str, Tensor]:
 
 
 def edited(neurons: Sequence[Component], damping: float, means: Mapping[str, Tensor] | None = None) -> list[Component]:
-    """Return neurons with how far each is switched off, and its mean, if there are any, as what takes its place."""
+    """Return neurons with their damping, and their mean where means are given."""
     return [replace(n, damping=damping, mean=means[n.module][n.index].item() if means else n.mean) for n in neurons]
 
 

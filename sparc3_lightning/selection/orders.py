@@ -54,7 +54,7 @@ class ComponentOrder:
 
 
 class WeightOrder:
-    """Single weights from the least to the most relevant over all layers; those of equal relevance go together.
+    """Single weights from the least to the most relevant over all layers; weights of equal relevance go together.
 
     Args:
         scores: Per module, shape ``[out_features, in_features]``.

@@ -1,4 +1,4 @@
-"""The overlap of sets of neurons: what they share, against sets drawn at random, and classes of neurons by sign.
+"""The overlap of sets of neurons, compared with sets drawn at random, and classes of neurons by sign.
 
 Sets are the rows of a matrix, shape ``[sets, neurons]``; a combination of sets is a tuple of their rows, in order.
 """
@@ -139,7 +139,7 @@ def log_overlap(num_neurons: int, sizes: tuple[int, ...]) -> Tensor:
 
 
 def overlap(shared: int, strata: Sequence[Stratum]) -> Chance:
-    """Compare the number of shared neurons with that of sets drawn at random.
+    """Compare the number of shared neurons with its distribution for sets drawn at random.
 
     Args:
         shared: Neurons that all sets hold.
@@ -163,7 +163,7 @@ def overlap(shared: int, strata: Sequence[Stratum]) -> Chance:
 
 
 def without_linear(values_N: Tensor, by_N: Tensor) -> Tensor:
-    """Return what is left of values when the straight line in ``by`` that fits them best is taken off.
+    """Return the residuals of values after a least-squares line in ``by``.
 
     The correlation of two such rests is their partial correlation given ``by``.
 
@@ -199,7 +199,7 @@ def _log_of_sum(one: Tensor, other: Tensor) -> Tensor:
 def find_overlaps(
     names: Sequence[str], keys: Sequence[Key], member_SN: Tensor, sizes: Mapping[str, int], num_candidates: int
 ) -> list[Overlap]:
-    """Return what each combination of lists holds, and from two lists on what it would hold by chance.
+    """Return the overlap of each combination of lists, and from two lists on the overlap expected by chance.
 
     Args:
         names: Of the lists.
@@ -228,7 +228,7 @@ def find_overlaps(
 def find_profiles(
     names: Sequence[str], keys: Sequence[Key], member_SN: Tensor, sizes: Mapping[str, int]
 ) -> dict[str, dict[str, list[int]]]:
-    """Count the neurons of each list in each layer, and those of them that another list holds too.
+    """Count the neurons of each list in each layer, and how many of them another list holds too.
 
     Args:
         names: Of the lists.

@@ -121,18 +121,18 @@ def global_threshold(scores: Iterable[tuple[str, Tensor]], sparsity: float) -> T
 
 
 def _bits(score: Tensor) -> Tensor:
-    return (score.flatten() + 0.0).view(torch.int32)  # that makes 0 of -0, whose bits are those of no small number
+    return (score.flatten() + 0.0).view(torch.int32)  # -0 becomes 0, since its bits are not the bits of a small number
 
 
 def _find(counts: Tensor, number: int) -> tuple[int, int]:
-    """Return the bin that holds the score of a rank, which begins at 1, and its rank in the bin."""
+    """Return the bin that holds the score of a rank, counted from 1, and the rank inside the bin."""
     reached = counts.cumsum(dim=0)
     found = int(torch.searchsorted(reached, number))
     return found, number - int(reached[found] - counts[found])
 
 
 def global_masks(scores: Iterable[tuple[str, Tensor]], threshold: Threshold) -> Iterator[tuple[str, Tensor]]:
-    """Mark the weights that are pruned over all layers, one layer at a time; of equal scores those of earlier layers.
+    """Mark the weights that are pruned over all layers, one layer at a time; of equal scores the earlier layer's.
 
     Args:
         scores: Name and scores of each layer, the same as for ``global_threshold``.

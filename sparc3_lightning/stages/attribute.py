@@ -62,7 +62,7 @@ class Attribution(StoppableModule, Stage):
             of the sample's own tokens; ``lexicon``, the log-probability that the next token is a toxic one, averaged
             over all positions; ``lexicon_probability``, that probability itself, averaged over the positions of the
             sample's continuation, or of all of it if it has none; or ``logit_difference``, the logit of the right next
-            token less that of the wrong one.
+            token less the logit of the wrong one.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves.
         layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
             By default it is the layer of the MLP neurons: ``up_proj``, ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads
@@ -71,7 +71,7 @@ class Attribution(StoppableModule, Stage):
             for ``sparc3 prune`` with the criterion ``auroc`` or the ablation ``mean``.
         granularity: One score for each ``neuron``, each attention ``head`` or each ``weight``. Scores of weights are as
             large as the model in float32: on each device as much of them as its share, and on the disk all. Several
-            ranks neither save their sums of weights on the way nor go on from those of one.
+            ranks do not save their sums of weights on the way, and do not resume from the sums of a single rank.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         nonfinite: On a relevance of NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts
             0 in its place, counts it and reports the count.
@@ -124,7 +124,7 @@ class Attribution(StoppableModule, Stage):
 
     @classmethod
     def reads(cls, options: Mapping[str, object]) -> dict[str, Kind]:
-        """Return what is read with such options: a lexicon only for a target that speaks of one."""
+        """Return the options that name inputs: a lexicon only for a target that needs one."""
         is_lexical = options.get("target") in LEXICAL
         return {option: kind for option, kind in cls.READS.items() if option != "lexicon" or is_lexical}
 
@@ -158,7 +158,7 @@ class Attribution(StoppableModule, Stage):
             self.model = load_for(self, self.checkpoint, self.dtype_name, self.gradient_checkpointing)
 
     def on_predict_start(self) -> None:
-        """Begin the sums, or go on with those of a run that broke off."""
+        """Begin the sums, or resume from the sums of a run that broke off."""
         spec = self.spec
         if spec.has_target and torch.is_inference_mode_enabled():
             raise RuntimeError("Relevance needs gradients: build the trainer with Trainer(inference_mode=False).")
@@ -233,7 +233,7 @@ class Attribution(StoppableModule, Stage):
         return names
 
     def _identify(self) -> Identity:
-        """Return what tells this run from another one whose sums must not be added to its own."""
+        """Return the identity of this run: only sums of runs with the same identity may be added."""
         return {
             "checkpoint_fingerprint": self.checkpoint.fingerprint,
             **asdict(self.spec),
@@ -242,7 +242,7 @@ class Attribution(StoppableModule, Stage):
         }
 
     def _resume(self) -> None:
-        """Go on from the state in the output folder, or from that of a run with the same config that broke off."""
+        """Resume from the state in the output folder, or of a run with the same config that broke off."""
         self.progress = Progress(self.identity)
         # Each of several ranks has its rows of the sums of weights of all samples: its state is not one of its samples.
         self.saves = not (self.spec.sums_weights and self.trainer.world_size > 1)
@@ -309,7 +309,7 @@ class Attribution(StoppableModule, Stage):
 
     @property
     def reference_samples(self) -> ReferenceSamples:
-        """The data module, which must be one of reference samples."""
+        """The data module, checked to hold reference samples."""
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, ReferenceSamples):
             raise TypeError(f"Attribution needs a data module of reference samples (C4, ToxicPrompts), got {data!r}.")

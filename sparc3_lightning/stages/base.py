@@ -1,4 +1,4 @@
-"""What the stages share: a folder for the results, of which one file, written last, says that they are complete."""
+"""The base of the stages: a folder for the results; one file, written last, marks them as complete."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ class Stage(L.LightningModule):
 
     @classmethod
     def reads(cls, options: Mapping[str, object]) -> dict[str, Kind]:
-        """Return those of ``READS`` that a stage with such options makes use of."""
+        """Return the options among ``READS`` that a stage with such a config makes use of."""
         return cls.READS
 
     def begin(self, folder: Path, output: str | None = None) -> None:

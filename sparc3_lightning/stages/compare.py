@@ -151,7 +151,7 @@ class Comparison(Stage):
         return f"\n{summary(results)}\n\nComparison: {self.output}"
 
     def _check_same_model(self, lists: Sequence[NeuronList]) -> None:
-        """Refuse lists whose neurons are not of the same checkpoint and layers."""
+        """Raise ValueError if two lists differ in checkpoint, layers or granularity."""
         found = [pruned.provenance for pruned in lists]
         of = {
             "checkpoint_fingerprint": [provenance.get("checkpoint_fingerprint") for provenance in found],
@@ -163,7 +163,7 @@ class Comparison(Stage):
                 if value != values[0]:
                     raise OptionError(
                         "neurons",
-                        f": the lists are not of the same neurons: {name} is {values[0]!r} in "
+                        f": the lists cannot be compared: {name} is {values[0]!r} in "
                         f"{self.paths[0]} but {value!r} in {path}.",
                     )
         if lists[0].granularity == "weight":
@@ -192,7 +192,7 @@ class Comparison(Stage):
         return sides
 
     def _score_paths(self, i: int, pruned: NeuronList) -> tuple[list[Path], list[Path]]:
-        """Return the general files and that of the behaviour, as given or as neurons.json names them, if it does."""
+        """Return the score files, general and of the behaviour, as given or else as neurons.json names them."""
         general = self.general or [Path(file["path"]) for file in pruned.provenance.get("general", ())]
         if self.behaviors is not None:
             return general, [self.behaviors[i]]
@@ -215,7 +215,7 @@ class Comparison(Stage):
         fingerprint = pruned.provenance.get("checkpoint_fingerprint")
         if fingerprint not in (None, side.behavior.provenance.checkpoint_fingerprint):
             raise ValueError(
-                f"The score file {side.behavior.path} is of another checkpoint than {self.paths[i]}: "
+                f"The score file {side.behavior.path} belongs to another checkpoint than {self.paths[i]}: "
                 f"{side.behavior.provenance.checkpoint_fingerprint!r}, expected {fingerprint!r}."
             )
         check_match(side.general)
@@ -276,7 +276,7 @@ def _keys(pruned: NeuronList) -> set[Key]:
 
 
 def _rows(keys: Sequence[Key], sizes: dict[str, int]) -> list[int]:
-    """Return the place of each neuron among those of all modules, one after the other."""
+    """Return the place of each neuron when all modules are counted one after the other."""
     starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
     for module, index, *_ in keys:
         if not 0 <= index < sizes.get(module, 0):

@@ -62,8 +62,8 @@ class Compression(Stage):
             relevance is ranked by the absolute value of its mean.
         export: Folder to write the sparse checkpoint to, in Hugging Face format with its tokenizer. It must not exist.
         sparsity: Share of the weights of those layers that becomes zero, in [0, 1].
-        pattern: Which weights are compared with each other: those of a ``row``, the incoming weights of a neuron, as
-            Wanda and SparC3 do; of a ``layer``; ``global``, of all layers; or n:m, such as ``2:4``, which keeps at most
+        pattern: Which weights are compared with each other: a ``row``, the incoming weights of a neuron, as
+            Wanda and SparC3 do; a ``layer``; ``global``, all layers; or n:m, such as ``2:4``, which keeps at most
             n of m weights side by side in a row.
         export_dtype: Of the exported weights; ``auto`` is the dtype the scores were computed in.
     """
@@ -153,7 +153,7 @@ class Zeroed:
 
 
 def zero_(model: nn.Module, masks: Iterator[tuple[str, Tensor]]) -> Zeroed:
-    """Set weights to zero in place, and say which.
+    """Set weights to zero in place, and return their numbers and a hash.
 
     Args:
         model: Any model.

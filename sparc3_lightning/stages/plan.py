@@ -1,4 +1,4 @@
-"""Which stages an experiment has, their configs and identity, and what is wrong with them before the first one runs."""
+"""The plan of an experiment: its stages, their configs and identity, and all checks before the first one runs."""
 
 import copy
 import hashlib
@@ -60,7 +60,7 @@ class StageRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the stages of an experiment have in common, see ``Experiment``, and which stages there are.
+    """The options that the stages of an experiment share, see ``Experiment``, and the stages themselves.
 
     All methods take the config of ``sparc3 run``, with the groups ``seed_everything``, ``trainer``, ``attribute``,
     ``general``, ``behavior``, ``budget_text`` (which may be None), ``prune``, ``evaluate`` and ``data``; and, for
@@ -161,7 +161,7 @@ def attribution_options(options: Config) -> Config:
 
 
 def check_attributions(general: Config, behavior: Config) -> None:
-    """Raise ValueError if the attribution of general text, or that of the behaviour, would refuse its options."""
+    """Raise ValueError if the attribution of general text, or of the behaviour, would refuse its options."""
     _by_group("attribute", partial(Attribution, **general))
     try:
         _by_group("attribute", partial(Attribution, **behavior))
@@ -170,7 +170,7 @@ def check_attributions(general: Config, behavior: Config) -> None:
 
 
 def check_granularities(pruned: str, *attributed: str) -> None:
-    """Raise ValueError unless what is attributed can be pruned; scores of weights are summed for those of neurons."""
+    """Raise ValueError unless what is attributed can be pruned. A neuron's score is the sum of its weights' scores."""
     if pruned == "weight" and set(attributed) != {"weight"}:
         raise ValueError("--prune.granularity weight needs scores of weights: give --attribute.granularity weight too.")
     if "head" in attributed:
@@ -219,7 +219,7 @@ def _construct(stage: type[Stage], options: Config) -> None:
 
 
 def _by_group(group: str, check: Callable[..., T], *arguments: object) -> T:
-    """Call a check, whose error names an option as that stage's own verb does, and name it as ``run`` does."""
+    """Call a stage's check, and name the option in its error as ``run`` does."""
     try:
         return check(*arguments)
     except OptionError as error:
@@ -272,10 +272,10 @@ def from_screening(data: Config, completions: Path | None) -> Config:
 
 
 def named_by(reads: dict[str, Kind], options: Config) -> list[tuple[str, Kind, str]]:
-    """Return the options that name what may lie on this machine: the option, what it names, and its value.
+    """Return the options that may name local files: the option, the kind of file, and the value.
 
     Args:
-        reads: What an option names; that of a group is written with a dot, such as ``zero_shot.folder``.
+        reads: What an option names; an option of a group is written with a dot, such as ``zero_shot.folder``.
         options: Of a stage, or of a data module.
     """
     found = []
@@ -290,7 +290,7 @@ def named_by(reads: dict[str, Kind], options: Config) -> list[tuple[str, Kind, s
 def digests_of(stage: type[Stage], config: Config, made: Path | None) -> list[str]:
     """Identify the content of every local file or folder that a stage reads: sources, checkpoints and scorers.
 
-    Not that of the file that an earlier stage of the same experiment makes: its path tells what it will hold.
+    A file that an earlier stage of the same experiment makes is left out: its path tells what it will hold.
 
     Args:
         stage: What runs.
@@ -313,7 +313,7 @@ def digests_of(stage: type[Stage], config: Config, made: Path | None) -> list[st
 def _content(path: Path, kind: Kind) -> str:
     path = path.expanduser()
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    if kind == "tokenizer" and path.is_dir():  # that of a checkpoint, whose weights may be large and are not read
+    if kind == "tokenizer" and path.is_dir():  # a checkpoint's weights may be large, and are not read
         files = [file for file in files if file.suffix != ".safetensors"]
     return "".join(sha256_of(file) for file in files)
 

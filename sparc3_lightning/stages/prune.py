@@ -106,7 +106,9 @@ class Pruning(Stage):
                 "top_behavior", f"must be in (0, 1] and --.top_general in [0, 1), got {top_behavior} and {top_general}."
             )
         if harmless is not None and not CRITERIA[criterion].needs_scores:
-            raise OptionError("harmless", f"is of scores, but --.criterion {criterion} ranks by activations alone.")
+            raise OptionError(
+                "harmless", f"names score files, but --.criterion {criterion} ranks by activations alone: leave it out."
+            )
         if not dampings or not all(0 < damping <= 1 for damping in dampings):
             raise OptionError("dampings", f"must be above 0 and at most 1, got {list(dampings)}.")
         budget.check(dampings)
@@ -118,7 +120,7 @@ class Pruning(Stage):
                 "--.budget.max_perplexity_increase": budget.max_perplexity_increase is not None,
             }
             if given := [option for option, is_given in others.items() if is_given]:
-                raise OptionError("granularity", f"weight goes with none of {', '.join(given)}: leave them out.")
+                raise OptionError("granularity", f"weight cannot be combined with {', '.join(given)}.")
         if export is not None and Path(export).exists():
             raise OptionFileExistsError("export", f": {export} exists already; nothing was overwritten.")
         self.save_hyperparameters()
@@ -281,7 +283,7 @@ def within_budget(
     general: Sequence[ScoreFile],
     device: torch.device,
 ) -> tuple[list[Component], Spent]:
-    """Load the model that scores are of, and spend a budget on the head of a ranking.
+    """Load the scored model, and select from the head of a ranking what stays within the budget.
 
     Args:
         budget: What may be spent.

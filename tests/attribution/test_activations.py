@@ -132,13 +132,16 @@ def test_rows_that_are_not_one_a_sample_are_refused():
     [
         ({"activations": True, "layers": ["o_proj"]}, r"--model.activations true .*--model.layers .*'up_proj'"),
         ({"activations": True, "layers": ["up_proj", "all"]}, r"--model.activations true .*got \['up_proj', 'all'\]"),
-        ({"activations": True, "granularity": "head"}, r"--model.activations true .*not of heads.*--model.granularity"),
+        (
+            {"activations": True, "granularity": "head"},
+            r"--model.activations true .*not for heads.*--model.granularity",
+        ),
         ({"activations": True, "method": "random"}, r"--model.method random .*leave out --model.activations"),
         (
             {"method": "activation", "layers": ["mlp.down_proj"]},
             r"--model.method activation .*got \['mlp.down_",
         ),
-        ({"method": "activation", "granularity": "head"}, r"--model.method activation is not of heads"),
+        ({"method": "activation", "granularity": "head"}, r"--model.method activation is not defined for heads"),
     ],
 )
 def test_activations_of_what_is_no_neuron_are_refused_by_the_options_alone(options, named):

@@ -142,10 +142,14 @@ def test_samples_for_a_method_that_reads_none_and_none_for_one_that_does_are_ref
 
 
 def test_what_a_method_cannot_do_is_refused(tiny_checkpoint):
-    with pytest.raises(ValueError, match=r"--model\.method activation is not of weights: .*--model\.granularity"):
+    with pytest.raises(
+        ValueError, match=r"--model\.method activation is not defined for weights: .*--model\.granularity"
+    ):
         Attribution(tiny_checkpoint, method="activation", granularity="weight")
     for method in ("activation", "magnitude", "random"):
-        with pytest.raises(ValueError, match=rf"--model\.method {method} is not of heads: .*--model\.granularity"):
+        with pytest.raises(
+            ValueError, match=rf"--model\.method {method} is not defined for heads: .*--model\.granularity"
+        ):
             Attribution(tiny_checkpoint, method=method, granularity="head", layers=["o_proj"])
     for method in ("wanda", "activation", "magnitude", "random"):
         with pytest.raises(ValueError, match=rf"--model\.method {method} has no target"):

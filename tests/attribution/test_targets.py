@@ -226,7 +226,10 @@ def test_the_models_own_continuations_are_samples_of_their_own(tiny_checkpoint):
     [
         ({"method": "wanda", "target": "text"}, "wanda has no target"),
         ({"target": "lexicon", "lexicon": "no_such_package:score"}, "--model.lexicon"),
-        ({"relevance": "squared", "granularity": "weight"}, "squared is not of weights: .*--model.granularity"),
+        (
+            {"relevance": "squared", "granularity": "weight"},
+            "squared is not defined for weights: .*--model.granularity",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(options, words):

@@ -199,7 +199,7 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=f"{shard.name}.* is missing or damaged"):
         dict(WeightScores(index))
     index.write_text(json.dumps({**content, "metadata": {"format": "other"}}))
-    with pytest.raises(ValueError, match="an index, but not of scores"):
+    with pytest.raises(ValueError, match="is not an index of scores"):
         WeightScores(index)
     index.write_text(json.dumps({**content, "metadata": {"format": "sparc3_lightning scores of weights 1"}}))
     with pytest.raises(ValueError, match="written by an older version in format 1; attribute again"):

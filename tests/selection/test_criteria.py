@@ -78,7 +78,7 @@ def test_ratio_prefers_what_gains_as_much_for_less():
 
 @pytest.mark.parametrize("selection", BOTH)
 def test_scores_of_other_modules_are_refused(selection):
-    with pytest.raises(ValueError, match="not of the same modules"):
+    with pytest.raises(ValueError, match="differ in their modules"):
         selection(scores(0), {"a": torch.rand(13)})
 
 

@@ -236,7 +236,7 @@ def test_lists_of_another_checkpoint_or_layer_are_refused(pruned, change):
     behavior = save_scores("behavior.safetensors", random_scores(1), **{change: "other"})
     Pruning(general, behavior, num_neurons=8, min_differential_strength=-1e9).prune(Path("other"))
     with pytest.raises(
-        ValueError, match=rf"not of the same neurons: {change} is .* in one/neurons.json but 'other' in"
+        ValueError, match=rf"the lists cannot be compared: {change} is .* in one/neurons.json but 'other' in"
     ):
         compare([pruned[0], Path("other/neurons.json")])
 

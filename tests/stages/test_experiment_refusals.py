@@ -43,7 +43,7 @@ def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(due):
         (["--evaluate.doses", "[3, 11]", "--prune.num_ranked", "10"], r"--evaluate\.doses .* --prune\.num_ranked 11\."),
         (["--evaluate.doses", "[3, 3]"], r"--evaluate\.doses must be different"),
         (["--evaluate.doses", "[3]", "--evaluate.dampings", "[2]"], r"--evaluate\.dampings must be above 0"),
-        (["--evaluate.dampings", "[0.5]"], r"--evaluate\.dampings \[0.5\] is for --evaluate\.doses"),
+        (["--evaluate.dampings", "[0.5]"], r"--evaluate\.dampings \[0.5\] has no effect without --evaluate\.doses"),
         (
             ["--evaluate.zero_shot.tasks", "[mine]", "--evaluate.zero_shot.folder", "nowhere"],
             r"--evaluate\.zero_shot\.folder: nowhere is no folder",
