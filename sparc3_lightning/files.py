@@ -46,9 +46,9 @@ def to_json(value: object) -> str:
 def _as_json(value: Any) -> Any:
     if is_dataclass(value):
         found = {
-            of.name: _as_json(getattr(value, of.name))
-            for of in fields(value)
-            if of.metadata != LEFT_OUT or getattr(value, of.name) is not None
+            entry.name: _as_json(getattr(value, entry.name))
+            for entry in fields(value)
+            if entry.metadata != LEFT_OUT or getattr(value, entry.name) is not None
         }
         return {**found, **{name: getattr(value, name) for name in getattr(value, "WRITTEN_TOO", ())}}
     if isinstance(value, Mapping):
@@ -116,9 +116,9 @@ def _read(kind: Any, value: Any, place: str = "") -> Any:
     Raises:
         ValueError: If the value is of another type, or lacks a field; the place is named.
     """
-    origin, of = get_origin(kind), get_args(kind)
+    origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:  # every union here is one with None
-        return None if value is None else _read(of[0], value, place)
+        return None if value is None else _read(inner[0], value, place)
 
     def inside(kind: Any, key: object, value: Any) -> Any:
         return _read(kind, value, f"{place}.{key}" if place else str(key))
@@ -130,9 +130,9 @@ def _read(kind: Any, value: Any, place: str = "") -> Any:
             raise ValueError(f"{place or 'it'} has no {missing[0]}")
         return kind(**{key.name: inside(types[key.name], key.name, value[key.name]) for key in keys})
     if origin is list and isinstance(value, list):
-        return [inside(of[0], i, item) for i, item in enumerate(value)]
+        return [inside(inner[0], i, item) for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {key: inside(of[1], key, item) for key, item in value.items()}
+        return {key: inside(inner[1], key, item) for key, item in value.items()}
     if kind is float and (value is None or type(value) in (int, float)):
         return math.nan if value is None else float(value)
     if origin is None and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):

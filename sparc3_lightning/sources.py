@@ -209,14 +209,18 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield from content
         return
     groups = content.items() if isinstance(content, dict) else ()
-    texts = [(group, name, of) for group, names in groups if isinstance(names, dict) for name, of in names.items()]
-    if not texts or not all(isinstance(of, list) and all(isinstance(text, str) for text in of) for *_, of in texts):
+    texts = [
+        (group, name, lines) for group, names in groups if isinstance(names, dict) for name, lines in names.items()
+    ]
+    if not texts or not all(
+        isinstance(lines, list) and all(isinstance(text, str) for text in lines) for *_, lines in texts
+    ):
         raise ValueError(
             f"{path} must hold a list of rows, or texts by group and name as BOLD does, {{group: {{name: [text]}}}}."
         )
-    for group, name, of in texts:
+    for group, name, lines in texts:
         # BOLD cuts its sentences behind a blank, which would be a token of its own at the end of a prompt.
-        yield from ({"group": group, "name": name, "text": text.rstrip()} for text in of)
+        yield from ({"group": group, "name": name, "text": text.rstrip()} for text in lines)
 
 
 PICKLED = (

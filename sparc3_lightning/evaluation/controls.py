@@ -113,13 +113,18 @@ class ControlKind:
 
 
 CONTROLS = {
-    "random": ControlKind(lambda of: f"random {of}s", _random),
+    "random": ControlKind(lambda granularity: f"random {granularity}s", _random),
     # A neurons.json that was not written by 'sparc3 prune' may not say which neurons are the least relevant.
     "least_relevant": ControlKind(
-        lambda of: f"least relevant {of}s", _least_relevant, lambda pruned: bool(pruned.least_relevant)
+        lambda granularity: f"least relevant {granularity}s",
+        _least_relevant,
+        lambda pruned: bool(pruned.least_relevant),
     ),
     "largest_weights": ControlKind(
-        lambda of: "largest weights" if of == "weight" else f"{of}s with the largest weights", _largest_weights
+        lambda granularity: (
+            "largest weights" if granularity == "weight" else f"{granularity}s with the largest weights"
+        ),
+        _largest_weights,
     ),
 }
 

@@ -144,8 +144,8 @@ def _model(continuations: Continuations, windows: Windows, name: str) -> Model:
     conventions = windows[name]
     divergence = next(iter(conventions.values()))["divergence"].item()
     return Model(
-        perplexity={convention: perplexity_interval(of) for convention, of in conventions.items()},
-        num_tokens={convention: int(of["num_tokens"]) for convention, of in conventions.items()},
+        perplexity={convention: perplexity_interval(values) for convention, values in conventions.items()},
+        num_tokens={convention: int(values["num_tokens"]) for convention, values in conventions.items()},
         kl=None if name == "baseline" else divergence,
         groups={group: measure(continuations, name, group) for group in continuations.groups},
         behavior_by_seed=continuations.by_seed(name, continuations.headline),
@@ -156,7 +156,7 @@ def _with_effects(
     found: Findings, continuations: Continuations, windows: Windows, variants: Sequence[Variant]
 ) -> Findings:
     """Add the pruned model, its effects, the controls and the doses."""
-    change = {c: perplexity_change(of, windows["pruned"][c]) for c, of in windows["baseline"].items()}
+    change = {c: perplexity_change(values, windows["pruned"][c]) for c, values in windows["baseline"].items()}
     effects = _effects(continuations)
     main = effects[found.headline].behavior_mean
     held = any(variant.mean_ablated for variant in of_kind(variants, "pruned"))
@@ -171,7 +171,9 @@ def _with_effects(
         common_random_numbers_variance_factor=variance_factor(
             *(_table(continuations, name) for name in ("baseline", "pruned"))
         ),
-        controls={kind: _control(continuations, windows, of, held) for kind, of in draws.items() if of},
+        controls={
+            kind: _control(continuations, windows, variants, held) for kind, variants in draws.items() if variants
+        },
         doses=doses,
         fronts={
             selection: front([dose for dose in doses if dose.selection == selection])
@@ -241,7 +243,7 @@ def front(doses: Sequence[Dose]) -> Front:
     prices = sorted({min(max(price, 0.0), most) for price, *_ in known} | {most})
     for start, end in pairwise(prices):
         area -= (end - start) * min(behavior for price, behavior, _ in known if price <= start)
-    best = {f"{of:g}": min((p for p in known if p[0] <= of), key=lambda p: p[1])[2] for of in PRICES}
+    best = {f"{price:g}": min((p for p in known if p[0] <= price), key=lambda p: p[1])[2] for price in PRICES}
     return Front(area / most, best)
 
 
@@ -313,19 +315,25 @@ def preference(rows: Iterable[PairRow]) -> Preference:
     margins: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         margins[row["model"]][row["pair_id"]] = row["margin"]
-    known = [pair for pair in sorted(margins["baseline"]) if all(math.isfinite(of[pair]) for of in margins.values())]
+    known = [
+        pair
+        for pair in sorted(margins["baseline"])
+        if all(math.isfinite(by_pair[pair]) for by_pair in margins.values())
+    ]
     found = Preference(num_pairs=len(known), num_failed=len(margins["baseline"]) - len(known))
     if not known:
         return found
-    of = {name: torch.tensor([values[pair] for pair in known]).double() for name, values in margins.items()}
-    preferred = {name: (margin > 0).double() for name, margin in of.items()}
-    models = {name: PairMeasures(preferred[name].mean().item(), of[name].mean().item()) for name in of}
-    if "pruned" not in of:
+    known_margins = {name: torch.tensor([values[pair] for pair in known]).double() for name, values in margins.items()}
+    preferred = {name: (margin > 0).double() for name, margin in known_margins.items()}
+    models = {
+        name: PairMeasures(preferred[name].mean().item(), known_margins[name].mean().item()) for name in known_margins
+    }
+    if "pruned" not in known_margins:
         return replace(found, baseline=models["baseline"])
     return replace(
         found,
         baseline=models["baseline"],
         pruned=models["pruned"],
         effect=paired_difference(preferred["baseline"], preferred["pruned"]),
-        margin_effect=paired_difference(of["baseline"], of["pruned"]),
+        margin_effect=paired_difference(known_margins["baseline"], known_margins["pruned"]),
     )

@@ -51,8 +51,8 @@ class Model:
     def numbers(self, group: str) -> dict[str, float]:
         """Return the values for a logger by name: perplexity, divergence, and the measures of a group of prompts."""
         found = {
-            f"perplexity_{name}" if place else "perplexity": of.value
-            for place, (name, of) in enumerate(self.perplexity.items())
+            f"perplexity_{name}" if place else "perplexity": interval.value
+            for place, (name, interval) in enumerate(self.perplexity.items())
         }
         found |= {} if self.kl is None else {"kl": self.kl}
         return found | {name: v for name, v in asdict(self.groups[group]).items() if isinstance(v, float)}
@@ -67,7 +67,7 @@ class Effects:
     behavior_probability: Difference | None
 
 
-MEASURES = tuple(of.name for of in fields(Effects))
+MEASURES = tuple(measure.name for measure in fields(Effects))
 
 
 @dataclass(frozen=True)

@@ -143,14 +143,14 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: nn.Module, seed
     kinds = {variant.kind for variant in variants}
     draw = {kind: control.start(first, model) for kind, control in CONTROLS.items() if kind in kinds}
 
-    def of(variant: Variant) -> list[Component]:
+    def neurons_of(variant: Variant) -> list[Component]:
         if variant.kind == "baseline":
             return []
         if variant.kind in draw:
             return draw[variant.kind](1000 * seed + variant.draw)
         return (lists[variant.selection].neurons + lists[variant.selection].next)[: variant.num_neurons]
 
-    return {variant.name: of(variant) for variant in variants}
+    return {variant.name: neurons_of(variant) for variant in variants}
 
 
 def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Component]]) -> list[Variant]:

@@ -63,11 +63,14 @@ class ComparisonResults(JsonFile):
 def summary(results: ComparisonResults) -> str:
     """Return the tables of a comparison as text: shared neurons, correlations, and classes by sign."""
     checkpoint = f" of {results.checkpoint}" if results.checkpoint else ""
-    of = f"{results.granularity}s"
-    parts = [f"{results.num_candidates:,} {of}{checkpoint}", aligned(_overlap_table(results.overlaps, of))]
+    components = f"{results.granularity}s"
+    parts = [
+        f"{results.num_candidates:,} {components}{checkpoint}",
+        aligned(_overlap_table(results.overlaps, components)),
+    ]
     if results.correlation and results.classes:
-        parts.append(aligned(_correlation_table([of.name for of in results.lists], results.correlation)))
-        parts.append(aligned(_class_table(results.classes["all"], results.classes["pruned"], of)))
+        parts.append(aligned(_correlation_table([pruned.name for pruned in results.lists], results.correlation)))
+        parts.append(aligned(_class_table(results.classes["all"], results.classes["pruned"], components)))
     return "\n\n".join(parts)
 
 
@@ -87,7 +90,7 @@ def p_value(log10_p: float) -> str:
 
 def overlaps_csv(overlaps: Sequence[Overlap]) -> str:
     """Return a row for each combination of lists; empty cells where a measure has no meaning."""
-    kinds, measures = _kinds(overlaps), [of.name for of in fields(Chance)]
+    kinds, measures = _kinds(overlaps), [measure.name for measure in fields(Chance)]
     rows: list[list[object]] = [
         ["lists", "num_lists", "inclusive", "exclusive", *(f"{kind}_{name}" for kind in kinds for name in measures)]
     ]
@@ -120,7 +123,7 @@ def neurons_csv(
         heads += [f"differential_{name}" for name in names]
     rows = []
     for i, key in enumerate(keys):
-        places = [of.get(key) for of in ranks]
+        places = [rank.get(key) for rank in ranks]
         values = [] if differential_SN is None else differential_SN[:, i].tolist()
         rows.append([*key, sum(place is not None for place in places), *places, *values])
     return _csv([heads, *rows])
@@ -134,10 +137,10 @@ def _csv(rows: Iterable[Sequence[object]]) -> str:
     return file.getvalue()
 
 
-def _overlap_table(overlaps: Sequence[Overlap], of: str) -> Table:
+def _overlap_table(overlaps: Sequence[Overlap], components: str) -> Table:
     kinds = _kinds(overlaps)
     heads = [head for kind in kinds for head in (KINDS[kind], "enrichment", "p")]
-    rows: Table = [(f"pruned {of}", "shared", "in no other", *heads)]
+    rows: Table = [(f"pruned {components}", "shared", "in no other", *heads)]
     num_lists = len(overlaps[-1].lists)
     for row in overlaps:
         if num_lists > MAX_IN_FULL and 2 < len(row.lists) < num_lists:
@@ -164,12 +167,12 @@ def _correlation_table(names: Sequence[str], found: Mapping[str, Matrix]) -> Tab
     return rows
 
 
-def _class_table(every: Classes, pruned: Classes, of: str) -> Table:
+def _class_table(every: Classes, pruned: Classes, components: str) -> Table:
     """Return the classes by sign, as numbers and shares of all neurons and of those that are pruned for a behaviour."""
-    rows: Table = [("sign of differential relevance", f"all {of}", "", "pruned", "")]
+    rows: Table = [("sign of differential relevance", f"all {components}", "", "pruned", "")]
 
     def add(name: str, number: int, of_pruned: int) -> None:
-        cells = [(f"{n:,}", cell(n / of.neurons, "%", 1)) for n, of in ((number, every), (of_pruned, pruned))]
+        cells = [(f"{n:,}", cell(n / total.neurons, "%", 1)) for n, total in ((number, every), (of_pruned, pruned))]
         rows.append((name, *cells[0], *cells[1]))
 
     add("general: positive for all", every.general, pruned.general)
@@ -182,7 +185,7 @@ def _class_table(every: Classes, pruned: Classes, of: str) -> Table:
             add(f"shared by {BETWEEN.join(row.lists)}", row.neurons, other.neurons)
         return rows
     for number in range(2, len(every.specific) + 1):
-        counts = [sum(row.neurons for row in of.shared if len(row.lists) == number) for of in (every, pruned)]
+        counts = [sum(row.neurons for row in classes.shared if len(row.lists) == number) for classes in (every, pruned)]
         add(f"shared by {number} behaviours", *counts)
     return rows
 

@@ -163,8 +163,8 @@ def change_rows(results: Results) -> tuple[list[Row], list[Row]]:
         name = kind.replace("_", " ")
         effects_of_draws = [draw.effect for draw in control.draws if draw.effect]
         if control.outcome:
-            mean = (_mean(of.before for of in effects_of_draws), _mean(of.after for of in effects_of_draws))
-            single = [number(of.percent.value) for of in effects_of_draws]
+            mean = (_mean(drawn.before for drawn in effects_of_draws), _mean(drawn.after for drawn in effects_of_draws))
+            single = [number(drawn.percent.value) for drawn in effects_of_draws]
             behavior.append(Row(_label(name, *mean, 3), CONTROL, control.outcome.effect_percent, single))
         label = _label(name, before, _mean(draw.perplexity for draw in control.draws), 2)
         single = [number(draw.perplexity_percent.value) for draw in control.draws]
@@ -227,7 +227,7 @@ def draw_doses(
         shown += changes
         x, y = ([number(change[axis].value) for change in changes] for axis in (0, 1))
         axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=CONTROLS[kind].name(granularity))
-    limits = [_limits([of[axis] for of in shown]) for axis in (0, 1)]
+    limits = [_limits([pair[axis] for pair in shown]) for axis in (0, 1)]
     axes.set(xlabel="change of perplexity, %", ylabel=f"change of mean {behavior}, %", xlim=limits[0], ylim=limits[1])
     if limits[0][1] > 300:  # a large dose that wrecks the model would press the others together
         axes.set_xscale("symlog", linthresh=10)

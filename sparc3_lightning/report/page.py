@@ -43,8 +43,8 @@ def summary_table(results: Results) -> str:
     rows = [("", "before", "after", "change", "95 % interval")]
     groups = results.baseline.groups
     for group in groups:
-        of = f", {GROUPS[group]}" if len(groups) > 1 else ""
-        rows += [(f"{name}{of}", *cells[:4]) for name, *cells in behavior_table(results, group)]  # type: ignore[misc]
+        suffix = f", {GROUPS[group]}" if len(groups) > 1 else ""
+        rows += [(f"{name}{suffix}", *cells[:4]) for name, *cells in behavior_table(results, group)]  # type: ignore[misc]
     rows += other_table(results)  # type: ignore[arg-type]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in range(1, 5)) for row in rows]
@@ -143,33 +143,35 @@ class Figure:
 
     title: str
     draw: Callable[[Shown, Path], None] | None
-    is_known: Callable[[Shown], bool] = lambda of: True
+    is_known: Callable[[Shown], bool] = lambda shown: True
     of_prune: bool = False
 
 
-def _draw_doses(of: Shown, path: Path) -> None:
-    results = of.results
+def _draw_doses(shown: Shown, path: Path) -> None:
+    results = shown.results
     draw_doses(results.doses, results.controls, path, behavior=results.behavior, granularity=results.granularity)
 
 
-def _draw_layers(of: Shown, path: Path) -> None:
-    counts = Counter(neuron.module for neuron in of.neurons.neurons)
-    draw_layers(counts, path, granularity=of.results.granularity)
+def _draw_layers(shown: Shown, path: Path) -> None:
+    counts = Counter(neuron.module for neuron in shown.neurons.neurons)
+    draw_layers(counts, path, granularity=shown.results.granularity)
 
 
 # By the name of the file, in the order of the page; the first two stand above everything else.
 FIGURES = {
     "toxicity.png": Figure(
         "Change of mean {behavior}",
-        lambda of, path: draw_changes(change_rows(of.results)[0], path),
-        lambda of: bool(change_rows(of.results)[0]),
+        lambda shown, path: draw_changes(change_rows(shown.results)[0], path),
+        lambda shown: bool(change_rows(shown.results)[0]),
     ),
-    "perplexity.png": Figure("Change of perplexity", lambda of, path: draw_changes(change_rows(of.results)[1], path)),
-    "doses.png": Figure("Fewer or more {granularity}s", _draw_doses, lambda of: len(of.results.doses) > 1),
+    "perplexity.png": Figure(
+        "Change of perplexity", lambda shown, path: draw_changes(change_rows(shown.results)[1], path)
+    ),
+    "doses.png": Figure("Fewer or more {granularity}s", _draw_doses, lambda shown: len(shown.results.doses) > 1),
     "scatter.png": Figure(
         "Each prompt: less {behavior} below the line",
-        lambda of, path: draw_scatter(mean_pairs(of.prompts), path, behavior=of.results.behavior),
-        lambda of: bool(of.prompts),
+        lambda shown, path: draw_scatter(mean_pairs(shown.prompts), path, behavior=shown.results.behavior),
+        lambda shown: bool(shown.prompts),
     ),
     "layers.png": Figure("Where the pruned {granularity}s lie", _draw_layers, of_prune=True),
     "differential.png": Figure("All {granularity}s by {criterion}", None, of_prune=True),

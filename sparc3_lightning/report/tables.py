@@ -62,7 +62,11 @@ def control_table(results: Results) -> Table:
         evidence of an effect; mean behavior without the chosen neurons less that without these, and its interval.
     """
     effect = results.main_effect
-    cells = [*(cell(of, "", 4) for of in (effect.before, effect.after)), *_change(effect.percent)] if effect else []
+    cells = (
+        [*(cell(interval, "", 4) for interval in (effect.before, effect.after)), *_change(effect.percent)]
+        if effect
+        else []
+    )
     price = next(iter(results.perplexity_change.values())).value
     rows: Table = [(f"The {results.num_neurons} chosen", *(cells or [UNKNOWN] * 4), _percent(price), "", "", "")]
     for kind, control in results.controls.items():
@@ -73,7 +77,10 @@ def control_table(results: Results) -> Table:
         if outcome is None:  # no prompt has a score of every draw
             rows.append((name, *[UNKNOWN] * 8))
             continue
-        means = [sum(values) / len(effects) for values in zip(*((of.before, of.after) for of in effects), strict=True)]
+        means = [
+            sum(values) / len(effects)
+            for values in zip(*((effect.before, effect.after) for effect in effects), strict=True)
+        ]
         row = [cell(mean, "", 4) for mean in means]
         row += [*_change(outcome.effect_percent), _percent(outcome.perplexity_percent)]
         row += [f"{outcome.num_draws_with_evidence} of {len(control.draws)}"]
@@ -109,12 +116,12 @@ def other_table(results: Findings) -> Table:
 
 def windows_of(results: Results) -> str:
     """Describe the windows that perplexity was measured in."""
-    of = results.protocol.perplexity
+    perplexity = results.protocol.perplexity
     parts = []
-    for convention in of.conventions:
+    for convention in perplexity.conventions:
         tokens = results.baseline.num_tokens[convention]
-        stride = "" if convention == "disjoint" else f" with stride {of.stride}"
-        parts.append(f"{convention} windows of {of.window} tokens{stride} ({tokens:,} predicted tokens)")
+        stride = "" if convention == "disjoint" else f" with stride {perplexity.stride}"
+        parts.append(f"{convention} windows of {perplexity.window} tokens{stride} ({tokens:,} predicted tokens)")
     return " and ".join(parts)
 
 
@@ -125,7 +132,10 @@ def _preference_rows(found: Preference) -> Table:
         ("share", found.effect, f"Stereotype preferred, of {found.num_pairs} pairs", "%", 1),
         ("margin", found.margin_effect, "Log-likelihood of the stereotype less the other's, nats", "", 3),
     ):
-        cells = [cell(getattr(of, key), unit, digits) if of else "" for of in (found.baseline, found.pruned)]
+        cells = [
+            cell(getattr(measures, key), unit, digits) if measures else ""
+            for measures in (found.baseline, found.pruned)
+        ]
         if any(cells):
             rows.append((name, *cells, *(_change_of_preference(effect, unit) if effect else ("", ""))))
     return rows
@@ -175,7 +185,7 @@ def front_table(results: Findings) -> Table:
     rows: Table = []
     for selection, front in results.fronts.items():
         best = [points[name].behavior_percent if name else None for name in front.best.values()]
-        cells = [f"{_percent(of.value)} ({_range(of, 1)})" if of else "none" for of in best]
+        cells = [f"{_percent(change.value)} ({_range(change, 1)})" if change else "none" for change in best]
         rows.append((selection, f"{front.area:.1f}", *cells))
     return rows
 

@@ -51,11 +51,11 @@ def verdict(
 
 def _controls(found: Findings, effect: Difference, num_neurons: int, granularity: str) -> list[str]:
     sentences = []
-    for kind, of in CONTROLS.items():
+    for kind, control_kind in CONTROLS.items():
         control = found.controls.get(kind)
         if control is None or control.outcome is None:
             continue
-        draws, number, name = len(control.draws), control.draws[0].num_neurons, of.name(granularity)
+        draws, number, name = len(control.draws), control.draws[0].num_neurons, control_kind.name(granularity)
         as_many = f"As many {name}" if number == num_neurons else f"Only {number} {name}, all there are to draw from,"
         percent, further = control.outcome.effect_percent, control.outcome.pruned_less_control
         sentence = f"{as_many} ({draws} draw{'s' if draws != 1 else ''}): {_signed(percent)}"

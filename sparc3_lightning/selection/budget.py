@@ -70,17 +70,20 @@ class PerplexityRise:
     @property
     def measured(self) -> list[dict[str, float]]:
         """What was measured, in the order it was: number of neurons, damping and rise."""
-        return [{"num_neurons": len(of), "damping": _damping(of), "rise": rise} for of, rise in self._rises.items()]
+        return [
+            {"num_neurons": len(neurons), "damping": _damping(neurons), "rise": rise}
+            for neurons, rise in self._rises.items()
+        ]
 
     def __call__(self, neurons: Sequence[Component]) -> float:
         """Return perplexity with the neurons off, over that of the model as it is, less 1; measured once a list."""
-        of = tuple(neurons)
-        if of not in self._rises:
-            with mask(self.model, of):
-                self._rises[of] = math.expm1(self._nats() - self.nats)
-            rise = 100 * self._rises[of]
-            rank_zero_info(f"{len(of):>6} neurons at damping {_damping(of):g}: perplexity {rise:+.2f} %")
-        return self._rises[of]
+        key = tuple(neurons)
+        if key not in self._rises:
+            with mask(self.model, key):
+                self._rises[key] = math.expm1(self._nats() - self.nats)
+            rise = 100 * self._rises[key]
+            rank_zero_info(f"{len(key):>6} neurons at damping {_damping(key):g}: perplexity {rise:+.2f} %")
+        return self._rises[key]
 
     @torch.no_grad()
     def _nats(self) -> float:
@@ -104,8 +107,8 @@ class PerplexityRise:
         place = {neuron.key: i for i, neuron in enumerate(neurons)}
         for damping in (0.0, 1.0):
             factors = {
-                module: torch.full((len(of),), damping, device=self._batches[0][0].device, requires_grad=True)
-                for module, of in groups.items()
+                module: torch.full((len(members),), damping, device=self._batches[0][0].device, requires_grad=True)
+                for module, members in groups.items()
             }
             handles = [
                 column.register_forward_pre_hook(_scaled(groups[module], factors[module]))
@@ -118,8 +121,8 @@ class PerplexityRise:
             finally:
                 for handle in handles:
                     handle.remove()
-            for module, of in groups.items():
-                for neuron, slope in zip(of, factors[module].grad.tolist(), strict=True):  # type: ignore[union-attr]
+            for module, members in groups.items():
+                for neuron, slope in zip(members, factors[module].grad.tolist(), strict=True):  # type: ignore[union-attr]
                     slopes[place[neuron.key]] += slope / 2 / self.num_tokens
         return slopes
 

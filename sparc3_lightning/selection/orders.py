@@ -135,8 +135,8 @@ def group_scores(paths: Sequence[Path]) -> list[Group]:
     for path in paths:
         provenance = _provenance(path)
         key = tuple(map(str, provenance.shared().values()))
-        of = groups.setdefault(key, Group(provenance.spec.method, [], []))
-        for other, theirs in zip(of.paths, of.provenances, strict=True):
+        group = groups.setdefault(key, Group(provenance.spec.method, [], []))
+        for other, theirs in zip(group.paths, group.provenances, strict=True):
             # The seed of the run is in nothing but random scores.
             is_other = provenance.spec.method == "random" and provenance.seed != theirs.seed
             if provenance.data_fingerprint == theirs.data_fingerprint and not is_other:
@@ -145,10 +145,10 @@ def group_scores(paths: Sequence[Path]) -> list[Group]:
                     f": {path} and {other} are by the same method on the same samples, so they are "
                     "not two seeds: leave one out, or attribute with another --data.init_args.seed.",
                 )
-        of.paths.append(path)
-        of.provenances.append(provenance)
-    for of in groups.values():
-        of.name = _name(of, [other for other in groups.values() if other.granularity == of.granularity])
+        group.paths.append(path)
+        group.provenances.append(provenance)
+    for group in groups.values():
+        group.name = _name(group, [other for other in groups.values() if other.granularity == group.granularity])
     return list(groups.values())
 
 
@@ -158,12 +158,12 @@ def _provenance(path: Path) -> Provenance:
     return ScoreFile.load(path).provenance
 
 
-def _name(of: Group, among: Sequence[Group]) -> str:
+def _name(group: Group, among: Sequence[Group]) -> str:
     """Return the method, and the fields in which it differs from other groups of the same method."""
-    method = of.provenances[0].spec.method
+    method = group.provenances[0].spec.method
     same = [other.provenances[0].shared() for other in among if other.provenances[0].spec.method == method]
     words: list[str] = [method]
-    for name, value in of.provenances[0].shared().items():
+    for name, value in group.provenances[0].shared().items():
         if len({str(shared[name]) for shared in same}) > 1:
             words += value if isinstance(value, list) else [str(value)]
     return " ".join(words)

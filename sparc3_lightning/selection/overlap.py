@@ -240,8 +240,11 @@ def find_profiles(
     num_layers = 1 + max(int(layers.max()), *map(layer_of, sizes), 0)
     shared_SN = member_SN & (member_SN.sum(dim=0) > 1)
     return {
-        kind: {name: layers[row].bincount(minlength=num_layers).tolist() for name, row in zip(names, of, strict=True)}
-        for kind, of in (("pruned", member_SN), ("shared", shared_SN))
+        kind: {
+            name: layers[row].bincount(minlength=num_layers).tolist()
+            for name, row in zip(names, members_SN, strict=True)
+        }
+        for kind, members_SN in (("pruned", member_SN), ("shared", shared_SN))
     }
 
 
@@ -260,7 +263,7 @@ def find_correlations(differential_SN: Tensor, general_SN: Tensor) -> dict[str, 
     """
     rests = [without_linear(values_N, general_SN.mean(dim=0)) for values_N in differential_SN]
     vectors = {"pearson": list(differential_SN), "spearman": list(map(ranks, differential_SN)), "partial": rests}
-    return {name: [[correlation(x, y) for y in of] for x in of] for name, of in vectors.items()}
+    return {name: [[correlation(x, y) for y in columns] for x in columns] for name, columns in vectors.items()}
 
 
 def find_classes(names: Sequence[str], differential_SN: Tensor) -> Classes:

@@ -110,7 +110,7 @@ class Circuit(StoppableModule, Stage):
         data.check_target("logit_difference")
         self.checkpoint.check_context(data.longest, data.way_to_shorter)
         self._check_groups()
-        used = {name for of in self.groups for provenance in of.provenances for name in provenance.sample_ids}
+        used = {name for group in self.groups for provenance in group.provenances for name in provenance.sample_ids}
         data.leave_out = used & {sample.id for sample in data.samples}
         self.num_samples = len(data.samples) - len(data.leave_out)
         if not self.num_samples:
@@ -122,14 +122,14 @@ class Circuit(StoppableModule, Stage):
         check_same_on_all_ranks("checkpoint or data", [self.checkpoint.fingerprint, data.fingerprint()])
         rank_zero_info(
             f"{self.num_samples} samples, {len(data.leave_out)} left out because they were used to attribute; "
-            f"{len(self.groups)} curves of {sum(len(of.paths) for of in self.groups)} score files"
+            f"{len(self.groups)} curves of {sum(len(group.paths) for group in self.groups)} score files"
         )
 
     def _check_groups(self) -> None:
         """Raise ValueError if the scores belong to another model, or to components that cannot be pruned."""
         model = self.checkpoint.skeleton()
-        for of in self.groups:
-            for path, provenance in zip(of.paths, of.provenances, strict=True):
+        for group in self.groups:
+            for path, provenance in zip(group.paths, group.provenances, strict=True):
                 if provenance.checkpoint_fingerprint != self.checkpoint.fingerprint:
                     raise OptionError(
                         "checkpoint",
@@ -137,11 +137,11 @@ class Circuit(StoppableModule, Stage):
                         f"({provenance.checkpoint_fingerprint}), but --.checkpoint is {self.checkpoint.name!r} "
                         f"({self.checkpoint.fingerprint}).",
                     )
-            if of.granularity == "weight":
+            if group.granularity == "weight":
                 check_is_whole(self)
                 continue
-            scores = ScoreFile.load(of.paths[0]).scores
-            if of.granularity == "neuron":
+            scores = ScoreFile.load(group.paths[0]).scores
+            if group.granularity == "neuron":
                 check_are_neurons(scores)
             check(model, [Component(name, len(score) - 1, 0.0) for name, score in scores.items()])
 
@@ -158,17 +158,17 @@ class Circuit(StoppableModule, Stage):
         """Measure the accuracy left in each order, and write the curves, the circuits and the picture."""
         self.model.eval()
         self.full = self._measure()
-        found = [self._measure_group(of) for of in self.groups]
+        found = [self._measure_group(group) for group in self.groups]
         if self.num_random:
-            first = {of.granularity: of for of in reversed(self.groups)}
-            found += [self._measure_random(of) for of in reversed(first.values())]
+            first = {group.granularity: group for group in reversed(self.groups)}
+            found += [self._measure_random(group) for group in reversed(first.values())]
         if self.trainer.is_global_zero:
             self._write(found)
 
-    def _measure_group(self, of: Group) -> Curve:
+    def _measure_group(self, group: Group) -> Curve:
         """Return the curve of a method, and the sparsest circuit by the mean of its scores over the seeds."""
-        curves = [self._curve(order_of(load_scores(path))) for path in of.paths]
-        order = order_of(of.average())
+        curves = [self._curve(order_of(load_scores(path))) for path in group.paths]
+        order = order_of(group.average())
         # Measured again, since an order by the mean is none of the seeds' orders.
         curve = self._curve(order) if len(curves) > 1 else curves[0]
         kept = [step for step in curve if step.accuracy >= self.threshold * self.full.accuracy]
@@ -177,12 +177,12 @@ class Circuit(StoppableModule, Stage):
             circuit = CircuitFound(**asdict(kept[-1]), num_kept=len(order) - kept[-1].num_removed, file=None)
             # Of weights there is no list, and none of what is nothing.
             if isinstance(order, ComponentOrder) and circuit.num_removed:
-                name = re.sub(r"[^\w.-]+", "-", f"circuit-{of.granularity}-{of.name}.json")
+                name = re.sub(r"[^\w.-]+", "-", f"circuit-{group.granularity}-{group.name}.json")
                 circuit = replace(circuit, file=name)
-                self._save(of, order.components[: circuit.num_removed], circuit, self.folder / name)
-        found = curve_of(of.name, of.granularity, len(order), curves)
-        rank_zero_info(f"Measured {len(curves)} order(s) of {len(order):,} {of.granularity}s by {of.name}.")
-        return replace(found, scores=list(map(str, of.paths)), circuit=circuit)
+                self._save(group, order.components[: circuit.num_removed], circuit, self.folder / name)
+        found = curve_of(group.name, group.granularity, len(order), curves)
+        rank_zero_info(f"Measured {len(curves)} order(s) of {len(order):,} {group.granularity}s by {group.name}.")
+        return replace(found, scores=list(map(str, group.paths)), circuit=circuit)
 
     def _measure_random(self, like: Group) -> Curve:
         scores = load_scores(like.paths[0])
@@ -212,15 +212,17 @@ class Circuit(StoppableModule, Stage):
         right = sum(value > 0 for value in differences)  # not where it is NaN
         return Measured(right / len(differences), statistics.fmean(differences))
 
-    def _save(self, of: Group, removed: list[Component], circuit: CircuitFound, path: Path) -> None:
+    def _save(self, group: Group, removed: list[Component], circuit: CircuitFound, path: Path) -> None:
         """Write the components outside a circuit as a list that 'sparc3 evaluate' can switch off."""
         if not self.trainer.is_global_zero:
             return
         provenance = {
             "checkpoint": self.checkpoint.name,
             "checkpoint_fingerprint": self.checkpoint.fingerprint,
-            "scores": [{"path": str(path), **p.summary()} for path, p in zip(of.paths, of.provenances, strict=True)],
-            "sample_ids": sorted({name for provenance in of.provenances for name in provenance.sample_ids}),
+            "scores": [
+                {"path": str(path), **p.summary()} for path, p in zip(group.paths, group.provenances, strict=True)
+            ],
+            "sample_ids": sorted({name for provenance in group.provenances for name in provenance.sample_ids}),
             "circuit": {**asdict(circuit), "whole_model": asdict(self.full), "threshold": self.threshold},
             "versions": versions(),
             "git_hash": git_hash(),
@@ -269,14 +271,16 @@ def curve_of(name: str, granularity: str, num_components: int, curves: Sequence[
         num_components: How many there are.
         curves: The steps of each seed.
     """
-    return Curve(name, granularity, num_components, len(curves), [_of_seeds(of) for of in zip(*curves, strict=True)])
+    return Curve(
+        name, granularity, num_components, len(curves), [_of_seeds(steps) for steps in zip(*curves, strict=True)]
+    )
 
 
 def _of_seeds(steps: Sequence[Step]) -> SeedSteps:
-    accuracy, logit_difference = [of.accuracy for of in steps], [of.logit_difference for of in steps]
+    accuracy, logit_difference = [step.accuracy for step in steps], [step.logit_difference for step in steps]
     return SeedSteps(
         sparsity=steps[0].sparsity,
-        num_removed=[of.num_removed for of in steps],
+        num_removed=[step.num_removed for step in steps],
         accuracy_mean=statistics.fmean(accuracy),
         accuracy_sd=_deviation(accuracy),
         accuracy=accuracy,

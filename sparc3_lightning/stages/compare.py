@@ -139,8 +139,8 @@ class Comparison(Stage):
             differential_SN, general_SN = self._differential(sides)
             of_pruned = differential_SN[:, rows]
             correlation = find_correlations(differential_SN, general_SN)
-            of = {"all": differential_SN, "pruned": of_pruned}
-            classes = {name: find_classes(self.names, values_SN) for name, values_SN in of.items()}
+            by_kind = {"all": differential_SN, "pruned": of_pruned}
+            classes = {name: find_classes(self.names, values_SN) for name, values_SN in by_kind.items()}
             results = replace(results, correlation=correlation, classes=classes)
             draw_correlation(self.names, correlation, folder / "correlation.png")
         draw_overlap(results.lists, results.overlaps, folder / "overlap.png", granularity)
@@ -153,12 +153,12 @@ class Comparison(Stage):
     def _check_same_model(self, lists: Sequence[NeuronList]) -> None:
         """Raise ValueError if two lists differ in checkpoint, layers or granularity."""
         found = [pruned.provenance for pruned in lists]
-        of = {
+        shared = {
             "checkpoint_fingerprint": [provenance.get("checkpoint_fingerprint") for provenance in found],
             "layers": [provenance.get("behavior", {}).get("spec", {}).get("layers") for provenance in found],
-            "granularity": ["weight" if of_one.granularity == "weight" else "neuron" for of_one in lists],
+            "granularity": ["weight" if pruned.granularity == "weight" else "neuron" for pruned in lists],
         }
-        for name, values in of.items():
+        for name, values in shared.items():
             for path, value in zip(self.paths, values, strict=True):
                 if value != values[0]:
                     raise OptionError(

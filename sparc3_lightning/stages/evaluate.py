@@ -154,14 +154,14 @@ class Evaluation(StoppableModule, Stage):
         if data.pairs is not None:
             self.checkpoint.check_context(data.pairs.longest, "take shorter --data.pairs")
         for selection, neurons in self.lists.items():
-            of, theirs = neurons.provenance, neurons.provenance.get("checkpoint_fingerprint")
+            provenance, theirs = neurons.provenance, neurons.provenance.get("checkpoint_fingerprint")
             if theirs != self.fingerprint:
                 raise OptionError(
                     "checkpoint",
-                    f"{selection or self.neurons_path} is for the checkpoint {of.get('checkpoint')!r} ({theirs}), but "
-                    f"--.checkpoint is {self.checkpoint.name!r} ({self.fingerprint}).",
+                    f"{selection or self.neurons_path} is for the checkpoint {provenance.get('checkpoint')!r} "
+                    f"({theirs}), but --.checkpoint is {self.checkpoint.name!r} ({self.fingerprint}).",
                 )
-        if any(of.granularity == "weight" for of in self.lists.values()):
+        if any(pruned.granularity == "weight" for pruned in self.lists.values()):
             check_is_whole(self)
         if self.lists:
             skeleton = self.checkpoint.skeleton()
@@ -267,8 +267,8 @@ class Evaluation(StoppableModule, Stage):
 
     def on_test_end(self) -> None:
         """Write results.json, completions.jsonl and, given neurons, the report with its figures and a model card."""
-        metrics, of = self.perplexity, self._conventions_of
-        windows = {v.name: {c: metrics[v.name, c].compute() for c in of(v)} for v in self.variants}
+        metrics, conventions_of = self.perplexity, self._conventions_of
+        windows = {v.name: {c: metrics[v.name, c].compute() for c in conventions_of(v)} for v in self.variants}
         self.completions = gather(self.completions)
         # One order, whatever the batch size and the number of ranks.
         order = {variant.name: i for i, variant in enumerate(self.variants)}
@@ -286,8 +286,8 @@ class Evaluation(StoppableModule, Stage):
             self.logger.log_metrics(
                 {
                     f"{name}/{key}": v
-                    for name, of in found.models.items()
-                    for key, v in of.numbers(found.headline).items()
+                    for name, measures in found.models.items()
+                    for key, v in measures.numbers(found.headline).items()
                 }
             )
         self._write()

@@ -118,8 +118,8 @@ class Experiment:
         check_writable(folder)
         plan, evaluate = self.plan, options["evaluate"]
         named = named_by(Evaluation.READS, evaluate)
-        for of in ({**options["attribute"], **plan.behavior_attribute}, options["attribute"]):
-            named += named_by(Attribution.reads(of), of)
+        for attribution in ({**options["attribute"], **plan.behavior_attribute}, options["attribute"]):
+            named += named_by(Attribution.reads(attribution), attribution)
         scorers = dict.fromkeys((option, name) for option, kind, name in named if kind == "scorer")
         tasks, folder_of_tasks = (evaluate["zero_shot"][name] for name in ("tasks", "folder"))
         zero_shot = ZeroShot(tasks, folder_of_tasks and Path(folder_of_tasks))

@@ -112,9 +112,14 @@ class Plan:
         references.append(("behavior", of_behavior, behavior_data))
         stages = [
             self._stage(
-                name, Attribution, options, {"model": of, "data": samples}, file_of(of["granularity"]), completions
+                name,
+                Attribution,
+                options,
+                {"model": attribution, "data": samples},
+                file_of(attribution["granularity"]),
+                completions,
             )
-            for name, of, samples in references
+            for name, attribution, samples in references
         ]
         *general, behavior = [str(stage.folder / stage.output) for stage in stages]
         pruning = {"model": {**options["prune"], "general": general, "behavior": behavior}}

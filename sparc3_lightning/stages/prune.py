@@ -267,9 +267,9 @@ class Pruning(Stage):
 
     def _export(self, neurons: NeuronList) -> None:
         assert self.export is not None
-        of = neurons.provenance
-        checkpoint = Checkpoint.unchanged(of["checkpoint"], of["checkpoint_fingerprint"])
-        name: Dtype = of["behavior"]["spec"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
+        provenance = neurons.provenance
+        checkpoint = Checkpoint.unchanged(provenance["checkpoint"], provenance["checkpoint_fingerprint"])
+        name: Dtype = provenance["behavior"]["spec"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
         dtype = resolve_dtype(name, torch.device("cpu"))
         export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype)
         rank_zero_info(f"Pruned checkpoint: {self.export}")
@@ -299,8 +299,8 @@ def within_budget(
     Raises:
         ValueError: If the checkpoint has changed, no document is left, or not one neuron is within the budget.
     """
-    of = general[0].provenance
-    checkpoint = Checkpoint.unchanged(of.checkpoint, of.checkpoint_fingerprint)
+    scored = general[0].provenance
+    checkpoint = Checkpoint.unchanged(scored.checkpoint, scored.checkpoint_fingerprint)
     text.model_checkpoint = checkpoint
     text.prepare_data()
     text.setup("predict")
@@ -311,7 +311,7 @@ def within_budget(
     if not left:
         raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
-    model = checkpoint.load(getattr(torch, of.spec.dtype))
+    model = checkpoint.load(getattr(torch, scored.spec.dtype))
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
     rise = PerplexityRise(model, text.predict_dataloader())
     chosen = spend(rise, ranked, budget, dampings)

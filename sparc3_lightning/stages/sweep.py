@@ -99,9 +99,9 @@ def _names(lists: Sequence[NeuronList], paths: Sequence[Path]) -> list[str]:
     """Name each list by its criterion and budget; by its folder as well where two would have one name."""
     names = []
     for neurons in lists:
-        of = neurons.provenance
-        budget = (of.get("budget") or {}).get("max_perplexity_increase")
-        names.append(of.get("criterion", "neurons") + ("" if budget is None else f" at {100 * budget:g} %"))
+        provenance = neurons.provenance
+        budget = (provenance.get("budget") or {}).get("max_perplexity_increase")
+        names.append(provenance.get("criterion", "neurons") + ("" if budget is None else f" at {100 * budget:g} %"))
     return [
         name if names.count(name) == 1 else f"{name} ({path.parent.name})"
         for name, path in zip(names, paths, strict=True)
