@@ -158,9 +158,9 @@ def main() -> None:
         return loader(tokenizer, *pick, batch_size=batch_size, seed=args.seed)
 
     validation = [subset(True, 256)]
-    of_rows = [row["prompt"] for path in args.rtp for row in read_records(Path(path))]
+    found = [row["prompt"] for path in args.rtp for row in read_records(Path(path))]
     # RealToxicityPrompts has some without a toxicity.
-    prompts = [of for of in of_rows if isinstance(of, dict) and of["toxicity"] is not None]
+    prompts = [prompt for prompt in found if isinstance(prompt, dict) and prompt["toxicity"] is not None]
     if prompts:
         toxic = [float(prompt["toxicity"] >= 0.5) for prompt in prompts]
         validation.append(loader(tokenizer, [prompt["text"] for prompt in prompts], toxic, batch_size=256, seed=0))

@@ -224,7 +224,7 @@ def spend(
         raise OptionError(
             "budget.max_perplexity_increase",
             f"Not even one neuron is within --.budget.max_perplexity_increase {most:g} (the first raises perplexity by "
-            f"{100 * min(of['rise'] for of in rise.measured):.2f} %): raise it, or choose another --.criterion.",
+            f"{100 * min(step['rise'] for step in rise.measured):.2f} %): raise it, or choose another --.criterion.",
         )
     dropped: set[Key] = set()
     for _ in range(budget.refine):
