@@ -109,5 +109,5 @@ def test_data_without_two_tokens_to_compare_are_refused_for_that_target():
     data = C4("documents.txt", num_samples=1)
     data.samples = [Sample("a", [1, 2])]
     data.check_target("argmax")
-    with pytest.raises(ValueError, match="C4 has no right and wrong next token"):
+    with pytest.raises(ValueError, match="C4 does not give a right and a wrong next token"):
         data.check_target("logit_difference")

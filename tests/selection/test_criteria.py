@@ -162,9 +162,9 @@ def test_differential_relevance_is_general_less_behaviour():
 )
 def test_scores_of_other_modules_or_shapes_have_no_difference(behavior):
     general = {"a": torch.ones(2), "b": torch.ones(1)}
-    with pytest.raises(ValueError, match="modules and shapes"):
+    with pytest.raises(ValueError, match="differ in their modules or shapes"):
         differential_relevance(general, behavior)
-    with pytest.raises(ValueError, match="modules and shapes"):
+    with pytest.raises(ValueError, match="differ in their modules or shapes"):
         differential_strength(general, behavior)
 
 

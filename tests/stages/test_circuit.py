@@ -333,7 +333,7 @@ def test_scores_of_another_checkpoint_or_of_components_it_has_not_are_refused(ch
 def test_data_without_two_tokens_to_compare_are_refused(checkpoint, save, tmp_path):
     (tmp_path / "documents.txt").write_text("the book at the station\n")
     data = C4(str(tmp_path / "documents.txt"), num_samples=1, seq_len=3)
-    with pytest.raises(ValueError, match="C4 has no right and wrong next token"):
+    with pytest.raises(ValueError, match="C4 does not give a right and a wrong next token"):
         find(checkpoint, [save("seed", UP_PROJ, 0)], data)
 
 

@@ -244,7 +244,7 @@ def test_lists_of_another_checkpoint_or_layer_are_refused(pruned, change):
 def test_score_files_of_another_checkpoint_than_the_lists_are_refused(pruned):
     of = dataclasses.replace(provenance(), checkpoint_fingerprint="files:other")
     files = [save_scores(f"{name}.other", random_scores(0), of) for name in ("general", "a", "b")]
-    with pytest.raises(ValueError, match=r"a.other is of another checkpoint than one/neurons.json"):
+    with pytest.raises(ValueError, match=r"a.other belongs to another checkpoint than one/neurons.json"):
         compare(pruned[:2], general=files[:1], behaviors=files[1:])
 
 
