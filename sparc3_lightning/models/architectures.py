@@ -1,7 +1,7 @@
 """What transformers calls the parts of a model: linear layers, MLPs, attentions, families with LRP rules."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -215,3 +215,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def check_indices(granularity: str, name: str, indices: Iterable[int], number: int) -> None:
+    """Raise ValueError unless a layer, which has a number of neurons or heads, has all these."""
+    for index in indices:
+        if not 0 <= index < number:
+            raise ValueError(
+                f"{granularity.capitalize()} {index} of {name} does not exist: the layer has {number} {granularity}s. "
+                "Is neurons.json of another model?"
+            )

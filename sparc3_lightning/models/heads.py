@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparc3_lightning.models.architectures import attention_of, weight_of, whole
+from sparc3_lightning.models.architectures import attention_of, check_indices, weight_of, whole
 
 Dampings = Mapping[int, float]  # by number
 
@@ -106,13 +106,7 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Dampings]) -> None:
 def check_heads(model: nn.Module, heads: Mapping[str, Iterable[int]]) -> None:
     """Raise ValueError unless the model has all these heads. A model on the meta device suffices."""
     for name, indices in heads.items():
-        number = num_heads(model, name)
-        for index in indices:
-            if not 0 <= index < number:
-                raise ValueError(
-                    f"Head {index} of {name} does not exist: the layer has {number} heads. Is neurons.json of another "
-                    "model?"
-                )
+        check_indices("head", name, indices, num_heads(model, name))
 
 
 def _factor(model: nn.Module, name: str, dampings: Dampings, damping: float = 1.0) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.architectures import KNOWN_MLPS, MLPS, Linear, linear_at, weight_of, whole
+from sparc3_lightning.models.architectures import KNOWN_MLPS, MLPS, Linear, check_indices, linear_at, weight_of, whole
 
 
 class Ablation(NamedTuple):
@@ -180,13 +180,7 @@ def _by_mlp(model: nn.Module, neurons: Ablations) -> list[_Mlp]:
                 f"{name!r} is not a layer of MLP neurons of this model: expected {KNOWN_MLPS}. Is neurons.json of "
                 "another model?"
             )
-        number = num_neurons(model, name)
-        for index in ablations:
-            if not 0 <= index < number:
-                raise ValueError(
-                    f"Neuron {index} of {name} does not exist: the layer has {number} neurons. Is neurons.json of "
-                    "another model?"
-                )
+        check_indices("neuron", name, ablations, num_neurons(model, name))
         if parent not in mlps:
             layers = [linear_at(model, f"{parent}.{row}") for row in rows]
             mlps[parent] = _Mlp(layers, linear_at(model, f"{parent}.{column}"))
