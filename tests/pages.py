@@ -1,8 +1,10 @@
 """A page and a model card of made-up results, and what a reader sees of the page."""
 
+import itertools
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 from made_up import NEURONS, Words, made_up
 
@@ -82,3 +84,16 @@ def by_name(rows: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
 
 def percent(interval: Interval) -> tuple[str, str]:
     return f"{interval.value:+.1f} %", f"{interval.low:+.1f} to {interval.high:+.1f}"
+
+
+def check_texts(figure: Any, texts: list[Any], boxes: list[Any]) -> None:
+    """Assert that texts are large enough, lie inside a drawn figure, and do not cover each other."""
+    whole = figure.bbox.padded(1)
+    for box in boxes:
+        assert whole.x0 <= box.x0
+        assert box.x1 <= whole.x1
+        assert whole.y0 <= box.y0
+        assert box.y1 <= whole.y1
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.padded(-1).overlaps(other.padded(-1)), "one text covers another"
+    assert all(text.get_fontsize() >= 9 for text in texts if text.get_text()), "too small for a phone"

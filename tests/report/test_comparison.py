@@ -1,6 +1,5 @@
 """The tables of a comparison, and its pictures: what they show, and that nothing in them is cut off or covered."""
 
-import itertools
 import math
 import random
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import check_texts
 
 from sparc3_lightning.report import comparison
 from sparc3_lightning.report.comparison import (
@@ -156,12 +156,4 @@ def test_nothing_is_cut_off_or_covered(drawn, kind, num_lists):
             low, high = sorted(axis.get_view_interval())
             texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
-    whole = figure.bbox.padded(1)
-    for box in boxes:
-        assert whole.x0 <= box.x0
-        assert box.x1 <= whole.x1
-        assert whole.y0 <= box.y0
-        assert box.y1 <= whole.y1
-    for one, other in itertools.combinations(boxes, 2):
-        assert not one.padded(-1).overlaps(other.padded(-1)), "one text covers another"
-    assert all(text.get_fontsize() >= 9 for text in texts if text.get_text()), "too small for a phone"
+    check_texts(figure, texts, boxes)

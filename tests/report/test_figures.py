@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from helpers import replaced_at
 from made_up import NEURONS, SELECTION, Words, made_up
+from pages import check_texts
 
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Interval
@@ -286,22 +287,13 @@ def test_nothing_is_cut_off_or_covered(drawn, kind):
     figure = drawn[0]
     axes = figure.axes[0]
     figure.draw_without_rendering()
-    whole = figure.bbox.padded(1)
     texts = [axes.xaxis.label, axes.yaxis.label, axes.title, *axes.texts]
     for axis in (axes.xaxis, axes.yaxis):
         low, high = sorted(axis.get_view_interval())
         texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     texts += [text for legend in figure.legends for text in legend.get_texts()]
     boxes = [text.get_window_extent() for text in texts if text.get_text()]
-    for box in boxes:
-        assert whole.x0 <= box.x0
-        assert box.x1 <= whole.x1
-        assert whole.y0 <= box.y0
-        assert box.y1 <= whole.y1
-    for one, other in itertools.combinations(boxes, 2):
-        assert not one.padded(-1).overlaps(other.padded(-1)), "one text covers another"
-    for text in texts:
-        assert not text.get_text() or text.get_fontsize() >= 9, "too small for a phone"
+    check_texts(figure, texts, boxes)
     plot = axes.get_window_extent()
     for legend in figure.legends:
         assert not legend.get_window_extent().overlaps(plot), "the legend covers the picture"
