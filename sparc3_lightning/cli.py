@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.distributed import check_slurm_tasks, usable_accelerator
+from sparc3_lightning.escaping import for_terminal
 from sparc3_lightning.files import check_absent
+from sparc3_lightning.report.drawing import draw
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.circuit import Circuit
@@ -82,6 +84,14 @@ class SparC3Trainer(Trainer):
         """Set the weights of the lowest scores to zero, and write the sparse checkpoint."""
         rank_zero_info(model.compress(Path(self.log_dir or ".")))
 
+    def report(self, model: None, folder: Path) -> None:
+        """Draw page, pictures and model card of a run again, from the files in its folder; no model is loaded.
+
+        Args:
+            model: None.
+            folder: Of a run of evaluate, sweep, prune, circuit, compare or run.
+        """
+
     def run(self, model: Experiment, plan: Path | None = None) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report.
 
@@ -100,6 +110,7 @@ class Verb:
     needs_data: bool = True
 
 
+REPORT = "report"  # the verb that needs no more than a folder
 # By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
 VERBS: dict[str, Verb | None] = {
     "prepare": None,
@@ -115,6 +126,7 @@ VERBS: dict[str, Verb | None] = {
             Verb(Compression),
         )
     },
+    REPORT: None,
     "run": None,
 }
 
@@ -162,9 +174,16 @@ class SparC3CLI(LightningCLI):
         )
         return parser
 
+    def add_default_arguments_to_parser(self, parser: Any) -> None:
+        """Add the seed, which a verb that only draws does not have."""
+        if parser.stage == REPORT:
+            parser.add_argument("--seed_everything", default=False, help=SUPPRESS)
+        else:
+            super().add_default_arguments_to_parser(parser)
+
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Add the groups trainer, model and data of one verb, if it was asked for."""
-        if parser.stage is None:
+        if parser.stage in (None, REPORT):
             return
         verb = VERBS[parser.stage]
         parser.add_lightning_class_args(self.trainer_class, "trainer")
@@ -195,9 +214,19 @@ class SparC3CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what Lightning would find out too late."""
+        if self.subcommand == REPORT:
+            return
         trainer = self.config[self.subcommand]["trainer"]
         check_slurm_tasks(trainer["devices"], trainer["num_nodes"], os.environ)
         trainer["accelerator"] = usable_accelerator(trainer["accelerator"])
+
+    def instantiate_classes(self) -> None:
+        """Make trainer, model and data, but for a verb that only draws."""
+        if self.subcommand != REPORT:
+            super().instantiate_classes()
+            return
+        self.config_init, self.model, self.datamodule = self.config, None, None
+        self.trainer: Any = self.trainer_class  # whose method of that name says what the verb takes
 
     def _save_config(self) -> None:
         """Save config.yaml for a verb that starts no loop, where the callback would."""
@@ -214,6 +243,10 @@ class SparC3CLI(LightningCLI):
     def prepare(self, model: Experiment, **_: object) -> None:
         """Fetch everything."""
         model.prepare(self._options(), Path(self.trainer.log_dir or "."))
+
+    def report(self, folder: Path, **_: object) -> None:
+        """Draw a run again."""
+        rank_zero_info(f"Drawn: {draw(folder)}")
 
     def run(self, model: Experiment, plan: Path | None = None, **_: object) -> None:
         """Run the stages, each as its own verb; in a process of its own where that starts further ones."""
@@ -259,6 +292,15 @@ def _quiet() -> None:
     off_topic = ("💡 Tip", "GPU available", "TPU available", "Seed set to")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(off_topic))
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_escape)
+    show = warnings.formatwarning
+    warnings.formatwarning = lambda *given, **more: for_terminal(show(*given, **more), keep="\n\t")
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Show what a name in a message could tell the terminal to do, and let the message pass."""
+    record.msg, record.args = for_terminal(record.getMessage(), keep="\n\t"), ()
+    return True
 
 
 def main(args: ArgsType = None) -> SparC3CLI:
@@ -290,4 +332,4 @@ def entry_point() -> None:
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SPARC3_TRACEBACK"):
             raise
-        sys.exit(f"sparc3: error: {error}\n(SPARC3_TRACEBACK=1 shows where it was raised.)")
+        sys.exit(f"sparc3: error: {for_terminal(error, keep=chr(10))}\n(SPARC3_TRACEBACK=1 shows where it was raised.)")
