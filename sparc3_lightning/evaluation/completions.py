@@ -144,12 +144,12 @@ def completion_rows(
     return rows
 
 
-def completions_jsonl(rows: Sequence[Completion]) -> str:
-    """Return the content of completions.jsonl: a line for each row, in which letters stand as they are."""
+def save_completions(path: Path, rows: Sequence[Completion]) -> None:
+    """Write completions.jsonl: a line for each row, in which letters stand as they are."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     # Half of a character, as JSON can hold, is nothing that a file could: it stays an escape.
     lines = [line if _is_text(line) else json.dumps(row) for line, row in zip(lines, rows, strict=True)]
-    return "\n".join(lines) + "\n"
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
 def _is_text(line: str) -> bool:
@@ -172,7 +172,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def read_completions(path: Path) -> list[Completion]:
+def load_completions(path: Path) -> list[Completion]:
     """Read completions.jsonl.
 
     Raises:

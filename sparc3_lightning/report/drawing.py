@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.escaping import for_terminal
-from sparc3_lightning.evaluation.completions import COMPLETIONS, read_completions
+from sparc3_lightning.evaluation.completions import COMPLETIONS, load_completions
 from sparc3_lightning.evaluation.results import RESULTS, Results
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.report import page
@@ -30,7 +30,7 @@ EXPERIMENT = "experiment.json"
 
 def _draw_evaluation(folder: Path) -> str:
     results = Results.load(folder / RESULTS)
-    page.write_report(folder / page.REPORT, results, read_completions(folder / COMPLETIONS))
+    page.write_report(folder / page.REPORT, results, load_completions(folder / COMPLETIONS))
     return page.REPORT
 
 

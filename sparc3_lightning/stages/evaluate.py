@@ -22,7 +22,7 @@ from sparc3_lightning.evaluation.completions import (
     Completion,
     CompletionLog,
     completion_rows,
-    completions_jsonl,
+    save_completions,
 )
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings, preference
@@ -39,7 +39,6 @@ from sparc3_lightning.evaluation.results import (
 )
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, list_variants, neurons_of
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
-from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import check
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
@@ -301,7 +300,7 @@ class Evaluation(StoppableModule, Stage):
     @rank_zero_only
     def _write(self) -> None:
         """Write everything that was measured, and only then draw it."""
-        write_atomically(self.folder / COMPLETIONS, completions_jsonl(self.completions))
+        save_completions(self.folder / COMPLETIONS, self.completions)
         if self.neurons is not None:
             beside = Path(self.neurons_path).parent if self.neurons_path else None
             shown = report_inputs(self.folder, self.completions, self.neurons, beside, self.scorers[0])
