@@ -84,13 +84,8 @@ class SparC3Trainer(Trainer):
         """Set the weights of the lowest scores to zero, and write the sparse checkpoint."""
         rank_zero_info(model.compress(Path(self.log_dir or ".")))
 
-    def report(self, model: None, folder: Path) -> None:
-        """Draw page, pictures and model card of a run again, from the files in its folder; no model is loaded.
-
-        Args:
-            model: None.
-            folder: Of a run of evaluate, sweep, prune, circuit, compare or run.
-        """
+    def report(self, model: None) -> None:
+        """Draw page, pictures and model card of a run again, from the files in its folder; no model is loaded."""
 
     def run(self, model: Experiment, plan: Path | None = None) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report.
@@ -183,7 +178,12 @@ class SparC3CLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Add the groups trainer, model and data of one verb, if it was asked for."""
-        if parser.stage in (None, REPORT):
+        if parser.stage is None:
+            return
+        if parser.stage == REPORT:
+            parser.add_argument(
+                "folder", type=Path, help="Of a run of evaluate, sweep, prune, circuit, compare or run."
+            )
             return
         verb = VERBS[parser.stage]
         parser.add_lightning_class_args(self.trainer_class, "trainer")
@@ -226,7 +226,7 @@ class SparC3CLI(LightningCLI):
             super().instantiate_classes()
             return
         self.config_init, self.model, self.datamodule = self.config, None, None
-        self.trainer: Any = self.trainer_class  # whose method of that name says what the verb takes
+        self.trainer = self.trainer_class  # type: ignore[assignment]  # it has a method of that name, as every verb
 
     def _save_config(self) -> None:
         """Save config.yaml for a verb that starts no loop, where the callback would."""
@@ -244,9 +244,9 @@ class SparC3CLI(LightningCLI):
         """Fetch everything."""
         model.prepare(self._options(), Path(self.trainer.log_dir or "."))
 
-    def report(self, folder: Path, **_: object) -> None:
+    def report(self, **_: object) -> None:
         """Draw a run again."""
-        rank_zero_info(f"Drawn: {draw(folder)}")
+        rank_zero_info(f"Drawn: {draw(self.config[REPORT]['folder'])}")
 
     def run(self, model: Experiment, plan: Path | None = None, **_: object) -> None:
         """Run the stages, each as its own verb; in a process of its own where that starts further ones."""

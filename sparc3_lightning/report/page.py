@@ -328,7 +328,12 @@ def _page_environment(offensive: set[str]) -> Any:
         return for_terminal(value, keep="\n\t\r") if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
-        loader=PackageLoader("sparc3_lightning.report"), autoescape=True, finalize=visible, **_LAYOUT
+        loader=PackageLoader("sparc3_lightning.report"),
+        autoescape=True,
+        finalize=visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {
         "pieces": lambda text: pieces(text, offensive),
@@ -346,7 +351,9 @@ def _card_environment() -> Any:
         loader=PackageLoader("sparc3_lightning.report"),
         autoescape=False,
         finalize=lambda value: value if isinstance(value, Safe) else for_markdown(value),
-        **_LAYOUT,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.globals["table"] = _markdown_table
     environment.filters |= {
@@ -355,9 +362,6 @@ def _card_environment() -> Any:
         "command": lambda text: Safe(for_terminal(text)),
     }
     return environment
-
-
-_LAYOUT = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
 
 
 def _markdown_table(head: Iterable[str], rows: Table) -> Safe:
