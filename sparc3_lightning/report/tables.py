@@ -84,7 +84,7 @@ def control_table(results: Results) -> Table:
         row += [*_change(outcome.effect_percent), _percent(outcome.perplexity_percent)]
         row += [f"{outcome.num_draws_with_evidence} of {len(control.draws)}"]
         further = outcome.pruned_less_control
-        row += [f"{further.value:+.4f}", _range(further, 4)]
+        row += [_signed(further.value, 4), _range(further, 4)]
         rows.append((name, *row))
     return rows
 
@@ -143,7 +143,7 @@ def _preference_rows(found: Preference) -> Table:
 def _change_of_preference(effect: Difference, unit: str) -> tuple[str, str]:
     # In percent of a mean margin near 0, a change would say nothing: it is left in nats.
     difference = effect.difference
-    return _change(effect.percent) if unit else (f"{number(difference.value):+.3f}", f"{_range(difference, 3)} nats")
+    return _change(effect.percent) if unit else (_signed(difference.value, 3), f"{_range(difference, 3)} nats")
 
 
 def dose_table(doses: Iterable[Dose]) -> Table:
@@ -201,6 +201,11 @@ def cell(value: float | None, unit: str, digits: int) -> str:
     return f"{_fixed(100 * number(value), digits)} %" if unit == "%" else _fixed(number(value), digits)
 
 
+def _signed(value: float | None, digits: int) -> str:
+    """Return a difference as text; a dash for one that is not known."""
+    return _fixed(number(value), digits, "+") if math.isfinite(number(value)) else UNKNOWN
+
+
 def _fixed(value: float, digits: int, sign: str = "") -> str:
     """Return a number with so many digits after the point, unless it has more before it than a table has room for."""
     return f"{value:{sign}.{digits}{'f' if abs(value) < 1e12 else 'e'}}"
@@ -209,7 +214,8 @@ def _fixed(value: float, digits: int, sign: str = "") -> str:
 def _effect(effect: Difference | None) -> tuple[str, ...]:
     if effect is None:
         return "", "", "", ""
-    return *_change(effect.percent), f"{effect.sign_test_p:.3g}", f"{effect.permutation_test_p:.3g}"
+    tests = (effect.sign_test_p, effect.permutation_test_p)
+    return *_change(effect.percent), *(f"{p:.3g}" if math.isfinite(number(p)) else UNKNOWN for p in tests)
 
 
 def _change(percent: Interval) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Names, prompts and provenance that were written to do something: page, card, tables, terminal and pictures show them."""
+"""Names, prompts and provenance that were written to do something: page, card, tables and pictures show them."""
 
 import csv
 import io
@@ -37,7 +37,6 @@ HOSTILE = {
     "other letters": "名前 🙂 Grüße ﷽",
     "surrogate": "half \ud800",
     "shell": "; rm -rf ~ `reboot` $(reboot)",
-    "empty": "",
     "blank": "  ",
 }
 UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -163,9 +162,6 @@ def test_the_command_in_the_card_has_no_absolute_path(tmp_path, monkeypatch):
     card = (folder / "model_card.md").read_text()
     assert "    sparc3 evaluate --config config.yaml --trainer" in card
     assert str(tmp_path) not in card
-
-
-UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
 @pytest.mark.slow
