@@ -63,10 +63,10 @@ class Sweep(Evaluation):
         """Write what the evaluation writes, and the best list within the budget."""
         super().on_test_end()
         if self.max_perplexity_increase is not None:
-            self._choose(self.max_perplexity_increase)
+            self.choose(self.max_perplexity_increase)
 
     @rank_zero_only
-    def _choose(self, budget: float) -> None:
+    def choose(self, budget: float) -> None:
         """Write the list of least mean toxicity whose perplexity stays within the budget."""
         within = [
             point for point in self.results.doses if point.effect and point.perplexity_percent.value <= 100 * budget

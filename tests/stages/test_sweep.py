@@ -288,7 +288,7 @@ def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path)
     baseline = Model({}, {}, None, {}, [])
     module.results = Findings(headline="toxic", num_failed=0, baseline=baseline, doses=[best])
     module.off, module.completions, module.folder = {best.name: every[:2]}, [], tmp_path
-    module._choose(0.01)
+    module.choose(0.01)
     chosen = NeuronList.load(tmp_path / "chosen/neurons.json")
     assert [n.key for n in chosen.neurons + chosen.next] == [n.key for n in every]
     assert len(chosen.neurons) == 2
