@@ -63,10 +63,11 @@ class Sweep(Evaluation):
     def _write(self) -> None:
         """Write the best list within the budget, and what the evaluation writes."""
         if self.max_perplexity_increase is not None:
-            self._choose(self.max_perplexity_increase)
+            self.choose(self.max_perplexity_increase)
         super()._write()
 
-    def _choose(self, budget: float) -> None:
+    @rank_zero_only
+    def choose(self, budget: float) -> None:
         """Write the list of least mean toxicity whose perplexity stays within the budget."""
         within = [
             point for point in self.results.doses if point.effect and point.perplexity_percent.value <= 100 * budget

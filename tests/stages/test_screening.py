@@ -73,6 +73,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / COMPLETIONS).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_one_command_screens_prompts_attributes_on_the_worst_and_evaluates_on_the_next_worst(capsys, monkeypatch):
     done = cli.main(["run", "--config", "experiment.yaml"])
     folder = Path(done.trainer.log_dir)
