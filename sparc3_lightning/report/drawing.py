@@ -112,7 +112,8 @@ def draw_or_warn(folder: Path) -> bool:
     try:
         draw(folder)
     except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error):.300}"
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        reason = f"{type(cause).__name__}: {first_line(cause):.300}"
         rank_zero_warn(
             for_terminal(f"The results are in {folder}, but not drawn ({reason}). 'sparc3 report {folder}' draws them.")
         )
