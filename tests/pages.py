@@ -70,17 +70,16 @@ def reported(
     rows: list[Any],
     neurons: NeuronList = NEURONS,
     beside: Path | None = None,
-    folder: Path = PAGE.parent,
 ) -> Results:
     """Return results with what a report needs, as an evaluation adds it."""
-    return dataclasses.replace(results, report=report_inputs(folder, rows, neurons, beside, Words()))
+    return dataclasses.replace(results, report=report_inputs(rows, neurons, beside, Words()))
 
 
 def write(results=None, completions=None, neurons: NeuronList = NEURONS, folder: Path | None = None) -> Page:
     given, rows = made_up()
     results = given if results is None else results
     rows = rows if completions is None else completions
-    write_report(PAGE, reported(results, rows, neurons, folder, PAGE.parent), rows)
+    write_report(PAGE, reported(results, rows, neurons, folder), rows)
     page = Page(PAGE.read_text(encoding="utf-8"))
     assert page.stack == [], "a tag is left open"
     return page

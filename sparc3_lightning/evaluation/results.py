@@ -328,7 +328,6 @@ class ReportInputs:
     """What page and model card show beside findings and continuations, so that they can be drawn from files alone.
 
     Args:
-        folder: Of the evaluation, as the command that repeats it names it.
         neurons: The first of those that are off.
         ablation: What was done to them, in words.
         neurons_per_module: How many of them are in each layer.
@@ -338,7 +337,6 @@ class ReportInputs:
             not say.
     """
 
-    folder: str
     neurons: list[Component]
     ablation: str
     neurons_per_module: dict[str, int]

@@ -132,14 +132,13 @@ def pieces(text: str, offensive: set[str]) -> list[tuple[str, bool]]:
 
 
 def report_inputs(
-    folder: Path, completions: Iterable[Completion], neurons: NeuronList, beside: Path | None, scorer: Scorer
+    completions: Iterable[Completion], neurons: NeuronList, beside: Path | None, scorer: Scorer
 ) -> ReportInputs:
     """Return what a report shows beside findings and continuations.
 
     Nothing here may cost the results: what cannot be said is None, with a warning.
 
     Args:
-        folder: Of the evaluation.
         completions: Rows of completions.jsonl.
         neurons: The pruned neurons.
         beside: Folder of neurons.json, which may hold the selection.json of ``sparc3 prune``.
@@ -165,7 +164,6 @@ def report_inputs(
     except Exception as error:  # somebody's own function may fail on single words
         rank_zero_warn(for_terminal(f"No word of the report is masked: {type(error).__name__}: {error}"))
     return ReportInputs(
-        folder=str(folder),
         neurons=neurons.neurons[:NUM_LISTED],
         ablation=neurons.ablation,
         neurons_per_module=dict(Counter(neuron.module for neuron in neurons.neurons)),
@@ -291,7 +289,7 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
             },
             examples=shown,
             any_masked=bool(offensive),
-            again=_again(results, Path(neurons.folder)) if config.is_file() else "",
+            again=_again(results, folder) if config.is_file() else "",
             config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
             settings=to_json(_settings(results, neurons)),
         )
@@ -305,7 +303,7 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
             front_matter=_front_matter(results),
             mark=Safe(MARK),
             verdict=_without_paths(results.verdict, results.protocol.continuations.scorers),
-            again=_again(results, Path(neurons.folder), is_public=True) if config.is_file() else "",
+            again=_again(results, folder, is_public=True) if config.is_file() else "",
         )
     )
     write_atomically(folder / MODEL_CARD, card)
@@ -391,10 +389,10 @@ def _without_paths(text: str, names: Iterable[str]) -> str:
 
 
 def _again(results: Results, folder: Path, is_public: bool = False) -> str:
-    """Return the command that measures it again; where others read it, without the folders above the config."""
-    config = str(folder / "config.yaml")
-    if is_public and (folder.is_absolute() or {"..", "~"} & set(folder.parts)):
-        config = "config.yaml"
+    """Return the command that measures it again; where others read it, without folders that are not below this one."""
+    here, place = Path.cwd(), folder.absolute()
+    folder = place.relative_to(here) if place.is_relative_to(here) else place
+    config = "config.yaml" if is_public and folder.is_absolute() else str(folder / "config.yaml")
     verb = shlex.quote(str(results.config["verb"]))
     return f"sparc3 {verb} --config {shlex.quote(config)} --trainer.logger.init_args.version again"
 

@@ -303,7 +303,7 @@ class Evaluation(StoppableModule, Stage):
         save_completions(self.folder / COMPLETIONS, self.completions)
         if self.neurons is not None:
             beside = Path(self.neurons_path).parent if self.neurons_path else None
-            shown = report_inputs(self.folder, self.completions, self.neurons, beside, self.scorers[0])
+            shown = report_inputs(self.completions, self.neurons, beside, self.scorers[0])
             self.results = replace(self.results, report=shown)
         # Last, since a folder with results counts as complete.
         self.results.save(self.folder / RESULTS)

@@ -63,7 +63,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = replaced_at(results, "protocol/perplexity/text", "pypi:a==1/" + "folder/" * 20 + "text.txt")
     for row in rows:
         row["continuation"] += " " + "o" * 200 + " stupid" * 5
-    write_report(folder / "report.html", reported(results, rows, NEURONS, folder, folder), rows)
+    write_report(folder / "report.html", reported(results, rows, NEURONS, folder), rows)
     return folder / "report.html"
 
 

@@ -157,6 +157,8 @@ def test_the_command_in_the_card_has_no_absolute_path(tmp_path, monkeypatch):
     folder = tmp_path / "my runs"
     folder.mkdir()
     (folder / "config.yaml").write_text("a: 1\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr(pages, "PAGE", folder / "report.html")
     assert f"--config '{folder}/config.yaml'" in write().words
     card = (folder / "model_card.md").read_text()
