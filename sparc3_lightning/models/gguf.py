@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -77,7 +77,8 @@ def _check_header(header: Header) -> None:
     kind = header.metadata.get("general.type", "model")
     if not header.architecture or kind != "model":
         raise ValueError(f"{header.path} holds no language model, but {kind!r} {header.architecture!r}: {WAY_OUT}.")
-    if not isinstance(header.metadata.get("tokenizer.ggml.tokens"), list):
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise refusal(header, "holds no tokenizer")
     said, width = of_model(header), max((max(tensor.shape) for tensor in header.tensors.values()), default=0)
     most = {"block_count": len(header.tensors), "attention.head_count": width, "expert_count": width}
@@ -113,6 +114,7 @@ def _load_model(header: Header, source: Path) -> "PreTrainedModel":
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM  # typed as if it returned the model alone
     options: dict[str, Any] = {"gguf_file": "model.gguf", "trust_remote_code": False}
     with _explained(header):
         config = AutoConfig.from_pretrained(str(source), **options)
@@ -121,7 +123,7 @@ def _load_model(header: Header, source: Path) -> "PreTrainedModel":
         skeleton = AutoModelForCausalLM.from_config(config)
     _check_tensors(header, skeleton)
     with _explained(header):
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = auto.from_pretrained(
             str(source), config=config, dtype=torch.float32, output_loading_info=True, **options
         )
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
@@ -141,7 +143,8 @@ def _check_tensors(header: Header, skeleton: "PreTrainedModel") -> None:
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    config, weights = skeleton.config, {}
+    config = skeleton.config
+    weights: dict[int, tuple[str, int]] = {}
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
         weights.setdefault(id(tensor), (name, tensor.numel()))  # a tied one once
     in_model = sum(count for _, count in weights.values())
@@ -173,11 +176,10 @@ def _save_tokenizer(header: Header, source: Path, folder: Path) -> None:
     """
     from transformers import AutoTokenizer
 
-    tokens = header.metadata["tokenizer.ggml.tokens"]
-    assert isinstance(tokens, list)
+    tokens = cast(list[str], header.metadata["tokenizer.ggml.tokens"])
     begins, ends = (_adds(header, which) for which in ("bos", "eos"))
     with _explained(header):
-        tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file="model.gguf", trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(source), gguf_file="model.gguf", trust_remote_code=False)
         if begins is not None and _added(tokenizer)[0] != begins:
             tokenizer.add_bos_token = begins
         if ends is not None and _added(tokenizer)[1] != ends:
@@ -193,7 +195,7 @@ def _save_tokenizer(header: Header, source: Path, folder: Path) -> None:
         raise refusal(
             header, f"has {len(tokens)} tokens and {rows} embeddings, and the tokenizer comes out with {len(tokenizer)}"
         )
-    found_tokens = tokenizer.convert_ids_to_tokens(range(len(tokens)))
+    found_tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokens))))
     for number, (said, found) in enumerate(zip(tokens, found_tokens, strict=True)):
         if found != said and found not in (said.replace(" ", "\u2581"), _in_bytes(said)):
             raise refusal(
@@ -205,9 +207,9 @@ def _save_tokenizer(header: Header, source: Path, folder: Path) -> None:
             raise refusal(
                 header, f"says tokenizer.ggml.{which}_token_id = {said}, and the tokenizer comes out with {found}"
             )
-    for which, said, found in zip(("bos", "eos"), (begins, ends), _added(tokenizer), strict=True):
-        if said not in (None, found):
-            raise refusal(header, f"says tokenizer.ggml.add_{which}_token = {said}, and the tokenizer does not do so")
+    for which, adds, found in zip(("bos", "eos"), (begins, ends), _added(tokenizer), strict=True):
+        if adds not in (None, found):
+            raise refusal(header, f"says tokenizer.ggml.add_{which}_token = {adds}, and the tokenizer does not do so")
 
 
 def _leave_out_tokens(path: Path, count: int) -> None:

@@ -23,7 +23,6 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "attention.key_length": ("head_dim",),
     "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
-    "attention.value_length": ("head_dim",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "block_count": ("num_hidden_layers",),
     "context_length": ("max_position_embeddings",),
@@ -42,6 +41,7 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "use_parallel_residual": ("use_parallel_residual",),
     "vocab_size": ("vocab_size",),
 }
+_VALUES = "attention.value_length"
 _WINDOWS = ("attention.sliding_window", "attention.sliding_window_pattern")
 _ROPE = ("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa")
 # What a key says where it changes nothing; any other value is refused.
@@ -83,15 +83,17 @@ def complete(config: "PretrainedConfig", header: Header) -> None:
             nobody here knows.
     """
     said = of_model(header)
-    known = {*_NUMBERS, *_WINDOWS, *_ROPE, *_SCALING, *_NO_CHANGE, *_NO_SCALING}
+    known = {*_NUMBERS, _VALUES, *_WINDOWS, *_ROPE, *_SCALING, *_NO_CHANGE, *_NO_SCALING}
     if unknown := sorted(said.keys() - known):
         raise refusal(header, f"says {_spoken(header, unknown[0])}, and what that means is not known here")
     for key, neutral in (_NO_CHANGE | _NO_SCALING).items():
         if key in said and said[key] not in neutral:
             raise refusal(header, f"says {_spoken(header, key)}, which a config of transformers cannot say")
     for key, names in _NUMBERS.items():
-        if (value := said.get(key, _default(key, said))) is not None:
+        if (value := said.get(key, None if key == "feed_forward_length" else _default(key, header))) is not None:
             _set_number(config, header, key, names, value)
+    if said.get(_VALUES, width := _width(config)) != width:
+        raise refusal(header, f"says {_spoken(header, _VALUES)}, and its keys are of width {width}")
     for which, name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
         token = header.metadata.get(f"tokenizer.ggml.{which}_token_id")
         if token is not None and getattr(config, f"{name}_token_id", None) != token:
@@ -126,21 +128,29 @@ def _number(header: Header, key: str, default: float = 0) -> int | float:
     return value
 
 
-def _default(key: str, said: dict[str, Value]) -> Value | None:
-    """Return what llama.cpp takes where a key is not there, if it takes anything."""
-    heads, hidden = said.get("attention.head_count"), said.get("embedding_length")
+def _default(key: str, header: Header) -> int | None:
+    """Return what a number is where no key says it, if anything is known."""
+    heads, hidden = int(_number(header, "attention.head_count")), int(_number(header, "embedding_length"))
+    if not heads:
+        return None
     if key == "attention.head_count_kv":
         return heads
-    if key in ("attention.key_length", "attention.value_length") and isinstance(heads, int) and isinstance(hidden, int):
-        return hidden // heads if heads else None
-    return None
+    if key == "attention.key_length":
+        queries = header.tensors.get("blk.0.attn_q.weight")
+        return (queries.shape[0] if queries else hidden) // heads
+    return 4 * hidden if key == "feed_forward_length" else None
+
+
+def _width(config: "PretrainedConfig") -> int:
+    """Return the width of a head of the attention; 0 of a model without."""
+    heads = getattr(config, "num_attention_heads", 0)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
 
 
 def _set_number(config: "PretrainedConfig", header: Header, key: str, names: Iterable[str], value: Value) -> None:
     if isinstance(value, list) and len(set(value)) == 1:
         value = value[0]
     name = next((name for name in names if hasattr(config, name)), None)
-    said = of_model(header)
     if name == "num_key_value_heads" and isinstance(value, list):
         # LFM2: no heads where a layer is a convolution.
         types = ["full_attention" if heads else "conv" for heads in value]
@@ -149,10 +159,7 @@ def _set_number(config: "PretrainedConfig", header: Header, key: str, names: Ite
     if isinstance(value, str | list):
         raise refusal(header, f"says {_spoken(header, key)}, which a config of transformers cannot say")
     if name is None:
-        # Of what a config has no place for, this is what its model does anyway.
-        hidden = said.get("embedding_length")
-        usual = 4 * hidden if key == "feed_forward_length" and isinstance(hidden, int) else _default(key, said)
-        if value and value != usual and key != "context_length":
+        if value and value != _default(key, header) and key != "context_length":
             raise refusal(header, f"says {_spoken(header, key)}, for which {config.model_type} has no place")
     elif (now := getattr(config, name)) is None or not math.isclose(now, value, rel_tol=1e-6):
         setattr(config, name, value)
@@ -185,11 +192,11 @@ def _set_rope(config: "PretrainedConfig", header: Header, said: dict[str, Value]
         return
     is_nested = any(isinstance(value, dict) for value in parameters.values())
     main = parameters["full_attention"] if is_nested else parameters
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = _width(config)
     num_turned, theta = int(_number(header, "rope.dimension_count") or head), _number(header, "rope.freq_base", 10000.0)
     if other := sorted(main.keys() - _PLAIN_ROPE):
         raise refusal(header, f"does not say the {other[0]} of the positions, which {config.model_type} needs")
-    new = {"rope_type": "default", "rope_theta": theta}
+    new: dict[str, str | float] = {"rope_type": "default", "rope_theta": theta}
     if "partial_rotary_factor" in main:
         new["partial_rotary_factor"] = num_turned / head
     if int(head * float(new.get("partial_rotary_factor", 1.0))) != num_turned:
@@ -213,13 +220,13 @@ def _set_rope(config: "PretrainedConfig", header: Header, said: dict[str, Value]
 
 def _scaling(
     config: "PretrainedConfig", header: Header, said: dict[str, Value], theta: float, num_turned: int
-) -> dict[str, object]:
+) -> dict[str, str | float]:
     """Return the rope parameters of a model that was stretched to longer contexts, or none."""
     if other := sorted(name for name in header.tensors if name.startswith("rope_factors")):
         raise refusal(header, f"holds the tensor {other[0]}, factors for long contexts that transformers does not read")
     kind = said.get("rope.scaling.type", "linear")
     factor = _number(header, "rope.scaling.factor") or _number(header, "rope.scale_linear") or 1.0
-    found: dict[str, object] = {}
+    found: dict[str, str | float] = {}
     if kind not in ("none", "linear", "yarn"):
         raise refusal(header, f"says {_spoken(header, 'rope.scaling.type')}, which is not carried over")
     if kind != "none" and factor != 1.0:
@@ -243,7 +250,9 @@ def _scaling(
     return by_tensor
 
 
-def _llama3(factors: np.ndarray, theta: float, num_turned: int, contexts: Iterable[int]) -> dict[str, object] | None:
+def _llama3(
+    factors: np.ndarray, theta: float, num_turned: int, contexts: Iterable[int]
+) -> dict[str, str | float] | None:
     """Return the rope parameters, in the way of LLaMA 3.1, of which factors were made.
 
     Args:
@@ -255,6 +264,8 @@ def _llama3(factors: np.ndarray, theta: float, num_turned: int, contexts: Iterab
     Returns:
         The parameters, or None if there are none that give these factors to 1 in 100,000.
     """
+    if not np.all(factors > 0.0):
+        return None
     wavelengths = 2 * math.pi * theta ** (np.arange(0, num_turned, 2) / num_turned)
     for context in contexts:
         # 1 where a wave is short and stays as it is, 0 where it is long and stretched by the whole factor.
