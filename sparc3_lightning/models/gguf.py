@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from sparc3_lightning.files import temporary_folder
-from sparc3_lightning.models.gguf_config import ROPE_FACTORS, WAY_OUT, complete, of_model, refusal
+from sparc3_lightning.models.gguf_config import ROPE_FACTORS, WAY_OUT, Refused, complete, of_model, refusal
 from sparc3_lightning.models.gguf_header import Header
 from sparc3_lightning.sources import cache_folder, first_line, sha256_of
 
@@ -80,6 +80,8 @@ def _check_header(header: Header) -> None:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise refusal(header, "holds no tokenizer")
+    if not isinstance(header.metadata.get("tokenizer.chat_template", ""), str):
+        raise refusal(header, "has a tokenizer.chat_template that is no text")
     said, width = of_model(header), max((max(tensor.shape) for tensor in header.tensors.values()), default=0)
     most = {"block_count": len(header.tensors), "attention.head_count": width, "expert_count": width}
     for key, largest in most.items():
@@ -95,7 +97,7 @@ def _explained(header: Header) -> Iterator[None]:
     """Turn whatever transformers raises for a file into one sentence."""
     try:
         yield
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, Refused):
         raise
     except Exception as error:  # of any kind: a key, an index, a shape, a type that the file gets wrong
         reason = f"{type(error).__name__}: {first_line(error).split('. ')[0].rstrip('.'):.200}"
@@ -118,11 +120,10 @@ def _load_model(header: Header, source: Path) -> "PreTrainedModel":
     options: dict[str, Any] = {"gguf_file": "model.gguf", "trust_remote_code": False}
     with _explained(header):
         config = AutoConfig.from_pretrained(str(source), **options)
-    complete(config, header)
-    with _explained(header), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    _check_tensors(header, skeleton)
-    with _explained(header):
+        complete(config, header)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        _check_tensors(header, skeleton)
         model, loaded = auto.from_pretrained(
             str(source), config=config, dtype=torch.float32, output_loading_info=True, **options
         )
@@ -196,19 +197,19 @@ def _save_tokenizer(header: Header, source: Path, folder: Path) -> None:
             header, f"has {len(tokens)} tokens and {rows} embeddings, and the tokenizer comes out with {len(tokenizer)}"
         )
     found_tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokens))))
-    for number, (said, found) in enumerate(zip(tokens, found_tokens, strict=True)):
-        if found != said and found not in (said.replace(" ", "\u2581"), _in_bytes(said)):
+    for place, (token, found) in enumerate(zip(tokens, found_tokens, strict=True)):
+        if found != token and found not in (token.replace(" ", "\u2581"), _in_bytes(token)):
             raise refusal(
-                header, f"has the token {number} {said!r:.80}, and the tokenizer comes out with {found!r:.80}"
+                header, f"has the token {place} {token!r:.80}, and the tokenizer comes out with {found!r:.80}"
             )
     for which, name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
-        said, found = header.metadata.get(f"tokenizer.ggml.{which}_token_id"), getattr(tokenizer, f"{name}_token_id")
-        if said is not None and said != found:
+        said, number = header.metadata.get(f"tokenizer.ggml.{which}_token_id"), getattr(tokenizer, f"{name}_token_id")
+        if said is not None and said != number:
             raise refusal(
-                header, f"says tokenizer.ggml.{which}_token_id = {said}, and the tokenizer comes out with {found}"
+                header, f"says tokenizer.ggml.{which}_token_id = {said}, and the tokenizer comes out with {number}"
             )
-    for which, adds, found in zip(("bos", "eos"), (begins, ends), _added(tokenizer), strict=True):
-        if adds not in (None, found):
+    for which, adds, does in zip(("bos", "eos"), (begins, ends), _added(tokenizer), strict=True):
+        if adds not in (None, does):
             raise refusal(header, f"says tokenizer.ggml.add_{which}_token = {adds}, and the tokenizer does not do so")
 
 

@@ -41,6 +41,8 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "use_parallel_residual": ("use_parallel_residual",),
     "vocab_size": ("vocab_size",),
 }
+_EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+_NEEDED = (("block_count",), ("context_length",), ("embedding_length",), _EPSILONS)
 _VALUES = "attention.value_length"
 _WINDOWS = ("attention.sliding_window", "attention.sliding_window_pattern")
 _ROPE = ("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa")
@@ -71,6 +73,10 @@ _LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}
 _LLAMA3_CONTEXT = 8192
 
 
+class Refused(ValueError):
+    """A file that would not come out as it is, in one sentence with the way out."""
+
+
 def complete(config: "PretrainedConfig", header: Header) -> None:
     """Bring into a config what transformers did not take from the file's metadata.
 
@@ -79,13 +85,16 @@ def complete(config: "PretrainedConfig", header: Header) -> None:
         header: Of the file.
 
     Raises:
-        ValueError: If the metadata says something about the model that a config of its kind cannot say, or that
-            nobody here knows.
+        Refused: If the metadata says something about the model that a config of its kind cannot say, or that nobody
+            here knows, or if it lacks what transformers would guess.
     """
     said = of_model(header)
     known = {*_NUMBERS, _VALUES, *_WINDOWS, *_ROPE, *_SCALING, *_NO_CHANGE, *_NO_SCALING}
     if unknown := sorted(said.keys() - known):
         raise refusal(header, f"says {_spoken(header, unknown[0])}, and what that means is not known here")
+    for keys in _NEEDED:
+        if not said.keys() & keys:
+            raise refusal(header, f"lacks the key {header.architecture}.{keys[0]}")
     for key, neutral in (_NO_CHANGE | _NO_SCALING).items():
         if key in said and said[key] not in neutral:
             raise refusal(header, f"says {_spoken(header, key)}, which a config of transformers cannot say")
@@ -112,9 +121,9 @@ def of_model(header: Header) -> dict[str, Value]:
     return {key.removeprefix(start): value for key, value in header.metadata.items() if key.startswith(start)}
 
 
-def refusal(header: Header, reason: str) -> ValueError:
-    """Return the error for a file that would not come out as it is."""
-    return ValueError(f"{header.path} {reason}: {WAY_OUT}.")
+def refusal(header: Header, reason: str) -> Refused:
+    """Return the error for a file, with the way out."""
+    return Refused(f"{header.path} {reason}: {WAY_OUT}.")
 
 
 def _spoken(header: Header, key: str) -> str:
@@ -123,7 +132,7 @@ def _spoken(header: Header, key: str) -> str:
 
 def _number(header: Header, key: str, default: float = 0) -> int | float:
     value = of_model(header).get(key, default)
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or not math.isfinite(value):
         raise refusal(header, f"says {_spoken(header, key)}, which is no number")
     return value
 
@@ -156,7 +165,7 @@ def _set_number(config: "PretrainedConfig", header: Header, key: str, names: Ite
         types = ["full_attention" if heads else "conv" for heads in value]
         if types == getattr(config, "layer_types", None) and {*value} == {0, config.num_key_value_heads}:
             return
-    if isinstance(value, str | list):
+    if isinstance(value, str | list) or not math.isfinite(value):
         raise refusal(header, f"says {_spoken(header, key)}, which a config of transformers cannot say")
     if name is None:
         if value and value != _default(key, header) and key != "context_length":

@@ -217,6 +217,11 @@ def test_tensors_without_a_place_and_places_without_a_tensor_are_refused(
         ("llama.embedding_length", 1 << 31),
         ("llama.vocab_size", 299),
         ("llama.attention.layer_norm_rms_epsilon", "small"),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan")),
+        ("llama.attention.layer_norm_rms_epsilon", None),
+        ("llama.context_length", None),
+        ("llama.rope.scaling.factor", float("inf")),
+        ("llama.vocab_size", 0.5),
         ("llama.rope.freq_base", "large"),
     ],
 )
@@ -323,6 +328,7 @@ def test_special_tokens_are_those_of_the_file(key: str, name: str, tmp_path: Pat
         },
         {"tokenizer.ggml.tokens": None},
         {"tokenizer.ggml.merges": ["th e q"]},
+        {"tokenizer.chat_template": 7},
         {"tokenizer.ggml.model": "rwkv"},
     ],
 )
