@@ -208,6 +208,10 @@ def _save_tokenizer(header: Header, source: Path, folder: Path) -> None:
             raise refusal(
                 header, f"says tokenizer.ggml.{which}_token_id = {said}, and the tokenizer comes out with {number}"
             )
+    if header.metadata.get("tokenizer.ggml.model") == "llama":
+        blank, has_blank = header.metadata.get("tokenizer.ggml.add_space_prefix"), _begins_with_blank(tokenizer)
+        if blank not in (None, has_blank):
+            raise refusal(header, f"says tokenizer.ggml.add_space_prefix = {blank}, and the tokenizer does not do so")
     for which, adds, does in zip(("bos", "eos"), (begins, ends), _added(tokenizer), strict=True):
         if adds not in (None, does):
             raise refusal(header, f"says tokenizer.ggml.add_{which}_token = {adds}, and the tokenizer does not do so")
@@ -237,6 +241,11 @@ def _adds(header: Header, which: str) -> bool | None:
     if said is None or header.metadata.get(f"tokenizer.ggml.{which}_token_id") is None:
         return None
     return bool(said)
+
+
+def _begins_with_blank(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Tell whether a tokenizer puts a blank before a text, as those of SentencePiece do."""
+    return tokenizer.tokenize("a")[0].startswith("\u2581")
 
 
 def _added(tokenizer: "PreTrainedTokenizerBase") -> tuple[bool, bool]:

@@ -3,6 +3,8 @@
 import os
 import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,33 @@ def test_what_a_killed_process_left_of_a_gguf_file_is_swept(gguf_model: tuple[Pa
         (folder / "model.safetensors").write_bytes(bytes(100))
     folder = Path(Checkpoint(str(gguf_model[0])).location)
     assert names(cache / "gguf") == sorted([going_on.name, folder.name])
+
+
+SLOW_TO_SAVE = """
+import sys, time, transformers
+from sparc3_lightning.models.checkpoints import Checkpoint
+
+def save_pretrained(self, folder):
+    print("saving", flush=True)
+    time.sleep(600)
+
+transformers.PreTrainedModel.save_pretrained = save_pretrained
+Checkpoint(sys.argv[1]).location
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_while_a_gguf_file_is_dequantized_leaves_nothing_at_the_next_start(
+    gguf_model: tuple[Path, Any], cache: Path
+) -> None:
+    path = str(gguf_model[0])
+    with subprocess.Popen([sys.executable, "-c", SLOW_TO_SAVE, path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "saving\n"
+        process.kill()
+    assert [name[0] for name in names(cache / "gguf")] == ["."]
+    folder = Path(Checkpoint(path).location)
+    assert names(cache / "gguf") == [folder.name]
 
 
 @pytest.mark.parametrize("kept", [0, 10, 1000, -1000, -1])
