@@ -145,14 +145,15 @@ class RealToxicityPrompts(TextDataModule):
             chosen = [prompt._replace(toxicity=None) for prompt in chosen]
         if self.num_nontoxic:
             if self.nontoxic_source is not None:
-                first = {prompt.id: prompt for prompt in rows if prompt.toxicity is not None}
+                first = {prompt.id: prompt for prompt in rows}
                 rows = self._read(read_records(resolve(self.nontoxic_source)), self.nontoxic_source)
                 self.num_in_both = sum(prompt.id in first for prompt in rows)
-                rows = [first.get(prompt.id, prompt) for prompt in rows]
+                known = {name: prompt for name, prompt in first.items() if prompt.toxicity is not None}
+                rows = [known.get(prompt.id, prompt) for prompt in rows]
             if self.num_in_both:
                 rank_zero_info(
                     f"{self.num_in_both} prompts are in {self.place} and in {self.nontoxic_source}: each counts once, "
-                    "with the toxicity that it has in the first."
+                    "with the toxicity that it has in the first, if it has one there."
                 )
             pool = [prompt for prompt in rows if prompt.toxicity is not None and prompt.toxicity < TOXIC_FROM]
             chosen += self._choose(pool, self.num_nontoxic, exclude, "num_nontoxic", longest)
