@@ -63,7 +63,22 @@ class WheelFile(NamedTuple):
 
 def cache_folder() -> Path:
     """Return the folder of fetched files: ``$SPARC3_CACHE``, by default ``~/.cache/sparc3_lightning``."""
-    return Path(os.environ.get("SPARC3_CACHE") or Path.home() / ".cache" / "sparc3_lightning")
+    return Path(os.environ.get("SPARC3_CACHE") or at_home("~/.cache/sparc3_lightning"))
+
+
+def at_home(path: str | Path) -> Path:
+    """Return a path with the home folder in place of ~, if it begins with that.
+
+    Raises:
+        ValueError: If there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{path}: there is no such home folder (is HOME set?). Give the whole path; in place of that of the cache "
+            "set SPARC3_CACHE."
+        ) from None
 
 
 def sha256_of(path: Path) -> str:
