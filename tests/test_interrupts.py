@@ -188,18 +188,29 @@ cli.entry_point()
 """
 
 
+def start(moment: str, checkpoint: str) -> "subprocess.Popen[str]":
+    """Start an attribution, and return its process once it waits at a moment."""
+    samples = ["--data", "ToxicPrompts", "--data.source", "rows.jsonl", "--data.num_samples", "12"]
+    options = ["--model.checkpoint", checkpoint, *samples, "--trainer.accelerator", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, moment, "attribute", *options, "--trainer.enable_progress_bar", "false"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    if "waiting\n" not in iter(process.stdout.readline, ""):
+        pytest.fail(process.stderr.read())
+    return process
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_in_a_shell_the_load_of_a_model_ends_with_a_line_and_no_traceback(tiny_checkpoint, number, code):
     data()
-    options = ["--model.checkpoint", tiny_checkpoint, "--data", "ToxicPrompts", "--data.source", "rows.jsonl"]
-    command = [sys.executable, "-c", RUN, "load", "attribute", *options, "--trainer.accelerator", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=1
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "waiting\n"
+    process = start("load", tiny_checkpoint)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
@@ -212,13 +223,7 @@ def test_in_a_shell_the_load_of_a_model_ends_with_a_line_and_no_traceback(tiny_c
 @pytest.mark.slow
 def test_in_a_shell_the_second_ctrl_c_ends_a_loop_that_does_not_come_to_its_end(tiny_checkpoint):
     data()
-    options = ["--model.checkpoint", tiny_checkpoint, "--data", "ToxicPrompts", "--data.source", "rows.jsonl"]
-    command = [sys.executable, "-c", RUN, "step", "attribute", *options, "--trainer.accelerator", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    while process.stdout.readline() != "waiting\n":
-        assert process.poll() is None
+    process = start("step", tiny_checkpoint)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None, "the batch is not done"
