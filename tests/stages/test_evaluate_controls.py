@@ -93,6 +93,10 @@ def test_every_model_of_the_plan_continues_every_prompt_as_often_as_was_asked(wh
         "source": "prompts.jsonl",
         "nontoxic_source": "mild.jsonl",
         "excluded": 3,
+        "too_long": 0,
+        "in_both": 0,
+        "chat": False,
+        "bos": False,
     }
 
 
@@ -122,7 +126,7 @@ def test_perplexity_and_divergence_of_every_model_are_those_of_a_slow_loop_with_
 ):
     model = load_model(tiny_checkpoint, torch.float32)
     of = data()
-    of.text.setup_windows(whole.model.data.prompts._tokenizer)
+    of.text.setup_windows(whole.model.data.prompts.tokens.tokenizer)
 
     def logs() -> list[torch.Tensor]:
         """Return the log-probabilities at every scored position of every sliding window."""
