@@ -34,7 +34,8 @@ def tiny(family: str = "llama", **changes: Any) -> Any:
     torch.manual_seed(0)
     if family in OTHERS:
         kind, model_class = OTHERS[family]
-        config = kind(**make_config("llama", **sizes).to_dict() | changes | {"model_type": family})
+        named = make_config("llama", **sizes).to_dict() | changes
+        config = kind(**{key: value for key, value in named.items() if key not in ("model_type", "hidden_act")})
     else:
         config, model_class = make_config(family, **sizes), FAMILIES[family][1]
     model = model_class(config).eval().requires_grad_(False)

@@ -224,8 +224,11 @@ def _set_rope(config: "PretrainedConfig", header: Header, said: dict[str, Value]
         )
     else:
         config.rope_parameters = new
-    read_again = type(config).from_dict(config.to_dict())
-    if read_again.rope_parameters != config.rope_parameters:
+    try:
+        read_again = type(config).from_dict(config.to_dict()).rope_parameters
+    except (KeyError, TypeError, ValueError):
+        read_again = None
+    if read_again != config.rope_parameters:
         raise refusal(header, f"scales its positions by {new['rope_type']!r}, which {config.model_type} cannot")
 
 
