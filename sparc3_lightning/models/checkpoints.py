@@ -171,9 +171,15 @@ class Checkpoint:
 
     def check_context(self, num_tokens: int, way_out: str) -> None:
         """Raise ValueError, with the way out, if a sample is longer than the model's context."""
-        context = getattr(self.config, "max_position_embeddings", None)
-        if context is not None and num_tokens > context:
-            raise ValueError(f"The longest sample has {num_tokens} tokens, the model's context {context}: {way_out}.")
+        if self.context is not None and num_tokens > self.context:
+            raise ValueError(
+                f"The longest sample has {num_tokens} tokens, the model's context {self.context}: {way_out}."
+            )
+
+    @property
+    def context(self) -> int | None:
+        """Number of tokens of the model's context; None if the config does not say it."""
+        return getattr(self.config, "max_position_embeddings", None)
 
     def load(self, dtype: torch.dtype) -> "PreTrainedModel":
         """Load the model on the CPU, in evaluation mode, with frozen weights.
