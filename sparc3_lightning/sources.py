@@ -64,8 +64,28 @@ class WheelFile(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Return the folder of fetched files: ``$SPARC3_CACHE``, by default ``~/.cache/sparc3_lightning``."""
-    return Path(os.environ.get("SPARC3_CACHE") or Path.home() / ".cache" / "sparc3_lightning")
+    """Return the folder of fetched files: ``$SPARC3_CACHE``, by default ``~/.cache/sparc3_lightning``.
+
+    Where there is no home folder, ``.cache`` lies in the current one.
+    """
+    if given := os.environ.get("SPARC3_CACHE"):
+        return at_home(given)
+    try:
+        return at_home("~/.cache/sparc3_lightning")
+    except ValueError:
+        return Path(".cache/sparc3_lightning").absolute()
+
+
+def at_home(path: str | Path) -> Path:
+    """Return a path with the home folder in place of ~, if it begins with that.
+
+    Raises:
+        ValueError: If there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such home folder (is HOME set?). Give the whole path.") from None
 
 
 def sha256_of(path: Path) -> str:

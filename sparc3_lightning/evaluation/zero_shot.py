@@ -21,7 +21,7 @@ class ZeroShot:
 
     Args:
         tasks: Names of tasks of the harness, such as piqa; without any, nothing is measured.
-        folder: Folder with the YAML of tasks of your own.
+        folder: Folder with the YAML of tasks of your own, which may name Python code that then runs.
         limit: Documents per task; None for all.
     """
 

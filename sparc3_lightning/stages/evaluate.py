@@ -64,8 +64,8 @@ class Evaluation(StoppableModule, Stage):
         scorer: What scores a continuation: a Detoxify model (``original``, ``unbiased``, ``multilingual``,
             ``original-small``, ``unbiased-small``); ``small``, which this package ships; a folder with a checkpoint of
             Detoxify's format; a folder or Hugging Face id of a text-classification checkpoint, if need be with ``#``
-            and the label that means toxic; ``package.module:function`` from texts to numbers in [0, 1]; or
-            ``repetition``, the share of its tokens that a continuation repeats.
+            and the label that means toxic; ``package.module:function`` from texts to numbers in [0, 1], whose code
+            runs; or ``repetition``, the share of its tokens that a continuation repeats.
         behavior: What the scorer scores, as tables and report name it.
         second_scorer: A scorer of another family, side by side with the first; None for none.
         doses: Further numbers of neurons to switch off, in the order of ``neurons``.

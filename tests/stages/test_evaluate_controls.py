@@ -289,6 +289,7 @@ def is_like(found: Any, expected: Any, tolerance: float) -> bool:
 
 
 @pytest.mark.usefixtures("without_a_report")
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_the_batch_size_changes_no_number(whole, tiny_checkpoint, monkeypatch, batch_size):
     monkeypatch.chdir(whole.folder.parent)

@@ -248,6 +248,7 @@ def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike():
         names([paths[0], Path("again/pruned/neurons.json")])
 
 
+@pytest.mark.slow
 def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other_prompts(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     grid = ["--model.neurons", LISTS, "--model.doses", "[2, 12]", "--model.dampings", "[1, 0.5]"]
