@@ -20,7 +20,7 @@ from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.completions import Completion, CompletionLog, completion_rows
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings, preference
-from sparc3_lightning.evaluation.generation import SamplingOptions, continue_prompts, draw_keys
+from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, continue_prompts, draw_keys
 from sparc3_lightning.evaluation.metrics import PairRow, Perplexity, pair_rows
 from sparc3_lightning.evaluation.results import (
     ContinuationProtocol,
@@ -35,7 +35,7 @@ from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_ta
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import check
-from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
+from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.report.verdict import verdict
@@ -163,10 +163,10 @@ class Evaluation(StoppableModule, Stage):
                 )
         if any(pruned.granularity == "weight" for pruned in self.lists.values()):
             check_is_whole(self)
-        if self.lists:
-            skeleton = self.checkpoint.skeleton()
-            for neurons in self.lists.values():
-                check(skeleton, neurons.all())
+        skeleton = self.checkpoint.skeleton()
+        for neurons in self.lists.values():
+            check(skeleton, neurons.all())
+        check_can_be_measured(skeleton)
         fetch_tasks(self.zero_shot)
         self._resume()
         rank_zero_info(
@@ -318,6 +318,16 @@ class Evaluation(StoppableModule, Stage):
         if not isinstance(data := getattr(self.trainer, "datamodule", None), EvaluationData):
             raise TypeError(f"Evaluation needs the data module EvaluationData, got {data!r}.")
         return data
+
+
+def check_can_be_measured(skeleton: PreTrainedModel) -> None:
+    """Raise ValueError if the architecture has no continuations or no perplexity; the model is used up.
+
+    Args:
+        skeleton: A model on the meta device.
+    """
+    check_can_continue(skeleton)
+    check_logits(skeleton)
 
 
 def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
