@@ -102,10 +102,12 @@ def check_logits(model: "PreTrainedModel") -> None:
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    head = model.get_output_embeddings()
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    if head is None or head is decoder:
+        raise ValueError(f"{type(model).__name__} has no decoder before its head: there is no perplexity of it.")
     width = head.weight.shape[1]
     hidden, weight = torch.linspace(-1, 1, 2 * width).view(1, 2, -1), torch.linspace(-1, 1, 4 * width).view(4, -1)
-    model.get_decoder().forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+    decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
     head.forward = lambda hidden: hidden @ weight.T
     with torch.no_grad():
         try:
