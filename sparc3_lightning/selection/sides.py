@@ -22,50 +22,55 @@ def check_sides(general: Sequence[Scores], behavior: Scores, harmless: Scores | 
     """
     sides = [("general", file) for file in general] + [("behavior", behavior)]
     sides += [] if harmless is None else [("harmless", harmless)]
-    for i, (option, file) in enumerate(sides):
-        for other_option, other in sides[:i]:
-            if are_of_same_samples(file.provenance, other.provenance):
+    check_are_different(sides)
+    for option, file in sides:
+        swapped = option != "behavior" and are_swapped(file.provenance.data, behavior.provenance.data)
+        if swapped:
+            raise OptionError(
+                option,
+                f"{file.path} is of toxic prompts and {behavior.path} is of others, so that --.{option} and --.behavior "
+                "are swapped: exchange them.",
+            )
+        if swapped is None:
+            rank_zero_warn(
+                f"{file.path} is of toxic prompts, but is given as --model.{option}: it may be swapped with "
+                f"--model.behavior ({behavior.path})."
+            )
+
+
+def check_are_different(files: Sequence[tuple[str, Scores]]) -> None:
+    """Raise ValueError if two score files are scores of one kind of the same samples.
+
+    Args:
+        files: Each with the option that names it.
+    """
+    for i, (option, file) in enumerate(files):
+        for other_option, other in files[:i]:
+            if _are_of_same_samples(file.provenance, other.provenance):
                 raise OptionError(
                     option,
                     f"{other.path} (--.{other_option}) and {file.path} (--.{option}) are scores of one kind of the "
                     "same samples, so that they are no two seeds or sides: leave one out, or attribute on others.",
                 )
-    of_behavior = behavior.provenance.data
-    for option, file in sides:
-        if option != "behavior":
-            check_not_swapped(option, file.provenance.data, of_behavior, str(file.path), str(behavior.path))
 
 
-def are_of_same_samples(one: Provenance, other: Provenance) -> bool:
+def _are_of_same_samples(one: Provenance, other: Provenance) -> bool:
     """Tell whether two score files hold the same scores of the same samples."""
     # The seed of the run is in nothing but random scores.
     is_other = one.spec.method == "random" and one.seed != other.seed
     return one.data_fingerprint == other.data_fingerprint and one.shared() == other.shared() and not is_other
 
 
-def check_not_swapped(option: str, theirs: Mapping[str, object], behavior: Mapping[str, object], *names: str) -> None:
-    """Raise ValueError if the samples of one side are toxic and the behaviour's are not; warn where it only seems so.
+def are_swapped(theirs: Mapping[str, object], behavior: Mapping[str, object]) -> bool | None:
+    """Tell whether the samples of another side are toxic prompts and the behaviour's are not; None if it only seems so.
 
     Args:
-        option: Of the other side.
-        theirs: Class and options of its samples.
-        behavior: Class and options of the behaviour's samples.
-        names: What to call the two in the error.
+        theirs: Class and options of the data module of the other side.
+        behavior: Of the behaviour.
     """
-    if chosen_by(theirs) != "toxicity":
-        return
-    one, other = names
-    if chosen_by(behavior) == "nothing":
-        raise OptionError(
-            option,
-            f"{one} is of toxic prompts and {other} is of others, so that --.{option} and --.behavior are swapped: "
-            "exchange them.",
-        )
-    if chosen_by(behavior) is None:
-        rank_zero_warn(
-            f"{one} is of toxic prompts, but is given as --model.{option}: it may be swapped with --model.behavior "
-            f"({other})."
-        )
+    if chosen_by(theirs) != "toxicity" or chosen_by(behavior) == "toxicity":
+        return False
+    return True if chosen_by(behavior) == "nothing" else None
 
 
 def chosen_by(data: Mapping[str, object]) -> Literal["toxicity", "nothing"] | None:

@@ -20,6 +20,7 @@ from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, w
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.export import Copy, check_export, copied, export_dtype_of
 from sparc3_lightning.provenance import git_hash, versions
+from sparc3_lightning.selection.sides import check_are_different
 from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
 from sparc3_lightning.stages.base import Stage
 
@@ -110,6 +111,7 @@ class Compression(Stage):
         self.begin(folder)
         files = [load_index(path, "general") for path in self.general]
         check_match(files)
+        check_are_different([("general", file) for file in files])
         source = files[0].provenance
         checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
         num_parameters = _check_layers(files[0], checkpoint)

@@ -22,7 +22,7 @@ from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.export import check_export, export_dtype_of
 from sparc3_lightning.models.neurons import check_are_neurons, columns_of
 from sparc3_lightning.scorers.base import split_label
-from sparc3_lightning.selection.sides import check_not_swapped
+from sparc3_lightning.selection.sides import are_swapped
 from sparc3_lightning.sources import is_local, sha256_of
 from sparc3_lightning.stages.attribute import Attribution, file_of
 from sparc3_lightning.stages.base import Stage
@@ -106,8 +106,8 @@ class Plan:
         of_behavior = attribution_options({**options["attribute"], **self.behavior_attribute, **self.model})
         check_attributions(of_general, of_behavior)
         check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
-        general, behavior = (_described(options[side]) for side in ("general", "behavior"))
-        check_not_swapped("general", general, behavior, "--general", "--behavior")
+        if are_swapped(_described(options["general"]), _described(options["behavior"])):
+            raise ValueError("--general is of toxic prompts and --behavior is of others: exchange the two.")
         screened: list[StageRun] = []
         if options.get("screen") is not None:
             screened.append(self._stage("screen", Evaluation, options, screening(options, self.model), RESULTS))

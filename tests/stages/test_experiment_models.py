@@ -91,6 +91,13 @@ def test_a_multimodal_checkpoint_is_refused_at_once_by_the_experiment_and_by_eac
         Attribution("model", method=method).checkpoint.skeleton()  # type: ignore[arg-type]
 
 
+def test_swapped_sides_are_refused(due: Any) -> None:
+    toxic = "{class_path: sparc3_lightning.data.ToxicPrompts, init_args: {source: prompts.jsonl, min_toxicity: 0.9}}"
+    of_c4 = "{class_path: sparc3_lightning.data.C4, init_args: {source: null}}"
+    with pytest.raises(ValueError, match="--general is of toxic prompts and --behavior is of others: exchange the two"):
+        due("--general", toxic, "--behavior", of_c4, "--model.general_seeds", "[0]", run_stage=must_not_run)
+
+
 def test_a_model_is_not_checked_once_all_stages_are_done(due: Any, tiny_checkpoint: str) -> None:
     assert due() == ALL
     shutil.rmtree("out")
