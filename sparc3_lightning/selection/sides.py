@@ -28,8 +28,8 @@ def check_sides(general: Sequence[Scores], behavior: Scores, harmless: Scores | 
         if swapped:
             raise OptionError(
                 option,
-                f"{file.path} is of toxic prompts and {behavior.path} is of others, so that --.{option} and --.behavior "
-                "are swapped: exchange them.",
+                f"{file.path} is of toxic prompts and {behavior.path} is of others, so that --.{option} and "
+                "--.behavior are swapped: exchange them.",
             )
         if swapped is None:
             rank_zero_warn(
