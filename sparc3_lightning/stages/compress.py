@@ -22,7 +22,7 @@ from sparc3_lightning.models.export import Copy, check_export, copied, export_dt
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.selection.sides import check_are_different
 from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
-from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.base import Stage, paths_of
 
 SPARSITY = "sparsity.json"
 
@@ -75,7 +75,7 @@ class Compression(Stage):
 
     def __init__(
         self,
-        general: Sequence[Path],
+        general: tuple[Path, ...] | Path,
         export: Path,
         sparsity: float = 0.5,
         pattern: str = "row",
@@ -88,7 +88,7 @@ class Compression(Stage):
         if Path(export).exists():
             raise OptionFileExistsError("export", f": {export} exists already; nothing was overwritten.")
         self.save_hyperparameters()
-        self.general = [Path(path) for path in general]
+        self.general = paths_of(general)
         self.export = Path(export)
         self.sparsity = sparsity
         self.pattern = pattern
@@ -117,6 +117,7 @@ class Compression(Stage):
         num_parameters = _check_layers(files[0], checkpoint)
         dtype = export_dtype_of(self.export_dtype)
         check_export(checkpoint, list(files[0].shapes), "weight", self.export, dtype=dtype)
+        self.keep_config()
         with copied(checkpoint, self.export, dtype) as copy:
             found = zero_(copy.model, _held(copy, Ranking(files).masks(self.sparsity, self.pattern)))
         share = found.num_pruned / num_parameters

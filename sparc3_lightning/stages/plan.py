@@ -27,23 +27,12 @@ from sparc3_lightning.sources import is_local, sha256_of
 from sparc3_lightning.stages.attribute import Attribution, file_of
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation, check_can_be_measured
+from sparc3_lightning.stages.folders import without_none
 from sparc3_lightning.stages.prune import NEURONS, Pruning
+from sparc3_lightning.stages.trainer_options import NOT_RESULTS
 
 Config = dict[str, Any]  # options as plain values, as in YAML
 T = TypeVar("T")
-
-# Options of Lightning's trainer that change where or how fast a stage runs, not what it computes.
-NOT_RESULTS = {
-    "callbacks",
-    "default_root_dir",
-    "devices",
-    "enable_model_summary",
-    "enable_progress_bar",
-    "log_every_n_steps",
-    "logger",
-    "num_nodes",
-    "strategy",
-}
 
 
 @dataclass(frozen=True)
@@ -176,7 +165,7 @@ class Plan:
         trainer = {key: value for key, value in options["trainer"].items() if key not in NOT_RESULTS}
         seed = options["seed_everything"]
         # Options that are None are left out, so that a new option with that default does not make old results unknown.
-        identity = [stage.verb, version("sparc3_lightning"), seed, _without_none(trainer), _without_none(config)]
+        identity = [stage.verb, version("sparc3_lightning"), seed, without_none(trainer), without_none(config)]
         files = digests_of(stage, config, made)
         digest = hashlib.sha256(json.dumps([*identity, files], sort_keys=True).encode()).hexdigest()[:8]
         config = {"seed_everything": seed, "trainer": copy.deepcopy(options["trainer"]), **copy.deepcopy(config)}
@@ -369,9 +358,3 @@ def _described(data: Config) -> Config:
 
 def _takes_seed(data: Config) -> bool:
     return "seed" in signature(_class_of(data)).parameters
-
-
-def _without_none(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return value

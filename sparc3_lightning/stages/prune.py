@@ -33,7 +33,7 @@ from sparc3_lightning.selection.neuron_selection import (
 )
 from sparc3_lightning.selection.sides import check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
-from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.base import Stage, paths_of
 
 NEURONS = "neurons.json"
 SELECTION = "selection.json"
@@ -82,7 +82,7 @@ class Pruning(Stage):
 
     def __init__(
         self,
-        general: Sequence[Path],
+        general: tuple[Path, ...] | Path,
         behavior: Path,
         harmless: Path | None = None,
         criterion: CriterionName = "difference",
@@ -127,7 +127,7 @@ class Pruning(Stage):
         if export is not None and Path(export).exists():
             raise OptionFileExistsError("export", f": {export} exists already; nothing was overwritten.")
         self.save_hyperparameters()
-        self.general = [Path(path) for path in general]
+        self.general = paths_of(general)
         self.behavior = Path(behavior)
         self.harmless = None if harmless is None else Path(harmless)
         self.criterion: CriterionName = criterion
@@ -169,6 +169,7 @@ class Pruning(Stage):
                 "budget.max_perplexity_increase", "needs a text: --data C4 --data.source <file> and so on."
             )
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
+        self.keep_config()
         provenance |= {} if found.budget is None else {"budget": asdict(found.budget)}
         provenance |= {"criterion": self.criterion, "ablation": self.ablation}
         provenance["damping"] = found.chosen[0].damping
