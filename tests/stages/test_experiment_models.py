@@ -18,6 +18,7 @@ SIZES = {
     **{"vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
 }
+NOTHING = {f"nothing.{i}": torch.zeros(1) for i in range(9)}
 WANDA = ("--attribute.method", "wanda")
 
 
@@ -30,7 +31,7 @@ def write_checkpoint(model_type: str, **options: Any) -> str:
     Path("model").mkdir()
     config = CONFIG_MAPPING[model_type](**{**SIZES, **options})
     Path("model", "config.json").write_text(config.to_json_string())
-    save_file({"none": torch.zeros(1)}, "model/model.safetensors", {"format": "pt"})
+    save_file(NOTHING, "model/model.safetensors", {"format": "pt"})
     return "model"
 
 
@@ -80,7 +81,7 @@ def test_a_multimodal_checkpoint_is_refused_at_once_by_the_experiment_and_by_eac
     config = CONFIG_MAPPING[model_type](**MULTIMODAL[model_type])
     Path("model").mkdir()
     Path("model", "config.json").write_text(config.to_json_string())
-    save_file({"none": torch.zeros(1)}, "model/model.safetensors", {"format": "pt"})
+    save_file(NOTHING, "model/model.safetensors", {"format": "pt"})
     message = (
         rf"'model' \({model_type}\) is multimodal \(it has .*text_config.*\), and its decoder of text cannot be pruned"
     )
@@ -108,7 +109,7 @@ def test_an_encoder_and_a_decoder_are_refused(due: Any) -> None:
     config = json.loads(CONFIG_MAPPING["bart"](d_model=16).to_json_string())
     Path("model").mkdir()
     Path("model", "config.json").write_text(json.dumps(config))
-    save_file({"none": torch.zeros(1)}, "model/model.safetensors", {"format": "pt"})
+    save_file(NOTHING, "model/model.safetensors", {"format": "pt"})
     with pytest.raises(
         ValueError, match=r"'model' \(bart\) is an encoder and a decoder, and its decoder of text cannot"
     ):
