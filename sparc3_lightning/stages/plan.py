@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from sparc3_lightning.data.base import Kind, TextDataModule
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.variants import check_doses
-from sparc3_lightning.models.architectures import find_layers
+from sparc3_lightning.models.architectures import find_layers, linear_at, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.export import check_export, export_dtype_of
 from sparc3_lightning.models.neurons import check_are_neurons, columns_of
@@ -149,6 +149,11 @@ class Plan:
             if prune["granularity"] == "neuron":
                 _by_group("attribute", check_are_neurons, layers)
                 columns_of(skeleton, layers)
+        shapes = [weight_of(linear_at(skeleton, layer)).shape for layer in layers]
+        number = sum(shape[0] if prune["granularity"] == "neuron" else shape.numel() for shape in shapes)
+        if prune["num_neurons"] > number and prune["budget"]["max_perplexity_increase"] is None:
+            what = f"must be between 1 and {number:,} (all {prune['granularity']}s that are scored)"
+            raise OptionError("num_neurons", f"{what}, got {prune['num_neurons']}.", "prune")
         if prune["export"] is not None and "neurons" in left:
             check = partial(
                 check_export,

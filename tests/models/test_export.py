@@ -1,6 +1,7 @@
 """Exported checkpoints: the files of the original, of which the pruned weights alone differ."""
 
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -289,6 +290,14 @@ def test_an_export_that_breaks_off_leaves_nothing(
     with pytest.raises(type(error)):
         export_pruned(Checkpoint(tiny_checkpoint), NEURONS, tmp_path / "pruned")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_sweeps_what_a_killed_one_left(tiny_checkpoint: str, tmp_path: Path) -> None:
+    left = tmp_path / f".pruned.4194305-{platform.node()}.abcdefgh"  # no process of Linux has such a number
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    export_pruned(Checkpoint(tiny_checkpoint), NEURONS, tmp_path / "pruned")
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
 def test_an_export_of_neurons_of_another_model_leaves_nothing(tiny_checkpoint: str, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def write_checkpoint(model_type: str, **options: Any) -> str:
         ("llama", (*WANDA, "--attribute.layers", "[o_proj]"), "The rows of o_proj are no neurons"),
         ("llama", ("--attribute.layers", "[nothing]"), r"--attribute\.layers: the model has no linear layer 'nothing'"),
         ("llama", ("--model.behavior_attribute", "{layers: [down_proj]}"), "The rows of down_proj are no neurons"),
+        ("llama", ("--prune.num_neurons", "49"), r"--prune\.num_neurons must be between 1 and 48 \(all neurons"),
         ("recurrent_gemma", (*WANDA,), "RecurrentGemmaForCausalLM hands on no cache"),
         (
             "qwen3",
