@@ -24,7 +24,7 @@ from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.distributed import check_slurm_tasks, is_rank_zero, usable_accelerator
 from sparc3_lightning.files import check_absent, check_writable
-from sparc3_lightning.interrupts import Stopped, run_process, stop_on_signals
+from sparc3_lightning.interrupts import ending_on_signals, run_process
 from sparc3_lightning.sources import at_home
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.base import Stage
@@ -146,6 +146,8 @@ class SparC3CLI(LightningCLI):
 
     def init_parser(self, stage: str | None = None, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of a verb. It knows its stage; super would add a second config action."""
+        if stage is not None:  # else every error begins with the names of all options, two screens of them
+            kwargs["usage"] = f"sparc3 {stage} [--config FILE] ... [--<group>.<option> VALUE] ..."
         parser: Any = self.parser_class(**kwargs)
         parser.stage = stage
         parser.add_argument(
@@ -301,19 +303,16 @@ def main(args: ArgsType = None) -> SparC3CLI:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
-            parser_kwargs={"description": DESCRIPTION, **{name: {"stage": name} for name in asked}},
+            parser_kwargs={"prog": "sparc3", "description": DESCRIPTION, **{name: {"stage": name} for name in asked}},
         )
 
 
 def entry_point() -> None:
     """Run the command line from a shell: an error the user can mend is one sentence, not a traceback."""
     _quiet()
-    stop_on_signals()
     try:
-        main()
-    except Stopped as stopped:
-        print(f"sparc3: {stopped}", file=sys.stderr)
-        sys.exit(stopped.code)
+        with ending_on_signals():
+            main()
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SPARC3_TRACEBACK"):
             raise

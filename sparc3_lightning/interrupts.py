@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,17 @@ def stop_on_signals() -> None:
 
     for number in STOPPING:
         signal.signal(number, stop)
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """End the process, in the block, at Ctrl-C or SIGTERM with a line and the exit code of the signal."""
+    stop_on_signals()
+    try:
+        yield
+    except Stopped as stopped:
+        print(f"sparc3: {stopped}", file=sys.stderr)
+        raise SystemExit(stopped.code) from None
 
 
 def run_process(command: Sequence[str]) -> int:

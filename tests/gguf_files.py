@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from helpers import FAMILIES, WORDS, make_config
 from tokenizers import ByteLevelBPETokenizer
+from transformers import Phi3Config, Phi3ForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 ARCHITECTURES = {"gemma3_text": "gemma3"}  # where llama.cpp has another name than transformers
+OTHERS = {"phi3": (Phi3Config, Phi3ForCausalLM), "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM)}
 INPUT_IDS = torch.tensor([[5, 17, 33, 8, 21, 40, 9, 77, 120, 64, 3, 250]])
 
 
@@ -28,9 +30,15 @@ def byte_pairs() -> tuple[Any, list[str], list[str]]:
 
 def tiny(family: str = "llama", **changes: Any) -> Any:
     """Return a random model of a family, with the vocabulary of ``byte_pairs``."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": len(byte_pairs()[1])}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": len(byte_pairs()[1])} | changes
     torch.manual_seed(0)
-    model = FAMILIES[family][1](make_config(family, **sizes | changes)).eval().requires_grad_(False)
+    if family in OTHERS:
+        kind, model_class = OTHERS[family]
+        named = make_config("llama", **sizes).to_dict() | changes
+        config = kind(**{key: value for key, value in named.items() if key not in ("model_type", "hidden_act")})
+    else:
+        config, model_class = make_config(family, **sizes), FAMILIES[family][1]
+    model = model_class(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
     return model
@@ -65,9 +73,12 @@ def metadata_of(model: Any) -> dict[str, Any]:
     metadata |= {
         f"{arch}.feed_forward_length": config.intermediate_size,
         f"{arch}.attention.head_count_kv": config.num_key_value_heads,
-        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         f"{arch}.rope.freq_base": float(parameters["rope_theta"]),
     }
+    if arch == "starcoder2":
+        metadata["starcoder2.attention.layer_norm_epsilon"] = config.norm_epsilon
+    else:
+        metadata[f"{arch}.attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
     if arch == "llama":
         metadata |= {"llama.vocab_size": config.vocab_size, "llama.rope.dimension_count": head}
     if arch in ("qwen3", "gemma3"):

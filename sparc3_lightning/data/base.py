@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sparc3_lightning.data.tokens import PAD, Tokens
-from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.sources import Row, read_records, resolve
 
@@ -229,12 +228,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         model = self.checkpoint_of_model
         vocab_size = None if model is None else getattr(model.config.get_text_config(), "vocab_size", None)
         tokens = Tokens(tokenizer, self.chat, vocab_size)
-        if self.chat and not tokens.has_chat_template:
-            raise OptionError(
-                "chat",
-                f"needs a chat template, and the tokenizer of {tokenizer.name_or_path!r} has none: leave it out.",
-                self.GROUP,
-            )
+        tokens.check_chat(self.GROUP)
         return tokens
 
     @property

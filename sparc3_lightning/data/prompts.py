@@ -60,7 +60,7 @@ def read_prompts(
     """
     prompts: dict[str, Prompt] = {}
     num_without = num_again = 0
-    for number, row in enumerate(matching_rows(rows, where), start=1):
+    for number, row in matching_rows(rows, where):
         prompt, continuation = row.get("prompt"), row.get("continuation")
         content = prompt if isinstance(prompt, dict) else row
         text = content.get(text_field)
@@ -117,8 +117,8 @@ def _token_ids(row: Row, name: str, place: str) -> list[int]:
     return value
 
 
-def matching_rows(rows: Iterable[Row], where: Where | None) -> Iterable[Row]:
-    """Yield the rows whose fields have the given values.
+def matching_rows(rows: Iterable[Row], where: Where | None) -> Iterator[tuple[int, Row]]:
+    """Yield the rows whose fields have the given values, each with its number among all rows, from 1.
 
     Raises:
         ValueError: If a row lacks a field, or no row has these values.
@@ -126,17 +126,17 @@ def matching_rows(rows: Iterable[Row], where: Where | None) -> Iterable[Row]:
     wanted = {field: {value} if isinstance(value, str) else set(value) for field, value in (where or {}).items()}
     seen: dict[str, set[str]] = {field: set() for field in wanted}
     any_kept = False
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         for field in wanted:
             if field not in row:
                 raise ValueError(
-                    f"The option where names the field {field!r}, but a row has {sorted(map(str, row))}: name one of "
-                    "these."
+                    f"The option where names the field {field!r}, but row {number} has {sorted(map(str, row))}: name "
+                    "one of these."
                 )
             seen[field].add(str(row[field]))
         if all(str(row[field]) in values for field, values in wanted.items()):
             any_kept = True
-            yield row
+            yield number, row
     if wanted and not any_kept:
         known = "; ".join(f"{field} is {', '.join(sorted(values)[:12])}" for field, values in seen.items())
         raise ValueError(f"No row has {dict(where or {})} (option where). In the rows, {known}.")

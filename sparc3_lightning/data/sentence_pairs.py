@@ -87,12 +87,12 @@ class SentencePairs(TextDataModule):
         used = set(exclude)
         self.num_excluded = 0
         kept: dict[str, list[str]] = {}  # a pair that occurs again counts once
-        for number, row in enumerate(matching_rows(self.rows(), self.where), start=1):
+        for number, row in matching_rows(self.rows(), self.where):
             sentences = [text for text in map(row.get, self.fields) if isinstance(text, str) and text.strip()]
             if len(sentences) < 2:
                 raise OptionError(
                     "more_field",
-                    f"Row {number} of the pairs has no text in {' or '.join(map(repr, self.fields))} "
+                    f"Row {number} of {self.place} has no text in {' or '.join(map(repr, self.fields))} "
                     f"(--.more_field, less_field); it has {sorted(map(str, row))}.",
                     "data.pairs",
                 )

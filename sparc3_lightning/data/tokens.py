@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.sources import first_line
 
 if TYPE_CHECKING:
@@ -52,10 +53,18 @@ class Tokens:
         """Whether the tokenizer puts BOS before a text."""
         return self.bos is not None and self.bos in self.prefix
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the tokenizer has a chat template."""
-        return bool(self.tokenizer.chat_template)
+    def check_chat(self, group: str) -> None:
+        """Raise OptionError if prompts are to go through a chat template, and the tokenizer has none.
+
+        Args:
+            group: Where the option stands on the command line.
+        """
+        if self.chat and not self.tokenizer.chat_template:
+            raise OptionError(
+                "chat",
+                f"needs a chat template, and the tokenizer of {self.tokenizer.name_or_path!r} has none: leave it out.",
+                group,
+            )
 
     def begin_with_bos(self, samples: Sequence[Sequence[int]]) -> bool:
         """Tell whether all samples begin with BOS."""

@@ -132,7 +132,8 @@ def _load_model(header: Header, source: Path) -> "PreTrainedModel":
             raise refusal(header, f"gives {config.model_type} {problem.replace('_', ' ')}, such as {names[0]:.80}")
     # save_pretrained refuses a model that says it is quantized, and so does transformers when it loads it again.
     model.hf_quantizer = None
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     return model
 
 

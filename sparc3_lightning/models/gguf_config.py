@@ -21,7 +21,7 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads",),
     "attention.key_length": ("head_dim",),
-    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "block_count": ("num_hidden_layers",),
@@ -95,8 +95,10 @@ def complete(config: "PretrainedConfig", header: Header) -> None:
     for keys in _NEEDED:
         if not said.keys() & keys:
             raise refusal(header, f"lacks the key {header.architecture}.{keys[0]}")
+    # Falcon's queries, keys and values are sorted by kind; with one head of keys transformers has them so too.
+    falcon = ("jploski",) if said.get("attention.head_count_kv") == 1 else ()
     for key, neutral in (_NO_CHANGE | _NO_SCALING).items():
-        if key in said and said[key] not in neutral:
+        if key in said and said[key] not in (*neutral, *falcon):
             raise refusal(header, f"says {_spoken(header, key)}, which a config of transformers cannot say")
     for key, names in _NUMBERS.items():
         if (value := said.get(key, None if key == "feed_forward_length" else _default(key, header))) is not None:
@@ -222,8 +224,11 @@ def _set_rope(config: "PretrainedConfig", header: Header, said: dict[str, Value]
         )
     else:
         config.rope_parameters = new
-    read_again = type(config).from_dict(config.to_dict())
-    if read_again.rope_parameters != config.rope_parameters:
+    try:
+        read_again = type(config).from_dict(config.to_dict()).rope_parameters
+    except (KeyError, TypeError, ValueError):
+        read_again = None
+    if read_again != config.rope_parameters:
         raise refusal(header, f"scales its positions by {new['rope_type']!r}, which {config.model_type} cannot")
 
 

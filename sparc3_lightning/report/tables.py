@@ -124,7 +124,7 @@ def windows_of(results: Results) -> str:
         parts.append(f"{convention} windows of {perplexity.window} tokens{stride} ({tokens:,} predicted tokens)")
     which = {"none": "no window", "first": "the first window alone", "every": "every window"}
     bos = which.get(perplexity.bos, perplexity.bos)
-    return " and ".join(parts) + f"; the beginning-of-sequence token is in {bos}"
+    return " and ".join(parts) + f", with the beginning-of-sequence token in {bos}"
 
 
 def _preference_rows(found: Preference) -> Table:

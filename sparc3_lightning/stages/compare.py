@@ -29,6 +29,7 @@ from sparc3_lightning.selection.criteria import Scores, difference, normalized_d
 from sparc3_lightning.selection.neuron_list import NeuronList, SelectionResults
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
 from sparc3_lightning.stages.base import Stage, paths_of
+from sparc3_lightning.stages.folders import giving_back
 from sparc3_lightning.stages.prune import NEURONS, SELECTION
 
 COMPARISON = "compare.json"
@@ -97,6 +98,7 @@ class Comparison(Stage):
         self.normalize = normalize
         self.num_candidates = num_candidates
 
+    @giving_back()
     def compare(self, folder: Path) -> str:
         """Compare the lists, and write everything about it to a folder.
 

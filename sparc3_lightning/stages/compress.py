@@ -23,6 +23,7 @@ from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.selection.sides import check_are_different
 from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
 from sparc3_lightning.stages.base import Stage, paths_of
+from sparc3_lightning.stages.folders import giving_back
 
 SPARSITY = "sparsity.json"
 
@@ -94,6 +95,7 @@ class Compression(Stage):
         self.pattern = pattern
         self.export_dtype: Dtype = export_dtype
 
+    @giving_back()
     def compress(self, folder: Path) -> str:
         """Write the sparse checkpoint, and sparsity.json to a folder: the sparsity of each layer and its origin.
 

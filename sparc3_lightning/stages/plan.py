@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser
 
 from sparc3_lightning.data.base import Kind, TextDataModule
+from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.variants import check_doses
 from sparc3_lightning.models.architectures import find_layers, linear_at, weight_of
@@ -97,6 +98,7 @@ class Plan:
         check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
         if are_swapped(_described(options["general"]), _described(options["behavior"])):
             raise ValueError("--general is of toxic prompts and --behavior is of others: exchange the two.")
+        check_chats(options, self.checkpoint)
         screened: list[StageRun] = []
         if options.get("screen") is not None:
             screened.append(self._stage("screen", Evaluation, options, screening(options, self.model), RESULTS))
@@ -208,6 +210,16 @@ def check_granularities(pruned: str, *attributed: str) -> None:
         raise ValueError("--prune.granularity weight needs scores of weights: give --attribute.granularity weight too.")
     if "head" in attributed:
         raise ValueError("--attribute.granularity must be neuron or weight: no heads are pruned here.")
+
+
+def check_chats(options: Config, checkpoint: Checkpoint) -> None:
+    """Raise OptionError if prompts are to go through a chat template that their tokenizer has not."""
+    groups = {"screen": options.get("screen"), "behavior": options["behavior"]}
+    for group, data in {**groups, "data.prompts": options["data"]["prompts"]}.items():
+        init = (data or {}).get("init_args", {})
+        if init.get("chat"):
+            tokenizer = Checkpoint(init["tokenizer"]) if init.get("tokenizer") else checkpoint
+            Tokens(tokenizer.tokenizer(), chat=True).check_chat(group)
 
 
 def check_pruning(options: Config, has_text: bool) -> None:

@@ -34,6 +34,7 @@ from sparc3_lightning.selection.neuron_selection import (
 from sparc3_lightning.selection.sides import check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
 from sparc3_lightning.stages.base import Stage, paths_of
+from sparc3_lightning.stages.folders import giving_back
 
 NEURONS = "neurons.json"
 SELECTION = "selection.json"
@@ -144,6 +145,7 @@ class Pruning(Stage):
         self.export = None if export is None else Path(export)
         self.export_dtype: Dtype = export_dtype
 
+    @giving_back()
     def prune(
         self, folder: Path, text: ReferenceSamples | None = None, device: torch.device | None = None
     ) -> NeuronList:

@@ -260,6 +260,15 @@ def test_numbers_that_transformers_passes_over_are_carried_over(tmp_path: Path) 
     assert (config.head_dim, config.num_key_value_heads, config.max_position_embeddings) == (12, 4, 96)
     gpt2 = tiny("gpt2", max_position_embeddings=48, layer_norm_epsilon=1e-5)
     assert check_same(write(tmp_path / "b.gguf", gpt2), gpt2).n_positions == 48
+    phi3 = tiny("phi3", sliding_window=4)
+    assert check_same(write(tmp_path / "c.gguf", phi3, {"phi3.attention.sliding_window": 4}), phi3).sliding_window == 4
+    starcoder2 = tiny("starcoder2", rope_parameters={"rope_type": "default", "rope_theta": 99999.0})
+    check_same(write(tmp_path / "d.gguf", starcoder2), starcoder2)
+
+
+def test_yarn_is_refused_where_a_config_would_read_it_as_something_else(cache: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf", tiny("phi3"), {"phi3.rope.scaling.type": "yarn", "phi3.rope.scaling.factor": 4.0})
+    assert "'yarn', which phi3 cannot" in refused(path, cache)
 
 
 @pytest.mark.parametrize("factor", [None, 8.0])
