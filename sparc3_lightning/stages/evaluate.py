@@ -26,7 +26,7 @@ from sparc3_lightning.evaluation.completions import (
 )
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings, preference
-from sparc3_lightning.evaluation.generation import SamplingOptions, continue_prompts, draw_keys
+from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, continue_prompts, draw_keys
 from sparc3_lightning.evaluation.metrics import PairRow, Perplexity, pair_rows
 from sparc3_lightning.evaluation.results import (
     RESULTS,
@@ -41,7 +41,7 @@ from sparc3_lightning.evaluation.variants import Variant, counted, describe, lis
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import check
-from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
+from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.report.drawing import draw_or_warn
@@ -179,10 +179,10 @@ class Evaluation(StoppableModule, Stage):
                 )
         if any(pruned.granularity == "weight" for pruned in self.lists.values()):
             check_is_whole(self)
-        if self.lists:
-            skeleton = self.checkpoint.skeleton()
-            for neurons in self.lists.values():
-                check(skeleton, neurons.all())
+        skeleton = self.checkpoint.skeleton()
+        for neurons in self.lists.values():
+            check(skeleton, neurons.all())
+        check_can_be_measured(skeleton)
         fetch_tasks(self.zero_shot)
         self._resume()
         rank_zero_info(
@@ -335,6 +335,16 @@ class Evaluation(StoppableModule, Stage):
         if not isinstance(data := getattr(self.trainer, "datamodule", None), EvaluationData):
             raise TypeError(f"Evaluation needs the data module EvaluationData, got {data!r}.")
         return data
+
+
+def check_can_be_measured(skeleton: PreTrainedModel) -> None:
+    """Raise ValueError if the architecture has no continuations or no perplexity; the model is used up.
+
+    Args:
+        skeleton: A model on the meta device.
+    """
+    check_can_continue(skeleton)
+    check_logits(skeleton)
 
 
 def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
