@@ -13,11 +13,11 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
-from sparc3_lightning.escaping import for_markdown, for_terminal, public_name
 from sparc3_lightning.evaluation.completions import Completion
 from sparc3_lightning.evaluation.results import ReportInputs, Results
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.report.escaping import for_markdown, for_terminal, public_name
 from sparc3_lightning.report.figures import (
     change_rows,
     draw_changes,

@@ -16,7 +16,6 @@ from sparc3_lightning.data.sentence_pairs import PairBatch
 from sparc3_lightning.data.wikitext2 import WindowBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.escaping import for_terminal
 from sparc3_lightning.evaluation.completions import (
     COMPLETIONS,
     Completion,
@@ -45,6 +44,7 @@ from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, 
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.report.drawing import draw_or_warn
+from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.page import REPORT, report_inputs, summary_table
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.base import Remembering
