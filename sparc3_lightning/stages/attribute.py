@@ -31,8 +31,8 @@ from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
-from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.stopping import StoppableModule
 
 SCORES = "scores.safetensors"
 
