@@ -277,7 +277,7 @@ def test_a_checkpoint_that_cannot_be_had_is_an_error_with_the_way_out(monkeypatc
     def fail(*arguments: Any, **options: Any) -> None:
         raise OSError("We couldn't connect to the hub")
 
-    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
     with pytest.raises(OSError, match=r"'some/classifier' is not on this machine .* run 'sparc3 prepare'"):
         ClassifierScorer("some/classifier#toxic")
 
