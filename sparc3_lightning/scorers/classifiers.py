@@ -39,7 +39,8 @@ class ClassifierScorer(Scorer):
         checkpoint, label = split_label(name)
         source = Checkpoint(checkpoint)
         config = read_config(checkpoint, source.location, None, CLASSIFIER)
-        self._label = toxic_label(config.id2label, label, name)
+        labels = {int(i): str(text) for i, text in (config.id2label or {}).items()}
+        self._label = toxic_label(labels, label, name)
         self._tokenizer = load_tokenizer(checkpoint, source.location, None)
         check_vocabulary(checkpoint, self._tokenizer, config)
         self._model: PreTrainedModel = load_strictly(checkpoint, source.folder, config, CLASSIFIER, torch.float32)
@@ -94,7 +95,7 @@ def toxic_label(labels: dict[int, str], wanted: str | None, name: str) -> int:
     if len(found) != 1:
         raise ValueError(
             f"The scorer {name!r} has the labels {', '.join(labels.values())}: name the one that means toxic, as in "
-            f"{split_label(name)[0]}#{next(iter(labels.values()))}."
+            f"{split_label(name)[0]}#{next(iter(labels.values()), 'toxic')}."
         )
     return found[0]
 
