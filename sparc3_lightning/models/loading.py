@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -159,7 +159,9 @@ def load_strictly(name: str, folder: Path, config: "PreTrainedConfig", task: Tas
 
     weights = weights_of(folder)
     check_are_weights(name, weights)
-    build_skeleton(name, config, weights, task, dtype)
+    skeleton = build_skeleton(name, config, weights, task, dtype)
+    if not converted_names(skeleton, weights):
+        sources_of(name, skeleton, weights, task)  # before gigabytes are read; the rest is compared afterwards
     try:
         model, info = getattr(transformers, task.auto_class).from_pretrained(
             folder,
@@ -184,6 +186,57 @@ def load_strictly(name: str, folder: Path, config: "PreTrainedConfig", task: Tas
         task,
     )
     return model.eval().requires_grad_(False)
+
+
+def converted_names(model: "PreTrainedModel", weights: Iterable[str]) -> list[str]:
+    """Return the names of those tensors of files that transformers renames or converts for a model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    changes = get_model_conversion_mapping(model)
+    return [name for name in weights if any(change.rename_source_key(name) != (name, None) for change in changes)]
+
+
+def sources_of(name: str, model: "PreTrainedModel", weights: Mapping[str, Weight], task: Task) -> dict[str, str]:
+    """Return the name that each tensor of a model has in its files, if none is converted, as transformers finds it.
+
+    Args:
+        name: Of the checkpoint, for errors.
+        model: On the meta device.
+        weights: Tensors of its files, by name.
+        task: What it is loaded for.
+
+    Raises:
+        ValueError: If the files hold other tensors than the model has.
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."
+    sources: dict[str, str] = {}
+    unexpected = []
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    for key in sorted(weights):
+        # A checkpoint of the model without its head, as the hub's GPT-2 is, lacks the prefix.
+        known = (key.removeprefix(prefix), prefix + key) if key.startswith(prefix) else (prefix + key, key)
+        target = next((target for target in (*known, key) if target in shapes), None)
+        if target is not None:
+            sources.setdefault(target, key)
+        elif not is_unused(key, weights[key], task) and not any(re.search(one, key) for one in ignored):
+            unexpected.append(key)
+    for one, other in ties_of(model):
+        if one not in sources and other in sources:
+            sources[one] = sources[other]
+    mismatched = [
+        f"{target} {list(weights[key].shape)} for {list(shapes[target])}"
+        for target, key in sources.items()
+        if weights[key].shape != shapes[target]
+    ]
+    check_complete(name, shapes.keys() - sources.keys(), unexpected, mismatched, task)
+    return sources
+
+
+def ties_of(model: "PreTrainedModel") -> list[tuple[str, str]]:
+    """Return the pairs of tensors that a model's config ties, in both orders."""
+    ties = dict(model.all_tied_weights_keys).items()
+    return [*ties, *((source, target) for target, source in ties)]
 
 
 def load_tokenizer(name: str, location: str, revision: str | None) -> "PreTrainedTokenizerBase":

@@ -1,7 +1,6 @@
 """Sharding, in this file alone: FSDP2 over the blocks of a model; each rank reads its own rows of the weights."""
 
 import copy
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,14 @@ from torch.utils import checkpoint as activation_checkpoint
 
 from sparc3_lightning.models.architectures import blocks_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
-from sparc3_lightning.models.loading import CAUSAL_LM, build_skeleton, check_are_weights, check_complete, is_unused
+from sparc3_lightning.models.loading import (
+    CAUSAL_LM,
+    build_skeleton,
+    check_are_weights,
+    converted_names,
+    sources_of,
+    ties_of,
+)
 from sparc3_lightning.models.weight_files import Weight, weights_of
 
 if TYPE_CHECKING:
@@ -121,7 +127,12 @@ def load_sharded(
     weights = weights_of(folder)
     check_are_weights(checkpoint.name, weights)
     model = build_skeleton(checkpoint.name, config, weights, CAUSAL_LM, dtype)
-    sources = sources_of(checkpoint.name, model, weights)
+    if converted := converted_names(model, weights):
+        raise ValueError(
+            f"{len(converted)} tensors of {checkpoint.name!r} ({converted[0]}, ...) are renamed or converted when the "
+            "model is loaded, which fsdp2 does not do: use another --trainer.strategy."
+        )
+    sources = sources_of(checkpoint.name, model, weights, CAUSAL_LM)
     if _are_tied_apart(model, weights, sources):
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
@@ -140,65 +151,9 @@ def load_sharded(
     return model
 
 
-def sources_of(name: str, model: "PreTrainedModel", weights: Mapping[str, Weight]) -> dict[str, str]:
-    """Return the name that each tensor of a model has in its files, by the rules of transformers' own loading.
-
-    Args:
-        name: Of the checkpoint, for errors.
-        model: On the meta device.
-        weights: Tensors of its files, by name.
-
-    Raises:
-        ValueError: If the files hold other tensors than the model has, or some that transformers would convert.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    converters = [change for change in get_model_conversion_mapping(model) if hasattr(change, "operations")]
-    converted = [key for key in weights if any(change.rename_source_key(key)[1] is not None for change in converters)]
-    if converted:
-        raise ValueError(
-            f"{len(converted)} tensors of {name!r} ({converted[0]}, ...) are converted when the model is loaded, which "
-            "fsdp2 does not do: use another --trainer.strategy."
-        )
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    prefix = f"{model.base_model_prefix}."
-    sources: dict[str, str] = {}
-    unexpected = []
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
-    for key in sorted(weights):
-        # A checkpoint of the model without its head, as the hub's GPT-2 is, lacks the prefix.
-        known = (key.removeprefix(prefix), prefix + key) if key.startswith(prefix) else (prefix + key, key)
-        target = next((target for target in (*known, key) if target in shapes), None)
-        if target is not None:
-            sources.setdefault(target, key)
-        elif not is_unused(key, weights[key], CAUSAL_LM) and not any(re.search(one, key) for one in ignored):
-            unexpected.append(key)
-    for one, other in _ties(model):
-        if one not in sources and other in sources:
-            sources[one] = sources[other]
-    check_complete(
-        name,
-        shapes.keys() - sources.keys(),
-        unexpected,
-        [
-            f"{target} {list(weights[key].shape)} for {list(shapes[target])}"
-            for target, key in sources.items()
-            if weights[key].shape != shapes[target]
-        ],
-        CAUSAL_LM,
-    )
-    return sources
-
-
-def _ties(model: "PreTrainedModel") -> list[tuple[str, str]]:
-    """Return the pairs of tensors that a model's config ties, in both orders."""
-    ties = dict(model.all_tied_weights_keys).items()
-    return [*ties, *((source, target) for target, source in ties)]
-
-
 def _are_tied_apart(model: "PreTrainedModel", weights: Mapping[str, Weight], sources: Mapping[str, str]) -> bool:
     """Tell whether the files hold two tensors that differ where the config ties them; transformers takes both then."""
-    for one, other in _ties(model):
+    for one, other in ties_of(model):
         first, second = sources[one], sources[other]
         if first != second:
             with (
