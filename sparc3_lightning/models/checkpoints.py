@@ -142,6 +142,15 @@ class Checkpoint:
         weights = weights_of(folder) if folder.is_dir() else None
         return build_skeleton(self.name, self.config, weights, CAUSAL_LM, dtype)
 
+    def check_ids(self, largest: int) -> None:
+        """Raise ValueError if the largest id of a sample has no embedding: the samples are of another tokenizer."""
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        if size is not None and largest >= size:
+            raise ValueError(
+                f"The samples hold the token id {largest:,}, but {self.name!r} has embeddings for {size:,} tokens: "
+                "leave out --data.tokenizer, or name one of this model."
+            )
+
     def check_context(self, num_tokens: int, way_out: str) -> None:
         """Raise ValueError, with the way out, if a sample is longer than the model's context."""
         context = getattr(self.config, "max_position_embeddings", None)

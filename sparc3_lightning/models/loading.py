@@ -217,8 +217,8 @@ def sources_of(name: str, model: "PreTrainedModel", weights: Mapping[str, Weight
         # A checkpoint of the model without its head, as the hub's GPT-2 is, lacks the prefix.
         known = (key.removeprefix(prefix), prefix + key) if key.startswith(prefix) else (prefix + key, key)
         target = next((target for target in (*known, key) if target in shapes), None)
-        if target is not None:
-            sources.setdefault(target, key)
+        if target is not None and target not in sources:
+            sources[target] = key
         elif not is_unused(key, weights[key], task) and not any(re.search(one, key) for one in ignored):
             unexpected.append(key)
     for one, other in ties_of(model):

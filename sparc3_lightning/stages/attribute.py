@@ -139,6 +139,7 @@ class Attribution(StoppableModule, Stage):
             what = "reads no samples: give --data NoSamples" if spec.is_static else "needs samples: give --data C4"
             raise OptionError("method", f"{spec.method} {what}.")
         self.checkpoint.check_context(data.longest, data.way_to_shorter)
+        self.checkpoint.check_ids(max((max(sample.input_ids) for sample in data.samples), default=0))
         self.layers = self._find_layers(self.checkpoint.skeleton())
         if spec.lexicon is not None and spec.is_lexical:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score)

@@ -221,3 +221,19 @@ def test_tokens_that_were_added_need_no_embedding(copied: Path) -> None:
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(copied)
     assert Checkpoint(str(copied)).tokenizer().pad_token_id == len(WORDS) + 4
+
+
+def test_samples_of_another_tokenizer_are_refused_before_anything_is_loaded(copied: Path) -> None:
+    from helpers import trainer
+
+    from sparc3_lightning.data import ToxicPrompts
+    from sparc3_lightning.stages.attribute import Attribution
+
+    other = Path(shutil.copytree(copied, "other"))
+    tokenizer_of([*WORDS, "words"]).save_pretrained(other)
+    configure(other, vocab_size=len(WORDS) + 5)
+    Path("prompts.jsonl").write_text(json.dumps({"text": f"{WORDS[0]} words {WORDS[1]}"}) + "\n")
+    (copied / "model.safetensors").write_bytes((copied / "model.safetensors").read_bytes()[:-1])  # not looked at
+    data = ToxicPrompts(source="prompts.jsonl", num_samples=1, tokenizer="./other", min_toxicity=None)
+    with pytest.raises(ValueError, match=f"hold the token id {len(WORDS) + 4}, but .*: leave out --data.tokenizer"):
+        trainer().predict(Attribution(str(copied), "wanda"), datamodule=data, return_predictions=False)

@@ -98,6 +98,10 @@ WRONG: dict[str, tuple[Callable[[Tensors], object], str]] = {
         r"are 1 of another shape \(model.layers.1.mlp.up_proj.weight \[23, 16\] for \[24, 16\]\);",
     ),
     "transposed": (lambda weights: weights.update({UP: weights[UP].T.contiguous()}), r"\[16, 24\] for \[24, 16\]"),
+    "one tensor by two names": (
+        lambda weights: weights.update({UP.removeprefix("model."): weights[UP].clone()}),
+        r"are 1 unexpected \(model.layers.1.mlp.up_proj.weight\);",
+    ),
     "a name and another": (
         lambda weights: weights.update({f"{UP}s": weights.pop(UP)}),
         r"are 1 missing \(model.layers.1.mlp.up_proj.weight\), 1 unexpected \(model.layers.1.mlp.up_proj.weights\);",
@@ -357,14 +361,58 @@ def test_without_the_head_that_an_untied_config_wants_nothing_is_loaded(load: Ca
         load(copied)
 
 
-def test_a_model_whose_tensors_are_converted_is_loaded_whole_and_refused_in_shards(tmp_path: Path) -> None:
+@pytest.fixture
+def experts(tmp_path: Path) -> tuple[Path, Any]:
+    """A folder with a tiny mixture of experts, whose tensors transformers fuses, and the model."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     heads = {"num_key_value_heads": 2, "num_local_experts": 2, "vocab_size": 50}
     model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
     model.save_pretrained(tmp_path / "experts")
-    found = load_whole(tmp_path / "experts").state_dict()
+    return tmp_path / "experts", model
+
+
+def test_a_model_whose_tensors_are_converted_is_loaded_whole_and_refused_in_shards(experts: tuple[Path, Any]) -> None:
+    folder, model = experts
+    found = load_whole(folder).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match=r"are renamed or converted when the model is loaded, which fsdp2 does not do"):
-        load_in_shards(tmp_path / "experts")
+    with pytest.raises(ValueError, match="are renamed or converted when the model is loaded, which fsdp2 does not do"):
+        load_in_shards(folder)
+
+
+EXPERT = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+FUSED: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "one norm lost": (lambda weights: weights.pop("model.norm.weight"), r"1 missing \(model.norm.weight\)"),
+    "no head": (lambda weights: weights.pop(HEAD), r"1 missing \(lm_head.weight\)"),
+    "an expert lost": (lambda weights: weights.pop(EXPERT), "weights of '.*experts'"),
+    "an expert of another shape": (
+        lambda weights: weights.update({EXPERT: torch.ones(23, 16)}),
+        "weights of '.*experts'",
+    ),
+    "all experts lost": (
+        lambda weights: {name: weight for name, weight in weights.items() if ".experts." not in name},
+        r"2 missing \(model.layers.0.mlp.experts.down_proj",
+    ),
+    "one tensor more": (
+        lambda weights: weights.update({"more.weight": torch.ones(1)}),
+        r"1 unexpected \(more.weight\)",
+    ),
+    "another shape": (
+        lambda weights: weights.update({HEAD: torch.ones(9, 16)}),
+        r"1 of another shape \(lm_head.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_what_is_lost_of_a_model_whose_tensors_are_converted_is_missed_too(
+    case: str, experts: tuple[Path, Any]
+) -> None:
+    folder, _ = experts
+    change, expected = FUSED[case]
+    assert EXPERT in load_file(folder / "model.safetensors")
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=expected) as raised:
+        load_whole(folder)
+    assert "\n" not in str(raised.value)
