@@ -12,7 +12,7 @@ from sparc3_lightning.models.weight_files import FLOATS, Weight, weights_of
 from sparc3_lightning.sources import explain_hub_error
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Buffers that older files hold, and that a model computes by itself.
 _COMPUTED = r"rotary_emb\.inv_freq$|(^|\.)position_ids$"
@@ -104,6 +104,32 @@ def read_config(name: str, location: str, revision: str | None, task: Task) -> "
     return config
 
 
+def read_generation_config(name: str, folder: Path) -> "GenerationConfig | None":
+    """Read what a checkpoint folder says of drawing tokens, such as further end tokens; None if it says nothing.
+
+    Raises:
+        ValueError: If it cannot be read. (transformers would go on without it.)
+    """
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        return None
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(config, key)
+            if not all(
+                type(one) is int for one in (ids if isinstance(ids, list) else [ids] if ids is not None else [])
+            ):
+                raise ValueError(f"{key} is {ids!r}")
+    except Exception as error:  # it may hold anything, as a config
+        raise ValueError(
+            f"The {GENERATION_CONFIG_NAME} of {name!r} cannot be read: correct it ({in_short(error)})."
+        ) from None
+    return config
+
+
 def build_skeleton(
     name: str, config: "PreTrainedConfig", weights: Mapping[str, Weight] | None, task: Task, dtype: torch.dtype
 ) -> "PreTrainedModel":
@@ -159,6 +185,7 @@ def load_strictly(name: str, folder: Path, config: "PreTrainedConfig", task: Tas
 
     weights = weights_of(folder)
     check_are_weights(name, weights)
+    read_generation_config(name, folder)
     skeleton = build_skeleton(name, config, weights, task, dtype)
     if not converted_names(skeleton, weights):
         sources_of(name, skeleton, weights, task)  # before gigabytes are read; the rest is compared afterwards

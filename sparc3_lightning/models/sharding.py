@@ -23,6 +23,7 @@ from sparc3_lightning.models.loading import (
     build_skeleton,
     check_are_weights,
     converted_names,
+    read_generation_config,
     sources_of,
     ties_of,
 )
@@ -119,13 +120,11 @@ def load_sharded(
         OSError: If a file of the checkpoint is missing or damaged.
         ValueError: If the files hold other tensors than the model has.
     """
-    from transformers import GenerationConfig
-    from transformers.utils import GENERATION_CONFIG_NAME
-
     config = checkpoint.config  # before anything else is fetched
     folder = checkpoint.folder
     weights = weights_of(folder)
     check_are_weights(checkpoint.name, weights)
+    generation_config = read_generation_config(checkpoint.name, folder)
     model = build_skeleton(checkpoint.name, config, weights, CAUSAL_LM, dtype)
     if converted := converted_names(model, weights):
         raise ValueError(
@@ -145,8 +144,8 @@ def load_sharded(
     fully_shard(model, mesh=mesh)
     model.to_empty(device=device)
     _compute_buffers_(model)
-    if (folder / GENERATION_CONFIG_NAME).is_file():  # which from_pretrained reads too: it may name more end tokens
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation_config is not None:
+        model.generation_config = generation_config
     _read_shards_(model, {name: (source, weights[source]) for name, source in sources.items()})
     return model
 

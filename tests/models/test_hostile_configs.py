@@ -85,6 +85,12 @@ def test_layers_without_weights_are_counted_before_anything_is_built(copied: Pat
         assert "says 1,000,000 layers, but its files hold 21 tensors: correct num_hidden_layers" in refusal(ask, copied)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"a":' * 100_000, '{"eos_token_id": "</s>"}', '{"a": 1}{'])
+def test_a_damaged_generation_config_is_one_sentence(text: str, copied: Path) -> None:
+    (copied / "generation_config.json").write_text(text)
+    assert "The generation_config.json of" in refusal(load_float32, copied)
+
+
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 @pytest.mark.parametrize("value", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn", 5])
 def test_an_attention_of_another_package_is_refused_and_not_fetched(key: str, value: object, copied: Path) -> None:
