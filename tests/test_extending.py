@@ -188,8 +188,8 @@ def test_a_scorer_is_a_class_and_a_row_of_the_table(monkeypatch):
 def test_a_data_set_is_a_class_and_a_line_of_the_room(monkeypatch, tiny_checkpoint):
     monkeypatch.setattr(data, "Greetings", Greetings, raising=False)
     options = ["--model.checkpoint", tiny_checkpoint, "--data", "Greetings", "--data.num_samples", "3"]
-    cli.main(["attribute", *QUIET, *options])
-    assert ScoreFile.load(Path("scores.safetensors")).provenance.num_samples == 3
+    folder = Path(cli.main(["attribute", *QUIET, *options]).trainer.log_dir)
+    assert ScoreFile.load(folder / "scores.safetensors").provenance.num_samples == 3
 
 
 def test_a_verb_is_a_module_and_a_row_of_the_command_line_with_its_method(monkeypatch):

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -22,14 +22,20 @@ PATTERN = "unfinished-*.jsonl"
 
 
 class Completion(TypedDict):
-    """A row of completions.jsonl: a continuation of a prompt by a model, and its score, None if it has none."""
+    """A row of completions.jsonl: a continuation of a prompt by a model, and its score, None if it has none.
+
+    The token ids are those that the model read and drew, without padding and the token that ended it; the texts are for
+    people, and without special tokens.
+    """
 
     model: str
     prompt_id: str
     continuation_index: int
     prompt: str
+    prompt_token_ids: Sequence[int]
     prompt_toxicity: float | None
     continuation: str
+    token_ids: list[int]
     num_tokens: int
     num_unique_tokens: int
     toxicity: float | None
@@ -58,7 +64,8 @@ class CompletionLog:
             rows_per_prompt: Continuations of a prompt, by all models; a prompt with fewer is continued anew.
 
         Returns:
-            The rows of each prompt that is complete, with the toxicity that this run gives the prompt.
+            The rows of each prompt that is complete and was read as the same tokens, with the toxicity that this run
+            gives the prompt.
 
         Raises:
             ValueError: If the output folder holds the continuations of another run; the field that differs is named.
@@ -72,11 +79,12 @@ class CompletionLog:
                 continue
             rows |= {(row["prompt_id"], row["model"], row["continuation_index"]): row for row in found}
         # That run may have chosen its prompts in another way, by which a prompt is of another group.
-        toxicity = {prompt.id: prompt.toxicity for prompt in prompts}
+        now = {prompt.id: prompt for prompt in prompts}
         by_prompt: dict[str, list[Completion]] = defaultdict(list)
         for row in rows.values():
-            if (key := row["prompt_id"]) in toxicity:
-                by_prompt[key].append({**row, "prompt_toxicity": toxicity[key]})
+            prompt = now.get(row["prompt_id"])
+            if prompt is not None and row.get("prompt_token_ids") == list(prompt.input_ids):
+                by_prompt[prompt.id].append({**row, "prompt_toxicity": prompt.toxicity})
         kept = {key: found for key, found in by_prompt.items() if len(found) == rows_per_prompt}
         lines = [json.dumps(line) for line in [self.header, *(row for found in kept.values() for row in found)]]
         write_atomically(self.path, "\n".join(lines) + "\n")
@@ -131,8 +139,10 @@ def completion_rows(
             "prompt_id": prompt.id,
             "continuation_index": j,
             "prompt": prompt.text,
+            "prompt_token_ids": prompt.input_ids,
             "prompt_toxicity": prompt.toxicity,
             "continuation": text,
+            "token_ids": continuation.input_ids,
             "num_tokens": len(continuation.input_ids),
             "num_unique_tokens": len(set(continuation.input_ids)),
             "toxicity": found[0],

@@ -203,21 +203,39 @@ class Preference:
 
 @dataclass(frozen=True)
 class TextProtocol:
-    """What perplexity was measured on: a text, cut into windows of tokens by each convention."""
+    """What perplexity was measured on: a text, cut into windows of tokens by each convention.
+
+    ``bos`` says which windows begin with the beginning-of-sequence token: the ``first``, ``every`` one, or ``none``.
+    """
 
     conventions: list[str]
     window: int
     stride: int | None
     text: str
+    bos: str = "none"
 
 
 @dataclass(frozen=True)
 class PromptProtocol:
-    """Where the prompts are from, and how many were left out because the neurons were attributed on them."""
+    """Where the prompts are from, and how they were read.
+
+    Args:
+        source: File or data set of the hub.
+        nontoxic_source: File of the non-toxic ones, if it is another.
+        excluded: How many were left out because the neurons were attributed on them.
+        too_long: How many were left out because the model's context has no room for them.
+        in_both: How many are in both files, and count once, with the toxicity of the first.
+        chat: Whether they went through the tokenizer's chat template.
+        bos: Whether they begin with the beginning-of-sequence token.
+    """
 
     source: str
     nontoxic_source: str | None
     excluded: int
+    too_long: int = 0
+    in_both: int = 0
+    chat: bool = False
+    bos: bool = False
 
 
 @dataclass(frozen=True)

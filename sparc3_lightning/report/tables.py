@@ -122,7 +122,9 @@ def windows_of(results: Results) -> str:
         tokens = results.baseline.num_tokens[convention]
         stride = "" if convention == "disjoint" else f" with stride {perplexity.stride}"
         parts.append(f"{convention} windows of {perplexity.window} tokens{stride} ({tokens:,} predicted tokens)")
-    return " and ".join(parts)
+    which = {"none": "no window", "first": "the first window alone", "every": "every window"}
+    bos = which.get(perplexity.bos, perplexity.bos)
+    return " and ".join(parts) + f", with the beginning-of-sequence token in {bos}"
 
 
 def _preference_rows(found: Preference) -> Table:

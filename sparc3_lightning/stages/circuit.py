@@ -45,7 +45,7 @@ from sparc3_lightning.selection.orders import (
     random_scores,
 )
 from sparc3_lightning.signals import StoppableModule
-from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.base import Stage, paths_of
 
 CIRCUIT = "circuit.json"
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -78,7 +78,7 @@ class Circuit(StoppableModule, Stage):
     def __init__(
         self,
         checkpoint: str,
-        scores: Sequence[Path],
+        scores: tuple[Path, ...] | Path,
         sparsities: Sequence[float] = SPARSITIES,
         threshold: float = 0.9,
         num_random: int = 3,
@@ -95,7 +95,7 @@ class Circuit(StoppableModule, Stage):
         if num_random < 0:
             raise OptionError("num_random", f"must be at least 0, got {num_random}.")
         self.save_hyperparameters()
-        self.groups = group_scores([Path(path) for path in scores])
+        self.groups = group_scores(paths_of(scores))
         self.checkpoint = Checkpoint(checkpoint, revision)
         self.sparsities = sorted(set(sparsities))
         self.threshold = threshold

@@ -64,8 +64,8 @@ class Evaluation(StoppableModule, Stage):
         scorer: What scores a continuation: a Detoxify model (``original``, ``unbiased``, ``multilingual``,
             ``original-small``, ``unbiased-small``); ``small``, which this package ships; a folder with a checkpoint of
             Detoxify's format; a folder or Hugging Face id of a text-classification checkpoint, if need be with ``#``
-            and the label that means toxic; ``package.module:function`` from texts to numbers in [0, 1]; or
-            ``repetition``, the share of its tokens that a continuation repeats.
+            and the label that means toxic; ``package.module:function`` from texts to numbers in [0, 1], whose code
+            runs; or ``repetition``, the share of its tokens that a continuation repeats.
         behavior: What the scorer scores, as tables and report name it.
         second_scorer: A scorer of another family, side by side with the first; None for none.
         doses: Further numbers of neurons to switch off, in the order of ``neurons``.
@@ -140,6 +140,20 @@ class Evaluation(StoppableModule, Stage):
         of_samples = (neurons.provenance.get("sample_ids", ()) for neurons in self.lists.values())
         return {id_.partition("/")[0] for ids in of_samples for id_ in ids}
 
+    @property
+    def longest_prompt(self) -> int | None:
+        """Most tokens of a prompt for which the model's context has room; None if its config does not say it.
+
+        Raises:
+            OptionError: If it has room for none.
+        """
+        context, new = self.checkpoint.context, self.sampling.max_new_tokens
+        if context is not None and new >= context:
+            raise OptionError(
+                "sampling.max_new_tokens", f"must be below the model's context of {context} tokens, got {new}."
+            )
+        return None if context is None else context - new
+
     def setup(self, stage: str) -> None:
         """Check all that can be checked, and fetch what is missing, before the model is loaded."""
         self.begin_loop()
@@ -148,9 +162,6 @@ class Evaluation(StoppableModule, Stage):
         self.fingerprint = self.checkpoint.fingerprint
         data = self.data
         self.checkpoint.check_context(data.text.window, "lower --data.text.window")
-        self.checkpoint.check_context(
-            data.prompts.longest + self.sampling.max_new_tokens, "lower --model.sampling.max_new_tokens"
-        )
         if data.pairs is not None:
             self.checkpoint.check_context(data.pairs.longest, "take shorter --data.pairs")
         for selection, neurons in self.lists.items():
@@ -215,7 +226,8 @@ class Evaluation(StoppableModule, Stage):
 
     def _measure_perplexity(self, variant: Variant, batch: WindowBatch) -> None:
         windows = batch["windows"]
-        spans = torch.tensor([[w.end - w.start - w.num_scored, w.end - w.start] for w in windows])
+        ends = [batch["num_before"] + w.end - w.start for w in windows]
+        spans = torch.tensor([[end - w.num_scored, end] for end, w in zip(ends, windows, strict=True)])
         hidden = last_hidden_state(self.model, batch["input_ids"])
         nll, divergence = score_windows(self.model, hidden, batch["input_ids"], spans, self._original)
         if variant.kind == "baseline":
@@ -241,7 +253,7 @@ class Evaluation(StoppableModule, Stage):
         )
         flat = [continuation for of_prompt in drawn for continuation in of_prompt]
         tokens = [row.input_ids for row in flat]
-        texts = self.data.prompts._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = self.data.prompts.tokens.decode(tokens)
         scores = [scorer.score_drawn(texts, tokens) for scorer in self.scorers]
         for i, (prompt, weight) in enumerate(zip(prompts, batch["weights"], strict=True)):
             if weight:  # not a filler
@@ -278,7 +290,7 @@ class Evaluation(StoppableModule, Stage):
             found = replace(found, preference=preference(gather(self.pair_rows)))
         if self.zero_shot.tasks:
             both = [(v.name, v.as_context(self.model, self.off[v.name])) for v in self.variants[:2]]
-            tokenizer = self.data.prompts._tokenizer
+            tokenizer = self.data.prompts.tokens.tokenizer
             found = replace(found, zero_shot=accuracies(self.model, both, tokenizer, self.zero_shot))
         said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
         self.results = Results(verdict=said, **vars(found), **vars(evaluation_settings(self, self.data)))
@@ -360,6 +372,7 @@ def identity_of(module: Evaluation) -> dict[str, object]:
         "scorers": module.scorer_names,
         "sampling": [sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.per_seed],
         "models": [(variant.name, variant.num_continuations) for variant in module.variants],
+        "chat": module.data.prompts.chat,
         "dtype": module.dtype_name,
         "seed": run_seed(),
     }

@@ -31,7 +31,8 @@ from sparc3_lightning.selection.neuron_selection import (
     rank_neurons,
 )
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
-from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.base import Stage, paths_of
+from sparc3_lightning.stages.folders import giving_back
 
 NEURONS = "neurons.json"
 SELECTION = "selection.json"
@@ -79,7 +80,7 @@ class Pruning(Stage):
 
     def __init__(
         self,
-        general: Sequence[Path],
+        general: tuple[Path, ...] | Path,
         behavior: Path,
         harmless: Path | None = None,
         criterion: CriterionName = "difference",
@@ -124,7 +125,7 @@ class Pruning(Stage):
         if export is not None and Path(export).exists():
             raise OptionFileExistsError("export", f": {export} exists already; nothing was overwritten.")
         self.save_hyperparameters()
-        self.general = [Path(path) for path in general]
+        self.general = paths_of(general)
         self.behavior = Path(behavior)
         self.harmless = None if harmless is None else Path(harmless)
         self.criterion: CriterionName = criterion
@@ -141,6 +142,7 @@ class Pruning(Stage):
         self.export = None if export is None else Path(export)
         self.export_dtype: Dtype = export_dtype
 
+    @giving_back()
     def prune(
         self, folder: Path, text: ReferenceSamples | None = None, device: torch.device | None = None
     ) -> NeuronList:
@@ -166,6 +168,7 @@ class Pruning(Stage):
                 "budget.max_perplexity_increase", "needs a text: --data C4 --data.source <file> and so on."
             )
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
+        self.keep_config()
         provenance |= {} if found.budget is None else {"budget": asdict(found.budget)}
         provenance |= {"criterion": self.criterion, "ablation": self.ablation}
         provenance["damping"] = found.chosen[0].damping

@@ -62,20 +62,27 @@ def test_the_page_tells_the_verdict_the_protocol_the_neurons_and_the_settings():
 
 
 @pytest.mark.parametrize(
-    ("conventions", "stride", "said"),
+    ("conventions", "stride", "bos", "said"),
     [
-        (["disjoint"], None, "disjoint windows of 2048 tokens (700 predicted tokens)"),
+        (
+            ["disjoint"],
+            None,
+            "every",
+            "disjoint windows of 2048 tokens (700 predicted tokens), with the beginning-of-sequence token in every "
+            "window",
+        ),
         (
             ["disjoint", "sliding"],
             512,
+            "none",
             "disjoint windows of 2048 tokens (700 predicted tokens) and sliding windows of 2048 tokens with stride 512 "
-            "(40,000 predicted tokens)",
+            "(40,000 predicted tokens), with the beginning-of-sequence token in no window",
         ),
     ],
 )
-def test_page_and_card_name_the_windows_that_were_measured(conventions, stride, said):
+def test_page_and_card_name_the_windows_that_were_measured(conventions, stride, bos, said):
     results, rows = made_up()
-    results = replaced_at(results, "protocol/perplexity", TextProtocol(conventions, 2048, stride, "a text"))
+    results = replaced_at(results, "protocol/perplexity", TextProtocol(conventions, 2048, stride, "a text", bos))
     results = replaced_at(results, "baseline/num_tokens/sliding", 40_000)
     assert f"Perplexity of a text, {said}; intervals over windows." in write(results, rows).words
     assert f"- Perplexity: a text, {said}.\n" in CARD.read_text()
