@@ -17,10 +17,10 @@ from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
 from sparc3_lightning.models.likelihood import check_logits
 from sparc3_lightning.models.neurons import check_are_neurons
-from sparc3_lightning.report.figures import draw_differential, draw_layers
+from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
 from sparc3_lightning.selection.criteria import differential_relevance, differential_strength
-from sparc3_lightning.selection.neuron_list import NeuronList, Selected, Spent, origin
+from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, Selected, Spent, origin
 from sparc3_lightning.selection.neuron_selection import (
     CRITERIA,
     CriterionName,
@@ -37,7 +37,6 @@ from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import giving_back
 
 NEURONS = "neurons.json"
-SELECTION = "selection.json"
 UNFINISHED = "export.unfinished"  # beside neurons.json, until the pruned checkpoint is complete
 
 
@@ -188,13 +187,12 @@ class Pruning(Stage):
             provenance |= {"export": str(self.export), "export_dtype": self.export_dtype}
         neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
         selection = found.results(self.criterion, neurons.granularity)
-        draw_layers(selection.neurons_per_module, folder / "layers.png", neurons.granularity)
-        draw_differential(selection, folder / "differential.png")
         selection.save(folder / SELECTION)
         # What was found comes before the export, which may fail: 'sparc3 run' then makes up for it.
         if self.export is not None:
             (folder / UNFINISHED).touch()
         neurons.save(self.output)
+        draw_or_warn(folder)
         self._describe(found, neurons.granularity, self.output)
         return finish_export(folder) if self.export is not None else neurons
 
