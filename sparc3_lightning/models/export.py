@@ -15,10 +15,11 @@ from torch import nn
 
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import check_space, check_writable, temporary_folder
-from sparc3_lightning.models.checkpoints import INDEX, Checkpoint, Dtype, resolve_dtype
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import KINDS, Component, Granularity, check, prune_
 from sparc3_lightning.models.neurons import add_biases_, check_have_biases, columns_of
 from sparc3_lightning.models.tensors import DTYPES, Added, TensorFile, rewrite
+from sparc3_lightning.models.weight_files import INDEX, WHOLE, weight_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +58,7 @@ class Files:
             OSError: If it cannot be had, or a file of its weights is damaged.
         """
         folder = checkpoint.folder
-        weights = sorted(set(checkpoint.weight_files.values()))
+        weights = weight_paths(folder)
         others: list[Path] = []
         left_out: list[Path] = []
         for path in sorted(folder.rglob("*")):
@@ -65,19 +66,14 @@ class Files:
             # Folders such as .git and .cache belong to the tools that fetched the checkpoint.
             if any(part.startswith(".") for part in folders) or not path.is_file() or path in weights:
                 continue
-            stays = name.lower().endswith(WEIGHTS) and not (path == folder / INDEX and _is_of(path, weights))
+            is_index = path == folder / INDEX and weights != [folder / WHOLE]
+            stays = name.lower().endswith(WEIGHTS) and not is_index
             (left_out if stays else others).append(path)
         return cls(folder, [TensorFile(path) for path in weights], others, left_out)
 
     def size(self, dtype: torch.dtype | None) -> int:
         """Return the size of the export in bytes, with weights of a dtype; None keeps theirs."""
         return sum(file.size(dtype) for file in self.weights) + sum(path.stat().st_size for path in self.others)
-
-
-def _is_of(index: Path, weights: Sequence[Path]) -> bool:
-    """Tell whether an index is of these files of weights: it may be left from others."""
-    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return {index.parent / name for name in named} == set(weights)
 
 
 def check_export(

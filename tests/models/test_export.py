@@ -14,9 +14,10 @@ from helpers import FAMILIES, mlp_of, sentence
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sparc3_lightning.models.checkpoints import INDEX, Checkpoint
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.export import check_export, export_pruned
+from sparc3_lightning.models.weight_files import INDEX
 
 EXTRA = {"extra.weight": torch.arange(12.0).view(3, 4), "extra.steps": torch.arange(5)}
 OTHERS = {
