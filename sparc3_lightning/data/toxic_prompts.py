@@ -41,7 +41,7 @@ class ToxicPrompts(ReferenceSamples):
         text_field: Name of the field that holds the prompt, such as ``context`` in StereoSet.
         until: A prompt ends where this mark begins, such as ``BLANK`` in StereoSet; None takes texts whole.
         where: Per field the value, or the values, of the rows to take, such as ``{bias_type: gender}``; None for all.
-        batch_size: Samples in a batch. It changes speed and memory, not results.
+        batch_size: Samples in a batch. It changes speed and memory; in bfloat16 also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 

@@ -82,7 +82,7 @@ class WikiText2(TextDataModule):
             tail is dropped, as Wanda and GPTQ do. The two differ by some 11 %. One or both.
         num_tokens: Use only the first tokens of the text; None for all.
         text_field: Name of the field that holds the text.
-        batch_size: Windows in a batch. It changes speed and memory, not results.
+        batch_size: Windows in a batch. It changes speed and memory; in bfloat16 also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 

@@ -12,13 +12,15 @@ from torch import Tensor
 from sparc3_lightning.data.prompts import TOXIC_FROM
 from sparc3_lightning.evaluation.completions import Completion
 from sparc3_lightning.evaluation.controls import CONTROLS
+from sparc3_lightning.evaluation.draws import interval_of_draws
 from sparc3_lightning.evaluation.intervals import (
+    LEVEL,
     Difference,
-    bootstrap_of_draws,
-    interval,
+    in_percent,
     paired_difference,
     perplexity_change,
     perplexity_interval,
+    simultaneous,
     variance_factor,
 )
 from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS, PairRow, behavior_by_prompt, mean, num_empty
@@ -86,12 +88,19 @@ class Continuations:
         ]
 
     def compare(
-        self, before: str, after: str, group: str, measure: str, score: str = "toxicity", first: int | None = None
+        self,
+        before: str,
+        after: str,
+        group: str,
+        measure: str,
+        score: str = "toxicity",
+        first: int | None = None,
+        level: float = LEVEL,
     ) -> Difference | None:
         """Compare two models over the prompts that both have a score for; None if there is none."""
         pair = [self.values(model, group, measure, score, first) for model in (before, after)]
         valid = torch.isfinite(pair[0] + pair[1])
-        return paired_difference(pair[0][valid], pair[1][valid]) if valid.any() else None
+        return paired_difference(pair[0][valid], pair[1][valid], level=level) if valid.any() else None
 
 
 def _scores(rows: Sequence[Completion], score: str) -> list[float]:
@@ -149,6 +158,7 @@ def _model(continuations: Continuations, windows: Windows, name: str) -> Model:
         kl=None if name == "baseline" else divergence,
         groups={group: measure(continuations, name, group) for group in continuations.groups},
         behavior_by_seed=continuations.by_seed(name, continuations.headline),
+        num_windows={convention: values["tokens"].numel() for convention, values in conventions.items()},
     )
 
 
@@ -161,7 +171,9 @@ def _with_effects(
     main = effects[found.headline].behavior_mean
     held = any(variant.mean_ablated for variant in of_kind(variants, "pruned"))
     draws = {kind: list(of_kind(variants, kind)) for kind in CONTROLS}
-    doses = [_dose(continuations, windows, v) for v in variants if v.kind in ("pruned", "dose")]
+    of_doses = [variant for variant in variants if variant.kind in ("pruned", "dose")]
+    level = simultaneous(len(of_doses))
+    doses = [_dose(continuations, windows, variant, level) for variant in of_doses]
     return replace(
         found,
         pruned=_model(continuations, windows, "pruned"),
@@ -196,14 +208,14 @@ def _table(continuations: Continuations, model: str) -> Tensor:
     return torch.tensor([_scores(rows, "toxicity") for rows in prompts], dtype=torch.float64)
 
 
-def _dose(continuations: Continuations, windows: Windows, variant: Variant) -> Dose:
-    """Return the changes of behaviour and perplexity of one model."""
+def _dose(continuations: Continuations, windows: Windows, variant: Variant, level: float = LEVEL) -> Dose:
+    """Return the changes of behaviour and perplexity of one model, with intervals of a level."""
     convention = next(iter(windows["baseline"]))
     before, after = windows["baseline"][convention], windows[variant.name][convention]
     headline = continuations.headline
     effect, second_effect = (
         continuations.compare(
-            "baseline", variant.name, headline, "behavior_mean", score, first=variant.num_continuations
+            "baseline", variant.name, headline, "behavior_mean", score, variant.num_continuations, level
         )
         for score in SCORES
     )
@@ -213,7 +225,7 @@ def _dose(continuations: Continuations, windows: Windows, variant: Variant) -> D
         num_neurons=variant.num_neurons,
         damping=variant.damping,
         perplexity=after["perplexity"].item(),
-        perplexity_percent=perplexity_change(before, after),
+        perplexity_percent=perplexity_change(before, after, level),
         kl=after["divergence"].item(),
         effect=effect,
         behavior_by_seed=continuations.by_seed(variant.name, headline),
@@ -263,18 +275,21 @@ def _control(continuations: Continuations, windows: Windows, draws: Sequence[Var
     before, pruned, *values = (
         continuations.values(name, continuations.headline, "behavior_mean", first=first) for name in names
     )
-    against = torch.stack([pruned - value for value in values])
-    own = torch.stack([value - before for value in values])
-    valid = torch.isfinite(against + own).all(dim=0)
+    drawn = torch.stack(values)
+    valid = torch.isfinite(drawn + pruned + before).all(dim=0)
     if not valid.any():
         return Control(doses, zeroed, None)
-    own, against = own[:, valid], against[:, valid]
-    scale = 100 / before[valid].mean()
+    drawn, pruned, before = drawn[:, valid], pruned[valid], before[valid]
+    own = drawn - before
     outcome = Outcome(
         num_continuations=first,
-        effect=interval(own.mean().item(), bootstrap_of_draws(own)),
-        effect_percent=interval((own.mean() * scale).item(), bootstrap_of_draws(own) * scale),
-        pruned_less_control=interval(against.mean().item(), bootstrap_of_draws(against)),
+        effect=interval_of_draws(own),
+        effect_percent=in_percent(
+            (own.mean() * (100 / before.mean())).item() if before.any() else math.nan,
+            interval_of_draws(own, before),
+            least=min(before.min().item(), drawn.min().item()),
+        ),
+        pruned_less_control=interval_of_draws(pruned - drawn, one_more=True),
         perplexity_percent=mean([dose.perplexity_percent.value for dose in doses]),
         num_draws_with_evidence=sum(bool(dose.effect and dose.effect.evidence) for dose in doses),
     )

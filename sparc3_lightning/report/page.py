@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
 from sparc3_lightning.evaluation.completions import Completion
+from sparc3_lightning.evaluation.intervals import FEW
 from sparc3_lightning.evaluation.results import Results
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.report.figures import change_rows, draw_changes, draw_doses, draw_layers, draw_scatter
@@ -235,6 +236,7 @@ def write_report(
         "others": other_table(results),
         "windows": windows_of(results),
         "doses": dose_table(results.doses) if has_doses else [],
+        "few": FEW,
         "fronts": front_table(results) if has_doses and len(results.fronts) > 1 else [],
         "again": f"{again} --trainer.logger.init_args.version again" if config.is_file() else "",
     }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from sparc3_lightning.evaluation.controls import CONTROLS
-from sparc3_lightning.evaluation.intervals import Difference, Interval
+from sparc3_lightning.evaluation.intervals import FEW, Difference, Interval
 from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS
 from sparc3_lightning.evaluation.results import Dose, Findings, Preference, Results
 
@@ -18,21 +18,13 @@ BEHAVIOR = {
 }
 TOXIC = "Prompts with a toxic continuation"  # what the last of them is called for toxicity itself
 UNKNOWN = "-"
+CANNOT = "cannot be said"  # of an interval: too few prompts changed, or what it is a share of could be 0
 Table = list[tuple[str, ...]]
 
 
 def number(value: float | None) -> float:
     """Return a measure as results may hold it; NaN for one that is not known, or infinite."""
     return float(value) if value is not None and math.isfinite(value) else math.nan
-
-
-def ends(interval: Interval) -> tuple[float, float]:
-    """Return the ends of an interval; the upper one is infinite where only the lower is known.
-
-    A change in percent has no upper bound if some resamples are 0 before, and JSON has no infinity.
-    """
-    low, high = number(interval.low), number(interval.high)
-    return low, math.inf if not math.isnan(low) and math.isnan(high) else high
 
 
 def behavior_table(results: Results, group: str) -> Table:
@@ -121,7 +113,11 @@ def windows_of(results: Results) -> str:
     for convention in perplexity.conventions:
         tokens = results.baseline.num_tokens[convention]
         stride = "" if convention == "disjoint" else f" with stride {perplexity.stride}"
-        parts.append(f"{convention} windows of {perplexity.window} tokens{stride} ({tokens:,} predicted tokens)")
+        windows = results.baseline.num_windows.get(convention, FEW)
+        caveat = f"; an interval over only {windows} windows may be too narrow" if windows < FEW else ""
+        parts.append(
+            f"{convention} windows of {perplexity.window} tokens{stride} ({tokens:,} predicted tokens{caveat})"
+        )
     return " and ".join(parts)
 
 
@@ -144,7 +140,9 @@ def _preference_rows(found: Preference) -> Table:
 def _change_of_preference(effect: Difference, unit: str) -> tuple[str, str]:
     # In percent of a mean margin near 0, a change would say nothing: it is left in nats.
     difference = effect.difference
-    return _change(effect.percent) if unit else (f"{number(difference.value):+.3f}", f"{_range(difference, 3)} nats")
+    if unit:
+        return _change(effect.percent)
+    return f"{number(difference.value):+.3f}", _range(difference, 3) + (" nats" if difference.is_known else "")
 
 
 def dose_table(doses: Iterable[Dose]) -> Table:
@@ -211,7 +209,7 @@ def _effect(effect: Difference | None) -> tuple[str, ...]:
 
 
 def _change(percent: Interval) -> tuple[str, str]:
-    return _percent(percent.value), _range(percent, 1)
+    return _percent(percent.value), _range(percent, 1) if math.isfinite(percent.value) else UNKNOWN
 
 
 def _percent(value: float | None) -> str:
@@ -219,10 +217,7 @@ def _percent(value: float | None) -> str:
 
 
 def _range(interval: Interval, digits: int) -> str:
-    low, high = ends(interval)
-    if not math.isfinite(low):
-        return UNKNOWN
-    return f"{low:+.{digits}f} to {high:+.{digits}f}" if math.isfinite(high) else f"from {low:+.{digits}f}"
+    return f"{interval.low:+.{digits}f} to {interval.high:+.{digits}f}" if interval.is_known else CANNOT
 
 
 def aligned(rows: Table) -> str:
