@@ -143,8 +143,9 @@ class Resampled:
     """
 
     def __init__(self, first: Tensor, second: Tensor, seed: int = 0) -> None:
-        rows = torch.stack([first, second], dim=1).double()
-        self.number, self.means = len(rows), torch.stack([column.mean() for column in (first, second)]).double()
+        columns = first.double(), second.double()
+        rows = torch.stack(columns, dim=1)
+        self.number, self.means = len(rows), torch.stack([column.mean() for column in columns])
         self.units = rows.square().mean(dim=0).sqrt()
         rows = (rows - self.means) / torch.where(self.units > 0, self.units, 1.0)
         products = torch.stack([rows[:, 0].square(), -2 * rows.prod(dim=1), rows[:, 1].square()], dim=1)
@@ -269,6 +270,8 @@ def in_percent(value: float, ratio: Interval, least: float) -> Interval:
         ratio: The interval of the change as a share.
         least: Least value before and after: what is never below 0 cannot fall by more than 100 %.
     """
+    if not ratio.is_known:
+        return unknown(value)
     low = -1.0 if ratio.low < -1 and least >= 0 else ratio.low
     return Interval(value, 100 * low, 100 * ratio.high)
 
@@ -376,7 +379,7 @@ def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor],
 
 def _log_of_perplexity(nll: Tensor, tokens: Tensor, level: float) -> list[float]:
     """Return the exponentials of the ends of an interval of nats per token."""
-    if not torch.isfinite(nll).all():
+    if tokens.numel() < 2 or not torch.isfinite(nll).all():
         return [math.nan, math.nan]
     log = Resampled(nll, tokens).ratio(level)
     return torch.tensor([log.low, log.high], dtype=torch.float64).exp().tolist()

@@ -15,7 +15,8 @@ def t_quantile(probability: float, degrees: int) -> float:
         [12.706, 2.776, 1.984]
     """
     # t = sqrt(degrees) tan(angle), where the density of the angle is a power of its cosine.
-    angles = torch.linspace(-math.pi / 2, math.pi / 2, 20_001, dtype=torch.float64)
+    widest = min(math.pi / 2, 40 / math.sqrt(degrees))
+    angles = torch.linspace(-widest, widest, 20_001, dtype=torch.float64)
     density = angles.cos().clamp(min=0) ** (degrees - 1)
     below = torch.cumulative_trapezoid(density, angles)
     sought = probability * below[-1]
