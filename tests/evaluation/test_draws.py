@@ -29,11 +29,9 @@ def test_quantiles_far_out_are_those_of_a_table():
 
 def drawn(draws: int, prompts: int, of_draws: float, of_prompts: float, rest: float, seed: int = 0) -> Tensor:
     """Draw values whose variance comes from draws, from prompts, and from both together."""
-    g = seeded(seed)
-    parts = [
-        torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((draws, 1), (1, prompts), (draws, prompts))
-    ]
-    return of_draws * parts[0] + of_prompts * parts[1] + rest * parts[2]
+    generator, shapes = seeded(seed), ((draws, 1), (1, prompts), (draws, prompts))
+    first, second, both = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return of_draws * first + of_prompts * second + rest * both
 
 
 def slow_half_width(rows: list[list[float]], one_more: bool) -> float:
