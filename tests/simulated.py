@@ -19,7 +19,7 @@ def toxicities(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor,
 
 
 def slow_ends(values: list[float], student: float, num_resamples: int = 4000) -> tuple[float, float]:
-    """Resample with Python's own generator, and go halfway from Student's interval to that of the bootstrap-t."""
+    """Resample with Python's own generator, and go a third of the way from Student's interval to the bootstrap-t."""
 
     def mean_and_error(of: list[float]) -> tuple[float, float]:
         mean = sum(of) / len(of)
@@ -31,4 +31,4 @@ def slow_ends(values: list[float], student: float, num_resamples: int = 4000) ->
         found.append((moved - mean) / its if its else math.copysign(math.inf, moved - mean))
     found.sort()
     low, high = found[int(0.025 * num_resamples) - 1], found[int(0.975 * num_resamples)]
-    return mean - (high + student) / 2 * error, mean - (low - student) / 2 * error
+    return mean - (high + 2 * student) / 3 * error, mean - (low - 2 * student) / 3 * error

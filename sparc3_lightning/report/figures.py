@@ -11,7 +11,7 @@ from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import Control, Dose, Results
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
-from sparc3_lightning.report.tables import cell, in_order, number
+from sparc3_lightning.report.tables import cell, ends, in_order, number
 from sparc3_lightning.selection.neuron_list import SelectionResults
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def draw_changes(rows: Sequence[Row], path: Path) -> None:
     for y, row in enumerate(rows):
         value, (low, high) = number(row.change.value), _ends_or_value(row.change)
         error = _error(value, max(low, left), min(high, right))
-        inside = row.color if row.change.is_known or row.draws else "w"
+        inside = "w" if math.isnan(ends(row.change)[0]) and not row.draws else row.color
         axes.errorbar(value, y, xerr=error, fmt="o", color=row.color, mfc=inside, markersize=7, capsize=3, zorder=3)
         for is_beyond, edge, marker in ((low < left, left, "<"), (high > right, right, ">")):
             if is_beyond:
@@ -133,8 +133,7 @@ def _limits(changes: Sequence[Interval], draws: Sequence[float] = ()) -> tuple[f
     """Return the limits of an axis: they hold 0, all changes, and the intervals unless these are much longer."""
     values = [x for x in (*(number(change.value) for change in changes), *draws) if math.isfinite(x)]
     longest = max(3 * max(map(abs, values), default=0.0), 10.0)
-    ends = [end for change in changes if change.is_known for end in (change.low, change.high)]
-    reached = [min(max(end, -longest), longest) for end in ends]
+    reached = [min(max(x, -longest), longest) for change in changes for x in ends(change) if not math.isnan(x)]
     low, high = min([0.0, *values, *reached]), max([0.0, *values, *reached])
     margin = 0.06 * ((high - low) or 2.0)
     return low - margin, high + margin
@@ -142,7 +141,8 @@ def _limits(changes: Sequence[Interval], draws: Sequence[float] = ()) -> tuple[f
 
 def _ends_or_value(change: Interval) -> tuple[float, float]:
     """Return the ends of an interval, or its value where they are not known."""
-    return (change.low, change.high) if change.is_known else (number(change.value), number(change.value))
+    low, high = (number(change.value) if math.isnan(end) else end for end in ends(change))
+    return low, high
 
 
 def _error(value: float, low: float, high: float) -> list[list[float]]:
@@ -214,7 +214,9 @@ def draw_doses(
         marker = MARKERS[place % len(MARKERS)]
         axes.plot(x, y, f"{marker}-", color=color, markersize=6, linewidth=1.5, label=label)
         for dose, of_dose, *at in zip(line, changes, x, y, strict=True):
-            bars = [_error(v, *_ends_or_value(change)) for v, change in zip(at, of_dose, strict=True)]
+            # An infinite bar has no length that matplotlib would draw.
+            bars = [_error(v, *(max(min(e, 1e9), -1e9) for e in _ends_or_value(change)))
+                    for v, change in zip(at, of_dose, strict=True)]  # fmt: skip
             axes.errorbar(*at, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=color, alpha=0.35, elinewidth=1)
             axes.annotate(
                 f"{dose.num_neurons}", at, xytext=(6, -6 if below else 6), textcoords="offset points", fontsize=9,

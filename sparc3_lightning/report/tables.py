@@ -27,6 +27,12 @@ def number(value: float | None) -> float:
     return float(value) if value is not None and math.isfinite(value) else math.nan
 
 
+def ends(interval: Interval) -> tuple[float, float]:
+    """Return the ends of an interval to draw; the upper one is infinite where only the lower is known."""
+    low, high = number(interval.low), number(interval.high)
+    return low, math.inf if not math.isnan(low) and math.isnan(high) else high
+
+
 def behavior_table(results: Results, group: str) -> Table:
     """Return rows of name, before, after, change, its interval, p of the sign test and of the permutation test.
 
@@ -113,12 +119,13 @@ def windows_of(results: Results) -> str:
     for convention in perplexity.conventions:
         tokens = results.baseline.num_tokens[convention]
         stride = "" if convention == "disjoint" else f" with stride {perplexity.stride}"
-        windows = results.baseline.num_windows.get(convention, FEW)
-        caveat = f"; an interval over only {windows} windows may be too narrow" if windows < FEW else ""
-        parts.append(
-            f"{convention} windows of {perplexity.window} tokens{stride} ({tokens:,} predicted tokens{caveat})"
-        )
+        parts.append(f"{convention} windows of {perplexity.window} tokens{stride} ({tokens:,} predicted tokens)")
     return " and ".join(parts)
+
+
+def few_windows(results: Results) -> str:
+    """Return the numbers of windows that are too few for intervals to hold what they say, such as ``7 and 12``; or ""."""
+    return " and ".join(f"{number}" for number in results.baseline.num_windows.values() if number < FEW)
 
 
 def _preference_rows(found: Preference) -> Table:

@@ -50,12 +50,12 @@ def test_a_model_that_may_be_guessing_is_said_to_and_so_is_its_circuit():
     found = results(0.56, 0.52, None)
     model, circuit = found.warnings
     assert model == (
-        "The whole model is right on 56.0% of 126 samples, and guessing is right on up to 57.1%: it has no behaviour that "
-        "a circuit could keep."
+        "The whole model is right on 56.0% of 126 samples, and guessing is right on up to 57.1%: it has no behaviour "
+        "that a circuit could keep."
     )
     assert circuit == (
-        "The circuit of neurons by lrp is right on 52.0%, and guessing is right on up to 57.1% of 126 samples: it need not "
-        "keep anything of the behaviour."
+        "The circuit of neurons by lrp is right on 52.0%, and guessing is right on up to 57.1% of 126 samples: it need "
+        "not keep anything of the behaviour."
     )
     assert summary(found).endswith(f"Warning: {model}\n\nWarning: {circuit}")
 
