@@ -124,7 +124,7 @@ def windows_of(results: Results) -> str:
 
 
 def few_windows(results: Results) -> str:
-    """Return the numbers of windows that are too few for intervals to hold what they say, such as ``7 and 12``; or ""."""
+    """Return the numbers of windows that are too few for intervals to hold what they say, as ``7 and 12``; or ""."""
     return " and ".join(f"{number}" for number in results.baseline.num_windows.values() if number < FEW)
 
 
