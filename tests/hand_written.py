@@ -110,6 +110,5 @@ def means(values: dict[str, list[float | None]], prompts: list[str], first: int 
     return [sum(found) / len(found) for found in kept]
 
 
-def difference(before: list[float], after: list[float], **options: float) -> Difference:
-    values = (torch.tensor(of, dtype=torch.float64) for of in (before, after))
-    return paired_difference(*values, **options)
+def difference(before: list[float], after: list[float]) -> Difference:
+    return paired_difference(torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64))

@@ -14,13 +14,11 @@ from sparc3_lightning.evaluation.completions import Completion
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.draws import interval_of_draws
 from sparc3_lightning.evaluation.intervals import (
-    LEVEL,
     Difference,
     in_percent,
     paired_difference,
     perplexity_change,
     perplexity_interval,
-    simultaneous,
     variance_factor,
 )
 from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS, PairRow, behavior_by_prompt, mean, num_empty
@@ -88,19 +86,12 @@ class Continuations:
         ]
 
     def compare(
-        self,
-        before: str,
-        after: str,
-        group: str,
-        measure: str,
-        score: str = "toxicity",
-        first: int | None = None,
-        level: float = LEVEL,
+        self, before: str, after: str, group: str, measure: str, score: str = "toxicity", first: int | None = None
     ) -> Difference | None:
         """Compare two models over the prompts that both have a score for; None if there is none."""
         pair = [self.values(model, group, measure, score, first) for model in (before, after)]
         valid = torch.isfinite(pair[0] + pair[1])
-        return paired_difference(pair[0][valid], pair[1][valid], level=level) if valid.any() else None
+        return paired_difference(pair[0][valid], pair[1][valid]) if valid.any() else None
 
 
 def _scores(rows: Sequence[Completion], score: str) -> list[float]:
@@ -171,9 +162,7 @@ def _with_effects(
     main = effects[found.headline].behavior_mean
     held = any(variant.mean_ablated for variant in of_kind(variants, "pruned"))
     draws = {kind: list(of_kind(variants, kind)) for kind in CONTROLS}
-    of_doses = [variant for variant in variants if variant.kind in ("pruned", "dose")]
-    level = simultaneous(len(of_doses))
-    doses = [_dose(continuations, windows, variant, level) for variant in of_doses]
+    doses = [_dose(continuations, windows, v) for v in variants if v.kind in ("pruned", "dose")]
     return replace(
         found,
         pruned=_model(continuations, windows, "pruned"),
@@ -208,14 +197,14 @@ def _table(continuations: Continuations, model: str) -> Tensor:
     return torch.tensor([_scores(rows, "toxicity") for rows in prompts], dtype=torch.float64)
 
 
-def _dose(continuations: Continuations, windows: Windows, variant: Variant, level: float = LEVEL) -> Dose:
-    """Return the changes of behaviour and perplexity of one model, with intervals of a level."""
+def _dose(continuations: Continuations, windows: Windows, variant: Variant) -> Dose:
+    """Return the changes of behaviour and perplexity of one model."""
     convention = next(iter(windows["baseline"]))
     before, after = windows["baseline"][convention], windows[variant.name][convention]
     headline = continuations.headline
     effect, second_effect = (
         continuations.compare(
-            "baseline", variant.name, headline, "behavior_mean", score, variant.num_continuations, level
+            "baseline", variant.name, headline, "behavior_mean", score, first=variant.num_continuations
         )
         for score in SCORES
     )
@@ -225,7 +214,7 @@ def _dose(continuations: Continuations, windows: Windows, variant: Variant, leve
         num_neurons=variant.num_neurons,
         damping=variant.damping,
         perplexity=after["perplexity"].item(),
-        perplexity_percent=perplexity_change(before, after, level),
+        perplexity_percent=perplexity_change(before, after),
         kl=after["divergence"].item(),
         effect=effect,
         behavior_by_seed=continuations.by_seed(variant.name, headline),

@@ -7,13 +7,12 @@ the intervals and tests promise is shown by simulation, in tests/evaluation/test
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparc3_lightning.evaluation.student import t_quantile
-from sparc3_lightning.files import LEFT_OUT
 
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
@@ -48,8 +47,7 @@ class Interval:
 class Difference:
     """What changed from before to after, over the same prompts.
 
-    ``percent`` is the difference in percent of the mean before. The p-values are two-sided. ``level`` is that of the
-    intervals, and 1 less that of the test that evidence asks for; it is above 95 % where several models are compared.
+    ``percent`` is the difference in percent of the mean before. The p-values are two-sided.
     """
 
     WRITTEN_TOO = ("evidence",)
@@ -62,7 +60,6 @@ class Difference:
     num_equal: int
     sign_test_p: float
     permutation_test_p: float
-    level: float = field(default=LEVEL, metadata=LEFT_OUT)
 
     @property
     def num_prompts(self) -> int:
@@ -75,22 +72,23 @@ class Difference:
 
         The test alone holds its level however few prompts changed; the interval alone does where changes are skewed.
         """
-        return not self.difference.holds_zero and self.permutation_test_p < 1 - self.level
+        return self.is_evidence_among(1)
+
+    def is_evidence_among(self, number: int) -> bool:
+        """Return whether there is evidence of a change where this is one of a number of models that are compared.
+
+        Under no effect it is found of any of them in at most 5 % (Bonferroni).
+        """
+        return not self.difference.holds_zero and self.permutation_test_p < (1 - LEVEL) / number
 
 
-def simultaneous(number: int) -> float:
-    """Return the level at which each of several intervals holds so that all together hold at 95 % (Bonferroni)."""
-    return 1 - (1 - LEVEL) / max(number, 1)
-
-
-def paired_difference(before: Tensor, after: Tensor, seed: int = 0, level: float = LEVEL) -> Difference:
+def paired_difference(before: Tensor, after: Tensor, seed: int = 0) -> Difference:
     """Compare the values of the same prompts before and after.
 
     Args:
         before: One value per prompt, shape ``[prompts]``, in any unit; lower is better.
         after: The same prompts in the same order.
         seed: Of the resampling.
-        level: Of the intervals.
 
     Raises:
         ValueError: If there is no prompt, the shapes differ, or a value is not finite.
@@ -103,7 +101,7 @@ def paired_difference(before: Tensor, after: Tensor, seed: int = 0, level: float
         raise ValueError("A value before or after is not finite.")
     change = torch.where(change.abs() < ROUNDING, 0.0, change)
     resampled = Resampled(change, before, seed)
-    difference, ratio = resampled.mean(level), resampled.ratio(level)
+    difference, ratio = resampled.mean(), resampled.ratio()
     mean_before, mean_after = before.mean().item(), after.mean().item()
     num_better, num_worse = int((change < 0).sum()), int((change > 0).sum())
     return Difference(
@@ -121,7 +119,6 @@ def paired_difference(before: Tensor, after: Tensor, seed: int = 0, level: float
         num_equal=len(change) - num_better - num_worse,
         sign_test_p=sign_test(num_better, num_worse),
         permutation_test_p=permutation_test(change, seed),
-        level=level,
     )
 
 
@@ -153,18 +150,18 @@ class Resampled:
         resamples = bootstrap(torch.cat([rows, products], dim=1), seed).T.contiguous()
         self.deviations_2R, self.squares_3R = resamples[:2], resamples[2:]
 
-    def mean(self, level: float = LEVEL) -> Interval:
+    def mean(self) -> Interval:
         """Return the mean of the first values, with its interval."""
         value = self.means[0].item()
         if not self.units[0]:
             return Interval(0.0, 0.0, 0.0)
         if self._are_too_few(0.0):
             return unknown(value)
-        _, low, high = self._studentized(torch.zeros(1, dtype=torch.float64), level)
+        _, low, high = self._studentized(torch.zeros(1, dtype=torch.float64))
         error = self.units[0] * (self.variances[0] / (self.number - 1)).sqrt()
         return known(value, *(value - (error * t).item() for t in (high, low)))
 
-    def ratio(self, level: float = LEVEL) -> Interval:
+    def ratio(self) -> Interval:
         """Return the mean of the first values over that of the second ones, with its interval.
 
         The ends are NaN where the mean of the second ones could be 0, and so is the ratio where it is.
@@ -178,11 +175,11 @@ class Resampled:
         unit = (self.units[0] / self.units[1]).item()
         inside = torch.full((2,), math.atan(value / unit), dtype=torch.float64)
         outside = torch.tensor([-math.pi / 2, math.pi / 2], dtype=torch.float64)
-        if self._are_too_few(inside[0].item()) or not self._are_outside(outside, level).all():
+        if self._are_too_few(inside[0].item()) or not self._are_outside(outside).all():
             return unknown(value)
         for _ in range(_HALVINGS):
             middle = (inside + outside) / 2
-            are_outside = self._are_outside(middle, level)
+            are_outside = self._are_outside(middle)
             inside, outside = torch.where(are_outside, inside, middle), torch.where(are_outside, middle, outside)
         return known(value, *(unit * inside.tan()).tolist())
 
@@ -191,14 +188,14 @@ class Resampled:
         variance, least = self._variance(torch.tensor([angle], dtype=torch.float64))
         return self.number < (MIN_CHANGED if variance <= least else 2)
 
-    def _are_outside(self, angles: Tensor, level: float) -> Tensor:
+    def _are_outside(self, angles: Tensor) -> Tensor:
         """Return whether a lower and an upper ratio, as angles, are so low and so high that they lie outside."""
-        t, low, high = self._studentized(angles, level)
+        t, low, high = self._studentized(angles)
         below, above = t < low, t > high
         lower, upper = (above, below) if self.means[1] > 0 else (below, above)
         return torch.stack([lower[0], upper[1]])
 
-    def _studentized(self, angles: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _studentized(self, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return for some angles, shape ``[angles]``, what the mean of first - r * second is in standard errors.
 
         Returns:
@@ -213,9 +210,9 @@ class Resampled:
         means = directions @ torch.where(self.units > 0, self.means / self.units, 0.0)
         t = _over(means, variance, least) * math.sqrt(self.number - 1)
         of_resamples = _over(moved, spread, least.unsqueeze(1)) * math.sqrt(self.number - 1)
-        rank = max(1, round((1 - level) / 2 * NUM_RESAMPLES))
+        rank = round((1 - LEVEL) / 2 * NUM_RESAMPLES)
         low, high = (of_resamples.kthvalue(k, dim=1).values for k in (rank, NUM_RESAMPLES + 1 - rank))
-        student = t_quantile((1 + level) / 2, self.number - 1)
+        student = t_quantile((1 + LEVEL) / 2, self.number - 1)
         return t, (low - 2 * student) / 3, (high + 2 * student) / 3
 
     def _variance(self, angles: Tensor) -> tuple[Tensor, Tensor]:
@@ -366,20 +363,20 @@ def variance_factor(before: Tensor, after: Tensor) -> float:
 
 def perplexity_interval(windows: Mapping[str, Tensor]) -> Interval:
     """Return the perplexity of one model with its interval over windows; a single window has none, NaN."""
-    log = _log_of_perplexity(windows["nll"], windows["tokens"], LEVEL)
+    log = _log_of_perplexity(windows["nll"], windows["tokens"])
     return known(windows["perplexity"].item(), *log)
 
 
-def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor], level: float = LEVEL) -> Interval:
+def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Interval:
     """Return by how much perplexity changed, in percent, with its interval over the same windows, as above."""
     value = 100 * ((after["perplexity"] / before["perplexity"]).item() - 1)
-    log = _log_of_perplexity(after["nll"] - before["nll"], before["tokens"], level)
+    log = _log_of_perplexity(after["nll"] - before["nll"], before["tokens"])
     return known(value, *(100 * (end - 1) for end in log))
 
 
-def _log_of_perplexity(nll: Tensor, tokens: Tensor, level: float) -> list[float]:
+def _log_of_perplexity(nll: Tensor, tokens: Tensor) -> list[float]:
     """Return the exponentials of the ends of an interval of nats per token."""
     if tokens.numel() < 2 or not torch.isfinite(nll).all():
         return [math.nan, math.nan]
-    log = Resampled(nll, tokens).ratio(level)
+    log = Resampled(nll, tokens).ratio()
     return torch.tensor([log.low, log.high], dtype=torch.float64).exp().tolist()

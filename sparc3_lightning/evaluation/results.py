@@ -92,8 +92,7 @@ class Dose:
         perplexity: By the first convention.
         perplexity_percent: Its change in percent of the original model.
         kl: Divergence from the original model, in nats a token.
-        effect: On the mean behaviour after the headline's prompts; None if nothing was scored. Of several doses the
-            intervals hold together, each at its ``level``.
+        effect: On the mean behaviour after the headline's prompts; None if nothing was scored.
         behavior_by_seed: As of ``Model``.
         second_effect: As ``effect``, by the second scorer; None without one.
     """

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import FEW, Difference, Interval
@@ -167,6 +167,11 @@ def dose_table(doses: Iterable[Dose]) -> Table:
         row += [cell(dose.perplexity, "", 2), *_change(dose.perplexity_percent)]
         rows.append(tuple(row))
     return rows
+
+
+def evident_doses(doses: Sequence[Dose]) -> list[str]:
+    """Return the names of the doses that give evidence of a change even though as many were measured."""
+    return [dose.name for dose in in_order(doses) if dose.effect and dose.effect.is_evidence_among(len(doses))]
 
 
 def doses_csv(doses: Iterable[Dose]) -> str:

@@ -5,7 +5,7 @@ import math
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import FEW, MIN_CHANGED, Difference, Interval
 from sparc3_lightning.evaluation.results import Findings, Preference
-from sparc3_lightning.report.tables import CANNOT
+from sparc3_lightning.report.tables import CANNOT, evident_doses
 
 
 def verdict(
@@ -56,15 +56,13 @@ def _why_not(effect: Difference) -> str:
 
 
 def _doses(found: Findings, granularity: str) -> list[str]:
-    """Say how many of several selections or doses have an effect, by what holds for all of them together."""
-    effects = [dose.effect for dose in found.doses if dose.effect]
-    if len(effects) < 2:
+    """Say how many of several selections or doses have an effect, by a test that holds for all of them together."""
+    if len(found.doses) < 2:
         return []
-    level, number = effects[0].level, sum(effect.evidence for effect in effects)
+    number, all_of_them = len(evident_doses(found.doses)), len(found.doses)
     return [
-        f"Of the {len(effects)} sets of {granularity}s that were measured, {number} give{'s' if number == 1 else ''} "
-        "evidence of a change, by intervals and tests that hold for all of them together (each at "
-        f"{100 * level:.4g} %)."
+        f"Of the {all_of_them} sets of {granularity}s that were measured, {number} give{'s' if number == 1 else ''} "
+        "evidence of a change that holds for all of them together."
     ]
 
 

@@ -8,7 +8,7 @@ from hand_written import CONTROLLED, NEURONS, difference, means, rows_of, window
 
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import PRICES, findings, front
-from sparc3_lightning.evaluation.intervals import Difference, Interval, simultaneous
+from sparc3_lightning.evaluation.intervals import Difference, Interval
 from sparc3_lightning.evaluation.results import Dose, Front
 from sparc3_lightning.evaluation.variants import list_variants
 
@@ -34,21 +34,9 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
         assert point.perplexity == pytest.approx(math.exp((178 + 6 * i) / 88))
         assert point.perplexity_percent.value == pytest.approx(100 * (math.exp(6 * i / 88) - 1))
         assert point.kl == 0.125 * i
-        before, after = means(scores["baseline"], prompts), means(scores[point.name], prompts)
-        assert point.effect == difference(before, after, level=simultaneous(6)), "of six intervals all are to hold"
+        assert point.effect == difference(means(scores["baseline"], prompts), means(scores[point.name], prompts))
     assert results.controls == {}
-    assert points[0].effect.level == pytest.approx(1 - 0.05 / 6)
-    main = results.effects["toxic"].behavior_mean
-    assert main == difference(means(scores["baseline"], prompts), means(scores["pruned"], prompts))
-    assert points[0].effect.difference.value == main.difference.value
-
-
-def test_a_single_dose_has_the_interval_of_the_effect():
-    variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
-    results = findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
-    (only,) = results.doses
-    assert only.effect == results.main_effect
-    assert only.perplexity_percent == results.perplexity_change["sliding"]
+    assert points[0].effect == results.effects["toxic"].behavior_mean
 
 
 def priced(name: str, perplexity: float, behavior: float | None) -> Dose:
