@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -36,6 +38,45 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file under a temporary name, and rename it."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """Yield an empty folder in which ``beside`` is prepared, and renamed to it; what is left there is removed.
+
+    Its name carries the process and the host. What a killed process of this host left there is swept first.
+
+    Args:
+        beside: The path that is prepared. Its parent is made if it does not exist.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    sweep(beside.parent)
+    temporary = Path(
+        tempfile.mkdtemp(dir=beside.parent, prefix=f".{beside.name[:40]}.{os.getpid()}-{platform.node()}.")
+    )
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary folders that processes of this host left in a folder when they were killed."""
+    made = re.compile(rf"\..*\.(\d+)-{re.escape(platform.node())}\.[a-z0-9_]{{8}}")
+    for path in folder.iterdir():
+        if (match := made.fullmatch(path.name)) and not _is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def to_json(value: object) -> str:

@@ -69,6 +69,7 @@ class Provenance:
             KeyError, TypeError, ValueError: If it is damaged.
         """
         values = json.loads(text)
+        check_sample_ids(values["sample_ids"])
         values["spec"] = ScoreSpec(**{item.name: values["spec"][item.name] for item in fields(ScoreSpec)})
         return cls(**{item.name: values[item.name] for item in fields(cls)})
 
@@ -88,6 +89,13 @@ class Provenance:
     def summary(self) -> dict[str, object]:
         """Return the provenance without the list of samples."""
         return {name: value for name, value in asdict(self).items() if name != "sample_ids"}
+
+
+def check_sample_ids(ids: object) -> None:
+    """Raise ValueError unless ids of samples, by which an evaluation leaves prompts out, are a list of texts."""
+    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+        wrong = ids if not isinstance(ids, list) else next(name for name in ids if not isinstance(name, str))
+        raise ValueError(f"its sample_ids must be a list of texts, got {wrong!r:.60}")
 
 
 @dataclass(frozen=True)

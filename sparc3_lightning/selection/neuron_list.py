@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparc3_lightning.attribution.scores import ScoreFile, WeightScores
+from sparc3_lightning.attribution.scores import ScoreFile, WeightScores, check_sample_ids
 from sparc3_lightning.errors import OptionFileNotFoundError
 from sparc3_lightning.files import JsonFile, write_atomically
 from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.provenance import git_hash, versions
 
 FORMAT = "sparc3_lightning neurons 2"
+SELECTION = "selection.json"
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class NeuronList:
                 raise ValueError("it has no field 'neurons'")
             lists = {name: [_read(row) for row in content.get(name, ())] for name in _LISTS}
             provenance = dict(content["provenance"])
+            check_sample_ids(provenance.get("sample_ids", []))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a neurons.json of format {FORMAT!r}: {error!s:.200}") from None
         if not lists["neurons"]:

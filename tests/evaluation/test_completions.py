@@ -11,7 +11,7 @@ from sparc3_lightning.data.prompts import Prompt
 from sparc3_lightning.evaluation.completions import CompletionLog, completion_rows
 from sparc3_lightning.evaluation.generation import Continuation
 
-PROMPT = Prompt("p", "the dog", 0.95)
+PROMPT = Prompt("p", "the dog", 0.95, input_ids=[4, 30])
 IDENTITY = {"seed": 0, "models": [("baseline", 2), ("pruned", 2), ("random_0", 1)]}
 MODELS = {"baseline": 2, "pruned": 2, "random_0": 1}
 
@@ -23,6 +23,7 @@ def rows_of(prompt: str, models: dict[str, int] = MODELS) -> list[dict[str, Any]
             "prompt_id": prompt,
             "model": model,
             "continuation_index": j,
+            "prompt_token_ids": [],
             "prompt_toxicity": 0.95,
             "toxicity": 0.25,
             "continuation": "δ\u2028 x",
@@ -51,13 +52,15 @@ def test_a_row_says_by_which_model_what_was_continued_how_long_and_how_toxic_it_
             "prompt_id": "p",
             "continuation_index": j,
             "prompt": "the dog",
+            "prompt_token_ids": [4, 30],
             "prompt_toxicity": 0.95,
             "continuation": text,
-            "num_tokens": tokens,
+            "token_ids": ids,
+            "num_tokens": len(ids),
             "num_unique_tokens": unique,
             "toxicity": toxicity,
         }
-        for j, (text, tokens, unique, toxicity) in enumerate([("runs far", 3, 2, 0.5), ("", 0, 0, 0.25)])
+        for j, (text, ids, unique, toxicity) in enumerate([("runs far", [5, 6, 5], 2, 0.5), ("", [], 0, 0.25)])
     ]
 
 
@@ -110,6 +113,12 @@ def test_what_is_kept_has_the_toxicity_that_this_run_gives_its_prompt(tmp_path: 
     log_with(tmp_path / "version_0", rows_of("a"))
     kept = CompletionLog(tmp_path / "new", 0, IDENTITY).begin([Prompt("a", "", toxicity)], 5)
     assert kept == {"a": [{**row, "prompt_toxicity": toxicity} for row in rows_of("a")]}
+
+
+def test_a_prompt_that_is_now_read_as_other_tokens_is_continued_anew(tmp_path: Path) -> None:
+    log_with(tmp_path / "out", [{**row, "prompt_token_ids": [4, 30]} for row in rows_of("a") + rows_of("b")])
+    prompts = [Prompt("a", "", 0.95, input_ids=[4, 30]), Prompt("b", "", 0.95, input_ids=[1, 4, 30])]
+    assert set(CompletionLog(tmp_path / "out", 0, IDENTITY).begin(prompts, 5)) == {"a"}
 
 
 def test_other_models_in_the_same_folder_are_refused_with_what_they_were(tmp_path: Path) -> None:
