@@ -68,6 +68,8 @@ def summary(results: ComparisonResults) -> str:
         f"{results.num_candidates:,} {components}{checkpoint}",
         aligned(_overlap_table(results.overlaps, components)),
     ]
+    if len(results.overlaps) > 1:
+        parts.append(f"Each p is of its row alone, not corrected for the {len(results.overlaps)} combinations.")
     if results.correlation and results.classes:
         parts.append(aligned(_correlation_table([pruned.name for pruned in results.lists], results.correlation)))
         parts.append(aligned(_class_table(results.classes["all"], results.classes["pruned"], components)))

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
 from sparc3_lightning.evaluation.completions import Completion
+from sparc3_lightning.evaluation.intervals import FEW
 from sparc3_lightning.evaluation.results import ReportInputs, Results
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint
@@ -34,6 +35,8 @@ from sparc3_lightning.report.tables import (
     control_table,
     dose_table,
     doses_csv,
+    evident_doses,
+    few_windows,
     front_table,
     number,
     other_table,
@@ -274,7 +277,10 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
         "zeroed": zero_ablated_controls(results, neurons.ablation, results.granularity),
         "others": other_table(results),
         "windows": windows_of(results),
+        "few_windows": few_windows(results),
         "doses": dose_table(results.doses) if has_doses else [],
+        "evident": evident_doses(results.doses),
+        "few": FEW,
         "fronts": front_table(results) if has_doses and len(results.fronts) > 1 else [],
     }
     if has_doses:

@@ -24,7 +24,7 @@ class ClassifierScorer(Scorer):
         name: Local folder, or Hugging Face id such as ``s-nlp/roberta_toxicity_classifier``; ``#`` and a label choose
             the label, otherwise the one that is called toxic is taken.
         device: Where to score.
-        batch_size: Texts scored at a time. It changes speed and memory, not results.
+        batch_size: Texts scored at a time. It changes speed and memory, and scores by rounding alone.
 
     Raises:
         OSError: If the checkpoint cannot be had.

@@ -25,7 +25,7 @@ class DetoxifyScorer(Scorer):
             checkpoint that this package ships; or a local folder with a Detoxify checkpoint (one ``*.ckpt``), its
             Hugging Face config and its tokenizer.
         device: Where to score.
-        batch_size: Texts scored at a time. It changes speed and memory, not results.
+        batch_size: Texts scored at a time. It changes speed and memory, and scores by rounding alone.
 
     Raises:
         ValueError: If the checkpoint is not one of Detoxify's, or the shipped one is not as it was shipped.

@@ -60,9 +60,9 @@ class Attribution(StoppableModule, Stage):
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
         target: What is explained: ``argmax``, the largest logit at the last token; ``text``, the mean log-probability
             of the sample's own tokens; ``lexicon``, the log-probability that the next token is a toxic one, averaged
-            over all positions; ``lexicon_probability``, that probability itself, averaged over the positions of the
-            sample's continuation, or of all of it if it has none; or ``logit_difference``, the logit of the right next
-            token less the logit of the wrong one.
+            over all positions; ``lexicon_probability``, that probability itself, averaged over the tokens of the
+            sample's continuation and the one after it, or over all positions if it has none; or ``logit_difference``,
+            the logit of the right next token less the logit of the wrong one.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves; of a
             ``package.module:function`` the code runs.
         layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.

@@ -178,9 +178,16 @@ class Circuit(StoppableModule, Stage):
                 name = for_file_name(f"circuit-{group.granularity}-{group.name}") + ".json"
                 circuit = replace(circuit, file=name)
                 self._save(group, order.components[: circuit.num_removed], circuit, self.folder / name)
+        is_emptied = self.sparsities[-1] == 1
+        last = curve[-1]
+        emptied = Measured(last.accuracy, last.logit_difference) if is_emptied else self._without_any(order)
         found = curve_of(group.name, group.granularity, len(order), curves)
         rank_zero_info(f"Measured {len(curves)} order(s) of {len(order):,} {group.granularity}s by {group.name}.")
-        return replace(found, scores=list(map(str, group.paths)), circuit=circuit)
+        return replace(found, scores=list(map(str, group.paths)), circuit=circuit, emptied=emptied)
+
+    def _without_any(self, order: Order) -> Measured:
+        with order.without(self.model, len(order)):
+            return self._measure()
 
     def _measure_random(self, like: Group) -> Curve:
         scores = load_scores(like.paths[0])
