@@ -7,6 +7,7 @@ from typing import NamedTuple, TypedDict, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from sparc3_lightning.files import Count, Share, read_as, unsealed
 from sparc3_lightning.sources import Row
 
 TOXIC_FROM = 0.5  # RealToxicityPrompts' own threshold, for prompts and for continuations
@@ -137,11 +138,11 @@ class _Scored(TypedDict):
     """What is read of a row of completions.jsonl."""
 
     prompt_id: str
-    continuation_index: int
+    continuation_index: Count
     prompt: str
     prompt_toxicity: float | None
     continuation: str
-    toxicity: float
+    toxicity: Share
 
 
 def worst_continued(rows: Iterable[Row], source: str | None) -> list[Prompt]:
@@ -189,11 +190,15 @@ def continued(rows: Iterable[Row], source: str | None) -> list[Prompt]:
 
 def _of_the_original(rows: Iterable[Row], source: str | None) -> Iterable[_Scored]:
     """Yield the continuations of the original model that were scored."""
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         if not {"prompt_id", "prompt", "model", "toxicity"} <= row.keys():
             raise ValueError(f"{source} is not a completions.jsonl of 'sparc3 evaluate' (by=continuation).")
-        if row["model"] == "baseline" and row["toxicity"] is not None:
-            yield cast("_Scored", row)
+        try:
+            unsealed(row)
+            if row["model"] == "baseline" and row["toxicity"] is not None:
+                yield cast("_Scored", read_as(_Scored, row))
+        except ValueError as error:
+            raise ValueError(f"{source}, row {number} cannot be used: {error}. Evaluate again.") from None
 
 
 def worst_first(prompts: Iterable[Prompt]) -> list[Prompt]:
