@@ -25,9 +25,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def versions_of_results() -> dict[str, str | None]:
+def versions_of_results() -> dict[str, str]:
     """Return the versions of the code that numbers come from: what another one computed is not taken over."""
-    return {**{name: versions()[name] for name in OF_RESULTS}, "git_hash": git_hash()}
+    return {name: versions()[name] for name in OF_RESULTS}
 
 
 def contents(paths: Iterable[Path]) -> str:

@@ -56,11 +56,17 @@ class FunctionScorer(Scorer):
         """Return what tells a function from another of the same name: its module's source, and its package's version.
 
         Of a package that was not installed all of its files count.
+
+        Raises:
+            ValueError: If the module cannot be found.
         """
         module = name.partition(":")[0]
         package = module.partition(".")[0]
         installed = {f"{found} {version(found)}" for found in packages_distributions().get(package, ())}
-        specs = [find_spec(module), find_spec(package)]
+        try:
+            specs = [find_spec(module), find_spec(package)]
+        except ImportError as error:
+            raise ValueError(f"The scorer {name!r} cannot be imported: {error}") from None
         sources = {Path(spec.origin) for spec in specs if spec and spec.origin and Path(spec.origin).is_file()}
         if not installed:
             folders = [Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or ()]

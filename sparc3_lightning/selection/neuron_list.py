@@ -53,6 +53,8 @@ class Origin(TypedDict, total=False):
 class NeuronList:
     """The content of neurons.json: the neurons, and where they come from.
 
+    ``save`` is how a list of one's own is written too: the file carries a checksum.
+
     Args:
         neurons: The pruned ones, first the one that serves the behaviour most.
         provenance: Checkpoint, score files, versions.

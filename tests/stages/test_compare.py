@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MODULES, provenance, random_scores, save_scores
+from helpers import MODULES, provenance, random_scores, save_scores, write_sealed
 
 from sparc3_lightning.cli import main
 from sparc3_lightning.models.components import Component
@@ -211,7 +211,7 @@ def test_sides_of_another_target_are_compared_by_their_shares_alone(pruned):
         save_scores(f"{name}.safetensors", random_scores(60), target="lexicon")
         content = json.loads(Path(name, "neurons.json").read_text())
         content["provenance"]["behavior"]["spec"]["target"] = "lexicon"
-        Path(name, "neurons.json").write_text(json.dumps(content))
+        write_sealed(Path(name, "neurons.json"), content)
     with pytest.raises(ValueError, match=r"target is 'argmax'.*--model.normalize true compares the shares"):
         compare(pruned[:2])
     results = compare(pruned[:2], normalize=True)
