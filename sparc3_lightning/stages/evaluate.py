@@ -378,5 +378,5 @@ def _identity_of_tokenizer(tokenizer: Checkpoint, model: Checkpoint) -> list[str
         contents(path for path in folder.iterdir() if path.suffix in TOKENIZER_FILES)
         if (folder := Path(checkpoint.location)).is_dir()
         else f"{checkpoint.name} {checkpoint.revision}"  # of the hub: the fingerprint of the model is its commit
-        for checkpoint in dict.fromkeys([tokenizer, model])
+        for checkpoint in (tokenizer, model)
     ]

@@ -46,8 +46,14 @@ def change_json(path: str, **changes: Any) -> None:
     Path(path).write_text(json.dumps({**content, **changes}))
 
 
+def flip_a_bit(path: str) -> None:
+    content = bytearray(Path(path).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path(path).write_bytes(content)
+
+
 CHANGES = {
-    "weights of the scorer": ("scorers", lambda: Path("scorer/toxicity.ckpt").open("ab").write(b"\0")),
+    "weights of the scorer": ("scorers", lambda: flip_a_bit("scorer/toxicity.ckpt")),
     "config of the scorer": ("scorers", lambda: change_json("scorer/config.json", hidden_act="relu")),
     "tokenizer of the scorer": ("scorers", lambda: change_json("scorer/tokenizer.json", version="2.0")),
     "end tokens": ("tokenizer", lambda: change_json("mine/generation_config.json", eos_token_id=[2, 5])),
@@ -73,10 +79,7 @@ def test_a_copy_under_another_path_makes_the_same_run(begun):
     assert before["scorers"][0] == before["scorers"][1], "the folder is a copy of the one that is shipped"
     shutil.copytree("scorer", "copy")
     shutil.copytree("mine", "words")
-    assert begun(scorer="copy", second_scorer="scorer", tokenizer="words") == {
-        **before,
-        "tokenizer": [before["tokenizer"][0]] * 2,
-    }
+    assert begun(scorer="copy", second_scorer="scorer", tokenizer="words") == before
 
 
 def test_the_second_scorer_counts_too(begun):
