@@ -119,19 +119,6 @@ def parse_json(text: str | bytes, is_ours: bool = True) -> object:
     return content
 
 
-def read_json(path: Path, is_ours: bool = True) -> object:
-    """Read a JSON file, see ``parse_json``.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is no JSON.
-    """
-    try:
-        return parse_json(path.read_bytes(), is_ours)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error!s:.200}.") from None
-
-
 def _refuse(name: str) -> NoReturn:
     raise ValueError(f"it holds {name}, which is no number of JSON")
 

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sparc3_lightning.files import replacing
+from sparc3_lightning.files import parse_json, replacing
 
 # sha256 of the wheels that the shipped configs name. For any other wheel, append '#sha256=<digest>' to the source.
 KNOWN_WHEELS = {
@@ -192,9 +191,9 @@ def _records(path: Path) -> Iterator[Row]:
 
 def _json_object(line: str, where: str) -> Row:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not valid JSON: {error.msg}.") from None
+        record = parse_json(line, is_ours=False)
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {error!s:.120}.") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where} holds a JSON {type(record).__name__}, expected an object.")
     return record
@@ -202,9 +201,9 @@ def _json_object(line: str, where: str) -> Row:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+        content = parse_json(path.read_text(encoding="utf-8"), is_ours=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error!s:.120}.") from None
     if isinstance(content, list) and all(isinstance(row, dict) for row in content):
         yield from content
         return

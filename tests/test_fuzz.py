@@ -57,8 +57,8 @@ PROMPTS = [
 class Reader:
     """A reader of files: how a valid file comes to a path, how it is read, and which ways to damage it make sense.
 
-    The last way is to forge it: to give it the checksum of what it was changed to. ``is_sealed`` says whether a checksum
-    covers the whole file, so that otherwise nothing else than what was written is read.
+    The last way is to forge it: to give it the checksum of what it was changed to. ``is_sealed`` says whether a
+    checksum covers the whole file, so that otherwise nothing else than what was written is read.
     """
 
     write: Callable[[Path], object]

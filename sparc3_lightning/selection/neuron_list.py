@@ -41,7 +41,7 @@ class Origin(TypedDict, total=False):
     behavior: ScoredIn | None
     harmless: ScoredIn | None
     sample_ids: list[str]
-    criterion: str | None
+    criterion: str
     budget: Priced | None
     differential_strength_percent: float | None
     export: str | None
