@@ -170,8 +170,11 @@ def _records(path: Path) -> Iterator[Row]:
     if name.endswith(".parquet"):
         import pyarrow.parquet
 
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        except OSError as error:  # in several lines, and without the path
+            raise ValueError(f"{path} is damaged, or no parquet file: {' '.join(str(error).split()):.120}") from None
     elif name.endswith((".jsonl", ".jsonl.gz")):
         with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):

@@ -1,83 +1,69 @@
-"""Ways to damage a valid file: its bytes, or the JSON in it, which may then get a checksum that matches."""
+"""Ways to damage a valid file: its bytes, or the JSON in it, which may then be given a checksum that matches.
 
-import copy
+Each way is a function of a path and of a generator of random numbers, which decides what is damaged.
+"""
+
 import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparc3_lightning.attribution.tensor_file import save_tensors
 from sparc3_lightning.files import checksum
 
-Damage = Callable[[Path], None]
-PLACES = st.integers(0, 1 << 16)
+Damage = Callable[[Path, Random], None]
 DEEP = "[" * 100_000
 # What stands where something else did. JSON has the last five in its own way, or not at all.
-VALUES: list[Any] = [None, True, False, 0, -1, 1, 3, 1.5, -0.5, 1e308, "", "x", "../x", "a\nb", [], {}, [[]], [None]]
-VALUES += [{"a": 1}, {"": []}, 10**400, -(10**30), float("nan"), float("inf"), "\ud800", "@deep@"]
+VALUES: list[Any] = [None, True, False, 0, -1, 1, 3, 1.5, -0.5, 1e308, "", "x", "../x", "a\nb", {"a": 1}, {"": [None]}]
+VALUES += [10**400, -(10**30), float("nan"), float("inf"), "\ud800", "@deep@"]
 
 
-@st.composite
-def damaged_bytes(draw: st.DrawFn) -> Damage:
-    """Flip bits, cut, insert or repeat bytes, up to three times."""
-    steps = draw(st.lists(st.tuples(st.integers(0, 4), PLACES, PLACES, st.binary(max_size=6)), min_size=1, max_size=3))
-
-    def damage(path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        for kind, first, second, added in steps:
-            place = first % (len(content) + 1)
-            end = place + second % 40
-            if kind == 0 and content:
-                content[place % len(content)] ^= 1 << second % 8
-            elif kind == 1:
-                del content[place:]
-            elif kind == 2:
-                del content[place:end]
-            elif kind == 3:
-                content[place:place] = added
-            else:
-                content[place:place] = content[place:end]
-        path.write_bytes(content)
-
-    return damage
+def damage_bytes(path: Path, draw: Random) -> None:
+    """Flip a bit, cut the end off, drop, insert or repeat bytes, up to three times."""
+    content = bytearray(path.read_bytes())
+    for _ in range(draw.randint(1, 3)):
+        place = draw.randrange(len(content) + 1)
+        end = place + draw.randint(1, 40)
+        kind = draw.randrange(5)
+        if kind == 0 and content:
+            content[place % len(content)] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del content[place:]
+        elif kind == 2:
+            del content[place:end]
+        elif kind == 3:
+            content[place:place] = draw.randbytes(draw.randint(1, 6))
+        else:
+            content[place:place] = content[place:end]
+    path.write_bytes(content)
 
 
-@st.composite
-def changes_of_json(draw: st.DrawFn) -> Callable[[Any], Any]:
+def change_json(content: Any, draw: Random) -> Any:
     """Replace a value by one of another type, drop, rename or repeat a key, or nest a value deeper, up to twice."""
-    steps = draw(st.lists(st.tuples(st.integers(0, 4), PLACES, st.sampled_from(VALUES)), min_size=1, max_size=2))
-
-    def change(content: Any) -> Any:
-        whole = [copy.deepcopy(content)]
-        for kind, place, value in steps:
-            places = list(_places(whole))
-            parent, key = places[place % len(places)]
-            if kind <= 1 or parent is whole:
-                parent[key] = value
-            elif kind == 2:
-                del parent[key]
-            elif kind == 3:
-                parent[key] = [parent[key]]
-            elif isinstance(parent, dict):
-                parent[f"{key}x"] = parent.pop(key)
-            else:
-                parent.insert(key, parent[key])
-        return whole[0]
-
-    return change
-
-
-def _places(value: Any) -> Any:
-    """Yield every list or dict with each of its keys."""
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    for key in keys:
-        yield value, key
-        yield from _places(value[key])
+    whole = [content]
+    for _ in range(draw.randint(1, 2)):
+        parent: Any = whole
+        key: Any = 0
+        while isinstance(parent[key], dict | list) and parent[key] and draw.random() < 0.9:
+            parent = parent[key]
+            key = draw.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+        kind = draw.randrange(5)
+        if kind <= 1 or parent is whole:
+            parent[key] = draw.choice(VALUES) if draw.random() < 0.8 else []
+        elif kind == 2:
+            del parent[key]
+        elif kind == 3:
+            parent[key] = [parent[key]]
+        elif isinstance(parent, dict):
+            parent[f"{key}x"] = parent.pop(key)
+        else:
+            parent.insert(key, parent[key])
+    return whole[0]
 
 
 def text_of(content: Any, forged: bool = False) -> str:
@@ -88,56 +74,32 @@ def text_of(content: Any, forged: bool = False) -> str:
     return json.dumps(content).replace('"@deep@"', DEEP)
 
 
-@st.composite
-def damaged_json(draw: st.DrawFn, forged: bool = False) -> Damage:
+def damage_json(path: Path, draw: Random, forged: bool = False) -> None:
     """Change the JSON of a file."""
-    change = draw(changes_of_json())
-
-    def damage(path: Path) -> None:
-        path.write_text(text_of(change(json.loads(path.read_text())), forged))
-
-    return damage
+    path.write_text(text_of(change_json(json.loads(path.read_text()), draw), forged))
 
 
-@st.composite
-def damaged_lines(draw: st.DrawFn, forged: bool = False) -> Damage:
+def damage_line(path: Path, draw: Random, forged: bool = False) -> None:
     """Change the JSON of one line of a file."""
-    change, place = draw(changes_of_json()), draw(PLACES)
-
-    def damage(path: Path) -> None:
-        lines = path.read_text().splitlines()
-        i = place % len(lines)
-        lines[i] = text_of(change(json.loads(lines[i])), forged)
-        path.write_text("".join(line + "\n" for line in lines))
-
-    return damage
+    lines = path.read_text().splitlines()
+    i = draw.randrange(len(lines))
+    lines[i] = text_of(change_json(json.loads(lines[i]), draw), forged)
+    path.write_text("".join(line + "\n" for line in lines))
 
 
-@st.composite
-def damaged_header(draw: st.DrawFn) -> Damage:
+def damage_header(path: Path, draw: Random) -> None:
     """Change the header of a safetensors file."""
-    change = draw(changes_of_json())
-
-    def damage(path: Path) -> None:
-        content = path.read_bytes()
-        size = int.from_bytes(content[:8], "little")
-        header = text_of(change(json.loads(content[8 : 8 + size]))).encode()
-        path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
-
-    return damage
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = text_of(change_json(json.loads(content[8 : 8 + size]), draw)).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
 
 
-@st.composite
-def forged_metadata(draw: st.DrawFn) -> Damage:
+def forge_metadata(path: Path, draw: Random) -> None:
     """Change the JSON in what a safetensors file says of itself, and give the file the checksum of that."""
-    change, place = draw(changes_of_json()), draw(PLACES)
-
-    def damage(path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        metadata.pop("sha256", None)  # a shard has none: its index does
-        name = sorted(metadata)[place % len(metadata)]
-        old = json.loads(metadata[name]) if metadata[name][0] in "[{0123456789" else metadata[name]
-        save_tensors(path, load_file(path), {**metadata, name: text_of(change(old))})
-
-    return damage
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata.pop("sha256", None)  # a shard has none: its index does
+    name = draw.choice(sorted(metadata))
+    old = json.loads(metadata[name]) if metadata[name][0] in "[{0123456789" else metadata[name]
+    save_tensors(path, load_file(path), {**metadata, name: text_of(change_json(old, draw))})

@@ -84,8 +84,8 @@ def _score(value: object, number: int) -> float | None:
     """Return a toxicity as a number; None where there is none, which csv writes as an empty text and pandas as NaN."""
     try:
         score = math.nan if value in (None, "") else float(cast("str | float", value))
-    except (TypeError, ValueError):
-        raise ValueError(f"Row {number} of the prompts has the toxicity {value!r}, expected a number.") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"Row {number} of the prompts has the toxicity {value!r:.60}, expected a number.") from None
     return None if math.isnan(score) else score
 
 

@@ -121,7 +121,7 @@ def test_what_is_damaged_is_named(path, to, reason):
         Results.load(PATH)
 
 
-@pytest.mark.parametrize("path", ["verdict", "num_neurons", "baseline/groups/toxic/behavior_mean", "git_hash"])
+@pytest.mark.parametrize("path", ["verdict", "num_neurons", "baseline/groups/toxic/behavior_mean", "versions"])
 def test_what_was_changed_by_hand_is_refused(path):
     PATH.write_text(json.dumps(replaced_at(content(), path, None)))
     with pytest.raises(ValueError, match=r"its checksum does not match: it was changed or damaged after it was writ"):

@@ -57,7 +57,7 @@ CHANGES = {
     "config of the scorer": ("scorers", lambda: change_json("scorer/config.json", hidden_act="relu")),
     "tokenizer of the scorer": ("scorers", lambda: change_json("scorer/tokenizer.json", version="2.0")),
     "end tokens": ("tokenizer", lambda: change_json("mine/generation_config.json", eos_token_id=[2, 5])),
-    "tokenizer": ("tokenizer", lambda: change_json("mine/tokenizer.json", version="2.0")),
+    "tokenizer": ("tokenizer", lambda: change_json("mine/tokenizer_config.json", clean_up_tokenization_spaces=True)),
     "chat template": ("tokenizer", lambda: Path("mine/chat_template.jinja").write_text("{{ messages }}")),
     "weights": ("checkpoint_fingerprint", lambda: change_weights("mine/model.safetensors")),
 }
