@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import NEURONS, provenance, random_scores, sentence
+from helpers import NEURONS, make_config, provenance, random_scores, sentence
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from made_up import SELECTION, made_up
 from mutations import Damage, damage_bytes, damage_header, damage_json, damage_line, forge_metadata
+from safetensors.torch import save_file
 
 from sparc3_lightning.attribution.activations import Activations
 from sparc3_lightning.attribution.progress import Progress, load_progress
@@ -26,6 +27,7 @@ from sparc3_lightning.attribution.scores import INDEX, ScoreFile, ShardWriter, W
 from sparc3_lightning.data.prompts import Prompt, continued, matching_rows, read_prompts, worst_continued
 from sparc3_lightning.evaluation.completions import CompletionLog, load_completions, read_unfinished, save_completions
 from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.report.circuits import CircuitResults, Curve, Measured, SeedSteps
 from sparc3_lightning.report.comparison import ComparisonResults, Listed
 from sparc3_lightning.selection.neuron_list import NeuronList, SelectionResults
@@ -151,6 +153,15 @@ def read_continued(path: Path) -> object:
     return worst_continued(read_records(path), str(path)), continued(read_records(path), str(path))
 
 
+def write_checkpoint(config: Path) -> None:
+    make_config("llama").save_pretrained(config.parent)
+    save_file({"a": torch.ones(1)}, config.parent / "model.safetensors", {"format": "pt"})
+
+
+def read_config(path: Path) -> object:
+    return Checkpoint(str(path.parent)).config.to_dict()
+
+
 def prompts_of(name: str, *ways: Damage) -> Reader:
     return Reader(write_rows, read_rows, name, (damage_bytes, *ways), is_sealed=False)
 
@@ -212,6 +223,9 @@ READERS = {
     "csv": prompts_of("prompts.csv"),
     "parquet": prompts_of("prompts.parquet"),
     "txt": prompts_of("prompts.txt"),
+    "config of a checkpoint": Reader(
+        write_checkpoint, read_config, "config.json", (damage_bytes, damage_json), is_sealed=False
+    ),
 }
 
 

@@ -20,6 +20,7 @@ from sparc3_lightning.attribution.tensor_file import ERRORS, digest_of, load_ten
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import Count, JsonFile, check_checksum, parse_json, read_as, replacing
 from sparc3_lightning.provenance import revision_of
+from sparc3_lightning.sources import first_line
 
 FORMAT = "sparc3_lightning scores 3"
 INDEX = "weight_scores.safetensors.index.json"
@@ -223,7 +224,9 @@ class WeightScores:
             with safe_open(shard, framework="pt") as file:
                 return read(file, name)
         except ERRORS as error:
-            raise ValueError(f"{shard}, which {self.path.name} names, is missing or damaged: {error!s:.200}") from None
+            raise ValueError(
+                f"{shard}, which {self.path.name} names, is missing or damaged: {first_line(error):.200}"
+            ) from None
 
 
 class ShardWriter:

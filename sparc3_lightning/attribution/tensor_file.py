@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sparc3_lightning.files import CHECKSUM, check_checksum, write_atomically
+from sparc3_lightning.sources import first_line
 
 # What safetensors and torch raise where a header that can be read says what the file does not hold.
 ERRORS = (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError)
@@ -53,7 +54,7 @@ def load_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, 
             metadata: dict[str, str] = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except ERRORS as error:
-        raise ValueError(f"{path} is not a safetensors file, or is truncated: {error!s:.200}") from None
+        raise ValueError(f"{path} is not a safetensors file, or is truncated: {first_line(error):.200}") from None
     _check_version(path, metadata.get("format"), format)
     if metadata.get("format") != format:
         kind = format.split()[1]

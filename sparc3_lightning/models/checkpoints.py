@@ -131,7 +131,7 @@ class Checkpoint:
             config = AutoConfig.from_pretrained(location, revision=self.revision)
         except OSError as error:
             raise OSError(explain_hub_error(self.name, error)) from None
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # a config may hold anything, and transformers raises what it meets
             raise ValueError(
                 f"transformers {transformers.__version__} does not know the architecture of {self.name!r}: upgrade it, "
                 f"or check the model_type in its config.json ({first_line(error).split('. ')[0].rstrip('.')})."
