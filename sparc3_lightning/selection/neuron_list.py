@@ -134,8 +134,7 @@ _LISTS = ("neurons", "next", "least_relevant")
 _DEFAULTS: dict[str, float | None] = {"damping": 1.0, "mean": 0.0, "input": None}
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(TypedDict):
     """A neuron as neurons.json has it, see ``Component``."""
 
     module: str
@@ -161,7 +160,7 @@ def _components(rows: object, place: str) -> list[Component]:
     for i, row in enumerate(read_as(list[dict[str, object]], rows, place)):
         if missing := [name for name in ("score", "damping", "mean") if row.get(name, 0.0) is None]:
             raise ValueError(f"{place}.{i}.{missing[0]} cannot be None")
-        found.append(Component(**vars(read_as(_Row, {**_DEFAULTS, **row}, f"{place}.{i}"))))
+        found.append(Component(**read_as(_Row, {**_DEFAULTS, **row}, f"{place}.{i}")))
     return found
 
 

@@ -12,6 +12,7 @@ from helpers import write_sealed
 
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import ScoreFile
+from sparc3_lightning.files import sealed
 
 pytestmark = pytest.mark.usefixtures("as_if_from_python", "config")
 
@@ -105,7 +106,7 @@ def test_an_evaluation_whose_change_is_not_known_can_be_gathered(done, verbs_run
         results[name]["perplexity"] = {"sliding": interval}
     results["perplexity_change"] = {"sliding": interval}
     write_sealed(stage / "results.json", results)
-    assert run()[0] == results
+    assert run()[0] == sealed(results)
     assert verbs_run == []
 
 
