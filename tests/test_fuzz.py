@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from helpers import NEURONS, make_config, provenance, random_scores, sentence
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from jsonargparse import ArgumentError, ArgumentParser
 from made_up import SELECTION, made_up
 from mutations import Damage, damage_bytes, damage_header, damage_json, damage_line, forge_metadata
 from safetensors.torch import save_file
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from sparc3_lightning.attribution.activations import Activations
 from sparc3_lightning.attribution.progress import Progress, load_progress
 from sparc3_lightning.attribution.scores import INDEX, ScoreFile, ShardWriter, WeightScores
+from sparc3_lightning.cli import FindConfig
 from sparc3_lightning.data.prompts import Prompt, continued, matching_rows, read_prompts, worst_continued
 from sparc3_lightning.evaluation.completions import CompletionLog, load_completions, read_unfinished, save_completions
 from sparc3_lightning.evaluation.results import Results
@@ -33,6 +35,7 @@ from sparc3_lightning.report.comparison import ComparisonResults, Listed
 from sparc3_lightning.selection.neuron_list import NeuronList, SelectionResults
 from sparc3_lightning.selection.overlap import Overlap
 from sparc3_lightning.sources import read_records
+from sparc3_lightning.stages.prune import Pruning
 
 pytestmark = pytest.mark.slow
 NUM_EXAMPLES = int(os.environ.get("FUZZ", 2000))
@@ -162,6 +165,25 @@ def read_config(path: Path) -> object:
     return Checkpoint(str(path.parent)).config.to_dict()
 
 
+OPTIONS = {"general": ["a"], "behavior": "b", "num_neurons": 5, "budget": {"refine": 0}}
+
+
+@cache
+def parser() -> ArgumentParser:
+    """Return a parser of a verb's options alone, since all of the command line takes half a second."""
+    made = ArgumentParser(exit_on_error=False)
+    made.add_argument("--config", action=FindConfig)
+    made.add_class_arguments(Pruning, "model")
+    return made
+
+
+def read_options(path: Path) -> object:
+    try:
+        return parser().parse_args(["--config", str(path)])
+    except ArgumentError as error:  # which the command line prints
+        raise ValueError(" ".join(str(error).split())[:500]) from None
+
+
 def prompts_of(name: str, *ways: Damage) -> Reader:
     return Reader(write_rows, read_rows, name, (damage_bytes, *ways), is_sealed=False)
 
@@ -223,6 +245,13 @@ READERS = {
     "csv": prompts_of("prompts.csv"),
     "parquet": prompts_of("prompts.parquet"),
     "txt": prompts_of("prompts.txt"),
+    "config": Reader(
+        lambda path: path.write_text(json.dumps({"model": OPTIONS})),
+        read_options,
+        "prune.yaml",
+        (damage_bytes, damage_json),
+        is_sealed=False,
+    ),
     "config of a checkpoint": Reader(
         write_checkpoint, read_config, "config.json", (damage_bytes, damage_json), is_sealed=False
     ),
