@@ -1,6 +1,15 @@
 """``python -m sparc3_lightning`` is ``sparc3``."""
 
-from sparc3_lightning.cli import entry_point
+from sparc3_lightning.interrupts import ending_on_signals
+
+
+def entry_point() -> None:
+    """Run the command line from a shell; Ctrl-C is a line, too, while its libraries are imported."""
+    with ending_on_signals():
+        from sparc3_lightning import cli
+
+        cli.entry_point()
+
 
 if __name__ == "__main__":
     entry_point()

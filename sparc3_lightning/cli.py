@@ -3,10 +3,10 @@
 import logging
 import math
 import os
-import subprocess
+import re
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -22,18 +22,24 @@ import sparc3_lightning
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
-from sparc3_lightning.distributed import check_slurm_tasks, usable_accelerator
-from sparc3_lightning.files import check_absent
+from sparc3_lightning.distributed import check_slurm_tasks, is_rank_zero, usable_accelerator
+from sparc3_lightning.escaping import for_terminal
+from sparc3_lightning.files import check_absent, check_writable
+from sparc3_lightning.interrupts import ending_on_signals, run_process
+from sparc3_lightning.report.drawing import draw
+from sparc3_lightning.sources import at_home
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.circuit import Circuit
 from sparc3_lightning.stages.compare import Comparison
 from sparc3_lightning.stages.compress import Compression
-from sparc3_lightning.stages.evaluate import Evaluation
+from sparc3_lightning.stages.evaluate import RESULTS, Evaluation
 from sparc3_lightning.stages.experiment import Experiment
+from sparc3_lightning.stages.folders import check_config, folder_of, giving_back, new_folder, own, reserve
 from sparc3_lightning.stages.plan import Config
 from sparc3_lightning.stages.prune import Pruning
 from sparc3_lightning.stages.sweep import Sweep
+from sparc3_lightning.stages.trainer_options import check_trainer_options
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.
 CONFIGS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
@@ -41,7 +47,7 @@ DESCRIPTION = sparc3_lightning.__doc__
 
 
 class SparC3Trainer(Trainer):
-    """Options of the Lightning Trainer."""
+    """Options of the Lightning Trainer (a config is as trusted as code: callbacks and scorers that it names run)."""
 
     def prepare(self, model: Experiment) -> None:
         """Fetch everything the other verbs would download, and write a manifest of it."""
@@ -53,7 +59,7 @@ class SparC3Trainer(Trainer):
 
     def prune(self, model: Pruning, datamodule: ReferenceSamples | None = None) -> None:
         """Select the neurons to prune from score files, and export the pruned checkpoint."""
-        neurons = model.prune(Path(self.log_dir or "."), datamodule, self.strategy.root_device)
+        neurons = model.prune(folder_of(self, "prune"), datamodule, self.strategy.root_device)
         if self.logger is not None:
             percent = neurons.provenance.get("differential_strength_percent")
             known = {} if percent is None else {"differential_strength_percent": percent}
@@ -71,7 +77,7 @@ class SparC3Trainer(Trainer):
 
     def compare(self, model: Comparison) -> None:
         """Compare the pruned neurons of several behaviours: which they share, and which are specific to one."""
-        rank_zero_info(model.compare(Path(self.log_dir or ".")))
+        rank_zero_info(model.compare(folder_of(self, "compare")))
 
     def circuit(self, model: Circuit, datamodule: LightningDataModule) -> None:
         """Take the least relevant components out step by step, and find the sparsest circuit that keeps a behaviour."""
@@ -80,7 +86,10 @@ class SparC3Trainer(Trainer):
 
     def compress(self, model: Compression) -> None:
         """Set the weights of the lowest scores to zero, and write the sparse checkpoint."""
-        rank_zero_info(model.compress(Path(self.log_dir or ".")))
+        rank_zero_info(model.compress(folder_of(self, "compress")))
+
+    def report(self, model: None) -> None:
+        """Draw page, pictures and model card of a run again, from the files in its folder; no model is loaded."""
 
     def run(self, model: Experiment, plan: Path | None = None) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report.
@@ -100,6 +109,7 @@ class Verb:
     needs_data: bool = True
 
 
+REPORT = "report"  # the verb that needs no more than a folder
 # By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
 VERBS: dict[str, Verb | None] = {
     "prepare": None,
@@ -115,21 +125,9 @@ VERBS: dict[str, Verb | None] = {
             Verb(Compression),
         )
     },
+    REPORT: None,
     "run": None,
 }
-
-
-class SaveConfig(SaveConfigCallback):
-    """Saves config.yaml. It may replace the file of a run that broke off, but never goes into a folder with results."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the config."""
-        folder = trainer.log_dir
-        if folder is not None:
-            for name in (name for verb in VERBS.values() if verb for name in verb.stage.OUTPUTS):
-                check_absent(Path(folder) / name)
-        self.overwrite = True
-        super().setup(trainer, pl_module, stage)
 
 
 class FindConfig(ActionConfigFile):
@@ -160,6 +158,8 @@ class SparC3CLI(LightningCLI):
 
     def init_parser(self, stage: str | None = None, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of a verb. It knows its stage; super would add a second config action."""
+        if stage is not None:  # else every error begins with the names of all options, two screens of them
+            kwargs["usage"] = f"sparc3 {stage} [--config FILE] ... [--<group>.<option> VALUE] ..."
         parser: Any = self.parser_class(**kwargs)
         parser.stage = stage
         parser.add_argument(
@@ -167,9 +167,21 @@ class SparC3CLI(LightningCLI):
         )
         return parser
 
+    def add_default_arguments_to_parser(self, parser: Any) -> None:
+        """Add the seed, which a verb that only draws does not have."""
+        if parser.stage == REPORT:
+            parser.add_argument("--seed_everything", default=False, help=SUPPRESS)
+        else:
+            super().add_default_arguments_to_parser(parser)
+
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Add the groups trainer, model and data of one verb, if it was asked for."""
         if parser.stage is None:
+            return
+        if parser.stage == REPORT:
+            parser.add_argument(
+                "folder", type=Path, help="Of a run of evaluate, sweep, prune, circuit, compare or run."
+            )
             return
         verb = VERBS[parser.stage]
         parser.add_lightning_class_args(self.trainer_class, "trainer")
@@ -200,45 +212,90 @@ class SparC3CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what Lightning would find out too late."""
-        trainer = self.config[self.subcommand]["trainer"]
+        if self.subcommand == REPORT:
+            return
+        trainer = _all_at_home(self.config[self.subcommand])["trainer"]
+        check_trainer_options(trainer)
         check_slurm_tasks(trainer["devices"], trainer["num_nodes"], os.environ)
         trainer["accelerator"] = usable_accelerator(trainer["accelerator"])
 
-    def _save_config(self) -> None:
-        """Save config.yaml for a verb that starts no loop, where the callback would."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SaveConfigCallback):
-                callback.setup(self.trainer, self.model, stage=str(self.subcommand))
+    def instantiate_classes(self) -> None:
+        """Make trainer, model and data, but for a verb that only draws."""
+        if self.subcommand != REPORT:
+            super().instantiate_classes()
+            return
+        self.config_init, self.model, self.datamodule = self.config, None, None
+        self.trainer = self.trainer_class  # type: ignore[assignment]  # it has a method of that name, as every verb
 
-    before_prune = _save_config
-    before_compare = _save_config
-    before_compress = _save_config
-    before_prepare = _save_config
-    before_run = _save_config
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer. Without a logger, too, a run has a folder of its own."""
+        options = self.config_init[self.subcommand]["trainer"]
+        if options["logger"] in (False, []) and is_rank_zero():
+            kwargs["default_root_dir"] = str(new_folder(Path(options["default_root_dir"] or "."), str(self.subcommand)))
+        trainer = super().instantiate_trainer(**kwargs)
+        reserve(trainer)
+        self.model.config_yaml = self._config_yaml()
+        return trainer
 
     def prepare(self, model: Experiment, **_: object) -> None:
         """Fetch everything."""
-        model.prepare(self._options(), Path(self.trainer.log_dir or "."))
+        model.prepare(self._options(), self._own_folder())
+
+    def report(self, **_: object) -> None:
+        """Draw a run again."""
+        rank_zero_info(f"Drawn: {draw(self.config[REPORT]['folder'])}")
 
     def run(self, model: Experiment, plan: Path | None = None, **_: object) -> None:
         """Run the stages, each as its own verb; in a process of its own where that starts further ones."""
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             raise ValueError("'sparc3 run' is started once, not by every task of srun: use configs/slurm/pipeline.sh.")
         if plan is not None:
-            model.write_plan(self._options(), Path(self.trainer.log_dir or "."), plan)
+            model.config_yaml = None  # of the run that the plan is for
+            model.write_plan(self._options(), self._own_folder(), Path(plan))
             return
         run_stage = _run_stage if self.trainer.world_size == 1 else _run_stage_as_process
-        results = model.run(self._options(), Path(self.trainer.log_dir or "."), run_stage)
+        folder = self._own_folder()
+        check_absent(folder / RESULTS)
+        results = model.run(self._options(), folder, run_stage)
         if self.trainer.logger is not None and results.change is not None:
             known = {name: value for name, value in asdict(results.change).items() if math.isfinite(value)}
             self.trainer.logger.log_metrics(known)
             self.trainer.logger.finalize("success")
 
+    def _own_folder(self) -> Path:
+        """Return the folder of a verb that is no stage, which this process owns from here on."""
+        verb = str(self.subcommand)
+        folder = folder_of(self.trainer, verb)
+        check_writable(folder)
+        own(folder, verb)
+        if self.model.config_yaml is not None:
+            check_config(folder, self.model.config_yaml)
+        return folder
+
+    def _config_yaml(self) -> str:
+        # None is kept: left out, an option that was set to None would fall back to its default.
+        return self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+
     def _options(self) -> Config:
         """Return the config of this verb as plain values."""
-        parser = self._parser(self.subcommand)
-        # None is kept: left out, an option that was set to None would fall back to its default in the stage.
-        return yaml.safe_load(parser.dump(self.config[self.subcommand], skip_none=False))
+        return yaml.safe_load(self._config_yaml())
+
+
+def _all_at_home(value: Any) -> Any:
+    """Put the home folder in place of ~ where an option begins with it, in options of any depth.
+
+    Raises:
+        ValueError: If there is no home folder.
+    """
+    if isinstance(value, list):
+        return [_all_at_home(item) for item in value]
+    if isinstance(value, dict | Namespace):
+        for name, inner in (vars(value) if isinstance(value, Namespace) else value).items():
+            value[name] = _all_at_home(inner)
+        return value
+    if not isinstance(value, str | Path) or not re.match(r"~[^/\s]*(/|$)", str(value)):
+        return value
+    return type(value)(at_home(value))
 
 
 def _run_stage(verb: str, config: Path) -> None:
@@ -246,9 +303,9 @@ def _run_stage(verb: str, config: Path) -> None:
 
 
 def _run_stage_as_process(verb: str, config: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "sparc3_lightning", verb, "--config", str(config)], check=False)
-    if done.returncode != 0:
-        raise ChildProcessError(f"'sparc3 {verb} --config {config}' failed (exit code {done.returncode}); see above.")
+    code = run_process([sys.executable, "-m", "sparc3_lightning", verb, "--config", str(config)])
+    if code != 0:
+        raise ChildProcessError(f"'sparc3 {verb} --config {config}' failed (exit code {code}); see above.")
 
 
 def _quiet() -> None:
@@ -264,6 +321,15 @@ def _quiet() -> None:
     off_topic = ("💡 Tip", "GPU available", "TPU available", "Seed set to")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(off_topic))
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_escape)
+    show = warnings.formatwarning
+    warnings.formatwarning = lambda *given, **more: for_terminal(show(*given, **more), keep="\n\t")
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Show what a name in a message could tell the terminal to do, and let the message pass."""
+    record.msg, record.args = for_terminal(record.getMessage(), keep="\n\t"), ()
+    return True
 
 
 def main(args: ArgsType = None) -> SparC3CLI:
@@ -271,28 +337,30 @@ def main(args: ArgsType = None) -> SparC3CLI:
     given = sys.argv[1:] if args is None else args
     # Filling the parsers of all verbs takes longer than the rest of what happens before a stage begins.
     asked = [name for name in VERBS if name in given] or VERBS
-    return SparC3CLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=SaveConfig,
-        trainer_class=SparC3Trainer,
-        trainer_defaults={"inference_mode": False, "enable_model_summary": False},
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        args=args,
-        parser_kwargs={"description": DESCRIPTION, **{name: {"stage": name} for name in asked}},
-    )
+    with giving_back():
+        return SparC3CLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,  # a stage writes it when nothing can be refused any more
+            trainer_class=SparC3Trainer,
+            trainer_defaults={"inference_mode": False, "enable_model_summary": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+            parser_kwargs={"prog": "sparc3", "description": DESCRIPTION, **{name: {"stage": name} for name in asked}},
+        )
 
 
 def entry_point() -> None:
     """Run the command line from a shell: an error the user can mend is one sentence, not a traceback."""
     _quiet()
     try:
-        main()
+        with ending_on_signals():
+            main()
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SPARC3_TRACEBACK"):
             raise
-        sys.exit(f"sparc3: error: {error}\n(SPARC3_TRACEBACK=1 shows where it was raised.)")
+        sys.exit(f"sparc3: error: {for_terminal(error, keep=chr(10))}\n(SPARC3_TRACEBACK=1 shows where it was raised.)")

@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 T = TypeVar("T")
+FIRST_SPECIAL_STEP = 0xFFFFFFF0  # numbers of steps from here on are the script of a job, the shell of salloc and so on
 
 
 def check_slurm_tasks(devices: object, num_nodes: int, environment: Mapping[str, str]) -> None:
-    """Raise unless srun started one task for each device.
+    """Raise unless srun started one task for each device, where a Slurm job has several tasks.
 
     Args:
         devices: Option ``--trainer.devices``; only a number can be checked.
@@ -19,10 +20,14 @@ def check_slurm_tasks(devices: object, num_nodes: int, environment: Mapping[str,
         environment: Variables of the process.
 
     Raises:
-        ValueError: If the numbers differ. Without this the ranks would wait for each other until a timeout.
+        ValueError: If the numbers differ, or srun was left out. Without this the ranks would wait for each other until
+            a timeout.
     """
-    tasks = environment.get("SLURM_STEP_NUM_TASKS")
-    if tasks is None or not str(devices).isdigit() or int(str(devices)) * num_nodes == int(tasks):
+    if not _is_of_srun(environment):
+        _check_is_alone(num_nodes, environment)
+        return
+    tasks = environment["SLURM_STEP_NUM_TASKS"]
+    if not str(devices).isdigit() or int(str(devices)) * num_nodes == int(tasks):
         return
     nodes = environment.get("SLURM_STEP_NUM_NODES", "1")
     raise ValueError(
@@ -30,6 +35,26 @@ def check_slurm_tasks(devices: object, num_nodes: int, environment: Mapping[str,
         f"{num_nodes} asks for {int(str(devices)) * num_nodes}: give srun --ntasks-per-node={devices} "
         f"--nodes={num_nodes}, or change these options."
     )
+
+
+def _is_of_srun(environment: Mapping[str, str]) -> bool:
+    """Tell whether srun started this process; the script of a job and the shell of salloc may be steps as well."""
+    step = environment.get("SLURM_STEP_ID", "0")
+    return "SLURM_STEP_NUM_TASKS" in environment and step.isdigit() and int(step) < FIRST_SPECIAL_STEP
+
+
+def _check_is_alone(num_nodes: int, environment: Mapping[str, str]) -> None:
+    """Raise ValueError if a process that srun did not start would wait for others that nobody starts."""
+    nodes = environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES") or "1"
+    per_node = environment.get("SLURM_NTASKS_PER_NODE") or "1"
+    tasks = int(environment.get("SLURM_NTASKS") or int(per_node) * int(nodes))
+    # In a job of such a name Lightning starts the processes of this node itself.
+    starts_itself = environment.get("SLURM_JOB_NAME") in ("bash", "interactive") and num_nodes == 1
+    if tasks > 1 and not starts_itself:
+        raise ValueError(
+            f"This Slurm job has {tasks} tasks, but srun did not start this process, which would wait for the others "
+            "for ever: put srun before sparc3, or 'srun --ntasks=1' for a single process."
+        )
 
 
 def usable_accelerator(accelerator: object) -> object:
@@ -64,6 +89,11 @@ def check_same_on_all_ranks(what: str, value: object) -> None:
             f"Rank {different[0]} sees another {what} than rank 0 ({values[different[0]]!r}, {values[0]!r}): put the "
             "files where every node sees the same ones."
         )
+
+
+def is_rank_zero() -> bool:
+    """Tell whether this is rank 0, also before the ranks know each other."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def gather(rows: list[T]) -> list[T]:

@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -72,6 +74,45 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+@contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """Yield an empty folder in which ``beside`` is prepared, and renamed to it; what is left there is removed.
+
+    Its name carries the process and the host. What a killed process of this host left there is swept first.
+
+    Args:
+        beside: The path that is prepared. Its parent is made if it does not exist.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    sweep(beside.parent)
+    temporary = Path(
+        tempfile.mkdtemp(dir=beside.parent, prefix=f".{beside.name[:40]}.{os.getpid()}-{platform.node()}.")
+    )
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary folders that processes of this host left in a folder when they were killed."""
+    made = re.compile(rf"\..*\.(\d+)-{re.escape(platform.node())}\.[a-z0-9_]{{8}}")
+    for path in folder.iterdir():
+        if (match := made.fullmatch(path.name)) and not _is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
 def to_json(value: object) -> str:
     """Return plain values for JSON: NaN and infinity become null, a path a string, a dataclass a dict."""
     return json.dumps(_as_json(value), indent=2) + "\n"
@@ -94,29 +135,20 @@ def _as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def parse_json(text: str | bytes, is_ours: bool = True) -> object:
-    """Parse JSON, with an error in one sentence for whatever is wrong with it.
+def parse_json(text: str | bytes) -> object:
+    """Parse JSON that was written here: NaN, infinity and a key that comes twice are errors too.
 
     Args:
         text: The JSON; bytes are UTF-8.
-        is_ours: Whether it was written here. Then NaN, infinity, a key that comes twice and half of a surrogate pair
-            are errors too, which other programs write.
 
     Raises:
         ValueError: If it is no JSON, or is nested too deeply to be read.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        if not is_ours:
-            return json.loads(text)
-        content = json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_doubles)
-        if "\\ud" in text.lower():
-            json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair, which is no text") from None
+        return json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_doubles)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    return content
 
 
 def _refuse(name: str) -> NoReturn:

@@ -11,13 +11,13 @@ import pytest
 import torch
 import yaml
 from commands import stops
+from experiments import pretend
 from helpers import sentence
-from made_up import made_up
 
+from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.cli import VERBS, entry_point, main
 from sparc3_lightning.distributed import usable_accelerator
-from sparc3_lightning.stages.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("as_if_from_a_shell")
 
@@ -270,7 +270,7 @@ def test_the_saved_config_repeats_a_run_after_which_the_folder_was_removed(tiny_
 
 
 def test_prepare_and_run_save_their_config_too(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(Experiment, "run", lambda *_: made_up()[0])
+    monkeypatch.setattr(cli, "main", lambda args: pretend(args[0], Path(args[2])))
     general = {"class_path": "C4", "init_args": {"source": "general.txt", "num_samples": 3, "seq_len": 12}}
     behavior = {
         "class_path": "ToxicPrompts",
@@ -369,3 +369,10 @@ def test_a_missing_score_file_in_a_real_shell_is_one_sentence_without_a_tracebac
     assert hint == "(SPARC3_TRACEBACK=1 shows where it was raised.)"
     assert done.stderr.count("sparc3: error:") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_what_a_name_could_tell_the_terminal_is_shown_in_an_error(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sparc3", "report", "\x1b[31mnowhere\x9b\u202e"])
+    with pytest.raises(SystemExit) as done:
+        entry_point()
+    assert str(done.value.code).startswith(r"sparc3: error: \x1b[31mnowhere\x9b\u202e holds none of experiment.json")

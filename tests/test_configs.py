@@ -58,8 +58,8 @@ def named(name: str) -> Path:
 
 
 def test_there_are_configs_of_every_verb():
-    # Nothing of compare is there before its files are.
-    assert {command_of(path)[0] for path in CONFIGS} | {"prepare", "compare"} == set(VERBS)
+    # Nothing of compare is there before its files are, and report takes a folder alone.
+    assert {command_of(path)[0] for path in CONFIGS} | {"prepare", "compare", "report"} == set(VERBS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -98,7 +98,7 @@ def test_run_yaml_prepares_too():
 def test_run_yaml_can_be_planned_where_there_is_no_gpu(overlays, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.accelerators.cuda.CUDAAccelerator.is_available", lambda: False)
     main(["run", "--config", "run.yaml", *overlays, "--plan", "plan.txt"])
-    verbs = [line.split()[0] for line in Path("plan.txt").read_text().splitlines()]
+    verbs = Path("plan.txt").read_text().split("\0")[:-1:3]
     assert verbs == [*(["evaluate"] if overlays else []), *["attribute"] * 4, "prune", "evaluate"]
 
 

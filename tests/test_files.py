@@ -4,13 +4,14 @@ import errno
 import json
 import math
 import os
+import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparc3_lightning.files import check_writable, replacing, to_json, write_atomically
+from sparc3_lightning.files import check_writable, replacing, temporary_folder, to_json, write_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -67,6 +68,48 @@ def test_missing_folders_are_made_and_the_file_can_be_read_by_others(tmp_path: P
 def test_text_is_written_as_utf_8_with_its_line_breaks_as_they_are(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a.txt", "δ\n\r\n")
     assert (tmp_path / "a.txt").read_bytes() == "δ\n\r\n".encode()
+
+
+def test_a_folder_is_prepared_beside_its_place_and_renamed(tmp_path: Path) -> None:
+    with temporary_folder(tmp_path / "new" / "a") as temporary:
+        assert f".{os.getpid()}-{platform.node()}." in temporary.name
+        (temporary / "x").write_text("x")
+        temporary.replace(tmp_path / "new" / "a")
+    assert names(tmp_path / "new") == ["a"]
+    assert (tmp_path / "new" / "a").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_folder_that_is_not_finished_is_removed(error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error), temporary_folder(tmp_path / "a") as temporary:  # noqa: PT012
+        (temporary / "x").write_text("x")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_folders_that_killed_processes_of_this_host_left_are_swept_and_no_others(tmp_path: Path) -> None:
+    host, dead = platform.node(), 4194305  # no process of Linux has a number above 4194304
+    left = [f".a.{dead}-{host}.abcdefgh", f".other.gguf.{dead}-{host}.a_c0efgh"]
+    kept = [
+        f".a.{os.getpid()}-{host}.abcdefgh",
+        f".a.{dead}-{host}x.abcdefgh",
+        f"a.{dead}-{host}.abcdefgh",
+        "a",
+        ".git",
+    ]
+    for name in left + kept:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("x")
+    with temporary_folder(tmp_path / "b"):
+        pass
+    assert names(tmp_path) == sorted(kept)
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ä" * 127])
+def test_the_name_of_a_folder_may_be_as_long_as_the_file_system_lets_it_be(name: str, tmp_path: Path) -> None:
+    with temporary_folder(tmp_path / name) as temporary:
+        temporary.replace(tmp_path / name)
+    assert names(tmp_path) == [name]
 
 
 def test_what_json_has_not_becomes_null_however_deep_it_lies() -> None:

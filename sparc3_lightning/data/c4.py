@@ -21,12 +21,13 @@ class C4(ReferenceSamples):
     Documents with fewer than ``seq_len`` tokens are passed over and counted.
 
     Args:
-        source: Local jsonl, jsonl.gz, parquet or text file (a line is a document), or a file inside a PyPI wheel,
-            ``pypi:<name>==<version>/<path>``; None streams allenai/c4, config en, split train, from the hub.
+        source: Local jsonl, json, csv, text (a line is a document; each also with .gz) or parquet file, or a file
+            inside a PyPI wheel, ``pypi:<name>==<version>/<path>``; None streams allenai/c4, config en, split train,
+            from the hub.
         num_samples: Documents to take.
         seq_len: Length of every sample, in tokens.
         crop: Take the ``head`` of a document (its first ``seq_len`` tokens), or a ``random`` stretch of it, as Wanda
-            does.
+            does; before that stands the beginning-of-sequence token only for models that are lost without it (Gemma).
         seed: Of the shuffle, and of the random stretches.
         buffer_size: Documents that the shuffle of the stream draws from.
         text_field: Name of the field that holds the text.
@@ -88,17 +89,21 @@ class C4(ReferenceSamples):
     ) -> list[Sample]:
         """Take the first documents that are long enough, and hand each that was read to ``keep``."""
         draw = random.Random(self.seed)
+        tokens = self.tokens_of(tokenizer)
+        keeps_bos = self.crop == "random" and tokens.adds_bos and self.needs_bos_everywhere()
+        before = tokens.prefix if keeps_bos else []
         samples: list[Sample] = []
         num_too_short = 0
         for number, text in documents:
             if keep is not None:
                 keep({"number": number, "text": text})
-            input_ids = tokenizer(text, verbose=False)["input_ids"]
+            (input_ids,) = tokens.encode_documents([text])
             if len(input_ids) < self.seq_len:
                 num_too_short += 1
                 continue
             start = draw.randrange(len(input_ids) - self.seq_len + 1) if self.crop == "random" else 0
-            samples.append(Sample(f"document-{number}", input_ids[start : start + self.seq_len]))
+            stretch = input_ids[start + len(before) : start + self.seq_len]
+            samples.append(Sample(f"document-{number}", [*before, *stretch]))
             if len(samples) == self.num_samples:
                 break
         if len(samples) < self.num_samples:
@@ -107,7 +112,7 @@ class C4(ReferenceSamples):
                 f"but --data.num_samples is {self.num_samples}: lower --data.seq_len or --data.num_samples, or give a "
                 "source with longer documents."
             )
-        self.notes = {"num_too_short": num_too_short}
+        self.notes["num_too_short"] = num_too_short
         return samples
 
     def _stream(self) -> Iterator[tuple[int, str]]:

@@ -1,5 +1,6 @@
 """What a model is evaluated on: a text for perplexity, prompts to continue, and pairs of sentences to compare."""
 
+from inspect import getattr_static
 from typing import Any
 
 import lightning as L
@@ -26,7 +27,7 @@ class EvaluationData(L.LightningDataModule):
         self.text = text
         self.prompts = prompts
         self.pairs = pairs
-        self._set_up: tuple[set[str], list[Checkpoint]] | None = None  # what the parts are set up for
+        self._set_up: tuple[set[str], int | None, list[Checkpoint]] | None = None  # what the parts are set up for
 
     def prepare_data(self) -> None:
         """Fetch what is not there yet."""
@@ -41,19 +42,20 @@ class EvaluationData(L.LightningDataModule):
         parts = [part for part in (self.text, self.prompts, self.pairs) if part is not None]
         for part in parts:
             part.trainer = self.trainer
-        exclude = set(getattr(module, "excluded_prompts", ()))
-        wanted = (exclude, [part.tokenizer_checkpoint for part in parts])
+        exclude = set(_asked_of(module, "excluded_prompts", ()))
+        longest = _asked_of(module, "longest_prompt", None)
+        wanted = (exclude, longest, [part.tokenizer_checkpoint for part in parts])
         if wanted == self._set_up:
             return
         self._set_up = None
         self.text.setup_windows(self.text.load_tokenizer())
-        self.prompts.setup_prompts(exclude, self.prompts.load_tokenizer())
+        self.prompts.setup_prompts(exclude, self.prompts.load_tokenizer(), longest)
         if self.pairs is not None:
             self.pairs.setup_pairs(exclude, self.pairs.load_tokenizer())
         self._set_up = wanted
 
     def describe(self) -> dict[str, Any]:
-        """Describe the data: text and its windows; prompts and pairs, and how many were left out."""
+        """Describe the data: text and its windows; prompts and pairs, how they are read, and how many were left out."""
         text, prompts, pairs = self.text, self.prompts, self.pairs
         return {
             "perplexity": {
@@ -61,11 +63,16 @@ class EvaluationData(L.LightningDataModule):
                 "window": text.window,
                 "stride": text.stride if "sliding" in text.conventions else None,
                 "text": text.source or "WikiText-2 raw test",
+                "bos": text.has_bos,
             },
             "prompts": {
                 "source": prompts.source or "allenai/real-toxicity-prompts",
                 "nontoxic_source": prompts.nontoxic_source if prompts.num_nontoxic else None,
                 "excluded": prompts.num_excluded,
+                "too_long": prompts.num_too_long,
+                "in_both": prompts.num_in_both,
+                "chat": prompts.chat,
+                "bos": prompts.begin_with_bos,
             },
             **({} if pairs is None else {"pairs": {**pairs.hparams, "excluded": pairs.num_excluded}}),
         }
@@ -73,3 +80,9 @@ class EvaluationData(L.LightningDataModule):
     def test_dataloader(self) -> list[DataLoader]:
         """Return the windows of the text, then the prompts, then the pairs."""
         return [part.test_dataloader() for part in (self.text, self.prompts, self.pairs) if part is not None]
+
+
+def _asked_of(module: object, name: str, default: Any) -> Any:
+    """Return an attribute of a module that need not have it; an error inside a property is not taken for none."""
+    missing = object()
+    return default if getattr_static(module, name, missing) is missing else getattr(module, name)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sparc3_lightning.data.base import ReferenceSamples, Sample
+from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError
 
 if TYPE_CHECKING:
@@ -93,13 +94,14 @@ class IOI(ReferenceSamples):
         Raises:
             ValueError: If too few names are one token, or there are fewer sentences than were asked for.
         """
-        tokens = name_tokens(tokenizer)
-        self.notes["num_names"] = len(tokens)
-        per_order = len(TEMPLATES) * len(PLACES) * len(OBJECTS) * len(tokens) * (len(tokens) - 1)
+        tokens = self.tokens_of(tokenizer)
+        name_of = name_tokens(tokens)
+        self.notes["num_names"] = len(name_of)
+        per_order = len(TEMPLATES) * len(PLACES) * len(OBJECTS) * len(name_of) * (len(name_of) - 1)
         if self.num_samples > per_order // 2:  # a draw without repetition must still find new ones
             raise ValueError(f"num_samples must be at most {per_order // 2:,}, got {self.num_samples:,}.")
         draw = random.Random(self.seed)
-        names = sorted(tokens)
+        names = sorted(name_of)
         drawn: dict[str, tuple[str, str]] = {}
         while len(drawn) < self.num_samples:
             indirect, subject = draw.sample(names, 2)
@@ -107,8 +109,10 @@ class IOI(ReferenceSamples):
             places = {"place": draw.choice(PLACES), "object": draw.choice(OBJECTS)}
             drawn[draw.choice(TEMPLATES).format(A=first, B=second, S=subject, **places)] = (indirect, subject)
         return [
-            Sample(sentence_id(text), tokenizer(text)["input_ids"], contrast=(tokens[indirect], tokens[subject]))
-            for text, (indirect, subject) in drawn.items()
+            Sample(sentence_id(text), input_ids, contrast=(name_of[indirect], name_of[subject]))
+            for (text, (indirect, subject)), input_ids in zip(
+                drawn.items(), tokens.encode_documents(list(drawn)), strict=True
+            )
         ]
 
     def _next_order(self, number: int) -> str:
@@ -120,19 +124,19 @@ def sentence_id(text: str) -> str:
     return f"ioi-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def name_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+def name_tokens(tokens: Tokens) -> dict[str, int]:
     """Return the names that are one known token after a sentence of this kind, and that token.
 
     Raises:
         ValueError: If they are fewer than ``MIN_NAMES``.
     """
     text = TEMPLATES[0].format(A="they", B="others", S="one", place=PLACES[0], object=OBJECTS[0])
-    before = tokenizer(text)["input_ids"]
+    (before,) = tokens.encode_documents([text])
     found: dict[str, int] = {}
-    for name, ids in zip(NAMES, tokenizer([f"{text} {name}" for name in NAMES])["input_ids"], strict=True):
+    for name, ids in zip(NAMES, tokens.encode_documents([f"{text} {name}" for name in NAMES]), strict=True):
         # Not every tokenizer gives a name alone the token that it has in a sentence.
         added = ids[len(before) :] if ids[: len(before)] == before else []
-        if len(added) == 1 and added[0] != tokenizer.unk_token_id:
+        if len(added) == 1 and added[0] != tokens.tokenizer.unk_token_id:
             found[name] = added[0]
     if len(found) < MIN_NAMES:
         raise OptionError(

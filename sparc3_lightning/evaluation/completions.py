@@ -20,6 +20,7 @@ from sparc3_lightning.evaluation.generation import Continuation
 from sparc3_lightning.files import Count, Share, parse_json, read_as, sealed, unsealed, write_atomically
 from sparc3_lightning.provenance import differences
 
+COMPLETIONS = "completions.jsonl"
 PATTERN = "unfinished-*.jsonl"
 FORMAT = "sparc3_lightning unfinished 1"
 # Of an identity, what is no option, and changes without being asked to.
@@ -27,14 +28,20 @@ CONTENTS = {"checkpoint_fingerprint", "tokenizer", "scorers", "dtype", "versions
 
 
 class Completion(TypedDict):
-    """A row of completions.jsonl: a continuation of a prompt by a model, and its score, None if it has none."""
+    """A row of completions.jsonl: a continuation of a prompt by a model, and its score, None if it has none.
+
+    The token ids are those that the model read and drew, without padding and the token that ended it; the texts are for
+    people, and without special tokens.
+    """
 
     model: str
     prompt_id: str
     continuation_index: Count
     prompt: str
+    prompt_token_ids: list[int]
     prompt_toxicity: float | None
     continuation: str
+    token_ids: list[int]
     num_tokens: Count
     num_unique_tokens: Count
     toxicity: Share | None
@@ -71,7 +78,8 @@ class CompletionLog:
             rows_per_prompt: Continuations of a prompt, by all models; a prompt with fewer is continued anew.
 
         Returns:
-            The rows of each prompt that is complete, with the toxicity that this run gives the prompt.
+            The rows of each prompt that is complete and was read as the same tokens, with the toxicity that this run
+            gives the prompt.
 
         Raises:
             ValueError: If the output folder holds the continuations of another run; the field that differs is named. Or
@@ -83,12 +91,12 @@ class CompletionLog:
                 (row["prompt_id"], row["model"], row["continuation_index"]): row
                 for row in (self._read(path) if path.parent == self.folder else self._read_other(path))
             }
+        # That run may have chosen its prompts in another way, by which a prompt is of another group.
         now = {prompt.id: prompt for prompt in prompts}
         by_prompt: dict[str, list[Completion]] = defaultdict(list)
         for row in rows.values():
-            # An id is the same whatever white space stands between the words of a prompt.
-            if (prompt := now.get(row["prompt_id"])) is not None and prompt.text == row["prompt"]:
-                # That run may have chosen its prompts in another way, by which a prompt is of another group.
+            prompt = now.get(row["prompt_id"])
+            if prompt is not None and row["prompt_token_ids"] == list(prompt.input_ids):
                 by_prompt[prompt.id].append({**row, "prompt_toxicity": prompt.toxicity})
         kept = {key: found for key, found in by_prompt.items() if len(found) == rows_per_prompt}
         lines = [self.header, *(row for found in kept.values() for row in found)]
@@ -167,7 +175,19 @@ def read_unfinished(path: Path) -> tuple[dict[str, object] | None, list[Completi
 
 def save_completions(path: Path, rows: Iterable[Completion]) -> None:
     """Write completions.jsonl: a row a line, with its checksum."""
-    write_atomically(path, "".join(json.dumps(sealed(row), ensure_ascii=False) + "\n" for row in rows))
+    found = [sealed(row) for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False) for row in found]
+    # Half of a character, as JSON can hold, is nothing that a file could: it stays an escape.
+    lines = [line if _is_text(line) else json.dumps(row) for line, row in zip(lines, found, strict=True)]
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
+
+
+def _is_text(line: str) -> bool:
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_completions(path: Path) -> list[Completion]:
@@ -224,8 +244,10 @@ def completion_rows(
             "prompt_id": prompt.id,
             "continuation_index": j,
             "prompt": prompt.text,
+            "prompt_token_ids": list(prompt.input_ids),
             "prompt_toxicity": prompt.toxicity,
             "continuation": text,
+            "token_ids": continuation.input_ids,
             "num_tokens": len(continuation.input_ids),
             "num_unique_tokens": len(set(continuation.input_ids)),
             "toxicity": found[0],

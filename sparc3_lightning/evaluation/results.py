@@ -4,7 +4,11 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 
 from sparc3_lightning.evaluation.intervals import Difference, Interval
-from sparc3_lightning.files import Count, JsonFile, Share
+from sparc3_lightning.files import LEFT_OUT, Count, JsonFile, Share
+from sparc3_lightning.models.components import Component
+from sparc3_lightning.selection.neuron_list import SelectionResults
+
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -203,21 +207,39 @@ class Preference:
 
 @dataclass(frozen=True)
 class TextProtocol:
-    """What perplexity was measured on: a text, cut into windows of tokens by each convention."""
+    """What perplexity was measured on: a text, cut into windows of tokens by each convention.
+
+    ``bos`` says which windows begin with the beginning-of-sequence token: the ``first``, ``every`` one, or ``none``.
+    """
 
     conventions: list[str]
     window: int
     stride: int | None
     text: str
+    bos: str = "none"
 
 
 @dataclass(frozen=True)
 class PromptProtocol:
-    """Where the prompts are from, and how many were left out because the neurons were attributed on them."""
+    """Where the prompts are from, and how they were read.
+
+    Args:
+        source: File or data set of the hub.
+        nontoxic_source: File of the non-toxic ones, if it is another.
+        excluded: How many were left out because the neurons were attributed on them.
+        too_long: How many were left out because the model's context has no room for them.
+        in_both: How many are in both files, and count once, with the toxicity of the first.
+        chat: Whether they went through the tokenizer's chat template.
+        bos: Whether they begin with the beginning-of-sequence token.
+    """
 
     source: str
     nontoxic_source: str | None
     excluded: Count
+    too_long: Count = 0
+    in_both: Count = 0
+    chat: bool = False
+    bos: bool = False
 
 
 @dataclass(frozen=True)
@@ -319,6 +341,28 @@ class Settings:
     git_hash: str | None
 
 
+@dataclass(frozen=True)
+class ReportInputs:
+    """What page and model card show beside findings and continuations, so that they can be drawn from files alone.
+
+    Args:
+        neurons: The first of those that are off.
+        ablation: What was done to them, in words.
+        neurons_per_module: How many of them are in each layer.
+        provenance: Of neurons.json, without the ids of samples.
+        selection: The selection.json beside it; None if there is none, or one of another list.
+        masked_words: Words of the examples, in lower case, that the scorer finds toxic by themselves; None if it could
+            not say.
+    """
+
+    neurons: list[Component]
+    ablation: str
+    neurons_per_module: dict[str, int]
+    provenance: dict[str, object]
+    selection: SelectionResults | None
+    masked_words: list[str] | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict(JsonFile):
     """The verdict in words, at the beginning of results.json."""
@@ -328,6 +372,10 @@ class Verdict(JsonFile):
 
 @dataclass(frozen=True, kw_only=True)
 class Results(Settings, Findings, Verdict):
-    """The content of results.json: the verdict in words, the findings, and their inputs."""
+    """The content of results.json: the verdict in words, the findings, and their inputs.
+
+    ``report`` is there if neurons were switched off: without them there is no report.
+    """
 
     FORMAT = "sparc3_lightning results 2"
+    report: ReportInputs | None = field(default=None, metadata=LEFT_OUT)

@@ -21,7 +21,7 @@ class ZeroShot:
 
     Args:
         tasks: Names of tasks of the harness, such as piqa; without any, nothing is measured.
-        folder: Folder with the YAML of tasks of your own.
+        folder: Folder with the YAML of tasks of your own, which may name Python code that then runs.
         limit: Documents per task; None for all.
     """
 
@@ -38,7 +38,7 @@ def check_tasks(zero_shot: ZeroShot) -> None:
         raise OptionError("zero_shot.tasks", 'needs lm-eval-harness: pip install "sparc3_lightning[lmeval]".')
     if zero_shot.folder is not None and not zero_shot.folder.is_dir():
         raise OptionFileNotFoundError("zero_shot.folder", f": {zero_shot.folder} is no folder.")
-    known = set(_manager(zero_shot.folder).all_tasks)
+    known = set(task_manager(zero_shot.folder).all_tasks)
     unknown = [task for task in zero_shot.tasks if task not in known]
     if unknown:
         raise OptionError(
@@ -59,7 +59,7 @@ def fetch_tasks(zero_shot: ZeroShot) -> list[Path]:
     if not zero_shot.tasks:
         return []
     try:
-        built = _manager(zero_shot.folder).load(list(zero_shot.tasks))["tasks"]
+        built = task_manager(zero_shot.folder).load(list(zero_shot.tasks))["tasks"]
     except Exception as error:  # a task is code of others, and raises what it will
         raise ConnectionError(
             f"--model.zero_shot.tasks {list(zero_shot.tasks)} cannot be built ({type(error).__name__}: "
@@ -105,7 +105,7 @@ def accuracy(
         tasks=list(zero_shot.tasks),
         num_fewshot=0,
         limit=zero_shot.limit,
-        task_manager=_manager(zero_shot.folder),
+        task_manager=task_manager(zero_shot.folder),
         bootstrap_iters=1000,
         verbosity="ERROR",
     )
@@ -121,7 +121,8 @@ def _plain(measures: Mapping[str, object]) -> dict[str, float]:
 
 
 @cache  # an index of thousands of tasks, which takes seconds
-def _manager(folder: Path | None) -> "TaskManager":
+def task_manager(folder: Path | None) -> "TaskManager":
+    """Return lm-eval-harness's index of its own tasks and of those in a folder, which is made once a folder."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=None if folder is None else str(folder))

@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-import shutil
-import struct
-import tempfile
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import safe_open
 
+from sparc3_lightning.models.gguf import dequantized
 from sparc3_lightning.provenance import revision_of
-from sparc3_lightning.sources import PICKLED, cache_folder, explain_hub_error, first_line, resolve, sha256_of
+from sparc3_lightning.sources import PICKLED, cache_folder, explain_hub_error, first_line, resolve
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +77,7 @@ class Checkpoint:
             return str(path)
         if path.suffix != ".gguf":
             raise FileNotFoundError(f"{path} is neither a checkpoint folder nor a GGUF file.")
-        return str(_dequantized(path))
+        return str(dequantized(path))
 
     @cached_property
     def folder(self) -> Path:
@@ -173,9 +171,15 @@ class Checkpoint:
 
     def check_context(self, num_tokens: int, way_out: str) -> None:
         """Raise ValueError, with the way out, if a sample is longer than the model's context."""
-        context = getattr(self.config, "max_position_embeddings", None)
-        if context is not None and num_tokens > context:
-            raise ValueError(f"The longest sample has {num_tokens} tokens, the model's context {context}: {way_out}.")
+        if self.context is not None and num_tokens > self.context:
+            raise ValueError(
+                f"The longest sample has {num_tokens} tokens, the model's context {self.context}: {way_out}."
+            )
+
+    @property
+    def context(self) -> int | None:
+        """Number of tokens of the model's context; None if the config does not say it."""
+        return getattr(self.config, "max_position_embeddings", None)
 
     def load(self, dtype: torch.dtype) -> "PreTrainedModel":
         """Load the model on the CPU, in evaluation mode, with frozen weights.
@@ -228,44 +232,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return getattr(torch, dtype)
-
-
-def _dequantized(gguf: Path) -> Path:
-    status = gguf.stat()
-    folder = cache_folder() / "gguf" / _digest(gguf, status.st_size, status.st_mtime_ns)[:16]
-    if folder.exists():
-        return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".dequantizing-"))
-    try:
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
-        except (ValueError, struct.error) as error:
-            raise ValueError(
-                f"{gguf} is truncated, or not a GGUF file that transformers can read: {first_line(error)}"
-            ) from None
-        # save_pretrained refuses a model that says it is quantized, and so does transformers when it loads it again.
-        model.hf_quantizer = None
-        del model.config.quantization_config
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    except OSError:
-        if not folder.exists():  # unless another process was first
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-@cache
-def _digest(path: Path, size: int, modified: int) -> str:
-    """Return the sha256 of a file, computed once as long as its size and time of change stay the same."""
-    return sha256_of(path)
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:

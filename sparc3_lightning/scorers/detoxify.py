@@ -44,10 +44,10 @@ class DetoxifyScorer(Scorer):
         self.batch_size = batch_size
         checkpoint, config = checkpoint_of(name)
         # Not by huggingface_config_path, with which Detoxify takes the number of labels of the config, not its own.
-        self._detoxify = Detoxify(checkpoint=_without_pickles(checkpoint, config), device=device)
-        self._detoxify.model.eval()
-        limit = self._detoxify.model.config.max_position_embeddings
-        self._detoxify.tokenizer.model_max_length = min(self._detoxify.tokenizer.model_max_length, limit)
+        self.detoxify = Detoxify(checkpoint=_without_pickles(checkpoint, config), device=device)
+        self.detoxify.model.eval()
+        limit = self.detoxify.model.config.max_position_embeddings
+        self.detoxify.tokenizer.model_max_length = min(self.detoxify.tokenizer.model_max_length, limit)
 
     @classmethod
     def takes(cls, name: str) -> bool:
@@ -84,7 +84,7 @@ class DetoxifyScorer(Scorer):
         return score_by_length(texts, self.batch_size, self._score_batch)
 
     def _score_batch(self, texts: list[str]) -> list[float]:
-        values = self._detoxify.predict(texts)["toxicity"]
+        values = self.detoxify.predict(texts)["toxicity"]
         return values if isinstance(values, list) else [values]  # of one text Detoxify gives no list
 
 

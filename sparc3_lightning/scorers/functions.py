@@ -1,17 +1,27 @@
 """Scorers that are a function of an installed package."""
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.provenance import contents
 from sparc3_lightning.scorers.base import Scorer
+
+OF_PYTHON = (
+    "is of Python's own library, which holds no scorers but what runs commands and writes files: name a function of an "
+    "installed package."
+)
 
 
 class FunctionScorer(Scorer):
@@ -22,7 +32,7 @@ class FunctionScorer(Scorer):
         device: Not used.
 
     Raises:
-        ValueError: If there is no such function.
+        ValueError: If there is no such function, or it is of Python's own library.
     """
 
     form = "package.module:function"
@@ -30,12 +40,17 @@ class FunctionScorer(Scorer):
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         super().__init__(name)
         module, _, function = name.partition(":")
+        if _is_of_python(module):
+            raise ValueError(f"The scorer {name!r} {OF_PYTHON}")
         try:
             found = getattr(import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"The scorer {name!r} cannot be imported: {error}") from None
+        except Exception as error:  # whatever a module does when it is imported
+            why = f"{type(error).__name__}: {error!s:.200}"
+            raise ValueError(f"The scorer {name!r} cannot be imported: {why}") from error
         if not callable(found):
             raise ValueError(f"The scorer {name!r} is not a function but {type(found).__name__}.")
+        if any(_is_of_python(home) for home in _homes(found)):
+            raise ValueError(f"The scorer {name!r} {OF_PYTHON}")
         self._function: Callable[[list[str]], Iterable[float]] = found
 
     @classmethod
@@ -46,8 +61,10 @@ class FunctionScorer(Scorer):
 
     @classmethod
     def check(cls, name: str, option: str) -> None:
-        """Raise OptionError unless the package is installed; it is not imported."""
+        """Raise OptionError if the package is Python's own, or is not installed; it is not imported."""
         package = name.partition(":")[0].partition(".")[0]
+        if _is_of_python(package):
+            raise OptionError(option, f": {name!r} {OF_PYTHON}")
         if find_spec(package) is None:
             raise OptionError(option, f": {name!r} needs the package {package!r}, which is not installed.")
 
@@ -78,14 +95,43 @@ class FunctionScorer(Scorer):
         """Return the toxicity of each text, in [0, 1]; NaN where the function gave none.
 
         Raises:
-            ValueError: If the function returns another number of values, or one outside [0, 1].
+            ValueError: If the function raises, or returns anything but as many numbers in [0, 1].
         """
         if not texts:
             return []
-        scores = [float(value) for value in self._function(list(texts))]
+        try:
+            values = self._function(list(texts))
+            if isinstance(values, str | bytes | Mapping):
+                raise TypeError(f"it returned a {type(values).__name__}, not a list of numbers")
+            scores = [_number(value) for value in values]
+        except Exception as error:  # it is code of others
+            raise ValueError(f"{self.name} failed: {type(error).__name__}: {error!s:.200}") from error
         if len(scores) != len(texts):
             raise ValueError(f"{self.name} returned {len(scores)} values for {len(texts)} texts.")
         outside = [score for score in scores if math.isfinite(score) and not 0 <= score <= 1]
         if outside:
             raise ValueError(f"{self.name} must return numbers in [0, 1], but returned {outside[0]}.")
         return [score if math.isfinite(score) else math.nan for score in scores]
+
+
+def _number(value: object) -> float:
+    """Return a number, or an array or tensor of one; text is none."""
+    if isinstance(value, Real) or (hasattr(value, "__float__") and not isinstance(value, str | bytes)):
+        return float(value)
+    raise TypeError(f"it returned {value!r:.40} for a text, not a number")
+
+
+def _is_of_python(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _homes(function: Callable[..., object]) -> Iterable[str]:
+    """Return the modules that a function comes from, and what it wraps."""
+    while isinstance(function, partial):
+        function = function.func
+    for found in (function, inspect.unwrap(function)):
+        home = getattr(found, "__module__", None)
+        if home is None:  # a method of C, of a module or of an object
+            owner = getattr(found, "__self__", found)
+            home = owner.__name__ if isinstance(owner, ModuleType) else type(owner).__module__
+        yield home

@@ -17,6 +17,7 @@ from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.provenance import git_hash, versions
 
 FORMAT = "sparc3_lightning neurons 3"
+SELECTION = "selection.json"
 
 
 class ScoredIn(TypedDict):

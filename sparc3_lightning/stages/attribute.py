@@ -63,7 +63,8 @@ class Attribution(StoppableModule, Stage):
             over all positions; ``lexicon_probability``, that probability itself, averaged over the positions of the
             sample's continuation, or of all of it if it has none; or ``logit_difference``, the logit of the right next
             token less the logit of the wrong one.
-        lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves.
+        lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves; of a
+            ``package.module:function`` the code runs.
         layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
             By default it is the layer of the MLP neurons: ``up_proj``, ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads
             the last one of the attention: ``o_proj``, ``out_proj`` (OPT) or ``attn.c_proj`` (GPT-2).

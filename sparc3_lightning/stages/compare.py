@@ -15,23 +15,15 @@ from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.models.components import Key
-from sparc3_lightning.report.comparison import (
-    ComparisonResults,
-    Listed,
-    draw_correlation,
-    draw_overlap,
-    draw_profiles,
-    neurons_csv,
-    overlaps_csv,
-    summary,
-)
+from sparc3_lightning.report.comparison import COMPARISON, ComparisonResults, Listed, neurons_csv, summary
+from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.criteria import Scores, difference, normalized_difference
-from sparc3_lightning.selection.neuron_list import NeuronList, SelectionResults
+from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, SelectionResults
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
-from sparc3_lightning.stages.base import Stage
-from sparc3_lightning.stages.prune import NEURONS, SELECTION
+from sparc3_lightning.stages.base import Stage, paths_of
+from sparc3_lightning.stages.folders import giving_back
+from sparc3_lightning.stages.prune import NEURONS
 
-COMPARISON = "compare.json"
 MAX_LISTS = 10  # which have 1,023 combinations
 
 
@@ -65,38 +57,39 @@ class Comparison(Stage):
 
     def __init__(
         self,
-        neurons: Sequence[Path],
+        neurons: tuple[Path, ...] | Path,
         names: Sequence[str] | None = None,
-        general: Sequence[Path] | None = None,
-        behaviors: Sequence[Path] | None = None,
+        general: tuple[Path, ...] | Path | None = None,
+        behaviors: tuple[Path, ...] | Path | None = None,
         normalize: bool = False,
         num_candidates: int | None = None,
     ) -> None:
         super().__init__()
-        if not 2 <= len(neurons) <= MAX_LISTS:
+        self.paths = paths_of(neurons)
+        self.general = None if general is None else paths_of(general)
+        self.behaviors = None if behaviors is None else paths_of(behaviors)
+        if not 2 <= len(self.paths) <= MAX_LISTS:
             raise OptionError(
                 "neurons",
                 f"must name from 2 to {MAX_LISTS} files, such as '[a/neurons.json, b/neurons.json]', "
-                f"got {len(neurons)}.",
+                f"got {len(self.paths)}.",
             )
-        for option, values in (("names", names), ("behaviors", behaviors)):
-            if values is not None and len(values) != len(neurons):
+        for option, values in (("names", names), ("behaviors", self.behaviors)):
+            if values is not None and len(values) != len(self.paths):
                 raise OptionError(
                     option,
-                    f"must have one entry for each of the {len(neurons)} files of --.neurons, got {len(values)}.",
+                    f"must have one entry for each of the {len(self.paths)} files of --.neurons, got {len(values)}.",
                 )
-        if general is not None and not general:
+        if self.general is not None and not self.general:
             raise OptionError("general", "must name at least one score file.")
         self.save_hyperparameters()
-        self.paths = [Path(path) for path in neurons]
         self.names = _names_of(self.paths) if names is None else list(names)
         if len(set(self.names)) < len(self.names) or not all(self.names):
             raise OptionError("names", f"Each list needs a name of its own, got {self.names}: give --.names.")
-        self.general = None if general is None else [Path(path) for path in general]
-        self.behaviors = None if behaviors is None else [Path(path) for path in behaviors]
         self.normalize = normalize
         self.num_candidates = num_candidates
 
+    @giving_back()
     def compare(self, folder: Path) -> str:
         """Compare the lists, and write everything about it to a folder.
 
@@ -124,6 +117,7 @@ class Comparison(Stage):
         sizes = {} if sides is None else {name: len(score) for name, score in sides[0].behavior.scores.items()}
         rows = _rows(keys, sizes) if sizes else None
         num_candidates = self._count_candidates(sizes, len(keys))
+        self.keep_config()
         results = ComparisonResults(
             checkpoint=lists[0].provenance.get("checkpoint"),
             checkpoint_fingerprint=lists[0].provenance.get("checkpoint_fingerprint"),
@@ -142,12 +136,9 @@ class Comparison(Stage):
             by_kind = {"all": differential_SN, "pruned": of_pruned}
             classes = {name: find_classes(self.names, values_SN) for name, values_SN in by_kind.items()}
             results = replace(results, correlation=correlation, classes=classes)
-            draw_correlation(self.names, correlation, folder / "correlation.png")
-        draw_overlap(results.lists, results.overlaps, folder / "overlap.png", granularity)
-        draw_profiles(results.layers, folder / "layers.png", granularity)
-        write_atomically(folder / "overlap.csv", overlaps_csv(results.overlaps))
         write_atomically(folder / "neurons.csv", neurons_csv(self.names, keys, lists, of_pruned))
         results.save(self.output)
+        draw_or_warn(folder)
         return f"\n{summary(results)}\n\nComparison: {self.output}"
 
     def _check_same_model(self, lists: Sequence[NeuronList]) -> None:

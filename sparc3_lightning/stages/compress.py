@@ -21,7 +21,8 @@ from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.export import export_edited
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
-from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.base import Stage, paths_of
+from sparc3_lightning.stages.folders import giving_back
 
 SPARSITY = "sparsity.json"
 
@@ -73,7 +74,7 @@ class Compression(Stage):
 
     def __init__(
         self,
-        general: Sequence[Path],
+        general: tuple[Path, ...] | Path,
         export: Path,
         sparsity: float = 0.5,
         pattern: str = "row",
@@ -86,12 +87,13 @@ class Compression(Stage):
         if Path(export).exists():
             raise OptionFileExistsError("export", f": {export} exists already; nothing was overwritten.")
         self.save_hyperparameters()
-        self.general = [Path(path) for path in general]
+        self.general = paths_of(general)
         self.export = Path(export)
         self.sparsity = sparsity
         self.pattern = pattern
         self.export_dtype: Dtype = export_dtype
 
+    @giving_back()
     def compress(self, folder: Path) -> str:
         """Write the sparse checkpoint, and sparsity.json to a folder: the sparsity of each layer and its origin.
 
@@ -112,6 +114,7 @@ class Compression(Stage):
         source = files[0].provenance
         checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
         num_parameters = _check_layers(files[0], checkpoint)
+        self.keep_config()
         done: list[Zeroed] = []
         cpu = torch.device("cpu")
         dtype = resolve_dtype(source.spec.dtype if self.export_dtype == "auto" else self.export_dtype, cpu)

@@ -16,12 +16,20 @@ from sparc3_lightning.data.sentence_pairs import PairBatch
 from sparc3_lightning.data.wikitext2 import WindowBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.completions import Completion, CompletionLog, completion_rows, save_completions
+from sparc3_lightning.escaping import for_terminal
+from sparc3_lightning.evaluation.completions import (
+    COMPLETIONS,
+    Completion,
+    CompletionLog,
+    completion_rows,
+    save_completions,
+)
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings, preference
 from sparc3_lightning.evaluation.generation import SamplingOptions, continue_prompts, draw_keys
 from sparc3_lightning.evaluation.metrics import PairRow, Perplexity, pair_rows
 from sparc3_lightning.evaluation.results import (
+    RESULTS,
     ContinuationProtocol,
     PromptProtocol,
     Protocol,
@@ -36,6 +44,8 @@ from sparc3_lightning.models.components import check
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import contents, git_hash, run_seed, versions, versions_of_results
+from sparc3_lightning.report.drawing import draw_or_warn
+from sparc3_lightning.report.page import REPORT, report_inputs, summary_table
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.base import Remembering
 from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, load_scorer
@@ -43,12 +53,9 @@ from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.stages.base import Stage
 
-RESULTS = "results.json"
-COMPLETIONS = "completions.jsonl"
-REPORT = "report.html"
 # Options of prompts that say which ones are taken, and not how one is put to the model.
 CHOICE_OF_PROMPTS = {"source", "num_prompts", "min_toxicity", "max_toxicity", "num_nontoxic", "nontoxic_source", "by"}
-CHOICE_OF_PROMPTS |= {"text_field", "until", "where", "seed", "batch_size", "tokenizer"}
+CHOICE_OF_PROMPTS |= {"text_field", "until", "where", "leave_out_long", "seed", "batch_size", "tokenizer"}
 TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")  # generation_config.json is among them
 
 
@@ -66,8 +73,8 @@ class Evaluation(StoppableModule, Stage):
         scorer: What scores a continuation: a Detoxify model (``original``, ``unbiased``, ``multilingual``,
             ``original-small``, ``unbiased-small``); ``small``, which this package ships; a folder with a checkpoint of
             Detoxify's format; a folder or Hugging Face id of a text-classification checkpoint, if need be with ``#``
-            and the label that means toxic; ``package.module:function`` from texts to numbers in [0, 1]; or
-            ``repetition``, the share of its tokens that a continuation repeats.
+            and the label that means toxic; ``package.module:function`` from texts to numbers in [0, 1], whose code
+            runs; or ``repetition``, the share of its tokens that a continuation repeats.
         behavior: What the scorer scores, as tables and report name it.
         second_scorer: A scorer of another family, side by side with the first; None for none.
         doses: Further numbers of neurons to switch off, in the order of ``neurons``.
@@ -96,6 +103,7 @@ class Evaluation(StoppableModule, Stage):
         "dampings": [1.0],
     }
     lists: Mapping[str, NeuronList] = {}
+    is_drawn = False
 
     def __init__(
         self,
@@ -142,6 +150,20 @@ class Evaluation(StoppableModule, Stage):
         of_samples = (neurons.provenance.get("sample_ids", ()) for neurons in self.lists.values())
         return {id_.partition("/")[0] for ids in of_samples for id_ in ids}
 
+    @property
+    def longest_prompt(self) -> int | None:
+        """Most tokens of a prompt for which the model's context has room; None if its config does not say it.
+
+        Raises:
+            OptionError: If it has room for none.
+        """
+        context, new = self.checkpoint.context, self.sampling.max_new_tokens
+        if context is not None and new >= context:
+            raise OptionError(
+                "sampling.max_new_tokens", f"must be below the model's context of {context} tokens, got {new}."
+            )
+        return None if context is None else context - new
+
     def setup(self, stage: str) -> None:
         """Check all that can be checked, and fetch what is missing, before the model is loaded."""
         self.begin_loop()
@@ -150,9 +172,6 @@ class Evaluation(StoppableModule, Stage):
         self.fingerprint = self.checkpoint.fingerprint
         data = self.data
         self.checkpoint.check_context(data.text.window, "lower --data.text.window")
-        self.checkpoint.check_context(
-            data.prompts.longest + self.sampling.max_new_tokens, "lower --model.sampling.max_new_tokens"
-        )
         if data.pairs is not None:
             self.checkpoint.check_context(data.pairs.longest, "take shorter --data.pairs")
         for selection, neurons in self.lists.items():
@@ -217,7 +236,8 @@ class Evaluation(StoppableModule, Stage):
 
     def _measure_perplexity(self, variant: Variant, batch: WindowBatch) -> None:
         windows = batch["windows"]
-        spans = torch.tensor([[w.end - w.start - w.num_scored, w.end - w.start] for w in windows])
+        ends = [batch["num_before"] + w.end - w.start for w in windows]
+        spans = torch.tensor([[end - w.num_scored, end] for end, w in zip(ends, windows, strict=True)])
         hidden = last_hidden_state(self.model, batch["input_ids"])
         nll, divergence = score_windows(self.model, hidden, batch["input_ids"], spans, self._original)
         if variant.kind == "baseline":
@@ -243,7 +263,7 @@ class Evaluation(StoppableModule, Stage):
         )
         flat = [continuation for of_prompt in drawn for continuation in of_prompt]
         tokens = [row.input_ids for row in flat]
-        texts = self.data.prompts._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = self.data.prompts.tokens.decode(tokens)
         scores = [scorer.score_drawn(texts, tokens) for scorer in self.scorers]
         for i, (prompt, weight) in enumerate(zip(prompts, batch["weights"], strict=True)):
             if weight:  # not a filler
@@ -280,10 +300,11 @@ class Evaluation(StoppableModule, Stage):
             found = replace(found, preference=preference(gather(self.pair_rows)))
         if self.zero_shot.tasks:
             both = [(v.name, v.as_context(self.model, self.off[v.name])) for v in self.variants[:2]]
-            tokenizer = self.data.prompts._tokenizer
+            tokenizer = self.data.prompts.tokens.tokenizer
             found = replace(found, zero_shot=accuracies(self.model, both, tokenizer, self.zero_shot))
         said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
         self.results = Results(verdict=said, **vars(found), **vars(evaluation_settings(self, self.data)))
+        self._write()
         if self.logger is not None:
             self.logger.log_metrics(
                 {
@@ -292,26 +313,26 @@ class Evaluation(StoppableModule, Stage):
                     for key, v in measures.numbers(found.headline).items()
                 }
             )
-        self._write()
 
     @rank_zero_only
     def _write(self) -> None:
-        from sparc3_lightning.report.page import write_report
-
+        """Write everything that was measured, and only then draw it."""
         save_completions(self.folder / COMPLETIONS, self.completions)
         if self.neurons is not None:
             beside = Path(self.neurons_path).parent if self.neurons_path else None
-            write_report(self.folder / REPORT, self.results, self.completions, self.neurons, beside, self.scorers[0])
+            shown = report_inputs(self.completions, self.neurons, beside, self.scorers[0])
+            self.results = replace(self.results, report=shown)
         # Last, since a folder with results counts as complete.
         self.results.save(self.folder / RESULTS)
         self.log_of_completions.remove()
+        if self.neurons is not None:
+            self.is_drawn = draw_or_warn(self.folder)
 
     def summary(self) -> str:
         """Return the table of before and after, the verdict, and the paths of what was written."""
-        from sparc3_lightning.report.page import summary_table
-
-        lines = ["", summary_table(self.results), "", self.results.verdict, "", f"Results: {self.folder / RESULTS}"]
-        return "\n".join(lines + ([f"Report:  {self.folder / REPORT}"] if self.neurons is not None else []))
+        said = for_terminal(self.results.verdict)
+        lines = ["", summary_table(self.results), "", said, "", f"Results: {self.folder / RESULTS}"]
+        return "\n".join(lines + ([f"Report:  {self.folder / REPORT}"] if self.is_drawn else []))
 
     @property
     def data(self) -> EvaluationData:

@@ -1,6 +1,7 @@
 """The whole experiment: run the stages that are not done yet and gather the results; or fetch all inputs."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,11 +19,13 @@ from sparc3_lightning.evaluation.zero_shot import ZeroShot, fetch_tasks
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.provenance import revision_of
+from sparc3_lightning.report.drawing import EXPERIMENT, draw_or_warn
 from sparc3_lightning.report.page import summary_table
 from sparc3_lightning.scorers.registry import fetch_scorer
-from sparc3_lightning.sources import sha256_of
+from sparc3_lightning.sources import at_home, sha256_of
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.evaluate import REPORT, RESULTS, Evaluation
+from sparc3_lightning.stages.folders import write_config
 from sparc3_lightning.stages.plan import Config, Plan, StageRun, named_by, wants_screening
 
 MANIFEST = "manifest.json"
@@ -54,8 +57,13 @@ class Experiment:
         if not general_seeds or len(set(general_seeds)) != len(general_seeds):
             raise OptionError("general_seeds", f"must be different seeds, at least one, got {list(general_seeds)}.")
         self.plan = Plan(
-            Checkpoint(checkpoint, revision), list(general_seeds), behavior_attribute or {}, dtype, Path(logs)
+            Checkpoint(checkpoint, revision),
+            list(general_seeds),
+            behavior_attribute or {},
+            dtype,
+            at_home(os.path.expandvars(logs)),  # as the logger of a stage does
         )
+        self.config_yaml: str | None = None  # what config.yaml is to hold; None writes none
 
     def run(self, options: Config, folder: Path, run_stage: Callable[[str, Path], None]) -> Results:
         """Run every stage that is not done, and gather results and report in one folder.
@@ -70,6 +78,7 @@ class Experiment:
         """
         check_writable(folder)
         stages = self.plan.stages(options)
+        self._keep_config(folder)
         evaluated_before = stages[-1].done
         for number, stage in enumerate(stages, start=1):
             title = f"[{number}/{len(stages)}] {stage.verb} {stage.name}"
@@ -81,18 +90,23 @@ class Experiment:
             if not stage.done:
                 raise RuntimeError(f"The stage {stage.name!r} ended without writing {stage.folder / stage.output}.")
         folders = {stage.name: str(stage.folder) for stage in stages}
-        write_atomically(folder / "experiment.json", json.dumps({"stages": folders}, indent=1) + "\n")
+        write_atomically(folder / EXPERIMENT, json.dumps({"stages": folders}, indent=1) + "\n")
         evaluation = stages[-1].folder
-        for name in (RESULTS, REPORT):
+        # It may have broken off when it had measured everything, or failed in drawing it.
+        is_drawn = (evaluation / REPORT).is_file() or draw_or_warn(evaluation)
+        for name in (RESULTS, REPORT) if is_drawn else (RESULTS,):
             shutil.copyfile(evaluation / name, folder / name)
         results = Results.load(folder / RESULTS)
         if evaluated_before:
             rank_zero_info(f"\n{summary_table(results)}")
-        rank_zero_info(f"\nThe experiment is complete.\nResults: {folder / RESULTS}\nReport:  {folder / REPORT}")
+        report = f"\nReport:  {folder / REPORT}" if is_drawn else ""
+        rank_zero_info(f"\nThe experiment is complete.\nResults: {folder / RESULTS}{report}")
         return results
 
     def write_plan(self, options: Config, folder: Path, path: Path) -> None:
-        """Write the config of every stage, and a line for each: verb, config file, and ``done`` or ``todo``.
+        r"""Write the config of every stage, and for each its verb, ``done`` or ``todo``, and its config file.
+
+        Each of these ends in a NUL, since a path may hold any other character: ``tr '\0' '\n' <plan`` shows them.
 
         Args:
             options: See ``Plan``.
@@ -100,10 +114,10 @@ class Experiment:
             path: Of the list.
         """
         check_writable(folder)
-        lines = []
+        fields: list[str] = []
         for number, stage in enumerate(self.plan.stages(options), start=1):
-            lines.append(f"{stage.verb} {_write_config(stage, number, folder)} {'done' if stage.done else 'todo'}\n")
-        write_atomically(path, "".join(lines))
+            fields += [stage.verb, "done" if stage.done else "todo", str(_write_config(stage, number, folder))]
+        write_atomically(path, b"".join(os.fsencode(field) + b"\0" for field in fields))
 
     def prepare(self, options: Config, folder: Path) -> dict[str, list[dict[str, str | int]]]:
         """Fetch everything the stages would download, and write a manifest of it.
@@ -141,10 +155,15 @@ class Experiment:
                     {"purpose": purpose, "path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
                 )
                 rank_zero_info(f"{purpose:>13}  {path.stat().st_size:>14,} bytes  {path}")
+        self._keep_config(folder)
         manifest = {"files": files}
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         rank_zero_info(f"Manifest: {folder / MANIFEST}")
         return manifest
+
+    def _keep_config(self, folder: Path) -> None:
+        if self.config_yaml is not None:
+            write_config(folder, self.config_yaml)
 
     def _fetch_data(self, name: str, data: Config) -> list[Path]:
         checkpoint = self.plan.checkpoint

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser
 
 from sparc3_lightning.data.base import Kind, TextDataModule
+from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.variants import check_doses
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
@@ -24,23 +25,12 @@ from sparc3_lightning.sources import is_local, sha256_of
 from sparc3_lightning.stages.attribute import Attribution, file_of
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation
+from sparc3_lightning.stages.folders import without_none
 from sparc3_lightning.stages.prune import NEURONS, Pruning
+from sparc3_lightning.stages.trainer_options import NOT_RESULTS
 
 Config = dict[str, Any]  # options as plain values, as in YAML
 T = TypeVar("T")
-
-# Options of Lightning's trainer that change where or how fast a stage runs, not what it computes.
-NOT_RESULTS = {
-    "callbacks",
-    "default_root_dir",
-    "devices",
-    "enable_model_summary",
-    "enable_progress_bar",
-    "log_every_n_steps",
-    "logger",
-    "num_nodes",
-    "strategy",
-}
 
 
 @dataclass(frozen=True)
@@ -103,6 +93,7 @@ class Plan:
         of_behavior = attribution_options({**options["attribute"], **self.behavior_attribute, **self.model})
         check_attributions(of_general, of_behavior)
         check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
+        check_chats(options, self.checkpoint)
         screened: list[StageRun] = []
         if options.get("screen") is not None:
             screened.append(self._stage("screen", Evaluation, options, screening(options, self.model), RESULTS))
@@ -143,7 +134,7 @@ class Plan:
         trainer = {key: value for key, value in options["trainer"].items() if key not in NOT_RESULTS}
         seed = options["seed_everything"]
         # Options that are None are left out, so that a new option with that default does not make old results unknown.
-        identity = [stage.verb, versions_of_results(), seed, _without_none(trainer), _without_none(config)]
+        identity = [stage.verb, versions_of_results(), seed, without_none(trainer), without_none(config)]
         files = digests_of(stage, config, made)
         digest = hashlib.sha256(json.dumps([*identity, files], sort_keys=True).encode()).hexdigest()[:8]
         config = {"seed_everything": seed, "trainer": copy.deepcopy(options["trainer"]), **copy.deepcopy(config)}
@@ -181,6 +172,16 @@ def check_granularities(pruned: str, *attributed: str) -> None:
         raise ValueError("--prune.granularity weight needs scores of weights: give --attribute.granularity weight too.")
     if "head" in attributed:
         raise ValueError("--attribute.granularity must be neuron or weight: no heads are pruned here.")
+
+
+def check_chats(options: Config, checkpoint: Checkpoint) -> None:
+    """Raise OptionError if prompts are to go through a chat template that their tokenizer has not."""
+    groups = {"screen": options.get("screen"), "behavior": options["behavior"]}
+    for group, data in {**groups, "data.prompts": options["data"]["prompts"]}.items():
+        init = (data or {}).get("init_args", {})
+        if init.get("chat"):
+            tokenizer = Checkpoint(init["tokenizer"]) if init.get("tokenizer") else checkpoint
+            Tokens(tokenizer.tokenizer(), chat=True).check_chat(group)
 
 
 def check_pruning(options: Config, has_text: bool) -> None:
@@ -333,9 +334,3 @@ def _class_of(data: Config) -> type[TextDataModule]:
 
 def _takes_seed(data: Config) -> bool:
     return "seed" in signature(_class_of(data)).parameters
-
-
-def _without_none(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return value

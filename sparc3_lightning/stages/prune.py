@@ -16,10 +16,10 @@ from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.models.export import check_takes_means, export_pruned
 from sparc3_lightning.models.neurons import check_are_neurons
-from sparc3_lightning.report.figures import draw_differential, draw_layers
+from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
 from sparc3_lightning.selection.criteria import differential_relevance, differential_strength
-from sparc3_lightning.selection.neuron_list import NeuronList, Selected, Spent, origin
+from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, Selected, Spent, origin
 from sparc3_lightning.selection.neuron_selection import (
     CRITERIA,
     CriterionName,
@@ -31,10 +31,10 @@ from sparc3_lightning.selection.neuron_selection import (
     rank_neurons,
 )
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
-from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.base import Stage, paths_of
+from sparc3_lightning.stages.folders import giving_back
 
 NEURONS = "neurons.json"
-SELECTION = "selection.json"
 
 
 class Pruning(Stage):
@@ -79,7 +79,7 @@ class Pruning(Stage):
 
     def __init__(
         self,
-        general: Sequence[Path],
+        general: tuple[Path, ...] | Path,
         behavior: Path,
         harmless: Path | None = None,
         criterion: CriterionName = "difference",
@@ -124,7 +124,7 @@ class Pruning(Stage):
         if export is not None and Path(export).exists():
             raise OptionFileExistsError("export", f": {export} exists already; nothing was overwritten.")
         self.save_hyperparameters()
-        self.general = [Path(path) for path in general]
+        self.general = paths_of(general)
         self.behavior = Path(behavior)
         self.harmless = None if harmless is None else Path(harmless)
         self.criterion: CriterionName = criterion
@@ -141,6 +141,7 @@ class Pruning(Stage):
         self.export = None if export is None else Path(export)
         self.export_dtype: Dtype = export_dtype
 
+    @giving_back()
     def prune(
         self, folder: Path, text: ReferenceSamples | None = None, device: torch.device | None = None
     ) -> NeuronList:
@@ -166,6 +167,7 @@ class Pruning(Stage):
                 "budget.max_perplexity_increase", "needs a text: --data C4 --data.source <file> and so on."
             )
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
+        self.keep_config()
         provenance |= {} if found.budget is None else {"budget": asdict(found.budget)}
         provenance |= {"criterion": self.criterion, "ablation": self.ablation}
         provenance["damping"] = found.chosen[0].damping
@@ -179,13 +181,12 @@ class Pruning(Stage):
         provenance["export"] = None if self.export is None else str(self.export)
         neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
         selection = found.results(self.criterion, neurons.granularity)
-        draw_layers(selection.neurons_per_module, folder / "layers.png", neurons.granularity)
-        draw_differential(selection, folder / "differential.png")
         selection.save(folder / SELECTION)
         if self.export is not None:
             self._export(neurons)
         # Last, since a folder with neurons.json counts as complete.
         neurons.save(self.output)
+        draw_or_warn(folder)
         self._describe(found, neurons.granularity, self.output)
         return neurons
 

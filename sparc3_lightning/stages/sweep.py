@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.stages.base import paths_of
 from sparc3_lightning.stages.evaluate import Evaluation
 
 CHOSEN = "chosen/neurons.json"
@@ -37,7 +38,7 @@ class Sweep(Evaluation):
     def __init__(
         self,
         checkpoint: str,
-        neurons: Path | Sequence[Path],
+        neurons: tuple[Path, ...] | Path,
         names: Sequence[str] | None = None,
         doses: Sequence[int] = (10, 30, 100, 300, 1000),
         dampings: Sequence[float] = (1.0, 0.5),
@@ -45,7 +46,7 @@ class Sweep(Evaluation):
         max_perplexity_increase: float | None = None,
         **options: Any,
     ) -> None:
-        paths = [Path(path) for path in ([neurons] if isinstance(neurons, str | Path) else neurons)]
+        paths = paths_of(neurons)
         if not paths:
             raise OptionError("neurons", "must name at least one neurons.json.")
         if len(paths) > 1 or names is not None:
@@ -59,14 +60,15 @@ class Sweep(Evaluation):
             dampings = (1.0,)  # those given, or the default, are for doses
         super().__init__(checkpoint, paths[0], doses=doses, dampings=dampings, controls=controls, **options)
 
-    def on_test_end(self) -> None:
-        """Write what the evaluation writes, and the best list within the budget."""
-        super().on_test_end()
+    @rank_zero_only
+    def _write(self) -> None:
+        """Write the best list within the budget, and what the evaluation writes."""
         if self.max_perplexity_increase is not None:
-            self._choose(self.max_perplexity_increase)
+            self.choose(self.max_perplexity_increase)
+        super()._write()
 
     @rank_zero_only
-    def _choose(self, budget: float) -> None:
+    def choose(self, budget: float) -> None:
         """Write the list of least mean toxicity whose perplexity stays within the budget."""
         within = [
             point for point in self.results.doses if point.effect and point.perplexity_percent.value <= 100 * budget

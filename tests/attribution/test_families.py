@@ -75,6 +75,7 @@ def evaluate(checkpoint: str, **model: Any) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 @all_families
 def test_every_verb_works_and_the_exported_checkpoint_is_the_masked_model(make_checkpoint, family):
     checkpoint = make_checkpoint(family)

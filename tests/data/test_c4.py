@@ -87,9 +87,9 @@ def test_the_same_seed_gives_the_same_samples_and_another_seed_others(c4: Any) -
 
 def test_documents_that_are_too_short_are_passed_over_and_counted(c4: Any) -> None:
     data = c4(num_samples=9)
-    assert data.notes == {"num_too_short": 3}
+    assert data.notes == {"num_too_short": 3, "bos": False}
     assert {len(document_of(sample)) >= 9 for sample in data.samples} == {True}
-    assert c4(seq_len=5, num_samples=12).notes == {"num_too_short": 0}
+    assert c4(seq_len=5, num_samples=12).notes["num_too_short"] == 0
 
 
 def test_reading_stops_when_there_are_enough_samples(c4: Any) -> None:

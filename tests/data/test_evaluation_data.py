@@ -70,7 +70,7 @@ def test_a_second_checkpoint_with_the_same_data_module_gets_tokens_of_its_own(
     in_the_hands_of(evaluation, other_tokenizer, "test")
     in_the_hands_of(samples, other_tokenizer, "predict")
     assert evaluation.text.input_ids.tolist() == [len(IDS) + 7 - i for i in text.tolist()]
-    assert evaluation.prompts._tokenizer.name_or_path == other_tokenizer
+    assert evaluation.prompts.tokens.tokenizer.name_or_path == other_tokenizer
     assert [sample.input_ids for sample in samples.samples] == [[len(IDS) + 7 - i for i in ids] for ids in first]
     before = samples.samples
     assert in_the_hands_of(samples, other_tokenizer, "predict").samples is before
@@ -89,12 +89,21 @@ def test_the_prompts_that_the_module_excludes_are_left_out(evaluation: Evaluatio
 def test_the_description_says_where_text_and_prompts_come_from_and_how_many_were_left_out(
     evaluation: EvaluationData,
 ) -> None:
-    evaluation.prompts.num_excluded = 7
+    evaluation.setup("test")
+    evaluation.prompts.num_excluded, evaluation.prompts.num_too_long, evaluation.prompts.num_in_both = 7, 2, 1
     evaluation.prompts.nontoxic_source, evaluation.prompts.num_nontoxic = "mild.jsonl", 2
     conventions = ["sliding", "disjoint"]
     assert evaluation.describe() == {
-        "perplexity": {"conventions": conventions, "window": 16, "stride": 4, "text": "words.txt"},
-        "prompts": {"source": evaluation.prompts.source, "nontoxic_source": "mild.jsonl", "excluded": 7},
+        "perplexity": {"conventions": conventions, "window": 16, "stride": 4, "text": "words.txt", "bos": "none"},
+        "prompts": {
+            "source": evaluation.prompts.source,
+            "nontoxic_source": "mild.jsonl",
+            "excluded": 7,
+            "too_long": 2,
+            "in_both": 1,
+            "chat": False,
+            "bos": False,
+        },
     }
     hub = EvaluationData(WikiText2(), RealToxicityPrompts()).describe()
     assert hub["perplexity"]["text"] == "WikiText-2 raw test"
@@ -102,9 +111,10 @@ def test_the_description_says_where_text_and_prompts_come_from_and_how_many_were
 
 
 def test_the_description_names_no_stride_of_disjoint_windows_and_no_file_that_is_not_read() -> None:
-    text = WikiText2("words.txt", window=16, stride=4, conventions=["disjoint"])
+    text = WikiText2("words.txt", window=16, stride=4, conventions=["disjoint"], bos="first")
     found = EvaluationData(text, RealToxicityPrompts("prompts.jsonl", nontoxic_source="nowhere.jsonl")).describe()
-    assert found["perplexity"] == {"conventions": ["disjoint"], "window": 16, "stride": None, "text": "words.txt"}
+    of_text = {"conventions": ["disjoint"], "window": 16, "stride": None, "text": "words.txt", "bos": "first"}
+    assert found["perplexity"] == of_text
     assert found["prompts"]["nontoxic_source"] is None
 
 

@@ -48,18 +48,18 @@ def test_prompts_with_nothing_before_the_mark_are_passed_over_and_counted(caplog
     ],
 )
 def test_rows_are_those_that_have_every_value_asked_for(where: Any, expected: list[int]) -> None:
-    assert list(matching_rows(CONTEXTS, where)) == [CONTEXTS[i] for i in expected]
+    assert list(matching_rows(CONTEXTS, where)) == [(i + 1, CONTEXTS[i]) for i in expected]
 
 
 def test_an_unknown_field_or_value_is_an_error_that_names_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"names the field 'sort', but a row has \['context', 'kind', 'topic'\]"):
+    with pytest.raises(ValueError, match=r"names the field 'sort', but row 1 has \['context', 'kind', 'topic'\]"):
         texts(where={"sort": "race"})
     with pytest.raises(ValueError, match=r"No row has .* In the rows, topic is gender, race, religion\."):
         texts(where={"topic": "age"})
 
 
 def test_numbers_are_asked_for_as_they_are_written() -> None:
-    assert list(matching_rows([{"label": 1}, {"label": 2}], {"label": "2"})) == [{"label": 2}]
+    assert list(matching_rows([{"label": 1}, {"label": 2}], {"label": "2"})) == [(2, {"label": 2})]
 
 
 @pytest.mark.parametrize("by", [ToxicPrompts, RealToxicityPrompts])
@@ -151,7 +151,7 @@ def test_a_row_of_continuations_that_was_changed_is_refused_by_file_and_row(
     text = Path(completions).read_text()
     assert old in text
     Path(completions).write_text(text.replace(old, new, 1))
-    with pytest.raises(ValueError, match=rf"completions.jsonl, row 1 cannot be used: {reason}.*Evaluate again\.$"):
+    with pytest.raises(ValueError, match=rf"Row 1 of .*completions.jsonl cannot be used: {reason}.*Evaluate again\.$"):
         set_up(ToxicPrompts(completions, by="continuation", tokenizer=tiny_checkpoint, num_samples=1))
 
 

@@ -20,7 +20,7 @@ def test_samples_are_padded_on_the_right_and_the_mask_tells_padding_apart() -> N
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 9])
 def test_batches_come_longest_first_and_hold_every_sample_once(batch_size: int, tiny_checkpoint: str) -> None:
     data = ToxicPrompts("unused", batch_size=batch_size, tokenizer=tiny_checkpoint)
-    data.samples, data.pad_token_id = SAMPLES, 0
+    data.samples = SAMPLES
     batches = list(data.predict_dataloader())
     assert [name for batch in batches for name in batch["sample_ids"]] == ["b", "d", "a", "c"]
     assert [len(batch["sample_ids"]) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)

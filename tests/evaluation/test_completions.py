@@ -17,7 +17,7 @@ from sparc3_lightning.evaluation.completions import (
 )
 from sparc3_lightning.evaluation.generation import Continuation
 
-PROMPT = Prompt("p", "the dog", 0.95)
+PROMPT = Prompt("p", "the dog", 0.95, input_ids=[4, 30])
 IDENTITY = {"seed": 0, "models": [("baseline", 2), ("pruned", 2), ("random_0", 1)]}
 AS_JSON = json.loads(json.dumps(IDENTITY))
 MODELS = {"baseline": 2, "pruned": 2, "random_0": 1}
@@ -31,8 +31,10 @@ def rows_of(prompt: str, models: dict[str, int] = MODELS) -> list[dict[str, Any]
             "model": model,
             "continuation_index": j,
             "prompt": f"the text of {prompt}",
+            "prompt_token_ids": [],
             "prompt_toxicity": 0.95,
             "continuation": "δ\u2028 x",
+            "token_ids": [7, 8, 7],
             "num_tokens": 3,
             "num_unique_tokens": 2,
             "toxicity": 0.25,
@@ -62,13 +64,15 @@ def test_a_row_says_by_which_model_what_was_continued_how_long_and_how_toxic_it_
             "prompt_id": "p",
             "continuation_index": j,
             "prompt": "the dog",
+            "prompt_token_ids": [4, 30],
             "prompt_toxicity": 0.95,
             "continuation": text,
-            "num_tokens": tokens,
+            "token_ids": ids,
+            "num_tokens": len(ids),
             "num_unique_tokens": unique,
             "toxicity": toxicity,
         }
-        for j, (text, tokens, unique, toxicity) in enumerate([("runs far", 3, 2, 0.5), ("", 0, 0, 0.25)])
+        for j, (text, ids, unique, toxicity) in enumerate([("runs far", [5, 6, 5], 2, 0.5), ("", [], 0, 0.25)])
     ]
 
 
@@ -120,6 +124,12 @@ def test_what_is_kept_has_the_toxicity_that_this_run_gives_its_prompt(tmp_path: 
     log_with(tmp_path / "version_0", rows_of("a"))
     kept = CompletionLog(tmp_path / "new", 0, IDENTITY).begin([Prompt("a", "the text of a", toxicity)], 5)
     assert kept == {"a": [{**row, "prompt_toxicity": toxicity} for row in rows_of("a")]}
+
+
+def test_a_prompt_that_is_now_read_as_other_tokens_is_continued_anew(tmp_path: Path) -> None:
+    log_with(tmp_path / "out", [{**row, "prompt_token_ids": [4, 30]} for row in rows_of("a") + rows_of("b")])
+    prompts = [Prompt("a", "", 0.95, input_ids=[4, 30]), Prompt("b", "", 0.95, input_ids=[1, 4, 30])]
+    assert set(CompletionLog(tmp_path / "out", 0, IDENTITY).begin(prompts, 5)) == {"a"}
 
 
 def test_other_models_in_the_same_folder_are_refused_with_what_they_were(tmp_path: Path) -> None:
@@ -211,7 +221,8 @@ def test_it_is_said_what_changed_where_another_folder_has_continuations_of_the_s
 
 def test_a_prompt_of_other_white_space_is_continued_anew(tmp_path: Path) -> None:
     log_with(tmp_path / "out", rows_of("a"))
-    assert CompletionLog(tmp_path / "out", 0, IDENTITY).begin([Prompt("a", "the text  of a", 0.95)], 5) == {}
+    prompt = Prompt("a", "the text  of a", 0.95, input_ids=[4])
+    assert CompletionLog(tmp_path / "out", 0, IDENTITY).begin([prompt], 5) == {}
 
 
 def test_a_row_of_another_form_is_refused_with_its_line(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_only_tokens_after_the_first_count(make_model):
 
 def test_a_filler_of_another_rank_counts_for_nothing(make_model, tiny_checkpoint):
     data = set_up(tiny_checkpoint)
-    batch = data._collate([(data.pairs[0], 1), (data.pairs[0], 0)])
+    batch = data.collate([(data.pairs[0], 1), (data.pairs[0], 0)])
     assert len(pair_rows("baseline", make_model(), batch)) == 1
 
 

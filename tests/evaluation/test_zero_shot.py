@@ -54,9 +54,9 @@ def own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Leave lm-eval's thousands of tasks out of its index, which takes many seconds to make."""
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
-    getattr(zero_shot._manager, "cache_clear", lambda: None)()
+    getattr(zero_shot.task_manager, "cache_clear", lambda: None)()
     yield
-    getattr(zero_shot._manager, "cache_clear", lambda: None)()
+    getattr(zero_shot.task_manager, "cache_clear", lambda: None)()
 
 
 @pytest.fixture(autouse=True)

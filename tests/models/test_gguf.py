@@ -1,92 +1,29 @@
-"""GGUF files as checkpoints: loaded, dequantized once, and refused where they are damaged."""
+"""GGUF files as checkpoints: loaded, dequantized once, and refused where they are damaged or parts."""
 
-import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
-from checkpoints import INPUT_IDS, NEURONS
-from helpers import WORDS, make_config
+from checkpoints import INPUT_IDS, NEURONS, is_one_sentence
+from gguf_files import byte_pairs, tensors_of, tiny, write
 
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.export import export_pruned
-
-LLAMA_CPP_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "model.layers": "blk",
-}
+from sparc3_lightning.models.gguf import FORMAT
 
 
 @pytest.fixture(scope="session")
-def gguf_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
-    """A tiny LLaMA of 8-bit weights as a GGUF file in llama.cpp's conventions, the same in torch, and its tokenizer."""
-    import gguf
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaForCausalLM
-
-    bpe = ByteLevelBPETokenizer(add_prefix_space=False)
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    bpe.train_from_iterator([" ".join(WORDS)] * 3, vocab_size=300, special_tokens=special, show_progress=False)
-    bpe_state = json.loads(bpe.to_str())["model"]
-    vocabulary = sorted(bpe_state["vocab"], key=bpe_state["vocab"].get)
-
-    torch.manual_seed(0)
-    config = make_config("llama", hidden_size=32, intermediate_size=64, vocab_size=len(vocabulary))
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(vocabulary))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([3] * len(special) + [1] * (len(vocabulary) - len(special)))
-    merges = bpe_state["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    quantized = gguf.GGMLQuantizationType.Q8_0
-    for name, parameter in model.named_parameters():
-        parameter.add_(0.2 * torch.randn_like(parameter))
-        theirs = name
-        for old, new in LLAMA_CPP_NAMES.items():
-            theirs = theirs.replace(old, new)
-        if parameter.dim() == 1:
-            writer.add_tensor(theirs, parameter.numpy())
-            continue
-        blocks = gguf.quants.quantize(parameter.numpy(), quantized)
-        weight = gguf.quants.dequantize(blocks, quantized)
-        parameter.copy_(torch.from_numpy(weight))
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads is not None:  # llama.cpp pairs neighbours for the rotation, transformers the halves of a head
-            weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        writer.add_tensor(theirs, gguf.quants.quantize(weight, quantized), raw_dtype=quantized)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path, model, bpe
+def gguf_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A tiny LLaMA as a GGUF file, and the same in torch."""
+    model = tiny()
+    return write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", model), model
 
 
 @pytest.fixture
@@ -96,10 +33,25 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_gguf_file_is_loaded_as_float32_with_its_weights_and_its_tokenizer(
-    gguf_model: tuple[Path, Any, Any], cache: Path
-) -> None:
-    path, expected, bpe = gguf_model
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def refused(path: Path) -> str:
+    """Return the one sentence with which a file is refused."""
+    with pytest.raises(ValueError, match=r".") as error:
+        _ = Checkpoint(str(path)).location
+    assert is_one_sentence(str(error.value).replace(str(path), "")), error.value
+    return str(error.value)
+
+
+def test_a_gguf_file_is_loaded_as_float32_with_its_weights_and_its_tokenizer(cache: Path, tmp_path: Path) -> None:
+    expected, q8 = tiny(), gguf.GGMLQuantizationType.Q8_0
+    for parameter in expected.parameters():
+        if parameter.dim() > 1:  # to what 8 bits can say
+            blocks = gguf.quants.quantize(parameter.numpy(), q8)
+            parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, q8)))
+    path = write(tmp_path / "tiny.gguf", expected, kind=q8)
     model = load_model(str(path), torch.float32)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     for name, parameter in expected.named_parameters():
@@ -107,19 +59,19 @@ def test_a_gguf_file_is_loaded_as_float32_with_its_weights_and_its_tokenizer(
     torch.testing.assert_close(model(INPUT_IDS).logits, expected(INPUT_IDS).logits)
     tokenizer = Checkpoint(str(path)).tokenizer()
     text = "the stupid dog, 2 cats"
-    assert tokenizer(text)["input_ids"] == bpe.encode(text).ids
+    assert tokenizer(text)["input_ids"] == byte_pairs()[0].encode(text).ids
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
 
 
 def test_a_gguf_file_is_dequantized_once(
-    gguf_model: tuple[Path, Any, Any], cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    gguf_model: tuple[Path, Any], cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import transformers
 
     folder = Path(Checkpoint(str(gguf_model[0])).location)
     assert folder.parent == cache / "gguf"
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name], "a temporary folder was left behind"
+    assert names(folder.parent) == [folder.name], "a temporary folder was left behind"
     assert folder.stat().st_mode & 0o777 == 0o755
 
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -134,8 +86,21 @@ def test_a_gguf_file_is_dequantized_once(
     assert Checkpoint(str(elsewhere)).location == str(folder)
 
 
+def test_what_an_earlier_version_dequantized_is_not_used(gguf_model: tuple[Path, Any], cache: Path) -> None:
+    folder = Path(Checkpoint(str(gguf_model[0])).location)
+    name, _, version = folder.name.rpartition("-")
+    assert version == str(FORMAT)
+    shutil.rmtree(folder)
+    for earlier in (name, f"{name}-{FORMAT - 1}"):
+        (folder.parent / earlier).mkdir()
+        (folder.parent / earlier / "config.json").write_text("{}")
+    torch.testing.assert_close(
+        load_model(str(gguf_model[0]), torch.float32)(INPUT_IDS).logits, gguf_model[1](INPUT_IDS).logits
+    )
+
+
 def test_a_model_from_a_gguf_file_can_be_saved_fingerprinted_and_exported(
-    gguf_model: tuple[Path, Any, Any], cache: Path, tmp_path: Path
+    gguf_model: tuple[Path, Any], cache: Path, tmp_path: Path
 ) -> None:
     path = str(gguf_model[0])
     load_model(path, torch.bfloat16).save_pretrained(tmp_path / "saved")
@@ -148,17 +113,96 @@ def test_a_model_from_a_gguf_file_can_be_saved_fingerprinted_and_exported(
     )
 
 
-@pytest.mark.parametrize("kept", [0, 10, 1000, -1000])
+def test_files_beside_a_gguf_file_are_not_read(gguf_model: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:
+    shutil.copy(gguf_model[0], tmp_path / "tiny.gguf")
+    for name in ("adapter_config.json", "config.json", "tokenizer_config.json", "tokenizer.json"):
+        (tmp_path / name).write_text('{"auto_map": {"AutoTokenizer": ["x.X", "x.X"]}, "tokenizer_class": "X"}')
+    (tmp_path / "x.py").write_text("raise SystemExit")
+    checkpoint = Checkpoint(str(tmp_path / "tiny.gguf"))
+    assert checkpoint.load(torch.float32).config.model_type == "llama"
+    assert checkpoint.tokenizer().eos_token == "</s>"
+
+
+def test_what_a_killed_process_left_of_a_gguf_file_is_swept(gguf_model: tuple[Path, Any], cache: Path) -> None:
+    left = cache / "gguf" / f".other.4194305-{platform.node()}.abcdefgh"
+    going_on = cache / "gguf" / f".other.{os.getpid()}-{platform.node()}.abcdefgh"
+    for folder in (left, going_on):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(100))
+    folder = Path(Checkpoint(str(gguf_model[0])).location)
+    assert names(cache / "gguf") == sorted([going_on.name, folder.name])
+
+
+SLOW_TO_SAVE = """
+import sys, time, transformers
+from sparc3_lightning.models.checkpoints import Checkpoint
+
+def save_pretrained(self, folder):
+    print("saving", flush=True)
+    time.sleep(600)
+
+transformers.PreTrainedModel.save_pretrained = save_pretrained
+Checkpoint(sys.argv[1]).location
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_while_a_gguf_file_is_dequantized_leaves_nothing_at_the_next_start(
+    gguf_model: tuple[Path, Any], cache: Path
+) -> None:
+    path = str(gguf_model[0])
+    with subprocess.Popen([sys.executable, "-c", SLOW_TO_SAVE, path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "saving\n"
+        process.kill()
+    assert [name[0] for name in names(cache / "gguf")] == ["."]
+    folder = Path(Checkpoint(path).location)
+    assert names(cache / "gguf") == [folder.name]
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, -1000, -1])
 def test_a_truncated_gguf_file_is_a_clear_error_and_leaves_nothing(
-    kept: int, gguf_model: tuple[Path, Any, Any], cache: Path, tmp_path: Path
+    kept: int, gguf_model: tuple[Path, Any], cache: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "cut.gguf").write_bytes(gguf_model[0].read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"cut.gguf is truncated, or not a GGUF file"):
-        _ = Checkpoint("./cut.gguf").location
-    assert list((cache / "gguf").iterdir()) == []
+    assert "cut.gguf is truncated, or not a GGUF file" in refused(tmp_path / "cut.gguf")
+    assert names(cache / "gguf") == []
 
 
 def test_a_foreign_file_with_the_ending_gguf_is_a_clear_error(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign.gguf").write_text("plain text, and long enough for a header " * 10)
     with pytest.raises(ValueError, match=r"foreign.gguf is truncated, or not a GGUF file"):
         _ = Checkpoint("foreign.gguf").config
+
+
+def test_a_part_of_a_split_gguf_file_is_refused_with_the_way_out(cache: Path, tmp_path: Path) -> None:
+    model = tiny()
+    weights = tensors_of(model)
+    split = {"split.no": 0, "split.count": 3, "split.tensors.count": len(weights)}
+    first = dict.fromkeys(list(weights)[5:])
+    for name, metadata in (("renamed", split), ("tiny-00001-of-00003", split), ("tiny-00001-of-00003", {})):
+        path = write(tmp_path / f"{name}.gguf", model, metadata, first)
+        assert "is one of 3 parts of a split GGUF file: join them with 'llama-gguf-split --merge" in refused(path)
+    later = gguf.GGUFWriter(tmp_path / "later.gguf", "llama")
+    later.kv_data[0].clear()  # only the first part says what the model is
+    for key, value in split.items():
+        later.add_uint16(key, value + (key == "split.no"))
+    later.add_tensor("output_norm.weight", weights["output_norm.weight"])
+    for write_part in (later.write_header_to_file, later.write_kv_data_to_file, later.write_tensors_to_file):
+        write_part()
+    later.close()
+    assert "is one of 3 parts" in refused(tmp_path / "later.gguf")
+    assert names(cache / "gguf") == []
+
+
+def test_a_gguf_file_split_into_one_part_is_loaded(cache: Path, tmp_path: Path) -> None:
+    model = tiny()
+    path = write(tmp_path / "tiny-00001-of-00001.gguf", model, {"split.no": 0, "split.count": 1})
+    torch.testing.assert_close(load_model(str(path), torch.float32)(INPUT_IDS).logits, model(INPUT_IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "mmproj"])
+def test_what_is_no_language_model_is_refused(kind: str, cache: Path, tmp_path: Path) -> None:
+    assert f"holds no language model, but {kind!r}" in refused(
+        write(tmp_path / "a.gguf", tiny(), {"general.type": kind})
+    )

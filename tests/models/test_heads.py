@@ -366,6 +366,7 @@ def test_controls_of_heads_are_heads(make_model, family):
         assert not {(n.module, n.index) for n in lists[variant.name]} & {(n.module, n.index) for n in pruned.neurons}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_evaluate_switches_heads_off_as_the_exported_checkpoint_is_without_them(
     make_checkpoint, tmp_path, monkeypatch, family
@@ -383,6 +384,7 @@ def test_evaluate_switches_heads_off_as_the_exported_checkpoint_is_without_them(
     assert (Path("both") / "report.html").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ATTENTIONS)
 def test_from_the_command_line_heads_are_scored_pruned_and_exported(make_checkpoint, monkeypatch, family):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")

@@ -43,9 +43,9 @@ def folder(tmp_path: Path) -> Path:
 def test_the_shipped_checkpoint_is_loaded_by_detoxify_itself(small: DetoxifyScorer) -> None:
     from detoxify import Detoxify
 
-    assert isinstance(small._detoxify, Detoxify)
-    assert small._detoxify.class_names == ["toxicity"]
-    assert not small._detoxify.model.training
+    assert isinstance(small.detoxify, Detoxify)
+    assert small.detoxify.class_names == ["toxicity"]
+    assert not small.detoxify.model.training
 
 
 def test_every_insult_is_more_toxic_than_every_harmless_sentence(small: DetoxifyScorer) -> None:

@@ -25,6 +25,7 @@ from evaluations import (
     toxic,
     write_inputs,
 )
+from helpers import ids_of
 
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.evaluation import zero_shot
@@ -113,11 +114,12 @@ def test_results_json_holds_both_models_and_how_they_were_measured(tiny_checkpoi
     assert results["checkpoint_fingerprint"] == Checkpoint(tiny_checkpoint).fingerprint
     assert {"torch", "transformers", "lightning", "detoxify", "python"} <= set(results["versions"])
     windows = {"conventions": ["sliding", "disjoint"], "window": 48, "stride": 16}
-    assert results["protocol"]["perplexity"] == {**windows, "text": "text.txt"}
+    assert results["protocol"]["perplexity"] == {**windows, "text": "text.txt", "bos": "none"}
     of = results["protocol"]["continuations"]
     assert (of["temperature"], of["top_p"], of["max_new_tokens"]) == (1.0, 0.9, 8)
     assert (of["num_continuations"], of["scorers"], of["seed"]) == (2, ["small"], 0)
-    expected = {"source": "prompts.jsonl", "nontoxic_source": None, "excluded": 2}
+    expected = {"source": "prompts.jsonl", "nontoxic_source": None, "excluded": 2, "too_long": 0, "in_both": 0}
+    expected |= {"chat": False, "bos": False}
     assert results["protocol"]["prompts"] == expected
     assert results["config"]["model"]["neurons"] == "neurons.json"
     assert results["config"]["text"]["window"] == 48
@@ -137,7 +139,8 @@ def test_completions_have_one_line_for_each_continuation_of_each_model(tiny_chec
         assert row["prompt_id"] == prompt_id(row["prompt"])
         assert row["prompt_toxicity"] == 0.95
         assert 0 <= row["toxicity"] <= 1
-        assert row["num_tokens"] <= 8
+        assert row["prompt_token_ids"] == ids_of(row["prompt"])
+        assert len(row["token_ids"]) == row["num_tokens"] <= 8
         assert not row["continuation"].startswith(row["prompt"]), "the continuation alone is scored"
     scores = DetoxifyScorer("small").score([row["continuation"] for row in rows])
     assert [row["toxicity"] for row in rows] == pytest.approx(scores, abs=1e-5)

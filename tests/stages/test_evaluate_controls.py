@@ -93,6 +93,10 @@ def test_every_model_of_the_plan_continues_every_prompt_as_often_as_was_asked(wh
         "source": "prompts.jsonl",
         "nontoxic_source": "mild.jsonl",
         "excluded": 3,
+        "too_long": 0,
+        "in_both": 0,
+        "chat": False,
+        "bos": False,
     }
 
 
@@ -122,7 +126,7 @@ def test_perplexity_and_divergence_of_every_model_are_those_of_a_slow_loop_with_
 ):
     model = load_model(tiny_checkpoint, torch.float32)
     of = data()
-    of.text.setup_windows(whole.model.data.prompts._tokenizer)
+    of.text.setup_windows(whole.model.data.prompts.tokens.tokenizer)
 
     def logs() -> list[torch.Tensor]:
         """Return the log-probabilities at every scored position of every sliding window."""
@@ -285,6 +289,7 @@ def is_like(found: Any, expected: Any, tolerance: float) -> bool:
 
 
 @pytest.mark.usefixtures("without_a_report")
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_the_batch_size_changes_no_number(whole, tiny_checkpoint, monkeypatch, batch_size):
     monkeypatch.chdir(whole.folder.parent)

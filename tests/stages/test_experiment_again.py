@@ -28,6 +28,7 @@ def test_a_second_run_repeats_no_stage_and_gives_the_same_numbers(done, verbs_ru
     assert caplog.text.count("done before") == 5
 
 
+@pytest.mark.slow
 def test_the_whole_experiment_run_again_from_nothing_gives_the_same_numbers(done):
     lines = completions(done.folder)
     shutil.rmtree(LOGS)

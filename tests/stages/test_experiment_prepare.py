@@ -64,6 +64,7 @@ def test_prepare_fetches_the_data_of_the_zero_shot_tasks_too(monkeypatch):
     assert [file["path"] for file in files if file["purpose"] == "zero_shot"] == ["text.txt"]
 
 
+@pytest.mark.slow
 def test_prepare_keeps_the_documents_that_the_stages_of_a_revision_look_for(monkeypatch, verbs_run):
     monkeypatch.setenv("SPARC3_CACHE", "cache")
     rows = Unshuffled({"text": sentence(i, 20 + i)} for i in range(12))

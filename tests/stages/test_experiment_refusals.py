@@ -52,6 +52,11 @@ def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(due):
             ["--prune.dampings", "[0.5, 1]"],
             r"Several --prune\.dampings.* need --prune\.budget\.max_perplexity_increase",
         ),
+        (
+            ["--behavior.init_args.chat", "true"],
+            r"--behavior\.chat needs a chat template, and the tokenizer of .* has none",
+        ),
+        (["--data.prompts.init_args.chat", "true"], r"--data\.prompts\.chat needs a chat template"),
         (["--prune.export", "general.txt"], r"--prune\.export: general.txt exists already"),
         (
             ["--prune.budget.max_perplexity_increase", "0.1"],

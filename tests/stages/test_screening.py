@@ -73,6 +73,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / COMPLETIONS).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_one_command_screens_prompts_attributes_on_the_worst_and_evaluates_on_the_next_worst(capsys, monkeypatch):
     done = cli.main(["run", "--config", "experiment.yaml"])
     folder = Path(done.trainer.log_dir)
@@ -115,10 +116,11 @@ def test_the_stage_is_planned_first_and_another_choice_of_prompts_gives_other_la
     for number in (None, 10):
         changes = [] if number is None else [f"--screen.init_args.num_prompts={number}"]
         cli.main(["run", "--config", "experiment.yaml", "--plan", "plan.txt", *changes])
-        plans.append([line.split() for line in Path("plan.txt").read_text().splitlines()])
+        fields = Path("plan.txt").read_text().split("\0")[:-1]
+        plans.append(list(zip(fields[::3], fields[2::3], strict=True)))
     assert [verb for verb, *_ in plans[0]] == ["evaluate", "attribute", "attribute", "prune", "evaluate"]
     folders = [
-        [yaml.safe_load(Path(file).read_text())["trainer"]["logger"]["init_args"]["version"] for _, file, _ in plan]
+        [yaml.safe_load(Path(file).read_text())["trainer"]["logger"]["init_args"]["version"] for _, file in plan]
         for plan in plans
     ]
     same = [a == b for a, b in zip(*folders, strict=True)]

@@ -257,9 +257,9 @@ def test_a_job_that_is_requeued_goes_on_and_ends_with_the_same_scores(
 
 
 def test_every_stage_that_may_run_the_model_gets_its_resources_and_pruning_one_task_of_them(tmp_path: Path) -> None:
-    plan = [f"{verb} {verb}.yaml todo" for verb in ("attribute", "prune", "evaluate")]
+    plan = [field for verb in ("attribute", "prune", "evaluate") for field in (verb, "todo", f"{verb}.yaml")]
     commands = {
-        "sparc3": f'[ "$1" = prepare ] || printf "%s\\n" {" ".join(map(repr, plan))} >"${{@: -1}}"',
+        "sparc3": f'[ "$1" = prepare ] || printf "%s\\0" {" ".join(plan)} >"${{@: -1}}"',
         "sbatch": f'echo "$@" >>{tmp_path}/submitted; echo 1',
     }
     for name, body in commands.items():

@@ -248,6 +248,7 @@ def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike():
         names([paths[0], Path("again/pruned/neurons.json")])
 
 
+@pytest.mark.slow
 def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other_prompts(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     grid = ["--model.neurons", LISTS, "--model.doses", "[2, 12]", "--model.dampings", "[1, 0.5]"]
@@ -288,7 +289,7 @@ def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path)
     baseline = Model({}, {}, None, {}, [])
     module.results = Findings(headline="toxic", num_failed=0, baseline=baseline, doses=[best])
     module.off, module.completions, module.folder = {best.name: every[:2]}, [], tmp_path
-    module._choose(0.01)
+    module.choose(0.01)
     chosen = NeuronList.load(tmp_path / "chosen/neurons.json")
     assert [n.key for n in chosen.neurons + chosen.next] == [n.key for n in every]
     assert len(chosen.neurons) == 2

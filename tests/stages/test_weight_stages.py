@@ -123,6 +123,7 @@ def test_a_model_that_is_sharded_is_refused_before_it_is_loaded(tiny_checkpoint,
         run(evaluation(tiny_checkpoint, path))
 
 
+@pytest.mark.slow
 def test_the_whole_experiment_prunes_weights_in_all_its_stages(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setattr("sys.argv", ["sparc3"])

@@ -1,0 +1,53 @@
+"""What the variables of a Slurm job say: a process that would wait for others for ever is refused at once."""
+
+import pytest
+
+from sparc3_lightning.distributed import check_slurm_tasks
+
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "mine", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_NTASKS": "2"},
+        {**BATCH, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"},
+        {**BATCH, "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NUM_NODES": "1"},
+        {**BATCH, "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NUM_NODES": "2"},
+        {**BATCH, "SLURM_NTASKS": "2", "SLURM_STEP_ID": "4294967291", "SLURM_STEP_NUM_TASKS": "1"},  # the script
+        {**BATCH, "SLURM_NTASKS": "2", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},  # salloc's shell
+    ],
+)
+@pytest.mark.parametrize("devices", ["auto", 1, 2])
+def test_several_tasks_without_srun_are_refused_with_the_way_out(environment, devices):
+    with pytest.raises(ValueError, match=r"^This Slurm job has \d tasks, but srun did not start .*put srun before"):
+        check_slurm_tasks(devices, 1, environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {**BATCH, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"},
+        BATCH,
+        {**BATCH, "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+        {**BATCH, "SLURM_NTASKS": "1", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "2"},
+    ],
+)
+def test_one_task_or_those_of_srun_are_no_obstacle(environment):
+    check_slurm_tasks(2, 1, environment)
+    check_slurm_tasks("auto", 1, environment)
+
+
+@pytest.mark.parametrize("name", ["interactive", "bash"])
+def test_in_an_interactive_job_lightning_starts_the_processes_of_one_node_but_not_of_two(name):
+    environment = {"SLURM_JOB_NAME": name, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    check_slurm_tasks(2, 1, environment)
+    with pytest.raises(ValueError, match="put srun before sparc3"):
+        check_slurm_tasks(2, 2, environment)
+
+
+def test_another_number_of_tasks_than_of_devices_is_refused_with_both():
+    environment = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    with pytest.raises(ValueError, match=r"^srun started 2 task\(s\) on 1 node\(s\), but --trainer\.devices 4"):
+        check_slurm_tasks(4, 1, environment)
