@@ -48,6 +48,8 @@ ROWS = [
         "prompt": sentence(i, 4),
         "prompt_toxicity": 0.95 if i else None,
         "continuation": f" {sentence(9 + j, 3)}",
+        "prompt_token_ids": [],
+        "token_ids": [7, 8, 7],
         "num_tokens": 3,
         "num_unique_tokens": 2,
         "toxicity": 0.25 * j,

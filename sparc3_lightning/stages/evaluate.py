@@ -385,7 +385,7 @@ def identity_of(module: Evaluation) -> dict[str, object]:
         "neurons": [neurons.digest() for neurons in module.lists.values()],
         "scorers": [fingerprint_of(name) for name in module.scorer_names],
         "sampling": [sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.per_seed],
-        "prompts": {name: value for name, value in prompts.hparams.items() if name not in CHOICE_OF_PROMPTS},
+        **{name: value for name, value in prompts.hparams.items() if name not in CHOICE_OF_PROMPTS},
         "models": [(variant.name, variant.num_continuations) for variant in module.variants],
         "dtype": str(resolve_dtype(module.dtype_name, module.trainer.strategy.root_device)),
         "seed": run_seed(),
