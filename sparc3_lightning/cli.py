@@ -140,7 +140,12 @@ class FindConfig(ActionConfigFile):
         path = Path(str(values))
         if not path.exists() and path.parent == Path():
             values = next((str(folder / path) for folder in CONFIGS if (folder / path).is_file()), values)
-        super().__call__(parser, cfg, values, option_string)
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except RecursionError:
+            raise ValueError(f"The config {values} cannot be read: it holds itself, or is nested too deeply.") from None
+        except ValueError as error:
+            raise ValueError(f"The config {values} cannot be read: {error}.") from None
 
 
 class SparC3CLI(LightningCLI):

@@ -76,7 +76,7 @@ class Curve:
 class CircuitResults(JsonFile):
     """The content of circuit.json; samples that were used to attribute are left out."""
 
-    FORMAT = "sparc3_lightning circuit 1"
+    FORMAT = "sparc3_lightning circuit 2"
     WRITTEN_TOO = ("chance", "warnings")
     checkpoint: str
     checkpoint_fingerprint: str

@@ -45,7 +45,7 @@ class ComparisonResults(JsonFile):
     neurons and of the ``pruned`` ones are None without score files.
     """
 
-    FORMAT = "sparc3_lightning compare 1"
+    FORMAT = "sparc3_lightning compare 2"
     checkpoint: str | None
     checkpoint_fingerprint: str | None
     num_candidates: int

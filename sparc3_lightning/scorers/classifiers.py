@@ -68,6 +68,11 @@ class ClassifierScorer(Scorer):
         """Fetch the checkpoint, and return its files."""
         return Checkpoint(split_label(name)[0]).fetch()
 
+    @classmethod
+    def fingerprint(cls, name: str) -> str:
+        """Return what tells a scorer from another of the same name: its files, and the label that means toxic."""
+        return f"{super().fingerprint(name)} {split_label(name)[1]}"
+
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> list[float]:
         """Return the probability of the toxic label, in [0, 1]; NaN where the model gave no number."""

@@ -29,7 +29,7 @@ from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import head_dims
 from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.models.sharding import load_for
-from sparc3_lightning.provenance import git_hash, run_seed, versions
+from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.stopping import StoppableModule
@@ -237,11 +237,14 @@ class Attribution(StoppableModule, Stage):
 
     def _identify(self) -> Identity:
         """Return the identity of this run: only sums of runs with the same identity may be added."""
+        data = self.reference_samples
         return {
             "checkpoint_fingerprint": self.checkpoint.fingerprint,
             **asdict(self.spec),
             "lexicon_tokens": hashlib.sha256(str(self.lexicon).encode()).hexdigest()[:16],
-            "data_fingerprint": self.reference_samples.fingerprint(),
+            "data_fingerprint": data.fingerprint(),
+            "samples": hashlib.sha256(str([(s.id, s.start, s.contrast) for s in data.samples]).encode()).hexdigest(),
+            "versions": versions_of_results(),
         }
 
     def _resume(self) -> None:
