@@ -53,10 +53,11 @@ def stretched(factor: float, low: float, high: float, context: int, theta: float
     return np.array(factors, dtype=np.float32)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False), ("gpt2", True)]
+)
 def test_a_model_of_a_family_comes_out_as_it_is(family: str, tied: bool, tmp_path: Path) -> None:
-    model = tiny(family, tie_word_embeddings=tied, initializer_range=0.5)
+    model = tiny(family, tie_word_embeddings=tied)
     config = check_same(write(tmp_path / "a.gguf", model), model)
     assert config.tie_word_embeddings == tied
 
@@ -260,6 +261,9 @@ def test_numbers_that_transformers_passes_over_are_carried_over(tmp_path: Path) 
     assert (config.head_dim, config.num_key_value_heads, config.max_position_embeddings) == (12, 4, 96)
     gpt2 = tiny("gpt2", max_position_embeddings=48, layer_norm_epsilon=1e-5)
     assert check_same(write(tmp_path / "b.gguf", gpt2), gpt2).n_positions == 48
+
+
+def test_windows_and_angles_that_transformers_passes_over_are_carried_over(tmp_path: Path) -> None:
     phi3 = tiny("phi3", sliding_window=4)
     assert check_same(write(tmp_path / "c.gguf", phi3, {"phi3.attention.sliding_window": 4}), phi3).sliding_window == 4
     starcoder2 = tiny("starcoder2", rope_parameters={"rope_type": "default", "rope_theta": 99999.0})
