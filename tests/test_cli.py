@@ -369,3 +369,10 @@ def test_a_missing_score_file_in_a_real_shell_is_one_sentence_without_a_tracebac
     assert hint == "(SPARC3_TRACEBACK=1 shows where it was raised.)"
     assert done.stderr.count("sparc3: error:") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_what_a_name_could_tell_the_terminal_is_shown_in_an_error(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sparc3", "report", "\x1b[31mnowhere\x9b\u202e"])
+    with pytest.raises(SystemExit) as done:
+        entry_point()
+    assert str(done.value.code).startswith(r"sparc3: error: \x1b[31mnowhere\x9b\u202e holds none of experiment.json")

@@ -63,12 +63,17 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         "compare": "Compare the pruned neurons",
         "circuit": "Take the least relevant components out",
         "compress": "Set the weights of the lowest scores to zero",
+        "report": "Draw page, pictures and model card",
         "run": "Carry out the whole experiment",
     }[verb]
     assert sentence_of_verb in out
+    assert "--optimizer" not in out
+    if verb == "report":
+        assert re.search(r"\n  folder +Of a run of evaluate, sweep", out)
+        assert not re.search("--(trainer|model|data|seed_everything)", out)
+        return
     for option in ("--config", "--print_config", "--seed_everything", "--trainer.logger", "--trainer.accelerator"):
         assert option in out
-    assert "--optimizer" not in out
     assert "a config is as trusted as code" in out
     assert out.startswith(f"usage: sparc3 {verb} [--config FILE]"), "not the names of all options"
 

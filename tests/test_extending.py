@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 import torch
 from helpers import random_scores, save_scores, sentence
-from made_up import NEURONS, Words, evaluation, made_up
+from made_up import evaluation, made_up
+from pages import reported
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparc3_lightning import (
@@ -155,7 +156,8 @@ def test_a_figure_is_a_function_and_a_row_of_the_table(monkeypatch):
         monkeypatch.delitem(FIGURES, name)
     monkeypatch.setitem(FIGURES, "number.png", Figure("The {granularity}s by number", draw_number))
     monkeypatch.setitem(FIGURES, "nothing.png", Figure("Nothing", draw_number, is_known=lambda shown: False))
-    write_report(Path("out/report.html"), *made_up(), NEURONS, None, Words())
+    results, rows = made_up()
+    write_report(Path("out/report.html"), reported(results, rows), rows)
     assert Path("out/number.png").read_text() == "PNG of 2"
     page = Path("out/report.html").read_text()
     assert re.findall("<figcaption>(.*?)</figcaption>", page) == ["The neurons by number"]

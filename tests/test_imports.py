@@ -23,7 +23,7 @@ ORDER = (
     {"selection"},
     {"attribution", "scorers", "data"},
     {"models"},
-    {"sources", "files", "provenance", "distributed", "signals", "interrupts", "errors"},
+    {"sources", "files", "escaping", "provenance", "distributed", "signals", "interrupts", "errors"},
 )
 
 

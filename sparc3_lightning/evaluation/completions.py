@@ -10,7 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -18,6 +18,7 @@ from sparc3_lightning.data.prompts import Prompt
 from sparc3_lightning.evaluation.generation import Continuation
 from sparc3_lightning.files import write_atomically
 
+COMPLETIONS = "completions.jsonl"
 PATTERN = "unfinished-*.jsonl"
 
 
@@ -151,6 +152,65 @@ def completion_rows(
             row["second_toxicity"] = found[1]
         rows.append(row)
     return rows
+
+
+def save_completions(path: Path, rows: Sequence[Completion]) -> None:
+    """Write completions.jsonl: a line for each row, in which letters stand as they are."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    # Half of a character, as JSON can hold, is nothing that a file could: it stays an escape.
+    lines = [line if _is_text(line) else json.dumps(row) for line, row in zip(lines, rows, strict=True)]
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def _is_text(line: str) -> bool:
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# The types of the fields that a report reads; a score may be missing.
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "prompt_id": (str,),
+    "continuation_index": (int,),
+    "prompt": (str,),
+    "prompt_toxicity": (int, float, type(None)),
+    "continuation": (str,),
+    "toxicity": (int, float, type(None)),
+}
+
+
+def load_completions(path: Path) -> list[Completion]:
+    """Read completions.jsonl.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If it is damaged; the line is named.
+    """
+    rows = []
+    try:
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append(_completion(line, f"{path}, line {number}"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error!s:.80}).") from None
+    return rows
+
+
+def _completion(line: str, where: str) -> Completion:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON ({type(error).__name__}: {error!s:.80}).") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} holds a JSON {type(row).__name__}, expected an object.")
+    for name, types in _FIELDS.items():
+        if name not in row or not isinstance(row[name], types) or isinstance(row[name], bool):
+            raise ValueError(f"{where} is no row of {COMPLETIONS}: its {name} is {row.get(name)!r:.80}.")
+    return cast(Completion, row)
 
 
 def _lines(path: Path) -> Iterator[Any]:

@@ -4,7 +4,11 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 
 from sparc3_lightning.evaluation.intervals import Difference, Interval
-from sparc3_lightning.files import JsonFile
+from sparc3_lightning.files import LEFT_OUT, JsonFile
+from sparc3_lightning.models.components import Component
+from sparc3_lightning.selection.neuron_list import SelectionResults
+
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -337,6 +341,28 @@ class Settings:
     git_hash: str | None
 
 
+@dataclass(frozen=True)
+class ReportInputs:
+    """What page and model card show beside findings and continuations, so that they can be drawn from files alone.
+
+    Args:
+        neurons: The first of those that are off.
+        ablation: What was done to them, in words.
+        neurons_per_module: How many of them are in each layer.
+        provenance: Of neurons.json, without the ids of samples.
+        selection: The selection.json beside it; None if there is none, or one of another list.
+        masked_words: Words of the examples, in lower case, that the scorer finds toxic by themselves; None if it could
+            not say.
+    """
+
+    neurons: list[Component]
+    ablation: str
+    neurons_per_module: dict[str, int]
+    provenance: dict[str, object]
+    selection: SelectionResults | None
+    masked_words: list[str] | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict(JsonFile):
     """The verdict in words, at the beginning of results.json."""
@@ -346,6 +372,10 @@ class Verdict(JsonFile):
 
 @dataclass(frozen=True, kw_only=True)
 class Results(Settings, Findings, Verdict):
-    """The content of results.json: the verdict in words, the findings, and their inputs."""
+    """The content of results.json: the verdict in words, the findings, and their inputs.
+
+    ``report`` is there if neurons were switched off: without them there is no report.
+    """
 
     FORMAT = "sparc3_lightning results 1"
+    report: ReportInputs | None = field(default=None, metadata=LEFT_OUT)

@@ -1,16 +1,16 @@
 """circuit.json, and the tables of circuits: text for the terminal, and CSV."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparc3_lightning.escaping import csv_text, for_picture
 from sparc3_lightning.files import LEFT_OUT, JsonFile
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.report.figures import BEFORE, CONTROL, STRENGTHS, save_figure
 from sparc3_lightning.report.tables import Table, aligned
 
+CIRCUIT = "circuit.json"
 COLUMNS = ("sparsity", "accuracy_mean", "accuracy_sd", "logit_difference_mean", "logit_difference_sd")
 
 
@@ -86,16 +86,14 @@ class CircuitResults(JsonFile):
 
 def circuit_csv(curves: Sequence[Curve]) -> str:
     """Return a row for each granularity, method and sparsity: mean and standard deviation over the seeds."""
-    file = io.StringIO()
-    rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(["granularity", "method", "num_components", "num_seeds", "num_removed", *COLUMNS])
+    rows: list[list[object]] = [["granularity", "method", "num_components", "num_seeds", "num_removed", *COLUMNS]]
     for curve in curves:
         for step in curve.steps:
             # Weights of equal relevance go together, and so each seed may have a number of its own.
             removed = round(sum(step.num_removed) / len(step.num_removed))
             of_curve = [curve.granularity, curve.method, curve.num_components, curve.num_seeds]
-            rows.writerow([*of_curve, removed, *(getattr(step, name) for name in COLUMNS)])
-    return file.getvalue()
+            rows.append([*of_curve, removed, *(getattr(step, name) for name in COLUMNS)])
+    return csv_text(rows)
 
 
 def summary(results: CircuitResults) -> str:
@@ -140,10 +138,10 @@ def draw_circuit(results: CircuitResults, path: Path) -> None:
             mean = [full, *(100 * step.accuracy_mean for step in curve.steps)]
             deviation = [0.0, *(100 * (step.accuracy_sd or 0.0) for step in curve.steps)]
             color = CONTROL if curve.scores is None else colors[i % len(colors)]
-            axes.plot(x, mean, "o-", color=color, markersize=3, linewidth=1.5, label=curve.method)
+            axes.plot(x, mean, "o-", color=color, markersize=3, linewidth=1.5, label=for_picture(curve.method, 28))
             low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-        axes.set_title(f"{curves[0].num_components:,} {kind}s", fontsize=10, loc="left")
+        axes.set_title(f"{curves[0].num_components:,} {for_picture(kind)}s", fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="lower left")
     panels[-1].set(xlabel="sparsity in % (least relevant first)", ylim=(-3, 103))

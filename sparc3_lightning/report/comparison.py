@@ -1,24 +1,24 @@
 """compare.json, and the tables and pictures of a comparison of behaviours: text for the terminal, CSV and PNG."""
 
-import csv
-import io
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
 
 from torch import Tensor
 
+from sparc3_lightning.escaping import csv_text, for_picture, for_terminal
 from sparc3_lightning.files import LEFT_OUT, JsonFile
 from sparc3_lightning.models.components import Key
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.report.figures import AFTER, BEFORE, save_figure
-from sparc3_lightning.report.tables import Table, aligned, cell
+from sparc3_lightning.report.tables import UNKNOWN, Table, aligned, cell
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.overlap import Chance, Classes, Matrix, Overlap
 
+COMPARISON = "compare.json"
 KINDS = {"random": "by chance", "random_within_layers": "within layers"}  # of chance: field of an overlap, and its head
 BETWEEN = " & "
 MAX_IN_FULL = 4  # lists whose 15 combinations are all printed; of more lists the CSV has them
@@ -62,7 +62,7 @@ class ComparisonResults(JsonFile):
 
 def summary(results: ComparisonResults) -> str:
     """Return the tables of a comparison as text: shared neurons, correlations, and classes by sign."""
-    checkpoint = f" of {results.checkpoint}" if results.checkpoint else ""
+    checkpoint = f" of {for_terminal(results.checkpoint)}" if results.checkpoint else ""
     components = f"{results.granularity}s"
     parts = [
         f"{results.num_candidates:,} {components}{checkpoint}",
@@ -81,7 +81,9 @@ def p_value(log10_p: float) -> str:
         >>> p_value(-1.0), p_value(-408.25)
         ('0.1', '5.6e-409')
     """
-    if log10_p > -3:
+    if math.isnan(log10_p):
+        return UNKNOWN
+    if log10_p > -3 or math.isinf(log10_p):
         return f"{10**log10_p:.3g}"
     exponent = math.floor(log10_p)
     mantissa = f"{10 ** (log10_p - exponent):.1f}"
@@ -98,7 +100,7 @@ def overlaps_csv(overlaps: Sequence[Overlap]) -> str:
         rows.append([BETWEEN.join(row.lists), len(row.lists), row.inclusive, row.exclusive])
         for chance in (getattr(row, kind) for kind in kinds):
             rows[-1] += astuple(chance) if chance else [None] * len(measures)
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def _kinds(overlaps: Sequence[Overlap]) -> list[str]:
@@ -126,15 +128,7 @@ def neurons_csv(
         places = [rank.get(key) for rank in ranks]
         values = [] if differential_SN is None else differential_SN[:, i].tolist()
         rows.append([*key, sum(place is not None for place in places), *places, *values])
-    return _csv([heads, *rows])
-
-
-def _csv(rows: Iterable[Sequence[object]]) -> str:
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(
-        [None if isinstance(value, float) and not math.isfinite(value) else value for value in row] for row in rows
-    )
-    return file.getvalue()
+    return csv_text([heads, *rows])
 
 
 def _overlap_table(overlaps: Sequence[Overlap], components: str) -> Table:
@@ -232,7 +226,7 @@ def draw_overlap(lists: Sequence[Listed], overlaps: Sequence[Overlap], path: Pat
     bars.yaxis.get_major_locator().set_params(integer=True)
     bars.tick_params(axis="x", length=0)
     dots.spines[:].set_visible(False)
-    dots.set_yticks(range(len(names)), [f"{row.name} ({row.num_neurons})" for row in lists])
+    dots.set_yticks(range(len(names)), [f"{for_picture(row.name, 28)} ({row.num_neurons})" for row in lists])
     dots.set(ylim=(len(names) - 0.5, -0.5), xticks=[], xlim=(-0.6, len(shown) - 0.4))
     dots.tick_params(axis="y", length=0)
     if left_out:
@@ -261,7 +255,7 @@ def draw_correlation(names: Sequence[str], found: Mapping[str, Matrix], path: Pa
         text = f"{values[i][j]:.2f}".replace("0.", ".") if math.isfinite(values[i][j]) else "-"
         axes.text(j, i, text, ha="center", va="center", fontsize=9, color="w" if abs(values[i][j]) > 0.6 else "k")
     axes.set_xticks(range(number), [f"{i + 1}" for i in range(number)])
-    axes.set_yticks(range(number), [f"{name}  {i + 1}" for i, name in enumerate(names)])
+    axes.set_yticks(range(number), [f"{for_picture(name, 28)}  {i + 1}" for i, name in enumerate(names)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title("correlation of differential relevance;\nabove the diagonal: given general text", fontsize=10)
@@ -284,7 +278,7 @@ def draw_profiles(layers: Mapping[str, Mapping[str, Sequence[int]]], path: Path,
     for axes, (name, counts) in zip(panels, layers["pruned"].items(), strict=True):
         axes.bar(range(len(counts)), counts, color=BEFORE, width=0.8, label="pruned for it alone")
         axes.bar(range(len(counts)), layers["shared"][name], color=AFTER, width=0.8, label="for another too")
-        axes.set_title(name, fontsize=10, loc="left")
+        axes.set_title(for_picture(name), fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.get_major_locator().set_params(integer=True)
     panels[-1].set(xlabel="layer")

@@ -1,11 +1,13 @@
 """Pictures of a selection and of an evaluation, as PNG files that a phone shows as readably as a desk."""
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sparc3_lightning.escaping import for_picture
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import Control, Dose, Results
@@ -21,6 +23,10 @@ BEFORE, AFTER, CONTROL = "#4477aa", "#cc6677", "#777777"
 STRENGTHS = (AFTER, "#aa7700", "#228833", "#aa3377", "#332288")
 MARKERS = "osD^v"  # of doses, by damping
 CONTROL_MARKERS = "x+*1234"  # of controls, by kind
+NAME = 28  # characters of a name in a legend of two columns
+MAX_LINES = 12  # in a legend: more would leave no room for the picture
+MAX_NUMBERS = 24  # beside the points of a line
+LARGEST = 1e6  # percent: what is beyond is drawn there, since matplotlib cannot tell far numbers apart
 
 
 class Row(NamedTuple):
@@ -34,7 +40,8 @@ class Row(NamedTuple):
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a picture as PNG, under a temporary name first."""
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about letters that the font lacks, for each of them
         figure.savefig(temporary, format="png", dpi=200)
 
 
@@ -55,7 +62,7 @@ def draw_layers(neurons_per_module: dict[str, int], path: Path, granularity: str
         counts[layer_of(module)] += count
     figure, axes = _new_figure()
     axes.bar(list(counts), list(counts.values()), color=AFTER, width=0.8)
-    axes.set(xlabel="layer", ylabel=f"pruned {granularity}s")
+    axes.set(xlabel="layer", ylabel=f"pruned {for_picture(granularity)}s")
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     save_figure(figure, path)
@@ -65,8 +72,10 @@ def draw_differential(selection: SelectionResults, path: Path) -> None:
     """Draw the histogram of the ranking scores of all neurons, with the threshold of the pruned ones."""
     figure, axes = _new_figure()
     histogram = selection.histogram
-    axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=BEFORE)
-    axes.axvline(selection.threshold, color=AFTER, linewidth=1.5)
+    if all(map(math.isfinite, histogram["edges"])):
+        axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=BEFORE)
+    if math.isfinite(selection.threshold):
+        axes.axvline(selection.threshold, color=AFTER, linewidth=1.5)
     # Above the axes, since the histogram may lie on either side of the line.
     axes.set_title(f"left of the line: the {selection.num_neurons} pruned", color=AFTER, fontsize=10)
     axes.set_yscale("log")
@@ -74,9 +83,9 @@ def draw_differential(selection: SelectionResults, path: Path) -> None:
     by = (
         "differential relevance (general - behaviour)"
         if name == "difference"
-        else f"{name.replace('_', ' ')}, lowest first"
+        else f"{for_picture(name.replace('_', ' '), 40)}, lowest first"
     )
-    axes.set(xlabel=by, ylabel=f"{selection.granularity}s (log scale)")
+    axes.set(xlabel=by, ylabel=f"{for_picture(selection.granularity)}s (log scale)")
     axes.xaxis.get_major_locator().set_params(nbins=5)
     save_figure(figure, path)
 
@@ -95,10 +104,11 @@ def draw_scatter(pairs: dict[str, list[tuple[float, float]]], path: Path, behavi
         {"color": AFTER, "linewidths": 0},
         {"edgecolors": BEFORE, "facecolors": "none"},
     )
-    for place, (name, points) in enumerate(pairs.items()):
+    for place, (group, points) in enumerate(pairs.items()):
         style = styles[place % len(styles)]
-        axes.scatter(*zip(*points, strict=True), s=22, alpha=0.65, label=name, **style)
-    axes.set(xlabel=f"{behavior} before", ylabel=f"{behavior} after", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axes.scatter(*zip(*points, strict=True), s=22, alpha=0.65, label=for_picture(group, NAME), **style)
+    name = for_picture(behavior, 36)
+    axes.set(xlabel=f"{name} before", ylabel=f"{name} after", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.set_aspect("equal")
     if len(pairs) > 1:
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -113,13 +123,14 @@ def draw_changes(rows: Sequence[Row], path: Path) -> None:
     figure, axes = _new_figure(0.85 + 0.5 * len(rows))
     left, right = _limits([row.change for row in rows], [draw for row in rows for draw in row.draws])
     for y, row in enumerate(rows):
-        value, (low, high) = number(row.change.value), _ends_or_value(row.change)
+        value, (low, high) = _near(row.change.value), _ends_or_value(row.change)
         error = _error(value, max(low, left), min(high, right))
         axes.errorbar(value, y, xerr=error, fmt="o", color=row.color, markersize=7, capsize=3, zorder=3)
         for is_beyond, edge, marker in ((low < left, left, "<"), (high > right, right, ">")):
             if is_beyond:
                 axes.plot(edge, y, marker, color=row.color, markersize=7, clip_on=False, zorder=4)
-        axes.plot(row.draws, [y + 0.24] * len(row.draws), "o", color=row.color, markersize=3.5, alpha=0.6)
+        single = list(map(_near, row.draws))
+        axes.plot(single, [y + 0.24] * len(single), "o", color=row.color, markersize=3.5, alpha=0.6)
     axes.axvline(0, color="0.6", linewidth=1)
     axes.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel="%, the original model being 0")
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
@@ -129,7 +140,7 @@ def draw_changes(rows: Sequence[Row], path: Path) -> None:
 
 def _limits(changes: Sequence[Interval], draws: Sequence[float] = ()) -> tuple[float, float]:
     """Return the limits of an axis: they hold 0, all changes, and the intervals unless these are much longer."""
-    values = [x for x in (*(number(change.value) for change in changes), *draws) if math.isfinite(x)]
+    values = [x for x in map(_near, [*(change.value for change in changes), *draws]) if math.isfinite(x)]
     longest = max(3 * max(map(abs, values), default=0.0), 10.0)
     reached = [min(max(x, -longest), longest) for change in changes for x in ends(change) if not math.isnan(x)]
     low, high = min([0.0, *values, *reached]), max([0.0, *values, *reached])
@@ -137,9 +148,14 @@ def _limits(changes: Sequence[Interval], draws: Sequence[float] = ()) -> tuple[f
     return low - margin, high + margin
 
 
+def _near(value: float | None) -> float:
+    """Return where a change is drawn; NaN if it is not known."""
+    return min(max(number(value), -LARGEST), LARGEST)
+
+
 def _ends_or_value(change: Interval) -> tuple[float, float]:
     """Return the ends of an interval, or its value where they are not known."""
-    low, high = (number(change.value) if math.isnan(end) else end for end in ends(change))
+    low, high = (_near(change.value) if math.isnan(end) else end for end in ends(change))
     return low, high
 
 
@@ -178,7 +194,7 @@ def _label(name: str, before: float, after: float, digits: int) -> str:
 
 def _mean(values: Iterable[float]) -> float:
     known = [number(value) for value in values]
-    return sum(known) / len(known)
+    return sum(known) / len(known) if known else math.nan
 
 
 def draw_doses(
@@ -204,11 +220,13 @@ def draw_doses(
         line = [dose for dose in scored if (dose.selection, dose.damping) == (selection, damping)]
         changes = _changes(line)
         shown += changes
-        x, y = ([number(change[axis].value) for change in changes] for axis in (0, 1))
+        x, y = ([_near(change[axis].value) for change in changes] for axis in (0, 1))
         color, below = STRENGTHS[place % len(STRENGTHS)], place % 2
+        numbered = line[:: math.ceil(len(line) / MAX_NUMBERS)]
         label = "switched off" if damping == 1 else f"damped by {100 * damping:g} %"
         if several:
-            label = selection if damping == 1 else f"{selection}, {label}"
+            name = for_picture(selection, NAME)
+            label = name if damping == 1 else f"{name}, {label}"
         marker = MARKERS[place % len(MARKERS)]
         axes.plot(x, y, f"{marker}-", color=color, markersize=6, linewidth=1.5, label=label)
         for dose, of_dose, *at in zip(line, changes, x, y, strict=True):
@@ -216,6 +234,8 @@ def draw_doses(
             bars = [_error(v, *(max(min(e, 1e9), -1e9) for e in _ends_or_value(change)))
                     for v, change in zip(at, of_dose, strict=True)]  # fmt: skip
             axes.errorbar(*at, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=color, alpha=0.35, elinewidth=1)
+            if dose not in numbered:
+                continue
             axes.annotate(
                 f"{dose.num_neurons}", at, xytext=(6, -6 if below else 6), textcoords="offset points", fontsize=9,
                 va="top" if below else "bottom", color=color, path_effects=[withStroke(linewidth=3, foreground="w")],
@@ -225,16 +245,25 @@ def draw_doses(
         marker = CONTROL_MARKERS[place % len(CONTROL_MARKERS)]
         changes = _changes(control.draws)
         shown += changes
-        x, y = ([number(change[axis].value) for change in changes] for axis in (0, 1))
-        axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=CONTROLS[kind].name(granularity))
+        x, y = ([_near(change[axis].value) for change in changes] for axis in (0, 1))
+        label = for_picture(CONTROLS[kind].name(granularity), 40)
+        axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=label)
     limits = [_limits([pair[axis] for pair in shown]) for axis in (0, 1)]
-    axes.set(xlabel="change of perplexity, %", ylabel=f"change of mean {behavior}, %", xlim=limits[0], ylim=limits[1])
+    of_behavior = f"change of mean {for_picture(behavior, 36)}, %"
+    axes.set(xlabel="change of perplexity, %", ylabel=of_behavior, xlim=limits[0], ylim=limits[1])
+    known = [_near(change.value) for change, _ in shown]
     if limits[0][1] > 300:  # a large dose that wrecks the model would press the others together
         axes.set_xscale("symlog", linthresh=10)
-        axes.set_xlim(left=min(-2.0, *(number(change.value) - 2 for change, _ in shown)))
+        axes.set_xlim(left=min([-2.0, *(x - 2 for x in known if math.isfinite(x))]))
         axes.xaxis.set_major_formatter("{x:g}")
     if shown:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, columnspacing=1.0)
+        handles, labels = axes.get_legend_handles_labels()
+        if (more := len(labels) - MAX_LINES) > 0:
+            figure.supxlabel(f"and {more} more lines", fontsize=9)
+        figure.legend(
+            handles[:MAX_LINES], labels[:MAX_LINES], loc="outside lower center", ncols=2, frameon=False, fontsize=9,
+            columnspacing=1.0,
+        )  # fmt: skip
     save_figure(figure, path)
 
 

@@ -4,18 +4,30 @@ import base64
 import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
+from sparc3_lightning.escaping import for_markdown, for_terminal, public_name
 from sparc3_lightning.evaluation.completions import Completion
-from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.evaluation.results import ReportInputs, Results
 from sparc3_lightning.files import to_json, write_atomically
-from sparc3_lightning.report.figures import change_rows, draw_changes, draw_doses, draw_layers, draw_scatter
+from sparc3_lightning.report.figures import (
+    change_rows,
+    draw_changes,
+    draw_differential,
+    draw_doses,
+    draw_layers,
+    draw_scatter,
+)
 from sparc3_lightning.report.tables import (
+    Table,
+    aligned,
     behavior_table,
     cell,
     control_table,
@@ -28,10 +40,12 @@ from sparc3_lightning.report.tables import (
 )
 from sparc3_lightning.report.verdict import zero_ablated_controls
 from sparc3_lightning.scorers.base import Scorer
-from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, SelectionResults
 
+REPORT = "report.html"
 MODEL_CARD = "model_card.md"
 DOSES = "doses.csv"
+NUM_LISTED = 20  # neurons on the page
 GROUPS = {"toxic": "toxic prompts", "nontoxic": "non-toxic prompts", "all": "prompts"}
 # In the card; a README without it is somebody's own.
 MARK = "<!-- Written by sparc3, and again by the next evaluation unless this line is removed. -->"
@@ -40,16 +54,12 @@ Prompts = dict[str, dict[str, list[Completion]]]
 
 def summary_table(results: Results) -> str:
     """Return the before/after table as text for the terminal."""
-    rows = [("", "before", "after", "change", "95 % interval")]
+    rows: Table = [("", "before", "after", "change", "95 % interval")]
     groups = results.baseline.groups
     for group in groups:
         suffix = f", {GROUPS[group]}" if len(groups) > 1 else ""
-        rows += [(f"{name}{suffix}", *cells[:4]) for name, *cells in behavior_table(results, group)]  # type: ignore[misc]
-    rows += other_table(results)  # type: ignore[arg-type]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = [f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in range(1, 5)) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(line.rstrip() for line in lines)
+        rows += [(f"{name}{suffix}", *cells[:4]) for name, *cells in behavior_table(results, group)]
+    return aligned(rows + other_table(results))
 
 
 def by_prompt(completions: Iterable[Completion]) -> Prompts:
@@ -121,13 +131,55 @@ def pieces(text: str, offensive: set[str]) -> list[tuple[str, bool]]:
     return [(piece, piece.lower() in offensive) for piece in _WORD.split(text) if piece]
 
 
+def report_inputs(
+    completions: Iterable[Completion], neurons: NeuronList, beside: Path | None, scorer: Scorer
+) -> ReportInputs:
+    """Return what a report shows beside findings and continuations.
+
+    Nothing here may cost the results: what cannot be said is None, with a warning.
+
+    Args:
+        completions: Rows of completions.jsonl.
+        neurons: The pruned neurons.
+        beside: Folder of neurons.json, which may hold the selection.json of ``sparc3 prune``.
+        scorer: Says which words of the examples to mask.
+    """
+    selection = masked_words = None
+    if beside is not None and (beside / SELECTION).is_file():
+        try:
+            found = SelectionResults.load(beside / SELECTION)
+            counts = Counter(neuron.module for neuron in neurons.neurons)
+            # A list that was changed since, or lies beside the selection of another, is not what it is about.
+            if +Counter(found.neurons_per_module) == counts:
+                selection = found
+        except (OSError, ValueError) as error:
+            rank_zero_warn(for_terminal(f"The picture of all scores is left out: {error}"))
+    try:
+        texts = [
+            row["prompt"] + "\n" + row["continuation"]
+            for example in examples(by_prompt(completions))
+            for row in example.values()
+        ]
+        masked_words = sorted(offensive_words(texts, scorer))
+    except Exception as error:  # somebody's own function may fail on single words
+        rank_zero_warn(for_terminal(f"No word of the report is masked: {type(error).__name__}: {error}"))
+    return ReportInputs(
+        neurons=neurons.neurons[:NUM_LISTED],
+        ablation=neurons.ablation,
+        neurons_per_module=dict(Counter(neuron.module for neuron in neurons.neurons)),
+        provenance={key: value for key, value in neurons.provenance.items() if key != "sample_ids"},
+        selection=selection,
+        masked_words=masked_words,
+    )
+
+
 @dataclass(frozen=True)
 class Shown:
-    """The inputs of a page's figures: the results, the continuations, and the pruned neurons."""
+    """The inputs of a page's figures: the results, the continuations, and what is said of the pruned neurons."""
 
     results: Results
     prompts: Prompts
-    neurons: NeuronList
+    neurons: ReportInputs
 
 
 @dataclass(frozen=True)
@@ -136,15 +188,13 @@ class Figure:
 
     Args:
         title: May name ``{behavior}``, ``{granularity}`` and ``{criterion}``.
-        draw: Draws it into a file; None for one that ``sparc3 prune`` alone draws.
+        draw: Draws it into a file.
         is_known: Whether there is anything to draw.
-        of_prune: Whether the file that ``sparc3 prune`` wrote is shown in its place, if there is one.
     """
 
     title: str
-    draw: Callable[[Shown, Path], None] | None
+    draw: Callable[[Shown, Path], None]
     is_known: Callable[[Shown], bool] = lambda shown: True
-    of_prune: bool = False
 
 
 def _draw_doses(shown: Shown, path: Path) -> None:
@@ -153,8 +203,14 @@ def _draw_doses(shown: Shown, path: Path) -> None:
 
 
 def _draw_layers(shown: Shown, path: Path) -> None:
-    counts = Counter(neuron.module for neuron in shown.neurons.neurons)
+    selection = shown.neurons.selection
+    counts = selection.neurons_per_module if selection else shown.neurons.neurons_per_module
     draw_layers(counts, path, granularity=shown.results.granularity)
+
+
+def _draw_differential(shown: Shown, path: Path) -> None:
+    assert shown.neurons.selection is not None
+    draw_differential(shown.neurons.selection, path)
 
 
 # By the name of the file, in the order of the page; the first two stand above everything else.
@@ -173,58 +229,41 @@ FIGURES = {
         lambda shown, path: draw_scatter(mean_pairs(shown.prompts), path, behavior=shown.results.behavior),
         lambda shown: bool(shown.prompts),
     ),
-    "layers.png": Figure("Where the pruned {granularity}s lie", _draw_layers, of_prune=True),
-    "differential.png": Figure("All {granularity}s by {criterion}", None, of_prune=True),
+    "layers.png": Figure("Where the pruned {granularity}s lie", _draw_layers),
+    "differential.png": Figure(
+        "All {granularity}s by {criterion}", _draw_differential, lambda shown: shown.neurons.selection is not None
+    ),
 }
 
 
-def write_report(
-    path: Path,
-    results: Results,
-    completions: list[Completion],
-    neurons: NeuronList,
-    neurons_folder: Path | None,
-    scorer: Scorer,
-) -> None:
+def write_report(path: Path, results: Results, completions: Sequence[Completion]) -> None:
     """Write the HTML page, and beside it its pictures, the dose curve as doses.csv, and the model card.
 
     Args:
         path: Of the page.
         results: With both models.
         completions: Rows of completions.jsonl.
-        neurons: The pruned neurons.
-        neurons_folder: Folder of neurons.json, for the pictures that ``sparc3 prune`` drew.
-        scorer: Says which words of the examples to mask.
-    """
-    from jinja2 import Environment, PackageLoader, select_autoescape
 
-    folder = path.parent
+    Raises:
+        ValueError: If the results are of a model as it is: a report is about neurons that are off.
+    """
+    neurons, folder = results.report, path.parent
+    if neurons is None:
+        raise ValueError(
+            f"{folder} holds no results of neurons that are off with what a report needs: evaluate with "
+            "--model.neurons, by this version of sparc3."
+        )
     prompts = by_prompt(completions)
     shown = examples(prompts)
-    offensive = offensive_words(
-        (row[key] for pair in shown for row in pair.values() for key in ("prompt", "continuation")), scorer
-    )
-    environment = Environment(
-        loader=PackageLoader("sparc3_lightning.report"),
-        autoescape=select_autoescape(["html"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "pieces": lambda text: pieces(text, offensive),
-        "unbroken": lambda text: text.replace(" %", "\u00a0%"),
-        "fixed": lambda value, digits: cell(value, "", digits),
-    }
+    offensive = set(neurons.masked_words or ())
     config = folder / "config.yaml"
     has_doses = len(results.doses) > 1
-    again = f"sparc3 {results.config['verb']} --config {shlex.quote(str(config))}"
     shared = {
         "results": results,
         "behavior": results.behavior,
         "granularity": results.granularity,
         "neurons": neurons,
-        "name": results.checkpoint.rstrip("/").split("/")[-1],
+        "name": re.split(r"[/\\]", results.checkpoint.rstrip("/\\"))[-1],
         "group_names": GROUPS,
         "groups": [
             (GROUPS[group], measures.num_prompts, behavior_table(results, group))
@@ -236,38 +275,138 @@ def write_report(
         "windows": windows_of(results),
         "doses": dose_table(results.doses) if has_doses else [],
         "fronts": front_table(results) if has_doses and len(results.fronts) > 1 else [],
-        "again": f"{again} --trainer.logger.init_args.version again" if config.is_file() else "",
     }
     if has_doses:
         write_atomically(folder / DOSES, doses_csv(results.doses))
-    html = environment.get_template("report.html").render(
-        **shared,
-        pictures={
-            file.stem: (title, base64.b64encode(file.read_bytes()).decode())
-            for title, file in _draw(folder, Shown(results, prompts, neurons), neurons_folder)
-        },
-        examples=shown,
-        any_masked=bool(offensive),
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
-        settings=to_json(_settings(results, neurons)),
+    html = (
+        _page_environment(offensive)
+        .get_template("report.html")
+        .render(
+            **shared,
+            pictures={
+                file.stem: (title, base64.b64encode(file.read_bytes()).decode())
+                for title, file in _draw(folder, Shown(results, prompts, neurons))
+            },
+            examples=shown,
+            any_masked=bool(offensive),
+            again=_again(results, folder) if config.is_file() else "",
+            config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+            settings=to_json(_settings(results, neurons)),
+        )
     )
     write_atomically(path, html)
-    card = environment.get_template("model_card.md").render(**shared, mark=MARK)
+    card = (
+        _card_environment()
+        .get_template("model_card.md")
+        .render(
+            **shared,
+            front_matter=_front_matter(results),
+            mark=Safe(MARK),
+            verdict=_without_paths(results.verdict, results.protocol.continuations.scorers),
+            again=_again(results, folder, is_public=True) if config.is_file() else "",
+        )
+    )
     write_atomically(folder / MODEL_CARD, card)
-    _add_to_export(card, neurons.provenance.get("export"))
+    export = neurons.provenance.get("export")
+    _add_to_export(card, export if isinstance(export, str) else None)
 
 
-def _settings(results: Results, neurons: NeuronList) -> dict[str, object]:
+class Safe(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
+
+
+def _page_environment(offensive: set[str]) -> Any:
+    """Return what renders the page: everything is escaped, and what nobody would see is made visible."""
+    from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup
+
+    def visible(value: object) -> object:
+        return for_terminal(value, keep="\n\t\r") if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        loader=PackageLoader("sparc3_lightning.report"),
+        autoescape=True,
+        finalize=visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "pieces": lambda text: pieces(text, offensive),
+        "unbroken": lambda text: text.replace(" %", "\u00a0%"),
+        "fixed": lambda value, digits: cell(value if isinstance(value, int | float) else None, "", digits),
+    }
+    return environment
+
+
+def _card_environment() -> Any:
+    """Return what renders the model card: every value becomes one line of Markdown that shows it as it is."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("sparc3_lightning.report"),
+        autoescape=False,
+        finalize=lambda value: value if isinstance(value, Safe) else for_markdown(value),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals["table"] = _markdown_table
+    environment.filters |= {
+        "public": public_name,
+        "paragraph": lambda text: Safe(for_markdown(text, begins_line=True)),
+        "command": lambda text: Safe(for_terminal(text)),
+    }
+    return environment
+
+
+def _markdown_table(head: Iterable[str], rows: Table) -> Safe:
+    lines = [[for_markdown(name) for name in head], *([for_markdown(cell) for cell in row] for row in rows)]
+    texts = [f"| {' | '.join(line)} |" for line in lines]
+    texts.insert(1, "|" + "---|" * len(lines[0]))
+    return Safe("\n".join(texts) + "\n")
+
+
+def _front_matter(results: Results) -> Safe:
+    """Return what the hub reads of a card."""
+    tags = ["sparc3_lightning", "pruning", *(["detoxification"] if results.behavior == "toxicity" else [])]
+    content = {
+        "base_model": public_name(results.checkpoint),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
+    return Safe(f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10**6)}---")
+
+
+def _without_paths(text: str, names: Iterable[str]) -> str:
+    """Return a sentence in which scorers that are folders of this machine have their names alone."""
+    for name in sorted(names, key=len, reverse=True):
+        text = text.replace(name, public_name(name))
+    return text
+
+
+def _again(results: Results, folder: Path, is_public: bool = False) -> str:
+    """Return the command that measures it again; where others read it, without folders that are not below this one."""
+    here, place = Path.cwd(), folder.absolute()
+    folder = place.relative_to(here) if place.is_relative_to(here) else place
+    config = "config.yaml" if is_public and folder.is_absolute() else str(folder / "config.yaml")
+    verb = shlex.quote(str(results.config["verb"]))
+    return f"sparc3 {verb} --config {shlex.quote(config)} --trainer.logger.init_args.version again"
+
+
+def _settings(results: Results, neurons: ReportInputs) -> dict[str, object]:
     """Return everything that the measures rest on."""
     names = ("checkpoint", "checkpoint_fingerprint", "neurons", "num_neurons", "protocol", "config", "versions")
     settings = asdict(results)
-    selection = {key: value for key, value in neurons.provenance.items() if key != "sample_ids"}
-    return {**{key: settings[key] for key in (*names, "git_hash")}, "selection": selection}
+    return {**{key: settings[key] for key in (*names, "git_hash")}, "selection": neurons.provenance}
 
 
-def _draw(folder: Path, shown: Shown, neurons_folder: Path | None) -> list[tuple[str, Path]]:
+def _draw(folder: Path, shown: Shown) -> list[tuple[str, Path]]:
     """Draw the figures, and return their titles and files."""
-    criterion = shown.neurons.provenance.get("criterion", "difference")
+    criterion = str(shown.neurons.provenance.get("criterion", "difference"))
     words = {
         "behavior": shown.results.behavior,
         "granularity": shown.results.granularity,
@@ -275,14 +414,9 @@ def _draw(folder: Path, shown: Shown, neurons_folder: Path | None) -> list[tuple
     }
     figures = []
     for name, figure in FIGURES.items():
-        file = folder / name
-        if figure.of_prune and neurons_folder and (neurons_folder / name).is_file():
-            file = neurons_folder / name
-        elif figure.draw and figure.is_known(shown):
-            figure.draw(shown, file)
-        else:
-            continue
-        figures.append((figure.title.format(**words), file))
+        if figure.is_known(shown):
+            figure.draw(shown, folder / name)
+            figures.append((figure.title.format(**words), folder / name))
     return figures
 
 

@@ -1,10 +1,9 @@
 """The tables of an evaluation: rows of text."""
 
-import csv
-import io
 import math
 from collections.abc import Iterable
 
+from sparc3_lightning.escaping import csv_text, for_terminal
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Difference, Interval
 from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS
@@ -85,7 +84,7 @@ def control_table(results: Results) -> Table:
         row += [*_change(outcome.effect_percent), _percent(outcome.perplexity_percent)]
         row += [f"{outcome.num_draws_with_evidence} of {len(control.draws)}"]
         further = outcome.pruned_less_control
-        row += [f"{further.value:+.4f}", _range(further, 4)]
+        row += [_signed(further.value, 4), _range(further, 4)]
         rows.append((name, *row))
     return rows
 
@@ -118,7 +117,7 @@ def windows_of(results: Results) -> str:
     """Describe the windows that perplexity was measured in."""
     perplexity = results.protocol.perplexity
     parts = []
-    for convention in perplexity.conventions:
+    for convention in dict.fromkeys(perplexity.conventions):
         tokens = results.baseline.num_tokens[convention]
         stride = "" if convention == "disjoint" else f" with stride {perplexity.stride}"
         parts.append(f"{convention} windows of {perplexity.window} tokens{stride} ({tokens:,} predicted tokens)")
@@ -146,7 +145,7 @@ def _preference_rows(found: Preference) -> Table:
 def _change_of_preference(effect: Difference, unit: str) -> tuple[str, str]:
     # In percent of a mean margin near 0, a change would say nothing: it is left in nats.
     difference = effect.difference
-    return _change(effect.percent) if unit else (f"{number(difference.value):+.3f}", f"{_range(difference, 3)} nats")
+    return _change(effect.percent) if unit else (_signed(difference.value, 3), f"{_range(difference, 3)} nats")
 
 
 def dose_table(doses: Iterable[Dose]) -> Table:
@@ -168,17 +167,15 @@ def dose_table(doses: Iterable[Dose]) -> Table:
 
 def doses_csv(doses: Iterable[Dose]) -> str:
     """Return the dose curve as CSV, a row per number of neurons and damping; what is not known is empty."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     plain = ("selection", "num_neurons", "damping", "perplexity", "behavior_mean", "kl")
     columns = ("perplexity_percent", "behavior_percent")
-    writer.writerow([*plain, *(f"{column}{end}" for column in columns for end in ("", "_low", "_high"))])
+    rows: list[list[object]] = [[*plain, *(f"{column}{end}" for column in columns for end in ("", "_low", "_high"))]]
     for dose in in_order(doses):
         changes = [dose.perplexity_percent, dose.behavior_percent or Interval(math.nan, math.nan, math.nan)]
         values = [dose.num_neurons, dose.damping, dose.perplexity, dose.behavior_mean, dose.kl]
         values += [end for change in changes for end in (change.value, change.low, change.high)]
-        writer.writerow([dose.selection, *(value if math.isfinite(value) else None for value in values)])
-    return file.getvalue()
+        rows.append([dose.selection, *values])
+    return csv_text(rows)
 
 
 def front_table(results: Findings) -> Table:
@@ -203,13 +200,24 @@ def cell(value: float | None, unit: str, digits: int) -> str:
     """Return a measure as text, in percent if that is its unit; a dash for one that is not known."""
     if not math.isfinite(number(value)):
         return UNKNOWN
-    return f"{100 * number(value):.{digits}f} %" if unit == "%" else f"{value:.{digits}f}"
+    return f"{_fixed(100 * number(value), digits)} %" if unit == "%" else _fixed(number(value), digits)
+
+
+def _signed(value: float | None, digits: int) -> str:
+    """Return a difference as text; a dash for one that is not known."""
+    return _fixed(number(value), digits, "+") if math.isfinite(number(value)) else UNKNOWN
+
+
+def _fixed(value: float, digits: int, sign: str = "") -> str:
+    """Return a number with so many digits after the point, unless it has more before it than a table has room for."""
+    return f"{value:{sign}.{digits}{'f' if abs(value) < 1e12 else 'e'}}"
 
 
 def _effect(effect: Difference | None) -> tuple[str, ...]:
     if effect is None:
         return "", "", "", ""
-    return *_change(effect.percent), f"{effect.sign_test_p:.3g}", f"{effect.permutation_test_p:.3g}"
+    tests = (effect.sign_test_p, effect.permutation_test_p)
+    return *_change(effect.percent), *(f"{p:.3g}" if math.isfinite(number(p)) else UNKNOWN for p in tests)
 
 
 def _change(percent: Interval) -> tuple[str, str]:
@@ -217,18 +225,20 @@ def _change(percent: Interval) -> tuple[str, str]:
 
 
 def _percent(value: float | None) -> str:
-    return f"{value:+.1f} %" if math.isfinite(number(value)) else UNKNOWN
+    return f"{_fixed(number(value), 1, '+')} %" if math.isfinite(number(value)) else UNKNOWN
 
 
 def _range(interval: Interval, digits: int) -> str:
     low, high = ends(interval)
     if not math.isfinite(low):
         return UNKNOWN
-    return f"{low:+.{digits}f} to {high:+.{digits}f}" if math.isfinite(high) else f"from {low:+.{digits}f}"
+    start = _fixed(low, digits, "+")
+    return f"{start} to {_fixed(high, digits, '+')}" if math.isfinite(high) else f"from {start}"
 
 
 def aligned(rows: Table) -> str:
     """Return rows as text, the first of them over a line: the first column to the left, the others to the right."""
+    rows = [tuple(map(for_terminal, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

@@ -19,6 +19,7 @@ from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.provenance import git_hash, versions
 
 FORMAT = "sparc3_lightning neurons 2"
+SELECTION = "selection.json"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Circuits: how few components of a model keep a behaviour, as the least relevant ones are taken out step by step."""
 
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,23 +15,23 @@ from sparc3_lightning.attribution.targets import logit_difference
 from sparc3_lightning.data.base import ReferenceSamples, WeightedBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.files import write_atomically
+from sparc3_lightning.escaping import for_file_name
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Component, check
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.models.sharding import check_is_whole, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.report.circuits import (
+    CIRCUIT,
     CircuitFound,
     CircuitResults,
     Curve,
     Measured,
     SeedSteps,
     Step,
-    circuit_csv,
-    draw_circuit,
     summary,
 )
+from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.orders import (
     ComponentOrder,
@@ -47,7 +46,6 @@ from sparc3_lightning.selection.orders import (
 from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.stages.base import Stage, paths_of
 
-CIRCUIT = "circuit.json"
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 RANDOM = "random order"
 
@@ -177,7 +175,7 @@ class Circuit(StoppableModule, Stage):
             circuit = CircuitFound(**asdict(kept[-1]), num_kept=len(order) - kept[-1].num_removed, file=None)
             # Of weights there is no list, and none of what is nothing.
             if isinstance(order, ComponentOrder) and circuit.num_removed:
-                name = re.sub(r"[^\w.-]+", "-", f"circuit-{group.granularity}-{group.name}.json")
+                name = for_file_name(f"circuit-{group.granularity}-{group.name}") + ".json"
                 circuit = replace(circuit, file=name)
                 self._save(group, order.components[: circuit.num_removed], circuit, self.folder / name)
         found = curve_of(group.name, group.granularity, len(order), curves)
@@ -230,7 +228,7 @@ class Circuit(StoppableModule, Stage):
         NeuronList(removed, provenance).save(path)
 
     def _write(self, curves: list[Curve]) -> None:
-        """Write the picture and the tables."""
+        """Write the results, and draw them."""
         data = self.data
         results = CircuitResults(
             checkpoint=self.checkpoint.name,
@@ -242,9 +240,8 @@ class Circuit(StoppableModule, Stage):
             threshold=self.threshold,
             curves=curves,
         )
-        draw_circuit(results, self.folder / "circuit.png")
-        write_atomically(self.folder / "circuit.csv", circuit_csv(curves))
         results.save(self.output)
+        draw_or_warn(self.folder)
         self.written = f"\n{summary(results)}\n\nCircuits: {self.output}"
 
     @property

@@ -15,24 +15,15 @@ from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.models.components import Key
-from sparc3_lightning.report.comparison import (
-    ComparisonResults,
-    Listed,
-    draw_correlation,
-    draw_overlap,
-    draw_profiles,
-    neurons_csv,
-    overlaps_csv,
-    summary,
-)
+from sparc3_lightning.report.comparison import COMPARISON, ComparisonResults, Listed, neurons_csv, summary
+from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.criteria import Scores, difference, normalized_difference
-from sparc3_lightning.selection.neuron_list import NeuronList, SelectionResults
+from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, SelectionResults
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
 from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import giving_back
-from sparc3_lightning.stages.prune import NEURONS, SELECTION
+from sparc3_lightning.stages.prune import NEURONS
 
-COMPARISON = "compare.json"
 MAX_LISTS = 10  # which have 1,023 combinations
 
 
@@ -145,12 +136,9 @@ class Comparison(Stage):
             by_kind = {"all": differential_SN, "pruned": of_pruned}
             classes = {name: find_classes(self.names, values_SN) for name, values_SN in by_kind.items()}
             results = replace(results, correlation=correlation, classes=classes)
-            draw_correlation(self.names, correlation, folder / "correlation.png")
-        draw_overlap(results.lists, results.overlaps, folder / "overlap.png", granularity)
-        draw_profiles(results.layers, folder / "layers.png", granularity)
-        write_atomically(folder / "overlap.csv", overlaps_csv(results.overlaps))
         write_atomically(folder / "neurons.csv", neurons_csv(self.names, keys, lists, of_pruned))
         results.save(self.output)
+        draw_or_warn(folder)
         return f"\n{summary(results)}\n\nComparison: {self.output}"
 
     def _check_same_model(self, lists: Sequence[NeuronList]) -> None:

@@ -1,6 +1,5 @@
 """Stage 3: perplexity and toxicity of the model as it is, with its neurons off, and of controls, in one test loop."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,12 +16,20 @@ from sparc3_lightning.data.sentence_pairs import PairBatch
 from sparc3_lightning.data.wikitext2 import WindowBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.completions import Completion, CompletionLog, completion_rows
+from sparc3_lightning.escaping import for_terminal
+from sparc3_lightning.evaluation.completions import (
+    COMPLETIONS,
+    Completion,
+    CompletionLog,
+    completion_rows,
+    save_completions,
+)
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings, preference
 from sparc3_lightning.evaluation.generation import SamplingOptions, continue_prompts, draw_keys
 from sparc3_lightning.evaluation.metrics import PairRow, Perplexity, pair_rows
 from sparc3_lightning.evaluation.results import (
+    RESULTS,
     ContinuationProtocol,
     PromptProtocol,
     Protocol,
@@ -32,22 +39,19 @@ from sparc3_lightning.evaluation.results import (
 )
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, list_variants, neurons_of
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
-from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import check
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
+from sparc3_lightning.report.drawing import draw_or_warn
+from sparc3_lightning.report.page import REPORT, report_inputs, summary_table
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.base import Remembering
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.stages.base import Stage
-
-RESULTS = "results.json"
-COMPLETIONS = "completions.jsonl"
-REPORT = "report.html"
 
 
 class Evaluation(StoppableModule, Stage):
@@ -94,6 +98,7 @@ class Evaluation(StoppableModule, Stage):
         "dampings": [1.0],
     }
     lists: Mapping[str, NeuronList] = {}
+    is_drawn = False
 
     def __init__(
         self,
@@ -294,6 +299,7 @@ class Evaluation(StoppableModule, Stage):
             found = replace(found, zero_shot=accuracies(self.model, both, tokenizer, self.zero_shot))
         said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
         self.results = Results(verdict=said, **vars(found), **vars(evaluation_settings(self, self.data)))
+        self._write()
         if self.logger is not None:
             self.logger.log_metrics(
                 {
@@ -302,27 +308,26 @@ class Evaluation(StoppableModule, Stage):
                     for key, v in measures.numbers(found.headline).items()
                 }
             )
-        self._write()
 
     @rank_zero_only
     def _write(self) -> None:
-        from sparc3_lightning.report.page import write_report
-
-        lines = [json.dumps(row, ensure_ascii=False) for row in self.completions]
-        write_atomically(self.folder / COMPLETIONS, "\n".join(lines) + "\n")
+        """Write everything that was measured, and only then draw it."""
+        save_completions(self.folder / COMPLETIONS, self.completions)
         if self.neurons is not None:
             beside = Path(self.neurons_path).parent if self.neurons_path else None
-            write_report(self.folder / REPORT, self.results, self.completions, self.neurons, beside, self.scorers[0])
+            shown = report_inputs(self.completions, self.neurons, beside, self.scorers[0])
+            self.results = replace(self.results, report=shown)
         # Last, since a folder with results counts as complete.
         self.results.save(self.folder / RESULTS)
         self.log_of_completions.remove()
+        if self.neurons is not None:
+            self.is_drawn = draw_or_warn(self.folder)
 
     def summary(self) -> str:
         """Return the table of before and after, the verdict, and the paths of what was written."""
-        from sparc3_lightning.report.page import summary_table
-
-        lines = ["", summary_table(self.results), "", self.results.verdict, "", f"Results: {self.folder / RESULTS}"]
-        return "\n".join(lines + ([f"Report:  {self.folder / REPORT}"] if self.neurons is not None else []))
+        said = for_terminal(self.results.verdict)
+        lines = ["", summary_table(self.results), "", said, "", f"Results: {self.folder / RESULTS}"]
+        return "\n".join(lines + ([f"Report:  {self.folder / REPORT}"] if self.is_drawn else []))
 
     @property
     def data(self) -> EvaluationData:

@@ -19,6 +19,7 @@ from sparc3_lightning.evaluation.zero_shot import ZeroShot, fetch_tasks
 from sparc3_lightning.files import check_writable, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.provenance import revision_of
+from sparc3_lightning.report.drawing import EXPERIMENT, draw_or_warn
 from sparc3_lightning.report.page import summary_table
 from sparc3_lightning.scorers.registry import fetch_scorer
 from sparc3_lightning.sources import at_home, sha256_of
@@ -89,14 +90,17 @@ class Experiment:
             if not stage.done:
                 raise RuntimeError(f"The stage {stage.name!r} ended without writing {stage.folder / stage.output}.")
         folders = {stage.name: str(stage.folder) for stage in stages}
-        write_atomically(folder / "experiment.json", json.dumps({"stages": folders}, indent=1) + "\n")
+        write_atomically(folder / EXPERIMENT, json.dumps({"stages": folders}, indent=1) + "\n")
         evaluation = stages[-1].folder
-        for name in (RESULTS, REPORT):
+        # It may have broken off when it had measured everything, or failed in drawing it.
+        is_drawn = (evaluation / REPORT).is_file() or draw_or_warn(evaluation)
+        for name in (RESULTS, REPORT) if is_drawn else (RESULTS,):
             shutil.copyfile(evaluation / name, folder / name)
         results = Results.load(folder / RESULTS)
         if evaluated_before:
             rank_zero_info(f"\n{summary_table(results)}")
-        rank_zero_info(f"\nThe experiment is complete.\nResults: {folder / RESULTS}\nReport:  {folder / REPORT}")
+        report = f"\nReport:  {folder / REPORT}" if is_drawn else ""
+        rank_zero_info(f"\nThe experiment is complete.\nResults: {folder / RESULTS}{report}")
         return results
 
     def write_plan(self, options: Config, folder: Path, path: Path) -> None:

@@ -16,10 +16,10 @@ from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.models.export import check_takes_means, export_pruned
 from sparc3_lightning.models.neurons import check_are_neurons
-from sparc3_lightning.report.figures import draw_differential, draw_layers
+from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
 from sparc3_lightning.selection.criteria import differential_relevance, differential_strength
-from sparc3_lightning.selection.neuron_list import NeuronList, Selected, Spent, origin
+from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, Selected, Spent, origin
 from sparc3_lightning.selection.neuron_selection import (
     CRITERIA,
     CriterionName,
@@ -35,7 +35,6 @@ from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import giving_back
 
 NEURONS = "neurons.json"
-SELECTION = "selection.json"
 
 
 class Pruning(Stage):
@@ -182,13 +181,12 @@ class Pruning(Stage):
         provenance["export"] = None if self.export is None else str(self.export)
         neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
         selection = found.results(self.criterion, neurons.granularity)
-        draw_layers(selection.neurons_per_module, folder / "layers.png", neurons.granularity)
-        draw_differential(selection, folder / "differential.png")
         selection.save(folder / SELECTION)
         if self.export is not None:
             self._export(neurons)
         # Last, since a folder with neurons.json counts as complete.
         neurons.save(self.output)
+        draw_or_warn(folder)
         self._describe(found, neurons.granularity, self.output)
         return neurons
 

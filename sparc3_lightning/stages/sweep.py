@@ -60,11 +60,12 @@ class Sweep(Evaluation):
             dampings = (1.0,)  # those given, or the default, are for doses
         super().__init__(checkpoint, paths[0], doses=doses, dampings=dampings, controls=controls, **options)
 
-    def on_test_end(self) -> None:
-        """Write what the evaluation writes, and the best list within the budget."""
-        super().on_test_end()
+    @rank_zero_only
+    def _write(self) -> None:
+        """Write the best list within the budget, and what the evaluation writes."""
         if self.max_perplexity_increase is not None:
             self.choose(self.max_perplexity_increase)
+        super()._write()
 
     @rank_zero_only
     def choose(self, budget: float) -> None:

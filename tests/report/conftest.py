@@ -9,5 +9,5 @@ from sparc3_lightning.report import page as report
 @pytest.fixture
 def pictures_take_no_time(monkeypatch):
     """Drawing takes a second a page; test_figures.py and test_browser.py look at real pictures."""
-    for name in ("draw_changes", "draw_doses", "draw_layers", "draw_scatter"):
+    for name in ("draw_changes", "draw_differential", "draw_doses", "draw_layers", "draw_scatter"):
         monkeypatch.setattr(report, name, lambda *given, **_: write_atomically(given[-1], f"PNG {given[-1].name}"))

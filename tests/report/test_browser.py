@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from helpers import replaced_at
-from made_up import NEURONS, SELECTION, Words, made_up
+from made_up import NEURONS, SELECTION_OF_NEURONS, made_up
+from pages import reported
 from PIL import Image
 
-from sparc3_lightning.report.figures import draw_differential, draw_layers
 from sparc3_lightning.report.page import write_report
 
 pytestmark = pytest.mark.browser
@@ -56,15 +56,14 @@ def context(browser: Any) -> Any:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with all its parts, and with words and names that are long."""
     folder = tmp_path_factory.mktemp("report")
-    draw_layers({"model.layers.0.mlp.up_proj": 3, "model.layers.1.mlp.up_proj": 1}, folder / "layers.png")
-    draw_differential(SELECTION, folder / "differential.png")
+    SELECTION_OF_NEURONS.save(folder / "selection.json")
     (folder / "config.yaml").write_text("seed_everything: 0\nsource: " + "a/long/path" * 30 + "\n")
     results, rows = made_up()
     results = replaced_at(results, "checkpoint", "/a/folder/with/a/long/name" * 6 + "/A-Model-" + "x" * 60)
     results = replaced_at(results, "protocol/perplexity/text", "pypi:a==1/" + "folder/" * 20 + "text.txt")
     for row in rows:
         row["continuation"] += " " + "o" * 200 + " stupid" * 5
-    write_report(folder / "report.html", results, rows, NEURONS, folder, Words())
+    write_report(folder / "report.html", reported(results, rows, NEURONS, folder), rows)
     return folder / "report.html"
 
 

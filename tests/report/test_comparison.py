@@ -21,6 +21,7 @@ from sparc3_lightning.report.comparison import (
     p_value,
     summary,
 )
+from sparc3_lightning.report.drawing import draw
 from sparc3_lightning.report.tables import aligned
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
 
@@ -157,3 +158,21 @@ def test_nothing_is_cut_off_or_covered(drawn, kind, num_lists):
             texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
     check_texts(figure, texts, boxes)
+
+
+@pytest.mark.parametrize("name", ["$x_1$ {0}", "\x1b[2J\u202e", "=1+1", "名前 שלום", "x" * 500, "a\nb", "\ud800"])
+def test_a_hostile_name_is_drawn_and_said_as_it_is(name):
+    results = made_up(3, name)
+    results.save(Path("out/compare.json"))
+    draw(Path("out"))
+    assert {path.name for path in Path("out").iterdir()} == {
+        "compare.json", "overlap.csv", "overlap.png", "layers.png", "correlation.png",
+    }  # fmt: skip
+    said = summary(results)
+    assert not set(said) & set("\x1b\u202e\ud800")
+    assert len(said.splitlines()) == len(summary(made_up(3)).splitlines())
+
+
+@pytest.mark.parametrize("log10_p", [math.nan, math.inf, -math.inf])
+def test_a_p_value_that_is_not_finite_is_text(log10_p):
+    assert p_value(log10_p) in ("-", "0", "inf")

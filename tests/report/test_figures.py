@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from helpers import replaced_at
-from made_up import NEURONS, SELECTION, Words, made_up
-from pages import check_texts
+from made_up import NEURONS, SELECTION, SELECTION_OF_NEURONS, made_up
+from pages import check_texts, reported
 
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Interval
@@ -68,11 +68,9 @@ def test_the_layer_is_read_off_the_name_of_the_module(module, layer):
 
 def test_a_report_comes_with_all_its_pictures_as_png():
     results, rows = made_up()
-    folder = Path("prune")
-    draw_layers({"model.layers.0.mlp.up_proj": 3, "model.layers.1.mlp.up_proj": 0}, folder / "layers.png")
-    draw_differential(SELECTION, folder / "differential.png")
-    write_report(Path("out/report.html"), results, rows, NEURONS, folder, Words())
-    pictures = {path.name: path.read_bytes() for path in [*folder.glob("*"), *Path("out").glob("*.png")]}
+    SELECTION_OF_NEURONS.save(Path("prune/selection.json"))
+    write_report(Path("out/report.html"), reported(results, rows, NEURONS, Path("prune")), rows)
+    pictures = {path.name: path.read_bytes() for path in Path("out").glob("*.png")}
     assert set(pictures) == {
         f"{name}.png" for name in ("layers", "differential", "toxicity", "perplexity", "doses", "scatter")
     }

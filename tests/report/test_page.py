@@ -10,8 +10,8 @@ from pathlib import Path
 import pages
 import pytest
 from helpers import replaced_at
-from made_up import NEURONS, Words, made_up, made_up_windows, settings
-from pages import CARD, PAGE, write
+from made_up import NEURONS, SELECTION, SELECTION_OF_NEURONS, made_up, made_up_windows, settings
+from pages import CARD, PAGE, reported, write
 
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.results import Results, TextProtocol
@@ -148,18 +148,23 @@ def test_details_are_closed():
     assert page.open_details == 0
 
 
-def test_pictures_of_prune_are_taken_in_when_they_are_there():
+def test_a_selection_beside_the_neurons_is_drawn_too():
     folder = Path("prune")
     folder.mkdir()
     without = write(folder=folder)
     assert "Where the pruned neurons lie" in without.shown
     assert "All neurons by differential relevance" not in without.shown
-    for name in ("layers.png", "differential.png"):
-        (folder / name).write_bytes(b"\x89PNG of prune " + name.encode())
+    SELECTION_OF_NEURONS.save(folder / "selection.json")
     page = write(folder=folder)
     assert len(page.links) == len(without.links) + 1
     assert "All neurons by differential relevance" in page.shown
-    assert page.links[-2] != without.links[-1]
+
+
+@pytest.mark.parametrize("content", [SELECTION.to_json(), "{}", "", "[[[["])
+def test_a_selection_of_another_list_or_a_damaged_one_has_no_picture(content):
+    Path("prune").mkdir()
+    Path("prune/selection.json").write_text(content)
+    assert "All neurons by differential relevance" not in write(folder=Path("prune")).shown
 
 
 def test_a_folder_is_written_once_and_for_all():
@@ -173,7 +178,7 @@ def test_the_page_appears_whole_or_not_at_all():
     before = PAGE.read_text()
     results, rows = made_up()
     with pytest.raises(AttributeError, match="conventions"):
-        write_report(PAGE, replaced_at(results, "protocol/perplexity", None), rows, NEURONS, None, Words())
+        write_report(PAGE, replaced_at(reported(results, rows), "protocol/perplexity", None), rows)
     assert PAGE.read_text() == before
     assert not [path for path in PAGE.parent.iterdir() if path.name.startswith(".")]
 
