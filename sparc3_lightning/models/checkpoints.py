@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from safetensors import safe_open
 
+from sparc3_lightning.models.architectures import check_is_text
 from sparc3_lightning.models.gguf import dequantized
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.sources import PICKLED, cache_folder, explain_hub_error, first_line, resolve
@@ -136,6 +137,7 @@ class Checkpoint:
             ) from None
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{self.name!r} ({config.model_type}) is not a causal language model.")
+        check_is_text(self.name, config)
         return config
 
     @cached_property

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparc3_lightning.escaping import csv_text, for_picture
 from sparc3_lightning.files import LEFT_OUT, JsonFile
 from sparc3_lightning.provenance import git_hash, versions
+from sparc3_lightning.report.escaping import csv_text, for_picture
 from sparc3_lightning.report.figures import BEFORE, CONTROL, STRENGTHS, save_figure
 from sparc3_lightning.report.tables import Table, aligned
 
