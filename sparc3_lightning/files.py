@@ -335,18 +335,26 @@ def check_absent(path: Path) -> None:
         )
 
 
-def check_space(folder: Path, num_bytes: int) -> None:
-    """Raise OSError unless the disk of a folder has so many bytes free."""
+SAVE_DIR = "--trainer.logger.init_args.save_dir"  # where the folders of the runs lie
+
+
+def check_space(folder: Path, num_bytes: int, option: str = SAVE_DIR) -> None:
+    """Raise OSError, which names the option of the folder, unless its disk has so many bytes free."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(
             f"The output needs {num_bytes / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free. Free space there, "
-            "or choose another folder with --trainer.logger.init_args.save_dir."
+            f"or choose another folder with {option}."
         )
 
 
-def check_writable(folder: Path, num_bytes: int = 1 << 20) -> None:
+def check_writable(folder: Path, num_bytes: int = 1 << 20, option: str = SAVE_DIR) -> None:
     """Raise unless files of some size can be written to a folder, which is made if it does not exist.
+
+    Args:
+        folder: Where to write.
+        num_bytes: Size of the file that is tried.
+        option: That chooses the folder, for the error.
 
     Raises:
         OSError: If the folder is read-only, is a file, or its disk is full.
@@ -360,5 +368,5 @@ def check_writable(folder: Path, num_bytes: int = 1 << 20) -> None:
     except OSError as error:
         raise OSError(
             f"Cannot write to the output folder {folder}: {error.strerror or error}. Free space there, or choose "
-            "another folder with --trainer.logger.init_args.save_dir."
+            f"another folder with {option}."
         ) from error

@@ -122,6 +122,8 @@ def provenance(checkpoint: str = "tiny", print_: str = "files:abc", ids: tuple[s
 
 
 def save_scores(path: str, scores: dict[str, torch.Tensor], of: Provenance | None = None, **changes) -> Path:
+    """Save scores, by default on samples of their own."""
+    changes = {"data_fingerprint": path, **changes}
     ScoreFile(scores, changed(of or provenance(), **changes)).save(Path(path))
     return Path(path)
 

@@ -44,6 +44,7 @@ class Model:
         kl: Divergence from the original model in nats a token, None for that model itself.
         groups: What was measured of its continuations, by group of prompts.
         behavior_by_seed: Mean of the behaviour over the headline's continuations, for each seed they were drawn by.
+        num_windows: How many windows the tokens were predicted in, by convention.
     """
 
     perplexity: dict[str, Interval]
@@ -51,6 +52,7 @@ class Model:
     kl: float | None
     groups: dict[str, Measures]
     behavior_by_seed: list[float]
+    num_windows: dict[str, int] = field(default_factory=dict, metadata=LEFT_OUT)
 
     def numbers(self, group: str) -> dict[str, float]:
         """Return the values for a logger by name: perplexity, divergence, and the measures of a group of prompts."""
@@ -137,7 +139,7 @@ class Outcome:
         num_continuations: How many each draw was given per prompt; the other models are compared by as many.
         effect: On the mean behaviour.
         effect_percent: The same in percent of the original model.
-        pruned_less_control: Mean behaviour of the pruned model less the control's.
+        pruned_less_control: Mean behaviour of the pruned model less the control's; the interval is of one more draw.
         perplexity_percent: Mean change of perplexity.
         num_draws_with_evidence: Draws that by themselves give evidence of an effect.
     """

@@ -31,8 +31,8 @@ from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
-from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.stopping import StoppableModule
 
 SCORES = "scores.safetensors"
 
@@ -60,9 +60,9 @@ class Attribution(StoppableModule, Stage):
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
         target: What is explained: ``argmax``, the largest logit at the last token; ``text``, the mean log-probability
             of the sample's own tokens; ``lexicon``, the log-probability that the next token is a toxic one, averaged
-            over all positions; ``lexicon_probability``, that probability itself, averaged over the positions of the
-            sample's continuation, or of all of it if it has none; or ``logit_difference``, the logit of the right next
-            token less the logit of the wrong one.
+            over all positions; ``lexicon_probability``, that probability itself, averaged over the tokens of the
+            sample's continuation and the one after it, or over all positions if it has none; or ``logit_difference``,
+            the logit of the right next token less the logit of the wrong one.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves; of a
             ``package.module:function`` the code runs.
         layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
@@ -140,7 +140,7 @@ class Attribution(StoppableModule, Stage):
             what = "reads no samples: give --data NoSamples" if spec.is_static else "needs samples: give --data C4"
             raise OptionError("method", f"{spec.method} {what}.")
         self.checkpoint.check_context(data.longest, data.way_to_shorter)
-        self.layers = self._find_layers(self.checkpoint.skeleton())
+        self.layers = self.find_layers_of(self.checkpoint.skeleton())
         if spec.lexicon is not None and spec.is_lexical:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score)
             data.notes["num_lexicon"] = len(self.lexicon)
@@ -223,8 +223,10 @@ class Attribution(StoppableModule, Stage):
         if self.trainer.is_global_zero:
             remove_progress(self.folder)
 
-    def _find_layers(self, skeleton: PreTrainedModel) -> list[str]:
+    def find_layers_of(self, skeleton: PreTrainedModel) -> list[str]:
         """Return the names of the scored layers; check that the model has them and they can be scored."""
+        if self.spec.method == "lrp":
+            family_of(skeleton.config)
         named = self.spec.layers
         of_heads = self.spec.granularity == "head"
         names = head_layers(skeleton, named) if of_heads else named or neuron_layers(skeleton)

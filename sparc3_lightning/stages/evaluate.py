@@ -16,7 +16,6 @@ from sparc3_lightning.data.sentence_pairs import PairBatch
 from sparc3_lightning.data.wikitext2 import WindowBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.escaping import for_terminal
 from sparc3_lightning.evaluation.completions import (
     COMPLETIONS,
     Completion,
@@ -26,7 +25,7 @@ from sparc3_lightning.evaluation.completions import (
 )
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings, preference
-from sparc3_lightning.evaluation.generation import SamplingOptions, continue_prompts, draw_keys
+from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, continue_prompts, draw_keys
 from sparc3_lightning.evaluation.metrics import PairRow, Perplexity, pair_rows
 from sparc3_lightning.evaluation.results import (
     RESULTS,
@@ -41,17 +40,18 @@ from sparc3_lightning.evaluation.variants import Variant, counted, describe, lis
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import check
-from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
+from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import contents, git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.report.drawing import draw_or_warn
+from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.page import REPORT, report_inputs, summary_table
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.base import Remembering
 from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.stopping import StoppableModule
 
 # Options of prompts that say which ones are taken, and not how one is put to the model.
 CHOICE_OF_PROMPTS = {"source", "num_prompts", "min_toxicity", "max_toxicity", "num_nontoxic", "nontoxic_source", "by"}
@@ -184,10 +184,10 @@ class Evaluation(StoppableModule, Stage):
                 )
         if any(pruned.granularity == "weight" for pruned in self.lists.values()):
             check_is_whole(self)
-        if self.lists:
-            skeleton = self.checkpoint.skeleton()
-            for neurons in self.lists.values():
-                check(skeleton, neurons.all())
+        skeleton = self.checkpoint.skeleton()
+        for neurons in self.lists.values():
+            check(skeleton, neurons.all())
+        check_can_be_measured(skeleton)
         fetch_tasks(self.zero_shot)
         self._resume()
         rank_zero_info(
@@ -340,6 +340,16 @@ class Evaluation(StoppableModule, Stage):
         if not isinstance(data := getattr(self.trainer, "datamodule", None), EvaluationData):
             raise TypeError(f"Evaluation needs the data module EvaluationData, got {data!r}.")
         return data
+
+
+def check_can_be_measured(skeleton: PreTrainedModel) -> None:
+    """Raise ValueError if the architecture has no continuations or no perplexity; the model is used up.
+
+    Args:
+        skeleton: A model on the meta device.
+    """
+    check_can_continue(skeleton)
+    check_logits(skeleton)
 
 
 def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
