@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ from sparc3_lightning.sources import read_records
 from sparc3_lightning.stages.prune import Pruning
 
 pytestmark = pytest.mark.slow
-NUM_EXAMPLES = int(os.environ.get("FUZZ", 2000))
+NUM_EXAMPLES = 2000
 IDENTITY = {"seed": 0, "models": [["baseline", 2]]}
 ROWS = [
     {

@@ -13,6 +13,7 @@ from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.evaluation.completions import completion_rows
 from sparc3_lightning.evaluation.generation import Continuation
+from sparc3_lightning.files import sealed
 
 
 def glued() -> Any:
@@ -135,16 +136,16 @@ def test_a_field_of_another_type_is_an_error_with_the_row(field: str, value: Any
     rows = rows_of(Tokens(adding()), "the dog", [ids_of("cat"), ids_of("bird")])
     rows[1][field] = value
     with pytest.raises(ValueError, match=rf"^Row 2 of c\.jsonl has .*{field if 'tox' not in field else 'toxicity'}"):
-        continued(rows, "c.jsonl")
+        continued(map(sealed, rows), "c.jsonl")
 
 
 def test_the_same_continuation_twice_is_an_error_with_the_row() -> None:
     rows = rows_of(Tokens(adding()), "the dog", [ids_of("cat")])
     with pytest.raises(ValueError, match=r"Row 2 of c.jsonl is a second continuation 0 of the prompt"):
-        continued(rows * 2, "c.jsonl")
+        continued([*map(sealed, rows * 2)], "c.jsonl")
 
 
 def test_a_continuation_without_a_score_is_left_out_as_before() -> None:
     rows = rows_of(Tokens(adding()), "the dog", [ids_of("cat"), ids_of("bird"), ids_of("tree")])
     rows[0]["toxicity"], rows[1]["toxicity"] = None, float("nan")
-    assert [prompt.continuation for prompt in continued(rows, "c.jsonl")] == ["tree"]
+    assert [prompt.continuation for prompt in continued(map(sealed, rows), "c.jsonl")] == ["tree"]
