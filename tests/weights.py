@@ -70,5 +70,5 @@ def write(folder: str, scores: dict[str, Tensor], of: Provenance = PROVENANCE, *
     writer = ShardWriter(Path(folder), {name: score.shape for name, score in scores.items()})
     for name, score in scores.items():
         writer.add(name, score)
-    writer.close(changed(of, **changes))
+    writer.close(changed(of, **{"data_fingerprint": folder, **changes}))
     return Path(folder) / INDEX

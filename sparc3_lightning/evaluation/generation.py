@@ -8,12 +8,14 @@ softmax (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.architectures import is_recurrent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -183,6 +185,18 @@ class Continuation(NamedTuple):
     failed: bool
 
 
+def check_can_continue(model: "PreTrainedModel") -> None:
+    """Raise ValueError unless a model can continue what it has read; one on the meta device suffices."""
+    takes_cache = not {"cache", "past_key_values"}.isdisjoint(signature(model.forward).parameters)
+    # RecurrentGemma's, which outlives a prompt.
+    has_state_inside = any(hasattr(module, "recurrent_states") for module in model.modules())
+    if has_state_inside or not takes_cache:
+        raise ValueError(
+            f"{type(model).__name__} hands on no cache of what it has read, so that it cannot be evaluated: its "
+            "prompts cannot be continued several times."
+        )
+
+
 @torch.no_grad()
 def continue_prompts(
     model: "PreTrainedModel",
@@ -195,7 +209,8 @@ def continue_prompts(
     """Continue each prompt of a batch several times; the prompt itself passes through the model once.
 
     So many prompts are continued at a time that ``ROWS`` continuations grow together: fewer would leave the processor
-    waiting for the weights, more would only take memory.
+    waiting for the weights, more would only take memory. A recurrent model continues one prompt at a time, since
+    padding would go into its state.
 
     Args:
         model: Causal language model of transformers.
@@ -208,7 +223,7 @@ def continue_prompts(
     Returns:
         Per prompt its continuations.
     """
-    size = max(1, ROWS // len(keys[0]))
+    size = 1 if is_recurrent(model) else max(1, ROWS // len(keys[0]))
     return [
         of_prompt
         for start in range(0, len(keys), size)
@@ -236,10 +251,14 @@ def _continue_together(
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     end_tokens = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
     row_keys = torch.tensor(keys, device=input_ids.device).flatten()
+    recurrent = is_recurrent(model)
+    if recurrent:  # the state of one row cannot be repeated, so that all rows read the prompt
+        is_token = attention_mask[0] > 0
+        input_ids, attention_mask = (part[:, is_token].expand(repeats, -1) for part in (input_ids, attention_mask))
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     output = model(
         input_ids=input_ids,
-        attention_mask=attention_mask,
+        attention_mask=None if recurrent else attention_mask,
         position_ids=positions,
         use_cache=True,
         logits_to_keep=1,
@@ -247,10 +266,12 @@ def _continue_together(
     # transformers 5.24 calls the cache so, and warns of the name it had before.
     name = "cache" if "cache" in output else "past_key_values"
     cache = output[name]
-    cache.batch_repeat_interleave(repeats)
-    logits = output.logits[:, -1].repeat_interleave(repeats, dim=0)
-    attention_mask = attention_mask.repeat_interleave(repeats, dim=0)
-    positions = positions[:, -1:].repeat_interleave(repeats, dim=0)
+    logits, positions = output.logits[:, -1], positions[:, -1:]
+    if not recurrent:
+        cache.batch_repeat_interleave(repeats)
+        logits, attention_mask, positions = (
+            part.repeat_interleave(repeats, dim=0) for part in (logits, attention_mask, positions)
+        )
     failed = torch.zeros(len(row_keys), dtype=torch.bool, device=input_ids.device)
     ended = failed.clone()
     drawn = []
@@ -265,7 +286,7 @@ def _continue_together(
         positions = positions + 1
         output = model(
             input_ids=drawn[-1].unsqueeze(1),
-            attention_mask=attention_mask,
+            attention_mask=None if recurrent else attention_mask,
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,

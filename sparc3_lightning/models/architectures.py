@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.errors import OptionError
@@ -208,6 +208,36 @@ def family_of(config: PreTrainedConfig) -> Family:
             "For another one use --.method wanda, which needs no rules.",
         )
     return FAMILIES[model_type]
+
+
+def check_is_text(name: str, config: PreTrainedConfig) -> None:
+    """Raise ValueError if a checkpoint has parts beside a decoder of text, such as a vision tower or an encoder.
+
+    Its causal language model has other names than the files, or lacks the parts: an export would lose them.
+
+    Args:
+        name: Of the checkpoint.
+        config: As ``AutoConfig`` reads it.
+    """
+    parts = [key for key in config.sub_configs if re.search("vision|image|audio|video|speech|text|vq|depth", key)]
+    if parts or config.is_encoder_decoder:
+        kind = f"multimodal (it has {' and '.join(parts)})" if parts else "an encoder and a decoder"
+        raise ValueError(
+            f"{name!r} ({config.model_type}) is {kind}, and its decoder of text cannot be pruned by itself: give a "
+            "checkpoint of that alone."
+        )
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Tell whether a model keeps a state of the text read so far: padding would go into it, and it is not repeated.
+
+    So do state space models, gated convolutions and linear attention, also where there is attention besides. A model on
+    the meta device suffices.
+    """
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=model.config).layers
+    return model._is_stateful or any(hasattr(layer, "conv_states") for layer in layers)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

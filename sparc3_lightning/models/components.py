@@ -10,11 +10,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparc3_lightning.models.architectures import is_heads
-from sparc3_lightning.models.heads import check_heads, head_norms, mask_heads, num_heads, prune_heads_
+from sparc3_lightning.models.heads import (
+    check_heads,
+    head_norms,
+    layers_of_heads,
+    mask_heads,
+    num_heads,
+    prune_heads_,
+)
 from sparc3_lightning.models.neurons import (
     Ablation,
     check_have_place,
     check_neurons,
+    layers_of_neurons,
     mask_neurons,
     neuron_norms,
     num_neurons,
@@ -94,6 +102,7 @@ class Kind:
         mask: Switches components off for the length of a ``with`` block, their dampings times a number.
         prune_: Writes what that does into the weights.
         check: Raises ValueError unless the model has all of the components; one on the meta device suffices.
+        layers: Names of the layers whose weights ``prune_`` changes, by the name of the components' layer.
     """
 
     shape: Callable[[nn.Module, str], tuple[int, ...]]
@@ -101,13 +110,25 @@ class Kind:
     mask: Callable[[nn.Module, Ablations, float], AbstractContextManager[None]]
     prune_: Callable[[PreTrainedModel, Ablations], None]
     check: Callable[[nn.Module, Ablations], None]
+    layers: Callable[[str], list[str]]
 
 
 # In the order in which they are pruned: a neuron's constant goes through the weights that are left.
 KINDS: dict[Granularity, Kind] = {
-    "head": Kind(lambda *layer: (num_heads(*layer),), head_norms, mask_heads, prune_heads_, check_heads),
-    "weight": Kind(weight_shape, weight_magnitudes, mask_weights, prune_weights_, check_weights),
-    "neuron": Kind(lambda *layer: (num_neurons(*layer),), neuron_norms, mask_neurons, prune_neurons_, check_neurons),
+    "head": Kind(
+        lambda *layer: (num_heads(*layer),), head_norms, mask_heads, prune_heads_, check_heads, layers_of_heads
+    ),
+    "weight": Kind(
+        weight_shape, weight_magnitudes, mask_weights, prune_weights_, check_weights, lambda module: [module]
+    ),
+    "neuron": Kind(
+        lambda *layer: (num_neurons(*layer),),
+        neuron_norms,
+        mask_neurons,
+        prune_neurons_,
+        check_neurons,
+        layers_of_neurons,
+    ),
 }
 
 

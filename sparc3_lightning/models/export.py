@@ -1,61 +1,337 @@
-"""Writing a checkpoint: pruned, or changed in any other way, in Hugging Face format."""
+"""Writing a checkpoint: a copy of the original, file by file, in which the weights that were changed alone differ."""
 
+import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
 
-from sparc3_lightning.models.checkpoints import Checkpoint
-from sparc3_lightning.models.components import Component, prune_
-from sparc3_lightning.models.neurons import check_have_biases, columns_of
+from sparc3_lightning.errors import OptionError, OptionFileExistsError
+from sparc3_lightning.files import check_space, check_writable, temporary_folder
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
+from sparc3_lightning.models.components import KINDS, Component, Granularity, check, prune_
+from sparc3_lightning.models.neurons import add_biases_, check_have_biases, columns_of
+from sparc3_lightning.models.tensors import DTYPES, Added, TensorFile, rewrite
+from sparc3_lightning.models.weight_files import INDEX, WHOLE, weight_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CONFIG = "config.json"
+# Files of weights. Those that the checkpoint is loaded from are copied; others do not come along. They are pickles, or
+# they hold the weights as they were: a stale variant, an ONNX file or a GGUF file beside the pruned weights would be
+# taken for the pruned model.
+WEIGHTS = (
+    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz", ".h5"),
+    *(".msgpack", ".ot", ".gguf", ".ggml", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".llamafile"),
+)
 
-def check_takes_means(checkpoint: Checkpoint, modules: Iterable[str]) -> None:
-    """Raise ValueError, without loading weights, unless neurons' means can be written into a checkpoint.
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a checkpoint, as an export sees them.
 
     Args:
-        checkpoint: To write them into.
-        modules: Layers of the neurons, by their fully qualified names.
+        folder: Of the checkpoint.
+        weights: The files that it is loaded from.
+        others: All other files that come along.
+        left_out: Files that do not, see ``WEIGHTS``.
     """
-    skeleton = checkpoint.skeleton()
-    check_have_biases(skeleton, columns_of(skeleton, modules).values())
+
+    folder: Path
+    weights: list[TensorFile]
+    others: list[Path]
+    left_out: list[Path]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Files":
+        """Find the files of a checkpoint.
+
+        Raises:
+            OSError: If it cannot be had, or a file of its weights is damaged.
+        """
+        folder = checkpoint.folder
+        weights = weight_paths(folder)
+        others: list[Path] = []
+        left_out: list[Path] = []
+        for path in sorted(folder.rglob("*")):
+            *folders, name = path.relative_to(folder).parts
+            # Folders such as .git and .cache belong to the tools that fetched the checkpoint.
+            if any(part.startswith(".") for part in folders) or not path.is_file() or path in weights:
+                continue
+            is_index = path == folder / INDEX and weights != [folder / WHOLE]
+            stays = name.lower().endswith(WEIGHTS) and not is_index
+            (left_out if stays else others).append(path)
+        return cls(folder, [TensorFile(path) for path in weights], others, left_out)
+
+    def size(self, dtype: torch.dtype | None) -> int:
+        """Return the size of the export in bytes, with weights of a dtype; None keeps theirs."""
+        return sum(file.size(dtype) for file in self.weights) + sum(path.stat().st_size for path in self.others)
 
 
-def export_pruned(checkpoint: Checkpoint, neurons: Iterable[Component], folder: Path, *, dtype: torch.dtype) -> None:
-    """Write the checkpoint with the neurons' weights set to zero, see ``export_edited``."""
-    export_edited(checkpoint, lambda model: prune_(model, neurons), folder, dtype=dtype)
-
-
-def export_edited(
-    checkpoint: Checkpoint, edit_: Callable[["PreTrainedModel"], None], folder: Path, *, dtype: torch.dtype
+def check_export(
+    checkpoint: Checkpoint,
+    modules: Collection[str],
+    granularity: Granularity,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    with_means: bool = False,
+    group: str = "model",
 ) -> None:
-    """Write the checkpoint with changed weights, and its tokenizer, in Hugging Face format.
+    """Raise, without loading weights, unless components can be pruned in an export, and there is a place for it.
 
     Args:
-        checkpoint: To change.
-        edit_: Changes the model in place.
-        folder: Where to write; must not exist yet. It appears when it is complete.
-        dtype: Of the weights written.
+        checkpoint: To export.
+        modules: Layers of the components, by their fully qualified names.
+        granularity: What the components are.
+        folder: Where to write.
+        dtype: Of the weights written; None keeps the dtype of each.
+        with_means: Whether neurons are to be held at their means.
+        group: Of the option that names the folder.
 
     Raises:
-        FileExistsError: If the folder exists.
+        ValueError: If the weights of a layer are no tensors of the checkpoint's files as they are, or its architecture
+            has no bias to put means in.
+        OSError: If the folder exists, cannot be written, or has not enough space.
     """
+    files, model = Files.of(checkpoint), checkpoint.skeleton()
+    _check_folder(files, folder, dtype, group)
+    if with_means:
+        check_have_biases(model, columns_of(model, modules).values())
+    tensors = Tensors(checkpoint, model, files.weights)
+    for module in modules:
+        for layer in KINDS[granularity].layers(module):
+            tensors.of(layer)
+
+
+def _check_folder(files: Files, folder: Path, dtype: torch.dtype | None, group: str = "model") -> None:
+    """Raise unless an export can be written to a folder, which must not exist yet."""
     if folder.exists():
-        raise FileExistsError(f"{folder} exists already; nothing was overwritten.")
-    model = checkpoint.load(dtype)
-    edit_(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        temporary.chmod(0o755)
-        model.save_pretrained(temporary)
-        checkpoint.tokenizer().save_pretrained(temporary)
+        raise OptionFileExistsError("export", f": {folder} exists already; nothing was overwritten.")
+    if folder.resolve().is_relative_to(files.folder.resolve()):
+        raise OptionError("export", f"must lie outside of the checkpoint {files.folder}, got {folder}.")
+    above = next(path for path in folder.absolute().parents if path.exists())
+    check_writable(above, option=f"--{group}.export")
+    check_space(above, files.size(dtype), option=f"--{group}.export")
+
+
+class Tensors:
+    """Which tensor of its files each weight of a checkpoint's model is loaded from.
+
+    Args:
+        checkpoint: The checkpoint.
+        model: Its skeleton.
+        files: Files of its weights.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: "PreTrainedModel", files: Iterable[TensorFile]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self.checkpoint = checkpoint
+        self.model = model
+        self.files = {name: file for file in files for name in file.entries}
+        self.found: dict[str, list[str | None]] = defaultdict(list)  # None where it is made of several tensors
+        state, prefix = model.state_dict(), model.base_model_prefix
+        conversions = get_model_conversion_mapping(model)
+        renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
+        converters = [step for step in conversions if isinstance(step, WeightConverter)]
+        for name in self.files:
+            # As transformers loads it.
+            parameter, converted = rename_source_key(name, renamings, converters, prefix, state)
+            if parameter not in state and name in state:
+                parameter, converted = name, None
+            self.found[parameter].append(name if converted is None else None)
+
+    def of(self, layer: str) -> dict[str, str]:
+        """Return the tensor of each parameter of a layer, such as ``weight``.
+
+        Args:
+            layer: By its fully qualified name.
+
+        Raises:
+            ValueError: If a parameter is not the very tensor of the file, but put together of others.
+        """
+        return {name: self.at(f"{layer}.{name}") for name, _ in self.model.get_submodule(layer).named_parameters()}
+
+    def at(self, parameter: str) -> str:
+        """Return the tensor of a parameter, by its fully qualified name; see ``of``."""
+        names = self.found.get(parameter, [])
+        name = names[0] if len(names) == 1 else None
+        shape = list(self.model.get_parameter(parameter).shape)
+        entry = None if name is None else self.files[name].entries[name]
+        if name is None or entry is None or entry.shape != shape or entry.dtype not in DTYPES:
+            raise OptionError(
+                "export",
+                f"{self.checkpoint.name!r} cannot be exported: its files hold no tensor that is {parameter!r} as it "
+                f"is, a matrix of floating-point numbers of shape {shape}. Save it with the save_pretrained of "
+                "transformers and attribute that, or leave out --.export.",
+            )
+        return name
+
+
+class Copy:
+    """A copy of a checkpoint whose weights are changed layer by layer.
+
+    Args:
+        tensors: Of the copy.
+    """
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
+        self.model = tensors.model
+
+    @contextmanager
+    def holding(self, layers: Iterable[str]) -> Iterator[None]:
+        """Hold the weights of layers in ``model`` for a ``with`` block, and write them when it ends.
+
+        Args:
+            layers: By their fully qualified names.
+        """
+        held: list[tuple[nn.Module, str, nn.Parameter, str]] = []
+        for layer in layers:
+            module = self.model.get_submodule(layer)
+            for name, tensor in self.tensors.of(layer).items():
+                held.append((module, name, module.get_parameter(name), tensor))
+                weight = self.tensors.files[tensor].read(tensor)
+                setattr(module, name, nn.Parameter(weight, requires_grad=False))
+        yield
+        for module, name, empty, tensor in held:
+            self.tensors.files[tensor].write(tensor, module.get_parameter(name).data)
+            setattr(module, name, empty)
+
+
+@contextmanager
+def copied(
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None = None, held_at_means: Collection[str] = ()
+) -> Iterator[Copy]:
+    """Copy a checkpoint; what a ``with`` block makes of the copy appears in the folder when the block ends.
+
+    All files come along byte for byte but ``WEIGHTS`` in other formats; the files of the weights keep their names,
+    metadata and tensors. No more of the weights is in memory than what the copy holds.
+
+    Args:
+        checkpoint: The original.
+        folder: Where to write; must not exist yet. It appears when it is complete.
+        dtype: Of all floating-point tensors written; None keeps the dtype of each.
+        held_at_means: Layers of neurons whose means go into biases; where the architecture has these switched off,
+            biases of 0 are added.
+
+    Raises:
+        OSError: If the folder exists, cannot be written, or has not enough space.
+        ValueError: If the means have no place in the architecture.
+    """
+    files, model = Files.of(checkpoint), checkpoint.skeleton()
+    _check_folder(files, folder, dtype)
+    tensors = Tensors(checkpoint, model, files.weights)
+    added = _add_biases(tensors, held_at_means)
+    with temporary_folder(folder) as temporary:
+        copies = []
+        for source in files.weights:
+            target = _make_place(source.path, files, temporary)
+            if dtype is None and not added[source.path]:
+                shutil.copyfile(source.path, target)
+            else:
+                rewrite(source, target, dtype, added[source.path])
+            copies.append(TensorFile(target))
+        for path in files.others:
+            shutil.copyfile(path, _make_place(path, files, temporary))
+        changes: dict[str, object] = {}
+        if dtype is not None:
+            changes["dtype"] = str(dtype).removeprefix("torch.")
+        if any(added.values()):
+            changes["mlp_bias"] = True
+        if changes:
+            _change_config(temporary / CONFIG, changes)
+            _change_index(temporary / INDEX, copies, {name for of_file in added.values() for name in of_file})
+        yield Copy(Tensors(checkpoint, model, copies))
         temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if files.left_out:
+        names = ", ".join(str(path.relative_to(files.folder)) for path in files.left_out)
+        rank_zero_info(f"Weights that the checkpoint is not loaded from were left out of {folder}: {names}")
+
+
+def _make_place(path: Path, files: Files, folder: Path) -> Path:
+    """Return the path that a file of the original has in a folder."""
+    target = folder / path.relative_to(files.folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _add_biases(tensors: Tensors, modules: Collection[str]) -> dict[Path, dict[str, Added]]:
+    """Add biases to a model on the meta device if the columns of these layers have none.
+
+    Returns:
+        The tensors to add to each file: a bias lies beside its weight.
+    """
+    model, added = tensors.model, defaultdict[Path, dict[str, Added]](dict)
+    if modules:
+        columns, before = columns_of(model, modules).values(), set(model.state_dict())
+        check_have_biases(model, columns)
+        add_biases_(model, columns)
+        for name in [name for name in model.state_dict() if name not in before]:
+            weight = tensors.at(f"{name.removesuffix('bias')}weight")
+            bias = Added(weight, list(model.get_parameter(name).shape))
+            added[tensors.files[weight].path][f"{weight.removesuffix('weight')}bias"] = bias
+    return added
+
+
+def _change_config(path: Path, changes: dict[str, object]) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if "torch_dtype" in config and "dtype" in changes:  # what older versions of transformers call it
+        changes = {**changes, "torch_dtype": changes["dtype"]}
+    path.write_text(json.dumps({**config, **changes}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _change_index(path: Path, files: Sequence[TensorFile], added: Collection[str]) -> None:
+    """Correct the index of the weights, if there is one: what was added, and the total size."""
+    if not path.is_file():
+        return
+    index = json.loads(path.read_text(encoding="utf-8"))
+    named = index["weight_map"].keys() | added
+    entries = {name: (file.path.name, entry) for file in files for name, entry in file.entries.items() if name in named}
+    index["weight_map"] |= {name: entries[name][0] for name in added}
+    index["metadata"] = {
+        **(index.get("metadata") or {}),
+        "total_size": sum(entry.end - entry.begin for _, entry in entries.values()),
+    }
+    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def export_dtype_of(option: Dtype) -> torch.dtype | None:
+    """Return the dtype that an option asks for; None, for ``auto``, keeps the dtype of each weight."""
+    return None if option == "auto" else resolve_dtype(option, torch.device("cpu"))
+
+
+def export_pruned(
+    checkpoint: Checkpoint, neurons: Collection[Component], folder: Path, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a copy of the checkpoint with the effect of ``mask`` in its weights, see ``copied`` and ``prune_``.
+
+    Args:
+        checkpoint: The original.
+        neurons: What is pruned: neurons, heads and weights.
+        folder: Where to write; must not exist yet.
+        dtype: Of the weights written; None keeps the dtype of each.
+
+    Raises:
+        OSError, ValueError: As ``copied``; or if the model has no such component.
+    """
+    check(checkpoint.skeleton(), neurons)
+    together: dict[str, list[Component]] = defaultdict(list)  # all that is done in one MLP or attention
+    for neuron in neurons:
+        together[neuron.module.rpartition(".")[0]].append(neuron)
+    held_at_means = {neuron.module for neuron in neurons if neuron.mean}
+    with copied(checkpoint, folder, dtype, held_at_means) as copy:
+        for part in together.values():
+            layers = [layer for neuron in part for layer in KINDS[neuron.granularity].layers(neuron.module)]
+            with copy.holding(dict.fromkeys(layers)):
+                prune_(copy.model, part)

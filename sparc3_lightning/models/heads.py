@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparc3_lightning.models.architectures import attention_of, check_indices, weight_of, whole
+from sparc3_lightning.models.architectures import ATTENTIONS, attention_of, check_indices, ends_in, weight_of, whole
 
 Dampings = Mapping[int, float]  # by number
 
@@ -26,6 +26,12 @@ def head_dim(model: nn.Module, module: str) -> int:
 def head_dims(model: nn.Module, modules: Iterable[str]) -> dict[str, int]:
     """Return the ``head_dim`` of each of several layers."""
     return {module: head_dim(model, module) for module in modules}
+
+
+def layers_of_heads(module: str) -> list[str]:
+    """Return the layers whose weights hold the heads of a layer, all by their fully qualified names."""
+    values = next(values for output, (values, _) in ATTENTIONS.items() if ends_in(module, output))
+    return [f"{module.rpartition('.')[0]}.{values}", module]
 
 
 def num_heads(model: nn.Module, module: str) -> int:

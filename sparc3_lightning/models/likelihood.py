@@ -26,13 +26,18 @@ def last_hidden_state(model: "PreTrainedModel", input_ids: Tensor) -> Tensor:
     finally:
         handle.remove()
     hidden = captured[0]
-    off = (_logits(model, hidden[:, -1]) - logits).abs().amax()
+    _check_logits(model, hidden[:, -1], logits)
+    return hidden
+
+
+def _check_logits(model: "PreTrainedModel", hidden: Tensor, logits: Tensor) -> None:
+    """Raise ValueError unless logits are what ``_logits`` makes of hidden states."""
+    off = (_logits(model, hidden) - logits).abs().amax()
     if off > 0.02 * logits.abs().amax():  # bfloat16 rounds to 0.004
         raise ValueError(
-            f"The logits of {type(model).__name__} are not the output of its head (they may be scaled): there is no "
+            f"The logits of {type(model).__name__} are not the output of its head, scaled or capped: there is no "
             "perplexity of this architecture."
         )
-    return hidden
 
 
 def score_windows(
@@ -77,9 +82,39 @@ def _log_probabilities(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
 
 
 def _logits(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
+    config = model.config
     logits = model.get_output_embeddings()(hidden).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    # What each family calls the number that it multiplies the output of its head by.
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+        if scale := getattr(config, name, None):
+            logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):  # Granite divides by it, HyperCLOVA X multiplies
+        logits = logits / scale if config.model_type.startswith("granite") else logits * scale
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def check_logits(model: "PreTrainedModel") -> None:
+    """Raise ValueError if ``last_hidden_state`` would refuse a model, which is on the meta device and is used up.
+
+    Its decoder and its head are replaced by tiny ones: what the architecture makes of the head's output shows without
+    any weights.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    if head is None or head is decoder:
+        raise ValueError(f"{type(model).__name__} has no decoder before its head: there is no perplexity of it.")
+    width = head.weight.shape[1]
+    hidden, weight = torch.linspace(-1, 1, 2 * width).view(1, 2, -1), torch.linspace(-1, 1, 4 * width).view(4, -1)
+    decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+    head.forward = lambda hidden: hidden @ weight.T
+    with torch.no_grad():
+        try:
+            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False, logits_to_keep=1).logits
+        except Exception:  # its forward needs more of a decoder: then the loaded model tells
+            return
+        _check_logits(model, hidden[:, -1], logits[:, -1].float())
 
 
 def log_likelihoods(model: "PreTrainedModel", input_ids: Tensor, lengths: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def prune_neurons_(model: PreTrainedModel, neurons: Ablations) -> None:
     mlps = _by_mlp(model, neurons)
     check_have_place(model, neurons)
     if _have_constants(neurons):
-        _add_biases_(model, [mlp.column for mlp in mlps])
+        add_biases_(model, [mlp.column for mlp in mlps])
     with torch.no_grad():
         for mlp in mlps:
             off = [index for index, ablation in mlp.ablations.items() if ablation.damping == 1]
@@ -159,6 +159,13 @@ def check_are_neurons(modules: Collection[str]) -> None:
         )
 
 
+def layers_of_neurons(module: str) -> list[str]:
+    """Return the layers whose weights hold the neurons of a layer, all by their fully qualified names."""
+    parent, _, layer = module.rpartition(".")
+    rows, column = next((rows, column) for rows, column in MLPS if layer in rows)
+    return [f"{parent}.{part}" for part in (*rows, column)]
+
+
 def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
     """Return the layer whose input is the activations of a module's neurons, by the name of the module.
 
@@ -207,8 +214,11 @@ def _have_constants(neurons: Ablations) -> bool:
     return any(ablation.mean for ablations in neurons.values() for ablation in ablations.values())
 
 
-def _add_biases_(model: PreTrainedModel, columns: Iterable[Linear]) -> None:
-    """Give the layers of all MLPs a bias of 0 if these columns have none: an architecture has biases in all or none."""
+def add_biases_(model: PreTrainedModel, columns: Iterable[Linear]) -> None:
+    """Give the layers of all MLPs a bias of 0 if these columns have none: an architecture has biases in all or none.
+
+    A model on the meta device suffices.
+    """
     if all(column.bias is not None for column in columns):
         return
     model.config.mlp_bias = True

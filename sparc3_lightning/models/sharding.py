@@ -1,7 +1,8 @@
 """Sharding, in this file alone: FSDP2 over the blocks of a model; each rank reads its own rows of the weights."""
 
+import copy
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -17,6 +18,16 @@ from torch.utils import checkpoint as activation_checkpoint
 
 from sparc3_lightning.models.architectures import blocks_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
+from sparc3_lightning.models.loading import (
+    CAUSAL_LM,
+    build_skeleton,
+    check_are_weights,
+    converted_names,
+    read_generation_config,
+    sources_of,
+    ties_of,
+)
+from sparc3_lightning.models.weight_files import Weight, weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,13 +117,26 @@ def load_sharded(
         gradient_checkpointing: Compute the activations of a block again in the backward pass.
 
     Raises:
-        FileNotFoundError: If a file of the checkpoint is missing.
-        ValueError: If a weight is missing, or has another shape than the config says.
+        OSError: If a file of the checkpoint is missing or damaged.
+        ValueError: If the files hold other tensors than the model has.
     """
-    from transformers import GenerationConfig
-    from transformers.utils import GENERATION_CONFIG_NAME
-
-    model = checkpoint.skeleton(dtype).eval().requires_grad_(False)
+    config = checkpoint.config  # before anything else is fetched
+    folder = checkpoint.folder
+    weights = weights_of(folder)
+    check_are_weights(checkpoint.name, weights)
+    generation_config = read_generation_config(checkpoint.name, folder)
+    model = build_skeleton(checkpoint.name, config, weights, CAUSAL_LM, dtype)
+    if converted := converted_names(model, weights):
+        raise ValueError(
+            f"{len(converted)} tensors of {checkpoint.name!r} ({converted[0]}, ...) are renamed or converted when the "
+            "model is loaded, which fsdp2 does not do: use another --trainer.strategy."
+        )
+    sources = sources_of(checkpoint.name, model, weights, CAUSAL_LM)
+    if _are_tied_apart(model, weights, sources):
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = False
+        model = build_skeleton(checkpoint.name, config, weights, CAUSAL_LM, dtype)
+    model.eval().requires_grad_(False)
     if gradient_checkpointing:
         checkpoint_blocks_(model)
     for block in blocks_of(model):
@@ -120,11 +144,28 @@ def load_sharded(
     fully_shard(model, mesh=mesh)
     model.to_empty(device=device)
     _compute_buffers_(model)
-    folder = checkpoint.folder
-    if (folder / GENERATION_CONFIG_NAME).is_file():  # which from_pretrained reads too: it may name more end tokens
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    _read_shards_(model, checkpoint.weight_files)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    _read_shards_(model, {name: (source, weights[source]) for name, source in sources.items()})
     return model
+
+
+def _are_tied_apart(model: "PreTrainedModel", weights: Mapping[str, Weight], sources: Mapping[str, str]) -> bool:
+    """Tell whether the files hold two tensors that differ where the config ties them; transformers takes both then."""
+    for one, other in ties_of(model):
+        first, second = sources[one], sources[other]
+        if first != second:
+            with (
+                safe_open(weights[first].file, framework="pt") as file,
+                safe_open(weights[second].file, framework="pt") as file_of_other,
+            ):
+                rows = (file.get_slice(first), file_of_other.get_slice(second))
+                # A few rows at a time, since no rank holds a whole one.
+                for start in range(0, weights[first].shape[0], 4096):
+                    some, others = (part[start : start + 4096].to(model.dtype) for part in rows)
+                    if not torch.equal(some, others):
+                        return True
+    return False
 
 
 def _compute_buffers_(model: "PreTrainedModel") -> None:
@@ -138,32 +179,20 @@ def _compute_buffers_(model: "PreTrainedModel") -> None:
                 model._init_weights(module)
 
 
-def _read_shards_(model: "PreTrainedModel", files: dict[str, Path]) -> None:
-    keys = getattr(model, "_tied_weights_keys", None)
-    tied: dict[str, str] = keys if isinstance(keys, dict) else {}
-    prefix = f"{model.base_model_prefix}."
+def _read_shards_(model: "PreTrainedModel", sources: Mapping[str, tuple[str, Weight]]) -> None:
+    persistent = set(model.state_dict())
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            names: tuple[str, ...] = (name, tied.get(name, name))
-            # GPT-2's own checkpoint holds the model without its head, and its names lack the prefix.
-            names += tuple(known.removeprefix(prefix) for known in names)
-            source = next((known for known in names if known in files), None)
-            if source is None:
-                raise ValueError(f"The checkpoint holds no weight {name!r}.")
+        for name, tensor in [*model.named_parameters(), *buffers]:
+            source, weight = sources[name]
             # Opened for one weight at a time: the pages of a file stay in memory as long as it is open.
-            with safe_open(files[source], framework="pt") as file:
-                weight = file.get_slice(source)
-                if tuple(weight.get_shape()) != tuple(parameter.shape):
-                    raise ValueError(
-                        f"The weight {name!r} has shape {weight.get_shape()} in {files[source]}, but the config says "
-                        f"{list(parameter.shape)}."
-                    )
-                _read_rows_(parameter, weight)
+            with safe_open(weight.file, framework="pt") as file:
+                _read_rows_(tensor, file.get_slice(source))
 
 
 def _read_rows_(parameter: Tensor, weight: Any) -> None:
     if not isinstance(parameter, DTensor):
-        parameter.copy_(weight[:])
+        parameter.copy_(weight[...])
         return
     local = parameter.to_local()
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparc3_lightning.escaping import csv_text, for_picture, for_terminal
 from sparc3_lightning.files import LEFT_OUT, JsonFile
 from sparc3_lightning.provenance import git_hash, versions
+from sparc3_lightning.report.escaping import csv_text, for_picture, for_terminal
 from sparc3_lightning.report.figures import BEFORE, CONTROL, STRENGTHS, save_figure
 from sparc3_lightning.report.tables import Table, aligned
 
@@ -76,7 +76,7 @@ class Curve:
 class CircuitResults(JsonFile):
     """The content of circuit.json; samples that were used to attribute are left out."""
 
-    FORMAT = "sparc3_lightning circuit 1"
+    FORMAT = "sparc3_lightning circuit 2"
     WRITTEN_TOO = ("chance", "warnings")
     checkpoint: str
     checkpoint_fingerprint: str

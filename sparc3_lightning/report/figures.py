@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparc3_lightning.escaping import for_picture
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import Control, Dose, Results
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
+from sparc3_lightning.report.escaping import for_picture
 from sparc3_lightning.report.tables import cell, ends, in_order, number
 from sparc3_lightning.selection.neuron_list import SelectionResults
 

@@ -13,11 +13,12 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
-from sparc3_lightning.escaping import for_markdown, for_terminal, public_name
 from sparc3_lightning.evaluation.completions import Completion
 from sparc3_lightning.evaluation.intervals import FEW
 from sparc3_lightning.evaluation.results import ReportInputs, Results
 from sparc3_lightning.files import to_json, write_atomically
+from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.report.escaping import for_markdown, for_terminal, public_name
 from sparc3_lightning.report.figures import (
     change_rows,
     draw_changes,
@@ -313,8 +314,9 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
         )
     )
     write_atomically(folder / MODEL_CARD, card)
-    export = neurons.provenance.get("export")
-    _add_to_export(card, export if isinstance(export, str) else None)
+    export, fingerprint = (neurons.provenance.get(name) for name in ("export", "export_fingerprint"))
+    if isinstance(export, str):
+        _add_to_export(card, Path(export), fingerprint)
 
 
 class Safe(str):
@@ -426,13 +428,23 @@ def _draw(folder: Path, shown: Shown) -> list[tuple[str, Path]]:
     return figures
 
 
-def _add_to_export(card: str, export: str | None) -> None:
-    """Put the card into the folder of the exported checkpoint, unless a README of somebody else's is there."""
-    if export is None or not (Path(export) / "config.json").is_file():
-        return
-    readme = Path(export) / "README.md"
+def _add_to_export(card: str, export: Path, fingerprint: object) -> None:
+    """Put the card into the folder of the exported checkpoint, unless that is another one or has a README of its own.
+
+    Args:
+        card: Its text.
+        export: The folder.
+        fingerprint: Of the checkpoint that was exported; None if it was never completed.
+    """
+    readme = export / "README.md"
     try:
-        if not readme.exists() or MARK in readme.read_text(encoding="utf-8", errors="replace"):
+        if fingerprint is None or Checkpoint(str(export.absolute())).fingerprint != fingerprint:
+            why = "it does not hold the checkpoint that was exported with these neurons"
+        elif readme.exists() and MARK not in readme.read_text(encoding="utf-8", errors="replace"):
+            why = "it has a README of its own"
+        else:
             write_atomically(readme, card)
-    except OSError as error:  # what was measured is worth more than a card
-        rank_zero_warn(f"The model card could not be put into {export}: {error}")
+            return
+    except (OSError, ValueError) as error:  # what was measured is worth more than a card
+        why = str(error).rstrip(".")
+    rank_zero_warn(f"The model card was not put into {export}: {why}.")

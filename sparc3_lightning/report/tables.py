@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from sparc3_lightning.escaping import csv_text, for_terminal
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import FEW, Difference, Interval
 from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS
 from sparc3_lightning.evaluation.results import Dose, Findings, Preference, Results
+from sparc3_lightning.report.escaping import csv_text, for_terminal
 
 # Measures of the behaviour by their name in ``Effects``: name in tables, unit, digits.
 BEHAVIOR = {

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.models.loading import CLASSIFIER, check_vocabulary, load_strictly, load_tokenizer, read_config
 from sparc3_lightning.scorers.base import Scorer, check_folder, score_by_length, split_label
-from sparc3_lightning.sources import explain_hub_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,27 +28,23 @@ class ClassifierScorer(Scorer):
 
     Raises:
         OSError: If the checkpoint cannot be had.
-        ValueError: If no label, or more than one, is called toxic.
+        ValueError: If it is no text-classification model, or no label, or more than one, is called toxic.
     """
 
     form = "a folder, nor a Hugging Face id (owner/name)"
 
     def __init__(self, name: str, device: torch.device | str = "cpu", batch_size: int = 64) -> None:
-        from transformers import AutoModelForSequenceClassification
-
         super().__init__(name)
         self.batch_size = batch_size
         checkpoint, label = split_label(name)
-        try:
-            self._model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-                checkpoint, dtype=torch.float32, use_safetensors=True
-            )
-        except OSError as error:
-            raise OSError(explain_hub_error(checkpoint, error)) from None
-        self._model.eval().requires_grad_(False).to(device)
-        self._tokenizer = Checkpoint(checkpoint).tokenizer()
-        self._label = toxic_label(self._model.config.id2label, label, name)
-        config = self._model.config
+        source = Checkpoint(checkpoint)
+        config = read_config(checkpoint, source.location, None, CLASSIFIER)
+        labels = {int(i): str(text) for i, text in (config.id2label or {}).items()}
+        self._label = toxic_label(labels, label, name)
+        self._tokenizer = load_tokenizer(checkpoint, source.location, None)
+        check_vocabulary(checkpoint, self._tokenizer, config)
+        self._model: PreTrainedModel = load_strictly(checkpoint, source.folder, config, CLASSIFIER, torch.float32)
+        self._model.to(device)
         limit = getattr(config, "max_position_embeddings", 10**6)
         if config.model_type in ("roberta", "xlm-roberta", "camembert"):
             limit -= (config.pad_token_id or 0) + 1  # they count positions from the padding token on
@@ -71,6 +67,11 @@ class ClassifierScorer(Scorer):
     def fetch(cls, name: str) -> list[Path]:
         """Fetch the checkpoint, and return its files."""
         return Checkpoint(split_label(name)[0]).fetch()
+
+    @classmethod
+    def fingerprint(cls, name: str) -> str:
+        """Return what tells a scorer from another of the same name: its files, and the label that means toxic."""
+        return f"{super().fingerprint(name)} {split_label(name)[1]}"
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> list[float]:
@@ -99,7 +100,7 @@ def toxic_label(labels: dict[int, str], wanted: str | None, name: str) -> int:
     if len(found) != 1:
         raise ValueError(
             f"The scorer {name!r} has the labels {', '.join(labels.values())}: name the one that means toxic, as in "
-            f"{split_label(name)[0]}#{next(iter(labels.values()))}."
+            f"{split_label(name)[0]}#{next(iter(labels.values()), 'toxic')}."
         )
     return found[0]
 

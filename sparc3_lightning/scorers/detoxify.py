@@ -2,12 +2,15 @@
 
 import io
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.loading import CLASSIFIER, check_complete, in_short, is_unused
+from sparc3_lightning.provenance import contents
 from sparc3_lightning.scorers.base import Scorer, check_folder, score_by_length, split_label
 from sparc3_lightning.sources import cache_folder, sha256_of
 
@@ -35,14 +38,11 @@ class DetoxifyScorer(Scorer):
     words = ("small", *DETOXIFY_MODELS)
 
     def __init__(self, name: str, device: torch.device | str = "cpu", batch_size: int = 64) -> None:
-        from detoxify import Detoxify
-
         super().__init__(name)
         self.check(name, "scorer")
         self.batch_size = batch_size
-        checkpoint, config = checkpoint_of(name)
-        # Not by huggingface_config_path, with which Detoxify takes the number of labels of the config, not its own.
-        self.detoxify = Detoxify(checkpoint=_without_pickles(checkpoint, config), device=device)
+        path, config = checkpoint_of(name)
+        self.detoxify = _build(path, config, device)
         self.detoxify.model.eval()
         limit = self.detoxify.model.config.max_position_embeddings
         self.detoxify.tokenizer.model_max_length = min(self.detoxify.tokenizer.model_max_length, limit)
@@ -69,6 +69,13 @@ class DetoxifyScorer(Scorer):
         """Fetch the checkpoint, its config and its tokenizer, and return the files."""
         checkpoint, config = checkpoint_of(name)
         return [checkpoint, *(path for path in Path(config).iterdir() if path.suffix == ".json")]
+
+    @classmethod
+    def fingerprint(cls, name: str) -> str:
+        """Return what tells a scorer from another of the same name: its files, and the version of Detoxify."""
+        checkpoint, config = checkpoint_of(name)
+        files = {checkpoint, *(path for path in Path(config).iterdir() if path.is_file())}
+        return f"{contents(files)} {version('detoxify')}"
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Return the toxicity of each text, in [0, 1]; NaN where the model gave no number."""
@@ -125,13 +132,40 @@ def _load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _without_pickles(path: Path, config: str) -> io.BytesIO:
+def _build(path: Path, config: str, device: torch.device | str) -> Any:
+    """Build Detoxify's model, and check that it has all its weights from the checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint names classes that are none of transformers' own, or holds other tensors than its
+            model has.
+    """
+    import transformers
+    from detoxify import Detoxify
+
+    checkpoint = _load(path)
+    arch = checkpoint["config"]["arch"]["args"]
+    # Of its own: a class such as AutoTokenizer would ask whether it may run the code of the folder.
+    for key, base in (("model_name", "PreTrainedModel"), ("tokenizer_name", "PreTrainedTokenizerBase")):
+        named = getattr(transformers, str(arch.get(key)), None)
+        if not (isinstance(named, type) and issubclass(named, getattr(transformers, base))):
+            raise ValueError(f"{path} names {arch.get(key)!r} as its {key}, which is no such class of transformers.")
+    # Not by huggingface_config_path, with which Detoxify takes the number of labels of the config, not its own.
+    try:
+        detoxify = Detoxify(checkpoint=_without_pickles(checkpoint, config), device=device)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds other weights than the config beside it says ({in_short(error)}).") from None
+    wanted, given = detoxify.model.state_dict(), checkpoint["state_dict"]
+    unexpected = [key for key in given.keys() - wanted.keys() if not is_unused(key, None, CLASSIFIER)]
+    check_complete(str(path), wanted.keys() - given.keys(), unexpected, [], CLASSIFIER)
+    return detoxify
+
+
+def _without_pickles(checkpoint: dict[str, Any], config: str) -> io.BytesIO:
     """Return the checkpoint as Detoxify can take it, read and written again without unpickling anything.
 
     Detoxify unpickles the file it is given, so it is given bytes that were written here from plain tensors. Its config
     and tokenizer it takes from ``model_type``, so their folder is put there.
     """
-    checkpoint = _load(path)
     checkpoint["config"]["arch"]["args"]["model_type"] = config
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)

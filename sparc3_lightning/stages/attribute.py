@@ -29,10 +29,10 @@ from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import head_dims
 from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.models.sharding import load_for
-from sparc3_lightning.provenance import git_hash, run_seed, versions
+from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
-from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.stopping import StoppableModule
 
 SCORES = "scores.safetensors"
 
@@ -140,7 +140,7 @@ class Attribution(StoppableModule, Stage):
             what = "reads no samples: give --data NoSamples" if spec.is_static else "needs samples: give --data C4"
             raise OptionError("method", f"{spec.method} {what}.")
         self.checkpoint.check_context(data.longest, data.way_to_shorter)
-        self.layers = self._find_layers(self.checkpoint.skeleton())
+        self.layers = self.find_layers_of(self.checkpoint.skeleton())
         if spec.lexicon is not None and spec.is_lexical:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score)
             data.notes["num_lexicon"] = len(self.lexicon)
@@ -223,8 +223,10 @@ class Attribution(StoppableModule, Stage):
         if self.trainer.is_global_zero:
             remove_progress(self.folder)
 
-    def _find_layers(self, skeleton: PreTrainedModel) -> list[str]:
+    def find_layers_of(self, skeleton: PreTrainedModel) -> list[str]:
         """Return the names of the scored layers; check that the model has them and they can be scored."""
+        if self.spec.method == "lrp":
+            family_of(skeleton.config)
         named = self.spec.layers
         of_heads = self.spec.granularity == "head"
         names = head_layers(skeleton, named) if of_heads else named or neuron_layers(skeleton)
@@ -235,11 +237,14 @@ class Attribution(StoppableModule, Stage):
 
     def _identify(self) -> Identity:
         """Return the identity of this run: only sums of runs with the same identity may be added."""
+        data = self.reference_samples
         return {
             "checkpoint_fingerprint": self.checkpoint.fingerprint,
             **asdict(self.spec),
             "lexicon_tokens": hashlib.sha256(str(self.lexicon).encode()).hexdigest()[:16],
-            "data_fingerprint": self.reference_samples.fingerprint(),
+            "data_fingerprint": data.fingerprint(),
+            "samples": hashlib.sha256(str([(s.id, s.start, s.contrast) for s in data.samples]).encode()).hexdigest(),
+            "versions": versions_of_results(),
         }
 
     def _resume(self) -> None:

@@ -17,9 +17,10 @@ from sparc3_lightning.attribution.scores import WeightScores, check_match, load_
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, weight_of
-from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
-from sparc3_lightning.models.export import export_edited
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
+from sparc3_lightning.models.export import Copy, check_export, copied, export_dtype_of
 from sparc3_lightning.provenance import git_hash, versions
+from sparc3_lightning.selection.sides import check_are_different
 from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
 from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import giving_back
@@ -61,12 +62,13 @@ class Compression(Stage):
     Args:
         general: Indexes of scores of weights on general reference samples, one per seed; they are averaged. Signed
             relevance is ranked by the absolute value of its mean.
-        export: Folder to write the sparse checkpoint to, in Hugging Face format with its tokenizer. It must not exist.
+        export: Folder to write the sparse checkpoint to: the files of the original, with zeros in the weights. It must
+            not exist.
         sparsity: Share of the weights of those layers that becomes zero, in [0, 1].
         pattern: Which weights are compared with each other: a ``row``, the incoming weights of a neuron, as
             Wanda and SparC3 do; a ``layer``; ``global``, all layers; or n:m, such as ``2:4``, which keeps at most
             n of m weights side by side in a row.
-        export_dtype: Of the exported weights; ``auto`` is the dtype the scores were computed in.
+        export_dtype: Of the exported weights; ``auto`` keeps the dtype of each.
     """
 
     verb = "compress"
@@ -111,20 +113,15 @@ class Compression(Stage):
         self.begin(folder)
         files = [load_index(path, "general") for path in self.general]
         check_match(files)
+        check_are_different([("general", file) for file in files])
         source = files[0].provenance
         checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
         num_parameters = _check_layers(files[0], checkpoint)
+        dtype = export_dtype_of(self.export_dtype)
+        check_export(checkpoint, list(files[0].shapes), "weight", self.export, dtype=dtype)
         self.keep_config()
-        done: list[Zeroed] = []
-        cpu = torch.device("cpu")
-        dtype = resolve_dtype(source.spec.dtype if self.export_dtype == "auto" else self.export_dtype, cpu)
-        export_edited(
-            checkpoint,
-            lambda model: done.append(zero_(model, Ranking(files).masks(self.sparsity, self.pattern))),
-            self.export,
-            dtype=dtype,
-        )
-        (found,) = done
+        with copied(checkpoint, self.export, dtype) as copy:
+            found = zero_(copy.model, _held(copy, Ranking(files).masks(self.sparsity, self.pattern)))
         share = found.num_pruned / num_parameters
         results = {
             "pattern": self.pattern,
@@ -173,6 +170,13 @@ def zero_(model: nn.Module, masks: Iterator[tuple[str, Tensor]]) -> Zeroed:
         num_pruned += count
         num_weights += pruned.numel()
     return Zeroed(num_pruned, num_weights, digest.hexdigest()[:16], layers)
+
+
+def _held(copy: Copy, masks: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Hold the weights of each layer while its mask is in use."""
+    for name, pruned in masks:
+        with copy.holding([name]):
+            yield name, pruned
 
 
 def _check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:

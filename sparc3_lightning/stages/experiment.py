@@ -27,6 +27,7 @@ from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.evaluate import REPORT, RESULTS, Evaluation
 from sparc3_lightning.stages.folders import write_config
 from sparc3_lightning.stages.plan import Config, Plan, StageRun, named_by, wants_screening
+from sparc3_lightning.stages.prune import UNFINISHED, finish_export
 
 MANIFEST = "manifest.json"
 
@@ -78,12 +79,15 @@ class Experiment:
         """
         check_writable(folder)
         stages = self.plan.stages(options)
+        self.plan.check_model(options, stages)
         self._keep_config(folder)
         evaluated_before = stages[-1].done
         for number, stage in enumerate(stages, start=1):
             title = f"[{number}/{len(stages)}] {stage.verb} {stage.name}"
             if stage.done:
                 rank_zero_info(f"\n{title}: done before, {stage.folder}")
+                if (stage.folder / UNFINISHED).exists():
+                    finish_export(stage.folder)
                 continue
             rank_zero_info(f"\n{title}")
             run_stage(stage.verb, _write_config(stage, number, folder))
@@ -115,7 +119,10 @@ class Experiment:
         """
         check_writable(folder)
         fields: list[str] = []
-        for number, stage in enumerate(self.plan.stages(options), start=1):
+        stages = self.plan.stages(options)
+        if Path(self.plan.checkpoint.name).is_dir():  # any other is fetched for that: 'run' does it
+            self.plan.check_model(options, stages)
+        for number, stage in enumerate(stages, start=1):
             fields += [stage.verb, "done" if stage.done else "todo", str(_write_config(stage, number, folder))]
         write_atomically(path, b"".join(os.fsencode(field) + b"\0" for field in fields))
 

@@ -3,11 +3,10 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,12 +17,18 @@ from sparc3_lightning.data.base import Kind, TextDataModule
 from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.variants import check_doses
+from sparc3_lightning.models.architectures import find_layers, linear_at, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
+from sparc3_lightning.models.export import check_export, export_dtype_of
+from sparc3_lightning.models.neurons import check_are_neurons, columns_of
+from sparc3_lightning.provenance import versions_of_results
 from sparc3_lightning.scorers.base import split_label
+from sparc3_lightning.scorers.functions import FunctionScorer
+from sparc3_lightning.selection.sides import are_swapped
 from sparc3_lightning.sources import is_local, sha256_of
 from sparc3_lightning.stages.attribute import Attribution, file_of
 from sparc3_lightning.stages.base import Stage
-from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation
+from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation, check_can_be_measured
 from sparc3_lightning.stages.folders import without_none
 from sparc3_lightning.stages.prune import NEURONS, Pruning
 from sparc3_lightning.stages.trainer_options import NOT_RESULTS
@@ -92,6 +97,8 @@ class Plan:
         of_behavior = attribution_options({**options["attribute"], **self.behavior_attribute, **self.model})
         check_attributions(of_general, of_behavior)
         check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
+        if are_swapped(_described(options["general"]), _described(options["behavior"])):
+            raise ValueError("--general is of toxic prompts and --behavior is of others: exchange the two.")
         check_chats(options, self.checkpoint)
         screened: list[StageRun] = []
         if options.get("screen") is not None:
@@ -127,13 +134,46 @@ class Plan:
             check_evaluation(evaluation, options["prune"])
         return screened + stages
 
+    def check_model(self, options: Config, stages: Sequence[StageRun]) -> None:
+        """Raise ValueError or OSError if a stage that is not done would refuse the model, whose weights are not loaded.
+
+        A GGUF file is dequantized for it, and for an export the weights are fetched.
+        """
+        left = {stage.name for stage in stages if not stage.done}
+        if not left:
+            return
+        prune = options["prune"]
+        skeleton = self.checkpoint.skeleton()
+        of_general = {**options["attribute"], **self.model}
+        of_behavior = attribution_options({**options["attribute"], **self.behavior_attribute, **self.model})
+        for of_one in (of_general, of_behavior):
+            names = _by_group("attribute", Attribution(**of_one).find_layers_of, skeleton)
+            layers = list(find_layers(skeleton, names))
+            if prune["granularity"] == "neuron":
+                _by_group("attribute", check_are_neurons, layers)
+                columns_of(skeleton, layers)
+        shapes = [weight_of(linear_at(skeleton, layer)).shape for layer in layers]
+        number = sum(shape[0] if prune["granularity"] == "neuron" else shape.numel() for shape in shapes)
+        if prune["num_neurons"] > number and prune["budget"]["max_perplexity_increase"] is None:
+            what = f"must be between 1 and {number:,} (all {prune['granularity']}s that are scored)"
+            raise OptionError("num_neurons", f"{what}, got {prune['num_neurons']}.", "prune")
+        if prune["export"] is not None and "neurons" in left:
+            check = partial(
+                check_export,
+                dtype=export_dtype_of(prune["export_dtype"]),
+                with_means=prune["ablation"] == "mean",
+                group="prune",
+            )
+            _by_group("prune", check, self.checkpoint, layers, prune["granularity"], Path(prune["export"]))
+        check_can_be_measured(skeleton)
+
     def _stage(
         self, name: str, stage: type[Stage], options: Config, config: Config, output: str, made: Path | None = None
     ) -> StageRun:
         trainer = {key: value for key, value in options["trainer"].items() if key not in NOT_RESULTS}
         seed = options["seed_everything"]
         # Options that are None are left out, so that a new option with that default does not make old results unknown.
-        identity = [stage.verb, version("sparc3_lightning"), seed, without_none(trainer), without_none(config)]
+        identity = [stage.verb, versions_of_results(), seed, without_none(trainer), without_none(config)]
         files = digests_of(stage, config, made)
         digest = hashlib.sha256(json.dumps([*identity, files], sort_keys=True).encode()).hexdigest()[:8]
         config = {"seed_everything": seed, "trainer": copy.deepcopy(options["trainer"]), **copy.deepcopy(config)}
@@ -313,6 +353,8 @@ def digests_of(stage: type[Stage], config: Config, made: Path | None) -> list[st
         name = split_label(value)[0] if kind == "scorer" else value
         if is_local(name) and name != str(made):
             found.append(Checkpoint(name).fingerprint if kind == "checkpoint" else _content(Path(name), kind))
+        elif kind == "scorer" and FunctionScorer.takes(name):
+            found.append(FunctionScorer.fingerprint(name))
     return found
 
 
@@ -327,6 +369,11 @@ def _content(path: Path, kind: Kind) -> str:
 def _class_of(data: Config) -> type[TextDataModule]:
     module, _, name = data["class_path"].rpartition(".")
     return getattr(import_module(module), name)
+
+
+def _described(data: Config) -> Config:
+    """Return the class and the options of a data module as the provenance of scores has them."""
+    return {"class": data["class_path"].rpartition(".")[2], **data.get("init_args", {})}
 
 
 def _takes_seed(data: Config) -> bool:

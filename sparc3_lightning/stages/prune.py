@@ -9,12 +9,13 @@ from typing import ClassVar, Literal
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from sparc3_lightning.attribution.scores import ScoreFile, average, check_match, load_matching
+from sparc3_lightning.attribution.scores import ScoreFile, WeightScores, average, check_match, load_matching
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
-from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Component, Granularity
-from sparc3_lightning.models.export import check_takes_means, export_pruned
+from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
+from sparc3_lightning.models.likelihood import check_logits
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
@@ -30,11 +31,13 @@ from sparc3_lightning.selection.neuron_selection import (
     means_beside,
     rank_neurons,
 )
+from sparc3_lightning.selection.sides import check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
 from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import giving_back
 
 NEURONS = "neurons.json"
+UNFINISHED = "export.unfinished"  # beside neurons.json, until the pruned checkpoint is complete
 
 
 class Pruning(Stage):
@@ -68,9 +71,9 @@ class Pruning(Stage):
         granularity: ``neuron``, or ``weight`` to prune single weights, by the ``difference`` alone and without any
             harmless samples, mean ablation or budget. It needs scores of weights, which are summed for neurons
             (``sparc3 attribute --model.granularity weight``).
-        export: Folder to write the pruned checkpoint to, in Hugging Face format with its tokenizer; None writes none.
-            It must not exist.
-        export_dtype: Of the exported weights; ``auto`` is the dtype the scores were computed in.
+        export: Folder to write the pruned checkpoint to: the files of the original, in which the pruned weights alone
+            differ; None writes none. It must not exist.
+        export_dtype: Of the exported weights; ``auto`` keeps the dtype of each.
     """
 
     verb = "prune"
@@ -178,17 +181,20 @@ class Pruning(Stage):
             if found.differential_strength is None
             else {"differential_strength_percent": found.differential_strength}
         )
-        provenance["export"] = None if self.export is None else str(self.export)
+        # The fingerprint is that of the exported checkpoint, once it is complete.
+        provenance |= {"export": None, "export_dtype": None, "export_fingerprint": None}
+        if self.export is not None:
+            provenance |= {"export": str(self.export), "export_dtype": self.export_dtype}
         neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
         selection = found.results(self.criterion, neurons.granularity)
         selection.save(folder / SELECTION)
+        # What was found comes before the export, which may fail: 'sparc3 run' then makes up for it.
         if self.export is not None:
-            self._export(neurons)
-        # Last, since a folder with neurons.json counts as complete.
+            (folder / UNFINISHED).touch()
         neurons.save(self.output)
         draw_or_warn(folder)
         self._describe(found, neurons.granularity, self.output)
-        return neurons
+        return finish_export(folder) if self.export is not None else neurons
 
     def _neurons(
         self, text: ReferenceSamples | None, device: torch.device | None
@@ -199,16 +205,15 @@ class Pruning(Stage):
         check_match([general_files[0], behavior_file], needs.needs_one_kind)
         if behavior_file.provenance.spec.granularity == "neuron":
             check_are_neurons(behavior_file.scores)
-            if self.export is not None and self.ablation == "mean":
-                source = behavior_file.provenance
-                checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
-                check_takes_means(checkpoint, behavior_file.scores)
         elif self.budget.refine:
             raise OptionError("budget.refine", "is for neurons, and these are scores of heads: leave it out.")
         general, behavior = average(general_files), behavior_file.scores
         files = [*general_files, behavior_file]
         if self.harmless is not None:
             files += load_matching([self.behavior, self.harmless])[1:]
+        check_sides(general_files, *files[len(general_files) :])
+        self._check_export(behavior_file)
+        if self.harmless is not None:
             behavior = differential_relevance(behavior, files[-1].scores)
         sides = Sides(general, behavior, self.top_behavior, self.top_general)
         if needs.needs_activations:
@@ -236,11 +241,26 @@ class Pruning(Stage):
     def _weights(self) -> tuple[Selected, dict[str, object]]:
         """Select single weights by scores of weights; and say where the scores come from."""
         layers = DifferentialWeights(self.general, self.behavior)
+        check_sides(layers.general, layers.behavior)
+        self._check_export(layers.behavior)
         found = select_weights(layers, self.num_neurons, self.num_ranked)
         assert found.differential_strength is not None
         self._check_differential_strength(found.differential_strength)
         chosen, following = (edited(weights, self.dampings[0]) for weights in (found.chosen, found.next))
         return replace(found, chosen=chosen, next=following), origin(layers.general, [layers.behavior])
+
+    def _check_export(self, scores: ScoreFile | WeightScores) -> None:
+        """Raise ValueError or OSError if the pruned checkpoint could not be written, before anything is searched."""
+        if self.export is not None:
+            source = scores.provenance
+            check_export(
+                Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint),
+                list(scores.shapes),
+                source.spec.granularity,
+                self.export,
+                dtype=export_dtype_of(self.export_dtype),
+                with_means=self.ablation == "mean" and source.spec.granularity == "neuron",
+            )
 
     def _check_differential_strength(self, percent: float) -> None:
         if math.isfinite(percent) and percent >= self.min_differential_strength:
@@ -266,14 +286,32 @@ class Pruning(Stage):
             f"{len(found.chosen)} of {found.num_candidates:,} {granularity}s in {layers} layers, {by}: {path}"
         )
 
-    def _export(self, neurons: NeuronList) -> None:
-        assert self.export is not None
-        provenance = neurons.provenance
-        checkpoint = Checkpoint.unchanged(provenance["checkpoint"], provenance["checkpoint_fingerprint"])
-        name: Dtype = provenance["behavior"]["spec"]["dtype"] if self.export_dtype == "auto" else self.export_dtype
-        dtype = resolve_dtype(name, torch.device("cpu"))
-        export_pruned(checkpoint, neurons.neurons, self.export, dtype=dtype)
-        rank_zero_info(f"Pruned checkpoint: {self.export}")
+
+def finish_export(folder: Path) -> NeuronList:
+    """Export the pruned checkpoint of a folder with neurons.json whose export is not complete.
+
+    Args:
+        folder: Of ``sparc3 prune``.
+
+    Returns:
+        The neurons, with the fingerprint of the exported checkpoint among their provenance.
+
+    Raises:
+        OSError, ValueError: If the checkpoint has changed, or the export cannot be written. neurons.json stays.
+    """
+    neurons = NeuronList.load(folder / NEURONS)
+    provenance = neurons.provenance
+    export = Path(provenance["export"])
+    checkpoint = Checkpoint.unchanged(provenance["checkpoint"], provenance["checkpoint_fingerprint"])
+    try:
+        export_pruned(checkpoint, neurons.neurons, export, dtype=export_dtype_of(provenance["export_dtype"]))
+    except OSError as error:
+        raise OSError(f"{error} The neurons are kept in {folder / NEURONS}.") from error
+    provenance["export_fingerprint"] = Checkpoint(str(export)).fingerprint
+    neurons.save(folder / NEURONS)
+    (folder / UNFINISHED).unlink()
+    rank_zero_info(f"Pruned checkpoint: {export}")
+    return neurons
 
 
 def within_budget(
@@ -302,6 +340,7 @@ def within_budget(
     """
     scored = general[0].provenance
     checkpoint = Checkpoint.unchanged(scored.checkpoint, scored.checkpoint_fingerprint)
+    check_logits(checkpoint.skeleton())
     text.model_checkpoint = checkpoint
     text.prepare_data()
     text.setup("predict")

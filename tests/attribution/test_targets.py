@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import WORDS, sentence
+from helpers import WORDS, sentence, write_completions
 from torch import Tensor
 
 from sparc3_lightning.attribution.scores import ScoreFile
@@ -218,8 +218,7 @@ def test_the_models_own_continuations_are_samples_of_their_own(tiny_checkpoint):
         for i in range(3)
         for j, toxicity in enumerate((0.9, 0.2, None, 0.7))
     ]
-    lines = [json.dumps(dict(zip(fields, row, strict=True))) for row in rows]
-    Path("completions.jsonl").write_text("\n".join(lines))
+    write_completions(Path("completions.jsonl"), [dict(zip(fields, row, strict=True)) for row in rows])
     tokenizer = Checkpoint(tiny_checkpoint).tokenizer()
 
     def samples(number: int) -> list[Sample]:

@@ -198,6 +198,71 @@ def test_pickled_weights_of_the_hub_are_not_loaded_and_said_not_to_be_there(copi
     assert done.stdout.splitlines() == [f"'org/pickled' {PICKLED}"] * 2
 
 
-def test_the_fingerprint_of_a_hub_repository_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Checkpoint, "config", SimpleNamespace(_commit_hash="0123abcd"))
-    assert Checkpoint("org/name").fingerprint == "commit:0123abcd"
+@pytest.fixture
+def cached_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of the hub's library, with no network beside it."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def put_in_cache(hub: Path, name: str, folder: Path, commit: str) -> Path:
+    """Put a folder into the cache of the hub's library, as the commit of the main branch of a repository."""
+    repository = hub / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    return Path(shutil.copytree(folder, repository / "snapshots" / commit))
+
+
+def test_the_fingerprint_of_a_hub_repository_is_its_commit(copied: Path, cached_hub: Path) -> None:
+    for commit in ("1" * 40, "2" * 40):
+        put_in_cache(cached_hub, "org/name", copied, commit)
+        assert Checkpoint("org/name").fingerprint == f"commit:{commit}"
+    assert Checkpoint("org/name", "1" * 40).fingerprint == f"commit:{'1' * 40}"
+    assert Checkpoint.unchanged("org/name", f"commit:{'1' * 40}").revision == "1" * 40
+
+
+def test_a_checkpoint_of_the_hub_is_loaded_as_the_folder_it_is(copied: Path, cached_hub: Path) -> None:
+    put_in_cache(cached_hub, "org/name", copied, "1" * 40)
+    whole = load_float32(Checkpoint("org/name")).state_dict()
+    expected = load_file(copied / "model.safetensors")
+    assert all(torch.equal(whole[name], tensor) for name, tensor in expected.items())
+    tokenizer = Checkpoint("org/name").tokenizer()
+    assert tokenizer.get_vocab() == Checkpoint(str(copied)).tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("commit", ["1" * 40, "2" * 40])
+def test_of_the_hub_the_files_are_fetched_that_are_read_and_no_more(
+    commit: str, copied: Path, cached_hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[tuple[str | None, list[str]]] = []
+
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((revision, allow_patterns))
+        return str(folder)
+
+    folder = put_in_cache(cached_hub, "org/name", copied, commit)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    if commit.startswith("2"):
+        (folder / "model.safetensors").unlink()
+        places = {f"any{i}": file for i, file in enumerate(files)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        for file in files:
+            (folder / file).touch()
+    Checkpoint("org/name").fetch()
+    (first, patterns), *rest = asked
+    assert first is None
+    assert [pattern for pattern in patterns if "safetensors" in pattern] == ["model.safetensors"]
+    assert rest == ([(commit, files)] if commit.startswith("2") else [])
+
+
+def test_an_adapter_of_the_hub_is_refused(copied: Path, cached_hub: Path) -> None:
+    (copied / "adapter_config.json").write_text("{}")
+    put_in_cache(cached_hub, "org/name", copied, "1" * 40)
+    with pytest.raises(ValueError, match=r"holds an adapter.*merge it into its base model first"):
+        load_float32(Checkpoint("org/name"))

@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from made_up import NEURONS, made_up
 from pages import CARD, PAGE, by_name, write
+from safetensors.torch import save_file
 
 from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.report import page as report
 from sparc3_lightning.report.page import MARK
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -94,14 +97,27 @@ def test_the_card_says_how_the_neurons_were_found():
 @pytest.fixture
 def export() -> Path:
     """The folder of an exported checkpoint."""
-    folder = Path("export")
+    return write_checkpoint(Path("export"))
+
+
+def write_checkpoint(folder: Path, weight: float = 0.0) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    save_file({"weight": torch.full((2,), weight)}, folder / "model.safetensors")
     return folder
 
 
-def exported(folder: Path) -> NeuronList:
-    return NeuronList(NEURONS.neurons, {**NEURONS.provenance, "export": str(folder)})
+def exported(folder: Path, fingerprint: str | None = None) -> NeuronList:
+    of_export = {"export": str(folder), "export_fingerprint": fingerprint or Checkpoint(f"./{folder}").fingerprint}
+    return NeuronList(NEURONS.neurons, {**NEURONS.provenance, **of_export})
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """The warnings of a report."""
+    found: list[str] = []
+    monkeypatch.setattr(report, "rank_zero_warn", found.append)
+    return found
 
 
 def test_the_exported_checkpoint_gets_the_card_and_the_next_evaluation_a_new_one(export):
@@ -110,15 +126,16 @@ def test_the_exported_checkpoint_gets_the_card_and_the_next_evaluation_a_new_one
     assert (export / "README.md").read_text() == CARD.read_text()
     write(dataclasses.replace(results, verdict="Another."), rows, exported(export))
     assert "Another." in (export / "README.md").read_text()
-    assert {path.name for path in export.iterdir()} == {"README.md", "config.json"}
+    assert {path.name for path in export.iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize("content", ["mine", "# Made with sparc3_lightning, and edited\n", ""])
-def test_a_readme_of_somebody_else_stays(export, content):
+def test_a_readme_of_somebody_else_stays(export, content, warnings):
     (export / "README.md").write_text(content)
     write(neurons=exported(export))
     assert (export / "README.md").read_text() == content
     assert CARD.is_file()
+    assert warnings == ["The model card was not put into export: it has a README of its own."]
 
 
 def test_a_card_whose_mark_was_removed_stays(export):
@@ -129,19 +146,42 @@ def test_a_card_whose_mark_was_removed_stays(export):
     assert (export / "README.md").read_text() == edited
 
 
-def test_a_folder_that_is_no_checkpoint_or_not_there_gets_no_card():
+def test_a_folder_that_is_no_checkpoint_or_not_there_gets_no_card(warnings):
     Path("empty").mkdir()
     for folder in ("empty", "missing"):
-        write(neurons=exported(Path(folder)))
+        write(neurons=exported(Path(folder), "files:abc"))
     assert os.listdir("empty") == []  # noqa: PTH208
     assert not Path("missing").exists()
+    assert len(warnings) == 2
+    for said, reason in zip(warnings, ("it has no config.json", "does not exist"), strict=True):
+        assert said.startswith("The model card was not put into")
+        assert reason in said
 
 
-def test_a_card_that_cannot_be_put_there_does_not_cost_the_page(export, monkeypatch):
+def test_another_checkpoint_in_the_place_of_the_export_gets_no_card(export, warnings):
+    neurons = exported(export)
+    write_checkpoint(Path("other"), 1.0)
+    for folder, fingerprint in (("other", neurons.provenance["export_fingerprint"]), ("export", "files:abc")):
+        write(neurons=exported(Path(folder), fingerprint))
+        assert not Path(folder, "README.md").exists()
+        said = f"The model card was not put into {folder}: it does not hold the checkpoint that was exported with"
+        assert warnings.pop().startswith(said)
+
+
+def test_an_export_that_was_never_completed_gets_no_card(export, warnings):
+    write(neurons=NeuronList(NEURONS.neurons, {**NEURONS.provenance, "export": str(export)}))
+    assert not (export / "README.md").exists()
+    assert len(warnings) == 1
+
+
+def test_neurons_without_an_export_are_no_reason_to_warn(warnings):
+    write(neurons=NeuronList(NEURONS.neurons, {**NEURONS.provenance, "export": None}))
+    assert warnings == []
+
+
+def test_a_card_that_cannot_be_put_there_does_not_cost_the_page(export, warnings):
     (export / "README.md").mkdir()
-    warnings: list[str] = []
-    monkeypatch.setattr(report, "rank_zero_warn", warnings.append)
     PAGE.unlink(missing_ok=True)
     write(neurons=exported(export))
     assert len(warnings) == 1
-    assert "could not be put into export" in warnings[0]
+    assert "was not put into export" in warnings[0]

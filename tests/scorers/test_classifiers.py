@@ -1,5 +1,6 @@
 """Scorers of other families: text-classification checkpoints made on the spot, and functions of packages."""
 
+import json
 import math
 import os
 import shutil
@@ -271,13 +272,95 @@ def test_beside_safetensors_a_pickle_is_not_looked_at(two: Path, tmp_path: Path)
     assert not Path("sprung").exists()
 
 
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("label", ["", "#LABEL_1"])
+def test_a_causal_language_model_is_no_scorer(label: str, tiny_checkpoint: str) -> None:
+    with pytest.raises(ValueError, match=r"do not hold the text-classification model .* 1 missing \(score.weight\)"):
+        ClassifierScorer(f"{tiny_checkpoint}{label or '#LABEL_0'}")
+
+
+LOST: list[tuple[Callable[[dict[str, torch.Tensor]], object], str]] = [
+    (
+        lambda weights: [weights.pop(f"classifier.{part}") for part in ("weight", "bias")],
+        r"2 missing \(classifier.bias",
+    ),
+    (lambda weights: weights.update({"classifier.weight": torch.ones(3, 16)}), r"1 of another shape \(classifier.we"),
+    (lambda weights: weights.update({"bert.encoder.layer.2.output.dense.bias": torch.ones(16)}), "1 unexpected"),
+    (lambda weights: weights.update({"classifier.weight": torch.ones(2, 16, dtype=torch.int8)}), "1 quantized tensors"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), LOST)
+def test_a_classifier_with_other_tensors_than_its_config_says_is_refused(
+    change: Callable[[dict[str, torch.Tensor]], object], expected: str, two: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(two, tmp_path / "changed"))
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=expected):
+        ClassifierScorer(str(folder))
+
+
+def test_a_pooler_that_a_roberta_was_trained_with_may_be_left_over(
+    make_classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(make_classifier(family="roberta"), tmp_path / "trained"))
+    pooler = {"roberta.pooler.dense.weight": torch.ones(16, 16), "roberta.pooler.dense.bias": torch.ones(16)}
+    rewrite(folder, lambda weights: weights.update(pooler, **{"roberta.embeddings.position_ids": torch.arange(22)}))
+    assert ClassifierScorer(str(folder)).score(TEXTS) == ClassifierScorer(str(make_classifier(family="roberta"))).score(
+        TEXTS
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "expected"),
+    [
+        (
+            "config.json",
+            {"auto_map": {"AutoModelForSequenceClassification": "evil.Evil"}},
+            "needs Python code",
+        ),
+        (
+            "config.json",
+            {"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"},
+            "needs Python code",
+        ),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}, "needs Python code"),
+        ("config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, r"is quantized \(bitsandbytes\)"),
+        ("config.json", {"hidden_size": "sixteen"}, "cannot be read: correct it"),
+        ("config.json", {"num_hidden_layers": 10**6}, "says 1,000,000 layers"),
+        ("config.json", {"attn_implementation": "flash_attention_2"}, "asks for the attention 'flash_attention_2'"),
+        ("config.json", {"vocab_size": 20}, "but the model has embeddings for 20 tokens"),
+        ("adapter_config.json", {}, "holds an adapter"),
+    ],
+)
+def test_a_classifier_that_would_not_be_loaded_as_it_is_is_refused_and_asks_nothing(
+    file: str, changes: dict[str, Any], expected: str, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it was asked whether code may run"))
+    folder = Path(shutil.copytree(two, tmp_path / "hostile"))
+    (folder / "evil.py").write_text("from pathlib import Path\nPath('sprung').touch()\nclass Evil: pass\n")
+    content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps({**content, **changes}))
+    with pytest.raises(ValueError, match=expected) as raised:
+        ClassifierScorer(str(folder))
+    assert "\n" not in str(raised.value)
+    assert not Path("sprung").exists()
+
+
 def test_a_checkpoint_that_cannot_be_had_is_an_error_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
     def fail(*arguments: Any, **options: Any) -> None:
         raise OSError("We couldn't connect to the hub")
 
-    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
     with pytest.raises(OSError, match=r"'some/classifier' is not on this machine .* run 'sparc3 prepare'"):
         ClassifierScorer("some/classifier#toxic")
 

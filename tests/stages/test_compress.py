@@ -37,7 +37,7 @@ def make_scores(tiny_checkpoint):
         Path(f"seed-{seed}").mkdir(exist_ok=True)
         for name, score in scores.items():
             writer.add(name, score)
-        writer.close(changed(of, **changes or {}))
+        writer.close(changed(of, **{"data_fingerprint": f"seed {seed}", **(changes or {})}))
         return Path(f"seed-{seed}", INDEX)
 
     return make
@@ -145,6 +145,13 @@ def test_scores_of_neurons_or_of_nothing_are_refused_with_the_way_to_those_of_we
 def test_scores_that_do_not_belong_together_are_refused(make_scores, changes, message):
     with pytest.raises(ValueError, match=message):
         Compression([make_scores(0), make_scores(1, changes)], EXPORT).compress(OUT)
+
+
+def test_the_same_samples_are_no_two_seeds(make_scores):
+    first = make_scores(0)
+    for other in (first, make_scores(1, {"data_fingerprint": "seed 0"})):
+        with pytest.raises(ValueError, match=r"\(--model\.general\) are scores of one kind of the same samples"):
+            Compression([first, other], EXPORT).compress(OUT)
 
 
 def test_scores_of_other_layers_are_refused(make_scores):

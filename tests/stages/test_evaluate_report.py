@@ -44,7 +44,8 @@ def test_a_scorer_that_finds_nothing_gives_valid_json_a_report_and_a_summary(
 
 def test_the_model_card_is_put_into_the_folder_of_the_exported_checkpoint(tiny_checkpoint):
     export_pruned(Checkpoint(tiny_checkpoint), PRUNED, Path("pruned"), dtype=torch.float32)
-    neurons = save_neurons(tiny_checkpoint, PRUNED, {"export": "pruned"})
+    of_export = {"export": "pruned", "export_fingerprint": Checkpoint("pruned").fingerprint}
+    neurons = save_neurons(tiny_checkpoint, PRUNED, of_export)
     results = run(evaluation(tiny_checkpoint, neurons, max_new_tokens=2))
     card = Path("out", "model_card.md").read_text()
     assert Path("pruned", "README.md").read_text() == card

@@ -14,7 +14,6 @@ from sparc3_lightning.models.components import mask
 from sparc3_lightning.selection import criteria as selections
 from sparc3_lightning.selection.criteria import select_neurons
 from sparc3_lightning.selection.neuron_list import NeuronList, histogram
-from sparc3_lightning.stages import prune as prune_module
 from sparc3_lightning.stages.prune import NEURONS, SELECTION, Pruning
 
 OUT = Path("out")
@@ -453,13 +452,3 @@ def test_a_checkpoint_that_changed_since_it_was_attributed_is_not_exported(tiny_
     with pytest.raises(ValueError, match=r"no longer the one that was attributed"):
         Pruning([general], behavior, num_neurons=3, export=Path("pruned")).prune(OUT)
     assert not Path("pruned").exists()
-
-
-def test_an_export_that_fails_leaves_no_neurons_json_so_that_the_stage_does_not_count_as_done(real_files, monkeypatch):
-    def full_disk(*_args, **_kwargs):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(prune_module, "export_pruned", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        Pruning(*real_files, num_neurons=3, export=Path("pruned")).prune(OUT)
-    assert not (OUT / NEURONS).exists()
