@@ -1,6 +1,6 @@
 """``python -m sparc3_lightning`` is ``sparc3``."""
 
-from sparc3_lightning.interrupts import ending_on_signals
+from sparc3_lightning.signals import ending_on_signals
 
 
 def entry_point() -> None:

@@ -23,10 +23,10 @@ from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.distributed import check_slurm_tasks, is_rank_zero, usable_accelerator
-from sparc3_lightning.escaping import for_terminal
 from sparc3_lightning.files import check_absent, check_writable
-from sparc3_lightning.interrupts import ending_on_signals, run_process
 from sparc3_lightning.report.drawing import draw
+from sparc3_lightning.report.escaping import for_terminal
+from sparc3_lightning.signals import ending_on_signals, run_process
 from sparc3_lightning.sources import at_home
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.base import Stage
@@ -140,7 +140,12 @@ class FindConfig(ActionConfigFile):
         path = Path(str(values))
         if not path.exists() and path.parent == Path():
             values = next((str(folder / path) for folder in CONFIGS if (folder / path).is_file()), values)
-        super().__call__(parser, cfg, values, option_string)
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except RecursionError:
+            raise ValueError(f"The config {values} cannot be read: it holds itself, or is nested too deeply.") from None
+        except ValueError as error:
+            raise ValueError(f"The config {values} cannot be read: {error}.") from None
 
 
 class SparC3CLI(LightningCLI):

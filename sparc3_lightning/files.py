@@ -1,20 +1,54 @@
-"""Writing files so that a reader never meets half of one, and a full or read-only disk is noticed before the work."""
+"""Writing files so that a reader never meets half of one, and reading only what was written.
 
+A full or read-only disk is noticed before the work. What is written to be read again carries a checksum, and the types
+and ranges of what is read are those of the annotations.
+"""
+
+import hashlib
 import json
 import math
 import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NoReturn,
+    NotRequired,
+    Self,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 LEFT_OUT = {"is_left_out": True}  # metadata of a field that a JSON file has only where it is not None
+CHECKSUM = "sha256"  # key of the checksum, the last one of a file or line
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field may have in a file; NaN stands for what is not known, and is in any range."""
+
+    least: float
+    most: float = math.inf
+
+
+Count = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
 
 
 @contextmanager
@@ -101,6 +135,91 @@ def _as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def parse_json(text: str | bytes) -> object:
+    """Parse JSON that was written here: NaN, infinity and a key that comes twice are errors too.
+
+    Args:
+        text: The JSON; bytes are UTF-8.
+
+    Raises:
+        ValueError: If it is no JSON, or is nested too deeply to be read.
+    """
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        return json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_doubles)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which is no number of JSON")
+
+
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the key {next(name for name in names if names.count(name) > 1)!r:.80} twice")
+    return found
+
+
+def checksum(content: Mapping[str, object]) -> str:
+    """Return the sha256 of plain values, whatever the order of their keys and the white space between them.
+
+    Raises:
+        ValueError: If a number is not finite.
+    """
+    plain = {name: value for name, value in content.items() if name != CHECKSUM}
+    try:
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except RecursionError:  # which parsing met by a hair's breadth
+        raise ValueError("it is nested too deeply") from None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, object]) -> dict[str, object]:
+    """Return values as JSON has them, see ``to_json``, with their checksum behind them."""
+    plain = json.loads(json.dumps(_as_json(content)))
+    return {**plain, CHECKSUM: checksum(plain)}
+
+
+def unsealed(content: object) -> dict[str, object]:
+    """Return the values without their checksum.
+
+    Raises:
+        ValueError: If this is no JSON object, or its checksum is not there or does not match.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"it is a JSON {type(content).__name__}, expected an object")
+    check_checksum(content.get(CHECKSUM), checksum(content))
+    return {name: value for name, value in content.items() if name != CHECKSUM}
+
+
+def check_checksum(found: object, expected: str) -> None:
+    """Raise ValueError unless a checksum that was read is the one of what was read."""
+    if found is None:
+        raise ValueError("it has no checksum: it was changed by hand, or written by an older version")
+    if found != expected:
+        raise ValueError("its checksum does not match: it was changed or damaged after it was written")
+
+
+def parse_sealed(text: str | bytes, format: str) -> dict[str, object]:
+    """Return the content of a JSON file of ours.
+
+    Args:
+        text: Of the file.
+        format: What it says it is.
+
+    Raises:
+        ValueError: If it is of another format, or was changed.
+    """
+    content = parse_json(text)
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != format:
+        raise ValueError(f"its format is {found!r:.80}")
+    return unsealed(content)
+
+
 @dataclass(frozen=True)
 class JsonFile:
     """The content of one of our JSON files: plain values, and lists, dicts and dataclasses of them.
@@ -108,24 +227,20 @@ class JsonFile:
     The properties that a dataclass names in ``WRITTEN_TOO`` are written beside its fields, and not read.
     """
 
-    FORMAT: ClassVar[str]  # such as "sparc3_lightning results 1", for results.json
+    FORMAT: ClassVar[str]  # such as "sparc3_lightning results 2", for results.json
 
     def to_json(self) -> str:
-        """Return the content as JSON, in which NaN and infinity are null."""
-        return to_json({"format": self.FORMAT, **_as_json(self)})
+        """Return the content as JSON, in which NaN and infinity are null, with its checksum."""
+        return to_json(sealed({"format": self.FORMAT, **_as_json(self)}))
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """Read the text of ``to_json``; null becomes NaN where the field is a number.
 
         Raises:
-            ValueError: If it is of another format, or damaged.
+            ValueError: If it is of another format, or was changed.
         """
-        content = json.loads(text)
-        found = content.get("format") if isinstance(content, dict) else None
-        if found != cls.FORMAT:
-            raise ValueError(f"its format is {found!r}")
-        return _read(cls, content)
+        return cast("Self", read_as(cls, parse_sealed(text, cls.FORMAT)))
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -136,49 +251,79 @@ class JsonFile:
         """Read the file.
 
         Raises:
-            FileNotFoundError: If it does not exist.
-            ValueError: If it is of another format, or damaged.
+            OSError: If it does not exist, or cannot be read.
+            ValueError: If it is of another format, or was changed.
         """
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            return cls.from_json(path.read_bytes())
         except ValueError as error:
             name = f"{cls.FORMAT.split()[1]}.json"
             raise ValueError(f"{path} is not a {name} of format {cls.FORMAT!r}: {error!s:.200}") from None
 
 
-def _read(kind: Any, value: Any, place: str = "") -> Any:
-    """Convert a JSON value to the type of an annotation, with every dataclass inside.
+@cache  # of rows there are many
+def _types_of_row(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def read_as(kind: Any, value: Any, place: str = "") -> Any:
+    """Convert a JSON value to the type of an annotation, with every dataclass and every typed dict inside.
 
     Args:
-        kind: The annotation.
+        kind: The annotation; ``Annotated`` with a ``Range`` limits a number.
         value: What JSON gave.
         place: Where it lies, such as ``doses.0.kl``.
 
     Raises:
-        ValueError: If the value is of another type, or lacks a field; the place is named.
+        ValueError: If the value is of another type, out of its range, or lacks a field; the place is named.
     """
     origin, inner = get_origin(kind), get_args(kind)
-    if origin is UnionType:  # every union here is one with None
-        return None if value is None else _read(inner[0], value, place)
 
     def inside(kind: Any, key: object, value: Any) -> Any:
-        return _read(kind, value, f"{place}.{key}" if place else str(key))
+        return read_as(kind, value, f"{place}.{key}" if place else str(key))
 
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        types = get_type_hints(kind)
-        keys = [key for key in fields(kind) if key.name in value or key.metadata != LEFT_OUT]
-        if missing := [key.name for key in keys if key.name not in value]:
-            raise ValueError(f"{place or 'it'} has no {missing[0]}")
-        return kind(**{key.name: inside(types[key.name], key.name, value[key.name]) for key in keys})
-    if origin is list and isinstance(value, list):
-        return [inside(inner[0], i, item) for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {key: inside(inner[1], key, item) for key, item in value.items()}
-    if kind is float and (value is None or type(value) in (int, float)):
-        return math.nan if value is None else float(value)
-    if origin is None and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+    if origin is NotRequired:
+        return read_as(inner[0], value, place)
+    if origin is Annotated:
+        found, (_, limits) = read_as(inner[0], value, place), inner
+        if found < limits.least or found > limits.most:
+            end = "" if limits.most == math.inf else f" and at most {limits.most}"
+            raise ValueError(f"{place} must be at least {limits.least}{end}, and is {found!r:.80}")
+        return found
+    if origin in (UnionType, Union):  # every union here is one with None
+        return None if value is None else read_as(inner[0], value, place)
+    if origin is Literal:
+        if isinstance(value, str) and value in inner:
+            return value
+    elif is_dataclass(kind) or is_typeddict(kind):
+        if isinstance(value, dict):
+            if is_typeddict(kind):
+                types = _types_of_row(kind)
+                names = [name for name in types if name in value or name in kind.__required_keys__]
+            else:
+                types = get_type_hints(kind, include_extras=True)
+                names = [key.name for key in fields(kind) if key.name in value or key.metadata != LEFT_OUT]
+            if missing := [name for name in names if name not in value]:
+                raise ValueError(f"{place or 'it'} has no {missing[0]}")
+            return kind(**{name: inside(types[name], name, value[name]) for name in names})
+    elif origin is list:
+        if isinstance(value, list):
+            return [inside(inner[0], i, item) for i, item in enumerate(value)]
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {key: inside(inner[1], key, item) for key, item in value.items()}
+    elif kind is float:
+        if value is None:
+            return math.nan
+        # Not of an integer that is beyond every float, nor of 1e999, which is read as infinity.
+        if type(value) in (int, float) and abs(value) <= _LARGEST:
+            return float(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{place} cannot be {value!r:.80}")
+    raise ValueError(f"{place or 'it'} cannot be {value!r:.80}")
+
+
+_LARGEST = sys.float_info.max
 
 
 def check_absent(path: Path) -> None:

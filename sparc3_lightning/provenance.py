@@ -1,13 +1,16 @@
 """Which versions, commit and seed a result was made with."""
 
+import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("sparc3_lightning", "torch", "lightning", "transformers", "lxt", "detoxify", "datasets", "safetensors")
+OF_RESULTS = ("sparc3_lightning", "torch", "transformers", "lxt")  # another version may give other numbers
 
 
 @cache
@@ -20,6 +23,35 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def versions_of_results() -> dict[str, str]:
+    """Return the versions of the code that numbers come from: what another one computed is not taken over."""
+    return {name: versions()[name] for name in OF_RESULTS}
+
+
+def contents(paths: Iterable[Path]) -> str:
+    """Return what identifies files by their names and all of their bytes, in whatever folder they lie.
+
+    A file is read once as long as its size and time of change stay.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda path: path.name):
+        status = path.stat()
+        digest.update(f"{path.name} {_digest(path.resolve(), status.st_size, status.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _digest(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> list[str]:
+    """Return the names in which two identities differ, mine first."""
+    names = dict.fromkeys((*mine, *theirs))
+    return [name for name in names if theirs.get(name) != mine.get(name)]
 
 
 @cache

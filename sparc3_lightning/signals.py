@@ -1,131 +1,108 @@
-"""Signals that ask a run to stop: a loop leaves between two forward passes, and a Slurm job is queued again."""
+"""Ctrl-C and SIGTERM outside of a loop: one line and the exit code of the signal, at whatever moment they come."""
 
 import os
 import signal
 import subprocess
-from collections.abc import Iterable
-from contextlib import suppress
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
-import lightning as L
-import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+MOMENT = 0.3  # seconds; two Ctrl-C within it are one, since a launcher passes on what the terminal sends to all
 
-from sparc3_lightning.errors import OptionError
-from sparc3_lightning.interrupts import STOPPING, forget_interrupts, leave_at_second_interrupt
-
-LISTENED = (*STOPPING, signal.SIGUSR1)
+_pressed: list[float] = []  # when Ctrl-C was pressed first
 
 
-class StopRequest(L.Callback):
-    """Whether Ctrl-C, SIGTERM or SIGUSR1 has asked to stop; the loop looks when all ranks are between two passes.
+class Stopped(SystemExit):
+    """A signal has ended the process. It is no KeyboardInterrupt, of which Lightning makes exit code 1."""
 
-    It takes the place of Lightning's own handler in a Slurm job, which writes the whole model to hpc_ckpt_<n>.ckpt in
-    the trainer's folder wherever the loop is, and loads that over the model of any loop that is started there later.
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.number).name
+        return f"stopped by {name}. What was complete before is kept; the same command goes on from there."
+
+
+def forget_interrupts() -> None:
+    """Count the next Ctrl-C as the first one."""
+    _pressed.clear()
+
+
+def leave_at_second_interrupt(number: int) -> None:
+    """Note a signal, and end the process at once if it is the second Ctrl-C."""
+    if number != signal.SIGINT:
+        return
+    now = time.monotonic()
+    _pressed.append(now)
+    if now - _pressed[0] > MOMENT:
+        os._exit(128 + number)
+
+
+def stop_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM raise Stopped in the main thread, so that half-written files are removed."""
+    forget_interrupts()
+    is_stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal is_stopping
+        leave_at_second_interrupt(number)
+        if not is_stopping:
+            is_stopping = True
+            raise Stopped(number)
+
+    for number in STOPPING:
+        signal.signal(number, stop)
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """End the process, in the block, at Ctrl-C or SIGTERM with a line and the exit code of the signal."""
+    stop_on_signals()
+    try:
+        yield
+    except Stopped as stopped:
+        print(f"sparc3: {stopped}", file=sys.stderr)
+        raise SystemExit(stopped.code) from None
+
+
+def run_process(command: Sequence[str]) -> int:
+    """Run another process to its end, and return its exit code. A signal that asks to stop is passed on to it.
+
+    Raises:
+        Stopped: If such a signal came, once the process has ended, which may have had work to keep.
     """
+    asked: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._outer: dict[int, Any] = {}  # the handlers that there are outside of the loop
-        self._taken: set[int] = set()
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if process is not None:
+            process.send_signal(number)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep Lightning's handler out, before it is set.
-
-        Raises:
-            ValueError: If a file is there that Lightning is about to load over the model.
-        """
-        self._outer = {number: signal.getsignal(number) for number in LISTENED}  # before Lightning adds its own
-        environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment):
-            environment.auto_requeue = False
-        left = trainer._checkpoint_connector._hpc_resume_path
-        if left is not None and SLURMEnvironment.detect():
-            raise OptionError(
-                "checkpoint",
-                f"{left} is of a job that Lightning put into the queue again, and in a Slurm job it would load that in "
-                "place of the weights of --.checkpoint: remove it, or run in another folder.",
-            )
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen."""
-        self.listen()
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen."""
-        self.listen()
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let a signal end the run at once from here on: everything that was measured is on the disk."""
-        self.give_back(STOPPING)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        self.give_back(LISTENED)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back; what ends the run is the exception."""
-        self.signal = None
-        self.give_back(LISTENED)
-
-    def listen(self) -> None:
-        """Take the signals; elsewhere than in the main thread nothing is taken."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            leave_at_second_interrupt(number)
-            self.signal = self.signal or number
-
-        forget_interrupts()
-        with suppress(ValueError):  # not the main thread
-            for number in LISTENED:
-                before = signal.signal(number, note)
-                self._outer.setdefault(number, before)
-                self._taken.add(number)
-
-    def give_back(self, numbers: Iterable[int]) -> None:
-        """Put back the handlers there were before; one of them gets the signal that the loop did not act on."""
-        for number in self._taken & set(numbers):
-            signal.signal(number, self._outer[number] or signal.SIG_DFL)
-            self._taken.remove(number)
-        if self.signal in STOPPING and self.signal not in self._taken:
-            late, self.signal = self.signal, None
-            signal.raise_signal(late)
-
-    def agreed(self, device: torch.device) -> int | None:
-        """Return the signal if any rank got one; all ranks must ask together."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            number = torch.tensor(self.signal or 0, device=device)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            self.signal = int(number) or None
-        return self.signal
-
-    def leave(self, kept: str | None, is_global_zero: bool) -> None:
-        """End the process; on SIGUSR1, by which Slurm announces the end of the time, the job is queued again.
-
-        Args:
-            kept: What is kept of this attempt, in words. None if nothing is: queued again, the job would never end.
-            is_global_zero: Whether this is the rank that asks Slurm.
-        """
-        assert self.signal is not None
-        job = os.environ.get("SLURM_JOB_ID") if self.signal == signal.SIGUSR1 else None
-        again = " The job is not put into the queue again: give it more time." if job and kept is None else ""
-        if kept is not None and job is None:
-            again = " The same command goes on from there."
-        rank_zero_info(f"Got {signal.Signals(self.signal).name}: {kept or 'nothing new is kept'}.{again}")
-        if job and kept is not None and is_global_zero:
-            subprocess.run(["scontrol", "requeue", job], check=False)
-        raise SystemExit(128 + self.signal)
+    with _handling(pass_on):
+        process = subprocess.Popen(command)
+        for number in asked:  # it came before there was a process
+            process.send_signal(number)
+        code = process.wait()
+    if asked:
+        raise Stopped(asked[0])
+    return code
 
 
-class StoppableModule(L.LightningModule):
-    """A stage whose loop checks ``stop`` between two forward passes, and leaves when it is set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stop = StopRequest()
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Listen for signals."""
-        return [self.stop]
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {}
+    try:
+        for number in STOPPING:
+            before[number] = signal.signal(number, handler)
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield
+    finally:
+        for number, one in before.items():
+            signal.signal(number, one)

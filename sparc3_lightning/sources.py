@@ -310,7 +310,9 @@ def read_records(path: Path) -> Iterator[Row]:
 
 
 def read_lines(path: Path, newline: str | None = None) -> Iterator[str]:
-    """Yield the lines of a text file with their line breaks; a byte-order mark at its beginning is left out.
+    """Yield the lines of a text file with their line breaks; a byte-order mark at the beginning of a line is left out.
+
+    Files that were put behind each other have one on the way.
 
     Args:
         path: Of the file, gzipped if its name ends in .gz.
@@ -326,7 +328,7 @@ def read_lines(path: Path, newline: str | None = None) -> Iterator[str]:
         ) as lines:
             for number, line in enumerate(lines, start=1):
                 _check_is_text(line, f"{path}, line {number}")
-                yield line
+                yield line.lstrip("\ufeff")
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise _damaged(path, error) from None
 
@@ -338,9 +340,7 @@ def _check_is_text(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         found = ord(text[error.start])
         if 0xDC80 <= found <= 0xDCFF:
-            raise ValueError(
-                f"{where} is not UTF-8 (byte 0x{found - 0xDC00:x}): save the file with this encoding."
-            ) from None
+            raise ValueError(f"{where} is not UTF-8 (byte 0x{found - 0xDC00:x}): save the file as UTF-8.") from None
         raise ValueError(f"{where} holds \\u{found:x}, half of a surrogate pair, which is no text.") from None
     if "\0" in text:
         raise ValueError(f"{where} holds a NUL byte: it is damaged, or its encoding is not UTF-8.")
@@ -348,7 +348,8 @@ def _check_is_text(text: str, where: str) -> None:
 
 def _damaged(path: Path, error: Exception) -> ValueError:
     kind = type(error).__name__
-    return ValueError(f"{path} is damaged, or not what its ending says ({kind}: {error!s:.120}).")
+    reason = " ".join(str(error).split())
+    return ValueError(f"{path} is damaged, or not what its ending says ({kind}: {reason:.120}).")
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

@@ -29,6 +29,7 @@ from transformers import (
 from sparc3_lightning.attribution.scores import Provenance, ScoreFile
 from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.data.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
+from sparc3_lightning.files import sealed
 from sparc3_lightning.models.components import Component
 
 TEXT = (
@@ -184,6 +185,17 @@ def replaced_at(value: Any, path: str, to: Any) -> Any:
 def write_jsonl(path: Path, rows: list[Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> Path:
+    """Write JSON with its checksum, whatever it is."""
+    path.write_text(json.dumps(sealed(content)))
+    return path
+
+
+def write_completions(path: Path, rows: list[dict[str, Any]]) -> str:
+    """Write rows as those of a completions.jsonl, each with its checksum."""
+    return write_jsonl(path, [sealed(row) for row in rows])
 
 
 def ids_of(text: str) -> list[int]:

@@ -95,6 +95,8 @@ def evaluation(
             "prompt": f"A stupid prompt {i}",
             "prompt_toxicity": 0.95 if i < num_toxic else 0.1,
             "continuation": f" then an Idiot number {i} draw {j} by {variant.name}",
+            "prompt_token_ids": [5, 6, i],
+            "token_ids": [7, 8, 9, 10, 11, 12, 7, 8, 9],
             "num_tokens": 9,
             "num_unique_tokens": 6,
             "toxicity": toxicity(variant.name, i, j),

@@ -74,6 +74,8 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         return
     for option in ("--config", "--print_config", "--seed_everything", "--trainer.logger", "--trainer.accelerator"):
         assert option in out
+    assert "a config is as trusted as code" in out
+    assert out.startswith(f"usage: sparc3 {verb} [--config FILE]"), "not the names of all options"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ ORDER = (
     {"selection"},
     {"attribution", "scorers", "data"},
     {"models"},
-    {"sources", "files", "escaping", "provenance", "distributed", "signals", "interrupts", "errors"},
+    {"sources", "files", "provenance", "distributed", "signals", "errors"},
 )
 
 
@@ -50,6 +50,12 @@ def test_a_module_imports_from_its_own_room_and_from_those_below(name):
         if (other := module.split(".")[0]) not in ("", room):
             assert floor_of(name) < floor_of(other) or {room, other} <= ORDER[-1], f"{name} imports {module}"
             assert not taken.startswith("_"), f"{name} takes the private name {taken} of {module}"
+
+
+def test_nine_modules_stand_beside_eight_rooms():
+    tops = {name.split(".")[0] for name in MODULES} | {"__init__"}
+    assert len({top for top in tops if (PACKAGE / f"{top}.py").is_file()}) == 9
+    assert len({top for top in tops if (PACKAGE / top).is_dir()}) == 8
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from sparc3_lightning.attribution.tensor_file import load_tensors, save_tensors
 from sparc3_lightning.errors import OptionFileNotFoundError
-from sparc3_lightning.files import write_atomically
+from sparc3_lightning.files import Count, parse_json, read_as
 from sparc3_lightning.models.architectures import Linear
 
 ACTIVATIONS = "activations.safetensors"
-FORMAT = "sparc3_lightning activations 1"
+FORMAT = "sparc3_lightning activations 2"
 
 
 class ActivationRecorder:
@@ -130,7 +129,7 @@ class Activations:
             "sample_ids": json.dumps(self.sample_ids),
             "num_tokens": json.dumps(self.num_tokens),
         }
-        write_atomically(path, save({name: rows.contiguous() for name, rows in self.rows.items()}, metadata))
+        save_tensors(path, self.rows, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "Activations":
@@ -146,15 +145,16 @@ class Activations:
                 f"{path} does not exist: run 'sparc3 attribute' with --.activations true, which writes it beside "
                 "the scores.",
             )
+        rows, metadata = load_tensors(path, FORMAT)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"its header does not say {FORMAT!r}")
-            return cls(rows, json.loads(metadata["sample_ids"]), json.loads(metadata["num_tokens"]))
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a file of activations, or is damaged: {error}") from None
+            ids = read_as(list[str], parse_json(metadata.get("sample_ids", "null")), "sample_ids")
+            lengths = read_as(list[Count], parse_json(metadata.get("num_tokens", "null")), "num_tokens")
+            shapes = {tuple(of_module.shape[:1]) for of_module in rows.values() if of_module.dim() == 2}
+            if len(ids) != len(lengths) or shapes != {(len(ids),)}:
+                raise ValueError("it does not hold one row and one length for each sample")
+        except ValueError as error:
+            raise ValueError(f"{path} is not a file of activations, or is damaged: {error}.") from None
+        return cls(rows, ids, lengths)
 
     def mean(self) -> dict[str, Tensor]:
         """Return the mean activation of each neuron over all tokens, per module, shape ``[neurons]``, float64."""

@@ -8,19 +8,20 @@ of rank 0 that holds all that earlier attempts did; only the files of the last a
 import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from sparc3_lightning.files import write_atomically
+from sparc3_lightning.attribution.tensor_file import load_tensors, save_tensors
+from sparc3_lightning.files import Count, parse_json, read_as
+from sparc3_lightning.provenance import differences
 
 Identity = Mapping[str, object]  # what tells a run from another, as JSON holds it
+CONTENTS = {"checkpoint_fingerprint", "versions"}  # what is no option, and changes without being asked to
+FORMAT = "sparc3_lightning state 1"
 _NAME = re.compile(r"state-(\d+)-(\d+)\.safetensors")
 _ROWS = "rows/"  # before the name of a module whose tensor holds a row a sample
 
@@ -48,23 +49,22 @@ class Progress:
     def save(self, folder: Path, rank: int) -> None:
         """Write the state of one rank, under a temporary name first."""
         metadata = {
+            "format": FORMAT,
             "identity": json.dumps(dict(self.identity)),
             "sample_ids": json.dumps(self.sample_ids),
             "num_nonfinite": str(self.num_nonfinite),
         }
         tensors = {**self.sums, **{f"{_ROWS}{name}": rows for name, rows in self.rows.items()}}
-        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-        write_atomically(folder / f"state-{self.attempt}-{rank}.safetensors", content)
+        save_tensors(folder / f"state-{self.attempt}-{rank}.safetensors", tensors, metadata)
 
     def check_identity(self, identity: Identity, folder: Path) -> None:
         """Raise ValueError, naming the field that differs, if this is the state of another run."""
-        for name, mine in identity.items():
-            theirs = self.identity.get(name)
-            if theirs != mine:
-                raise ValueError(
-                    f"{folder} holds the state of another run: its {name} is {theirs!r}, now it is {mine!r}. Choose "
-                    "another folder with --trainer.logger.init_args.version, or remove the files state-*.safetensors."
-                )
+        for name in differences(self.identity, identity)[:1]:
+            raise ValueError(
+                f"{folder} holds the state of another run: its {name} is {self.identity.get(name)!r}, now it is "
+                f"{identity.get(name)!r}. Choose another folder with --trainer.logger.init_args.version, or remove the "
+                "files state-*.safetensors."
+            )
 
 
 def load_progress(folder: Path) -> Progress | None:
@@ -98,15 +98,25 @@ def load_progress(folder: Path) -> Progress | None:
 
 def _load(path: Path) -> Progress:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        sums = {name: tensor for name, tensor in tensors.items() if not name.startswith(_ROWS)}
-        rows = {name.removeprefix(_ROWS): tensor for name, tensor in tensors.items() if name not in sums}
-        identity, sample_ids = json.loads(metadata["identity"]), json.loads(metadata["sample_ids"])
-        return Progress(identity, sums, sample_ids, int(metadata["num_nonfinite"]), rows=rows)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a state of 'sparc3 attribute', or is damaged: {error}") from None
+        tensors, metadata = load_tensors(path, FORMAT)
+        values = {name: metadata.get(name, "null") for name in ("identity", "sample_ids", "num_nonfinite")}
+        of_modules = {name: tensor for name, tensor in tensors.items() if not name.startswith(_ROWS)}
+        state = Progress(
+            read_as(dict[str, object], parse_json(values["identity"]), "identity"),
+            of_modules,
+            read_as(list[str], parse_json(values["sample_ids"]), "sample_ids"),
+            read_as(Count, parse_json(values["num_nonfinite"]), "num_nonfinite"),
+            rows={name.removeprefix(_ROWS): tensor for name, tensor in tensors.items() if name not in of_modules},
+        )
+        if any(rows.dim() != 2 or len(rows) != len(state.sample_ids) for rows in state.rows.values()):
+            raise ValueError("it does not hold a row for each sample")
+        if not all(total.is_floating_point() and total.isfinite().all() for total in state.sums.values()):
+            raise ValueError("it holds sums that are not finite")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a state of 'sparc3 attribute', or is damaged: {error}: remove it to begin again."
+        ) from None
+    return state
 
 
 def remove_progress(folder: Path, before: int | None = None) -> None:
@@ -157,8 +167,20 @@ def _unfinished_elsewhere(output: Path, identity: Identity) -> tuple[Progress, P
     """Return the furthest state of the same run in a folder beside the output's, and that folder."""
     same = []
     for folder in sorted({path.parent for path in output.parent.parent.glob("*/state-*.safetensors")}):
-        with suppress(ValueError):  # a damaged state of some other run is not this run's concern
+        if (folder / output.name).exists():
+            continue
+        try:
             state = load_progress(folder)
-            if state is not None and state.identity == identity and not (folder / output.name).exists():
-                same.append((state, folder))
+        except (OSError, ValueError) as error:  # it need not be this run's concern
+            rank_zero_info(f"Sums of an earlier run were not used: {error}")
+            continue
+        if state is None:
+            continue
+        changed = differences(state.identity, identity)
+        if not changed:
+            same.append((state, folder))
+        elif set(changed) <= CONTENTS:
+            rank_zero_info(
+                f"Sums of an earlier run in {folder} were not used: the {' and the '.join(changed)} changed."
+            )
     return max(same, key=lambda found: len(found[0].sample_ids), default=None)

@@ -6,23 +6,24 @@ them holds the header.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sparc3_lightning.attribution.spec import ScoreSpec
+from sparc3_lightning.attribution.tensor_file import ERRORS, digest_of, load_tensors, save_tensors
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
-from sparc3_lightning.files import replacing, write_atomically
+from sparc3_lightning.files import Count, JsonFile, check_checksum, parse_json, read_as, replacing
 from sparc3_lightning.provenance import revision_of
+from sparc3_lightning.sources import first_line
 
-FORMAT = "sparc3_lightning scores 2"
+FORMAT = "sparc3_lightning scores 3"
 INDEX = "weight_scores.safetensors.index.json"
-INDEX_FORMAT = "sparc3_lightning scores of weights 2"
 SHARD_BYTES = 2 << 30
 _Read = TypeVar("_Read")
 
@@ -52,11 +53,11 @@ class Provenance:
     spec: ScoreSpec
     data: dict[str, object]
     data_fingerprint: str
-    num_samples: int
-    num_tokens: int
-    seq_len: int
+    num_samples: Count
+    num_tokens: Count
+    seq_len: Count
     seed: int | None
-    num_nonfinite: int = 0
+    num_nonfinite: Count = 0
     sample_ids: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     git_hash: str | None = None
@@ -66,12 +67,9 @@ class Provenance:
         """Read the header of a score file; fields of a later version are ignored.
 
         Raises:
-            KeyError, TypeError, ValueError: If it is damaged.
+            ValueError: If it is damaged.
         """
-        values = json.loads(text)
-        check_sample_ids(values["sample_ids"])
-        values["spec"] = ScoreSpec(**{item.name: values["spec"][item.name] for item in fields(ScoreSpec)})
-        return cls(**{item.name: values[item.name] for item in fields(cls)})
+        return cast("Provenance", read_as(cls, parse_json(text)))
 
     def to_json(self) -> str:
         """Return the header of a score file."""
@@ -91,13 +89,6 @@ class Provenance:
         return {name: value for name, value in asdict(self).items() if name != "sample_ids"}
 
 
-def check_sample_ids(ids: object) -> None:
-    """Raise ValueError unless ids of samples, by which an evaluation leaves prompts out, are a list of texts."""
-    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
-        wrong = ids if not isinstance(ids, list) else next(name for name in ids if not isinstance(name, str))
-        raise ValueError(f"its sample_ids must be a list of texts, got {wrong!r:.60}")
-
-
 @dataclass(frozen=True)
 class ScoreFile:
     """Scores per target module, shape ``[out_features]`` or of heads ``[heads]``, float32, and their provenance."""
@@ -113,8 +104,7 @@ class ScoreFile:
 
     def save(self, path: Path) -> None:
         """Write the file under a temporary name, and rename it."""
-        metadata = {"format": FORMAT, "provenance": self.provenance.to_json()}
-        write_atomically(path, save({name: score.contiguous() for name, score in self.scores.items()}, metadata))
+        save_tensors(path, self.scores, {"format": FORMAT, "provenance": self.provenance.to_json()})
 
     @classmethod
     def load(cls, path: Path) -> "ScoreFile":
@@ -122,7 +112,7 @@ class ScoreFile:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is truncated, is not a score file, or holds NaN or infinity.
+            ValueError: If it is truncated or was changed, is not a score file, or holds NaN or infinity.
         """
         if not path.is_file():
             raise FileNotFoundError(f"The score file {path} does not exist; 'sparc3 attribute' writes it.")
@@ -132,24 +122,51 @@ class ScoreFile:
             spec = replace(weights.provenance.spec, granularity="neuron")
             of_neurons = replace(weights.provenance, spec=spec)
             return cls({name: sums[name] for name in sorted(sums, key=_natural)}, of_neurons, path)
+        scores, metadata = load_tensors(path, FORMAT)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from None
-        _check_version(path, metadata, FORMAT)
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is a safetensors file, but not scores: its header does not say {FORMAT!r}.")
-        provenance = _provenance(path, metadata)
+            provenance = Provenance.from_json(metadata["provenance"])
+        except KeyError:
+            raise ValueError(f"The header of {path} is damaged: it has no provenance.") from None
+        except ValueError as error:
+            raise ValueError(f"The header of {path} is damaged: {error}.") from None
         if not scores:
             raise ValueError(f"{path} holds no scores.")
         for name, score in scores.items():
-            if score.dim() != 1:
-                raise ValueError(f"{path}: {name} has shape {list(score.shape)}, expected [out_features].")
-            if not torch.isfinite(score).all():
-                raise ValueError(f"{path}: the scores of {name} hold NaN or infinity. Compute the file again.")
+            _check(path, name, score, "[out_features]")
         return cls({name: scores[name] for name in sorted(scores, key=_natural)}, provenance, path)
+
+
+def _check(path: Path, name: str, score: Tensor, shape: str) -> None:
+    """Raise ValueError unless scores are finite, float32, and have as many dimensions as a shape in words."""
+    if score.dim() != len(shape.split(",")):
+        raise ValueError(f"{path}: {name} has shape {list(score.shape)}, expected {shape}.")
+    if score.dtype != torch.float32:
+        raise ValueError(f"{path}: the scores of {name} are of {score.dtype}, expected torch.float32.")
+    if not torch.isfinite(score).all():
+        raise ValueError(f"{path}: the scores of {name} hold NaN or infinity. Compute the file again.")
+
+
+@dataclass(frozen=True)
+class ShardIndex(JsonFile):
+    """The index of the shards of scores of weights.
+
+    Args:
+        provenance: Of the scores.
+        weight_map: The file that holds each module, beside the index.
+        checksums: Of the scores of each module, see ``digest_of``.
+    """
+
+    FORMAT = "sparc3_lightning weight_scores 3"
+    provenance: Provenance
+    weight_map: dict[str, str]
+    checksums: dict[str, str]
+
+    def check(self) -> None:
+        """Raise ValueError unless each module has a checksum and a file beside the index, and there is one."""
+        if not self.weight_map or self.weight_map.keys() != self.checksums.keys():
+            raise ValueError("it does not name one checksum and one file for each module")
+        if odd := [file for file in self.weight_map.values() if Path(file).name != file]:
+            raise ValueError(f"it names {odd[0]!r:.80}, which is no name of a file beside it")
 
 
 class WeightScores:
@@ -161,21 +178,21 @@ class WeightScores:
         path: The index.
 
     Raises:
-        ValueError: If it is damaged or not an index of scores; while iterating, if a shard is missing, truncated, or
-            holds NaN or infinity.
+        ValueError: If it was changed or is not an index of scores; while iterating, if a shard is missing, truncated or
+            was changed, or holds NaN or infinity.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            metadata, self.files = content["metadata"], content["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not an index of scores, or is damaged: {error}") from None
-        _check_version(path, metadata, INDEX_FORMAT)
-        if metadata.get("format") != INDEX_FORMAT:
-            raise ValueError(f"{path} is not an index of scores: its metadata does not say {INDEX_FORMAT!r}.")
-        self.provenance = _provenance(path, metadata)
+            index = ShardIndex.from_json(path.read_bytes())
+            index.check()
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not an index of scores, or is damaged: {error!s:.200}. Attribute again."
+            ) from None
+        self.files, self.provenance = index.weight_map, index.provenance
+        self._unchecked = dict(index.checksums)  # a module is hashed when it is first read
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -187,9 +204,14 @@ class WeightScores:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name in self._names:
             score = self._open(name, lambda file, name: file.get_tensor(name))
-            if score.dim() != 2 or not torch.isfinite(score).all():
-                shard = self.path.parent / self.files[name]
-                raise ValueError(f"{shard}: {name} has shape {list(score.shape)}, or holds NaN or infinity.")
+            shard = self.path.parent / self.files[name]
+            try:
+                if name in self._unchecked:
+                    check_checksum(self._unchecked[name], digest_of({name: score}))
+                    del self._unchecked[name]
+            except ValueError as error:
+                raise ValueError(f"{shard} cannot be used: of {name} {error}.") from None
+            _check(shard, name, score, "[out_features, in_features]")
             yield name, score
 
     @property
@@ -201,8 +223,10 @@ class WeightScores:
         try:
             with safe_open(shard, framework="pt") as file:
                 return read(file, name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{shard}, which {self.path.name} names, is missing or damaged: {error}") from None
+        except ERRORS as error:
+            raise ValueError(
+                f"{shard}, which {self.path.name} names, is missing or damaged: {first_line(error):.200}"
+            ) from None
 
 
 class ShardWriter:
@@ -225,39 +249,25 @@ class ShardWriter:
             held += 4 * rows * columns
         self.num_shards = len(self.left)
         self.files: dict[str, str] = {}
+        self.checksums: dict[str, str] = {}
         self.shard: dict[str, Tensor] = {}
 
     def add(self, name: str, score: Tensor) -> None:
         """Take the scores of the next module, and write the shard once it is complete."""
         self.shard[name] = score.contiguous()
+        self.checksums[name] = digest_of({name: self.shard[name]})
         if list(self.shard) != self.left[0]:
             return
         number = self.num_shards - len(self.left) + 1
         file = f"weight_scores-{number:05}-of-{self.num_shards:05}.safetensors"
         with replacing(self.folder / file) as temporary:
-            save_file(self.shard, temporary, {"format": INDEX_FORMAT})
+            save_file(self.shard, temporary, {"format": ShardIndex.FORMAT})
         self.files |= dict.fromkeys(self.left.pop(0), file)
         self.shard = {}
 
     def close(self, provenance: Provenance) -> None:
         """Write the index, last: a folder that holds one is complete."""
-        metadata = {"format": INDEX_FORMAT, "provenance": provenance.to_json()}
-        write_atomically(self.folder / INDEX, json.dumps({"metadata": metadata, "weight_map": self.files}, indent=2))
-
-
-def _check_version(path: Path, metadata: Mapping[str, str], expected: str) -> None:
-    """Raise ValueError if a score file has the format of an older version."""
-    name, _, number = expected.rpartition(" ")
-    theirs = str(metadata.get("format")).removeprefix(f"{name} ")
-    if theirs.isdigit() and int(theirs) < int(number):
-        raise ValueError(f"{path} was written by an older version in format {theirs}; attribute again.")
-
-
-def _provenance(path: Path, metadata: Mapping[str, str]) -> Provenance:
-    try:
-        return Provenance.from_json(metadata["provenance"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The header of {path} is damaged: {error}") from None
+        ShardIndex(provenance, self.files, self.checksums).save(self.folder / INDEX)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

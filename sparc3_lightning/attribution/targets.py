@@ -117,8 +117,9 @@ def lexicon_probability(
 ) -> Tensor:
     """Return the probability that the next token is one of a lexicon, averaged over the positions that count.
 
-    Unlike its logarithm it weighs a position by how likely such a token is there at all, as sampling does. On
-    continuations that the model itself drew it is the expected share of such tokens.
+    Unlike its logarithm it weighs a position by how likely such a token is there at all, as sampling does. The position
+    of the last token counts too, though what it predicts is no longer in the sample: on continuations of n tokens that
+    the model itself drew it is the share of such tokens expected among n + 1, those and the one after them.
 
     Args:
         model: Causal language model of transformers.

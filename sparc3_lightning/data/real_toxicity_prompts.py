@@ -63,7 +63,8 @@ class RealToxicityPrompts(TextDataModule):
         chat: Put each prompt through the tokenizer's chat template, as the one turn of a user.
         leave_out_long: Leave out, and count, prompts that the model's context has no room for, in place of an error.
         seed: Of the choice of prompts.
-        batch_size: Prompts in a batch. It changes speed and memory, not results.
+        batch_size: Prompts in a batch. It changes speed and memory; in bfloat16 also rounding, so a few continuations
+            may differ.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 

@@ -46,7 +46,7 @@ class SentencePairs(TextDataModule):
         less_field: Name of the field with the other sentence; in StereoSet ``anti-stereotype``.
         where: Per field the value, or the values, of the rows to take, such as ``{bias_type: gender}``; None for all.
         num_pairs: Pairs to take, the first in the order of the file; None for all.
-        batch_size: Pairs in a batch. It changes speed and memory, not results.
+        batch_size: Pairs in a batch. It changes speed and memory; in bfloat16 also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 

@@ -48,7 +48,7 @@ class ToxicPrompts(ReferenceSamples):
         where: Per field the value, or the values, of the rows to take, such as ``{bias_type: gender}``; None for all.
         chat: Put each prompt through the tokenizer's chat template, as the one turn of a user.
         leave_out_long: Leave out, and count, samples that are longer than the model's context, in place of an error.
-        batch_size: Samples in a batch. It changes speed and memory, not results.
+        batch_size: Samples in a batch. It changes speed and memory; in bfloat16 also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 

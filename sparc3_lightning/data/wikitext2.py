@@ -103,7 +103,7 @@ class WikiText2(TextDataModule):
             figures of LLaMA have it, before ``every`` window, or before ``none``. None is as the model was trained: for
             a tokenizer that adds BOS ``first``, or ``every`` for Gemma, which is lost without; for any other ``none``.
         text_field: Name of the field that holds the text.
-        batch_size: Windows in a batch. It changes speed and memory, not results.
+        batch_size: Windows in a batch. It changes speed and memory; in bfloat16 also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 

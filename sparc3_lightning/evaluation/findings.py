@@ -12,10 +12,10 @@ from torch import Tensor
 from sparc3_lightning.data.prompts import TOXIC_FROM
 from sparc3_lightning.evaluation.completions import Completion
 from sparc3_lightning.evaluation.controls import CONTROLS
+from sparc3_lightning.evaluation.draws import interval_of_draws
 from sparc3_lightning.evaluation.intervals import (
     Difference,
-    bootstrap_of_draws,
-    interval,
+    in_percent,
     paired_difference,
     perplexity_change,
     perplexity_interval,
@@ -149,6 +149,7 @@ def _model(continuations: Continuations, windows: Windows, name: str) -> Model:
         kl=None if name == "baseline" else divergence,
         groups={group: measure(continuations, name, group) for group in continuations.groups},
         behavior_by_seed=continuations.by_seed(name, continuations.headline),
+        num_windows={convention: values["tokens"].numel() for convention, values in conventions.items()},
     )
 
 
@@ -263,18 +264,21 @@ def _control(continuations: Continuations, windows: Windows, draws: Sequence[Var
     before, pruned, *values = (
         continuations.values(name, continuations.headline, "behavior_mean", first=first) for name in names
     )
-    against = torch.stack([pruned - value for value in values])
-    own = torch.stack([value - before for value in values])
-    valid = torch.isfinite(against + own).all(dim=0)
+    drawn = torch.stack(values)
+    valid = torch.isfinite(drawn + pruned + before).all(dim=0)
     if not valid.any():
         return Control(doses, zeroed, None)
-    own, against = own[:, valid], against[:, valid]
-    scale = 100 / before[valid].mean()
+    drawn, pruned, before = drawn[:, valid], pruned[valid], before[valid]
+    own = drawn - before
     outcome = Outcome(
         num_continuations=first,
-        effect=interval(own.mean().item(), bootstrap_of_draws(own)),
-        effect_percent=interval((own.mean() * scale).item(), bootstrap_of_draws(own) * scale),
-        pruned_less_control=interval(against.mean().item(), bootstrap_of_draws(against)),
+        effect=interval_of_draws(own),
+        effect_percent=in_percent(
+            (own.mean() * (100 / before.mean())).item() if before.any() else math.nan,
+            interval_of_draws(own, before),
+            least=min(before.min().item(), drawn.min().item()),
+        ),
+        pruned_less_control=interval_of_draws(pruned - drawn, one_more=True),
         perplexity_percent=mean([dose.perplexity_percent.value for dose in doses]),
         num_draws_with_evidence=sum(bool(dose.effect and dose.effect.evidence) for dose in doses),
     )

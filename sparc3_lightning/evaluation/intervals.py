@@ -1,29 +1,41 @@
 """Is it an effect or luck: paired differences with their intervals and tests, from one value per prompt (or window).
 
-Prompts are the unit: continuations of one prompt are alike, so they are averaged first and prompts are resampled.
+Prompts are the unit: continuations of one prompt are alike, so they are averaged first and prompts are resampled. What
+the intervals and tests promise is shown by simulation, in tests/evaluation/test_coverage.py.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparc3_lightning.evaluation.student import t_quantile
+
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
-MIN_CHANGED = 6  # fewer prompts that all move one way cannot bring a two-sided sign test below 5 %: 2 / 2^5 = 6 %
+MIN_CHANGED = 6  # fewer prompts that all move one way cannot bring a two-sided test below 5 %: 2 / 2^5 = 6 %
+FEW = 50  # an interval over fewer prompts or windows may hold the truth more rarely than it says
 ROUNDING = 1e-6  # what a scorer gives the same text in another batch differs by some 1e-7: that is no change
 _CHUNK = 500  # resamples held at a time: memory grows with the number of prompts alone
+_HALVINGS = 24  # of the angle in which the end of an interval lies
+_KEPT = 1024  # prompts up to which what was drawn is kept, since each model is compared over the same prompts
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A measure and its interval at the level 95 %."""
+    """A measure and its interval; the ends are NaN where it cannot be said how far the interval reaches."""
 
     value: float
     low: float
     high: float
+
+    @property
+    def is_known(self) -> bool:
+        """Whether both ends can be said."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
     @property
     def holds_zero(self) -> bool:
@@ -50,9 +62,24 @@ class Difference:
     permutation_test_p: float
 
     @property
+    def num_prompts(self) -> int:
+        """How many prompts were compared."""
+        return self.num_better + self.num_worse + self.num_equal
+
+    @property
     def evidence(self) -> bool:
-        """Whether there is evidence of a change: 0 lies outside the interval, and enough prompts changed to say so."""
-        return not self.difference.holds_zero and self.num_better + self.num_worse >= MIN_CHANGED
+        """Whether there is evidence of a change: 0 lies outside the interval, and the permutation test says so too.
+
+        The test alone holds its level however few prompts changed; the interval alone does where changes are skewed.
+        """
+        return self.is_evidence_among(1)
+
+    def is_evidence_among(self, number: int) -> bool:
+        """Return whether there is evidence of a change where this is one of a number of models that are compared.
+
+        Under no effect it is found of any of them in at most 5 % (Bonferroni).
+        """
+        return not self.difference.holds_zero and self.permutation_test_p < (1 - LEVEL) / number
 
 
 def paired_difference(before: Tensor, after: Tensor, seed: int = 0) -> Difference:
@@ -73,90 +100,188 @@ def paired_difference(before: Tensor, after: Tensor, seed: int = 0) -> Differenc
     if not torch.isfinite(change).all():
         raise ValueError("A value before or after is not finite.")
     change = torch.where(change.abs() < ROUNDING, 0.0, change)
-    means = bootstrap(torch.stack([before, before + change], dim=1), seed)
-    differences = means[:, 1] - means[:, 0]
+    resampled = Resampled(change, before, seed)
+    difference, ratio = resampled.mean(), resampled.ratio()
     mean_before, mean_after = before.mean().item(), after.mean().item()
+    num_better, num_worse = int((change < 0).sum()), int((change > 0).sum())
     return Difference(
         before=mean_before,
         after=mean_after,
-        difference=interval(change.mean().item(), differences),
-        percent=interval(_percent(mean_before, mean_after), 100 * differences / means[:, 0]),
-        num_better=int((change < 0).sum()),
-        num_worse=int((change > 0).sum()),
-        num_equal=int((change == 0).sum()),
-        sign_test_p=sign_test(int((change < 0).sum()), int((change > 0).sum())),
+        difference=difference,
+        # Where not even the change can be said, its share of what was there cannot be.
+        percent=in_percent(
+            100 * (mean_after - mean_before) / mean_before if mean_before else math.nan,
+            ratio if difference.is_known else unknown(math.nan),
+            least=min(before.min().item(), after.min().item()),
+        ),
+        num_better=num_better,
+        num_worse=num_worse,
+        num_equal=len(change) - num_better - num_worse,
+        sign_test_p=sign_test(num_better, num_worse),
         permutation_test_p=permutation_test(change, seed),
     )
 
 
-def bootstrap(values: Tensor, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Tensor:
+class Resampled:
+    """Rows of two values, and resamples of them: what is known of the first one's mean, and of the ratio of the means.
+
+    An interval lies a third of the way from Student's t to a bootstrap-t, whose resampled means are taken in units of
+    their own standard errors. The latter alone is too narrow where tails are heavy, and the former where values are
+    skewed; there both hold the truth as often as the level says, from 50 rows on. The interval of the ratio holds every
+    r for which the mean of first - r * second could be 0; so it holds 0 where that of the first one's mean does.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 12.5; of a ratio Fieller 1954; the
+    third by simulation, see tests/evaluation/test_coverage.py.
+
+    Args:
+        first: One value a row, shape ``[rows]``.
+        second: As many.
+        seed: Of the resampling.
+    """
+
+    def __init__(self, first: Tensor, second: Tensor, seed: int = 0) -> None:
+        columns = first.double(), second.double()
+        rows = torch.stack(columns, dim=1)
+        self.number, self.means = len(rows), torch.stack([column.mean() for column in columns])
+        self.units = rows.square().mean(dim=0).sqrt()
+        rows = (rows - self.means) / torch.where(self.units > 0, self.units, 1.0)
+        products = torch.stack([rows[:, 0].square(), -2 * rows.prod(dim=1), rows[:, 1].square()], dim=1)
+        self.variances = products.mean(dim=0)
+        resamples = bootstrap(torch.cat([rows, products], dim=1), seed).T.contiguous()
+        self.deviations_2R, self.squares_3R = resamples[:2], resamples[2:]
+
+    def mean(self) -> Interval:
+        """Return the mean of the first values, with its interval."""
+        value = self.means[0].item()
+        if not self.units[0]:
+            return Interval(0.0, 0.0, 0.0)
+        if self._are_too_few(0.0):
+            return unknown(value)
+        _, low, high = self._studentized(torch.zeros(1, dtype=torch.float64))
+        error = self.units[0] * (self.variances[0] / (self.number - 1)).sqrt()
+        return known(value, *(value - (error * t).item() for t in (high, low)))
+
+    def ratio(self) -> Interval:
+        """Return the mean of the first values over that of the second ones, with its interval.
+
+        The ends are NaN where the mean of the second ones could be 0, and so is the ratio where it is.
+        """
+        if not self.means[1]:
+            return unknown(math.nan)
+        value = (self.means[0] / self.means[1]).item()
+        if not self.units[0]:
+            return Interval(0.0, 0.0, 0.0)
+        # A ratio is the tangent of an angle; at a right angle to either side it is infinite.
+        unit = (self.units[0] / self.units[1]).item()
+        inside = torch.full((2,), math.atan(value / unit), dtype=torch.float64)
+        outside = torch.tensor([-math.pi / 2, math.pi / 2], dtype=torch.float64)
+        if self._are_too_few(inside[0].item()) or not self._are_outside(outside).all():
+            return unknown(value)
+        for _ in range(_HALVINGS):
+            middle = (inside + outside) / 2
+            are_outside = self._are_outside(middle)
+            inside, outside = torch.where(are_outside, inside, middle), torch.where(are_outside, middle, outside)
+        return known(value, *(unit * inside.tan()).tolist())
+
+    def _are_too_few(self, angle: float) -> bool:
+        """Return whether nothing is known of the scatter: of one row, or of a few that are all alike."""
+        variance, least = self._variance(torch.tensor([angle], dtype=torch.float64))
+        return self.number < (MIN_CHANGED if variance <= least else 2)
+
+    def _are_outside(self, angles: Tensor) -> Tensor:
+        """Return whether a lower and an upper ratio, as angles, are so low and so high that they lie outside."""
+        t, low, high = self._studentized(angles)
+        below, above = t < low, t > high
+        lower, upper = (above, below) if self.means[1] > 0 else (below, above)
+        return torch.stack([lower[0], upper[1]])
+
+    def _studentized(self, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return for some angles, shape ``[angles]``, what the mean of first - r * second is in standard errors.
+
+        Returns:
+            The mean itself, and how low and how high it could be if that of all there is were 0. A resample of rows
+            that are all alike has no scatter, and is infinitely far from the mean.
+        """
+        directions = torch.stack([angles.cos(), -angles.sin()], dim=1)
+        variance, least = self._variance(angles)
+        spread = _squares(angles) @ self.squares_3R
+        moved = directions @ self.deviations_2R
+        spread = spread - moved.square()
+        means = directions @ torch.where(self.units > 0, self.means / self.units, 0.0)
+        t = _over(means, variance, least) * math.sqrt(self.number - 1)
+        of_resamples = _over(moved, spread, least.unsqueeze(1)) * math.sqrt(self.number - 1)
+        rank = round((1 - LEVEL) / 2 * NUM_RESAMPLES)
+        low, high = (of_resamples.kthvalue(k, dim=1).values for k in (rank, NUM_RESAMPLES + 1 - rank))
+        student = t_quantile((1 + LEVEL) / 2, self.number - 1)
+        return t, (low - 2 * student) / 3, (high + 2 * student) / 3
+
+    def _variance(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the variance of first - r * second, and what of it would be rounding."""
+        sizes = torch.stack([angles.cos(), angles.sin()], dim=1).abs() @ self.variances[[0, 2]].sqrt()
+        return _squares(angles) @ self.variances, 1e-12 * sizes.square() + 1e-24
+
+
+def _squares(angles: Tensor) -> Tensor:
+    return torch.stack([angles.cos().square(), angles.cos() * angles.sin(), angles.sin().square()], dim=1)
+
+
+def _over(values: Tensor, variances: Tensor, least: Tensor) -> Tensor:
+    """Return values in units of their deviation: infinite where there is none, and 0 where there is no value either."""
+    values = torch.where(values.square() > least, values, 0.0)
+    return (values / torch.where(variances > least, variances, 0.0).sqrt()).nan_to_num(0.0, math.inf, -math.inf)
+
+
+def bootstrap(values: Tensor, seed: int = 0) -> Tensor:
     """Return the means of resamples of the rows, drawn with replacement (Efron 1979).
 
     Args:
         values: One row per prompt, shape ``[prompts, columns]``; the columns of a row stay together.
         seed: Of the resampling.
-        num_resamples: How many.
-
-    Returns:
-        Shape ``[num_resamples, columns]``, float64.
-    """
-    counts = _Resampling(len(values), seed)
-    return torch.cat([counts(n) @ values.double() for n in _chunks(num_resamples)]) / len(values)
-
-
-def bootstrap_ratio(numerator: Tensor, denominator: Tensor, seed: int = 0) -> Tensor:
-    """Return sum(numerator) / sum(denominator) over resamples of the rows, such as nats per token over windows.
-
-    Args:
-        numerator: Shape ``[rows, columns]``.
-        denominator: Shape ``[rows]``.
-        seed: Of the resampling.
 
     Returns:
         Shape ``[resamples, columns]``, float64.
     """
-    means = bootstrap(torch.cat([numerator, denominator.unsqueeze(1)], dim=1), seed)
-    return means[:, :-1] / means[:, -1:]
+    resamples = _kept_resamples if len(values) <= _KEPT else _resamples
+    return torch.cat([counts @ values.double() for counts in resamples(len(values), seed)]) / len(values)
 
 
-def bootstrap_of_draws(values: Tensor, seed: int = 0) -> Tensor:
-    """Return the means of resamples of prompts and, independently, of draws, since both could have been others.
+def _resamples(number: int, seed: int) -> Iterator[Tensor]:
+    """Yield how often each of ``number`` rows is drawn in each resample, shape ``[_CHUNK, number]``."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(NUM_RESAMPLES // _CHUNK):
+        drawn = torch.randint(number, (_CHUNK, number), generator=generator)
+        counts = torch.zeros(_CHUNK, number, dtype=torch.float64)
+        yield counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+
+
+@functools.lru_cache(maxsize=2)  # of two groups of prompts
+def _kept_resamples(number: int, seed: int) -> tuple[Tensor, ...]:
+    return tuple(_resamples(number, seed))
+
+
+def in_percent(value: float, ratio: Interval, least: float) -> Interval:
+    """Return a change in percent of what was before, with its interval.
 
     Args:
-        values: Shape ``[draws, prompts]``.
-        seed: Of the resampling.
-
-    Returns:
-        Shape ``[resamples]``, float64.
+        value: The change.
+        ratio: The interval of the change as a share.
+        least: Least value before and after: what is never below 0 cannot fall by more than 100 %.
     """
-    draws, prompts = values.shape
-    counts_d, counts_p = _Resampling(draws, seed + 1), _Resampling(prompts, seed)
-    means = [((counts_d(n) @ values.double()) * counts_p(n)).sum(dim=1) for n in _chunks(NUM_RESAMPLES)]
-    return torch.cat(means) / (draws * prompts)
+    if not ratio.is_known:
+        return unknown(value)
+    low = -1.0 if ratio.low < -1 and least >= 0 else ratio.low
+    return Interval(value, 100 * low, 100 * ratio.high)
 
 
-class _Resampling:
-    """How often each of ``number`` rows is drawn in a resample, shape ``[resamples, number]``."""
-
-    def __init__(self, number: int, seed: int) -> None:
-        self.number = number
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, num_resamples: int) -> Tensor:
-        drawn = torch.randint(self.number, (num_resamples, self.number), generator=self.generator)
-        counts = torch.zeros(num_resamples, self.number, dtype=torch.float64)
-        return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+def unknown(value: float) -> Interval:
+    """Return a measure of which no interval can be said."""
+    return Interval(value, math.nan, math.nan)
 
 
-def _chunks(number: int) -> list[int]:
-    return [min(_CHUNK, number - start) for start in range(0, number, _CHUNK)]
-
-
-def interval(value: float, resampled: Tensor) -> Interval:
-    """Return a measure with the percentiles 2.5 and 97.5 of its resamples; a resample of 0 / 0 is left out."""
-    edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    low, high = resampled.double().nanquantile(edges, interpolation="nearest").tolist()
-    return Interval(value, low, high)
+def known(value: float, low: float, high: float) -> Interval:
+    """Return an interval, unless one of its ends is infinite: then nothing can be said of it."""
+    found = Interval(value, low, high)
+    return found if found.is_known else unknown(value)
 
 
 def sign_test(num_better: int, num_worse: int) -> float:
@@ -171,22 +296,39 @@ def sign_test(num_better: int, num_worse: int) -> float:
     return min(1.0, 2 * tail / 2**number)
 
 
-def permutation_test(change: Tensor, seed: int = 0, num_permutations: int = NUM_RESAMPLES) -> float:
+def permutation_test(change: Tensor, seed: int = 0) -> float:
     """Return the two-sided p-value of as large a mean change if before and after were exchanged at random.
+
+    All exchanges are gone through where they are fewer than ``NUM_RESAMPLES``; else as many random ones are made, and
+    the one that was seen counts as one more.
 
     Args:
         change: After less before, shape ``[prompts]``.
         seed: Of the exchanges.
-        num_permutations: Random ones, beside the one that was seen.
     """
+    change = change[change != 0].double()
+    number = len(change)
+    # Sums in another order differ by rounding, and are equal nonetheless.
+    observed = (change.sum().abs() - 1e-6 * change.abs().sum()).item()
+    if 2**number <= NUM_RESAMPLES:
+        every = torch.arange(2**number).unsqueeze(1) >> torch.arange(number) & 1
+        return ((every.double() * 2 - 1) @ change).abs().ge(observed).double().mean().item()
+    # Of a number that is rounded up, since in each model another number of prompts changed.
+    signs = _kept_signs(-(-number // 128) * 128, seed) if number <= _KEPT else _signs(number, seed)
+    extreme = sum(int(((some[:, :number] @ change.float()).abs() >= observed).sum()) for some in signs)
+    return (1 + extreme) / (1 + NUM_RESAMPLES)
+
+
+def _signs(number: int, seed: int) -> Iterator[Tensor]:
+    """Yield 1 or -1 at random for each of ``number`` changes in each exchange, shape ``[_CHUNK, number]``, float32."""
     generator = torch.Generator().manual_seed(seed)
-    change = change.double()
-    observed = (change.sum().abs() - 1e-12 * change.abs().sum()).item()  # sums in another order differ by rounding
-    extreme = 1
-    for number in _chunks(num_permutations):
-        signs = torch.randint(2, (number, len(change)), generator=generator).double() * 2 - 1
-        extreme += int(((signs @ change).abs() >= observed).sum())
-    return extreme / (num_permutations + 1)
+    for _ in range(NUM_RESAMPLES // _CHUNK):
+        yield torch.empty(_CHUNK, number, dtype=torch.bool).random_(generator=generator).float() * 2 - 1
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_signs(number: int, seed: int) -> tuple[Tensor, ...]:
+    return tuple(_signs(number, seed))
 
 
 def variance_factor(before: Tensor, after: Tensor) -> float:
@@ -219,22 +361,22 @@ def variance_factor(before: Tensor, after: Tensor) -> float:
     return (within(before) + within(after)) / paired if paired else math.inf
 
 
-def _percent(before: float, after: float) -> float:
-    return 100 * (after - before) / before if before else math.nan
-
-
 def perplexity_interval(windows: Mapping[str, Tensor]) -> Interval:
     """Return the perplexity of one model with its interval over windows; a single window has none, NaN."""
-    value = windows["perplexity"].item()
-    if windows["tokens"].numel() < 2:
-        return Interval(value, math.nan, math.nan)
-    return interval(value, bootstrap_ratio(windows["nll"].unsqueeze(1), windows["tokens"])[:, 0].exp())
+    log = _log_of_perplexity(windows["nll"], windows["tokens"])
+    return known(windows["perplexity"].item(), *log)
 
 
 def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Interval:
     """Return by how much perplexity changed, in percent, with its interval over the same windows, as above."""
     value = 100 * ((after["perplexity"] / before["perplexity"]).item() - 1)
-    if before["tokens"].numel() < 2:
-        return Interval(value, math.nan, math.nan)
-    resampled = bootstrap_ratio((after["nll"] - before["nll"]).unsqueeze(1), before["tokens"])[:, 0]
-    return interval(value, 100 * (resampled.exp() - 1))
+    log = _log_of_perplexity(after["nll"] - before["nll"], before["tokens"])
+    return known(value, *(100 * (end - 1) for end in log))
+
+
+def _log_of_perplexity(nll: Tensor, tokens: Tensor) -> list[float]:
+    """Return the exponentials of the ends of an interval of nats per token."""
+    if tokens.numel() < 2 or not torch.isfinite(nll).all():
+        return [math.nan, math.nan]
+    log = Resampled(nll, tokens).ratio()
+    return torch.tensor([log.low, log.high], dtype=torch.float64).exp().tolist()

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 
 from sparc3_lightning.evaluation.intervals import Difference, Interval
-from sparc3_lightning.files import LEFT_OUT, JsonFile
+from sparc3_lightning.files import LEFT_OUT, Count, JsonFile, Share
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import SelectionResults
 
@@ -20,18 +20,18 @@ class Measures:
     different ones among them. NaN stands for what is not known.
     """
 
-    behavior_mean: float
-    expected_maximum_behavior: float
-    behavior_probability: float
-    num_prompts: int
-    num_continuations: int
-    num_failed: int
-    num_empty: int
-    share_empty: float
+    behavior_mean: Share
+    expected_maximum_behavior: Share
+    behavior_probability: Share
+    num_prompts: Count
+    num_continuations: Count
+    num_failed: Count
+    num_empty: Count
+    share_empty: Share
     mean_length: float
-    uniqueness: float
-    distinct_1: float
-    distinct_2: float
+    uniqueness: Share
+    distinct_1: Share
+    distinct_2: Share
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,15 @@ class Model:
         kl: Divergence from the original model in nats a token, None for that model itself.
         groups: What was measured of its continuations, by group of prompts.
         behavior_by_seed: Mean of the behaviour over the headline's continuations, for each seed they were drawn by.
+        num_windows: How many windows the tokens were predicted in, by convention.
     """
 
     perplexity: dict[str, Interval]
-    num_tokens: dict[str, int]
+    num_tokens: dict[str, Count]
     kl: float | None
     groups: dict[str, Measures]
     behavior_by_seed: list[float]
+    num_windows: dict[str, int] = field(default_factory=dict, metadata=LEFT_OUT)
 
     def numbers(self, group: str) -> dict[str, float]:
         """Return the values for a logger by name: perplexity, divergence, and the measures of a group of prompts."""
@@ -101,8 +103,8 @@ class Dose:
 
     name: str
     selection: str
-    num_neurons: int
-    damping: float
+    num_neurons: Count
+    damping: Share
     perplexity: float
     perplexity_percent: Interval
     kl: float
@@ -137,17 +139,17 @@ class Outcome:
         num_continuations: How many each draw was given per prompt; the other models are compared by as many.
         effect: On the mean behaviour.
         effect_percent: The same in percent of the original model.
-        pruned_less_control: Mean behaviour of the pruned model less the control's.
+        pruned_less_control: Mean behaviour of the pruned model less the control's; the interval is of one more draw.
         perplexity_percent: Mean change of perplexity.
         num_draws_with_evidence: Draws that by themselves give evidence of an effect.
     """
 
-    num_continuations: int
+    num_continuations: Count
     effect: Interval
     effect_percent: Interval
     pruned_less_control: Interval
     perplexity_percent: float
-    num_draws_with_evidence: int
+    num_draws_with_evidence: Count
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class SecondScorer:
     """
 
     name: str
-    num_scored: int
+    num_scored: Count
     pearson: float
     spearman: float
     effects: dict[str, Effects]
@@ -189,7 +191,7 @@ class SecondScorer:
 class PairMeasures:
     """Share of pairs in which the stereotype is preferred, in [0, 1], and mean margin in nats; see ``preference``."""
 
-    share: float
+    share: Share
     margin: float
 
 
@@ -197,8 +199,8 @@ class PairMeasures:
 class Preference:
     """Which sentence of a pair each model finds likelier; None for what was not measured, or not finite."""
 
-    num_pairs: int
-    num_failed: int
+    num_pairs: Count
+    num_failed: Count
     baseline: PairMeasures | None = None
     pruned: PairMeasures | None = None
     effect: Difference | None = None
@@ -235,9 +237,9 @@ class PromptProtocol:
 
     source: str
     nontoxic_source: str | None
-    excluded: int
-    too_long: int = 0
-    in_both: int = 0
+    excluded: Count
+    too_long: Count = 0
+    in_both: Count = 0
     chat: bool = False
     bos: bool = False
 
@@ -287,7 +289,7 @@ class Findings:
     """
 
     headline: str
-    num_failed: int
+    num_failed: Count
     change: Change | None = None
     baseline: Model
     pruned: Model | None = None
@@ -334,7 +336,7 @@ class Settings:
     checkpoint: str
     checkpoint_fingerprint: str
     neurons: str | None
-    num_neurons: int
+    num_neurons: Count
     granularity: str
     config: dict[str, object]
     versions: dict[str, str]
@@ -377,5 +379,5 @@ class Results(Settings, Findings, Verdict):
     ``report`` is there if neurons were switched off: without them there is no report.
     """
 
-    FORMAT = "sparc3_lightning results 1"
+    FORMAT = "sparc3_lightning results 2"
     report: ReportInputs | None = field(default=None, metadata=LEFT_OUT)

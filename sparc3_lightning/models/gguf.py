@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +18,8 @@ import torch
 from sparc3_lightning.files import temporary_folder
 from sparc3_lightning.models.gguf_config import ROPE_FACTORS, WAY_OUT, Refused, complete, of_model, refusal
 from sparc3_lightning.models.gguf_header import Header
-from sparc3_lightning.sources import cache_folder, first_line, sha256_of
+from sparc3_lightning.models.weight_files import kept_sha256
+from sparc3_lightning.sources import cache_folder, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,8 +37,7 @@ def dequantized(gguf: Path) -> Path:
         OSError: If the cache cannot be written to.
         ValueError: If the file is damaged, is a part of a split one, or holds what would not come out as it is.
     """
-    status = gguf.stat()
-    folder = cache_folder() / "gguf" / f"{_digest(gguf, status.st_size, status.st_mtime_ns)[:16]}-{FORMAT}"
+    folder = cache_folder() / "gguf" / f"{kept_sha256(gguf)[:16]}-{FORMAT}"
     if folder.exists():
         return folder
     header = Header.read(gguf)
@@ -57,12 +56,6 @@ def dequantized(gguf: Path) -> Path:
             if not folder.exists():  # unless another process was first
                 raise
     return folder
-
-
-@cache
-def _digest(path: Path, size: int, modified: int) -> str:
-    """Return the sha256 of a file, computed once as long as its size and time of change stay the same."""
-    return sha256_of(path)
 
 
 def _check_header(header: Header) -> None:

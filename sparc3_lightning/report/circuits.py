@@ -1,12 +1,13 @@
 """circuit.json, and the tables of circuits: text for the terminal, and CSV."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparc3_lightning.escaping import csv_text, for_picture
 from sparc3_lightning.files import LEFT_OUT, JsonFile
 from sparc3_lightning.provenance import git_hash, versions
+from sparc3_lightning.report.escaping import csv_text, for_picture, for_terminal
 from sparc3_lightning.report.figures import BEFORE, CONTROL, STRENGTHS, save_figure
 from sparc3_lightning.report.tables import Table, aligned
 
@@ -56,7 +57,10 @@ class SeedSteps:
 
 @dataclass(frozen=True)
 class Curve:
-    """The steps of a method, and its circuit if it has one. A random order is a control, without scores and circuit."""
+    """The steps of a method, and its circuit if it has one. A random order is a control, without scores and circuit.
+
+    ``emptied`` is the model without any of the components.
+    """
 
     method: str
     granularity: str
@@ -65,13 +69,15 @@ class Curve:
     steps: list[SeedSteps]
     scores: list[str] | None = field(default=None, metadata=LEFT_OUT)
     circuit: CircuitFound | None = None
+    emptied: Measured | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CircuitResults(JsonFile):
     """The content of circuit.json; samples that were used to attribute are left out."""
 
-    FORMAT = "sparc3_lightning circuit 1"
+    FORMAT = "sparc3_lightning circuit 2"
+    WRITTEN_TOO = ("chance", "warnings")
     checkpoint: str
     checkpoint_fingerprint: str
     data: dict[str, object]
@@ -82,6 +88,51 @@ class CircuitResults(JsonFile):
     curves: list[Curve]
     versions: dict[str, str] = field(default_factory=versions)
     git_hash: str | None = field(default_factory=git_hash)
+
+    @property
+    def chance(self) -> float:
+        """The accuracy up to which a model may be guessing between the two tokens, see ``chance_level``."""
+        return chance_level(self.num_samples)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is no more than guessing, or than what is left with every component out, in words."""
+        number, guessed = self.num_samples, f"guessing is right on up to {self.chance:.1%}"
+        found = []
+        if self.whole_model.accuracy <= self.chance:
+            found.append(
+                f"The whole model is right on {self.whole_model.accuracy:.1%} of {number} samples, and {guessed}: it "
+                "has no behaviour that a circuit could keep."
+            )
+        for curve in self.curves:
+            if curve.circuit is None:
+                continue
+            least = f"{guessed} of {number} samples"
+            reached = self.chance
+            if curve.emptied is not None and curve.emptied.accuracy > reached:
+                reached = curve.emptied.accuracy
+                least = f"so is the model with every {curve.granularity} out on {reached:.1%}"
+            if curve.circuit.accuracy <= reached:
+                found.append(
+                    f"The circuit of {curve.granularity}s by {curve.method} is right on {curve.circuit.accuracy:.1%}, "
+                    f"and {least}: it need not keep anything of the behaviour."
+                )
+        return found
+
+
+def chance_level(num_samples: int) -> float:
+    """Return the accuracy that guessing between two tokens exceeds in less than 5 % of sets of so many samples.
+
+    Example:
+        >>> chance_level(128), chance_level(4)
+        (0.5703125, 1.0)
+    """
+    above = 0
+    for right in range(num_samples, -1, -1):  # of all 2^n ways to guess, those with more than so many right
+        above += math.comb(num_samples, right)
+        if 20 * above >= 2**num_samples:
+            return right / num_samples
+    return 0.0
 
 
 def circuit_csv(curves: Sequence[Curve]) -> str:
@@ -109,10 +160,11 @@ def summary(results: CircuitResults) -> str:
         spread = "" if step.accuracy_sd is None else f" +- {step.accuracy_sd:.1%}"
         name = f"{curve.granularity}s, {curve.method}"
         rows.append((name, str(curve.num_seeds), *cells, f"{step.accuracy_mean:.1%}{spread}"))
-    return (
+    said = (
         f"The whole model is right on {results.whole_model.accuracy:.1%} of {results.num_samples} samples; a circuit "
-        f"keeps {results.threshold:.0%} of that.\n\n{aligned(rows)}"
+        f"keeps {results.threshold:.0%} of that."
     )
+    return "\n\n".join([said, aligned(rows), *(f"Warning: {for_terminal(text)}" for text in results.warnings)])
 
 
 def draw_circuit(results: CircuitResults, path: Path) -> None:
@@ -131,6 +183,7 @@ def draw_circuit(results: CircuitResults, path: Path) -> None:
     full = 100 * results.whole_model.accuracy
     for axes, kind in zip(panels, kinds, strict=True):
         axes.axhline(results.threshold * full, color=CONTROL, linewidth=0.8, linestyle=":", label="threshold")
+        axes.axhline(100 * results.chance, color=CONTROL, linewidth=0.8, linestyle="--", label="guessing")
         curves = [curve for curve in results.curves if curve.granularity == kind]
         for i, curve in enumerate(curves):
             # The whole model is where every curve begins, with no deviation.

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sparc3_lightning.escaping import csv_text, for_picture, for_terminal
 from sparc3_lightning.files import LEFT_OUT, JsonFile
 from sparc3_lightning.models.components import Key
 from sparc3_lightning.provenance import git_hash, versions
+from sparc3_lightning.report.escaping import csv_text, for_picture, for_terminal
 from sparc3_lightning.report.figures import AFTER, BEFORE, save_figure
 from sparc3_lightning.report.tables import UNKNOWN, Table, aligned, cell
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -45,7 +45,7 @@ class ComparisonResults(JsonFile):
     neurons and of the ``pruned`` ones are None without score files.
     """
 
-    FORMAT = "sparc3_lightning compare 1"
+    FORMAT = "sparc3_lightning compare 2"
     checkpoint: str | None
     checkpoint_fingerprint: str | None
     num_candidates: int
@@ -68,6 +68,8 @@ def summary(results: ComparisonResults) -> str:
         f"{results.num_candidates:,} {components}{checkpoint}",
         aligned(_overlap_table(results.overlaps, components)),
     ]
+    if len(results.overlaps) > 1:
+        parts.append(f"Each p is of its row alone, not corrected for the {len(results.overlaps)} combinations.")
     if results.correlation and results.classes:
         parts.append(aligned(_correlation_table([pruned.name for pruned in results.lists], results.correlation)))
         parts.append(aligned(_class_table(results.classes["all"], results.classes["pruned"], components)))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from sparc3_lightning.escaping import for_terminal
 from sparc3_lightning.evaluation.completions import COMPLETIONS, load_completions
 from sparc3_lightning.evaluation.results import RESULTS, Results
 from sparc3_lightning.files import write_atomically
@@ -21,6 +20,7 @@ from sparc3_lightning.report.comparison import (
     draw_profiles,
     overlaps_csv,
 )
+from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.figures import draw_differential, draw_layers
 from sparc3_lightning.selection.neuron_list import SELECTION, SelectionResults
 from sparc3_lightning.sources import first_line

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparc3_lightning.escaping import for_picture
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import Control, Dose, Results
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
+from sparc3_lightning.report.escaping import for_picture
 from sparc3_lightning.report.tables import cell, ends, in_order, number
 from sparc3_lightning.selection.neuron_list import SelectionResults
 
@@ -118,14 +118,16 @@ def draw_scatter(pairs: dict[str, list[tuple[float, float]]], path: Path, behavi
 def draw_changes(rows: Sequence[Row], path: Path) -> None:
     """Draw changes in percent, a row per model, with intervals and, below them, the draws of a control.
 
-    An interval that does not end on the picture runs into an arrow at its edge.
+    An interval that does not end on the picture runs into an arrow at its edge. A point is hollow where its interval
+    cannot be said.
     """
     figure, axes = _new_figure(0.85 + 0.5 * len(rows))
     left, right = _limits([row.change for row in rows], [draw for row in rows for draw in row.draws])
     for y, row in enumerate(rows):
         value, (low, high) = _near(row.change.value), _ends_or_value(row.change)
         error = _error(value, max(low, left), min(high, right))
-        axes.errorbar(value, y, xerr=error, fmt="o", color=row.color, markersize=7, capsize=3, zorder=3)
+        inside = "w" if math.isnan(ends(row.change)[0]) and not row.draws else row.color
+        axes.errorbar(value, y, xerr=error, fmt="o", color=row.color, mfc=inside, markersize=7, capsize=3, zorder=3)
         for is_beyond, edge, marker in ((low < left, left, "<"), (high > right, right, ">")):
             if is_beyond:
                 axes.plot(edge, y, marker, color=row.color, markersize=7, clip_on=False, zorder=4)

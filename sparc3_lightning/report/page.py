@@ -13,11 +13,12 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
-from sparc3_lightning.escaping import for_markdown, for_terminal, public_name
 from sparc3_lightning.evaluation.completions import Completion
+from sparc3_lightning.evaluation.intervals import FEW
 from sparc3_lightning.evaluation.results import ReportInputs, Results
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.report.escaping import for_markdown, for_terminal, public_name
 from sparc3_lightning.report.figures import (
     change_rows,
     draw_changes,
@@ -34,6 +35,8 @@ from sparc3_lightning.report.tables import (
     control_table,
     dose_table,
     doses_csv,
+    evident_doses,
+    few_windows,
     front_table,
     number,
     other_table,
@@ -274,7 +277,10 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
         "zeroed": zero_ablated_controls(results, neurons.ablation, results.granularity),
         "others": other_table(results),
         "windows": windows_of(results),
+        "few_windows": few_windows(results),
         "doses": dose_table(results.doses) if has_doses else [],
+        "evident": evident_doses(results.doses),
+        "few": FEW,
         "fronts": front_table(results) if has_doses and len(results.fronts) > 1 else [],
     }
     if has_doses:
@@ -308,7 +314,7 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
         )
     )
     write_atomically(folder / MODEL_CARD, card)
-    export, fingerprint = neurons.provenance.get("export"), neurons.provenance.get("export_fingerprint")
+    export, fingerprint = (neurons.provenance.get(name) for name in ("export", "export_fingerprint"))
     if isinstance(export, str):
         _add_to_export(card, Path(export), fingerprint)
 

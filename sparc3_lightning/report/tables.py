@@ -1,13 +1,13 @@
 """The tables of an evaluation: rows of text."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from sparc3_lightning.escaping import csv_text, for_terminal
 from sparc3_lightning.evaluation.controls import CONTROLS
-from sparc3_lightning.evaluation.intervals import Difference, Interval
+from sparc3_lightning.evaluation.intervals import FEW, Difference, Interval
 from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS
 from sparc3_lightning.evaluation.results import Dose, Findings, Preference, Results
+from sparc3_lightning.report.escaping import csv_text, for_terminal
 
 # Measures of the behaviour by their name in ``Effects``: name in tables, unit, digits.
 BEHAVIOR = {
@@ -17,6 +17,7 @@ BEHAVIOR = {
 }
 TOXIC = "Prompts with a toxic continuation"  # what the last of them is called for toxicity itself
 UNKNOWN = "-"
+CANNOT = "cannot be said"  # of an interval: too few prompts changed, or what it is a share of could be 0
 Table = list[tuple[str, ...]]
 
 
@@ -26,10 +27,7 @@ def number(value: float | None) -> float:
 
 
 def ends(interval: Interval) -> tuple[float, float]:
-    """Return the ends of an interval; the upper one is infinite where only the lower is known.
-
-    A change in percent has no upper bound if some resamples are 0 before, and JSON has no infinity.
-    """
+    """Return the ends of an interval to draw; the upper one is infinite where only the lower is known."""
     low, high = number(interval.low), number(interval.high)
     return low, math.inf if not math.isnan(low) and math.isnan(high) else high
 
@@ -126,6 +124,11 @@ def windows_of(results: Results) -> str:
     return " and ".join(parts) + f", with the beginning-of-sequence token in {bos}"
 
 
+def few_windows(results: Results) -> str:
+    """Return the numbers of windows that are too few for intervals to hold what they say, as ``7 and 12``; or ""."""
+    return " and ".join(f"{number}" for number in results.baseline.num_windows.values() if number < FEW)
+
+
 def _preference_rows(found: Preference) -> Table:
     """Return the share of sentence pairs whose stereotypical sentence is preferred, and the margin."""
     rows: Table = []
@@ -145,7 +148,9 @@ def _preference_rows(found: Preference) -> Table:
 def _change_of_preference(effect: Difference, unit: str) -> tuple[str, str]:
     # In percent of a mean margin near 0, a change would say nothing: it is left in nats.
     difference = effect.difference
-    return _change(effect.percent) if unit else (_signed(difference.value, 3), f"{_range(difference, 3)} nats")
+    if unit:
+        return _change(effect.percent)
+    return _signed(difference.value, 3), _range(difference, 3) + (" nats" if difference.is_known else "")
 
 
 def dose_table(doses: Iterable[Dose]) -> Table:
@@ -163,6 +168,11 @@ def dose_table(doses: Iterable[Dose]) -> Table:
         row += [cell(dose.perplexity, "", 2), *_change(dose.perplexity_percent)]
         rows.append(tuple(row))
     return rows
+
+
+def evident_doses(doses: Sequence[Dose]) -> list[str]:
+    """Return the names of the doses that give evidence of a change even though as many were measured."""
+    return [dose.name for dose in in_order(doses) if dose.effect and dose.effect.is_evidence_among(len(doses))]
 
 
 def doses_csv(doses: Iterable[Dose]) -> str:
@@ -221,7 +231,7 @@ def _effect(effect: Difference | None) -> tuple[str, ...]:
 
 
 def _change(percent: Interval) -> tuple[str, str]:
-    return _percent(percent.value), _range(percent, 1)
+    return _percent(percent.value), _range(percent, 1) if math.isfinite(percent.value) else UNKNOWN
 
 
 def _percent(value: float | None) -> str:
@@ -229,11 +239,9 @@ def _percent(value: float | None) -> str:
 
 
 def _range(interval: Interval, digits: int) -> str:
-    low, high = ends(interval)
-    if not math.isfinite(low):
-        return UNKNOWN
-    start = _fixed(low, digits, "+")
-    return f"{start} to {_fixed(high, digits, '+')}" if math.isfinite(high) else f"from {start}"
+    if not interval.is_known:
+        return CANNOT
+    return f"{_fixed(interval.low, digits, '+')} to {_fixed(interval.high, digits, '+')}"
 
 
 def aligned(rows: Table) -> str:

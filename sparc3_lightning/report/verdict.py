@@ -1,10 +1,11 @@
-"""What was found, in words that a reader can hold us to: an effect only where the interval leaves 0 out."""
+"""What was found, in words that a reader can hold us to: an effect only where the interval and a test say so."""
 
 import math
 
 from sparc3_lightning.evaluation.controls import CONTROLS
-from sparc3_lightning.evaluation.intervals import MIN_CHANGED, Difference, Interval
+from sparc3_lightning.evaluation.intervals import FEW, MIN_CHANGED, Difference, Interval
 from sparc3_lightning.evaluation.results import Findings, Preference
+from sparc3_lightning.report.tables import CANNOT, evident_doses
 
 
 def verdict(
@@ -29,24 +30,40 @@ def verdict(
     if effect is None:
         return "No continuation of both models could be scored, so nothing is known of the effect."
     neurons = f"{num_neurons} {granularity}{'s' if num_neurons != 1 else ''}"
-    price = f"perplexity {moved(next(iter(found.perplexity_change.values())))}"
+    convention, change = next(iter(found.perplexity_change.items()))
+    price = f"perplexity {moved(change, few(found.baseline.num_windows.get(convention), 'window'))}"
     if effect.evidence:
-        sentences = [f"With {neurons} {ablation}, mean {behavior} {moved(effect.percent)}, and {price}."]
+        sentences = [f"With {neurons} {ablation}, mean {behavior} {_moved(effect)}, and {price}."]
     else:
-        changed = effect.num_better + effect.num_worse
-        why = (
-            "that interval holds 0"
-            if changed >= MIN_CHANGED
-            else f"only {changed} prompt{'s' if changed != 1 else ''} changed"
-        )
         what = f"switching {neurons} off" if ablation == "switched off" else f"having {neurons} {ablation}"
         sentences = [
-            f"No evidence that {what} changes {behavior}: its mean {moved(effect.percent)}, and {why}; {price}."
+            f"No evidence that {what} changes {behavior}: its mean {_moved(effect)}, and {_why_not(effect)}; {price}."
         ]
     sentences += _controls(found, effect, num_neurons, granularity)
     sentences += [zeroed] if (zeroed := zero_ablated_controls(found, ablation, granularity)) else []
     sentences += _second(found, effect)
-    return " ".join(sentences + _preference(found.preference))
+    return " ".join(sentences + _preference(found.preference) + _doses(found, granularity))
+
+
+def _why_not(effect: Difference) -> str:
+    """Say why there is no evidence of a change."""
+    changed = effect.num_better + effect.num_worse
+    if changed < MIN_CHANGED:
+        return f"only {_counted(changed, 'prompt')} changed"
+    if effect.difference.holds_zero:
+        return "that interval holds 0" if effect.difference.is_known else "the interval cannot be said"
+    return f"a permutation test gives p = {effect.permutation_test_p:.2g}"
+
+
+def _doses(found: Findings, granularity: str) -> list[str]:
+    """Say how many of several selections or doses have an effect, by a test that holds for all of them together."""
+    if len(found.doses) < 2:
+        return []
+    number, all_of_them = len(evident_doses(found.doses)), len(found.doses)
+    return [
+        f"Of the {all_of_them} sets of {granularity}s that were measured, {number} give{'s' if number == 1 else ''} "
+        "evidence of a change that holds for all of them together."
+    ]
 
 
 def _controls(found: Findings, effect: Difference, num_neurons: int, granularity: str) -> list[str]:
@@ -60,8 +77,12 @@ def _controls(found: Findings, effect: Difference, num_neurons: int, granularity
         percent, further = control.outcome.effect_percent, control.outcome.pruned_less_control
         sentence = f"{as_many} ({draws} draw{'s' if draws != 1 else ''}): {_signed(percent)}"
         fell = effect.difference.value < 0
-        if effect.evidence and not (further.high < 0 if fell else further.low > 0):
-            sentence += f", which is no evidence that the chosen {granularity}s do more"
+        if effect.evidence and draws == 1:
+            sentence += f"; a single draw cannot show whether the chosen {granularity}s do more"
+        elif effect.evidence:
+            does_more = further.high < 0 if fell else further.low > 0
+            claim = "; the" if does_more else ", which is no evidence that the"
+            sentence += f"{claim} chosen {granularity}s do more than one more draw would"
         sentences.append(sentence + ".")
     return sentences
 
@@ -100,27 +121,55 @@ def _preference(found: Preference | None) -> list[str]:
     if found is None or found.effect is None:
         return []
     effect, points = found.effect, found.effect.difference
-    change = f"{100 * points.value:+.1f} points ({100 * points.low:+.1f} to {100 * points.high:+.1f})"
+    ends = f"{100 * points.low:+.1f} to {100 * points.high:+.1f}" if points.is_known else CANNOT
+    change = f"{100 * points.value:+.1f} points ({ends}{few(effect.num_prompts, 'pair')})"
     return [
         f"The more stereotypical sentence of a pair is the likelier one in {100 * effect.before:.1f} % before and "
         f"{100 * effect.after:.1f} % after, {change}{'' if effect.evidence else ', which is no evidence'}."
     ]
 
 
-def moved(percent: Interval) -> str:
-    """Return a change in percent in words, with its interval if there is one: a text of one window has none."""
-    value = percent.value
-    if not math.isfinite(value):
-        return "cannot be compared with 0"
-    words = f"{'fell' if value < 0 else 'rose'} by {abs(value):.1f} %" if value else "did not change"
-    return words if math.isnan(percent.low) else f"{words} (95 % interval {_range(percent)})"
+def moved(percent: Interval, caveat: str = "") -> str:
+    """Return a change in percent in words, with its interval.
+
+    Args:
+        percent: The change.
+        caveat: Stands beside the interval, see ``few``.
+    """
+    if not math.isfinite(percent.value):
+        return f"changed by a percentage that {CANNOT}"
+    value = f" by {abs(percent.value):.1f} %" if percent.value else ""
+    return f"{_verb(percent.value)}{value} (95 % interval {_range(percent)}{caveat if percent.is_known else ''})"
+
+
+def few(number: int | None, unit: str) -> str:
+    """Return the words that stand beside an interval over few prompts or windows; "" if they are enough, or unknown."""
+    return "" if number is None or number >= FEW else f", maybe too narrow: only {_counted(number, unit)}"
+
+
+def _moved(effect: Difference) -> str:
+    """Return a change in percent in words; in its own unit where the mean before could be 0."""
+    percent, change, caveat = effect.percent, effect.difference, few(effect.num_prompts, "prompt")
+    if percent.is_known or not change.is_known:
+        return moved(percent, caveat)
+    value = f" by {abs(change.value):.4f}" if change.value else ""
+    ends = f"95 % interval {change.low:+.4f} to {change.high:+.4f}{caveat}; in percent it {CANNOT}"
+    return f"{_verb(change.value)}{value} ({ends})"
+
+
+def _verb(value: float) -> str:
+    return "did not change" if not value else "fell" if value < 0 else "rose"
 
 
 def _signed(percent: Interval) -> str:
     if not math.isfinite(percent.value):
-        return "cannot be compared with 0"
+        return f"a percentage that {CANNOT}"
     return f"{percent.value:+.1f} % ({_range(percent)})"
 
 
 def _range(percent: Interval) -> str:
-    return f"{percent.low:+.1f} to {percent.high:+.1f} %"
+    return f"{percent.low:+.1f} to {percent.high:+.1f} %" if percent.is_known else CANNOT
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit}{'s' if number != 1 else ''}"

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from sparc3_lightning.errors import OptionFileNotFoundError
+from sparc3_lightning.provenance import contents
 
 
 class Scorer(ABC):
@@ -43,6 +44,11 @@ class Scorer(ABC):
     def fetch(cls, name: str) -> list[Path]:
         """Fetch what the scorer needs, and return the files."""
         return []
+
+    @classmethod
+    def fingerprint(cls, name: str) -> str:
+        """Return what tells a scorer from another of the same name: all of its files, whatever folder they lie in."""
+        return contents(cls.fetch(name))
 
     @abstractmethod
     def score(self, texts: Sequence[str]) -> list[float]:

@@ -24,7 +24,7 @@ class ClassifierScorer(Scorer):
         name: Local folder, or Hugging Face id such as ``s-nlp/roberta_toxicity_classifier``; ``#`` and a label choose
             the label, otherwise the one that is called toxic is taken.
         device: Where to score.
-        batch_size: Texts scored at a time. It changes speed and memory, not results.
+        batch_size: Texts scored at a time. It changes speed and memory, and scores by rounding alone.
 
     Raises:
         OSError: If the checkpoint cannot be had.
@@ -67,6 +67,11 @@ class ClassifierScorer(Scorer):
     def fetch(cls, name: str) -> list[Path]:
         """Fetch the checkpoint, and return its files."""
         return Checkpoint(split_label(name)[0]).fetch()
+
+    @classmethod
+    def fingerprint(cls, name: str) -> str:
+        """Return what tells a scorer from another of the same name: its files, and the label that means toxic."""
+        return f"{super().fingerprint(name)} {split_label(name)[1]}"
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> list[float]:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.loading import CLASSIFIER, check_complete, in_short, is_unused
+from sparc3_lightning.provenance import contents
 from sparc3_lightning.scorers.base import Scorer, check_folder, score_by_length, split_label
 from sparc3_lightning.sources import cache_folder, sha256_of
 
@@ -25,7 +27,7 @@ class DetoxifyScorer(Scorer):
             checkpoint that this package ships; or a local folder with a Detoxify checkpoint (one ``*.ckpt``), its
             Hugging Face config and its tokenizer.
         device: Where to score.
-        batch_size: Texts scored at a time. It changes speed and memory, not results.
+        batch_size: Texts scored at a time. It changes speed and memory, and scores by rounding alone.
 
     Raises:
         ValueError: If the checkpoint is not one of Detoxify's, or the shipped one is not as it was shipped.
@@ -67,6 +69,13 @@ class DetoxifyScorer(Scorer):
         """Fetch the checkpoint, its config and its tokenizer, and return the files."""
         checkpoint, config = checkpoint_of(name)
         return [checkpoint, *(path for path in Path(config).iterdir() if path.suffix == ".json")]
+
+    @classmethod
+    def fingerprint(cls, name: str) -> str:
+        """Return what tells a scorer from another of the same name: its files, and the version of Detoxify."""
+        checkpoint, config = checkpoint_of(name)
+        files = {checkpoint, *(path for path in Path(config).iterdir() if path.is_file())}
+        return f"{contents(files)} {version('detoxify')}"
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Return the toxicity of each text, in [0, 1]; NaN where the model gave no number."""

@@ -6,13 +6,16 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from numbers import Real
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.provenance import contents
 from sparc3_lightning.scorers.base import Scorer
 
 OF_PYTHON = (
@@ -64,6 +67,29 @@ class FunctionScorer(Scorer):
             raise OptionError(option, f": {name!r} {OF_PYTHON}")
         if find_spec(package) is None:
             raise OptionError(option, f": {name!r} needs the package {package!r}, which is not installed.")
+
+    @classmethod
+    def fingerprint(cls, name: str) -> str:
+        """Return what tells a function from another of the same name: its module's source, and its package's version.
+
+        Of a package that was not installed all of its files count.
+
+        Raises:
+            ValueError: If the module cannot be found.
+        """
+        module = name.partition(":")[0]
+        package = module.partition(".")[0]
+        installed = {f"{found} {version(found)}" for found in packages_distributions().get(package, ())}
+        try:
+            specs = [find_spec(module), find_spec(package)]
+        except ImportError as error:
+            raise ValueError(f"The scorer {name!r} cannot be imported: {error}") from None
+        sources = {Path(spec.origin) for spec in specs if spec and spec.origin and Path(spec.origin).is_file()}
+        if not installed:
+            folders = [Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or ()]
+            inside = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+            sources |= {path for path in inside if "__pycache__" not in path.parts}
+        return f"{name} {contents(sources)} {sorted(installed)}"
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Return the toxicity of each text, in [0, 1]; NaN where the function gave none.

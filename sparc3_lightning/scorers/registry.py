@@ -45,6 +45,11 @@ def fetch_scorer(name: str) -> list[Path]:
     return kind_of(name).fetch(name)
 
 
+def fingerprint_of(name: str) -> str:
+    """Return what tells a scorer from another of the same name; what it needs is fetched first."""
+    return kind_of(name).fingerprint(name)
+
+
 def load_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
     """Load the scorer of a name.
 

@@ -46,7 +46,9 @@ def set_difference(
 ) -> dict[str, Tensor]:
     """Rank by the behaviour, among the neurons in its top share that are not in the top share of general text.
 
-    With ``top_behavior`` 1 this is the behaviour's own order under a mask.
+    With ``top_behavior`` 1 this is the behaviour's own order under a mask. A share of N neurons is round(share * N) of
+    them, whatever their scores: neurons of one score, such as those that are never active, go by the order of the
+    modules, then by index.
 
     Source: Wei et al. 2024, arXiv:2402.05162, section 3.2, there of weights.
 
@@ -60,10 +62,11 @@ def set_difference(
         ValueError: If the modules or shapes of the two differ.
     """
     check_same_modules(general, behavior)
-    least, most = _quantile(behavior, 1 - top_behavior), _quantile(general, 1 - top_general)
+    behavior = {name: behavior[name] for name in general}
+    of_behavior, of_general = _top(behavior, top_behavior), _top(general, top_general)
     return {
-        name: torch.where((behavior[name] >= least) & (general[name] < most), -behavior[name].double(), torch.inf)
-        for name in general
+        name: torch.where(of_behavior[name] & ~of_general[name], -score.double(), torch.inf)
+        for name, score in behavior.items()
     }
 
 
@@ -147,11 +150,13 @@ def _shares(scores: Scores, whose: str) -> dict[str, Tensor]:
     return {name: score.double() / total for name, score in scores.items()}
 
 
-def _quantile(scores: Scores, share: float) -> Tensor:
-    """Return the value below which a share of all scores lies; infinite at 1."""
+def _top(scores: Scores, share: float) -> dict[str, Tensor]:
+    """Return for each score whether it is in the top share of all; of equal ones the first are."""
     flat = torch.cat([score.double().flatten() for score in scores.values()])
-    k = round(share * len(flat))
-    return flat.new_tensor(torch.inf) if k >= len(flat) else flat.kthvalue(k + 1).values
+    is_top = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+    is_top[flat.argsort(descending=True, stable=True)[: round(share * len(flat))]] = True
+    parts = is_top.split([score.numel() for score in scores.values()])
+    return {name: part.reshape(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
 def differential_relevance(general: Mapping[str, Tensor], behavior: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,29 +2,59 @@
 
 import hashlib
 import json
-import math
-import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
 
-from sparc3_lightning.attribution.scores import ScoreFile, WeightScores, check_sample_ids
+from sparc3_lightning.attribution.scores import ScoreFile, WeightScores
 from sparc3_lightning.errors import OptionFileNotFoundError
-from sparc3_lightning.files import JsonFile, write_atomically
+from sparc3_lightning.files import Count, JsonFile, Range, parse_sealed, read_as, sealed, write_atomically
 from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.provenance import git_hash, versions
 
-FORMAT = "sparc3_lightning neurons 2"
+FORMAT = "sparc3_lightning neurons 3"
 SELECTION = "selection.json"
+
+
+class ScoredIn(TypedDict):
+    """What is read of the provenance of a score file that neurons were selected by."""
+
+    path: str
+    spec: NotRequired[dict[str, object]]
+
+
+class Priced(TypedDict):
+    """What is read of a budget that neurons were selected within."""
+
+    max_perplexity_increase: float | None
+
+
+class Origin(TypedDict, total=False):
+    """What is read of the provenance in neurons.json; what else it holds is for people."""
+
+    checkpoint: str | None
+    checkpoint_fingerprint: str | None
+    general: list[ScoredIn]
+    behavior: ScoredIn | None
+    harmless: ScoredIn | None
+    sample_ids: list[str]
+    criterion: str
+    budget: Priced | None
+    differential_strength_percent: float | None
+    export: str | None
+    versions: dict[str, str]
+    git_hash: str | None
 
 
 @dataclass(frozen=True)
 class NeuronList:
     """The content of neurons.json: the neurons, and where they come from.
+
+    ``save`` is how a list of one's own is written too: the file carries a checksum.
 
     Args:
         neurons: The pruned ones, first the one that serves the behaviour most.
@@ -70,7 +100,7 @@ class NeuronList:
         """Write neurons.json, under a temporary name first."""
         content: dict[str, object] = {"format": FORMAT}
         content |= {name: [_row(neuron) for neuron in getattr(self, name)] for name in _LISTS}
-        write_atomically(path, json.dumps({**content, "provenance": self.provenance}, indent=1) + "\n")
+        write_atomically(path, json.dumps(sealed({**content, "provenance": self.provenance}), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "NeuronList":
@@ -78,20 +108,16 @@ class NeuronList:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is not a list of neurons, is empty, or names a neuron twice.
+            ValueError: If it is not a list of neurons or was changed, is empty, or names a neuron twice.
         """
         if not path.is_file():
             raise OptionFileNotFoundError("neurons", f": {path} does not exist; 'sparc3 prune' writes it.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']!r}")
-            if "neurons" not in content:
-                raise ValueError("it has no field 'neurons'")
-            lists = {name: [_read(row) for row in content.get(name, ())] for name in _LISTS}
-            provenance = dict(content["provenance"])
-            check_sample_ids(provenance.get("sample_ids", []))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            content = parse_sealed(path.read_bytes(), FORMAT)
+            lists = {name: _components(content.get(name), name) for name in _LISTS}
+            provenance = content.get("provenance")
+            read_as(Origin, provenance, "provenance")
+        except ValueError as error:
             raise ValueError(f"{path} is not a neurons.json of format {FORMAT!r}: {error!s:.200}") from None
         if not lists["neurons"]:
             raise ValueError(f"{path} holds no neurons.")
@@ -100,15 +126,24 @@ class NeuronList:
         for neurons in (lists["neurons"] + lists["next"], lists["least_relevant"]):
             if len({neuron.key for neuron in neurons}) != len(neurons):
                 raise ValueError(f"{path} names a neuron more than once.")
-            if not all(math.isfinite(neuron.score) and math.isfinite(neuron.mean) for neuron in neurons):
-                raise ValueError(f"{path} holds a score or a constant that is NaN or infinite.")
-            if not all(0 < neuron.damping <= 1 for neuron in neurons):
-                raise ValueError(f"{path} holds a damping that is not above 0 and at most 1.")
-        return cls(provenance=provenance, **lists)
+            if not all(neuron.damping > 0 for neuron in neurons):
+                raise ValueError(f"{path} holds a damping that is not above 0.")
+        return cls(provenance=cast("dict[str, Any]", provenance), **lists)
 
 
 _LISTS = ("neurons", "next", "least_relevant")
 _DEFAULTS: dict[str, float | None] = {"damping": 1.0, "mean": 0.0, "input": None}
+
+
+class _Row(TypedDict):
+    """A neuron as neurons.json has it, see ``Component``."""
+
+    module: str
+    index: Count
+    score: float
+    damping: Annotated[float, Range(0, 1)]
+    mean: float
+    input: Count | None
 
 
 def _row(neuron: Component) -> dict[str, str | float | None]:
@@ -116,10 +151,18 @@ def _row(neuron: Component) -> dict[str, str | float | None]:
     return {name: value for name, value in asdict(neuron).items() if value != _DEFAULTS.get(name)}
 
 
-def _read(row: dict[str, Any]) -> Component:
-    damping, mean = float(row.get("damping", 1.0)), float(row.get("mean", 0.0))
-    column = None if row.get("input") is None else operator.index(row["input"])
-    return Component(str(row["module"]), operator.index(row["index"]), float(row["score"]), damping, mean, column)
+def _components(rows: object, place: str) -> list[Component]:
+    """Return the neurons of a list in neurons.json.
+
+    Raises:
+        ValueError: If this is no list of neurons.
+    """
+    found = []
+    for i, row in enumerate(read_as(list[dict[str, object]], rows, place)):
+        if missing := [name for name in ("score", "damping", "mean") if row.get(name, 0.0) is None]:
+            raise ValueError(f"{place}.{i}.{missing[0]} cannot be None")
+        found.append(Component(**read_as(_Row, {**_DEFAULTS, **row}, f"{place}.{i}")))
+    return found
 
 
 NUM_BINS = 81
@@ -132,8 +175,8 @@ class Spent:
     max_perplexity_increase: float | None
     rise: float
     perplexity: float
-    num_tokens: int
-    num_documents: int
+    num_tokens: Count
+    num_documents: Count
     data: dict[str, object]
     measured: list[dict[str, float]]
 
@@ -145,15 +188,15 @@ class SelectionResults(JsonFile):
     ``threshold`` is the score of the last one that was chosen. The rest is as in ``Selected``.
     """
 
-    FORMAT = "sparc3_lightning selection 1"
+    FORMAT = "sparc3_lightning selection 2"
     criterion: str
     granularity: str
-    num_neurons: int
-    num_candidates: int
+    num_neurons: Count
+    num_candidates: Count
     differential_strength_percent: float | None
-    num_negative: int
+    num_negative: Count
     threshold: float
-    neurons_per_module: dict[str, int]
+    neurons_per_module: dict[str, Count]
     histogram: dict[str, list[float]]
     budget: Spent | None
 

@@ -29,10 +29,10 @@ from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import head_dims
 from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.models.sharding import load_for
-from sparc3_lightning.provenance import git_hash, run_seed, versions
+from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
-from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.stopping import StoppableModule
 
 SCORES = "scores.safetensors"
 
@@ -60,9 +60,9 @@ class Attribution(StoppableModule, Stage):
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
         target: What is explained: ``argmax``, the largest logit at the last token; ``text``, the mean log-probability
             of the sample's own tokens; ``lexicon``, the log-probability that the next token is a toxic one, averaged
-            over all positions; ``lexicon_probability``, that probability itself, averaged over the positions of the
-            sample's continuation, or of all of it if it has none; or ``logit_difference``, the logit of the right next
-            token less the logit of the wrong one.
+            over all positions; ``lexicon_probability``, that probability itself, averaged over the tokens of the
+            sample's continuation and the one after it, or over all positions if it has none; or ``logit_difference``,
+            the logit of the right next token less the logit of the wrong one.
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves; of a
             ``package.module:function`` the code runs.
         layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
@@ -237,11 +237,14 @@ class Attribution(StoppableModule, Stage):
 
     def _identify(self) -> Identity:
         """Return the identity of this run: only sums of runs with the same identity may be added."""
+        data = self.reference_samples
         return {
             "checkpoint_fingerprint": self.checkpoint.fingerprint,
             **asdict(self.spec),
             "lexicon_tokens": hashlib.sha256(str(self.lexicon).encode()).hexdigest()[:16],
-            "data_fingerprint": self.reference_samples.fingerprint(),
+            "data_fingerprint": data.fingerprint(),
+            "samples": hashlib.sha256(str([(s.id, s.start, s.contrast) for s in data.samples]).encode()).hexdigest(),
+            "versions": versions_of_results(),
         }
 
     def _resume(self) -> None:

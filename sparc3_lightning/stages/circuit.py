@@ -15,7 +15,6 @@ from sparc3_lightning.attribution.targets import logit_difference
 from sparc3_lightning.data.base import ReferenceSamples, WeightedBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.escaping import for_file_name
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Component, check
 from sparc3_lightning.models.neurons import check_are_neurons
@@ -32,6 +31,7 @@ from sparc3_lightning.report.circuits import (
     summary,
 )
 from sparc3_lightning.report.drawing import draw_or_warn
+from sparc3_lightning.report.escaping import for_file_name
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.orders import (
     ComponentOrder,
@@ -43,8 +43,8 @@ from sparc3_lightning.selection.orders import (
     load_scores,
     random_scores,
 )
-from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.stages.base import Stage, paths_of
+from sparc3_lightning.stages.stopping import StoppableModule
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 RANDOM = "random order"
@@ -178,9 +178,16 @@ class Circuit(StoppableModule, Stage):
                 name = for_file_name(f"circuit-{group.granularity}-{group.name}") + ".json"
                 circuit = replace(circuit, file=name)
                 self._save(group, order.components[: circuit.num_removed], circuit, self.folder / name)
+        is_emptied = self.sparsities[-1] == 1
+        last = curve[-1]
+        emptied = Measured(last.accuracy, last.logit_difference) if is_emptied else self._without_any(order)
         found = curve_of(group.name, group.granularity, len(order), curves)
         rank_zero_info(f"Measured {len(curves)} order(s) of {len(order):,} {group.granularity}s by {group.name}.")
-        return replace(found, scores=list(map(str, group.paths)), circuit=circuit)
+        return replace(found, scores=list(map(str, group.paths)), circuit=circuit, emptied=emptied)
+
+    def _without_any(self, order: Order) -> Measured:
+        with order.without(self.model, len(order)):
+            return self._measure()
 
     def _measure_random(self, like: Group) -> Curve:
         scores = load_scores(like.paths[0])

@@ -16,7 +16,6 @@ from sparc3_lightning.data.sentence_pairs import PairBatch
 from sparc3_lightning.data.wikitext2 import WindowBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.escaping import for_terminal
 from sparc3_lightning.evaluation.completions import (
     COMPLETIONS,
     Completion,
@@ -39,19 +38,25 @@ from sparc3_lightning.evaluation.results import (
 )
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, list_variants, neurons_of
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
-from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import check
 from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
-from sparc3_lightning.provenance import git_hash, run_seed, versions
+from sparc3_lightning.provenance import contents, git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.report.drawing import draw_or_warn
+from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.page import REPORT, report_inputs, summary_table
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.base import Remembering
-from sparc3_lightning.scorers.registry import check_scorer, load_scorer
+from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.signals import StoppableModule
 from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.stopping import StoppableModule
+
+# Options of prompts that say which ones are taken, and not how one is put to the model.
+CHOICE_OF_PROMPTS = {"source", "num_prompts", "min_toxicity", "max_toxicity", "num_nontoxic", "nontoxic_source", "by"}
+CHOICE_OF_PROMPTS |= {"text_field", "until", "where", "leave_out_long", "seed", "batch_size", "tokenizer"}
+TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")  # generation_config.json is among them
 
 
 class Evaluation(StoppableModule, Stage):
@@ -379,15 +384,30 @@ def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
 
 
 def identity_of(module: Evaluation) -> dict[str, object]:
-    """Return the identity of an evaluation: only continuations of the same identity are resumed."""
-    sampling = module.sampling
+    """Return the identity of an evaluation: only continuations of the same identity are taken over.
+
+    What it reads is identified by its contents, whatever its name.
+    """
+    sampling, prompts = module.sampling, module.data.prompts
     return {
         "checkpoint_fingerprint": module.fingerprint,
+        "tokenizer": _identity_of_tokenizer(prompts.tokenizer_checkpoint, module.checkpoint),
         "neurons": [neurons.digest() for neurons in module.lists.values()],
-        "scorers": module.scorer_names,
+        "scorers": [fingerprint_of(name) for name in module.scorer_names],
         "sampling": [sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.per_seed],
+        **{name: value for name, value in prompts.hparams.items() if name not in CHOICE_OF_PROMPTS},
         "models": [(variant.name, variant.num_continuations) for variant in module.variants],
-        "chat": module.data.prompts.chat,
-        "dtype": module.dtype_name,
+        "dtype": str(resolve_dtype(module.dtype_name, module.trainer.strategy.root_device)),
         "seed": run_seed(),
+        "versions": versions_of_results(),
     }
+
+
+def _identity_of_tokenizer(tokenizer: Checkpoint, model: Checkpoint) -> list[str]:
+    """Return what identifies the tokenizer, the chat template and the tokens that end a text."""
+    return [
+        contents(path for path in folder.iterdir() if path.suffix in TOKENIZER_FILES)
+        if (folder := Path(checkpoint.location)).is_dir()
+        else f"{checkpoint.name} {checkpoint.revision}"  # of the hub: the fingerprint of the model is its commit
+        for checkpoint in (tokenizer, model)
+    ]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +21,9 @@ from sparc3_lightning.models.architectures import find_layers, linear_at, weight
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.export import check_export, export_dtype_of
 from sparc3_lightning.models.neurons import check_are_neurons, columns_of
+from sparc3_lightning.provenance import versions_of_results
 from sparc3_lightning.scorers.base import split_label
+from sparc3_lightning.scorers.functions import FunctionScorer
 from sparc3_lightning.selection.sides import are_swapped
 from sparc3_lightning.sources import is_local, sha256_of
 from sparc3_lightning.stages.attribute import Attribution, file_of
@@ -172,7 +173,7 @@ class Plan:
         trainer = {key: value for key, value in options["trainer"].items() if key not in NOT_RESULTS}
         seed = options["seed_everything"]
         # Options that are None are left out, so that a new option with that default does not make old results unknown.
-        identity = [stage.verb, version("sparc3_lightning"), seed, without_none(trainer), without_none(config)]
+        identity = [stage.verb, versions_of_results(), seed, without_none(trainer), without_none(config)]
         files = digests_of(stage, config, made)
         digest = hashlib.sha256(json.dumps([*identity, files], sort_keys=True).encode()).hexdigest()[:8]
         config = {"seed_everything": seed, "trainer": copy.deepcopy(options["trainer"]), **copy.deepcopy(config)}
@@ -352,6 +353,8 @@ def digests_of(stage: type[Stage], config: Config, made: Path | None) -> list[st
         name = split_label(value)[0] if kind == "scorer" else value
         if is_local(name) and name != str(made):
             found.append(Checkpoint(name).fingerprint if kind == "checkpoint" else _content(Path(name), kind))
+        elif kind == "scorer" and FunctionScorer.takes(name):
+            found.append(FunctionScorer.fingerprint(name))
     return found
 
 

@@ -159,5 +159,5 @@ def test_a_file_that_is_missing_or_something_else_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--model\.activations true"):
         Activations.load(tmp_path / ACTIVATIONS)
     (tmp_path / ACTIVATIONS).write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="not a file of activations"):
+    with pytest.raises(ValueError, match="is not a safetensors file, or is truncated"):
         Activations.load(tmp_path / ACTIVATIONS)

@@ -1,6 +1,7 @@
 """A run that breaks off goes on: nothing is lost, nothing is counted twice."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,7 +18,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
-from sparc3_lightning.attribution.progress import Progress, load_progress, remove_progress
+from sparc3_lightning.attribution.progress import Progress, go_on, load_progress, remove_progress
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
@@ -186,6 +187,59 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state-0-0.safetensors").write_bytes(b"not a state")
     with pytest.raises(ValueError, match="damaged"):
         load_progress(tmp_path)
+
+
+@pytest.mark.parametrize("place", [20, 100, 300, -1, -9])
+def test_a_flipped_bit_of_a_state_is_refused_by_its_file(tmp_path: Path, place: int) -> None:
+    state = Progress({"method": "lrp"}, {"a": torch.ones(9).double()}, ["x"], 0, rows={"a": torch.ones(1, 3)})
+    state.save(tmp_path, rank=0)
+    assert load_progress(tmp_path).sample_ids == ["x"]
+    content = bytearray((tmp_path / "state-0-0.safetensors").read_bytes())
+    content[place] ^= 4
+    (tmp_path / "state-0-0.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state-0-0.safetensors is not a state of 'sparc3 attribute', or is damaged"):
+        load_progress(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        Progress({}, {"a": torch.tensor([1.0, math.nan])}, ["x"]),
+        Progress({}, {"a": torch.tensor([1, 2])}, ["x"]),
+        Progress({}, {"a": torch.ones(2)}, ["x"], rows={"a": torch.ones(2, 3)}),
+        Progress({}, {"a": torch.ones(2)}, [1]),
+        Progress({}, {"a": torch.ones(2)}, ["x"], -1),
+    ],
+    ids=["NaN", "whole numbers", "a row too many", "a number for a name", "less than none"],
+)
+def test_a_state_that_cannot_be_is_refused(tmp_path: Path, state: Progress) -> None:
+    state.save(tmp_path, rank=0)
+    with pytest.raises(ValueError, match=r"state-0-0.safetensors is not a state of 'sparc3 attribute', or is damaged"):
+        load_progress(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["versions", "checkpoint_fingerprint", "relevance"])
+def test_sums_of_a_folder_beside_are_used_only_for_the_same_contents_and_it_is_said_what_changed(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {"relevance": "magnitude", "versions": {"torch": "1"}, "checkpoint_fingerprint": "files:1"}
+    Progress(before, {"a": torch.ones(2)}, ["x"]).save(tmp_path / "version_0", rank=0)
+    output = tmp_path / "version_1" / SCORES
+    assert go_on(output, before).sample_ids == ["x"]
+    (tmp_path / "version_1" / "state-1-0.safetensors").unlink()
+    with caplog.at_level("INFO"):
+        assert go_on(output, {**before, name: "another"}).sample_ids == []
+    said = f"Sums of an earlier run in {tmp_path / 'version_0'} were not used: the {name} changed."
+    assert (said in caplog.text) == (name != "relevance"), "another option makes another run"
+
+
+def test_a_damaged_state_of_a_folder_beside_is_passed_over_and_said(tmp_path: Path, caplog) -> None:
+    (tmp_path / "version_0").mkdir()
+    (tmp_path / "version_0" / "state-0-0.safetensors").write_bytes(b"not a state")
+    with caplog.at_level("INFO"):
+        assert go_on(tmp_path / "version_1" / SCORES, {}).sample_ids == []
+    assert "Sums of an earlier run were not used: " in caplog.text
+    assert "version_0/state-0-0.safetensors is not a state of 'sparc3 attribute', or is damaged" in caplog.text
 
 
 def evaluate(

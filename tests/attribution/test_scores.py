@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import changed
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sparc3_lightning.attribution.scores import FORMAT, Provenance, ScoreFile, average, load_matching
 from sparc3_lightning.attribution.spec import ScoreSpec
+from sparc3_lightning.attribution.tensor_file import save_tensors
 
 PROVENANCE = Provenance(
     checkpoint="org/name",
@@ -93,7 +95,7 @@ def test_scores_that_are_views_of_a_larger_tensor_are_written_alone(tmp_path: Pa
 def test_a_header_with_a_field_of_a_later_version_is_read(tmp_path: Path) -> None:
     values = {**dataclasses.asdict(PROVENANCE), "from_the_future": 1}
     values["spec"]["from_the_future"] = 1
-    save_file(make_scores(), tmp_path / "a", {"format": FORMAT, "provenance": json.dumps(values)})
+    save_tensors(tmp_path / "a", make_scores(), {"format": FORMAT, "provenance": json.dumps(values)})
     assert ScoreFile.load(tmp_path / "a").provenance == PROVENANCE
 
 
@@ -132,21 +134,78 @@ def test_a_text_file_is_refused(path: Path) -> None:
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "sparc3_lightning scores 9"}])
 def test_other_safetensors_files_are_refused(metadata: dict[str, str] | None, path: Path) -> None:
     save_file(make_scores(), path, metadata)
-    with pytest.raises(ValueError, match="but not scores: its header does not say 'sparc3_lightning scores 2'"):
+    with pytest.raises(ValueError, match="but not scores: its header does not say 'sparc3_lightning scores 3'"):
         ScoreFile.load(path)
 
 
 def test_a_file_of_an_older_version_is_refused_by_its_format(path: Path) -> None:
-    save_file(make_scores(), path, {"format": "sparc3_lightning scores 1"})
-    with pytest.raises(ValueError, match=r"scores.safetensors was written by an older version in format 1; attribute"):
+    save_file(make_scores(), path, {"format": "sparc3_lightning scores 2"})
+    with pytest.raises(ValueError, match=r"scores.safetensors was written by an older version in format 2; attribute"):
         ScoreFile.load(path)
 
 
 @pytest.mark.parametrize("header", [None, "{", "[]", "3", '{"checkpoint": "org/name"}', '{"spec": {"method": "lrp"}}'])
 def test_a_damaged_header_is_refused(header: str | None, path: Path) -> None:
-    save_file(make_scores(), path, {"format": FORMAT, **({} if header is None else {"provenance": header})})
+    save_tensors(path, make_scores(), {"format": FORMAT, **({} if header is None else {"provenance": header})})
     with pytest.raises(ValueError, match=r"The header of .*scores.safetensors is damaged"):
         ScoreFile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("checkpoint", 3, "checkpoint cannot be 3"),
+        ("data", [], "data cannot be"),
+        ("num_samples", -1, "num_samples must be at least 0, and is -1"),
+        ("num_samples", "2", "num_samples cannot be '2'"),
+        ("num_tokens", True, "num_tokens cannot be True"),
+        ("sample_ids", [1], "sample_ids.0 cannot be 1"),
+        ("versions", {"torch": 2}, "versions.torch cannot be 2"),
+        ("spec", None, "spec cannot be None"),
+        ("spec", {"method": "lrp"}, "spec has no rule"),
+        ("method", "magic", "spec.method cannot be 'magic'"),
+        ("granularity", "layer", "spec.granularity cannot be 'layer'"),
+        ("layers", "up_proj", "spec.layers cannot be 'up_proj'"),
+    ],
+)
+def test_a_field_of_another_type_is_named(field: str, value: Any, reason: str, path: Path) -> None:
+    values = dataclasses.asdict(PROVENANCE)
+    (values["spec"] if field in values["spec"] else values)[field] = value
+    save_tensors(path, make_scores(), {"format": FORMAT, "provenance": json.dumps(values)})
+    with pytest.raises(ValueError, match=f"The header of .*scores.safetensors is damaged: {reason}"):
+        ScoreFile.load(path)
+
+
+@pytest.mark.parametrize("place", [8, 40, 200, 400, 900, -1, -20, -48])
+@pytest.mark.parametrize("bit", [1, 64])
+def test_one_flipped_bit_anywhere_is_refused(place: int, bit: int, path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= bit
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"scores\.safetensors"):
+        ScoreFile.load(path)
+
+
+def test_values_that_were_changed_after_they_were_written_are_refused(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    scores = make_scores()
+    scores[layer(0)][0] += 1
+    save_file(scores, path, metadata)
+    with pytest.raises(ValueError, match=r"scores.safetensors cannot be used: its checksum does not match"):
+        ScoreFile.load(path)
+    save_file(make_scores(), path, {name: text for name, text in metadata.items() if name != "sha256"})
+    with pytest.raises(ValueError, match=r"scores.safetensors cannot be used: it has no checksum"):
+        ScoreFile.load(path)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int32, torch.float8_e4m3fn, torch.bfloat16, torch.float64, torch.complex64], ids=str
+)
+def test_scores_of_another_dtype_are_refused_with_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    wrong = torch.ones(6).to(dtype)
+    with pytest.raises(ValueError, match=rf"a: the scores of {layer(0)} are of {dtype}, expected torch.float32"):
+        ScoreFile.load(write(tmp_path / "a", {**make_scores(), layer(0): wrong}))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

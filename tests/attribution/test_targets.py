@@ -1,13 +1,15 @@
 """Targets of relevance, and the relevance of them, against one position at a time."""
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from helpers import WORDS, sentence
+from helpers import WORDS, sentence, write_completions
 from torch import Tensor
 
 from sparc3_lightning.attribution.scores import ScoreFile
@@ -67,6 +69,19 @@ def test_targets_are_means_over_positions_whatever_the_padding(make_model, sampl
     torch.testing.assert_close(lexicon_log_probability(model, alone, None, torch.tensor(LEXICON)), found["lexicon"][:1])
     one = lexicon_probability(model, alone, None, torch.tensor([0]), torch.tensor(LEXICON))
     torch.testing.assert_close(one, found["lexicon_probability"][:1])
+
+
+def test_the_lexicon_probability_of_own_continuations_is_the_share_expected_of_them_and_the_token_after(make_model):
+    model = make_model(vocab_size=7)  # few enough to go through every continuation
+    prompt, length, lexicon = [1, 5, 3], 2, [2, 4]
+    by_target, by_counting = 0.0, 0.0
+    for drawn in itertools.product(range(7), repeat=length + 1):
+        log = log_probabilities(model, prompt + list(drawn))
+        chance = math.exp(sum(log[len(prompt) - 1 + i, token].item() for i, token in enumerate(drawn)))
+        by_counting += chance * sum(token in lexicon for token in drawn) / (length + 1)
+        ids, start = torch.tensor([prompt + list(drawn[:length])]), torch.tensor([len(prompt)])
+        by_target += chance * lexicon_probability(model, ids, None, start, torch.tensor(lexicon)).item()
+    assert by_target == pytest.approx(by_counting, rel=1e-4)
 
 
 def test_a_sample_of_which_no_token_counts_has_the_target_zero(make_model):
@@ -203,8 +218,7 @@ def test_the_models_own_continuations_are_samples_of_their_own(tiny_checkpoint):
         for i in range(3)
         for j, toxicity in enumerate((0.9, 0.2, None, 0.7))
     ]
-    lines = [json.dumps(dict(zip(fields, row, strict=True))) for row in rows]
-    Path("completions.jsonl").write_text("\n".join(lines))
+    write_completions(Path("completions.jsonl"), [dict(zip(fields, row, strict=True)) for row in rows])
     tokenizer = Checkpoint(tiny_checkpoint).tokenizer()
 
     def samples(number: int) -> list[Sample]:

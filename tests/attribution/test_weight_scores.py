@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import sentence
+from helpers import sentence, write_sealed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from sparc3_lightning.attribution.progress import load_progress
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, ShardWriter, WeightScores
 from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.attribution.targets import largest_logit
+from sparc3_lightning.attribution.tensor_file import digest_of
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.models.architectures import find_layers
@@ -198,16 +199,54 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard.name}.* is missing or damaged"):
         dict(WeightScores(index))
-    index.write_text(json.dumps({**content, "metadata": {"format": "other"}}))
-    with pytest.raises(ValueError, match="is not an index of scores"):
-        WeightScores(index)
-    index.write_text(json.dumps({**content, "metadata": {"format": "sparc3_lightning scores of weights 1"}}))
-    with pytest.raises(ValueError, match="written by an older version in format 1; attribute again"):
-        WeightScores(index)
-    for text in ("{", "[]", "{}"):
-        index.write_text(text)
-        with pytest.raises(ValueError, match="not an index of scores, or is damaged"):
+    for changes in (
+        {"format": "other"},
+        {"provenance": {}},
+        {"weight_map": []},
+        {"weight_map": {}, "checksums": {}},
+        {"weight_map": dict.fromkeys(content["weight_map"], "../scores.safetensors")},
+        {"weight_map": dict.fromkeys(content["weight_map"], 3)},
+        {"checksums": {}},
+    ):
+        write_sealed(index, {**content, **changes})
+        with pytest.raises(ValueError, match="is not an index of scores, or is damaged"):
             WeightScores(index)
+    older = {"metadata": {"format": "sparc3_lightning scores of weights 2"}, "weight_map": content["weight_map"]}
+    for text in ("{", "[]", "{}", json.dumps(older), json.dumps({**content, "weight_map": {}})):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=r"not an index of scores, or is damaged.*Attribute again"):
+            WeightScores(index)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["each shard alone", "all in one"])
+def test_a_flipped_bit_of_a_weight_s_score_is_refused_with_the_shard(tmp_path, monkeypatch, shared):
+    if not shared:
+        monkeypatch.setattr(scores, "SHARD_BYTES", 10)
+    index = write(tmp_path, matrices())
+    shard = sorted(tmp_path.glob("*.safetensors"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    for read in (lambda: dict(WeightScores(index)), lambda: ScoreFile.load(index)):
+        with pytest.raises(ValueError, match=f"{shard.name} cannot be used: of layers.* its checksum does not match"):
+            read()
+
+
+def test_shards_of_another_attribution_are_refused(tmp_path):
+    index = write(tmp_path / "a", matrices())
+    write(tmp_path / "b", {name: 2 * score for name, score in matrices().items()})
+    (shard,) = (tmp_path / "b").glob("*.safetensors")
+    shard.replace(tmp_path / "a" / shard.name)
+    with pytest.raises(ValueError, match="its checksum does not match"):
+        dict(WeightScores(index))
+
+
+def test_the_scores_of_a_module_are_hashed_when_they_are_first_read_alone(tmp_path, monkeypatch):
+    read = WeightScores(write(tmp_path, matrices()))
+    hashed = []
+    monkeypatch.setattr(scores, "digest_of", lambda tensors: hashed.extend(tensors) or digest_of(tensors))
+    names = [name for name, _ in read]
+    assert [name for name, _ in read] == names == hashed
 
 
 def test_a_value_that_is_not_finite_in_a_file_is_refused(tmp_path):

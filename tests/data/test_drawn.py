@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import WORDS, ids_of, set_up, write_jsonl
+from helpers import WORDS, ids_of, set_up, write_completions
 from spoken import BOS, EOS, adding, checkpoint_with
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -38,7 +38,7 @@ def rows_of(tokens: Tokens, prompt: str, drawn: list[list[int]]) -> list[dict[st
 
 
 def samples_of(rows: list[dict[str, Any]], checkpoint: str, **options: Any) -> list[Any]:
-    source = write_jsonl(Path("completions.jsonl"), rows)
+    source = write_completions(Path("completions.jsonl"), rows)
     of: dict[str, Any] = {"by": "continuation", "continuation_toxicity": (0.5, 1.0), "num_samples": len(rows)}
     return set_up(ToxicPrompts(source, tokenizer=checkpoint, **of, **options)).samples
 
@@ -71,7 +71,7 @@ def test_a_file_of_other_tools_without_token_ids_is_read_as_text(tiny_checkpoint
 
 
 def test_prompts_alone_are_read_as_text_with_or_without_token_ids(tiny_checkpoint: str) -> None:
-    source = write_jsonl(Path("completions.jsonl"), rows_of(Tokens(adding()), "the dog", [ids_of("cat")]))
+    source = write_completions(Path("completions.jsonl"), rows_of(Tokens(adding()), "the dog", [ids_of("cat")]))
     data = ToxicPrompts(source, by="continuation", num_samples=1, tokenizer=tiny_checkpoint)
     assert [sample.input_ids for sample in set_up(data).samples] == [ids_of("the dog")]
 

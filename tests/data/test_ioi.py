@@ -64,6 +64,12 @@ def test_every_template_and_word_is_used_and_names_all_three_people():
     assert all(len(set(words)) == len(words) for words in (NAMES, PLACES, OBJECTS, TEMPLATES))
 
 
+def test_no_sentence_begins_with_a_name_which_many_tokenizers_give_another_token_there():
+    assert len(TEMPLATES) == 15
+    assert not any(template.startswith("{") for template in TEMPLATES)
+    assert all(template[template.index(slot) - 1] == " " for template in TEMPLATES for slot in ("{A}", "{B}", "{S}"))
+
+
 def test_names_that_are_no_token_are_not_used_and_too_few_are_refused():
     data = IOI(num_samples=200)
     samples = data.read_samples(words_tokenizer(NAMES[:12]))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import sentence
+from helpers import sentence, write_completions
 
 from sparc3_lightning.data.prompts import matching_rows, prompt_id, read_prompts, worst_first
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
@@ -123,11 +123,36 @@ def test_both_data_modules_name_a_prompt_alike_and_the_evaluation_leaves_out_wha
 def completions(tmp_path: Path) -> str:
     """Six prompts whose worst continuation scores 0.0, 0.1, ... 0.5, in no order."""
     rows = [
-        {"prompt_id": prompt_id(sentence(i, 4)), "prompt": sentence(i, 4), "model": "baseline", "toxicity": score}
+        {
+            "prompt_id": prompt_id(sentence(i, 4)),
+            "prompt": sentence(i, 4),
+            "prompt_toxicity": None,
+            "continuation": "",
+            "continuation_index": j,
+            "model": "baseline",
+            "toxicity": score,
+        }
         for i in (3, 0, 5, 1, 4, 2)
-        for score in (i / 10, 0.0)
+        for j, score in enumerate((i / 10, 0.0))
     ]
-    return write(tmp_path / "completions.jsonl", rows)
+    return write_completions(tmp_path / "completions.jsonl", rows)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (" 0.3,", " 0.4,", "its checksum does not match"),
+        ('"sha256"', '"sha"', "it has no checksum"),
+    ],
+)
+def test_a_row_of_continuations_that_was_changed_is_refused_by_file_and_row(
+    completions: str, tiny_checkpoint: str, old: str, new: str, reason: str
+) -> None:
+    text = Path(completions).read_text()
+    assert old in text
+    Path(completions).write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"Row 1 of .*completions.jsonl cannot be used: {reason}.*Evaluate again\.$"):
+        set_up(ToxicPrompts(completions, by="continuation", tokenizer=tiny_checkpoint, num_samples=1))
 
 
 def ids(*numbers: int) -> list[str]:

@@ -40,6 +40,12 @@ def test_a_byte_order_mark_is_no_text_and_every_text_format_may_be_gzipped(bom: 
     assert WikiText2(f"w.txt{ending}").read_text() == "one\n"
 
 
+def test_files_with_byte_order_marks_may_be_put_behind_each_other() -> None:
+    assert read("a.txt", (BOM + b"one\n") * 2) == [{"text": "one"}] * 2
+    assert read("a.jsonl", (BOM + LINES.encode()) * 2) == ROWS * 2
+    assert read("a.json", BOM + BOM + LINES.encode()) == ROWS
+
+
 def test_the_files_of_c4_are_read_by_their_own_name(tiny_checkpoint: str) -> None:
     name = "c4-train.00000-of-01024.json.gz"
     lines = [json.dumps({"text": sentence(i, 20), "timestamp": "t", "url": "u"}) for i in range(6)]
@@ -133,10 +139,13 @@ def test_an_empty_file_has_no_rows_and_prompts_of_it_are_refused_by_its_name(nam
         read_prompts(read_records(Path(name)), place=name)
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.json", b""), ("a.parquet", b""), ("a.parquet", b"PAR1")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.json", b""), ("a.parquet", b""), ("a.parquet", b"PAR1" + bytes(99) + b"PAR1")]
+)
 def test_an_empty_file_of_a_format_that_is_never_empty_is_an_error_with_its_name(name: str, content: bytes) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} is"):
+    with pytest.raises(ValueError, match=rf"^{name} is") as raised:
         read(name, content)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_truncated_gzip_file_is_an_error_whatever_is_in_it() -> None:

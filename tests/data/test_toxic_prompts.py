@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ids_of, set_up, write_jsonl
+from helpers import ids_of, set_up, write_completions, write_jsonl
 from prompt_rows import PROMPTS, TOXIC, flat_rows, list_prompts, nested_rows
 
 from sparc3_lightning.data.base import Sample
@@ -66,7 +66,7 @@ def test_by_continuation_the_worst_of_the_models_own_continuations_decides(
         completion(PROMPTS[3], 0.9, index=1),
         completion(PROMPTS[1], 1.0, model="pruned"),
     ]
-    source = write_jsonl(tmp_path / "completions.jsonl", rows)
+    source = write_completions(tmp_path / "completions.jsonl", rows)
     options: dict[str, Any] = {"by": "continuation", "tokenizer": tiny_checkpoint}
     data = set_up(ToxicPrompts(source, num_samples=2, **options))
     assert data.samples == [Sample(prompt_id(PROMPTS[i]), ids_of(PROMPTS[i])) for i in (0, 3)]

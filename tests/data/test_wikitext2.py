@@ -1,5 +1,7 @@
 """The text whose perplexity is measured: how it is joined, and its windows."""
 
+import shutil
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from helpers import ids_of, sentence, write_jsonl
 
 from sparc3_lightning.data.base import HubDataset
 from sparc3_lightning.data.wikitext2 import WikiText2, disjoint_windows, sliding_windows
+from sparc3_lightning.sources import sha256_of
 
 
 def test_sliding_windows_score_every_token_but_the_first_exactly_once_with_as_much_before_it_as_fits() -> None:
@@ -84,11 +87,13 @@ def test_a_raw_file_in_a_wheel_is_joined_alike_with_and_without_a_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPARC3_CACHE", str(tmp_path / "cache"))
-    digest = "0123456789ab" + "0" * 52
+    wheel = Path("wiki-1-py3-none-any.whl")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("data/wiki.raw", TEXT)
+    digest = sha256_of(wheel)
     for folder in ("wiki==1", f"wiki==1-{digest[:12]}"):
-        path = tmp_path / "cache" / "pypi" / folder / "data" / "wiki.raw"
-        path.parent.mkdir(parents=True)
-        path.write_text(TEXT)
+        (tmp_path / "cache/pypi" / folder).mkdir(parents=True)
+        shutil.copy(wheel, tmp_path / "cache/pypi" / folder)
     for source in ("pypi:wiki==1/data/wiki.raw", f"pypi:wiki==1/data/wiki.raw#sha256={digest}"):
         assert WikiText2(source).read_text() == "\n\n".join(hub_rows())
 

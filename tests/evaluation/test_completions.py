@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 
 from sparc3_lightning.data.prompts import Prompt
-from sparc3_lightning.evaluation.completions import CompletionLog, completion_rows
+from sparc3_lightning.evaluation.completions import (
+    CompletionLog,
+    completion_rows,
+    load_completions,
+    read_unfinished,
+    save_completions,
+)
 from sparc3_lightning.evaluation.generation import Continuation
 
 PROMPT = Prompt("p", "the dog", 0.95, input_ids=[4, 30])
 IDENTITY = {"seed": 0, "models": [("baseline", 2), ("pruned", 2), ("random_0", 1)]}
+AS_JSON = json.loads(json.dumps(IDENTITY))
 MODELS = {"baseline": 2, "pruned": 2, "random_0": 1}
 
 
@@ -23,10 +30,14 @@ def rows_of(prompt: str, models: dict[str, int] = MODELS) -> list[dict[str, Any]
             "prompt_id": prompt,
             "model": model,
             "continuation_index": j,
+            "prompt": f"the text of {prompt}",
             "prompt_token_ids": [],
             "prompt_toxicity": 0.95,
-            "toxicity": 0.25,
             "continuation": "δ\u2028 x",
+            "token_ids": [7, 8, 7],
+            "num_tokens": 3,
+            "num_unique_tokens": 2,
+            "toxicity": 0.25,
         }
         for model, number in models.items()
         for j in range(number)
@@ -41,7 +52,8 @@ def log_with(folder: Path, rows: list[dict[str, Any]], rank: int = 0, identity: 
 
 
 def begin(folder: Path, prompts: list[str], rows_per_prompt: int = 5) -> dict[str, list[dict[str, Any]]]:
-    return CompletionLog(folder, 0, IDENTITY).begin([Prompt(id_, "", 0.95) for id_ in prompts], rows_per_prompt)
+    of = [Prompt(id_, f"the text of {id_}", 0.95) for id_ in prompts]
+    return CompletionLog(folder, 0, IDENTITY).begin(of, rows_per_prompt)
 
 
 def test_a_row_says_by_which_model_what_was_continued_how_long_and_how_toxic_it_is() -> None:
@@ -86,8 +98,7 @@ def test_a_prompt_is_kept_if_every_model_has_continued_it_and_otherwise_continue
     log_with(tmp_path / "out", rows_of("whole") + rows_of("partly", partly) + rows_of("not asked for"))
     kept = begin(tmp_path / "out", ["whole", "partly", "new"])
     assert kept == {"whole": rows_of("whole")}
-    lines = [json.loads(line) for line in (tmp_path / "out" / "unfinished-0.jsonl").read_text().splitlines()]
-    assert lines == [{"identity": json.loads(json.dumps(IDENTITY))}, *rows_of("whole")]
+    assert read_unfinished(tmp_path / "out" / "unfinished-0.jsonl") == (AS_JSON, rows_of("whole"))
 
 
 def test_the_models_of_a_prompt_may_lie_in_the_files_of_several_ranks_and_none_counts_twice(tmp_path: Path) -> None:
@@ -111,7 +122,7 @@ def test_a_neighbouring_folder_of_the_same_run_is_used_and_of_another_run_passed
 def test_what_is_kept_has_the_toxicity_that_this_run_gives_its_prompt(tmp_path: Path, toxicity: float | None) -> None:
     (tmp_path / "new").mkdir()
     log_with(tmp_path / "version_0", rows_of("a"))
-    kept = CompletionLog(tmp_path / "new", 0, IDENTITY).begin([Prompt("a", "", toxicity)], 5)
+    kept = CompletionLog(tmp_path / "new", 0, IDENTITY).begin([Prompt("a", "the text of a", toxicity)], 5)
     assert kept == {"a": [{**row, "prompt_toxicity": toxicity} for row in rows_of("a")]}
 
 
@@ -129,10 +140,111 @@ def test_other_models_in_the_same_folder_are_refused_with_what_they_were(tmp_pat
     assert "'random_0', 1" in str(raised.value)
 
 
-def test_a_line_that_was_cut_off_is_left_aside_with_all_behind_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [1, 9, 200])
+def test_a_last_line_that_was_broken_off_is_left_aside(tmp_path: Path, cut: int) -> None:
+    path = log_with(tmp_path / "out", rows_of("a") + rows_of("b"))
+    path.write_bytes(path.read_bytes()[:-cut])
+    kept = begin(tmp_path / "out", ["a", "b"])
+    assert kept == {"a": rows_of("a"), **({"b": rows_of("b")} if cut == 1 else {})}, "only its line break is lost"
+
+
+@pytest.mark.parametrize("place", [0.05, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("bit", [1, 16])
+def test_a_flipped_bit_is_refused_with_file_and_line_in_the_folder_and_passed_over_in_another(
+    tmp_path: Path, place: float, bit: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = log_with(tmp_path / "out", rows_of("a"))
+    content = bytearray(path.read_bytes())
+    at = int(place * len(content))
+    content[at] ^= bit
+    path.write_bytes(content)
+    number = content[:at].count(b"\n") + 1
+    with pytest.raises(ValueError, match=rf"out/unfinished-0.jsonl, line {number} cannot be used: .*\. Choose another"):
+        begin(tmp_path / "out", ["a"])
+    (tmp_path / "new").mkdir()
+    with caplog.at_level("INFO"):
+        assert begin(tmp_path / "new", ["a"]) == {}
+    assert f"Continuations of an earlier run were not used: {path}, line {number} cannot be used" in caplog.text
+
+
+def test_a_line_in_the_middle_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     path = log_with(tmp_path / "out", rows_of("a"))
     path.write_text(path.read_text()[:-9] + "\n" + json.dumps(rows_of("b")[0]) + "\n")
-    assert begin(tmp_path / "out", ["a", "b"]) == {}
+    with pytest.raises(ValueError, match=r"unfinished-0.jsonl, line 6 cannot be used"):
+        begin(tmp_path / "out", ["a", "b"])
+
+
+@pytest.mark.parametrize("start", [b"", b'{"format": "spar'])
+def test_a_rank_that_was_killed_before_its_first_line_left_nothing_of_another_run(tmp_path: Path, start: bytes) -> None:
+    log_with(tmp_path / "out", rows_of("a"))
+    (tmp_path / "out" / "unfinished-1.jsonl").write_bytes(start)
+    assert begin(tmp_path / "out", ["a"]) == {"a": rows_of("a")}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["unfinished-0.jsonl"]
+
+
+def test_an_empty_file_alone_is_the_beginning_of_any_run(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "unfinished-0.jsonl").touch()
+    assert begin(tmp_path / "out", ["a"]) == {}
+    assert read_unfinished(tmp_path / "out" / "unfinished-0.jsonl") == (AS_JSON, [])
+
+
+def test_files_of_more_ranks_than_there_are_now_are_taken_over(tmp_path: Path) -> None:
+    for rank in range(8):
+        log_with(tmp_path / "out", rows_of(f"p{rank}"), rank)
+    prompts = [f"p{rank}" for rank in range(8)]
+    assert begin(tmp_path / "out", prompts) == {prompt: rows_of(prompt) for prompt in prompts}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["unfinished-0.jsonl"]
+
+
+def test_a_file_of_an_older_version_is_refused_in_the_folder_and_passed_over_in_another(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    lines = [{"identity": IDENTITY}, *rows_of("a")]
+    (tmp_path / "old" / "unfinished-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"line 1 cannot be used: it has no checksum.*older version"):
+        begin(tmp_path / "old", ["a"])
+    (tmp_path / "new").mkdir()
+    assert begin(tmp_path / "new", ["a"]) == {}
+
+
+@pytest.mark.parametrize("name", ["scorers", "tokenizer", "versions", "checkpoint_fingerprint"])
+def test_it_is_said_what_changed_where_another_folder_has_continuations_of_the_same_options(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_with(tmp_path / "version_0", rows_of("a"), identity={**IDENTITY, name: "before"})
+    (tmp_path / "new").mkdir()
+    log = CompletionLog(tmp_path / "new", 0, {**IDENTITY, name: "now"})
+    with caplog.at_level("INFO"):
+        assert log.begin([Prompt("a", "the text of a", 0.95)], 5) == {}
+    assert f"version_0 were not used: the {name} changed." in caplog.text
+
+
+def test_a_prompt_of_other_white_space_is_continued_anew(tmp_path: Path) -> None:
+    log_with(tmp_path / "out", rows_of("a"))
+    prompt = Prompt("a", "the text  of a", 0.95, input_ids=[4])
+    assert CompletionLog(tmp_path / "out", 0, IDENTITY).begin([prompt], 5) == {}
+
+
+def test_a_row_of_another_form_is_refused_with_its_line(tmp_path: Path) -> None:
+    for wrong in ({"toxicity": 1.5}, {"num_tokens": -1}, {"continuation_index": "1"}, {"prompt": None}):
+        path = log_with(tmp_path / "out", [{**rows_of("a")[0], **wrong}])
+        with pytest.raises(ValueError, match=rf"holds no continuations of this version: line 2.{next(iter(wrong))} "):
+            begin(tmp_path / "out", ["a"])
+        path.unlink()
+
+
+def test_completions_come_back_and_a_line_that_was_changed_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "completions.jsonl"
+    save_completions(path, rows_of("a"))
+    assert load_completions(path) == rows_of("a")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["continuation"] for line in lines[:-1]] == ["δ\u2028 x"] * 5
+    lines[2] = lines[2].replace("0.25", "0.26")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"completions.jsonl, line 3 cannot be used: its checksum does not match"):
+        load_completions(path)
+    save_completions(path, [])
+    assert load_completions(path) == []
 
 
 def test_removing_takes_the_files_of_all_ranks_of_this_folder_only(tmp_path: Path) -> None:

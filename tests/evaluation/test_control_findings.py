@@ -2,12 +2,14 @@
 
 import json
 import math
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
+import torch
 from hand_written import CONTROLLED, NEURONS, difference, means, rows_of, windows_of
 
 from sparc3_lightning.evaluation.controls import Controls
+from sparc3_lightning.evaluation.draws import interval_of_draws
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.results import Findings
 from sparc3_lightning.evaluation.variants import list_variants
@@ -59,11 +61,16 @@ def test_the_effect_of_a_control_is_the_mean_over_its_draws():
     assert outcome.effect_percent.value == pytest.approx(100 * own / (sum(before) / 6))
     assert outcome.pruned_less_control.value == pytest.approx(against)
     assert against < -0.3, "below 0: the pruned model fell further"
-    assert outcome.pruned_less_control.high < 0
-    # The draws differ by 0.1 or so, which alone makes the interval wide.
-    assert outcome.effect.low < 0.02 < 0.09 < outcome.effect.high
-    for percent, value in zip(astuple(outcome.effect_percent), astuple(outcome.effect), strict=True):
-        assert percent == pytest.approx(100 * value / (sum(before) / 6))
+    tables = [torch.tensor(of, dtype=torch.float64) for of in (draws, before, pruned)]
+    assert outcome.effect == interval_of_draws(tables[0] - tables[1])
+    assert outcome.pruned_less_control == interval_of_draws(tables[2] - tables[0], one_more=True)
+    # The two draws differ by 0.1 or so, which says little of what a third would do.
+    assert outcome.effect.low < -0.5 < 0.5 < outcome.effect.high
+    assert outcome.pruned_less_control.holds_zero
+    # In percent of a mean before that was drawn as well.
+    ratio = interval_of_draws(tables[0] - tables[1], tables[1])
+    assert outcome.effect_percent.low == -100 > 100 * ratio.low
+    assert outcome.effect_percent.high == pytest.approx(100 * ratio.high)
     assert [point.effect.evidence for point in control.draws] == [False, True]
     assert outcome.num_draws_with_evidence == 1
     assert outcome.perplexity_percent == pytest.approx(100 * (math.exp(12 / 88) + math.exp(18 / 88) - 2) / 2)

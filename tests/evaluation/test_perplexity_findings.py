@@ -1,40 +1,40 @@
 """What is found of perplexity, against a slow bootstrap over windows."""
 
 import math
-import random
 
 import pytest
 import torch
 from hand_written import BASELINE_NLL, TOKENS, measured, small, windows_of
+from simulated import slow_ends
 
 from sparc3_lightning.evaluation.intervals import perplexity_change, perplexity_interval
 from sparc3_lightning.evaluation.metrics import Perplexity
 
-
-def slow_windows(measured_of, num_resamples: int = 4000) -> tuple[float, float]:
-    """Resample windows with Python's own generator, and cut 2.5 % off each end."""
-    draw = random.Random(1)
-    found = sorted(measured_of(draw.choices(range(len(TOKENS)), k=len(TOKENS))) for _ in range(num_resamples))
-    return found[int(0.025 * num_resamples)], found[int(0.975 * num_resamples) - 1]
+T_11 = 2.2010  # the percentile 97.5 of Student's t with 11 degrees of freedom
 
 
 def test_the_perplexity_and_its_change_have_the_intervals_of_a_slow_bootstrap_over_windows():
-    after_nll = [nll + 0.1 * nll * (i % 3) for i, nll in enumerate(BASELINE_NLL)]
-    before, after = measured(BASELINE_NLL, TOKENS), measured(after_nll, TOKENS)
+    tokens, before_nll = TOKENS * 2, [*BASELINE_NLL, *(0.9 * nll + 1 for nll in BASELINE_NLL)]
+    after_nll = [nll + 0.1 * nll * (i % 3) for i, nll in enumerate(before_nll)]
+    before, after = measured(before_nll, tokens), measured(after_nll, tokens)
+    alone, change = perplexity_interval(before), perplexity_change(before, after)
+    assert alone.value == pytest.approx(math.exp(sum(before_nll) / sum(tokens)))
+    assert change.value == pytest.approx(100 * (math.exp((sum(after_nll) - sum(before_nll)) / sum(tokens)) - 1))
+    # Each end is where the nats that are left of each window, beyond so many a token, could just be 0 on average.
+    rises = [a - b for a, b in zip(after_nll, before_nll, strict=True)]
+    for nll, ends in ((before_nll, (alone.low, alone.high)), (rises, (1 + change.low / 100, 1 + change.high / 100))):
+        assert ends[0] < ends[1]
+        for end, side in zip(ends, (1, 0), strict=True):
+            left = [n - math.log(end) * t for n, t in zip(nll, tokens, strict=True)]
+            found = slow_ends(left, T_11)
+            assert found[1 - side] == pytest.approx(0, abs=0.05 * (found[1] - found[0]))
 
-    def perplexity(nll: list[float], drawn: list[int]) -> float:
-        return math.exp(sum(nll[i] for i in drawn) / sum(TOKENS[i] for i in drawn))
 
-    alone = perplexity_interval(before)
-    low, high = slow_windows(lambda drawn: perplexity(BASELINE_NLL, drawn))
-    assert alone.value == pytest.approx(math.exp(178 / 88))
-    assert (alone.low, alone.high) == pytest.approx((low, high), rel=0.01)
-    change = perplexity_change(before, after)
-    low, high = slow_windows(lambda drawn: 100 * (perplexity(after_nll, drawn) / perplexity(BASELINE_NLL, drawn) - 1))
-    assert change.value == pytest.approx(100 * (math.exp(sum(after_nll) / 88) / math.exp(178 / 88) - 1))
-    assert (change.low, change.high) == pytest.approx((low, high), rel=0.04)
-    worst = max(100 * (math.exp(0.2 * n / t) - 1) for n, t in zip(BASELINE_NLL, TOKENS, strict=True))
-    assert change.high < worst, "windows of few tokens count for less"
+def test_a_perplexity_that_is_infinite_has_no_interval():
+    broken = measured([*BASELINE_NLL[:-1], math.inf], TOKENS)
+    for found in (perplexity_interval(broken), perplexity_change(measured(BASELINE_NLL, TOKENS), broken)):
+        assert found.value == math.inf
+        assert not found.is_known
 
 
 def test_a_perplexity_that_does_not_change_has_no_interval_to_speak_of():

@@ -2,15 +2,17 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import replaced_at
+from helpers import replaced_at, write_sealed
 from made_up import made_up
 
 from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.files import sealed
 
 FORMAT = Results.FORMAT
 PATH = Path("results.json")
@@ -72,7 +74,12 @@ def test_paths_and_tuples_of_the_options_are_written_as_json_has_them():
         ("[]", "its format is None"),
         ("{}", "its format is None"),
         ('{"format": "sparc3_lightning results 0"}', "its format is 'sparc3_lightning results 0'"),
-        (json.dumps({"format": FORMAT}), "it has no verdict"),
+        (json.dumps({"format": FORMAT}), "it has no checksum"),
+        (json.dumps(sealed({"format": FORMAT})), "it has no verdict"),
+        ('{"format": "a", "format": "b"}', "it has the key 'format' twice"),
+        ('{"format": NaN}', "it holds NaN"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ("9" * 5000, "Exceeds the limit"),
     ],
 )
 def test_a_file_of_another_format_or_a_broken_one_is_refused_by_its_path(text, reason):
@@ -100,12 +107,47 @@ def test_a_file_that_is_no_text_is_refused_by_its_path():
         ("doses/0/damping", [], "doses.0.damping cannot be "),
         ("versions/torch", 2, "versions.torch cannot be 2"),
         ("controls/random/zero_ablated", 0, "controls.random.zero_ablated cannot be 0"),
+        ("num_failed", -1, "num_failed must be at least 0, and is -1"),
+        ("doses/0/damping", 1.5, "doses.0.damping must be at least 0 and at most 1, and is 1.5"),
+        ("baseline/groups/toxic/behavior_mean", -0.1, "baseline.groups.toxic.behavior_mean must be at least 0"),
+        ("pruned/groups/toxic/num_prompts", 1.0, "pruned.groups.toxic.num_prompts cannot be 1.0"),
+        ("change/behavior_percent", 10**400, "change.behavior_percent cannot be 1000"),
     ],
 )
 def test_what_is_damaged_is_named(path, to, reason):
-    PATH.write_text(json.dumps(replaced_at(content(), path, to)))
+    write_sealed(PATH, replaced_at(content(), path, to))
     with pytest.raises(ValueError, match=f"^results.json is not .*: {reason}"):
         Results.load(PATH)
+
+
+@pytest.mark.parametrize("path", ["verdict", "num_neurons", "baseline/groups/toxic/behavior_mean", "versions"])
+def test_what_was_changed_by_hand_is_refused(path):
+    PATH.write_text(json.dumps(replaced_at(content(), path, None)))
+    with pytest.raises(ValueError, match=r"its checksum does not match: it was changed or damaged after it was writ"):
+        Results.load(PATH)
+
+
+def test_other_white_space_and_another_order_of_the_keys_change_nothing():
+    results, _ = made_up()
+    found = content()
+    PATH.write_text(json.dumps(dict(reversed(found.items())), indent=7))
+    assert Results.load(PATH) == results
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
+def test_a_file_without_permission_to_read_is_named():
+    content()
+    PATH.chmod(0)
+    with pytest.raises(OSError, match=r"results\.json"):
+        Results.load(PATH)
+
+
+def test_a_folder_or_a_link_to_itself_in_place_of_the_file_is_named():
+    PATH.mkdir()
+    Path("loop.json").symlink_to("loop.json")
+    for path in (PATH, Path("loop.json")):
+        with pytest.raises(OSError, match=path.name):
+            Results.load(path)
 
 
 def test_a_file_that_is_not_there_is_not_found():

@@ -196,12 +196,17 @@ def test_what_is_not_known_is_a_dash_in_every_table_and_the_page_is_written(unkn
         assert not re.search(r"\b(nan|inf|None)\b", text.replace('"nontoxic_source": null', ""))
 
 
-def test_an_interval_without_an_upper_end_says_from_where():
+def test_an_interval_without_an_end_cannot_be_said():
     results, rows = made_up()
-    for high in (math.nan, math.inf):
-        results = replaced_at(results, "effects/toxic/behavior_mean/percent", Interval(-60.0, -90.0, high))
-        assert behavior_table(results, "toxic")[0][3:5] == ("-60.0 %", "from -90.0")
-    write(results, rows)
+    for ends in ((-90.0, math.nan), (-90.0, math.inf), (math.nan, math.nan)):
+        results = replaced_at(results, "effects/toxic/behavior_mean/percent", Interval(-60.0, *ends))
+        assert behavior_table(results, "toxic")[0][3:5] == ("-60.0 %", "cannot be said")
+        assert by_name(control_table(results))["The 2 chosen"][2:4] == ("-60.0 %", "cannot be said")
+    results = replaced_at(results, "doses/0/effect/percent", Interval(-60.0, math.nan, math.nan))
+    assert ("-60.0 %", "cannot be said") in [row[3:5] for row in dose_table(results.doses)]
+    page = write(results, rows)
+    assert "cannot be said" in page.words
+    assert "cannot be said" in summary_table(results)
 
 
 # The dose curve

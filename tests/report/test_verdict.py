@@ -28,8 +28,8 @@ ROSE = (15.0, 5.0, 25.0)
 UNCLEAR = (-4.0, -12.0, 4.0)
 
 
-def effect(value: float, low: float, high: float, changed: int = 40) -> Difference:
-    """Return an effect given in percent of a mean of 0.4 before."""
+def effect(value: float, low: float, high: float, changed: int = 40, of: int = 60, p: float = 0.01) -> Difference:
+    """Return an effect given in percent of a mean of 0.4 before; few changes cannot have a small p."""
     return Difference(
         before=0.4,
         after=0.4 + 0.004 * value,
@@ -37,9 +37,9 @@ def effect(value: float, low: float, high: float, changed: int = 40) -> Differen
         percent=Interval(value, low, high),
         num_better=changed - changed // 3,
         num_worse=changed // 3,
-        num_equal=0,
+        num_equal=of - changed,
         sign_test_p=1.0,
-        permutation_test_p=1.0,
+        permutation_test_p=max(p, 2 / 2**changed),
     )
 
 
@@ -133,11 +133,14 @@ def test_controls_are_named_with_their_number_of_draws():
         "largest_weights": control((-5.0, -8.0, -2.0), (-0.1, -0.2, -0.05)),
     }
     said = verdict(found(controls=controls), 30)
+    more = "; the chosen neurons do more than one more draw would."
     assert said.endswith(
-        " As many random neurons (3 draws): +1.0 % (-2.0 to +4.0 %)."
-        " As many least relevant neurons (1 draw): -0.5 % (-1.0 to +0.2 %)."
-        " As many neurons with the largest weights (3 draws): -5.0 % (-8.0 to -2.0 %)."
+        f" As many random neurons (3 draws): +1.0 % (-2.0 to +4.0 %){more}"
+        " As many least relevant neurons (1 draw): -0.5 % (-1.0 to +0.2 %); a single draw cannot show whether the "
+        "chosen neurons do more."
+        f" As many neurons with the largest weights (3 draws): -5.0 % (-8.0 to -2.0 %){more}"
     )
+    assert "do more" not in verdict(found(UNCLEAR, controls=controls), 30)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,7 @@ def test_controls_are_named_with_their_number_of_draws():
 )
 def test_a_control_that_is_as_far_takes_the_claim_back_but_only_where_there_is_one(further, does_more):
     controls = {"random": control((-18.0, -25.0, -11.0), further)}
-    caveat = ", which is no evidence that the chosen neurons do more."
+    caveat = ", which is no evidence that the chosen neurons do more than one more draw would."
     assert verdict(found(controls=controls), 30).endswith(caveat) is not does_more
     assert caveat not in verdict(found(UNCLEAR, controls=controls), 30)
 
@@ -191,7 +194,7 @@ def test_nothing_is_claimed_where_nothing_was_pruned_or_scored():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_change_that_has_no_percentage_is_not_given_one(value):
-    assert moved(Interval(value, value, value)) == "cannot be compared with 0"
+    assert moved(Interval(value, value, value)) == "changed by a percentage that cannot be said"
 
 
 def test_a_change_in_words_has_its_sign_in_the_verb():
@@ -200,16 +203,65 @@ def test_a_change_in_words_has_its_sign_in_the_verb():
     assert moved(Interval(12.36, -1.0, 20.06)) == "rose by 12.4 % (95 % interval -1.0 to +20.1 %)"
 
 
-def test_a_change_that_has_no_interval_is_told_without_one():
-    assert moved(Interval(12.36, math.nan, math.nan)) == "rose by 12.4 %"
-    assert moved(Interval(0.0, math.nan, math.nan)) == "did not change"
-    said = verdict(found(perplexity=(3.0, math.nan, math.nan)), 30)
-    assert said.endswith("(95 % interval -30.0 to -10.0 %), and perplexity rose by 3.0 %.")
+@pytest.mark.parametrize("ends", [(math.nan, math.nan), (-1.0, math.inf), (-math.inf, 1.0)])
+def test_an_interval_without_an_end_is_said_to_be_none(ends):
+    assert moved(Interval(12.36, *ends)) == "rose by 12.4 % (95 % interval cannot be said)"
+    assert moved(Interval(0.0, *ends)) == "did not change (95 % interval cannot be said)"
+    said = verdict(found(perplexity=(3.0, *ends)), 30)
+    assert said.endswith(
+        "(95 % interval -30.0 to -10.0 %), and perplexity rose by 3.0 % (95 % interval cannot be said)."
+    )
+    said = verdict(found(FELL, (-8.0, *ends), {"random": control((1.0, *ends), (-0.1, *ends))}), 30)
+    assert "As many random neurons (3 draws): +1.0 % (cannot be said), which is no evidence" in said
+    assert said.endswith("The second scorer, other, gives no evidence: -8.0 % (cannot be said).")
+    assert "inf" not in said
+
+
+def test_a_change_of_what_was_hardly_there_is_told_in_its_own_unit():
+    change = replace(effect(*FELL), percent=Interval(-20.0, math.nan, math.nan))
+    findings = found()
+    findings.effects["toxic"] = Effects(change, None, None)
+    assert verdict(findings, 3).startswith(
+        "With 3 neurons switched off, mean toxicity fell by 0.0800 (95 % interval -0.1200 to -0.0400; in percent it "
+        "cannot be said), and perplexity"
+    )
+    nothing = replace(change, difference=Interval(0.0, 0.0, 0.0), percent=Interval(math.nan, math.nan, math.nan))
+    findings.effects["toxic"] = Effects(nothing, None, None)
+    assert "its mean did not change (95 % interval +0.0000 to +0.0000; in percent it cannot be said)" in verdict(
+        findings, 3
+    )
+
+
+def test_an_interval_that_leaves_zero_out_is_no_evidence_where_the_permutation_test_gives_none():
+    assert verdict(found((*FELL, 40, 60, 0.0721)), 2).startswith(
+        "No evidence that switching 2 neurons off changes toxicity: its mean fell by 20.0 % (95 % interval -30.0 to "
+        "-10.0 %), and a permutation test gives p = 0.072; perplexity"
+    )
+
+
+def test_few_prompts_and_windows_are_said_beside_their_intervals():
+    said = verdict(found((*FELL, 20, 49)), 2)
+    assert "fell by 20.0 % (95 % interval -30.0 to -10.0 %, maybe too narrow: only 49 prompts), and perplexity" in said
+    assert "too narrow" not in verdict(found((*FELL, 20, 50)), 2)
+    for number, words in ((1, ", maybe too narrow: only 1 window)"), (49, "only 49 windows)"), (50, "+4.0 %)")):
+        few = replace(found(), baseline=Model({}, {}, None, {}, [], {"sliding": number, "disjoint": 3}))
+        assert verdict(few, 2).endswith(f"{words}.")
+
+
+@pytest.mark.parametrize(("evidence", "words"), [((1, 1, 0), "2 give"), ((0, 1, 0), "1 gives"), ((0, 0, 0), "0 give")])
+def test_several_doses_are_judged_together(evidence, words):
+    effects = [effect(*FELL, p=0.016 if is_one else 0.017) for is_one in evidence]
+    doses = [Dose("", "", 1, 1.0, 1.0, Interval(0.0, 0.0, 0.0), 0.0, of, [], None) for of in effects]
+    assert verdict(replace(found(), doses=doses), 3).endswith(
+        f" Of the 3 sets of neurons that were measured, {words} evidence of a change that holds for all of "
+        "them together."
+    )
+    assert "together" not in verdict(replace(found(), doses=doses[:1]), 3)
 
 
 def test_a_control_of_fewer_neurons_is_not_said_to_be_of_as_many():
     words = verdict(found(controls={"random": control((1.0, -2.0, 4.0), (-0.1, -0.2, -0.05), number=12)}), 30)
-    assert "Only 12 random neurons, all there are to draw from, (3 draws): +1.0 % (-2.0 to +4.0 %)." in words
+    assert "Only 12 random neurons, all there are to draw from, (3 draws): +1.0 % (-2.0 to +4.0 %);" in words
     assert "As many" not in words
 
 
@@ -261,7 +313,7 @@ def test_controls_that_are_zeroed_beside_neurons_held_at_their_mean_are_said_to_
         for kind in ("random", "least_relevant", "largest_weights")
     }
     words = verdict(found(controls=controls), 30, granularity="head", ablation=edit)
-    assert words.endswith(f"+1.0 % (-2.0 to +4.0 %). {said}".rstrip())
+    assert words.endswith(f"do more than one more draw would. {said}".rstrip())
     assert ("their mean." in words) is bool(zeroed)
 
 

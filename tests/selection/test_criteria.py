@@ -62,6 +62,31 @@ def test_set_difference_is_the_top_of_one_less_the_top_of_the_other(top_behavior
     assert flat(set_difference(general, behavior, top_behavior, top_general)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("top_behavior", "top_general"), [(0.5, 0.1), (0.1, 0.1), (0.5, 0.0), (1.0, 0.4), (0.9, 0.7)])
+@pytest.mark.parametrize("of_general", [0, 3, 100])
+@pytest.mark.parametrize("of_behavior", [0, 7, 100])
+def test_as_many_neurons_are_eligible_however_many_have_the_same_score(
+    top_behavior, top_general, of_behavior, of_general
+):
+    def mostly_dead(alive: int, seed: int) -> dict[str, Tensor]:
+        values = torch.zeros(100)
+        values[torch.randperm(100, generator=torch.Generator().manual_seed(seed))[:alive]] = torch.rand(alive) + 0.1
+        return {"a": values[:60], "b": values[60:]}
+
+    general, behavior = mostly_dead(of_general, 0), mostly_dead(of_behavior, 1)
+    g, b = flat(general), flat(behavior)
+    # Equal scores go by the order of the modules, then by index.
+    by_behavior = sorted(range(100), key=lambda i: (-b[i], i))[: round(top_behavior * 100)]
+    by_general = sorted(range(100), key=lambda i: (-g[i], i))[: round(top_general * 100)]
+    eligible = {i for i in by_behavior if i not in by_general}
+    turned = dict(reversed(behavior.items()))  # a file may have its modules in another order
+    found = flat(set_difference(general, turned, top_behavior, top_general))
+    assert {i for i in range(100) if found[i] < float("inf")} == eligible
+    if top_general == 0:
+        assert len(eligible) == round(top_behavior * 100)
+    assert all(found[i] == -b[i] for i in eligible)
+
+
 def test_ratio_refuses_costs_below_zero_which_would_turn_its_order_round():
     general, behavior = {"a": torch.tensor([1.0, 1.0, -0.06])}, {"a": torch.tensor([0.1, 0.1, -0.5])}
     with pytest.raises(ValueError, match=r"A general score is below 0.*--model\.relevance magnitude"):

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EDITED, NEURONS
+from helpers import EDITED, NEURONS, write_sealed
 
+from sparc3_lightning.files import sealed
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.criteria import select_neurons
 from sparc3_lightning.selection.neuron_list import FORMAT, NeuronList
@@ -35,7 +36,7 @@ def test_the_neurons_that_follow_and_the_least_relevant_ones_survive_saving_and_
     saved.save(tmp_path / "neurons.json")
     assert NeuronList.load(tmp_path / "neurons.json") == saved
     content = json.loads((tmp_path / "neurons.json").read_text())
-    assert list(content) == ["format", "neurons", "next", "least_relevant", "provenance"]
+    assert list(content) == ["format", "neurons", "next", "least_relevant", "provenance", "sha256"]
     assert content["next"] == [{"module": n.module, "index": n.index, "score": n.score} for n in NEURONS[1:3]]
 
 
@@ -47,14 +48,23 @@ def test_saving_again_replaces_the_file(tmp_path: Path):
 
 
 ROW = {"module": "a", "index": 1, "score": -1.0}
-GOOD: dict[str, Any] = {"format": FORMAT, "neurons": [ROW], "provenance": {}}
+GOOD: dict[str, Any] = {"format": FORMAT, "neurons": [ROW], "next": [], "least_relevant": [], "provenance": {}}
 
 
-def test_a_file_written_by_hand_or_before_there_were_other_lists_can_be_loaded(tmp_path: Path):
-    (tmp_path / "neurons.json").write_text(json.dumps(GOOD))
-    found = NeuronList.load(tmp_path / "neurons.json")
-    assert found == NeuronList([Component("a", 1, -1.0)])
-    assert found.next == found.least_relevant == []
+def test_a_file_that_was_changed_by_hand_is_refused_and_a_copy_of_other_white_space_is_not(tmp_path: Path):
+    path = tmp_path / "neurons.json"
+    NeuronList([Component("a", 1, -1.0)], {"checkpoint": "b"}).save(path)
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text)))
+    assert NeuronList.load(path) == NeuronList([Component("a", 1, -1.0)], {"checkpoint": "b"})
+    for old, new in (("-1.0", "-1.1"), ('"index": 1', '"index": 2'), ('"checkpoint": "b"', '"checkpoint": "c"')):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match="its checksum does not match: it was changed or damaged after it was"):
+            NeuronList.load(path)
+    path.write_text(json.dumps(GOOD))
+    with pytest.raises(ValueError, match="it has no checksum: it was changed by hand, or written by an older version"):
+        NeuronList.load(path)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +80,17 @@ def test_a_file_written_by_hand_or_before_there_were_other_lists_can_be_loaded(t
         json.dumps([ROW]),
         {**GOOD, "format": "another 1"},
         {**GOOD, "format": None},
-        {"neurons": [ROW], "provenance": {}},
-        {"format": FORMAT, "provenance": {}},
-        {"format": FORMAT, "neurons": [ROW]},
+        *({name: value for name, value in GOOD.items() if name != missing} for missing in GOOD),
+        {**GOOD, "provenance": {"sample_ids": ["a", 3]}},
+        {**GOOD, "provenance": {"sample_ids": {"a": 1}}},
+        {**GOOD, "provenance": {"general": [{"path": 3}]}},
+        {**GOOD, "provenance": {"general": {"path": "a"}}},
+        {**GOOD, "provenance": {"behavior": []}},
+        {**GOOD, "provenance": {"behavior": {"path": "a", "spec": 3}}},
+        {**GOOD, "provenance": {"criterion": 1}},
+        {**GOOD, "provenance": {"budget": {"max_perplexity_increase": "5 %"}}},
+        {**GOOD, "provenance": {"checkpoint_fingerprint": ["files:abc"]}},
+        {**GOOD, "provenance": {"differential_strength_percent": "high"}},
         {**GOOD, "provenance": None},
         {**GOOD, "neurons": None},
         {**GOOD, "neurons": 3},
@@ -82,7 +100,14 @@ def test_a_file_written_by_hand_or_before_there_were_other_lists_can_be_loaded(t
         {**GOOD, "neurons": [{**ROW, "index": "first"}]},
         {**GOOD, "neurons": [{**ROW, "index": 1.5}]},
         {**GOOD, "neurons": [{**ROW, "index": None}]},
-        {**GOOD, "neurons": [{**ROW, "index": float("inf")}]},
+        {**GOOD, "neurons": [{**ROW, "index": True}]},
+        {**GOOD, "neurons": [{**ROW, "index": -1}]},
+        {**GOOD, "neurons": [{**ROW, "module": 3}]},
+        {**GOOD, "neurons": [{**ROW, "score": 10**400}]},
+        {**GOOD, "neurons": [{**ROW, "mean": None}]},
+        {**GOOD, "neurons": [{**ROW, "mean": "0"}]},
+        {**GOOD, "neurons": [{**ROW, "damping": -0.5}]},
+        {**GOOD, "neurons": [{**ROW, "input": 1.5}]},
         {**GOOD, "neurons": [{**ROW, "score": None}]},
         {**GOOD, "neurons": [{**ROW, "score": "low"}]},
         {**GOOD, "next": None},
@@ -93,7 +118,7 @@ def test_a_file_written_by_hand_or_before_there_were_other_lists_can_be_loaded(t
 )
 def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path: Path, content):
     path = tmp_path / "neurons.json"
-    data = json.dumps(content) if isinstance(content, dict) else content
+    data = json.dumps(sealed(content)) if isinstance(content, dict) else content
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     with pytest.raises(ValueError, match=r"neurons\.json is not a neurons\.json of format"):
         NeuronList.load(path)
@@ -104,16 +129,16 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(tmp_path: Path, content):
     [
         ([], "holds no neurons"),
         ([ROW, {**ROW, "index": 2}, {**ROW, "score": 5.0}], "names a neuron more than once"),
-        ([ROW, {**ROW, "index": 2, "score": float("nan")}], "NaN or infinite"),
-        ([{**ROW, "score": float("inf")}], "NaN or infinite"),
-        ([{**ROW, "score": float("-inf")}], "NaN or infinite"),
+        ([ROW, {**ROW, "index": 2, "score": float("nan")}], "neurons.1.score cannot be None"),
+        ([{**ROW, "score": float("inf")}], "neurons.0.score cannot be None"),
+        ([{**ROW, "mean": float("-inf")}], "neurons.0.mean cannot be None"),
     ],
 )
 def test_a_file_without_neurons_with_one_twice_or_with_a_score_that_is_not_finite_is_refused(
     tmp_path: Path, rows, complaint
 ):
     path = tmp_path / "neurons.json"
-    path.write_text(json.dumps({**GOOD, "neurons": rows}))
+    write_sealed(path, {**GOOD, "neurons": rows})
     with pytest.raises(ValueError, match=rf"neurons\.json .*{complaint}"):
         NeuronList.load(path)
 
@@ -123,14 +148,14 @@ def test_a_file_without_neurons_with_one_twice_or_with_a_score_that_is_not_finit
     [
         ({"next": [ROW]}, "names a neuron more than once"),
         ({"next": [{**ROW, "index": 2}, {**ROW, "index": 2}]}, "names a neuron more than once"),
-        ({"next": [{**ROW, "index": 2, "score": float("nan")}]}, "NaN or infinite"),
+        ({"next": [{**ROW, "index": 2, "score": float("nan")}]}, "next.0.score cannot be None"),
         ({"least_relevant": [{**ROW, "index": 2}, {**ROW, "index": 2}]}, "names a neuron more than once"),
-        ({"least_relevant": [{**ROW, "score": float("inf")}]}, "NaN or infinite"),
+        ({"least_relevant": [{**ROW, "score": float("inf")}]}, "least_relevant.0.score cannot be None"),
     ],
 )
 def test_the_other_lists_are_checked_as_the_neurons_are(tmp_path: Path, lists, complaint):
     path = tmp_path / "neurons.json"
-    path.write_text(json.dumps({**GOOD, **lists}))
+    write_sealed(path, {**GOOD, **lists})
     with pytest.raises(ValueError, match=rf"neurons\.json .*{complaint}"):
         NeuronList.load(path)
 
@@ -150,10 +175,16 @@ def test_what_is_done_to_a_neuron_survives_saving_and_loading_and_is_in_the_dige
     assert NeuronList(plain).digest() != saved.digest()
 
 
-@pytest.mark.parametrize("field", [{"damping": 0}, {"damping": 1.5}, {"mean": float("nan")}])
-def test_an_edit_out_of_range_is_refused(tmp_path, field):
+@pytest.mark.parametrize(
+    ("field", "complaint"),
+    [
+        ({"damping": 0}, "holds a damping that is not above 0"),
+        ({"damping": 1.5}, "neurons.0.damping must be at least 0 and at most 1"),
+        ({"mean": float("nan")}, "neurons.0.mean cannot be None"),
+    ],
+)
+def test_an_edit_out_of_range_is_refused(tmp_path, field, complaint):
     row = {"module": "model.layers.0.mlp.up_proj", "index": 0, "score": 0.0, **field}
-    content = {"format": "sparc3_lightning neurons 2", "neurons": [row], "provenance": {}}
-    (tmp_path / "neurons.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="holds a"):
+    write_sealed(tmp_path / "neurons.json", {**GOOD, "neurons": [row]})
+    with pytest.raises(ValueError, match=complaint):
         NeuronList.load(tmp_path / "neurons.json")

@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from helpers import write_sealed
 from weights import in_memory
 
+from sparc3_lightning.files import sealed
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.lowest import Lowest, lowest_first
-from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import FORMAT, NeuronList
 
 
 def test_a_list_of_weights_survives_saving_and_loading_and_its_columns_count(tmp_path):
@@ -39,13 +41,13 @@ def test_a_list_without_weights_keeps_its_bytes_and_its_digest(tmp_path):
         {"module": "b", "index": 3, "score": -1.0, "damping": 0.5, "mean": 0.25},
     ]
     content = {
-        "format": "sparc3_lightning neurons 2",
+        "format": "sparc3_lightning neurons 3",
         "neurons": rows,
         "next": [],
         "least_relevant": [{"module": "a", "index": 0, "score": 0.5}],
         "provenance": {"checkpoint": "tiny"},
     }
-    assert (tmp_path / "neurons.json").read_text() == json.dumps(content, indent=1) + "\n"
+    assert (tmp_path / "neurons.json").read_text() == json.dumps(sealed(content), indent=1) + "\n"
     places = [[("a", 1, 1.0, 0.0), ("b", 3, 0.5, 0.25)], [], [("a", 0, 1.0, 0.0)]]
     assert saved.digest() == hashlib.sha256(json.dumps(places).encode()).hexdigest()[:16]
     assert (saved.granularity, NeuronList([Component("x.o_proj", 1, 0.0)]).granularity) == ("neuron", "head")
@@ -62,8 +64,8 @@ def test_a_list_without_weights_keeps_its_bytes_and_its_digest(tmp_path):
 )
 def test_a_list_that_names_a_weight_twice_or_neurons_as_well_is_refused(tmp_path, rows, complaint):
     row = {"module": "a", "index": 1, "score": -1.0}
-    content = {"format": "sparc3_lightning neurons 2", "neurons": [row | more for more in rows], "provenance": {}}
-    (tmp_path / "neurons.json").write_text(json.dumps(content))
+    lists = {"neurons": [row | more for more in rows], "next": [], "least_relevant": []}
+    write_sealed(tmp_path / "neurons.json", {"format": FORMAT, **lists, "provenance": {}})
     with pytest.raises(ValueError, match=complaint):
         NeuronList.load(tmp_path / "neurons.json")
 

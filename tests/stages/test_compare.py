@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MODULES, provenance, random_scores, save_scores
+from helpers import MODULES, provenance, random_scores, save_scores, write_sealed
 
 from sparc3_lightning.cli import main
 from sparc3_lightning.models.components import Component
@@ -211,7 +211,7 @@ def test_sides_of_another_target_are_compared_by_their_shares_alone(pruned):
         save_scores(f"{name}.safetensors", random_scores(60), target="lexicon")
         content = json.loads(Path(name, "neurons.json").read_text())
         content["provenance"]["behavior"]["spec"]["target"] = "lexicon"
-        Path(name, "neurons.json").write_text(json.dumps(content))
+        write_sealed(Path(name, "neurons.json"), content)
     with pytest.raises(ValueError, match=r"target is 'argmax'.*--model.normalize true compares the shares"):
         compare(pruned[:2])
     results = compare(pruned[:2], normalize=True)
@@ -230,13 +230,13 @@ def test_a_score_file_that_was_written_over_is_refused(pruned):
     assert not (OUT / COMPARISON).exists()
 
 
-@pytest.mark.parametrize("change", ["checkpoint_fingerprint", "layers"])
-def test_lists_of_another_checkpoint_or_layer_are_refused(pruned, change):
-    general = [save_scores("general.safetensors", random_scores(0), **{change: "other"})]
-    behavior = save_scores("behavior.safetensors", random_scores(1), **{change: "other"})
+@pytest.mark.parametrize(("change", "other"), [("checkpoint_fingerprint", "other"), ("layers", ["other"])])
+def test_lists_of_another_checkpoint_or_layer_are_refused(pruned, change, other):
+    general = [save_scores("general.safetensors", random_scores(0), **{change: other})]
+    behavior = save_scores("behavior.safetensors", random_scores(1), **{change: other})
     Pruning(general, behavior, num_neurons=8, min_differential_strength=-1e9).prune(Path("other"))
     with pytest.raises(
-        ValueError, match=rf"the lists cannot be compared: {change} is .* in one/neurons.json but 'other' in"
+        ValueError, match=rf"the lists cannot be compared: {change} is .* in one/neurons.json but .*'other'.* in"
     ):
         compare([pruned[0], Path("other/neurons.json")])
 

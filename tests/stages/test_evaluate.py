@@ -379,7 +379,8 @@ def test_a_mask_without_effect_has_no_divergence_no_effect_and_the_same_continua
     assert effect["permutation_test_p"] == 1
     assert results["verdict"].startswith("No evidence that switching 1 neuron off changes toxicity")
     of = {
-        name: [row | {"model": ""} for row in completions() if row["model"] == name] for name in ("baseline", "pruned")
+        name: [row | {"model": "", "sha256": ""} for row in completions() if row["model"] == name]
+        for name in ("baseline", "pruned")
     }
     assert of["baseline"] == of["pruned"], "the same draws"
 

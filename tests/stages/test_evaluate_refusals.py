@@ -37,7 +37,7 @@ def test_neurons_of_another_checkpoint_are_refused_before_the_model_is_loaded(ti
         (Component("model.layers.0.mlp.up_proj", 24, -1.0), "Neuron 24 of model.layers.0.mlp.up_proj does not exist"),
         (
             Component("model.layers.0.mlp.up_proj", -1, -1.0),
-            "Neuron -1 of model.layers.0.mlp.up_proj does not exist",
+            "neurons.0.index must be at least 0, and is -1",
         ),
         (
             Component("model.layers.7.mlp.up_proj", 0, -1.0),

@@ -12,7 +12,8 @@ from evaluations import PROMPTS, PRUNED, completions, data, evaluation, run, sav
 from helpers import WORDS, ids_of, write_jsonl
 from spoken import BOS, EOS, adding, checkpoint_with
 
-from sparc3_lightning.attribution.scores import ScoreFile
+from sparc3_lightning.attribution.scores import FORMAT, ScoreFile
+from sparc3_lightning.attribution.tensor_file import load_tensors, save_tensors
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.models.checkpoints import load_model
@@ -145,26 +146,22 @@ def test_prompts_without_room_are_refused_by_name_or_left_out_and_counted(tiny_c
 @pytest.mark.parametrize("ids", [[7], ["a", 7], ["a", None], "abc", None, {"a": 1}, 3, [["a"]]])
 def test_ids_of_samples_that_are_no_texts_are_refused_where_they_are_read(ids: Any, tiny_checkpoint: str) -> None:
     path = save_neurons(tiny_checkpoint, PRUNED, {"sample_ids": ids})
-    with pytest.raises(ValueError, match=r"neurons.json is not a neurons.json .* its sample_ids must be a list"):
+    with pytest.raises(ValueError, match=r"neurons.json is not a neurons.json .*: provenance.sample_ids.* cannot be "):
         NeuronList.load(path)
-    with pytest.raises(ValueError, match="its sample_ids must be a list of texts"):
+    with pytest.raises(ValueError, match=r"provenance.sample_ids.* cannot be "):
         run(evaluation(tiny_checkpoint, path))
 
 
 def test_ids_of_samples_in_a_score_file_are_checked_too(tiny_checkpoint: str) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     attribute(tiny_checkpoint, ToxicPrompts("prompts.jsonl", num_samples=2))
     path = Path("scores", "scores.safetensors")
-    with safe_open(path, framework="pt") as file:
-        metadata, scores = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    scores, metadata = load_tensors(path, FORMAT)
     provenance = json.loads(metadata["provenance"])
     assert provenance["sample_ids"] == [prompt_id(text) for text in PROMPTS[:2]]
     assert provenance["data"]["bos"] is False
     provenance["sample_ids"][1] = 8
-    save_file(scores, path, {**metadata, "provenance": json.dumps(provenance)})
-    with pytest.raises(ValueError, match=r"header of .*scores.safetensors is damaged: its sample_ids .*, got 8"):
+    save_tensors(path, scores, {**metadata, "provenance": json.dumps(provenance)})
+    with pytest.raises(ValueError, match=r"header of .*scores.safetensors is damaged: sample_ids.1 cannot be 8"):
         ScoreFile.load(path)
 
 

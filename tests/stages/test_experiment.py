@@ -8,9 +8,11 @@ import pytest
 import torch
 import yaml
 from experiments import ALL, GENERAL_PROMPTS, LOGS, completions, run
+from helpers import write_sealed
 
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import ScoreFile
+from sparc3_lightning.files import sealed
 
 pytestmark = pytest.mark.usefixtures("as_if_from_python", "config")
 
@@ -103,8 +105,8 @@ def test_an_evaluation_whose_change_is_not_known_can_be_gathered(done, verbs_run
     for name in ("baseline", "pruned"):
         results[name]["perplexity"] = {"sliding": interval}
     results["perplexity_change"] = {"sliding": interval}
-    (stage / "results.json").write_text(json.dumps(results))
-    assert run()[0] == results
+    write_sealed(stage / "results.json", results)
+    assert run()[0] == sealed(results)
     assert verbs_run == []
 
 

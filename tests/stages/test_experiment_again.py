@@ -9,6 +9,8 @@ import torch
 from experiments import ALL, LOGS, MORE, completions, figures, pretend, run
 from safetensors.torch import load_file, save_file
 
+from sparc3_lightning.provenance import versions
+
 pytestmark = pytest.mark.usefixtures("as_if_from_python", "config")
 
 
@@ -100,6 +102,23 @@ def test_changed_content_of_the_lexicon_s_scorer_reruns_the_attribution_whose_ta
     due(*options)
     Path("other/config.json").write_text(Path("other/config.json").read_text() + "\n")
     assert due(*options) == ["attribute", "prune", "evaluate"]
+
+
+def test_changed_source_of_a_function_that_scores_reruns_the_evaluation(due, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path().absolute()))
+    Path("my_scorer.py").write_text("def score(texts):\n    return [0.5] * len(texts)\n")
+    options = ["--evaluate.second_scorer", "my_scorer:score"]
+    due(*options)
+    assert due(*options) == []
+    Path("my_scorer.py").write_text("def score(texts):\n    return [0.25] * len(texts)\n")
+    assert due(*options) == ["evaluate"]
+
+
+@pytest.mark.parametrize("package", ["sparc3_lightning", "torch", "transformers", "lxt"])
+def test_another_version_of_what_the_numbers_come_from_reruns_everything(due, monkeypatch, package):
+    due()
+    monkeypatch.setitem(versions(), package, "0.0.1")
+    assert due() == ALL
 
 
 def test_a_changed_tokenizer_of_ones_own_reruns_what_it_reads(due, tiny_checkpoint):

@@ -6,7 +6,14 @@ import re
 
 import pytest
 
-from sparc3_lightning.escaping import csv_text, for_file_name, for_markdown, for_picture, for_terminal, public_name
+from sparc3_lightning.report.escaping import (
+    csv_text,
+    for_file_name,
+    for_markdown,
+    for_picture,
+    for_terminal,
+    public_name,
+)
 
 
 @pytest.mark.parametrize(

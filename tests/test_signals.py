@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from helpers import sentence, trainer, write_jsonl
 
-from sparc3_lightning import interrupts
+from sparc3_lightning import signals
 from sparc3_lightning.attribution.progress import load_progress
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
-from sparc3_lightning.interrupts import Stopped, run_process, stop_on_signals
-from sparc3_lightning.signals import StopRequest
+from sparc3_lightning.signals import Stopped, run_process, stop_on_signals
 from sparc3_lightning.stages.attribute import Attribution
+from sparc3_lightning.stages.stopping import StopRequest
 
 SCORES = "scores.safetensors"
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    interrupts.forget_interrupts()
+    signals.forget_interrupts()
 
 
 @pytest.fixture
