@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 ADAPTER = "adapter_config.json"
-FETCHED = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", WHOLE]
+# Licences too, which an export carries along.
+FETCHED = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", WHOLE]
 
 
 @dataclass(frozen=True)
