@@ -222,29 +222,29 @@ def _dose(continuations: Continuations, windows: Windows, variant: Variant) -> D
     )
 
 
-PRICES = (1.0, 5.0, 10.0)  # rises of perplexity, in percent, up to which a front is read
+BUDGETS = (1.0, 5.0, 10.0)  # rises of perplexity, in percent, up to which a front is read
 
 
 def front(doses: Sequence[Dose]) -> Front:
-    """Return the most that one selection achieves for its price in perplexity.
+    """Return the most that one selection achieves within a budget of perplexity.
 
     Args:
         doses: Of the selection.
 
     Returns:
-        ``area``: the fall of the behavior in percent that is reached at a price, averaged over all prices from 0 to
-        the last of ``PRICES``; the original model is a point too. ``best``: for each of ``PRICES`` the name of the
+        ``area``: the fall of the behavior in percent that is reached within a budget, averaged over all budgets from 0
+        to the last of ``BUDGETS``; the original model is a point too. ``best``: for each of ``BUDGETS`` the name of the
         dose of least behavior within it, or None if the original is better.
     """
     known: list[tuple[float, float, str | None]] = [(0.0, 0.0, None)]
     for dose in doses:
         if dose.behavior_percent and math.isfinite(dose.perplexity_percent.value):
             known.append((dose.perplexity_percent.value, dose.behavior_percent.value, dose.name))
-    area, most = 0.0, PRICES[-1]
-    prices = sorted({min(max(price, 0.0), most) for price, *_ in known} | {most})
-    for start, end in pairwise(prices):
-        area -= (end - start) * min(behavior for price, behavior, _ in known if price <= start)
-    best = {f"{price:g}": min((p for p in known if p[0] <= price), key=lambda p: p[1])[2] for price in PRICES}
+    area, most = 0.0, BUDGETS[-1]
+    budgets = sorted({min(max(rise, 0.0), most) for rise, *_ in known} | {most})
+    for start, end in pairwise(budgets):
+        area -= (end - start) * min(behavior for rise, behavior, _ in known if rise <= start)
+    best = {f"{budget:g}": min((p for p in known if p[0] <= budget), key=lambda p: p[1])[2] for budget in BUDGETS}
     return Front(area / most, best)
 
 

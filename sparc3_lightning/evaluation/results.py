@@ -125,7 +125,7 @@ class Dose:
 
 @dataclass(frozen=True)
 class Front:
-    """The most that one selection achieves for its price in perplexity, see ``front``."""
+    """The most that one selection achieves within a budget of perplexity, see ``front``."""
 
     area: float
     best: dict[str, str | None]

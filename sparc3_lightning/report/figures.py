@@ -174,9 +174,9 @@ def change_rows(results: Results) -> tuple[list[Row], list[Row]]:
     for name, effects in ((chosen, results.effects), (f"{chosen}, 2nd scorer", second)):
         if (of_group := effects.get(results.headline)) and (effect := of_group.behavior_mean):
             behavior.append(Row(_label(name, effect.before, effect.after, 3), AFTER, effect.percent))
-    convention, price = next(iter(results.perplexity_change.items()))
+    convention, change = next(iter(results.perplexity_change.items()))
     before, after = (model.perplexity[convention].value for model in results.models.values())
-    perplexity.append(Row(_label(chosen, before, after, 2), AFTER, price))
+    perplexity.append(Row(_label(chosen, before, after, 2), AFTER, change))
     for kind, control in results.controls.items():
         name = kind.replace("_", " ")
         effects_of_draws = [draw.effect for draw in control.draws if draw.effect]

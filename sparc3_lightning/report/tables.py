@@ -64,8 +64,8 @@ def control_table(results: Results) -> Table:
         if effect
         else []
     )
-    price = next(iter(results.perplexity_change.values())).value
-    rows: Table = [(f"The {results.num_neurons} chosen", *(cells or [UNKNOWN] * 4), _percent(price), "", "", "")]
+    perplexity = next(iter(results.perplexity_change.values())).value
+    rows: Table = [(f"The {results.num_neurons} chosen", *(cells or [UNKNOWN] * 4), _percent(perplexity), "", "", "")]
     for kind, control in results.controls.items():
         effects = [draw.effect for draw in control.draws if draw.effect]
         name, outcome = CONTROLS[kind].name(results.granularity).capitalize(), control.outcome
@@ -189,7 +189,7 @@ def doses_csv(doses: Iterable[Dose]) -> str:
 
 
 def front_table(results: Findings) -> Table:
-    """Return rows of selection; area under its front; and for each price the change of behavior that it buys."""
+    """Return rows of selection; area under its front; and for each budget the change of behavior within it."""
     points = {dose.name: dose for dose in results.doses}
     rows: Table = []
     for selection, front in results.fronts.items():

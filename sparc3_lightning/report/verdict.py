@@ -31,13 +31,14 @@ def verdict(
         return "No continuation of both models could be scored, so nothing is known of the effect."
     neurons = f"{num_neurons} {granularity}{'s' if num_neurons != 1 else ''}"
     convention, change = next(iter(found.perplexity_change.items()))
-    price = f"perplexity {moved(change, few(found.baseline.num_windows.get(convention), 'window'))}"
+    perplexity = f"perplexity {moved(change, few(found.baseline.num_windows.get(convention), 'window'))}"
     if effect.evidence:
-        sentences = [f"With {neurons} {ablation}, mean {behavior} {_moved(effect)}, and {price}."]
+        sentences = [f"With {neurons} {ablation}, mean {behavior} {_moved(effect)}, and {perplexity}."]
     else:
         what = f"switching {neurons} off" if ablation == "switched off" else f"having {neurons} {ablation}"
         sentences = [
-            f"No evidence that {what} changes {behavior}: its mean {_moved(effect)}, and {_why_not(effect)}; {price}."
+            f"No evidence that {what} changes {behavior}: its mean {_moved(effect)}, and {_why_not(effect)}; "
+            f"{perplexity}."
         ]
     sentences += _controls(found, effect, num_neurons, granularity)
     sentences += [zeroed] if (zeroed := zero_ablated_controls(found, ablation, granularity)) else []

@@ -1,4 +1,4 @@
-"""How many neurons a stated rise of perplexity pays for: measured on a text, found by bisection."""
+"""How many neurons stay within a budget, a stated rise of perplexity: measured on a text, found by bisection."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -196,7 +196,7 @@ def largest_within(
     return low
 
 
-def spend(
+def choose_within(
     rise: PerplexityRise, ranked: Sequence[Component], budget: Budget, dampings: Sequence[float] = (1.0,)
 ) -> list[Component]:
     """Choose neurons from the head of a ranking, and their damping, for the most benefit within a budget.
@@ -209,7 +209,7 @@ def spend(
     Args:
         rise: Of the model and text.
         ranked: The neurons, first the one to take first; scores are lower the more is gained.
-        budget: What may be spent; its ``max_perplexity_increase`` is not None.
+        budget: The budget; its ``max_perplexity_increase`` is not None.
         dampings: Dampings to choose from: 1 is off, a fraction damps.
 
     Raises:

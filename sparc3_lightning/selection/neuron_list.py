@@ -169,7 +169,7 @@ NUM_BINS = 81
 
 
 @dataclass(frozen=True)
-class Spent:
+class BudgetUse:
     """What was measured to stay within a budget: ``rise`` belongs to the chosen neurons; see ``PerplexityRise``."""
 
     max_perplexity_increase: float | None
@@ -198,7 +198,7 @@ class SelectionResults(JsonFile):
     threshold: float
     neurons_per_module: dict[str, Count]
     histogram: dict[str, list[float]]
-    budget: Spent | None
+    budget: BudgetUse | None
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Selected:
         num_negative: How many of them have a score below 0.
         histogram: Of their scores, see ``histogram``.
         differential_strength: In percent, for the selection ``difference``.
-        budget: What was measured to stay within a price, if there was one.
+        budget: What was measured to stay within the budget, if there was one.
     """
 
     chosen: list[Component]
@@ -225,7 +225,7 @@ class Selected:
     num_negative: int
     histogram: dict[str, list[float]]
     differential_strength: float | None = None
-    budget: Spent | None = None
+    budget: BudgetUse | None = None
 
     def results(self, criterion: str, granularity: Granularity) -> SelectionResults:
         """Return the content of selection.json."""

@@ -22,7 +22,7 @@ from sparc3_lightning.selection.criteria import (
     set_difference,
     weighted_difference,
 )
-from sparc3_lightning.selection.neuron_list import Selected, Spent, histogram
+from sparc3_lightning.selection.neuron_list import BudgetUse, Selected, histogram
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class NeuronRanking:
         chosen: list[Component],
         listed: list[Component],
         differential_strength: float | None = None,
-        budget: Spent | None = None,
+        budget: BudgetUse | None = None,
     ) -> Selected:
         """Return the neurons to prune, the next ones in the ranking, the least relevant ones, and figures of all.
 
@@ -130,7 +130,7 @@ class NeuronRanking:
             chosen: The neurons to prune.
             listed: The first of the order, with those that were chosen.
             differential_strength: In percent.
-            budget: What was measured to stay within a price.
+            budget: What was measured to stay within the budget.
         """
         taken = {neuron.key for neuron in chosen}
         pool = lowest_of_modules(chosen, ((name, score.abs()) for name, score in self.general.items()))

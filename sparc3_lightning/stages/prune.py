@@ -18,9 +18,9 @@ from sparc3_lightning.models.export import check_export, export_dtype_of, export
 from sparc3_lightning.models.likelihood import check_logits
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.report.drawing import draw_or_warn
-from sparc3_lightning.selection.budget import Budget, PerplexityRise, spend
+from sparc3_lightning.selection.budget import Budget, PerplexityRise, choose_within
 from sparc3_lightning.selection.criteria import differential_relevance, differential_strength
-from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, Selected, Spent, origin
+from sparc3_lightning.selection.neuron_list import SELECTION, BudgetUse, NeuronList, Selected, origin
 from sparc3_lightning.selection.neuron_selection import (
     CRITERIA,
     CriterionName,
@@ -226,7 +226,7 @@ class Pruning(Stage):
             self._check_differential_strength(differential)
         means = means_beside(self.general) if self.ablation == "mean" else None
         ranking = NeuronRanking(scores, general, self.dampings[0], means)
-        num_listed, spent = min(self.num_ranked, len(ranking.eligible)), None
+        num_listed, use = min(self.num_ranked, len(ranking.eligible)), None
         if self.budget.max_perplexity_increase is None:
             # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.
             listed = ranking.first(max(self.num_neurons, num_listed))
@@ -235,8 +235,8 @@ class Pruning(Stage):
             assert text is not None
             listed = ranking.first(num_listed)
             on = device or torch.device("cpu")
-            chosen, spent = within_budget(self.budget, self.dampings, listed, text, general_files, on)
-        return ranking.selected(chosen, listed, differential, spent), origin(general_files, files[len(general_files) :])
+            chosen, use = within_budget(self.budget, self.dampings, listed, text, general_files, on)
+        return ranking.selected(chosen, listed, differential, use), origin(general_files, files[len(general_files) :])
 
     def _weights(self) -> tuple[Selected, dict[str, object]]:
         """Select single weights by scores of weights; and say where the scores come from."""
@@ -321,11 +321,11 @@ def within_budget(
     text: ReferenceSamples,
     general: Sequence[ScoreFile],
     device: torch.device,
-) -> tuple[list[Component], Spent]:
+) -> tuple[list[Component], BudgetUse]:
     """Load the scored model, and select from the head of a ranking what stays within the budget.
 
     Args:
-        budget: What may be spent.
+        budget: The budget.
         dampings: Dampings to choose from: 1 is off, a fraction damps.
         ranked: The neurons, first the one to take first.
         text: What perplexity is measured on. Documents that were used to attribute are left out.
@@ -354,8 +354,8 @@ def within_budget(
     model = checkpoint.load(getattr(torch, scored.spec.dtype))
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
     rise = PerplexityRise(model, text.predict_dataloader())
-    chosen = spend(rise, ranked, budget, dampings)
-    return chosen, Spent(
+    chosen = choose_within(rise, ranked, budget, dampings)
+    return chosen, BudgetUse(
         max_perplexity_increase=budget.max_perplexity_increase,
         rise=rise(chosen),
         perplexity=rise.perplexity,

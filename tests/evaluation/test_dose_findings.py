@@ -7,7 +7,7 @@ import pytest
 from hand_written import CONTROLLED, NEURONS, difference, means, rows_of, windows_of
 
 from sparc3_lightning.evaluation.controls import Controls
-from sparc3_lightning.evaluation.findings import PRICES, findings, front
+from sparc3_lightning.evaluation.findings import BUDGETS, findings, front
 from sparc3_lightning.evaluation.intervals import Difference, Interval
 from sparc3_lightning.evaluation.results import Dose, Front
 from sparc3_lightning.evaluation.variants import list_variants
@@ -47,11 +47,11 @@ def priced(name: str, perplexity: float, behavior: float | None) -> Dose:
 
 
 def slow_area(points: list[Dose]) -> float:
-    """Average the fall of toxicity that is reached at a price over many prices, the original model being a point."""
+    """Average the fall of toxicity reached within a budget over many budgets; the original model is a point."""
     found = []
     for i in range(1000):
-        price = (i + 0.5) * PRICES[-1] / 1000
-        within = [p for p in points if p.effect and p.perplexity_percent.value <= price]
+        budget = (i + 0.5) * BUDGETS[-1] / 1000
+        within = [p for p in points if p.effect and p.perplexity_percent.value <= budget]
         found.append(max([0.0, *(-p.effect.percent.value for p in within)]))
     return sum(found) / len(found)
 
@@ -63,11 +63,11 @@ def test_the_area_of_a_front_is_the_mean_over_prices_of_the_fall_of_toxicity_rea
     points += [priced("not scored", 0.5, None), priced("broken", math.inf, -100.0)]
     found = front(points)
     assert found.area == pytest.approx(slow_area(points))
-    for price in PRICES:
-        rows = [p for p in points if p.effect and p.perplexity_percent.value <= price]
+    for budget in BUDGETS:
+        rows = [p for p in points if p.effect and p.perplexity_percent.value <= budget]
         lowest = min(rows, key=lambda p: p.behavior_percent.value, default=None)
         helps = lowest is not None and lowest.behavior_percent.value < 0
-        assert found.best[f"{price:g}"] == (lowest.name if helps else None)
+        assert found.best[f"{budget:g}"] == (lowest.name if helps else None)
 
 
 def test_a_selection_that_only_harms_has_no_front():

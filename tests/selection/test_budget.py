@@ -14,7 +14,7 @@ from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import HubDataset, Sample, pad_right
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component, mask
-from sparc3_lightning.selection.budget import Budget, PerplexityRise, largest_within, spend
+from sparc3_lightning.selection.budget import Budget, PerplexityRise, choose_within, largest_within
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 LENGTHS = (9, 6, 8, 3)
@@ -139,7 +139,7 @@ def test_the_longest_head_within_the_budget_is_taken(rise):
     ranked = ranking()
     rises = [rise(ranked[:n]) for n in range(1, 21)]
     budget = sorted(rises)[10] * 1.0001
-    chosen = spend(rise, ranked, Budget(budget))
+    chosen = choose_within(rise, ranked, Budget(budget))
     assert chosen == ranked[: len(chosen)]
     assert rises[len(chosen) - 1] <= budget
     assert len(chosen) == 20 or rises[len(chosen)] > budget
@@ -150,18 +150,18 @@ def test_of_several_strengths_that_with_the_highest_sum_of_scores_is_taken(rise)
     budget = max(rise([n]) for n in ranked[:2]) + 1e-9
     options = {}
     for damping in (1.0, 0.5, 0.25):
-        chosen = spend(rise, ranked, Budget(budget), (damping,))
+        chosen = choose_within(rise, ranked, Budget(budget), (damping,))
         assert {n.damping for n in chosen} == {damping}
         options[damping] = -damping * sum(n.score for n in chosen)
-    chosen = spend(rise, ranked, Budget(budget), (1.0, 0.5, 0.25))
+    chosen = choose_within(rise, ranked, Budget(budget), (1.0, 0.5, 0.25))
     assert options[chosen[0].damping] == max(options.values())
 
 
 def test_a_round_of_refinement_keeps_to_the_budget_and_never_gains_less(rise):
     ranked = ranking()
     budget = Budget(abs(rise(ranked[:8])) + 1e-6)
-    plain = spend(rise, ranked, budget)
-    refined = spend(rise, ranked, replace(budget, refine=3))
+    plain = choose_within(rise, ranked, budget)
+    refined = choose_within(rise, ranked, replace(budget, refine=3))
     assert rise(refined) <= budget.max_perplexity_increase
     assert sum(n.score for n in refined) <= sum(n.score for n in plain)
 
@@ -184,20 +184,20 @@ class Additive:
 def test_refinement_drops_a_costly_neuron_at_the_head_that_would_keep_the_others_out():
     rise = Additive({i: 1.0 if i == 2 else 1e-3 for i in range(50)})
     ranked = [Component(MODULES[0], i, -2.0 + 0.01 * i) for i in range(50)]
-    assert [n.index for n in spend(rise, ranked, Budget(0.0101))] == [0, 1]
-    refined = [n.index for n in spend(rise, ranked, Budget(0.0101, refine=1))]
+    assert [n.index for n in choose_within(rise, ranked, Budget(0.0101))] == [0, 1]
+    refined = [n.index for n in choose_within(rise, ranked, Budget(0.0101, refine=1))]
     assert refined[:2] == [0, 1]
     assert 2 not in refined
     assert len(refined) == 10
-    assert spend(rise, ranked, Budget(0.0101, refine=4)) == sorted(
-        spend(rise, ranked, Budget(0.0101, refine=4)), key=lambda n: n.score
+    assert choose_within(rise, ranked, Budget(0.0101, refine=4)) == sorted(
+        choose_within(rise, ranked, Budget(0.0101, refine=4)), key=lambda n: n.score
     )
 
 
 def test_half_the_strength_pays_for_four_times_the_neurons_where_costs_are_quadratic():
     rise = Additive(dict.fromkeys(range(50), 1e-3))
     ranked = [Component(MODULES[0], i, -1.0) for i in range(50)]
-    chosen = spend(rise, ranked, Budget(0.0101), (1.0, 0.5))
+    chosen = choose_within(rise, ranked, Budget(0.0101), (1.0, 0.5))
     assert len(chosen) == 40
     assert {n.damping for n in chosen} == {0.5}
 
@@ -206,7 +206,7 @@ def test_a_budget_that_pays_for_no_neuron_is_refused(rise):
     costly = max(ranking(), key=lambda n: rise([n]))
     assert rise([costly]) > 0
     with pytest.raises(ValueError, match=r"Not even one neuron is within --model.budget.max_perplexity_increase 1e-09"):
-        spend(rise, [costly], Budget(1e-9))
+        choose_within(rise, [costly], Budget(1e-9))
 
 
 @pytest.fixture
@@ -263,10 +263,10 @@ def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files)
         prune(general, behavior, "--model.dampings=[1.5]")
 
 
-def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(files, monkeypatch):
+def test_what_a_budget_cannot_be_measured_of_is_refused_before_a_model_is_loaded(files, monkeypatch):
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("the model was loaded"))
     _, behavior, documents = files
-    price = [
+    options = [
         "--model.budget.max_perplexity_increase=0.02",
         "--data=C4",
         f"--data.source={documents}",
@@ -276,13 +276,13 @@ def test_what_a_price_cannot_be_measured_of_is_refused_before_a_model_is_loaded(
     heads = {f"model.layers.{i}.self_attn.o_proj": torch.rand(4) for i in range(2)}
     of_heads = [save_scores(f"{i}.safetensors", heads, of, granularity="head", layers=["o_proj"]) for i in range(2)]
     with pytest.raises(ValueError, match=r"--model.budget.refine is for neurons, and these are scores of heads"):
-        prune(*of_heads, *price, "--model.budget.refine=1", "--model.min_differential_strength=-100")
+        prune(*of_heads, *options, "--model.budget.refine=1", "--model.min_differential_strength=-100")
     before = [
         save_scores(f"before{i}.safetensors", random_scores(i), of, checkpoint_fingerprint="files:before")
         for i in range(2)
     ]
     with pytest.raises(ValueError, match=r"no longer the one that was attributed \(files:before\), so it was not used"):
-        prune(*before, *price, "--model.min_differential_strength=-100")
+        prune(*before, *options, "--model.min_differential_strength=-100")
 
 
 def test_the_text_is_tokenized_as_by_the_commit_that_was_attributed(files, monkeypatch):

@@ -250,7 +250,7 @@ def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike():
 
 
 @pytest.mark.slow
-def test_the_least_toxic_list_within_the_price_is_written_and_evaluated_on_other_prompts(monkeypatch):
+def test_the_least_toxic_list_within_the_budget_is_written_and_evaluated_on_other_prompts(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     grid = ["--model.neurons", LISTS, "--model.doses", "[2, 12]", "--model.dampings", "[1, 0.5]"]
     results, _ = sweep(*grid)
@@ -297,7 +297,7 @@ def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path)
     assert {neuron.damping for neuron in chosen.neurons + chosen.next} == {0.125}
 
 
-def test_nothing_is_chosen_where_nothing_is_within_the_price(caplog, monkeypatch):
+def test_nothing_is_chosen_where_nothing_is_within_the_budget(caplog, monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     with caplog.at_level("INFO"):
         _, folder = sweep("--model.neurons", LISTS, "--model.doses", "[]", "--model.max_perplexity_increase", "-0.99")
