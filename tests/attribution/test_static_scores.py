@@ -112,12 +112,14 @@ def test_random_scores_are_uniform():
     assert ((counts - 2000).abs() < 5 * (2000 * 0.9) ** 0.5).all()
 
 
-def test_prune_and_compress_take_the_scores_of_every_method(tiny_checkpoint, prompts):
+def test_prune_and_compress_take_the_scores_of_every_method(tiny_checkpoint, prompts, monkeypatch):
     for method in ("activation", "random"):
-        data = [ToxicPrompts(prompts, num_samples=n) if method == "activation" else NoSamples() for n in (5, 4)]
-        general, behavior = (
-            attribute(tiny_checkpoint, of, f"{method}-{i}", method=method) for i, of in enumerate(data)
-        )
+        modules = []
+        for seed, number in enumerate((5, 4)):
+            monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+            data = ToxicPrompts(prompts, num_samples=number) if method == "activation" else NoSamples()
+            modules.append(attribute(tiny_checkpoint, data, f"{method}-{seed}", method=method))
+        general, behavior = modules
         Pruning([general.output], behavior.output, num_neurons=5, min_differential_strength=-1e9).prune(
             Path(f"pruned-{method}")
         )

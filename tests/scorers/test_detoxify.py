@@ -218,8 +218,8 @@ def folders(folder: Path, tmp_path: Path) -> None:
         ("./classifier#very toxic", ClassifierScorer),
         ("s-nlp/roberta_toxicity_classifier", ClassifierScorer),
         ("unitary/toxic-bert#toxic", ClassifierScorer),
-        ("json:loads", FunctionScorer),
-        ("os.path:exists", FunctionScorer),
+        ("yaml:safe_load", FunctionScorer),
+        ("packaging.version:parse", FunctionScorer),
     ],
 )
 def test_a_name_is_that_of_one_kind_of_scorer_and_passes_the_check(

@@ -65,11 +65,11 @@ def write_inputs(tiny_checkpoint: str) -> None:
         "seq_len": 10,
     }
     of |= {"spec": ScoreSpec("lrp", "attnlrp", "magnitude", layers=["up_proj"], dtype="float32")}
-    of |= {"data": {}, "data_fingerprint": "d", "num_samples": 1, "num_tokens": 9, "seed": 0, "sample_ids": ["p"]}
+    of |= {"data": {}, "num_samples": 1, "num_tokens": 9, "seed": 0, "sample_ids": ["p"]}
     for seed, name in enumerate(("general", "behavior")):
         draw = torch.Generator().manual_seed(seed)
         scores = {module: torch.rand(24, generator=draw) / (1 + seed) for module in MODULES}
-        ScoreFile(scores, Provenance(**of)).save(Path(f"{name}.safetensors"))
+        ScoreFile(scores, Provenance(**of | {"data_fingerprint": name})).save(Path(f"{name}.safetensors"))
     scores = [Path("general.safetensors")], Path("behavior.safetensors")
     Pruning(*scores, num_neurons=5, num_ranked=12).prune(Path("pruned"))
     Pruning(*scores, criterion="ratio", num_neurons=7, num_ranked=12).prune(Path("other"))
