@@ -91,7 +91,7 @@ class Continuations:
         """Compare two models over the prompts that both have a score for; None if there is none."""
         pair = [self.values(model, group, measure, score, first) for model in (before, after)]
         valid = torch.isfinite(pair[0] + pair[1])
-        return paired_difference(pair[0][valid], pair[1][valid]) if valid.any() else None
+        return paired_difference(pair[0][valid], pair[1][valid], most=1.0) if valid.any() else None
 
 
 def _scores(rows: Sequence[Completion], score: str) -> list[float]:
@@ -338,6 +338,6 @@ def preference(rows: Iterable[PairRow]) -> Preference:
         found,
         baseline=models["baseline"],
         pruned=models["pruned"],
-        effect=paired_difference(preferred["baseline"], preferred["pruned"]),
+        effect=paired_difference(preferred["baseline"], preferred["pruned"], most=1.0),
         margin_effect=paired_difference(known_margins["baseline"], known_margins["pruned"]),
     )

@@ -7,7 +7,7 @@ the intervals and tests promise is shown by simulation, in tests/evaluation/test
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,13 +82,14 @@ class Difference:
         return not self.difference.holds_zero and self.permutation_test_p < (1 - LEVEL) / number
 
 
-def paired_difference(before: Tensor, after: Tensor, seed: int = 0) -> Difference:
+def paired_difference(before: Tensor, after: Tensor, seed: int = 0, most: float = math.inf) -> Difference:
     """Compare the values of the same prompts before and after.
 
     Args:
         before: One value per prompt, shape ``[prompts]``, in any unit; lower is better.
         after: The same prompts in the same order.
         seed: Of the resampling.
+        most: Largest change there can be, 1 of scores and shares; the interval of the difference ends there.
 
     Raises:
         ValueError: If there is no prompt, the shapes differ, or a value is not finite.
@@ -107,7 +108,9 @@ def paired_difference(before: Tensor, after: Tensor, seed: int = 0) -> Differenc
     return Difference(
         before=mean_before,
         after=mean_after,
-        difference=difference,
+        difference=replace(difference, low=max(difference.low, -most), high=min(difference.high, most))
+        if difference.is_known
+        else difference,
         # Where not even the change can be said, its share of what was there cannot be.
         percent=in_percent(
             100 * (mean_after - mean_before) / mean_before if mean_before else math.nan,

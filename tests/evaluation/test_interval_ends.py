@@ -1,6 +1,7 @@
 """Where intervals end, against a slow bootstrap; and where their ends cannot be said."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,3 +134,10 @@ def test_evidence_among_several_asks_for_a_smaller_p_value():
     assert not found.is_evidence_among(most + 1)
     nothing = paired_difference(before, before)
     assert not nothing.is_evidence_among(1)
+
+
+def test_a_difference_of_scores_ends_at_1():
+    before, after = torch.full((8,), 0.1), torch.tensor([0.1, 0.2, 0.11, 0.13, 0.12, 0.14, 0.1, 0.99])
+    whole, of_scores = paired_difference(before, after), paired_difference(before, after, most=1.0)
+    assert whole.difference.high > 1
+    assert of_scores.difference == replace(whole.difference, high=1.0)
