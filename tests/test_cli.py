@@ -269,6 +269,7 @@ def test_the_saved_config_repeats_a_run_after_which_the_folder_was_removed(tiny_
     assert all(torch.equal(first.scores[name], second.scores[name]) for name in first.scores)
 
 
+@pytest.mark.slow
 def test_prepare_and_run_save_their_config_too(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(cli, "main", lambda args: pretend(args[0], Path(args[2])))
     general = {"class_path": "C4", "init_args": {"source": "general.txt", "num_samples": 3, "seq_len": 12}}

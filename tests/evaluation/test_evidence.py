@@ -162,6 +162,7 @@ def plant(model: Any, neurons: list[Component]) -> None:
             mlp.down_proj.weight[0, neuron.index] = 1.0
 
 
+@pytest.mark.slow
 def test_planted_neurons_are_found_guilty_and_those_drawn_for_comparison_are_not(make_model):
     planted = [Component(LAYERS[1], index, -1.0) for index in (5, 77, 1000)]
     model = make_model(dtype=torch.float32, intermediate_size=1024, mlp_bias=True)

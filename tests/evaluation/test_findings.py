@@ -214,6 +214,7 @@ def test_a_second_scorer_that_scored_nothing_is_said_to():
     assert math.isnan(results.second_scorer.pearson)
 
 
+@pytest.mark.slow
 def test_the_order_of_the_rows_does_not_matter():
     variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
     rows = rows_of(CONTROLLED, lambda model, p, j: CONTROLLED[model][p][j])

@@ -37,6 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_report_is_drawn_again_bit_for_bit_however_its_folder_is_written(folder, monkeypatch):
     assert draw(folder) == folder / "report.html"
     first = contents(folder)

@@ -275,6 +275,7 @@ def test_the_verdict_speaks_of_every_control_and_of_the_second_scorer(whole):
     assert whole.results["verdict"] in whole.model.summary()
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_everything_twice_gives_the_same_results_json(whole, tiny_checkpoint, monkeypatch):
     monkeypatch.chdir(whole.folder.parent)
     again = run_everything(tiny_checkpoint, "again")

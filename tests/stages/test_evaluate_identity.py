@@ -89,6 +89,7 @@ def test_the_second_scorer_counts_too(begun):
         begun(scorer="repetition", second_scorer="scorer")
 
 
+@pytest.mark.slow
 def test_the_source_of_a_function_counts(begun):
     before = begun(scorer="toy_scorers:zero")
     assert begun("other", scorer="toy_scorers:nothing")["scorers"] != before["scorers"]
@@ -98,6 +99,7 @@ def test_the_source_of_a_function_counts(begun):
         begun(scorer="toy_scorers:zero")
 
 
+@pytest.mark.slow
 def test_all_files_of_a_package_that_is_not_installed_count_and_its_version_if_it_is(tmp_path, monkeypatch):
     package = tmp_path / "my_scorers"
     (package / "inner").mkdir(parents=True)

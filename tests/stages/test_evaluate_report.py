@@ -42,6 +42,7 @@ def test_a_scorer_that_finds_nothing_gives_valid_json_a_report_and_a_summary(
     assert Path("out", REPORT).is_file()
 
 
+@pytest.mark.slow
 def test_the_model_card_is_put_into_the_folder_of_the_exported_checkpoint(tiny_checkpoint):
     export_pruned(Checkpoint(tiny_checkpoint), PRUNED, Path("pruned"), dtype=torch.float32)
     of_export = {"export": "pruned", "export_fingerprint": Checkpoint("pruned").fingerprint}

@@ -44,6 +44,7 @@ def break_off(model: Noting, of: EvaluationData, at: int, patch: pytest.MonkeyPa
     assert list(Path("out").glob("unfinished-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_a_report")
 def test_an_evaluation_of_several_models_that_broke_off_keeps_what_every_model_has_continued(
     tiny_checkpoint, monkeypatch

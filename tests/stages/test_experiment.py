@@ -73,6 +73,7 @@ def prompts_as_general_samples(config) -> None:
     config.write_text(yaml.safe_dump(options))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prompts_as_general_samples")
 def test_prompts_used_as_general_samples_are_not_evaluated_on_either(verbs_run):
     _, folder = run("--model.general_seeds", "[0]", "--data.prompts.init_args.num_prompts", "5")
@@ -82,6 +83,7 @@ def test_prompts_used_as_general_samples_are_not_evaluated_on_either(verbs_run):
     assert not {row["prompt"] for row in completions(folder)} & set(used)
 
 
+@pytest.mark.slow
 def test_the_behaviour_can_be_attributed_by_other_options(verbs_run):
     options = ("--model.behavior_attribute", "{target: text, relevance: signed}", "--prune.criterion", "ratio")
     _, folder = run("--attribute.method", "gradient", "--attribute.relevance", "squared", *options)

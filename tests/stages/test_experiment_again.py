@@ -104,6 +104,7 @@ def test_changed_content_of_the_lexicon_s_scorer_reruns_the_attribution_whose_ta
     assert due(*options) == ["attribute", "prune", "evaluate"]
 
 
+@pytest.mark.slow
 def test_changed_source_of_a_function_that_scores_reruns_the_evaluation(due, monkeypatch):
     monkeypatch.syspath_prepend(str(Path().absolute()))
     Path("my_scorer.py").write_text("def score(texts):\n    return [0.5] * len(texts)\n")
@@ -148,6 +149,7 @@ def test_changed_weights_of_a_local_checkpoint_rerun_everything(due, tiny_checkp
     assert due("--model.checkpoint", "mine") == ALL
 
 
+@pytest.mark.slow
 def test_a_stage_that_broke_off_is_run_again(done, verbs_run):
     stage = Path(json.loads((done.folder / "experiment.json").read_text())["stages"]["evaluation"])
     (stage / "results.json").unlink()

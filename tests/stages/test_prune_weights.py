@@ -131,6 +131,7 @@ def test_the_exported_checkpoint_gives_what_the_masked_model_gives(make_checkpoi
         assert off == {key for key in zeros if key[0] == name}
 
 
+@pytest.mark.slow
 def test_compare_finds_what_lists_of_weights_share(files):
     general, behavior = files
     other = write("other", scores_of(11, 0.5))

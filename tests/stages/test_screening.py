@@ -111,6 +111,7 @@ def test_one_command_screens_prompts_attributes_on_the_worst_and_evaluates_on_th
     main(["run", "--config", "experiment.yaml"])
 
 
+@pytest.mark.slow
 def test_the_stage_is_planned_first_and_another_choice_of_prompts_gives_other_later_stages():
     plans = []
     for number in (None, 10):

@@ -84,6 +84,7 @@ def weights(tiny_checkpoint) -> list[Component]:
     return chosen_of(load_model(tiny_checkpoint, torch.float32), 30)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inputs")
 def test_evaluate_measures_the_model_that_is_exported_and_speaks_of_weights(tiny_checkpoint, weights):
     path = save_neurons(tiny_checkpoint, weights, {"sample_ids": []})
@@ -103,6 +104,7 @@ def test_evaluate_measures_the_model_that_is_exported_and_speaks_of_weights(tiny
     assert "neurons" not in body.replace("neurons.json", "")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inputs")
 def test_sweep_takes_doses_of_weights_and_writes_the_chosen_ones(tiny_checkpoint, weights):
     path = save_neurons(tiny_checkpoint, weights[:20], {"sample_ids": []}, next=weights[20:])
