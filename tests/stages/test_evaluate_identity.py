@@ -25,6 +25,7 @@ def begun(tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     shutil.copytree(tiny_checkpoint, "mine")
     shutil.copytree(SHIPPED, "scorer")
     monkeypatch.syspath_prepend(str(Path().absolute()))
+    monkeypatch.delitem(sys.modules, "toy_scorers", raising=False)  # of another test's folder
 
     def begin(folder: str = "out", tokenizer: str | None = None, **options: Any) -> dict[str, Any]:
         neurons = save_neurons("mine", PRUNED)
