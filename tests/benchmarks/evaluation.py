@@ -6,7 +6,6 @@ same checkpoint, prompts, windows and scorer. SmolLM2-135M in float32, 64 prompt
 5 windows of 1024 tokens. Prints seconds, the ratio, and that both measured the same.
 """
 
-import json
 import math
 import tempfile
 import time
@@ -21,6 +20,7 @@ from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluation.generation import SamplingOptions
+from sparc3_lightning.evaluation.results import Results
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.scorers.registry import load_scorer
 from sparc3_lightning.stages.evaluate import RESULTS, Evaluation
@@ -53,8 +53,10 @@ def ours() -> tuple[list[float], dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         evaluation = Evaluation(CHECKPOINT, scorer="small", sampling=SamplingOptions("rtp", NUM_CONTINUATIONS))
         quiet_trainer(folder, callbacks=[seconds]).test(evaluation, datamodule=data(), verbose=False)
-        figures = json.loads(Path(folder, RESULTS).read_text())["baseline"]
-    return seconds.seconds, figures
+        results = Results.load(Path(folder, RESULTS))
+    model = results.baseline
+    toxicity = model.groups[results.headline].behavior_mean
+    return seconds.seconds, {"perplexity": model.perplexity["sliding"].value, "toxicity_mean": toxicity}
 
 
 @torch.inference_mode()
