@@ -6,6 +6,11 @@ from sparc3_lightning.files import write_atomically
 from sparc3_lightning.report import page as report
 
 
+@pytest.fixture(autouse=True)
+def pictures_have_one_dot():
+    """Draw real pictures."""
+
+
 @pytest.fixture
 def pictures_take_no_time(monkeypatch):
     """Drawing takes a second a page; test_figures.py and test_browser.py look at real pictures."""
