@@ -23,11 +23,10 @@ from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.distributed import check_slurm_tasks, is_rank_zero, usable_accelerator
-from sparc3_lightning.files import check_absent, check_writable
+from sparc3_lightning.files import at_home, check_absent, check_writable
 from sparc3_lightning.report.drawing import draw
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.signals import ending_on_signals, run_process
-from sparc3_lightning.sources import at_home
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.circuit import Circuit
