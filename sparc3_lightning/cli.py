@@ -22,7 +22,7 @@ import sparc3_lightning
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
-from sparc3_lightning.distributed import check_slurm_tasks, is_rank_zero, usable_accelerator
+from sparc3_lightning.distributed import check_is_single, check_slurm_tasks, is_rank_zero, usable_accelerator
 from sparc3_lightning.files import at_home, check_absent, check_writable
 from sparc3_lightning.report.drawing import draw
 from sparc3_lightning.report.escaping import for_terminal
@@ -109,6 +109,7 @@ class Verb:
 
 
 REPORT = "report"  # the verb that needs no more than a folder
+SINGLE = ("prepare", "prune", "compare", "compress", REPORT, "run")  # verbs of one process; the others are loops
 # By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
 VERBS: dict[str, Verb | None] = {
     "prepare": None,
@@ -211,6 +212,8 @@ class SparC3CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what Lightning would find out too late."""
+        if self.subcommand in SINGLE:
+            check_is_single(self.subcommand, os.environ)
         if self.subcommand == REPORT:
             return
         trainer = _all_at_home(self.config[self.subcommand])["trainer"]
@@ -246,8 +249,6 @@ class SparC3CLI(LightningCLI):
 
     def run(self, model: Experiment, plan: Path | None = None, **_: object) -> None:
         """Run the stages, each as its own verb; in a process of its own where that starts further ones."""
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-            raise ValueError("'sparc3 run' is started once, not by every task of srun: use configs/slurm/pipeline.sh.")
         if plan is not None:
             model.config_yaml = None  # of the run that the plan is for
             model.write_plan(self._options(), self._own_folder(), Path(plan))
