@@ -83,7 +83,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def temporary_folder(beside: Path) -> Iterator[Path]:
     """Yield an empty folder in which ``beside`` is prepared, and renamed to it; what is left there is removed.
 
-    Its name carries the process and the host. What a killed process of this host left there is swept first.
+    Its name carries the process, its start, since numbers of processes are used again, and the host. What a killed
+    process of this host left there is swept first.
 
     Args:
         beside: The path that is prepared. Its parent is made if it does not exist.
@@ -91,7 +92,9 @@ def temporary_folder(beside: Path) -> Iterator[Path]:
     beside.parent.mkdir(parents=True, exist_ok=True)
     sweep(beside.parent)
     temporary = Path(
-        tempfile.mkdtemp(dir=beside.parent, prefix=f".{beside.name[:40]}.{os.getpid()}-{platform.node()}.")
+        tempfile.mkdtemp(
+            dir=beside.parent, prefix=f".{beside.name[:40]}.{os.getpid()}-{_began(os.getpid())}-{platform.node()}."
+        )
     )
     try:
         temporary.chmod(0o755)
@@ -102,20 +105,30 @@ def temporary_folder(beside: Path) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Remove the temporary folders that processes of this host left in a folder when they were killed."""
-    made = re.compile(rf"\..*\.(\d+)-{re.escape(platform.node())}\.[a-z0-9_]{{8}}")
+    made = re.compile(rf"\..*\.(\d+)-(\d+)-{re.escape(platform.node())}\.[a-z0-9_]{{8}}")
     for path in folder.iterdir():
-        if (match := made.fullmatch(path.name)) and not _is_alive(int(match[1])):
+        if (match := made.fullmatch(path.name)) and not _is_alive(int(match[1]), int(match[2])):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_alive(process: int) -> bool:
+def _is_alive(process: int, began: int) -> bool:
+    """Tell whether a process lives that began at this time."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass  # another user's
-    return True
+    return _began(process) in (0, began)  # 0 where a machine hides the processes of others
+
+
+def _began(process: int) -> int:
+    """Return when a process began, in ticks since this machine did; 0 where there is no /proc."""
+    try:
+        # The name of the program, in brackets, may hold blanks; the start is the 20th field behind it.
+        return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except OSError:
+        return 0
 
 
 def to_json(value: object) -> str:
