@@ -9,7 +9,7 @@ import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile
@@ -23,6 +23,7 @@ from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.distributed import check_is_single, check_slurm_tasks, is_rank_zero, usable_accelerator
+from sparc3_lightning.errors import in_one_sentence
 from sparc3_lightning.files import at_home, check_absent, check_writable
 from sparc3_lightning.report.drawing import draw
 from sparc3_lightning.report.escaping import for_terminal
@@ -146,6 +147,14 @@ class FindConfig(ActionConfigFile):
             raise ValueError(f"The config {values} cannot be read: it holds itself, or is nested too deeply.") from None
         except ValueError as error:
             raise ValueError(f"The config {values} cannot be read: {error}.") from None
+
+
+class Parser(LightningArgumentParser):
+    """The parser of a verb, which says in a sentence what is wrong."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the usage and the sentence, and exit."""
+        super().error(in_one_sentence(message) if self.exit_on_error else message, ex)  # else of a part
 
 
 class SparC3CLI(LightningCLI):
@@ -345,6 +354,7 @@ def main(args: ArgsType = None) -> SparC3CLI:
             subclass_mode_data=True,
             save_config_callback=None,  # a stage writes it when nothing can be refused any more
             trainer_class=SparC3Trainer,
+            parser_class=Parser,
             trainer_defaults={"inference_mode": False, "enable_model_summary": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from sparc3_lightning.data.base import Kind, TextDataModule
 from sparc3_lightning.data.tokens import Tokens
-from sparc3_lightning.errors import OptionError
+from sparc3_lightning.errors import OptionError, in_one_sentence
 from sparc3_lightning.evaluation.variants import check_doses
 from sparc3_lightning.files import kept_sha256
 from sparc3_lightning.models.architectures import find_layers, linear_at, weight_of
@@ -195,7 +195,8 @@ def attribution_options(options: Config) -> Config:
     try:
         return parser.parse_object(options).as_dict()
     except ArgumentError as error:
-        raise OptionError("behavior_attribute", f": {error}") from None
+        said = in_one_sentence(str(error), ".behavior_attribute.")
+        raise OptionError("behavior_attribute", said if said.startswith("--.") else f": {said}") from None
 
 
 def check_attributions(general: Config, behavior: Config) -> None:
