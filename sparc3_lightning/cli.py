@@ -9,7 +9,7 @@ import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile
@@ -22,12 +22,12 @@ import sparc3_lightning
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
-from sparc3_lightning.distributed import check_slurm_tasks, is_rank_zero, usable_accelerator
-from sparc3_lightning.files import check_absent, check_writable
+from sparc3_lightning.distributed import check_is_single, check_slurm_tasks, is_rank_zero, usable_accelerator
+from sparc3_lightning.errors import in_one_sentence
+from sparc3_lightning.files import at_home, check_absent, check_writable
 from sparc3_lightning.report.drawing import draw
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.signals import ending_on_signals, run_process
-from sparc3_lightning.sources import at_home
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.circuit import Circuit
@@ -110,6 +110,7 @@ class Verb:
 
 
 REPORT = "report"  # the verb that needs no more than a folder
+SINGLE = ("prepare", "prune", "compare", "compress", REPORT, "run")  # verbs of one process; the others are loops
 # By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
 VERBS: dict[str, Verb | None] = {
     "prepare": None,
@@ -146,6 +147,14 @@ class FindConfig(ActionConfigFile):
             raise ValueError(f"The config {values} cannot be read: it holds itself, or is nested too deeply.") from None
         except ValueError as error:
             raise ValueError(f"The config {values} cannot be read: {error}.") from None
+
+
+class Parser(LightningArgumentParser):
+    """The parser of a verb, which says in a sentence what is wrong."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the usage and the sentence, and exit."""
+        super().error(in_one_sentence(message) if self.exit_on_error else message, ex)  # else of a part
 
 
 class SparC3CLI(LightningCLI):
@@ -212,6 +221,8 @@ class SparC3CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what Lightning would find out too late."""
+        if self.subcommand in SINGLE:
+            check_is_single(self.subcommand, os.environ)
         if self.subcommand == REPORT:
             return
         trainer = _all_at_home(self.config[self.subcommand])["trainer"]
@@ -247,8 +258,6 @@ class SparC3CLI(LightningCLI):
 
     def run(self, model: Experiment, plan: Path | None = None, **_: object) -> None:
         """Run the stages, each as its own verb; in a process of its own where that starts further ones."""
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-            raise ValueError("'sparc3 run' is started once, not by every task of srun: use configs/slurm/pipeline.sh.")
         if plan is not None:
             model.config_yaml = None  # of the run that the plan is for
             model.write_plan(self._options(), self._own_folder(), Path(plan))
@@ -345,6 +354,7 @@ def main(args: ArgsType = None) -> SparC3CLI:
             subclass_mode_data=True,
             save_config_callback=None,  # a stage writes it when nothing can be refused any more
             trainer_class=SparC3Trainer,
+            parser_class=Parser,
             trainer_defaults={"inference_mode": False, "enable_model_summary": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,

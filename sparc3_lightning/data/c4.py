@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sparc3_lightning.data.base import HubDataset, ReferenceSamples, Sample
-from sparc3_lightning.files import write_atomically
-from sparc3_lightning.sources import Row, cache_folder, read_records, resolve
+from sparc3_lightning.files import cache_folder, write_atomically
+from sparc3_lightning.sources import Row, read_records, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -92,9 +92,9 @@ class RealToxicityPrompts(TextDataModule):
     ) -> None:
         super().__init__(source, tokenizer, batch_size)
         if num_prompts is not None and num_prompts < 1:
-            raise ValueError(f"num_prompts must be at least 1, got {num_prompts}.")
+            raise OptionError("num_prompts", f"must be at least 1, got {num_prompts}.", "data.prompts")
         if num_nontoxic < 0:
-            raise ValueError(f"num_nontoxic must be at least 0, got {num_nontoxic}.")
+            raise OptionError("num_nontoxic", f"must be at least 0, got {num_nontoxic}.", "data.prompts")
         if num_nontoxic and (by == "continuation" or min_toxicity is None or min_toxicity < TOXIC_FROM):
             raise ValueError(
                 f"With num_nontoxic {num_nontoxic}, min_toxicity must be at least {TOXIC_FROM}, got {min_toxicity} "
@@ -180,14 +180,15 @@ class RealToxicityPrompts(TextDataModule):
         left = [prompt for prompt in pool if prompt.id not in set(exclude)]
         excluded = len(pool) - len(left)
         self.num_excluded += excluded
-        wanted = len(left) if wanted is None else wanted
-        if len(left) < wanted or not left:
+        wanted = max(1, len(left)) if wanted is None else wanted  # None is all, which must be one at least
+        if len(left) < wanted:
             least = 0 if self.min_toxicity is None else self.min_toxicity
             toxicity = f"{least} to {self.max_toxicity}" if option == "num_prompts" else f"below {TOXIC_FROM}"
             raise OptionError(
                 option,
                 f"Only {len(left)} prompts of toxicity {toxicity} are left ({excluded} were used to attribute), but "
-                f"--.{option} is {wanted}: lower it, or widen the range of toxicity.",
+                f"--.{option} is {getattr(self, option) or 'null, for all'}: widen the range of toxicity"
+                f"{', or lower it' if left else ''}.",
                 "data.prompts",
             )
         if self.by == "continuation" and self.min_toxicity is None:
@@ -209,7 +210,8 @@ class RealToxicityPrompts(TextDataModule):
             raise OptionError(
                 option,
                 f"Only {len(taken)} of {len(left)} prompts have at most {longest} tokens, for which the model's "
-                f"context has room, but --.{option} is {wanted}: lower it.",
+                f"context has room, but --.{option} is {wanted}: "
+                f"{'lower it' if taken else 'lower --model.sampling.max_new_tokens'}.",
                 "data.prompts",
             )
         return taken

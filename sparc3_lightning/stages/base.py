@@ -8,8 +8,7 @@ import lightning as L
 
 from sparc3_lightning.data.base import Kind
 from sparc3_lightning.distributed import gather, is_rank_zero
-from sparc3_lightning.files import check_absent, check_writable
-from sparc3_lightning.sources import at_home
+from sparc3_lightning.files import at_home, check_absent, check_writable
 from sparc3_lightning.stages.folders import check_config, folder_of, give_back, own, write_config
 from sparc3_lightning.stages.trainer_options import check_trainer
 

@@ -16,13 +16,12 @@ from sparc3_lightning.data.base import TextDataModule
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.results import Results
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, fetch_tasks
-from sparc3_lightning.files import check_writable, write_atomically
+from sparc3_lightning.files import at_home, check_writable, sha256_of, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.report.drawing import EXPERIMENT, draw_or_warn
 from sparc3_lightning.report.page import summary_table
 from sparc3_lightning.scorers.registry import fetch_scorer
-from sparc3_lightning.sources import at_home, sha256_of
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.evaluate import REPORT, RESULTS, Evaluation
 from sparc3_lightning.stages.folders import write_config

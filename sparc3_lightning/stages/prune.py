@@ -34,7 +34,7 @@ from sparc3_lightning.selection.neuron_selection import (
 from sparc3_lightning.selection.sides import check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
 from sparc3_lightning.stages.base import Stage, paths_of
-from sparc3_lightning.stages.folders import giving_back
+from sparc3_lightning.stages.folders import check_config, giving_back, own
 
 NEURONS = "neurons.json"
 UNFINISHED = "export.unfinished"  # beside neurons.json, until the pruned checkpoint is complete
@@ -162,8 +162,13 @@ class Pruning(Stage):
             FileNotFoundError, ValueError: If a score file is missing, damaged, or does not match the others; if
                 ``num_neurons`` is more than there are; if the differential strength is too low and ``weak`` is error;
                 if not one neuron is within the budget.
-            FileExistsError: If the folder holds a neurons.json.
+            FileExistsError: If the folder holds a neurons.json; but if its export broke off, that is finished.
         """
+        if self._is_unfinished(folder):
+            own(folder, self.verb)
+            if self.config_yaml is not None:
+                check_config(folder, self.config_yaml)
+            return finish_export(folder)
         self.begin(folder)
         if self.budget.max_perplexity_increase is not None and text is None:
             raise OptionError(
@@ -188,13 +193,19 @@ class Pruning(Stage):
         neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
         selection = found.results(self.criterion, neurons.granularity)
         selection.save(folder / SELECTION)
-        # What was found comes before the export, which may fail: 'sparc3 run' then makes up for it.
+        # What was found comes before the export, which may fail: the same command then makes up for it.
         if self.export is not None:
             (folder / UNFINISHED).touch()
         neurons.save(self.output)
         draw_or_warn(folder)
         self._describe(found, neurons.granularity, self.output)
         return finish_export(folder) if self.export is not None else neurons
+
+    def _is_unfinished(self, folder: Path) -> bool:
+        """Tell whether a folder holds neurons whose export, to the same place, broke off."""
+        if self.export is None or not (folder / UNFINISHED).exists() or not (folder / NEURONS).is_file():
+            return False
+        return NeuronList.load(folder / NEURONS).provenance.get("export") == str(self.export)
 
     def _neurons(
         self, text: ReferenceSamples | None, device: torch.device | None
@@ -306,7 +317,10 @@ def finish_export(folder: Path) -> NeuronList:
     try:
         export_pruned(checkpoint, neurons.neurons, export, dtype=export_dtype_of(provenance["export_dtype"]))
     except OSError as error:
-        raise OSError(f"{error} The neurons are kept in {folder / NEURONS}.") from error
+        raise OSError(
+            f"{error} The neurons are kept in {folder / NEURONS}. To export them, give the same command again; "
+            f"'sparc3 prune' with --trainer.logger.init_args.version {folder.name}."
+        ) from error
     provenance["export_fingerprint"] = Checkpoint(str(export)).fingerprint
     neurons.save(folder / NEURONS)
     (folder / UNFINISHED).unlink()
