@@ -18,7 +18,7 @@ SMALLER = {
     "general": {"init_args": {"source": "general.txt", "num_samples": 4, "seq_len": 16}},
     "behavior": {"init_args": {"num_samples": 8}},
     "budget_text": {"init_args": {"source": "general.txt", "num_samples": 6, "seq_len": 16}},
-    "prune": {"budget": {"max_perplexity_increase": 0.05}},
+    "prune": {"budget": {"max_perplexity_increase": 1.0}},
     "evaluate": {
         "scorer": "toy_scorers:letters",
         "second_scorer": None,
