@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import MODULES
 
+from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models import batching
 from sparc3_lightning.models.batching import Batching, check_size, fits_on_cpu, free_memory, largest_size, part_of
+from sparc3_lightning.models.components import Component
+from sparc3_lightning.selection.budget import PerplexityRise
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -140,3 +144,24 @@ def test_free_memory_is_that_of_the_system_or_what_is_left_in_the_container():
 def test_a_size_is_auto_or_at_least_1(size):
     with pytest.raises(ValueError, match="batch_size must be auto or at least 1"):
         check_size(size)
+
+
+def test_a_rise_of_perplexity_and_the_costs_are_the_same_where_memory_runs_out(make_model):
+    model = make_model()
+    batch = pad_right([Sample(f"{i}", list(range(5 + i, 14))) for i in range(5)], 0)
+    neurons = [Component(MODULES[i % 2], i, -1.0) for i in range(6)]
+
+    def check(module: object, inputs: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if len(kwargs["input_ids"]) > 2:
+            raise MemoryError
+
+    whole = PerplexityRise(model, [batch])
+    expected = whole(neurons), whole.costs(neurons)
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    size = Batching(5, is_auto=True)
+    halved = PerplexityRise(model, [batch], size)
+    found = halved(neurons), halved.costs(neurons)
+    handle.remove()
+    assert size.found == 2
+    assert found[0] == pytest.approx(expected[0], rel=1e-9)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-8)
