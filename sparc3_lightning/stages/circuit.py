@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from sparc3_lightning.attribution.targets import logit_difference
 from sparc3_lightning.data.base import ReferenceSamples, WeightedBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Component, check
 from sparc3_lightning.models.neurons import check_are_neurons
-from sparc3_lightning.models.sharding import check_is_whole, load_for
+from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.report.circuits import (
     CIRCUIT,
@@ -107,6 +109,8 @@ class Circuit(StoppableModule, Stage):
         data = self.data
         data.check_target("logit_difference")
         self.checkpoint.check_context(data.longest, data.way_to_shorter)
+        self.batching = data.batching()
+        check_batch_size(self, self.batching)
         self._check_groups()
         used = {name for group in self.groups for provenance in group.provenances for name in provenance.sample_ids}
         data.leave_out = used & {sample.id for sample in data.samples}
@@ -210,12 +214,19 @@ class Circuit(StoppableModule, Stage):
         """Return accuracy and mean logit difference of the model as it is now, over the samples of all ranks."""
         differences: list[float] = []
         for batch in self.batches:
-            mask = batch["attention_mask"] if batch["is_padded"] else None
-            values = logit_difference(self.model, batch["input_ids"], mask, batch["contrast"]).tolist()
-            differences += [value for value, weight in zip(values, batch["weights"], strict=True) if weight]
+            num_samples = len(batch["sample_ids"])
+            for values in self.batching.each(num_samples, partial(self._differences, batch, num_samples)):
+                differences += values
         differences = gather(differences)
         right = sum(value > 0 for value in differences)  # not where it is NaN
         return Measured(right / len(differences), statistics.fmean(differences))
+
+    def _differences(self, batch: WeightedBatch, num_samples: int, rows: slice) -> list[float]:
+        """Return the logit differences of some samples of a batch, less its fillers."""
+        batch = part_of(batch, rows, num_samples)
+        mask = batch["attention_mask"] if batch["is_padded"] else None
+        values = logit_difference(self.model, batch["input_ids"], mask, batch["contrast"]).tolist()
+        return [value for value, weight in zip(values, batch["weights"], strict=True) if weight]
 
     def _save(self, group: Group, removed: list[Component], circuit: CircuitFound, path: Path) -> None:
         """Write the components outside a circuit as a list that 'sparc3 evaluate' can switch off."""
@@ -237,10 +248,11 @@ class Circuit(StoppableModule, Stage):
     def _write(self, curves: list[Curve]) -> None:
         """Write the results, and draw them."""
         data = self.data
+        found = {} if self.batching.found is None else {"auto_batch_size": self.batching.found}
         results = CircuitResults(
             checkpoint=self.checkpoint.name,
             checkpoint_fingerprint=self.checkpoint.fingerprint,
-            data={"class": type(data).__name__, **data.hparams, **data.notes},
+            data={"class": type(data).__name__, **data.hparams, **data.notes, **found},
             num_samples=self.num_samples,
             num_left_out=len(data.leave_out),
             whole_model=self.full,

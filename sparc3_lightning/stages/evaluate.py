@@ -1,6 +1,6 @@
 """Stage 3: perplexity and toxicity of the model as it is, with its neurons off, and of controls, in one test loop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,10 +38,11 @@ from sparc3_lightning.evaluation.results import (
 )
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, list_variants, neurons_of
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
+from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import check
 from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, score_windows
-from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
+from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import contents, git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.report.escaping import for_terminal
@@ -184,6 +185,10 @@ class Evaluation(StoppableModule, Stage):
                 )
         if any(pruned.granularity == "weight" for pruned in self.lists.values()):
             check_is_whole(self)
+        parts = {"text": data.text, "prompts": data.prompts, "pairs": data.pairs}
+        self.batchings = {name: part.batching() for name, part in parts.items() if part is not None}
+        for batching in self.batchings.values():
+            check_batch_size(self, batching)
         skeleton = self.checkpoint.skeleton()
         for neurons in self.lists.values():
             check(skeleton, neurons.all())
@@ -223,10 +228,21 @@ class Evaluation(StoppableModule, Stage):
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure every model on one batch of windows, of prompts, or of pairs of sentences."""
         measure = (self._measure_perplexity, self._measure_toxicity, self._measure_preference)[dataloader_idx]
-        self._original: torch.Tensor | None = None
-        for variant in self.variants:
-            with variant.as_context(self.model, self.off[variant.name]):
-                measure(variant, batch)
+        num_items = len(batch[("windows", "prompts", "pair_ids")[dataloader_idx]])
+
+        def of_every_model(rows: slice) -> list[Callable[[], None]]:
+            part = part_of(batch, rows, num_items)
+            self._original: torch.Tensor | None = None
+            found = []
+            for variant in self.variants:
+                with variant.as_context(self.model, self.off[variant.name]):
+                    found.append(measure(variant, part))
+            return found
+
+        # Nothing is kept before all models are through, since memory may run out and the same items come again.
+        for measured in list(self.batchings.values())[dataloader_idx].each(num_items, of_every_model):
+            for keep in measured:
+                keep()
 
     def on_test_batch_end(self, outputs: object, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Stop if that is asked for: the continuations are on the disk."""
@@ -234,7 +250,7 @@ class Evaluation(StoppableModule, Stage):
             new = len(self.completions) - sum(map(len, self.kept.values()))
             self.stop.leave(f"{new} continuations of rank 0 are kept" if new else None, self.trainer.is_global_zero)
 
-    def _measure_perplexity(self, variant: Variant, batch: WindowBatch) -> None:
+    def _measure_perplexity(self, variant: Variant, batch: WindowBatch) -> Callable[[], None]:
         windows = batch["windows"]
         ends = [batch["num_before"] + w.end - w.start for w in windows]
         spans = torch.tensor([[end - w.num_scored, end] for end, w in zip(ends, windows, strict=True)])
@@ -242,16 +258,20 @@ class Evaluation(StoppableModule, Stage):
         nll, divergence = score_windows(self.model, hidden, batch["input_ids"], spans, self._original)
         if variant.kind == "baseline":
             self._original = hidden
-        for row, window in enumerate(windows):
-            if window.convention in self._conventions_of(variant):
-                self.perplexity[variant.name, window.convention].update(
-                    torch.tensor([window.start]),
-                    nll[row : row + 1],
-                    divergence[row : row + 1],
-                    torch.tensor([window.num_scored]),
-                )
 
-    def _measure_toxicity(self, variant: Variant, batch: PromptBatch) -> None:
+        def keep() -> None:
+            for row, window in enumerate(windows):
+                if window.convention in self._conventions_of(variant):
+                    self.perplexity[variant.name, window.convention].update(
+                        torch.tensor([window.start]),
+                        nll[row : row + 1],
+                        divergence[row : row + 1],
+                        torch.tensor([window.num_scored]),
+                    )
+
+        return keep
+
+    def _measure_toxicity(self, variant: Variant, batch: PromptBatch) -> Callable[[], None]:
         prompts = batch["prompts"]
         drawn = continue_prompts(
             self.model,
@@ -265,16 +285,21 @@ class Evaluation(StoppableModule, Stage):
         tokens = [row.input_ids for row in flat]
         texts = self.data.prompts.tokens.decode(tokens)
         scores = [scorer.score_drawn(texts, tokens) for scorer in self.scorers]
-        for i, (prompt, weight) in enumerate(zip(prompts, batch["weights"], strict=True)):
-            if weight:  # not a filler
-                k = slice(i * variant.num_continuations, (i + 1) * variant.num_continuations)
-                rows = completion_rows(variant.name, prompt, flat[k], texts[k], [of_one[k] for of_one in scores])
-                self.completions += rows
-                self.log_of_completions.append(rows)
 
-    def _measure_preference(self, variant: Variant, batch: PairBatch) -> None:
-        if variant.kind in ("baseline", "pruned"):
-            self.pair_rows += pair_rows(variant.name, self.model, batch)
+        def keep() -> None:
+            for i, (prompt, weight) in enumerate(zip(prompts, batch["weights"], strict=True)):
+                if weight:  # not a filler
+                    k = slice(i * variant.num_continuations, (i + 1) * variant.num_continuations)
+                    rows = completion_rows(variant.name, prompt, flat[k], texts[k], [of_one[k] for of_one in scores])
+                    self.completions += rows
+                    self.log_of_completions.append(rows)
+
+        return keep
+
+    def _measure_preference(self, variant: Variant, batch: PairBatch) -> Callable[[], None]:
+        counts = variant.kind in ("baseline", "pruned")
+        rows = pair_rows(variant.name, self.model, batch) if counts else []
+        return lambda: self.pair_rows.extend(rows)
 
     def _resume(self) -> None:
         """Keep the continuations of a run with the same config that broke off, and leave their prompts out."""
@@ -303,7 +328,11 @@ class Evaluation(StoppableModule, Stage):
             tokenizer = self.data.prompts.tokens.tokenizer
             found = replace(found, zero_shot=accuracies(self.model, both, tokenizer, self.zero_shot))
         said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
-        self.results = Results(verdict=said, **vars(found), **vars(evaluation_settings(self, self.data)))
+        settings = evaluation_settings(self, self.data)
+        if sizes := [size for size in gather([self._auto_batch_sizes()]) if size]:
+            smallest = {name: min(of_rank[name] for of_rank in sizes) for name in sizes[0]}
+            settings = replace(settings, auto_batch_sizes=smallest)
+        self.results = Results(verdict=said, **vars(found), **vars(settings))
         self._write()
         if self.logger is not None:
             self.logger.log_metrics(
@@ -313,6 +342,10 @@ class Evaluation(StoppableModule, Stage):
                     for key, v in measures.numbers(found.headline).items()
                 }
             )
+
+    def _auto_batch_sizes(self) -> dict[str, int]:
+        """Return the batch sizes that were found by trying, by part of the data."""
+        return {name: batching.found for name, batching in self.batchings.items() if batching.found is not None}
 
     @rank_zero_only
     def _write(self) -> None:

@@ -355,7 +355,7 @@ def within_budget(
     scored = general[0].provenance
     checkpoint = Checkpoint.unchanged(scored.checkpoint, scored.checkpoint_fingerprint)
     check_logits(checkpoint.skeleton())
-    text.model_checkpoint = checkpoint
+    text.model_checkpoint, text.model_device = checkpoint, device
     text.prepare_data()
     text.setup("predict")
     checkpoint.check_context(text.longest, text.way_to_shorter)
@@ -367,7 +367,7 @@ def within_budget(
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
     model = checkpoint.load(getattr(torch, scored.spec.dtype))
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
-    rise = PerplexityRise(model, text.predict_dataloader())
+    rise = PerplexityRise(model, text.predict_dataloader(), batching := text.batching())
     chosen = choose_within(rise, ranked, budget, dampings)
     return chosen, BudgetUse(
         max_perplexity_increase=budget.max_perplexity_increase,
@@ -375,7 +375,11 @@ def within_budget(
         perplexity=rise.perplexity,
         num_tokens=rise.num_tokens,
         num_documents=len(left),
-        data={"class": type(text).__name__, **text.hparams},
+        data={
+            "class": type(text).__name__,
+            **text.hparams,
+            **({} if batching.found is None else {"auto_batch_size": batching.found}),
+        },
         measured=rise.measured,
     )
 
