@@ -156,6 +156,7 @@ class Attribution(StoppableModule, Stage):
     def configure_model(self) -> None:
         """Load the model, once."""
         if not hasattr(self, "model"):
+            self.begin_line("Loading the model")
             self.model = load_for(self, self.checkpoint, self.dtype_name, self.gradient_checkpointing)
 
     def on_predict_start(self) -> None:
@@ -184,6 +185,8 @@ class Attribution(StoppableModule, Stage):
             self.done = list(self.progress.sample_ids)
         self.num_saved = len(self.done)
         self.words = torch.tensor(self.lexicon, device=self.device)  # once: every copy makes the host wait
+        data = self.reference_samples
+        self.begin_line("Attributing", "samples", len(data.samples) - len(data.leave_out))
 
     def predict_step(self, batch: WeightedBatch, batch_idx: int) -> None:
         """Add the scores of one batch."""
@@ -202,6 +205,7 @@ class Attribution(StoppableModule, Stage):
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
         self.done += [name for name, weight in zip(batch["sample_ids"], batch["weights"], strict=True) if weight]
+        self.advance(sum(map(bool, batch["weights"])))
         if self.logger is not None:
             self.logger.log_metrics({"samples": self.accumulator.num_samples}, step=batch_idx)
 
@@ -218,6 +222,7 @@ class Attribution(StoppableModule, Stage):
 
     def on_predict_epoch_end(self) -> None:
         """Add up the sums of all ranks, and write the score file."""
+        self.end_line()
         self.accumulator.reduce_()
         self._write()
         if self.trainer.is_global_zero:

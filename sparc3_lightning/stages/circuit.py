@@ -146,6 +146,7 @@ class Circuit(StoppableModule, Stage):
     def configure_model(self) -> None:
         """Load the model, once."""
         if not hasattr(self, "model"):
+            self.begin_line("Loading the model")
             self.model = load_for(self, self.checkpoint, self.dtype_name)
 
     def predict_step(self, batch: WeightedBatch, batch_idx: int) -> None:
@@ -155,11 +156,17 @@ class Circuit(StoppableModule, Stage):
     def on_predict_epoch_end(self) -> None:
         """Measure the accuracy left in each order, and write the curves, the circuits and the picture."""
         self.model.eval()
+        curves = sum(len(group.paths) + (len(group.paths) > 1) for group in self.groups)
+        curves += self.num_random * len({group.granularity for group in self.groups})
+        emptied = 0 if self.sparsities[-1] == 1 else len(self.groups)
+        times = 1 + curves * len(self.sparsities) + emptied
+        self.begin_line("Taking components out", "samples", times * self.num_samples)
         self.full = self._measure()
         found = [self._measure_group(group) for group in self.groups]
         if self.num_random:
             first = {group.granularity: group for group in reversed(self.groups)}
             found += [self._measure_random(group) for group in reversed(first.values())]
+        self.end_line()
         if self.trainer.is_global_zero:
             self._write(found)
 
@@ -213,6 +220,7 @@ class Circuit(StoppableModule, Stage):
             mask = batch["attention_mask"] if batch["is_padded"] else None
             values = logit_difference(self.model, batch["input_ids"], mask, batch["contrast"]).tolist()
             differences += [value for value, weight in zip(values, batch["weights"], strict=True) if weight]
+            self.advance(sum(map(bool, batch["weights"])))
         differences = gather(differences)
         right = sum(value > 0 for value in differences)  # not where it is NaN
         return Measured(right / len(differences), statistics.fmean(differences))

@@ -44,8 +44,8 @@ from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, 
 from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import contents, git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.report.drawing import draw_or_warn
-from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.page import REPORT, report_inputs, summary_table
+from sparc3_lightning.report.tables import closing, next_commands
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.base import Remembering
 from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, load_scorer
@@ -199,6 +199,7 @@ class Evaluation(StoppableModule, Stage):
     def configure_model(self) -> None:
         """Load the model and the scorers, once."""
         if not hasattr(self, "model"):
+            self.begin_line("Loading model and scorers")
             device = self.trainer.strategy.root_device
             self.scorers = [Remembering(load_scorer(name, device)) for name in self.scorer_names]
             self.model = load_for(self, self.checkpoint, self.dtype_name)
@@ -222,11 +223,26 @@ class Evaluation(StoppableModule, Stage):
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure every model on one batch of windows, of prompts, or of pairs of sentences."""
+        if batch_idx == 0:
+            self._begin_part(dataloader_idx)
         measure = (self._measure_perplexity, self._measure_toxicity, self._measure_preference)[dataloader_idx]
         self._original: torch.Tensor | None = None
         for variant in self.variants:
             with variant.as_context(self.model, self.off[variant.name]):
                 measure(variant, batch)
+
+    def _begin_part(self, dataloader_idx: int) -> None:
+        """Show what is measured from here on."""
+        data = self.data
+        if dataloader_idx == 0:
+            num_tokens = sum(window.end - window.start for window in data.text.windows)
+            self.begin_line("Perplexity", "tokens", len(self.variants) * num_tokens)
+        elif dataloader_idx == 1:
+            num_prompts = len(data.prompts.prompts) - len(data.prompts.leave_out)
+            total = num_prompts * sum(variant.num_continuations for variant in self.variants)
+            self.begin_line("Continuing prompts", "continuations", total)
+        elif data.pairs is not None:
+            self.begin_line("Comparing pairs", "pairs", len(self.variants) * len(data.pairs.pairs))
 
     def on_test_batch_end(self, outputs: object, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Stop if that is asked for: the continuations are on the disk."""
@@ -250,6 +266,7 @@ class Evaluation(StoppableModule, Stage):
                     divergence[row : row + 1],
                     torch.tensor([window.num_scored]),
                 )
+        self.advance(sum(window.end - window.start for window in windows))
 
     def _measure_toxicity(self, variant: Variant, batch: PromptBatch) -> None:
         prompts = batch["prompts"]
@@ -260,6 +277,7 @@ class Evaluation(StoppableModule, Stage):
             [draw_keys(run_seed(), prompt.id, variant.num_continuations, self.sampling.per_seed) for prompt in prompts],
             self.sampling,
             all_ranks_step_together=is_sharded(self),
+            on_drawn=self.advance,
         )
         flat = [continuation for of_prompt in drawn for continuation in of_prompt]
         tokens = [row.input_ids for row in flat]
@@ -275,6 +293,7 @@ class Evaluation(StoppableModule, Stage):
     def _measure_preference(self, variant: Variant, batch: PairBatch) -> None:
         if variant.kind in ("baseline", "pruned"):
             self.pair_rows += pair_rows(variant.name, self.model, batch)
+        self.advance(sum(map(bool, batch["weights"])))
 
     def _resume(self) -> None:
         """Keep the continuations of a run with the same config that broke off, and leave their prompts out."""
@@ -289,6 +308,7 @@ class Evaluation(StoppableModule, Stage):
 
     def on_test_end(self) -> None:
         """Write results.json, completions.jsonl and, given neurons, the report with its figures and a model card."""
+        self.begin_line("Figures and report")
         metrics, conventions_of = self.perplexity, self._conventions_of
         windows = {v.name: {c: metrics[v.name, c].compute() for c in conventions_of(v)} for v in self.variants}
         self.completions = gather(self.completions)
@@ -305,6 +325,7 @@ class Evaluation(StoppableModule, Stage):
         said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
         self.results = Results(verdict=said, **vars(found), **vars(evaluation_settings(self, self.data)))
         self._write()
+        self.end_line()
         if self.logger is not None:
             self.logger.log_metrics(
                 {
@@ -329,10 +350,16 @@ class Evaluation(StoppableModule, Stage):
             self.is_drawn = draw_or_warn(self.folder)
 
     def summary(self) -> str:
-        """Return the table of before and after, the verdict, and the paths of what was written."""
-        said = for_terminal(self.results.verdict)
-        lines = ["", summary_table(self.results), "", said, "", f"Results: {self.folder / RESULTS}"]
-        return "\n".join(lines + ([f"Report:  {self.folder / REPORT}"] if self.is_drawn else []))
+        """Return the table of before and after, the verdict, the paths of what was written, and what to do next."""
+        report = self.folder / REPORT if self.is_drawn else None
+        written = [f"Results: {self.folder / RESULTS}", *([f"Report:  {report}"] if report else [])]
+        commands = next_commands(self.folder, report, self.list_to_go_on_with)
+        return closing(summary_table(self.results), self.results.verdict, written, commands)
+
+    @property
+    def list_to_go_on_with(self) -> Path | None:
+        """The list of neurons to talk to and to export."""
+        return None if self.neurons_path is None else Path(self.neurons_path)
 
     @property
     def data(self) -> EvaluationData:
