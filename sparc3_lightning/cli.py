@@ -37,7 +37,6 @@ from sparc3_lightning.stages.experiment import Experiment
 from sparc3_lightning.stages.folders import check_config, folder_of, giving_back, new_folder, own, reserve
 from sparc3_lightning.stages.plan import Config
 from sparc3_lightning.stages.prune import Pruning
-from sparc3_lightning.stages.stopping import StoppableModule
 from sparc3_lightning.stages.sweep import Sweep
 from sparc3_lightning.stages.terminal import is_verbose, speak
 from sparc3_lightning.stages.trainer_options import check_trainer_options
@@ -246,7 +245,7 @@ class SparC3CLI(LightningCLI):
             kwargs["default_root_dir"] = str(new_folder(Path(options["default_root_dir"] or "."), str(self.subcommand)))
         named = options["callbacks"] or []
         has_bar = any(isinstance(one, ProgressBar) for one in (named if isinstance(named, list) else [named]))
-        if isinstance(self.model, StoppableModule):  # it says more than the bar of Lightning, which counts batches
+        if isinstance(self.model, Stage):  # it says more than the bar of Lightning, which counts batches
             self.model.shows_progress = options["enable_progress_bar"] and not has_bar
         kwargs["enable_progress_bar"] = options["enable_progress_bar"] and has_bar
         trainer = super().instantiate_trainer(**kwargs)

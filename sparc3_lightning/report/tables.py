@@ -285,7 +285,7 @@ def closing(table: str, verdict: str, written: Sequence[str], commands: Sequence
     said = textwrap.fill(for_terminal(verdict), WIDTH, break_long_words=False, break_on_hyphens=False)
     lines = ["", table, "", said, "", *written]
     if commands:
-        lines += ["", "What to do next:", *(f"  {command}" for command in commands)]
+        lines += ["", "What to do next:", *(f"  {command}" for command in commands), ""]
     return "\n".join(lines)
 
 

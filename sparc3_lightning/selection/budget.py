@@ -52,10 +52,17 @@ class PerplexityRise:
     Args:
         model: Causal language model of transformers, in evaluation mode.
         batches: Of the text. Every token but the first of each sample counts.
+        on_read: Called after every batch with the number of its tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Iterable[Batch]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Batch],
+        on_read: Callable[[float], None] = lambda number: None,
+    ) -> None:
         self.model = model
+        self._on_read = on_read
         device = next(model.parameters()).device
         self._batches = [(b["input_ids"].to(device), b["attention_mask"].sum(dim=1)) for b in batches]
         self.num_tokens = sum(int((lengths - 1).sum()) for _, lengths in self._batches)
@@ -93,6 +100,7 @@ class PerplexityRise:
             spans = torch.stack([torch.ones_like(lengths), lengths], dim=1)
             nll, _ = score_windows(self.model, last_hidden_state(self.model, input_ids), input_ids, spans)
             total += nll.sum().item()
+            self._on_read(int(lengths.sum()))
         return total / self.num_tokens
 
     def costs(self, neurons: Sequence[Component]) -> Tensor:

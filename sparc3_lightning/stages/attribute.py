@@ -31,7 +31,6 @@ from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.models.sharding import load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
-from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.stopping import StoppableModule
 
 SCORES = "scores.safetensors"
@@ -42,7 +41,7 @@ def file_of(granularity: Granularity) -> str:
     return INDEX if granularity == "weight" else SCORES
 
 
-class Attribution(StoppableModule, Stage):
+class Attribution(StoppableModule):
     """Scores the neurons of a model on reference samples.
 
     The relevance of a sample's target is propagated to the incoming weights of each neuron of the target layers, summed

@@ -43,14 +43,14 @@ from sparc3_lightning.selection.orders import (
     load_scores,
     random_scores,
 )
-from sparc3_lightning.stages.base import Stage, paths_of
+from sparc3_lightning.stages.base import paths_of
 from sparc3_lightning.stages.stopping import StoppableModule
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 RANDOM = "random order"
 
 
-class Circuit(StoppableModule, Stage):
+class Circuit(StoppableModule):
     """Takes the least relevant components out of a model step by step, and measures how often it is still right.
 
     It is right on a sample if the right next token has a higher logit than the wrong one. In indirect object

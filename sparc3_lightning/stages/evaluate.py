@@ -50,7 +50,6 @@ from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.base import Remembering
 from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.stopping import StoppableModule
 
 # Options of prompts that say which ones are taken, and not how one is put to the model.
@@ -59,7 +58,7 @@ CHOICE_OF_PROMPTS |= {"text_field", "until", "where", "leave_out_long", "seed", 
 TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")  # generation_config.json is among them
 
 
-class Evaluation(StoppableModule, Stage):
+class Evaluation(StoppableModule):
     """Measures perplexity on a text and the toxicity of continuations of prompts, before and after neurons are off.
 
     The options ``sampling``, ``controls`` and ``zero_shot`` are groups, see ``SamplingOptions``, ``Controls`` and

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.signals import STOPPING, forget_interrupts, leave_at_second_interrupt
+from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.terminal import Line
 
 LISTENED = (*STOPPING, signal.SIGUSR1)
@@ -122,10 +123,8 @@ class StopRequest(L.Callback):
         raise SystemExit(128 + self.signal)
 
 
-class StoppableModule(L.LightningModule):
+class StoppableModule(Stage):
     """A stage whose loop checks ``stop`` between two forward passes, and leaves when it is set."""
-
-    shows_progress = False  # set by the command line; from Python the trainer has a bar of its own
 
     def __init__(self) -> None:
         super().__init__()

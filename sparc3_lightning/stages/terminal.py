@@ -34,6 +34,7 @@ class Line:
         total: How much there is to do, of all ranks; None if that is not known.
         clock: Seconds that pass.
         out: Where it is shown; None for the standard output.
+        is_shown: Whether it is shown at all.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Line:
         total: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         out: TextIO | None = None,
+        is_shown: bool = True,
     ) -> None:
         self.name, self.unit, self.total = name, unit, total
         self.done = 0.0
@@ -50,7 +52,8 @@ class Line:
         self._due = self._began + FIRST_AFTER
         self._out = out or sys.stdout
         self._bar: Progress | None = None
-        if is_rank_zero() and self._out.isatty():
+        self._is_shown = is_shown and is_rank_zero()
+        if self._is_shown and self._out.isatty():
             self._bar = Progress(
                 SpinnerColumn("line"),
                 TextColumn("{task.description}", markup=False),
@@ -73,7 +76,7 @@ class Line:
             self.done = min(self.done, self.total)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, said=self.said())
-        elif is_rank_zero() and self._clock() >= self._due:
+        elif self._is_shown and self._clock() >= self._due:
             self._due = self._clock() + EVERY
             print(f"{self.name}: {self.said()}", file=self._out, flush=True)
 
