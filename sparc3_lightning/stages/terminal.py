@@ -135,8 +135,8 @@ def speak(verbose: bool) -> None:
     Args:
         verbose: Show those as well, as they come.
     """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_escape)
     for handler in logging.getLogger("lightning.pytorch").handlers:
-        handler.addFilter(_escape)
         if isinstance(handler, logging.StreamHandler):
             handler.emit = _emit  # type: ignore[method-assign]  # to the stderr of now, which a line of progress holds
     show = warnings.formatwarning
@@ -150,7 +150,7 @@ def speak(verbose: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    logging.lastResort = None  # it prints the warnings of libraries that set up no logging
+    logging.lastResort = logging.NullHandler()  # type: ignore[assignment]  # else it prints the warnings of libraries
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(lambda record: record.levelno >= logging.ERROR or _is_ours())

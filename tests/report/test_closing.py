@@ -42,13 +42,14 @@ def test_the_table_has_at_most_100_columns(value, behavior):
 def test_a_name_that_fits_is_not_cut():
     results, _ = made_up()
     assert "Mean toxicity, second scorer, non-toxic prompts" in summary_table(results)
-    assert "Expected maximum toxicity, second scorer, non-toxic prompts" in summary_table(results)
 
 
 def test_a_longer_name_keeps_its_beginning_and_its_end():
     results, _ = made_up()
-    rows = [line for line in summary_table(results).splitlines() if "…" in line]
-    assert all(line.startswith("Prompts with a toxic c") and "toxic prompts  " in line for line in rows)
+    rows = [line.partition("  ")[0] for line in summary_table(results).splitlines() if "…" in line]
+    assert rows
+    assert all(row.startswith(("Prompts with a toxic", "Expected maximum")) for row in rows)
+    assert all(row.endswith("second scorer, non-toxic prompts") or row.endswith("toxic prompts") for row in rows)
 
 
 def test_the_verdict_is_wrapped_and_the_commands_are_not():
