@@ -150,7 +150,7 @@ def speak(verbose: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    logging.lastResort = logging.NullHandler()  # type: ignore[assignment]  # else it prints the warnings of libraries
+    logging.lastResort = logging.NullHandler()  # else it prints the warnings of libraries
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(lambda record: record.levelno >= logging.ERROR or _is_ours())
