@@ -1,12 +1,10 @@
 """The command line: a LightningCLI whose subcommands are the stages."""
 
-import logging
 import math
 import os
 import re
 import sys
-import warnings
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -39,6 +38,7 @@ from sparc3_lightning.stages.folders import check_config, folder_of, giving_back
 from sparc3_lightning.stages.plan import Config
 from sparc3_lightning.stages.prune import Pruning
 from sparc3_lightning.stages.sweep import Sweep
+from sparc3_lightning.stages.terminal import is_verbose, speak
 from sparc3_lightning.stages.trainer_options import check_trainer_options
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.
@@ -157,6 +157,16 @@ class Parser(LightningArgumentParser):
         super().error(in_one_sentence(message) if self.exit_on_error else message, ex)  # else of a part
 
 
+class Verbose(Action):
+    """Leaves nothing in the config: ``entry_point`` has looked for it."""
+
+    def __init__(self, option_strings: list[str], help: str | None = None, **_: object) -> None:
+        super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, *_: object) -> None:
+        """Do nothing."""
+
+
 class SparC3CLI(LightningCLI):
     """``sparc3 <verb> --config <file> [--config <overlay>] [--<group>.<option> <value>]``."""
 
@@ -174,6 +184,7 @@ class SparC3CLI(LightningCLI):
         parser.add_argument(
             "-c", "--config", action=FindConfig, help="Path of a config file, or the name of a shipped one (demo.yaml)."
         )
+        parser.add_argument("-v", "--verbose", action=Verbose, help="Show the messages of all libraries, too.")
         return parser
 
     def add_default_arguments_to_parser(self, parser: Any) -> None:
@@ -243,6 +254,11 @@ class SparC3CLI(LightningCLI):
         options = self.config_init[self.subcommand]["trainer"]
         if options["logger"] in (False, []) and is_rank_zero():
             kwargs["default_root_dir"] = str(new_folder(Path(options["default_root_dir"] or "."), str(self.subcommand)))
+        named = options["callbacks"] or []
+        has_bar = any(isinstance(one, ProgressBar) for one in (named if isinstance(named, list) else [named]))
+        if isinstance(self.model, Stage):  # it says more than the bar of Lightning, which counts batches
+            self.model.shows_progress = options["enable_progress_bar"] and not has_bar
+        kwargs["enable_progress_bar"] = options["enable_progress_bar"] and has_bar
         trainer = super().instantiate_trainer(**kwargs)
         reserve(trainer)
         self.model.config_yaml = self._config_yaml()
@@ -317,30 +333,6 @@ def _run_stage_as_process(verb: str, config: Path) -> None:
         raise ChildProcessError(f"'sparc3 {verb} --config {config}' failed (exit code {code}); see above.")
 
 
-def _quiet() -> None:
-    """Filter the messages that Lightning prints in every run, and those without meaning here."""
-    for message in (
-        "LightningCLI's args parameter",
-        "predict returned None",
-        ".*LeafSpec",
-        ".*does not have many workers",
-        "The `srun` command",
-    ):
-        warnings.filterwarnings("ignore", message)
-    off_topic = ("💡 Tip", "GPU available", "TPU available", "Seed set to")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(off_topic))
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_escape)
-    show = warnings.formatwarning
-    warnings.formatwarning = lambda *given, **more: for_terminal(show(*given, **more), keep="\n\t")
-
-
-def _escape(record: logging.LogRecord) -> bool:
-    """Show what a name in a message could tell the terminal to do, and let the message pass."""
-    record.msg, record.args = for_terminal(record.getMessage(), keep="\n\t"), ()
-    return True
-
-
 def main(args: ArgsType = None) -> SparC3CLI:
     """Run the command line from Python: ``main(["attribute", "--config", "lrp.yaml"])``."""
     given = sys.argv[1:] if args is None else args
@@ -366,7 +358,7 @@ def main(args: ArgsType = None) -> SparC3CLI:
 
 def entry_point() -> None:
     """Run the command line from a shell: an error the user can mend is one sentence, not a traceback."""
-    _quiet()
+    speak(is_verbose(sys.argv[1:]))
     try:
         with ending_on_signals():
             main()

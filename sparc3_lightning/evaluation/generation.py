@@ -6,7 +6,7 @@ softmax (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -205,6 +205,7 @@ def continue_prompts(
     keys: Sequence[Sequence[int]],
     sampling: Sampling,
     all_ranks_step_together: bool = False,
+    on_drawn: Callable[[float], None] = lambda number: None,
 ) -> list[list[Continuation]]:
     """Continue each prompt of a batch several times; the prompt itself passes through the model once.
 
@@ -219,6 +220,8 @@ def continue_prompts(
         keys: Per prompt the key of each of its continuations, from ``draw_key``; as many for each prompt.
         sampling: How to draw.
         all_ranks_step_together: Make all steps even if every row has ended, as a sharded model needs.
+        on_drawn: Called after every step with the number of continuations that were drawn in it, each token being a
+            share of one.
 
     Returns:
         Per prompt its continuations.
@@ -234,6 +237,7 @@ def continue_prompts(
             keys[start : start + size],
             sampling,
             all_ranks_step_together,
+            on_drawn,
         )
     ]
 
@@ -245,6 +249,7 @@ def _continue_together(
     keys: Sequence[Sequence[int]],
     sampling: Sampling,
     all_ranks_step_together: bool,
+    on_drawn: Callable[[float], None],
 ) -> list[list[Continuation]]:
     repeats = len(keys[0])
     ends = model.generation_config.eos_token_id
@@ -280,6 +285,7 @@ def _continue_together(
         failed |= bad & ~ended
         drawn.append(draw_tokens(logits.masked_fill(bad.unsqueeze(1), 0.0), row_keys, step, sampling))
         ended |= torch.isin(drawn[-1], end_tokens)
+        on_drawn(len(row_keys) / sampling.max_new_tokens)
         if step + 1 == sampling.max_new_tokens or (not all_ranks_step_together and bool(ended.all())):
             break
         attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
@@ -293,6 +299,7 @@ def _continue_together(
             **{name: cache},
         )
         logits = output.logits[:, -1]
+    on_drawn(len(row_keys) * (1 - len(drawn) / sampling.max_new_tokens))  # of those that ended early
     continuations = []
     for tokens, bad_row in zip(torch.stack(drawn, dim=1).tolist(), failed.tolist(), strict=True):
         stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))

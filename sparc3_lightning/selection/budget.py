@@ -57,11 +57,19 @@ class PerplexityRise:
         model: Causal language model of transformers, in evaluation mode.
         batches: Of the text. Every token but the first of each sample counts.
         batching: How many samples of a batch pass through the model at a time; None for all of them.
+        on_read: Called after every batch with the number of its tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Iterable[Batch], batching: Batching | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Batch],
+        batching: Batching | None = None,
+        on_read: Callable[[float], None] = lambda number: None,
+    ) -> None:
         self.model = model
         self.batching = batching
+        self._on_read = on_read
         device = next(model.parameters()).device
         self._batches = [(b["input_ids"].to(device), b["attention_mask"].sum(dim=1)) for b in batches]
         self.num_tokens = sum(int((lengths - 1).sum()) for _, lengths in self._batches)
@@ -102,6 +110,7 @@ class PerplexityRise:
     def _nats_of(self, input_ids: Tensor, lengths: Tensor) -> float:
         spans = torch.stack([torch.ones_like(lengths), lengths], dim=1)
         nll, _ = score_windows(self.model, last_hidden_state(self.model, input_ids), input_ids, spans)
+        self._on_read(int(lengths.sum()))
         return nll.sum().item()
 
     def _each(self, do: Callable[[Tensor, Tensor], T]) -> Iterator[T]:

@@ -32,7 +32,6 @@ from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.models.sharding import check_batch_size, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
-from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.stopping import StoppableModule
 
 SCORES = "scores.safetensors"
@@ -43,7 +42,7 @@ def file_of(granularity: Granularity) -> str:
     return INDEX if granularity == "weight" else SCORES
 
 
-class Attribution(StoppableModule, Stage):
+class Attribution(StoppableModule):
     """Scores the neurons of a model on reference samples.
 
     The relevance of a sample's target is propagated to the incoming weights of each neuron of the target layers, summed
@@ -162,6 +161,7 @@ class Attribution(StoppableModule, Stage):
     def configure_model(self) -> None:
         """Load the model, once."""
         if not hasattr(self, "model"):
+            self.begin_line("Loading the model")
             self.model = load_for(self, self.checkpoint, self.dtype_name, self.gradient_checkpointing)
 
     def on_predict_start(self) -> None:
@@ -190,6 +190,8 @@ class Attribution(StoppableModule, Stage):
             self.done = list(self.progress.sample_ids)
         self.num_saved = len(self.done)
         self.words = torch.tensor(self.lexicon, device=self.device)  # once: every copy makes the host wait
+        data = self.reference_samples
+        self.begin_line("Attributing", "samples", len(data.samples) - len(data.leave_out))
 
     def predict_step(self, batch: WeightedBatch, batch_idx: int) -> None:
         """Add the scores of one batch."""
@@ -198,6 +200,7 @@ class Attribution(StoppableModule, Stage):
         num_samples = len(batch["sample_ids"])
         for done in self.batching.each(num_samples, lambda rows: self._score(part_of(batch, rows, num_samples))):
             self.done += done
+            self.advance(len(done))
         if self.logger is not None:
             self.logger.log_metrics({"samples": self.accumulator.num_samples}, step=batch_idx)
 
@@ -231,6 +234,7 @@ class Attribution(StoppableModule, Stage):
 
     def on_predict_epoch_end(self) -> None:
         """Add up the sums of all ranks, and write the score file."""
+        self.end_line()
         self.accumulator.reduce_()
         found = [size for size in gather([self.batching.found]) if size is not None]
         self.batch_size_found = {"auto_batch_size": min(found)} if found else {}

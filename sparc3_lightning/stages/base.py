@@ -21,6 +21,7 @@ class Stage(L.LightningModule):
     READS: ClassVar[dict[str, Kind]] = {}  # options that name what may lie on this machine
     FILLED_IN: ClassVar[set[str]] = set()  # options that an experiment fills in
     config_yaml: str | None = None  # what config.yaml is to hold; None writes none
+    shows_progress = False  # set by the command line; from Python the trainer has a bar of its own
     written = ""
 
     @classmethod

@@ -45,14 +45,14 @@ from sparc3_lightning.selection.orders import (
     load_scores,
     random_scores,
 )
-from sparc3_lightning.stages.base import Stage, paths_of
+from sparc3_lightning.stages.base import paths_of
 from sparc3_lightning.stages.stopping import StoppableModule
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 RANDOM = "random order"
 
 
-class Circuit(StoppableModule, Stage):
+class Circuit(StoppableModule):
     """Takes the least relevant components out of a model step by step, and measures how often it is still right.
 
     It is right on a sample if the right next token has a higher logit than the wrong one. In indirect object
@@ -150,6 +150,7 @@ class Circuit(StoppableModule, Stage):
     def configure_model(self) -> None:
         """Load the model, once."""
         if not hasattr(self, "model"):
+            self.begin_line("Loading the model")
             self.model = load_for(self, self.checkpoint, self.dtype_name)
 
     def predict_step(self, batch: WeightedBatch, batch_idx: int) -> None:
@@ -159,11 +160,17 @@ class Circuit(StoppableModule, Stage):
     def on_predict_epoch_end(self) -> None:
         """Measure the accuracy left in each order, and write the curves, the circuits and the picture."""
         self.model.eval()
+        curves = sum(len(group.paths) + (len(group.paths) > 1) for group in self.groups)
+        curves += self.num_random * len({group.granularity for group in self.groups})
+        emptied = 0 if self.sparsities[-1] == 1 else len(self.groups)
+        times = 1 + curves * len(self.sparsities) + emptied
+        self.begin_line("Taking components out", "samples", times * self.num_samples)
         self.full = self._measure()
         found = [self._measure_group(group) for group in self.groups]
         if self.num_random:
             first = {group.granularity: group for group in reversed(self.groups)}
             found += [self._measure_random(group) for group in reversed(first.values())]
+        self.end_line()
         if self.trainer.is_global_zero:
             self._write(found)
 
@@ -217,6 +224,7 @@ class Circuit(StoppableModule, Stage):
             num_samples = len(batch["sample_ids"])
             for values in self.batching.each(num_samples, partial(self._differences, batch, num_samples)):
                 differences += values
+            self.advance(sum(map(bool, batch["weights"])))
         differences = gather(differences)
         right = sum(value > 0 for value in differences)  # not where it is NaN
         return Measured(right / len(differences), statistics.fmean(differences))

@@ -45,13 +45,12 @@ from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, 
 from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import contents, git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.report.drawing import draw_or_warn
-from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.page import REPORT, report_inputs, summary_table
+from sparc3_lightning.report.tables import closing, next_commands
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.base import Remembering
 from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.stopping import StoppableModule
 
 # Options of prompts that say which ones are taken, and not how one is put to the model.
@@ -60,7 +59,7 @@ CHOICE_OF_PROMPTS |= {"text_field", "until", "where", "leave_out_long", "seed", 
 TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")  # generation_config.json is among them
 
 
-class Evaluation(StoppableModule, Stage):
+class Evaluation(StoppableModule):
     """Measures perplexity on a text and the toxicity of continuations of prompts, before and after neurons are off.
 
     The options ``sampling``, ``controls`` and ``zero_shot`` are groups, see ``SamplingOptions``, ``Controls`` and
@@ -204,6 +203,7 @@ class Evaluation(StoppableModule, Stage):
     def configure_model(self) -> None:
         """Load the model and the scorers, once."""
         if not hasattr(self, "model"):
+            self.begin_line("Loading model and scorers")
             device = self.trainer.strategy.root_device
             self.scorers = [Remembering(load_scorer(name, device)) for name in self.scorer_names]
             self.model = load_for(self, self.checkpoint, self.dtype_name)
@@ -227,6 +227,8 @@ class Evaluation(StoppableModule, Stage):
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure every model on one batch of windows, of prompts, or of pairs of sentences."""
+        if batch_idx == 0:
+            self._begin_part(dataloader_idx)
         measure = (self._measure_perplexity, self._measure_toxicity, self._measure_preference)[dataloader_idx]
         num_items = len(batch[("windows", "prompts", "pair_ids")[dataloader_idx]])
 
@@ -244,6 +246,19 @@ class Evaluation(StoppableModule, Stage):
             for keep in measured:
                 keep()
 
+    def _begin_part(self, dataloader_idx: int) -> None:
+        """Show what is measured from here on."""
+        data = self.data
+        if dataloader_idx == 0:
+            num_tokens = sum(window.end - window.start for window in data.text.windows)
+            self.begin_line("Perplexity", "tokens", len(self.variants) * num_tokens)
+        elif dataloader_idx == 1:
+            num_prompts = len(data.prompts.prompts) - len(data.prompts.leave_out)
+            total = num_prompts * sum(variant.num_continuations for variant in self.variants)
+            self.begin_line("Continuing prompts", "continuations", total)
+        elif data.pairs is not None:
+            self.begin_line("Comparing pairs", "pairs", len(self.variants) * len(data.pairs.pairs))
+
     def on_test_batch_end(self, outputs: object, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Stop if that is asked for: the continuations are on the disk."""
         if self.stop.agreed(self.device) is not None:
@@ -258,6 +273,7 @@ class Evaluation(StoppableModule, Stage):
         nll, divergence = score_windows(self.model, hidden, batch["input_ids"], spans, self._original)
         if variant.kind == "baseline":
             self._original = hidden
+        self.advance(sum(window.end - window.start for window in windows))
 
         def keep() -> None:
             for row, window in enumerate(windows):
@@ -280,6 +296,7 @@ class Evaluation(StoppableModule, Stage):
             [draw_keys(run_seed(), prompt.id, variant.num_continuations, self.sampling.per_seed) for prompt in prompts],
             self.sampling,
             all_ranks_step_together=is_sharded(self),
+            on_drawn=self.advance,
         )
         flat = [continuation for of_prompt in drawn for continuation in of_prompt]
         tokens = [row.input_ids for row in flat]
@@ -299,6 +316,7 @@ class Evaluation(StoppableModule, Stage):
     def _measure_preference(self, variant: Variant, batch: PairBatch) -> Callable[[], None]:
         counts = variant.kind in ("baseline", "pruned")
         rows = pair_rows(variant.name, self.model, batch) if counts else []
+        self.advance(sum(map(bool, batch["weights"])))
         return lambda: self.pair_rows.extend(rows)
 
     def _resume(self) -> None:
@@ -314,6 +332,7 @@ class Evaluation(StoppableModule, Stage):
 
     def on_test_end(self) -> None:
         """Write results.json, completions.jsonl and, given neurons, the report with its figures and a model card."""
+        self.begin_line("Figures and report")
         metrics, conventions_of = self.perplexity, self._conventions_of
         windows = {v.name: {c: metrics[v.name, c].compute() for c in conventions_of(v)} for v in self.variants}
         self.completions = gather(self.completions)
@@ -334,6 +353,7 @@ class Evaluation(StoppableModule, Stage):
             settings = replace(settings, auto_batch_sizes=smallest)
         self.results = Results(verdict=said, **vars(found), **vars(settings))
         self._write()
+        self.end_line()
         if self.logger is not None:
             self.logger.log_metrics(
                 {
@@ -362,10 +382,16 @@ class Evaluation(StoppableModule, Stage):
             self.is_drawn = draw_or_warn(self.folder)
 
     def summary(self) -> str:
-        """Return the table of before and after, the verdict, and the paths of what was written."""
-        said = for_terminal(self.results.verdict)
-        lines = ["", summary_table(self.results), "", said, "", f"Results: {self.folder / RESULTS}"]
-        return "\n".join(lines + ([f"Report:  {self.folder / REPORT}"] if self.is_drawn else []))
+        """Return the table of before and after, the verdict, the paths of what was written, and what to do next."""
+        report = self.folder / REPORT if self.is_drawn else None
+        written = [f"Results: {self.folder / RESULTS}", *([f"Report:  {report}"] if report else [])]
+        commands = next_commands(self.folder, report, self.list_to_go_on_with)
+        return closing(summary_table(self.results), self.results.verdict, written, commands)
+
+    @property
+    def list_to_go_on_with(self) -> Path | None:
+        """The list of neurons to talk to and to export."""
+        return None if self.neurons_path is None else Path(self.neurons_path)
 
     @property
     def data(self) -> EvaluationData:

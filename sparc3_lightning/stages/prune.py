@@ -1,7 +1,8 @@
 """Stage 2: from score files to the list of neurons to prune, and to the pruned checkpoint."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -35,6 +36,7 @@ from sparc3_lightning.selection.sides import check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
 from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import check_config, giving_back, own
+from sparc3_lightning.stages.terminal import Line
 
 NEURONS = "neurons.json"
 UNFINISHED = "export.unfinished"  # beside neurons.json, until the pruned checkpoint is complete
@@ -246,7 +248,8 @@ class Pruning(Stage):
             assert text is not None
             listed = ranking.first(num_listed)
             on = device or torch.device("cpu")
-            chosen, use = within_budget(self.budget, self.dampings, listed, text, general_files, on)
+            with closing(Line("Searching within the budget", "tokens", is_shown=self.shows_progress)) as line:
+                chosen, use = within_budget(self.budget, self.dampings, listed, text, general_files, on, line.advance)
         return ranking.selected(chosen, listed, differential, use), origin(general_files, files[len(general_files) :])
 
     def _weights(self) -> tuple[Selected, dict[str, object]]:
@@ -335,6 +338,7 @@ def within_budget(
     text: ReferenceSamples,
     general: Sequence[ScoreFile],
     device: torch.device,
+    on_read: Callable[[float], None],
 ) -> tuple[list[Component], BudgetUse]:
     """Load the scored model, and select from the head of a ranking what stays within the budget.
 
@@ -345,6 +349,7 @@ def within_budget(
         text: What perplexity is measured on. Documents that were used to attribute are left out.
         general: Score files of general reference samples.
         device: Where to measure.
+        on_read: Called with the number of tokens that were read since.
 
     Returns:
         The chosen neurons; and what was measured.
@@ -367,7 +372,7 @@ def within_budget(
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
     model = checkpoint.load(getattr(torch, scored.spec.dtype))
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
-    rise = PerplexityRise(model, text.predict_dataloader(), batching := text.batching())
+    rise = PerplexityRise(model, text.predict_dataloader(), batching := text.batching(), on_read)
     chosen = choose_within(rise, ranked, budget, dampings)
     return chosen, BudgetUse(
         max_perplexity_increase=budget.max_perplexity_increase,
