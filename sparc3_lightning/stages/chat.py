@@ -27,11 +27,12 @@ from sparc3_lightning.sources import read_records, resolve
 from sparc3_lightning.stages.base import Stage
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions
-    from rich.segment import Segment
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
+    from rich.text import Text
 
 CUT = "\ufffd"  # what the tokenizer shows for a character of which a part is drawn
+AROUND = 8  # lines of the terminal that the text of growing answers leaves free
 
 
 @dataclass(frozen=True)
@@ -230,13 +231,14 @@ def _show_columns(console: "Console", pairs: Iterable[list[Answer]]) -> None:
     try:
         with Live(console=console, transient=True, refresh_per_second=10) as live:
             for pair in pairs:
-                live.update(_End(_columns(pair)))
+                live.update(_columns(pair, max(1, console.height - AROUND)))
     finally:  # what was drawn stays, also at Ctrl-C, and also what is higher than the terminal
         if pair:
             console.print(_columns(pair))
 
 
-def _columns(pair: Sequence[Answer]) -> "Table":
+def _columns(pair: Sequence[Answer], num_lines: int = 0) -> "Table":
+    """Return two answers side by side: whole, or the last lines of each."""
     from rich.box import ROUNDED
     from rich.table import Table
     from rich.text import Text
@@ -244,20 +246,21 @@ def _columns(pair: Sequence[Answer]) -> "Table":
     table = Table(box=ROUNDED, expand=True, show_footer=True)
     for answer in pair:
         table.add_column(Text(answer.model), Text(answer.note), ratio=1, overflow="fold")
-    table.add_row(*(Text(answer.text) for answer in pair))
+    table.add_row(*(_End(Text(answer.text), num_lines) for answer in pair))
     return table
 
 
+@dataclass(frozen=True)
 class _End:
-    """The last lines of a table, as many as the terminal has: there the answers grow."""
+    """The last lines of a text, as wide as there is room for, where it grows."""
 
-    def __init__(self, table: "Table") -> None:
-        self.table = table
+    text: "Text"
+    num_lines: int
 
-    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[Segment]":
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         from rich.segment import Segment
 
-        for line in console.render_lines(self.table, options, pad=False)[2 - options.size.height :]:
+        for line in console.render_lines(self.text, options, pad=False)[-self.num_lines :]:
             yield from line
             yield Segment.line()
 
