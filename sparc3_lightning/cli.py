@@ -29,6 +29,7 @@ from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.signals import ending_on_signals, run_process
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.chat import Chat
 from sparc3_lightning.stages.circuit import Circuit
 from sparc3_lightning.stages.compare import Comparison
 from sparc3_lightning.stages.compress import Compression
@@ -88,6 +89,16 @@ class SparC3Trainer(Trainer):
         """Set the weights of the lowest scores to zero, and write the sparse checkpoint."""
         rank_zero_info(model.compress(folder_of(self, "compress")))
 
+    def chat(self, model: Chat, prompts: str | None = None) -> None:
+        """Answer prompts with the model as it is and with its neurons off, side by side, from the same random draws.
+
+        Args:
+            model: The chat.
+            prompts: File of prompts to answer, one a line of a text, or a jsonl, json, csv or parquet file as
+                ``sparc3 evaluate`` reads it; without it prompts are typed at the terminal.
+        """
+        model.chat(self.strategy.root_device, prompts)
+
     def report(self, model: None) -> None:
         """Draw page, pictures and model card of a run again, from the files in its folder; no model is loaded."""
 
@@ -124,6 +135,7 @@ VERBS: dict[str, Verb | None] = {
             Verb(Comparison),
             Verb(Circuit, ReferenceSamples),
             Verb(Compression),
+            Verb(Chat),
         )
     },
     REPORT: None,
