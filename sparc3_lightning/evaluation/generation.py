@@ -226,20 +226,22 @@ def continue_prompts(
     Returns:
         Per prompt its continuations.
     """
-    size = 1 if is_recurrent(model) else max(1, ROWS // len(keys[0]))
-    return [
-        of_prompt
-        for start in range(0, len(keys), size)
-        for of_prompt in _continue_together(
-            model,
-            input_ids[start : start + size],
-            attention_mask[start : start + size],
-            keys[start : start + size],
-            sampling,
-            all_ranks_step_together,
-            on_drawn,
-        )
-    ]
+    ends, repeats = _end_tokens_of(model), len(keys[0])
+    size = 1 if is_recurrent(model) else max(1, ROWS // repeats)
+    found = []
+    for start in range(0, len(keys), size):
+        rows = slice(start, start + size)
+        number = len(keys[rows]) * repeats
+        steps = []
+        for step in _steps(model, input_ids[rows], attention_mask[rows], keys[rows], sampling, all_ranks_step_together):
+            steps.append(step)
+            on_drawn(number / sampling.max_new_tokens)
+        on_drawn(number * (1 - len(steps) / sampling.max_new_tokens))  # of those that ended early
+        drawn = torch.stack([tokens for tokens, _ in steps], dim=1).tolist()
+        failed = steps[-1][1].tolist()
+        flat = [_until_end(tokens, ends, bad_row) for tokens, bad_row in zip(drawn, failed, strict=True)]
+        found += [flat[i : i + repeats] for i in range(0, number, repeats)]
+    return found
 
 
 @torch.no_grad()
@@ -273,28 +275,6 @@ def _end_tokens_of(model: "PreTrainedModel") -> list[int]:
 def _until_end(tokens: list[int], ends: Sequence[int], failed: bool) -> Continuation:
     stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     return Continuation(tokens[:stop], failed)
-
-
-def _continue_together(
-    model: "PreTrainedModel",
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    keys: Sequence[Sequence[int]],
-    sampling: Sampling,
-    all_ranks_step_together: bool,
-    on_drawn: Callable[[float], None],
-) -> list[list[Continuation]]:
-    ends, repeats = _end_tokens_of(model), len(keys[0])
-    number = len(keys) * repeats
-    steps = []
-    for step in _steps(model, input_ids, attention_mask, keys, sampling, all_ranks_step_together):
-        steps.append(step)
-        on_drawn(number / sampling.max_new_tokens)
-    on_drawn(number * (1 - len(steps) / sampling.max_new_tokens))  # of those that ended early
-    rows = torch.stack([tokens for tokens, _ in steps], dim=1).tolist()
-    failed = steps[-1][1].tolist()
-    continuations = [_until_end(tokens, ends, bad_row) for tokens, bad_row in zip(rows, failed, strict=True)]
-    return [continuations[i : i + repeats] for i in range(0, len(continuations), repeats)]
 
 
 def _steps(

@@ -120,6 +120,11 @@ class Batching:
         """The size that ``auto`` found; None for a size that was given."""
         return self.size if self.is_auto else None
 
+    @property
+    def notes(self) -> dict[str, int]:
+        """What is recorded beside the options of the data: the size that ``auto`` found."""
+        return {"auto_batch_size": self.size} if self.is_auto else {}
+
     def each(self, num_items: int, do: Callable[[slice], T]) -> Iterator[T]:
         """Yield what a function makes of the items of a batch, some at a time.
 

@@ -256,11 +256,10 @@ class Circuit(StoppableModule):
     def _write(self, curves: list[Curve]) -> None:
         """Write the results, and draw them."""
         data = self.data
-        found = {} if self.batching.found is None else {"auto_batch_size": self.batching.found}
         results = CircuitResults(
             checkpoint=self.checkpoint.name,
             checkpoint_fingerprint=self.checkpoint.fingerprint,
-            data={"class": type(data).__name__, **data.hparams, **data.notes, **found},
+            data={"class": type(data).__name__, **data.hparams, **data.notes, **self.batching.notes},
             num_samples=self.num_samples,
             num_left_out=len(data.leave_out),
             whole_model=self.full,

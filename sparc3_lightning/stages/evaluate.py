@@ -390,7 +390,7 @@ class Evaluation(StoppableModule):
 
     @property
     def list_to_go_on_with(self) -> Path | None:
-        """The list of neurons to talk to and to export."""
+        """The list of neurons to talk to."""
         return None if self.neurons_path is None else Path(self.neurons_path)
 
     @property

@@ -380,11 +380,7 @@ def within_budget(
         perplexity=rise.perplexity,
         num_tokens=rise.num_tokens,
         num_documents=len(left),
-        data={
-            "class": type(text).__name__,
-            **text.hparams,
-            **({} if batching.found is None else {"auto_batch_size": batching.found}),
-        },
+        data={"class": type(text).__name__, **text.hparams, **batching.notes},
         measured=rise.measured,
     )
 
