@@ -10,7 +10,6 @@ from evaluations import EVERY_SECOND, save_neurons, write_inputs
 from experiments import Done, changed, pretend, remember_verbs, run, write_experiment
 
 from sparc3_lightning import cli
-from sparc3_lightning.report import page as report
 from sparc3_lightning.scorers.detoxify import SHIPPED
 from sparc3_lightning.stages import evaluate
 from sparc3_lightning.stages.experiment import Experiment
@@ -31,12 +30,6 @@ def input_files(tmp_path):
 def neurons(tiny_checkpoint) -> Path:
     """Every second neuron of both layers, found on the first two prompts."""
     return save_neurons(tiny_checkpoint, EVERY_SECOND)
-
-
-@pytest.fixture
-def without_a_report(monkeypatch):
-    """Spare the pictures, which take longer than the figures of a model so tiny."""
-    monkeypatch.setattr(report, "write_report", lambda *_: None)
 
 
 @pytest.fixture

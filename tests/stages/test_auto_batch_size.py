@@ -93,7 +93,7 @@ def everything(checkpoint: str, kind: type[Any], batch_size: Any, folder: str) -
     return run(evaluation(checkpoint, neurons, kind, **options), of, folder)
 
 
-@pytest.mark.usefixtures("input_files", "without_a_report")
+@pytest.mark.usefixtures("input_files")
 @pytest.mark.parametrize(
     "rows", [2, pytest.param(7, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)]
 )

@@ -126,7 +126,6 @@ def test_results_json_holds_both_models_and_how_they_were_measured(tiny_checkpoi
     assert results["config"]["prompts"]["source"] == "prompts.jsonl"
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_completions_have_one_line_for_each_continuation_of_each_model(tiny_checkpoint, neurons):
     results = run(evaluation(tiny_checkpoint, neurons, num_continuations=3))
     rows = completions()
@@ -159,7 +158,6 @@ def by_prompt(rows, name: str) -> dict[str, list[float]]:
     return groups
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_the_same_evaluation_twice_gives_the_same_numbers(both, tiny_checkpoint, neurons):
     assert run(evaluation(tiny_checkpoint, neurons)) == both.results
     assert Path("out", COMPLETIONS).read_text() == (both.folder / COMPLETIONS).read_text()
@@ -175,7 +173,6 @@ def test_another_seed_draws_other_continuations_and_measures_the_same_perplexity
     assert [r["prompt"] for r in completions()] == [r["prompt"] for r in of_seed_0]
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_continuations_are_divided_over_seeds_and_those_of_a_seed_are_those_of_a_run_with_it(
     tiny_checkpoint, neurons, monkeypatch
 ):
@@ -243,7 +240,6 @@ def test_without_neurons_only_the_model_as_it_is_is_measured(baseline):
     assert not (baseline.folder / REPORT).exists()
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_the_baseline_does_not_depend_on_which_neurons_are_measured_beside_it(tiny_checkpoint, neurons):
     alone = run(
         evaluation(tiny_checkpoint, save_neurons(tiny_checkpoint, [Component("model.layers.0.mlp.up_proj", 3, -1)])),
@@ -257,7 +253,6 @@ def test_the_baseline_does_not_depend_on_which_neurons_are_measured_beside_it(ti
     assert alone["pruned"] != other["pruned"]
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_the_masked_model_measures_as_the_exported_checkpoint_does(both, tiny_checkpoint, neurons):
     export_pruned(Checkpoint(tiny_checkpoint), NeuronList.load(neurons).neurons, Path("pruned"), dtype=torch.float32)
     # The same prompts: the first two are those that were attributed on.
@@ -272,7 +267,6 @@ def test_the_masked_model_measures_as_the_exported_checkpoint_does(both, tiny_ch
     assert {r["prompt_id"]: r["continuation"] for r in completions("alone")} == masked
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_the_model_is_unchanged_after_the_evaluation(both, tiny_checkpoint, neurons):
     model = both.model
     fresh = load_model(tiny_checkpoint, torch.float32)
@@ -286,7 +280,6 @@ def test_the_model_is_unchanged_after_the_evaluation(both, tiny_checkpoint, neur
     assert model.model.generation_config.to_dict() == fresh.generation_config.to_dict()
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_the_model_is_loaded_once_for_both(tiny_checkpoint, neurons, monkeypatch):
     calls = []
 
@@ -299,7 +292,6 @@ def test_the_model_is_loaded_once_for_both(tiny_checkpoint, neurons, monkeypatch
     assert len(calls) == 1
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_prompts_that_were_attributed_on_are_left_out_and_counted(tiny_checkpoint, neurons, caplog):
     with caplog.at_level("INFO"):
         results = run(evaluation(tiny_checkpoint, neurons))
@@ -308,7 +300,6 @@ def test_prompts_that_were_attributed_on_are_left_out_and_counted(tiny_checkpoin
     assert "2 prompts left out" in caplog.text
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_of_one_data_module_each_evaluation_leaves_out_the_prompts_of_its_own_neurons(tiny_checkpoint, neurons):
     of = data()
     for path, folder, excluded in ((None, "first", 0), (neurons, "second", 2), (None, "third", 0)):
@@ -317,7 +308,6 @@ def test_of_one_data_module_each_evaluation_leaves_out_the_prompts_of_its_own_ne
         assert {row["prompt"] for row in completions(folder)} == set(PROMPTS[excluded:])
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_prompts_whose_own_continuations_were_attributed_on_are_left_out_too(tiny_checkpoint):
     ids = [f"{prompt_id(text)}/{j}" for text in PROMPTS[4:7] for j in (0, 3)]
     neurons = save_neurons(tiny_checkpoint, PRUNED, {"sample_ids": ["document-1", *ids]})
@@ -327,7 +317,6 @@ def test_prompts_whose_own_continuations_were_attributed_on_are_left_out_too(tin
     assert {row["prompt"] for row in completions()} == {*PROMPTS[:4], *PROMPTS[7:]}
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_a_model_that_gives_nan_counts_as_failed_and_never_as_harmless(tiny_checkpoint, neurons):
     model = evaluation(tiny_checkpoint, neurons, num_continuations=2)
     spoiled = prompt_id(PROMPTS[5])
@@ -366,7 +355,6 @@ def with_an_idle_neuron(tiny_checkpoint) -> tuple[str, Path]:
     return "idle", save_neurons("idle", [Component(UP[0], 3, -1.0)])
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_a_mask_without_effect_has_no_divergence_no_effect_and_the_same_continuations(with_an_idle_neuron):
     results = run(evaluation(*with_an_idle_neuron, num_continuations=2))
     assert results["pruned"]["kl"] == 0

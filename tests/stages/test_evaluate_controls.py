@@ -290,7 +290,6 @@ def is_like(found: Any, expected: Any, tolerance: float) -> bool:
     return found == (pytest.approx(expected, rel=1e-4, abs=tolerance) if isinstance(expected, float) else expected)
 
 
-@pytest.mark.usefixtures("without_a_report")
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_the_batch_size_changes_no_number(whole, tiny_checkpoint, monkeypatch, batch_size):
@@ -304,7 +303,6 @@ def test_the_batch_size_changes_no_number(whole, tiny_checkpoint, monkeypatch, b
     assert differ == ["/config/text/batch_size", "/config/prompts/batch_size", "/sha256"]
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_another_seed_draws_other_controls(whole, tiny_checkpoint, monkeypatch):
     neurons = save_neurons(tiny_checkpoint, PRUNED, least_relevant=LEAST)
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
@@ -314,7 +312,6 @@ def test_another_seed_draws_other_controls(whole, tiny_checkpoint, monkeypatch):
     assert {*model.off} == {"baseline", "pruned", *CONTROLS}
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_controls_that_are_to_draw_more_than_the_other_models_draw_as_many_and_the_results_say_so(
     tiny_checkpoint, neurons
 ):
@@ -325,7 +322,6 @@ def test_controls_that_are_to_draw_more_than_the_other_models_draw_as_many_and_t
     assert len(drawn) == 2 * len({row["prompt_id"] for row in drawn})
 
 
-@pytest.mark.usefixtures("without_a_report")
 def test_without_a_list_of_the_least_relevant_neurons_that_control_is_left_out(tiny_checkpoint):
     neurons = save_neurons(tiny_checkpoint, PRUNED)
     results = run(evaluation(tiny_checkpoint, neurons, controls=Controls(1), max_new_tokens=2))

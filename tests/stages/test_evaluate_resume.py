@@ -45,7 +45,6 @@ def break_off(model: Noting, of: EvaluationData, at: int, patch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("without_a_report")
 def test_an_evaluation_of_several_models_that_broke_off_keeps_what_every_model_has_continued(
     tiny_checkpoint, monkeypatch
 ):
@@ -89,7 +88,7 @@ def in_a_folder_with_the_left_over(left_over: str, tmp_path: Path) -> None:
     (tmp_path / "out" / "unfinished-0.jsonl").write_text(left_over)
 
 
-@pytest.mark.usefixtures("in_a_folder_with_the_left_over", "without_a_report")
+@pytest.mark.usefixtures("in_a_folder_with_the_left_over")
 def test_continuations_of_the_same_run_are_taken_over(tiny_checkpoint, caplog):
     neurons = save_neurons(tiny_checkpoint, PRUNED, next=NEXT, least_relevant=LEAST)
     with caplog.at_level("INFO"):
@@ -97,7 +96,7 @@ def test_continuations_of_the_same_run_are_taken_over(tiny_checkpoint, caplog):
     assert "Keeping the continuations of 2 prompts" in caplog.text
 
 
-@pytest.mark.usefixtures("in_a_folder_with_the_left_over", "without_a_report")
+@pytest.mark.usefixtures("in_a_folder_with_the_left_over")
 def test_continuations_of_a_run_that_told_toxic_prompts_apart_are_of_the_one_group_of_this_run(tiny_checkpoint, caplog):
     neurons = save_neurons(tiny_checkpoint, PRUNED, next=NEXT, least_relevant=LEAST)
     with caplog.at_level("INFO"):
