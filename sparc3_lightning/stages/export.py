@@ -1,5 +1,6 @@
 """Export: from a list of neurons, wherever it comes from, to a plain checkpoint, and to the hub."""
 
+import shlex
 from collections import defaultdict
 from pathlib import Path
 
@@ -190,9 +191,10 @@ class Export(Stage):
                 repo_id=repository, folder_path=self.export, commit_message=f"Add {self.export.resolve().name}"
             )
         except Exception as error:  # whatever its HTTP client raises
+            command = ["hf", "upload", repository, str(self.export), *(["--private"] if self.private else [])]
             raise OSError(
                 f"The checkpoint is complete in {self.export}, but was not uploaded ({first_line(error):.200}): run "
-                f"'hf upload {repository} {self.export}'{' --private' if self.private else ''}."
+                f"{shlex.join(command)}"
             ) from error
         return str(address)
 
