@@ -250,14 +250,17 @@ def _range(interval: Interval, digits: int) -> str:
     return f"{_fixed(interval.low, digits, '+')} to {_fixed(interval.high, digits, '+')}"
 
 
-def aligned(rows: Table) -> str:
+def aligned(rows: Table, width: int | None = None) -> str:
     """Return rows as text, the first of them over a line: the first column to the left, the others to the right.
 
-    A name that a line has no room for is cut in its middle.
+    Args:
+        rows: Of as many columns each.
+        width: Of a line; a name that it has no room for is cut in its middle. None cuts nothing.
     """
     rows = [tuple(map(for_terminal, row)) for row in rows]
-    others = sum(2 + max(map(len, column)) for column in list(zip(*rows, strict=True))[1:])
-    rows = [(cut(row[0], max(WIDTH - others, MIN_NAME)), *row[1:]) for row in rows]
+    if width is not None:
+        others = sum(2 + max(map(len, column)) for column in list(zip(*rows, strict=True))[1:])
+        rows = [(cut(row[0], max(width - others, MIN_NAME)), *row[1:]) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -289,17 +292,15 @@ def closing(table: str, verdict: str, written: Sequence[str], commands: Sequence
     return "\n".join(lines)
 
 
-def next_commands(folder: Path, report: Path | None, neurons: Path | None) -> list[str]:
+def next_commands(report: Path | None, neurons: Path | None) -> list[str]:
     """Return commands that go on from an evaluation, to be pasted into a shell.
 
     Args:
-        folder: Of the evaluation; an export is proposed beside its results.
         report: The page; None if it was not drawn.
         neurons: The list that was measured; None if there is none.
     """
     opener = {"darwin": "open", "win32": "start"}.get(sys.platform, "xdg-open")
     commands = [] if report is None else [[opener, str(report)]]
     if neurons is not None:
-        of = ["--model.neurons", str(neurons)]
-        commands += [["sparc3", "chat", *of], ["sparc3", "export", *of, "--model.export", str(folder / "exported")]]
+        commands.append(["sparc3", "chat", "--model.neurons", str(neurons)])
     return [shlex.join(command) for command in commands]

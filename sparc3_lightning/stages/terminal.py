@@ -137,7 +137,7 @@ def speak(verbose: bool) -> None:
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_escape)
     for handler in logging.getLogger("lightning.pytorch").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:
             handler.emit = _emit  # type: ignore[method-assign]  # to the stderr of now, which a line of progress holds
     show = warnings.formatwarning
     if verbose:
@@ -153,7 +153,8 @@ def speak(verbose: bool) -> None:
     logging.lastResort = logging.NullHandler()  # else it prints the warnings of libraries
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
-            handler.addFilter(lambda record: record.levelno >= logging.ERROR or _is_ours())
+            if type(handler) is logging.StreamHandler:  # what prints; a program's own handlers get everything
+                handler.addFilter(_is_error_or_ours)
     warnings.showwarning = _show_ours
 
 
@@ -165,6 +166,10 @@ def _escape(record: logging.LogRecord) -> bool:
     """Show what a name in a message could tell the terminal to do, and let the message pass."""
     record.msg, record.args = for_terminal(record.getMessage(), keep="\n\t"), ()
     return True
+
+
+def _is_error_or_ours(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or _is_ours()
 
 
 def _show_ours(message: Warning | str, *_: object, **__: object) -> None:

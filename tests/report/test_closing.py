@@ -63,16 +63,11 @@ def test_the_verdict_is_wrapped_and_the_commands_are_not():
 
 @pytest.mark.parametrize("name", ["neurons.json", "it's a name; rm -rf $HOME.json", "-x.json"])
 def test_the_commands_can_be_pasted(name):
-    folder = Path("a folder/version_0")
-    opened, chat, export = next_commands(folder, folder / "report.html", Path("b c", name))
+    opened, chat = next_commands(Path("a folder/version_0/report.html"), Path("b c", name))
     assert shlex.split(opened)[1:] == ["a folder/version_0/report.html"]
     assert shlex.split(chat) == ["sparc3", "chat", "--model.neurons", f"b c/{name}"]
-    assert shlex.split(export) == [
-        *("sparc3", "export", "--model.neurons", f"b c/{name}"),
-        *("--model.export", "a folder/version_0/exported"),
-    ]
 
 
 def test_without_neurons_or_a_page_there_is_nothing_to_do_with_them():
-    assert next_commands(Path("out"), None, None) == []
+    assert next_commands(None, None) == []
     assert "next" not in closing("table", "verdict", [], [])
