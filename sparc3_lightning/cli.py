@@ -126,15 +126,8 @@ class Verb:
 
 
 REPORT = "report"  # the verb that needs no more than a folder
-SINGLE = (
-    "prepare",
-    "prune",
-    "compare",
-    "compress",
-    "export",
-    REPORT,
-    "run",
-)  # verbs of one process; the others are loops
+# Verbs of one process; the others are loops.
+SINGLE = ("prepare", "prune", "compare", "compress", "export", REPORT, "run")
 # By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
 VERBS: dict[str, Verb | None] = {
     "prepare": None,
