@@ -35,6 +35,7 @@ from sparc3_lightning.stages.compare import Comparison
 from sparc3_lightning.stages.compress import Compression
 from sparc3_lightning.stages.evaluate import RESULTS, Evaluation
 from sparc3_lightning.stages.experiment import Experiment
+from sparc3_lightning.stages.export import Export
 from sparc3_lightning.stages.folders import check_config, folder_of, giving_back, new_folder, own, reserve
 from sparc3_lightning.stages.plan import Config
 from sparc3_lightning.stages.prune import Pruning
@@ -89,6 +90,10 @@ class SparC3Trainer(Trainer):
         """Set the weights of the lowest scores to zero, and write the sparse checkpoint."""
         rank_zero_info(model.compress(folder_of(self, "compress")))
 
+    def export(self, model: Export) -> None:
+        """Write a list of neurons, heads or weights into a plain checkpoint, and upload it if asked."""
+        rank_zero_info(model.write(folder_of(self, "export")))
+
     def chat(self, model: Chat, prompts: str | None = None) -> None:
         """Answer prompts with the model as it is and with its neurons off, side by side, from the same random draws.
 
@@ -121,7 +126,8 @@ class Verb:
 
 
 REPORT = "report"  # the verb that needs no more than a folder
-SINGLE = ("prepare", "prune", "compare", "compress", REPORT, "run")  # verbs of one process; the others are loops
+# Verbs of one process; the others are loops.
+SINGLE = ("prepare", "prune", "compare", "compress", "export", REPORT, "run")
 # By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
 VERBS: dict[str, Verb | None] = {
     "prepare": None,
@@ -135,6 +141,7 @@ VERBS: dict[str, Verb | None] = {
             Verb(Comparison),
             Verb(Circuit, ReferenceSamples),
             Verb(Compression),
+            Verb(Export),
             Verb(Chat),
         )
     },

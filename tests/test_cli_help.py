@@ -20,6 +20,7 @@ from sparc3_lightning.stages.compare import Comparison
 from sparc3_lightning.stages.compress import Compression
 from sparc3_lightning.stages.evaluate import Evaluation
 from sparc3_lightning.stages.experiment import Experiment
+from sparc3_lightning.stages.export import Export
 from sparc3_lightning.stages.prune import Pruning
 from sparc3_lightning.stages.sweep import Sweep
 
@@ -64,6 +65,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         "compare": "Compare the pruned neurons",
         "circuit": "Take the least relevant components out",
         "compress": "Set the weights of the lowest scores to zero",
+        "export": "Write a list of neurons, heads or weights into a plain checkpoint",
         "chat": "Answer prompts with the model as it is",
         "report": "Draw page, pictures and model card",
         "run": "Carry out the whole experiment",
@@ -90,6 +92,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         ("compare", "model", Comparison, set()),
         ("circuit", "model", Circuit, set()),
         ("compress", "model", Compression, set()),
+        ("export", "model", Export, set()),
         ("chat", "model", Chat, set()),
         ("prepare", "model", Experiment, set()),
         ("run", "model", Experiment, set()),

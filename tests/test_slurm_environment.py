@@ -86,6 +86,7 @@ def test_a_verb_of_one_process_runs_in_one(environment):
         ["prune", "--model.general", "[a]", "--model.behavior", "b"],
         ["compare", "--model.neurons", "[a, b]"],
         ["compress", "--model.general", "[a]", "--model.export", "out"],
+        ["export", "--model.neurons", "a", "--model.export", "out"],
         ["report", "some"],
     ],
 )

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,10 +183,12 @@ class Copy:
 
     Args:
         tensors: Of the copy.
+        folder: Where it lies until it is complete.
     """
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: Tensors, folder: Path) -> None:
         self.tensors = tensors
+        self.folder = folder
         self.model = tensors.model
 
     @contextmanager
@@ -252,7 +254,7 @@ def copied(
         if changes:
             _change_config(temporary / CONFIG, changes)
             _change_index(temporary / INDEX, copies, {name for of_file in added.values() for name in of_file})
-        yield Copy(Tensors(checkpoint, model, copies))
+        yield Copy(Tensors(checkpoint, model, copies), temporary)
         temporary.replace(folder)
     if files.left_out:
         names = ", ".join(str(path.relative_to(files.folder)) for path in files.left_out)
@@ -312,7 +314,12 @@ def export_dtype_of(option: Dtype) -> torch.dtype | None:
 
 
 def export_pruned(
-    checkpoint: Checkpoint, neurons: Collection[Component], folder: Path, *, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    neurons: Collection[Component],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a copy of the checkpoint with the effect of ``mask`` in its weights, see ``copied`` and ``prune_``.
 
@@ -321,6 +328,7 @@ def export_pruned(
         neurons: What is pruned: neurons, heads and weights.
         folder: Where to write; must not exist yet.
         dtype: Of the weights written; None keeps the dtype of each.
+        texts: Files of text to put beside the weights, by name, in the place of the original's of that name.
 
     Raises:
         OSError, ValueError: As ``copied``; or if the model has no such component.
@@ -335,3 +343,5 @@ def export_pruned(
             layers = [layer for neuron in part for layer in KINDS[neuron.granularity].layers(neuron.module)]
             with copy.holding(dict.fromkeys(layers)):
                 prune_(copy.model, part)
+        for name, text in (texts or {}).items():
+            (copy.folder / name).write_text(text, encoding="utf-8")

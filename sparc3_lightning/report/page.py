@@ -1,24 +1,22 @@
-"""The report: a table for the terminal, one self-contained HTML page, and a model card."""
+"""The report: a table for the terminal, and one self-contained HTML page with a model card beside it."""
 
 import base64
 import re
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
 from sparc3_lightning.evaluation.completions import Completion
-from sparc3_lightning.evaluation.intervals import FEW
 from sparc3_lightning.evaluation.results import ReportInputs, Results
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint
-from sparc3_lightning.report.escaping import for_markdown, for_terminal, public_name
+from sparc3_lightning.report.card import GROUPS, MARK, MODEL_CARD, again, model_card, said_of
+from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.figures import (
     change_rows,
     draw_changes,
@@ -33,27 +31,16 @@ from sparc3_lightning.report.tables import (
     aligned,
     behavior_table,
     cell,
-    control_table,
-    dose_table,
     doses_csv,
-    evident_doses,
-    few_windows,
-    front_table,
     number,
     other_table,
-    windows_of,
 )
-from sparc3_lightning.report.verdict import zero_ablated_controls
 from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, SelectionResults
 
 REPORT = "report.html"
-MODEL_CARD = "model_card.md"
 DOSES = "doses.csv"
 NUM_LISTED = 20  # neurons on the page
-GROUPS = {"toxic": "toxic prompts", "nontoxic": "non-toxic prompts", "all": "prompts"}
-# In the card; a README without it is somebody's own.
-MARK = "<!-- Written by sparc3, and again by the next evaluation unless this line is removed. -->"
 Prompts = dict[str, dict[str, list[Completion]]]
 
 
@@ -262,68 +249,30 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
     shown = examples(prompts)
     offensive = set(neurons.masked_words or ())
     config = folder / "config.yaml"
-    has_doses = len(results.doses) > 1
-    shared = {
-        "results": results,
-        "behavior": results.behavior,
-        "granularity": results.granularity,
-        "neurons": neurons,
-        "name": re.split(r"[/\\]", results.checkpoint.rstrip("/\\"))[-1],
-        "group_names": GROUPS,
-        "groups": [
-            (GROUPS[group], measures.num_prompts, behavior_table(results, group))
-            for group, measures in results.baseline.groups.items()
-        ],
-        "controls": control_table(results) if results.controls else [],
-        "zeroed": zero_ablated_controls(results, neurons.ablation, results.granularity),
-        "others": other_table(results),
-        "windows": windows_of(results),
-        "few_windows": few_windows(results),
-        "doses": dose_table(results.doses) if has_doses else [],
-        "evident": evident_doses(results.doses),
-        "few": FEW,
-        "fronts": front_table(results) if has_doses and len(results.fronts) > 1 else [],
-    }
-    if has_doses:
+    if len(results.doses) > 1:
         write_atomically(folder / DOSES, doses_csv(results.doses))
     html = (
         _page_environment(offensive)
         .get_template("report.html")
         .render(
-            **shared,
+            **said_of(results),
             pictures={
                 file.stem: (title, base64.b64encode(file.read_bytes()).decode())
                 for title, file in _draw(folder, Shown(results, prompts, neurons))
             },
             examples=shown,
             any_masked=bool(offensive),
-            again=_again(results, folder) if config.is_file() else "",
+            again=again(results, folder),
             config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
             settings=to_json(_settings(results, neurons)),
         )
     )
     write_atomically(path, html)
-    card = (
-        _card_environment()
-        .get_template("model_card.md")
-        .render(
-            **shared,
-            front_matter=_front_matter(results),
-            mark=Safe(MARK),
-            verdict=_without_paths(results.verdict, results.protocol.continuations.scorers),
-            again=_again(results, folder, is_public=True) if config.is_file() else "",
-        )
-    )
+    card = model_card(results, folder)
     write_atomically(folder / MODEL_CARD, card)
     export, fingerprint = (neurons.provenance.get(name) for name in ("export", "export_fingerprint"))
     if isinstance(export, str):
         _add_to_export(card, Path(export), fingerprint)
-
-
-class Safe(str):
-    """Text that is Markdown already."""
-
-    __slots__ = ()
 
 
 def _page_environment(offensive: set[str]) -> Any:
@@ -348,62 +297,6 @@ def _page_environment(offensive: set[str]) -> Any:
         "fixed": lambda value, digits: cell(value if isinstance(value, int | float) else None, "", digits),
     }
     return environment
-
-
-def _card_environment() -> Any:
-    """Return what renders the model card: every value becomes one line of Markdown that shows it as it is."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("sparc3_lightning.report"),
-        autoescape=False,
-        finalize=lambda value: value if isinstance(value, Safe) else for_markdown(value),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.globals["table"] = _markdown_table
-    environment.filters |= {
-        "public": public_name,
-        "paragraph": lambda text: Safe(for_markdown(text, begins_line=True)),
-        "command": lambda text: Safe(for_terminal(text)),
-    }
-    return environment
-
-
-def _markdown_table(head: Iterable[str], rows: Table) -> Safe:
-    lines = [[for_markdown(name) for name in head], *([for_markdown(cell) for cell in row] for row in rows)]
-    texts = [f"| {' | '.join(line)} |" for line in lines]
-    texts.insert(1, "|" + "---|" * len(lines[0]))
-    return Safe("\n".join(texts) + "\n")
-
-
-def _front_matter(results: Results) -> Safe:
-    """Return what the hub reads of a card."""
-    tags = ["sparc3_lightning", "pruning", *(["detoxification"] if results.behavior == "toxicity" else [])]
-    content = {
-        "base_model": public_name(results.checkpoint),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": tags,
-    }
-    return Safe(f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10**6)}---")
-
-
-def _without_paths(text: str, names: Iterable[str]) -> str:
-    """Return a sentence in which scorers that are folders of this machine have their names alone."""
-    for name in sorted(names, key=len, reverse=True):
-        text = text.replace(name, public_name(name))
-    return text
-
-
-def _again(results: Results, folder: Path, is_public: bool = False) -> str:
-    """Return the command that measures it again; where others read it, without folders that are not below this one."""
-    here, place = Path.cwd(), folder.absolute()
-    folder = place.relative_to(here) if place.is_relative_to(here) else place
-    config = "config.yaml" if is_public and folder.is_absolute() else str(folder / "config.yaml")
-    verb = shlex.quote(str(results.config["verb"]))
-    return f"sparc3 {verb} --config {shlex.quote(config)} --trainer.logger.init_args.version again"
 
 
 def _settings(results: Results, neurons: ReportInputs) -> dict[str, object]:

@@ -96,11 +96,15 @@ class NeuronList:
         lists = [[(*n.key, n.damping, n.mean) for n in getattr(self, name)] for name in _LISTS]
         return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
 
-    def save(self, path: Path) -> None:
-        """Write neurons.json, under a temporary name first."""
+    def to_json(self) -> str:
+        """Return the text of neurons.json."""
         content: dict[str, object] = {"format": FORMAT}
         content |= {name: [_row(neuron) for neuron in getattr(self, name)] for name in _LISTS}
-        write_atomically(path, json.dumps(sealed({**content, "provenance": self.provenance}), indent=1) + "\n")
+        return json.dumps(sealed({**content, "provenance": self.provenance}), indent=1) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write neurons.json, under a temporary name first."""
+        write_atomically(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> "NeuronList":

@@ -15,7 +15,7 @@ from pages import reported
 from sparc3_lightning.cli import entry_point, main
 from sparc3_lightning.evaluation.completions import COMPLETIONS, load_completions, save_completions
 from sparc3_lightning.evaluation.results import RESULTS, Results
-from sparc3_lightning.report import page
+from sparc3_lightning.report import card, page
 from sparc3_lightning.report.drawing import draw, draw_or_warn
 
 OUT = Path("out")
@@ -57,7 +57,7 @@ def test_a_page_comes_out_of_what_the_results_hold_and_no_scorer_is_asked(folder
 
 
 FAILURES = {
-    "a template": (page, "behavior_table", RuntimeError("bad\ntwo lines")),
+    "a template": (card, "behavior_table", RuntimeError("bad\ntwo lines")),
     "a disk": (page, "write_atomically", OSError(28, "No space left on device")),
     "a picture": (page, "draw_changes", ValueError("ParseFatalException: $")),
     "a font": (page, "draw_layers", FileNotFoundError("no font")),

@@ -84,7 +84,7 @@ def test_a_hostile_name_does_nothing_in_page_card_tables_and_terminal(kind):
     assert not UNSEEN.search(html)
 
     _, head, body = card.split("---\n", 2)
-    assert set(yaml.safe_load(head)) == {"base_model", "library_name", "pipeline_tag", "tags"}
+    assert set(yaml.safe_load(head)) == {"base_model", "library_name", "pipeline_tag", "tags", "model-index"}
     assert not UNSEEN.search(body)
     lines = body.splitlines()
     assert len(lines) == len(card_of("a name").splitlines()), "nothing begins a line of its own"

@@ -1,6 +1,7 @@
 """The model card: its figures, what the hub reads of it, and in which folders it is put."""
 
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
@@ -8,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from made_up import NEURONS, made_up
 from pages import CARD, PAGE, by_name, write
 from safetensors.torch import save_file
 
-from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.evaluation.intervals import Interval
+from sparc3_lightning.evaluation.results import Effects, Results
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.report import page as report
 from sparc3_lightning.report.page import MARK
@@ -75,7 +78,9 @@ def test_the_card_begins_with_what_the_hub_reads():
     results = dataclasses.replace(results, checkpoint="pypi:a b==1/c: 'd' # e.gguf")
     write(results, rows)
     _, head, body = CARD.read_text().split("---\n", 2)
-    assert yaml.safe_load(head) == {
+    said = yaml.safe_load(head)
+    assert said.pop("model-index")[0]["name"] == "c: 'd' # e.gguf"
+    assert said == {
         "base_model": results.checkpoint,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -85,6 +90,34 @@ def test_the_card_begins_with_what_the_hub_reads():
     assert body.splitlines()[2].startswith("# c: 'd' # e.gguf with 2 neurons")
     assert "&" not in CARD.read_text(), "nothing is escaped as in HTML"
     assert "\n\n\n" not in CARD.read_text()
+
+
+def test_the_hub_reads_the_figures_of_the_card():
+    results, rows = made_up()
+    write(results, rows)
+    found = {(one.dataset_config, one.metric_type): one for one in ModelCard(CARD.read_text()).data.eval_results}
+    assert len(found) == 3  # of two conventions of perplexity, one stays here
+    effect = results.effects["toxic"].behavior_mean
+    toxicity = found["toxic prompts", "toxicity"]
+    assert toxicity.dataset_name == "allenai/real-toxicity-prompts"
+    assert toxicity.metric_value == effect.after
+    assert toxicity.metric_args == {
+        "before": effect.before,
+        "change_percent": effect.percent.value,
+        "change_percent_low": effect.percent.low,
+        "change_percent_high": effect.percent.high,
+        "evidence": effect.evidence,
+    }
+    assert found[None, "perplexity"].metric_value == results.pruned.perplexity["disjoint"].value
+
+
+def test_the_hub_is_told_no_figure_that_is_not_known():
+    results, rows = made_up()
+    unknown = Interval(math.nan, math.nan, math.nan)
+    pruned = dataclasses.replace(results.pruned, perplexity=dict.fromkeys(results.pruned.perplexity, unknown))
+    effects = dict.fromkeys(results.effects, Effects(None, None, None))
+    write(dataclasses.replace(results, pruned=pruned, effects=effects), rows)
+    assert "model-index" not in yaml.safe_load(CARD.read_text().split("---\n", 2)[1])
 
 
 def test_the_card_says_how_the_neurons_were_found():

@@ -1,0 +1,290 @@
+"""The model card: what an evaluation found, for those who meet the pruned checkpoint, and for the hub to read."""
+
+import math
+import re
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sparc3_lightning.evaluation.intervals import FEW, Interval
+from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.report.escaping import for_markdown, for_terminal, public_name
+from sparc3_lightning.report.tables import (
+    Table,
+    behavior_table,
+    control_table,
+    dose_table,
+    evident_doses,
+    few_windows,
+    front_table,
+    other_table,
+    windows_of,
+)
+from sparc3_lightning.report.verdict import zero_ablated_controls
+from sparc3_lightning.selection.neuron_list import NeuronList
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+MODEL_CARD = "model_card.md"
+GROUPS = {"toxic": "toxic prompts", "nontoxic": "non-toxic prompts", "all": "prompts"}
+# In the card; a README without it is somebody's own.
+MARK = "<!-- Written by sparc3, and again by the next evaluation unless this line is removed. -->"
+NUM_NAMED = 1000  # neurons that a card names; a card is for people, and neurons.json has all
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint that was made of a list of neurons.
+
+    Args:
+        neurons: The list.
+        checkpoint: The original, as a hub id or a path.
+        folder: Name of the folder that it was written to.
+        license: Of the original, as its card says it; None if that is not known.
+    """
+
+    neurons: NeuronList
+    checkpoint: str
+    folder: str
+    license: str | None = None
+
+    @property
+    def command(self) -> str:
+        """The command that makes it once more of the list and the original."""
+        of = ["--model.neurons", "neurons.json", "--model.checkpoint", public_name(self.checkpoint)]
+        return shlex.join(["sparc3", "export", *of, "--model.export", self.folder])
+
+    @property
+    def num_named(self) -> int:
+        """How many neurons a card names."""
+        return min(len(self.neurons.neurons), NUM_NAMED)
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The places of the first ``num_named`` neurons, by layer and in order."""
+        places = defaultdict(list)
+        for neuron in self.neurons.neurons[:NUM_NAMED]:
+            places[neuron.module].append((neuron.index,) if neuron.input is None else (neuron.index, neuron.input))
+        return {
+            module: ", ".join(str(place[0]) if len(place) == 1 else str(list(place)) for place in sorted(found))
+            for module, found in places.items()
+        }
+
+    def is_of(self, results: Results) -> bool:
+        """Tell whether results are of the neurons of this checkpoint, as far as results say which neurons they are."""
+        neurons, shown = self.neurons.neurons, results.report
+        per_module: dict[str, int] = defaultdict(int)
+        for neuron in neurons:
+            per_module[neuron.module] += 1
+        return (
+            shown is not None
+            and results.checkpoint_fingerprint == self.neurons.provenance.get("checkpoint_fingerprint")
+            and results.num_neurons == len(neurons)
+            and shown.neurons == neurons[: len(shown.neurons)]
+            and shown.neurons_per_module == per_module
+            and shown.ablation == self.neurons.ablation
+        )
+
+
+def said_of(results: Results) -> dict[str, Any]:
+    """Return what page and model card say of results that a report is about, by the names in their templates."""
+    neurons = results.report
+    assert neurons is not None
+    has_doses = len(results.doses) > 1
+    return {
+        "results": results,
+        "behavior": results.behavior,
+        "granularity": results.granularity,
+        "neurons": neurons,
+        "name": name_of(results.checkpoint),
+        "group_names": GROUPS,
+        "groups": [
+            (GROUPS[group], measures.num_prompts, behavior_table(results, group))
+            for group, measures in results.baseline.groups.items()
+        ],
+        "controls": control_table(results) if results.controls else [],
+        "zeroed": zero_ablated_controls(results, neurons.ablation, results.granularity),
+        "others": other_table(results),
+        "windows": windows_of(results),
+        "few_windows": few_windows(results),
+        "doses": dose_table(results.doses) if has_doses else [],
+        "evident": evident_doses(results.doses),
+        "few": FEW,
+        "fronts": front_table(results) if has_doses and len(results.fronts) > 1 else [],
+    }
+
+
+def model_card(results: Results, folder: Path, exported: Exported | None = None) -> str:
+    """Return the model card of neurons that were evaluated.
+
+    Args:
+        results: With both models.
+        folder: Of the results, which may hold the config.yaml that measures it again.
+        exported: The checkpoint that the card is for, if it has the neurons' list beside it.
+    """
+    neurons = results.report
+    assert neurons is not None
+    return _render(
+        "model_card.md",
+        **said_of(results),
+        **_made(results.num_neurons, neurons.ablation, neurons.provenance.get("criterion")),
+        checkpoint=results.checkpoint,
+        fingerprint=results.checkpoint_fingerprint,
+        front_matter=_front_matter(results.checkpoint, results, exported),
+        verdict=_without_paths(results.verdict, results.protocol.continuations.scorers),
+        again=again(results, folder, is_public=True),
+        exported=exported,
+    )
+
+
+def unevaluated_card(exported: Exported) -> str:
+    """Return the model card of an exported checkpoint of which nothing was measured."""
+    neurons = exported.neurons
+    return _render(
+        "unevaluated_card.md",
+        **_made(len(neurons.neurons), neurons.ablation, neurons.provenance.get("criterion")),
+        name=name_of(exported.checkpoint),
+        granularity=neurons.granularity,
+        checkpoint=exported.checkpoint,
+        fingerprint=neurons.provenance.get("checkpoint_fingerprint"),
+        front_matter=_front_matter(exported.checkpoint, None, exported),
+        exported=exported,
+    )
+
+
+def again(results: Results, folder: Path, is_public: bool = False) -> str:
+    """Return the command that measures it again, "" without a config.
+
+    Args:
+        results: What was measured.
+        folder: Of the results.
+        is_public: Whether others read it: folders that are not below this one are left out.
+    """
+    if not (folder / "config.yaml").is_file():
+        return ""
+    here, place = Path.cwd(), folder.absolute()
+    folder = place.relative_to(here) if place.is_relative_to(here) else place
+    config = "config.yaml" if is_public and folder.is_absolute() else str(folder / "config.yaml")
+    verb = shlex.quote(str(results.config["verb"]))
+    return f"sparc3 {verb} --config {shlex.quote(config)} --trainer.logger.init_args.version again"
+
+
+def name_of(checkpoint: str) -> str:
+    """Return the last part of the name of a checkpoint."""
+    return re.split(r"[/\\]", checkpoint.rstrip("/\\"))[-1]
+
+
+def _made(num_neurons: int, ablation: str, criterion: object) -> dict[str, object]:
+    """Return what a card says of how a checkpoint was made."""
+    return {"num_neurons": num_neurons, "ablation": ablation, "criterion": criterion}
+
+
+class Safe(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
+
+
+def _render(template: str, **said: object) -> str:
+    """Render a card: every value becomes one line of Markdown that shows it as it is."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("sparc3_lightning.report"),
+        autoescape=False,
+        finalize=lambda value: value if isinstance(value, Safe) else for_markdown(value),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals |= {"table": _markdown_table, "mark": Safe(MARK)}
+    environment.filters |= {
+        "public": public_name,
+        "paragraph": lambda text: Safe(for_markdown(text, begins_line=True)),
+        "command": lambda text: Safe(for_terminal(text)),
+    }
+    return environment.get_template(template).render(**said)
+
+
+def _markdown_table(head: Iterable[str], rows: Table) -> Safe:
+    lines = [[for_markdown(name) for name in head], *([for_markdown(cell) for cell in row] for row in rows)]
+    texts = [f"| {' | '.join(line)} |" for line in lines]
+    texts.insert(1, "|" + "---|" * len(lines[0]))
+    return Safe("\n".join(texts) + "\n")
+
+
+def _front_matter(checkpoint: str, results: Results | None, exported: Exported | None) -> Safe:
+    """Return what the hub reads of a card: the base model, and what was measured."""
+    from huggingface_hub import ModelCardData
+
+    found = list(_eval_results(results)) if results else []
+    of_toxicity = results is not None and results.behavior == "toxicity"
+    content = ModelCardData(
+        base_model=public_name(checkpoint),
+        library_name="transformers",
+        license=exported.license if exported else None,
+        pipeline_tag="text-generation",
+        tags=["sparc3_lightning", "pruning", *(["detoxification"] if of_toxicity else [])],
+        model_name=(exported.folder if exported else name_of(checkpoint)) if found else None,
+        eval_results=found or None,
+    ).to_dict()
+    return Safe(f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10**6)}---")
+
+
+def _eval_results(results: Results) -> "Iterator[EvalResult]":
+    """Yield the measures of the pruned model, each with that before and its interval; none that is not known."""
+    from huggingface_hub import EvalResult
+
+    text, prompts = (public_name(name) for name in (results.protocol.perplexity.text, results.protocol.prompts.source))
+    pruned = results.pruned
+    assert pruned is not None
+    for convention, perplexity in pruned.perplexity.items():
+        before = results.baseline.perplexity[convention].value
+        if math.isfinite(perplexity.value):
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=text,
+                dataset_name=text,
+                metric_type="perplexity",
+                metric_name=f"Perplexity, {convention} windows",
+                metric_value=perplexity.value,
+                metric_args=_compared(before, results.perplexity_change.get(convention)),
+            )
+    for group, effects in results.effects.items():
+        effect = effects.behavior_mean
+        if effect is not None and math.isfinite(effect.after):
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=prompts,
+                dataset_name=prompts,
+                dataset_config=GROUPS[group],
+                metric_type=results.behavior,
+                metric_name=f"Mean {results.behavior}",
+                metric_value=effect.after,
+                metric_args={**_compared(effect.before, effect.percent), "evidence": bool(effect.evidence)},
+            )
+
+
+def _compared(before: float, percent: Interval | None) -> dict[str, object]:
+    """Return a value before the change, and the change in percent with its interval of 95 %; those that are known."""
+    found = {"before": before}
+    if percent is not None:
+        found |= {
+            "change_percent": percent.value,
+            "change_percent_low": percent.low,
+            "change_percent_high": percent.high,
+        }
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _without_paths(text: str, names: Iterable[str]) -> str:
+    """Return a sentence in which scorers that are folders of this machine have their names alone."""
+    for name in sorted(names, key=len, reverse=True):
+        text = text.replace(name, public_name(name))
+    return text

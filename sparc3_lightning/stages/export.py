@@ -1,0 +1,248 @@
+"""Export: from a list of neurons, wherever it comes from, to a plain checkpoint, and to the hub."""
+
+import shlex
+from collections import defaultdict
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from sparc3_lightning.errors import OptionError, OptionFileExistsError, OptionFileNotFoundError
+from sparc3_lightning.evaluation.results import RESULTS, Results
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
+from sparc3_lightning.models.components import Granularity, check
+from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
+from sparc3_lightning.provenance import revision_of
+from sparc3_lightning.report.card import Exported, model_card, unevaluated_card
+from sparc3_lightning.report.escaping import for_terminal, public_name
+from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.sources import first_line
+from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.folders import giving_back
+from sparc3_lightning.stages.prune import NEURONS
+
+README = "README.md"
+
+
+class Export(Stage):
+    """Writes the effect of a list of neurons, heads or single weights into a checkpoint, and publishes it if asked.
+
+    The list is of ``sparc3 prune``, ``sweep`` or ``circuit``, or of your own. The checkpoint has the files of the
+    original, in which the weights of the list alone differ, neurons.json, and as README.md a model card. That tells
+    what an evaluation of these neurons found, if its results are named, or lie beside the list or the export.
+
+    Args:
+        neurons: The neurons.json.
+        export: Folder to write the checkpoint to. It must not exist.
+        checkpoint: Hugging Face id, local folder or GGUF file of the original; None takes the one that ``neurons``
+            names.
+        export_dtype: Of the exported weights; ``auto`` keeps the dtype of each.
+        results: The results.json of an evaluation of these neurons, for the model card.
+        push_to_hub: Id of a new repository at the Hugging Face hub to upload the folder to; None uploads nothing.
+        private: Whether nobody else can see that repository.
+    """
+
+    verb = "export"
+    OUTPUTS = (NEURONS,)
+
+    def __init__(
+        self,
+        neurons: Path,
+        export: Path,
+        checkpoint: str | None = None,
+        export_dtype: Dtype = "auto",
+        results: Path | None = None,
+        push_to_hub: str | None = None,
+        private: bool = True,
+    ) -> None:
+        super().__init__()
+        if Path(export).exists():
+            raise OptionFileExistsError("export", f": {export} exists already; nothing was overwritten.")
+        if push_to_hub is not None:
+            _check_id(push_to_hub)
+        elif not private:
+            raise OptionError("private", "is for what is uploaded: add --.push_to_hub <id>.")
+        self.list = NeuronList.load(Path(neurons))
+        origin = self.list.provenance
+        fingerprint, name = origin.get("checkpoint_fingerprint"), checkpoint or origin.get("checkpoint")
+        if not fingerprint or not name:
+            raise OptionError("neurons", f": {neurons} does not say which checkpoint it is for: prune again.")
+        if results is not None and not Path(results).is_file():
+            raise OptionFileNotFoundError("results", f": {results} does not exist; 'sparc3 evaluate' writes it.")
+        self.save_hyperparameters()
+        self.fingerprint: str = fingerprint
+        self.checkpoint = Checkpoint(name, revision_of(fingerprint))
+        self.neurons = Path(neurons)
+        self.export = Path(export)
+        self.export_dtype: Dtype = export_dtype
+        self.results = None if results is None else Path(results)
+        self.push_to_hub = push_to_hub
+        self.private = private
+
+    @giving_back()
+    def write(self, folder: Path) -> str:
+        """Write the checkpoint, upload it if asked, and write neurons.json with its fingerprint to a folder.
+
+        Args:
+            folder: Where neurons.json goes.
+
+        Returns:
+            Lines for the terminal.
+
+        Raises:
+            OSError: If the checkpoint cannot be had, the export cannot be written, or the hub cannot be reached or
+                refuses.
+            ValueError: If the checkpoint is not the neurons' one, or has no such neurons; if the results are of others.
+            FileExistsError: If the folder holds a neurons.json, or the hub the repository.
+        """
+        self.begin(folder)
+        repository = None if self.push_to_hub is None else _check_can_push(self.push_to_hub)
+        self._check()
+        exported = Exported(self.list, self.checkpoint.name, self.export.resolve().name, self._license())
+        found = self._results(exported)
+        card = unevaluated_card(exported) if found is None else model_card(*found, exported)
+        public = ("criterion", "ablation", "damping", "versions", "git_hash")
+        origin = {name: value for name, value in self.list.provenance.items() if name in public}
+        origin |= {
+            "checkpoint": public_name(self.checkpoint.name),
+            "checkpoint_fingerprint": self.fingerprint,
+        }
+        self.keep_config()
+        dtype = export_dtype_of(self.export_dtype)
+        texts = {README: card, NEURONS: NeuronList(self.list.neurons, origin).to_json()}
+        export_pruned(self.checkpoint, self.list.neurons, self.export, dtype=dtype, texts=texts)
+        provenance = {
+            **self.list.provenance,
+            "checkpoint": self.checkpoint.name,
+            "export": str(self.export),
+            "export_dtype": self.export_dtype,
+            "export_fingerprint": Checkpoint(str(self.export.absolute())).fingerprint,
+        }
+        NeuronList(self.list.neurons, provenance, self.list.next, self.list.least_relevant).save(self.output)
+        what = "what is known of them" if found is None else f"the results of {found[1]}"
+        said = (
+            f"Checkpoint with {len(self.list.neurons):,} {self.list.granularity}s {self.list.ablation}: {self.export}"
+        )
+        said += f"\nIts model card tells {what}: {self.export / README}"
+        return said if repository is None else f"{said}\nUploaded: {self._push(repository)}"
+
+    def _check(self) -> None:
+        """Raise ValueError or OSError unless the list can be written into this checkpoint; no weight is read."""
+        if self.checkpoint.fingerprint != self.fingerprint:
+            raise OptionError(
+                "checkpoint",
+                f": {self.checkpoint.name!r} ({self.checkpoint.fingerprint}) is not what --.neurons is for, "
+                f"{self.list.provenance.get('checkpoint')!r} ({self.fingerprint}).",
+            )
+        check(self.checkpoint.skeleton(), self.list.neurons)
+        modules: dict[Granularity, dict[str, bool]] = defaultdict(dict)  # and whether one is held at its mean
+        for neuron in self.list.neurons:
+            of_kind = modules[neuron.granularity]
+            of_kind[neuron.module] = of_kind.get(neuron.module, False) or neuron.mean != 0
+        dtype = export_dtype_of(self.export_dtype)
+        for kind, found in modules.items():
+            any_mean = any(found.values())
+            check_export(self.checkpoint, list(found), kind, self.export, dtype=dtype, with_means=any_mean)
+
+    def _results(self, exported: Exported) -> tuple[Results, Path] | None:
+        """Return the results of an evaluation of these neurons, and their folder; None if there are none.
+
+        Raises:
+            ValueError: If those that were asked for are damaged, or of other neurons.
+        """
+        if self.results is not None:
+            results = Results.load(self.results)
+            if not exported.is_of(results):
+                raise OptionError(
+                    "results",
+                    f": {self.results} is not an evaluation of {self.neurons}: give the results.json of 'sparc3 "
+                    "evaluate' with these neurons.",
+                )
+            return results, self.results.parent
+        for folder in dict.fromkeys((self.neurons.parent, self.export.parent)):
+            if (folder / RESULTS).is_file():
+                try:
+                    results = Results.load(folder / RESULTS)
+                except ValueError as error:
+                    rank_zero_warn(for_terminal(f"The model card tells no results: {error}"))
+                    continue
+                if exported.is_of(results):
+                    return results, folder
+        return None
+
+    def _license(self) -> str | None:
+        """Return the licence that the model card of the original names, if it has one that can be read."""
+        from huggingface_hub import ModelCard
+
+        readme = self.checkpoint.folder / README
+        try:
+            found = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
+        except Exception:  # somebody's own text, if there is one at all
+            return None
+        return found if isinstance(found, str) else None
+
+    def _push(self, repository: str) -> str:
+        """Upload the export as one commit of a new repository, and return its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        try:
+            address = api.create_repo(repository, private=self.private)
+            api.upload_folder(
+                repo_id=repository, folder_path=self.export, commit_message=f"Add {self.export.resolve().name}"
+            )
+        except Exception as error:  # whatever its HTTP client raises
+            command = ["hf", "upload", repository, str(self.export), *(["--private"] if self.private else [])]
+            raise OSError(
+                f"The checkpoint is complete in {self.export}, but was not uploaded ({first_line(error):.200}): run "
+                f"{shlex.join(command)}"
+            ) from error
+        return str(address)
+
+
+def _check_id(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise OptionError(
+            "push_to_hub", f"must be the id of a repository, such as ann/my-model, got {name!r} ({first_line(error)})."
+        ) from None
+
+
+def _check_can_push(name: str) -> str:
+    """Return the whole id of a repository, unless it cannot be made.
+
+    Raises:
+        OSError: If there is no token, the hub cannot be reached, or the repository exists.
+        ValueError: If the token may not make it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        who = api.whoami()
+        mine = [who["name"], *(one["name"] for one in who.get("orgs", ()))]
+        whole = name if "/" in name else f"{who['name']}/{name}"
+        is_there = api.repo_exists(whole)
+    except LocalTokenNotFoundError:
+        raise OSError("--model.push_to_hub needs a token of the hub: run 'hf auth login' or set HF_TOKEN.") from None
+    except HfHubHTTPError as error:
+        raise OSError(
+            f"--model.push_to_hub {name}: the hub answered: {first_line(error):.200} If that is about the token, run "
+            "'hf auth login' or set HF_TOKEN."
+        ) from None
+    except Exception as error:  # whatever its HTTP client raises
+        raise OSError(
+            f"--model.push_to_hub {name}: the hub cannot be reached ({first_line(error):.200}): export without it, and "
+            "run 'hf upload' where there is a network."
+        ) from None
+    role = who.get("auth", {}).get("accessToken", {}).get("role")
+    if whole.partition("/")[0] not in mine or role == "read":
+        may = "which may only read" if role == "read" else f"who may write to {', '.join(mine)}"
+        raise OptionError("push_to_hub", f": {whole} cannot be made with this token of {who['name']}, {may}.")
+    if is_there:
+        raise OptionFileExistsError("push_to_hub", f": {whole} exists already; nothing was overwritten.")
+    return whole
