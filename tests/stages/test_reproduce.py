@@ -1,0 +1,235 @@
+"""`sparc3 reproduce results.json` measures an evaluation again, says what changed, and compares figure by figure."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import stops
+from evaluations import LEAST, NEXT, PRUNED, data, evaluation, flat, read_strictly, run, save_neurons, write_inputs
+from helpers import replaced_at, write_sealed
+
+from sparc3_lightning.cli import main
+from sparc3_lightning.evaluation.controls import Controls
+from sparc3_lightning.evaluation.reproduction import Figure, ReproductionResults
+from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.stages.sweep import Sweep
+
+pytestmark = pytest.mark.usefixtures("as_if_from_python", "without_a_report")
+THERE = Path("out/results.json")
+FOLDER = Path("lightning_logs/reproduce/version_0")
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a copy of the tiny checkpoint was evaluated."""
+    home = tmp_path_factory.mktemp("measured")
+    write_inputs(home)
+    shutil.copytree(tiny_checkpoint, home / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("PL_GLOBAL_SEED", "3")
+        patch.syspath_prepend(home)
+        patch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
+        neurons = save_neurons("./model", PRUNED, next=NEXT, least_relevant=LEAST)
+        options = {"controls": Controls(1), "doses": [3], "scorer": "toy_scorers:letters"}
+        options["second_scorer"] = "small"
+        of = data(num_nontoxic=2, nontoxic_source="mild.jsonl")
+        run(evaluation("./model", neurons, max_new_tokens=3, **options), of)
+    return home
+
+
+@pytest.fixture
+def there(measured, tmp_path, monkeypatch) -> dict[str, Any]:
+    """The results of that folder, which is copied to the one of the test."""
+    shutil.copytree(measured, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.syspath_prepend(tmp_path)
+    return read_strictly(THERE)
+
+
+def reproduce(*options: str) -> ReproductionResults:
+    main(["reproduce", str(THERE), *QUIET, *options])
+    return ReproductionResults.load(FOLDER / "reproduction.json")
+
+
+def figure(found: ReproductionResults, name: str) -> Figure:
+    return next(figure for figure in found.figures if figure.name == name)
+
+
+def test_the_same_machine_gives_the_same_figures(there, capsys):
+    before = THERE.read_bytes()
+    found = reproduce()
+    assert (found.changed, found.num_differing) == ([], 0)
+    assert {figure.outcome for figure in found.figures} == {"equal"}
+    names = {figure.name for figure in found.figures}
+    assert {
+        "baseline.perplexity.sliding",
+        "baseline.groups.nontoxic.num_prompts",
+        "pruned.groups.toxic.behavior_mean",
+        "pruned.kl",
+        "change.behavior_percent",
+        "effects.toxic.behavior_mean.difference",
+        "doses.top_3_1.perplexity",
+        "controls.random.outcome.effect",
+        "second_scorer.effects.toxic.behavior_mean.percent",
+    } <= names
+    assert found.results == str(THERE.absolute())
+    assert read_strictly(FOLDER / "results.json")["protocol"] == there["protocol"], "with its seed"
+    assert (FOLDER / "completions.jsonl").read_bytes() == Path("out/completions.jsonl").read_bytes()
+    assert THERE.read_bytes() == before
+    said = "".join(capsys.readouterr())
+    assert "versions, checkpoint, data and scorers are the same here" in said
+    assert f"All {len(names)} figures are reproduced." in said
+    assert "reproduction.json" in said
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("baseline/perplexity/sliding", {"value": 9e4, "low": 8e4, "high": 9.5e4}),
+        ("pruned/groups/toxic/behavior_mean", 0.9),
+        ("pruned/kl", 5.0),
+        ("change/behavior_percent", 123.0),
+        ("baseline/groups/toxic/num_prompts", 7),
+    ],
+)
+def test_a_figure_that_was_changed_is_found_and_the_exit_code_is_1(there, capsys, path, value):
+    write_sealed(THERE, replaced_at(there, path, value))
+    code, out, err = stops(capsys, "reproduce", str(THERE), *QUIET)
+    assert code == 1
+    found = ReproductionResults.load(FOLDER / "reproduction.json")
+    assert [row.name for row in found.figures if row.outcome == "differs"] == [path.replace("/", ".")]
+    assert f"1 of {len(found.figures)} figures differ." in out + err
+
+
+def test_a_figure_inside_its_interval_is_reproduced(there):
+    of = there["baseline"]["perplexity"]["sliding"]
+    near = (of["value"] + of["high"]) / 2
+    write_sealed(THERE, replaced_at(there, "baseline/perplexity/sliding/value", near))
+    found = reproduce()
+    row = figure(found, "baseline.perplexity.sliding")
+    assert (row.outcome, row.there, row.here) == ("within the interval", near, of["value"])
+    assert (row.low, row.high) == (of["low"], of["high"])
+    assert found.num_differing == 0
+
+
+def append(path: str, text: str) -> None:
+    with Path(path).open("a") as file:
+        file.write(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "name"),
+    [
+        ("text.txt", "\n", "text"),
+        ("prompts.jsonl", "\n", "prompts"),
+        ("mild.jsonl", "\n", "prompts"),
+        ("toy_scorers.py", "# changed\n", "scorer"),
+    ],
+)
+def test_data_or_a_scorer_of_other_contents_is_said(there, capsys, path, text, name):
+    append(path, text)
+    code, out, err = 0, "", ""
+    try:
+        main(["reproduce", str(THERE), *QUIET])
+    except SystemExit as error:
+        code = error.code
+    out, err = capsys.readouterr()
+    found = ReproductionResults.load(FOLDER / "reproduction.json")
+    assert code == bool(found.num_differing)
+    assert [change.name for change in found.changed] == [name]
+    assert f"  {name}: {there['inputs'][name]} there, " in out + err
+
+
+def test_another_checkpoint_version_or_device_is_said(there):
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps({**config, "note": "another"}))
+    changed = replaced_at(replaced_at(there, "versions/torch", "1.0"), "inputs/device", "NVIDIA H200")
+    neurons = json.loads(Path("neurons.json").read_text())
+    now = Checkpoint("./model").fingerprint
+    write_sealed(Path("neurons.json"), replaced_at(neurons, "provenance/checkpoint_fingerprint", now))
+    write_sealed(THERE, changed)
+    found = reproduce()
+    assert {change.name: change.there for change in found.changed} == {
+        "torch": "1.0",
+        "checkpoint": there["checkpoint_fingerprint"],
+        "tokenizer": there["inputs"]["tokenizer"],
+        "device": "NVIDIA H200",
+    }
+    assert found.num_differing == 0
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+@pytest.mark.parametrize("gone", ["neurons.json", "text.txt", "prompts.jsonl", "mild.jsonl", "model"])
+def test_what_is_gone_is_named_before_anything_is_loaded(there, gone):
+    Path(gone).rename("moved")
+    named = "./model" if gone == "model" else gone
+    with pytest.raises(FileNotFoundError, match=f"was measured from what does not exist here: {named} \\(seen from"):
+        reproduce()
+    assert not Path("lightning_logs/reproduce").exists() or not list(Path("lightning_logs/reproduce").iterdir())
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+def test_all_that_is_gone_is_named_at_once(there):
+    for name in ("text.txt", "neurons.json"):
+        Path(name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"here: neurons.json, text.txt \("):
+        reproduce()
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("format", "sparc3_lightning results 2", "its format is 'sparc3_lightning results 2'"),
+        ("config/verb", "train", "was not written by evaluate or sweep but by 'train'"),
+        ("config/classes", {}, "does not say how it was measured|describes no evaluation"),
+        ("config/model/doses", "many", "describes no evaluation of this version"),
+        ("config/classes/text", "os.path", "describes no evaluation of this version"),
+        ("config/model", [], "does not say how it was measured"),
+        ("inputs", {}, "does not say how it was measured: its config lacks 'dtype'"),
+    ],
+)
+def test_a_file_that_describes_no_evaluation_is_refused_in_a_sentence(there, path, value, said):
+    write_sealed(THERE, replaced_at({k: v for k, v in there.items() if k != "sha256"}, path, value))
+    with pytest.raises(ValueError, match=said):
+        reproduce()
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+def test_a_file_that_is_not_there_or_a_folder_is_refused(there):
+    for path in ("nowhere.json", "out"):
+        with pytest.raises(FileNotFoundError, match=f"{path} is not a file: give the results.json of evaluate"):
+            main(["reproduce", path, *QUIET])
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+def test_a_folder_that_holds_results_is_not_written_to(there):
+    FOLDER.mkdir(parents=True)
+    shutil.copy(THERE, FOLDER)
+    with pytest.raises(FileExistsError, match="nothing was overwritten"):
+        reproduce("--trainer.logger.init_args.version", "0")
+
+
+def test_a_sweep_is_reproduced_too(there):
+    options = {"names": ["one"], "doses": [2], "dampings": [1.0, 0.5], "max_new_tokens": 2}
+    model = evaluation("./model", Path("neurons.json"), Sweep, max_perplexity_increase=9.0, **options)
+    run(model, folder="swept")
+    main(["reproduce", "swept/results.json", *QUIET])
+    found = ReproductionResults.load(FOLDER / "reproduction.json")
+    assert (found.changed, found.num_differing) == ([], 0)
+    theirs, mine = flat(read_strictly(Path("swept/results.json"))), flat(read_strictly(FOLDER / "results.json"))
+    unlike = {name for name in theirs.keys() | mine.keys() if theirs.get(name) != mine.get(name)}
+    assert unlike <= {"/sha256", "/config/model/dtype"}
+    assert (FOLDER / "chosen/neurons.json").is_file()
+
+
+def test_an_evaluation_without_neurons_is_reproduced(there):
+    run(evaluation("./model", max_new_tokens=2), folder="alone")
+    main(["reproduce", "alone/results.json", *QUIET])
+    found = ReproductionResults.load(FOLDER / "reproduction.json")
+    assert {figure.outcome for figure in found.figures} == {"equal"}
+    assert Results.load(FOLDER / "results.json").neurons is None
