@@ -58,8 +58,8 @@ def named(name: str) -> Path:
 
 
 def test_there_are_configs_of_every_verb():
-    # Nothing of compare is there before its files are, and report takes a folder alone.
-    assert {command_of(path)[0] for path in CONFIGS} | {"prepare", "compare", "report"} == set(VERBS)
+    # Nothing of compare is there before its files are, and report and reproduce take a folder or a file alone.
+    assert {command_of(path)[0] for path in CONFIGS} | {"prepare", "compare", "report", "reproduce"} == set(VERBS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -18,9 +18,10 @@ from sparc3_lightning.provenance import differences
 REPRODUCTION = "reproduction.json"
 SLACK = 0.05  # share of itself by which a figure may change that has no interval
 LEAST_SLACK = 0.001
-# What a test or a sum makes of the figures, and a part of one: they are compared as a whole.
-DERIVED = {"behavior_by_seed", "common_random_numbers_variance_factor", "fronts", "num_draws_with_evidence"}
-DERIVED |= {"num_empty", "standard_error"}
+# Options, and what is derived from other figures or is a part of one.
+NOT_COMPARED = {"behavior_by_seed", "common_random_numbers_variance_factor", "damping", "fronts"}
+NOT_COMPARED |= {"num_draws_with_evidence", "num_empty", "standard_error"}
+OF_DRAWS = ("num_failed", "num_scored")  # counts that depend on what was drawn
 
 Outcome = Literal["equal", "within the interval", "differs"]
 
@@ -39,8 +40,8 @@ class Figure:
     """A figure by its place in results.json, there and here, and how far apart the two may be.
 
     ``low`` and ``high`` are the ends of its interval there or, where it has none there, of the one over prompts here;
-    of a figure without any, 5 % of itself to either side, and 0.001 at least; a number that was counted has no room.
-    NaN stands for what is not known.
+    of a figure without any, 5 % of itself to either side, and 0.001 at least. A count is to be the same; of texts that
+    could be scored, or not, one more or less is allowed as well. NaN stands for what is not known.
     """
 
     name: str
@@ -87,6 +88,8 @@ def compare(there: Results, here: Results, completions: Sequence[Completion]) ->
     return [
         _compared(name, theirs.get(name, math.nan), mine.get(name, math.nan), known.get(name))
         for name in dict.fromkeys((*theirs, *mine))
+        # Where it cannot be said how large a change in percent is, the change itself is compared.
+        if not name.endswith(".percent") or (name in theirs and name in mine)
     ]
 
 
@@ -97,7 +100,8 @@ def _findings(results: Results) -> dict[str, object]:
 def _figures(value: object, place: str = "") -> Iterator[tuple[str, float | Interval]]:
     """Yield every figure of some findings, and its place."""
     if isinstance(value, Difference):  # the rest of it are tests of the same
-        value = {"difference": value.difference, "percent": value.percent}
+        both = {"difference": value.difference, "percent": value.percent}
+        value = {name: change for name, change in both.items() if name == "difference" or change.is_known}
     if isinstance(value, Interval) or (isinstance(value, int | float) and not isinstance(value, bool)):
         yield place, value
         return
@@ -108,7 +112,7 @@ def _figures(value: object, place: str = "") -> Iterator[tuple[str, float | Inte
     else:
         items = dict(value) if isinstance(value, Mapping) else {}
     for name, item in items.items():
-        if name not in DERIVED:
+        if name not in NOT_COMPARED:
             yield from _figures(item, f"{place}.{name}" if place else str(name))
 
 
@@ -119,7 +123,9 @@ def _compared(name: str, there: float | Interval, here: float | Interval, known:
     if interval is not None and interval.is_known:
         low, high = interval.low, interval.high
     else:
-        slack = 0.0 if is_counted else max(SLACK * abs(left), LEAST_SLACK)
+        slack = max(SLACK * abs(left), LEAST_SLACK)
+        if is_counted:
+            slack = max(SLACK * left, 1.0) if name.endswith(OF_DRAWS) else 0.0
         low, high = left - slack, left + slack
     outcome: Outcome = "differs"
     if _are_equal(left, right, is_counted):

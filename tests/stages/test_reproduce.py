@@ -1,20 +1,23 @@
 """`sparc3 reproduce results.json` measures an evaluation again, says what changed, and compares figure by figure."""
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import stops
 from evaluations import LEAST, NEXT, PRUNED, data, evaluation, flat, read_strictly, run, save_neurons, write_inputs
 from helpers import replaced_at, write_sealed
 
 from sparc3_lightning.cli import main
 from sparc3_lightning.evaluation.controls import Controls
-from sparc3_lightning.evaluation.reproduction import Figure, ReproductionResults
+from sparc3_lightning.evaluation.reproduction import ReproductionResults
 from sparc3_lightning.evaluation.results import Results
-from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.stages.reproduce import Reproduction, said_of_changes
 from sparc3_lightning.stages.sweep import Sweep
 
 pytestmark = pytest.mark.usefixtures("as_if_from_python", "without_a_report")
@@ -35,10 +38,8 @@ def measured(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> 
         patch.syspath_prepend(home)
         patch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
         neurons = save_neurons("./model", PRUNED, next=NEXT, least_relevant=LEAST)
-        options = {"controls": Controls(1), "doses": [3], "scorer": "toy_scorers:letters"}
-        options["second_scorer"] = "small"
-        of = data(num_nontoxic=2, nontoxic_source="mild.jsonl")
-        run(evaluation("./model", neurons, max_new_tokens=3, **options), of)
+        of = data(num_nontoxic=2, nontoxic_source="mild.jsonl", conventions=["disjoint"])
+        run(evaluation("./model", neurons, max_new_tokens=2, scorer="toy_scorers:letters"), of)
     return home
 
 
@@ -47,73 +48,38 @@ def there(measured, tmp_path, monkeypatch) -> dict[str, Any]:
     """The results of that folder, which is copied to the one of the test."""
     shutil.copytree(measured, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "toy_scorers", raising=False)  # that of the other folder
     return read_strictly(THERE)
 
 
-def reproduce(*options: str) -> ReproductionResults:
-    main(["reproduce", str(THERE), *QUIET, *options])
+def reproduce(path: str | Path = THERE, *options: str) -> ReproductionResults:
+    main(["reproduce", str(path), *QUIET, *options])
     return ReproductionResults.load(FOLDER / "reproduction.json")
 
 
-def figure(found: ReproductionResults, name: str) -> Figure:
-    return next(figure for figure in found.figures if figure.name == name)
-
-
-def test_the_same_machine_gives_the_same_figures(there, capsys):
+def test_the_same_machine_gives_the_same_figures(there, caplog):
     before = THERE.read_bytes()
-    found = reproduce()
+    with caplog.at_level("INFO"):
+        found = reproduce()
     assert (found.changed, found.num_differing) == ([], 0)
     assert {figure.outcome for figure in found.figures} == {"equal"}
-    names = {figure.name for figure in found.figures}
-    assert {
-        "baseline.perplexity.sliding",
-        "baseline.groups.nontoxic.num_prompts",
-        "pruned.groups.toxic.behavior_mean",
-        "pruned.kl",
-        "change.behavior_percent",
-        "effects.toxic.behavior_mean.difference",
-        "doses.top_3_1.perplexity",
-        "controls.random.outcome.effect",
-        "second_scorer.effects.toxic.behavior_mean.percent",
-    } <= names
     assert found.results == str(THERE.absolute())
     assert read_strictly(FOLDER / "results.json")["protocol"] == there["protocol"], "with its seed"
     assert (FOLDER / "completions.jsonl").read_bytes() == Path("out/completions.jsonl").read_bytes()
     assert THERE.read_bytes() == before
-    said = "".join(capsys.readouterr())
-    assert "versions, checkpoint, data and scorers are the same here" in said
-    assert f"All {len(names)} figures are reproduced." in said
-    assert "reproduction.json" in said
+    assert "versions, checkpoint, data and scorers are the same here" in caplog.text
+    assert re.search(r"\nbaseline.perplexity.disjoint +[\d.]+ +[\d.]+ +[\d.]+ to [\d.]+ +equal\n", caplog.text)
+    assert f"All {len(found.figures)} figures are reproduced." in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("baseline/perplexity/sliding", {"value": 9e4, "low": 8e4, "high": 9.5e4}),
-        ("pruned/groups/toxic/behavior_mean", 0.9),
-        ("pruned/kl", 5.0),
-        ("change/behavior_percent", 123.0),
-        ("baseline/groups/toxic/num_prompts", 7),
-    ],
-)
-def test_a_figure_that_was_changed_is_found_and_the_exit_code_is_1(there, capsys, path, value):
-    write_sealed(THERE, replaced_at(there, path, value))
-    code, out, err = stops(capsys, "reproduce", str(THERE), *QUIET)
+def test_a_figure_that_was_changed_is_found_and_the_exit_code_is_1(there, capsys, caplog):
+    write_sealed(THERE, replaced_at(there, "pruned/kl", 5.0))
+    with caplog.at_level("INFO"):
+        code, *_ = stops(capsys, "reproduce", str(THERE), *QUIET)
     assert code == 1
     found = ReproductionResults.load(FOLDER / "reproduction.json")
-    assert [row.name for row in found.figures if row.outcome == "differs"] == [path.replace("/", ".")]
-    assert f"1 of {len(found.figures)} figures differ." in out + err
-
-
-def test_a_figure_inside_its_interval_is_reproduced(there):
-    of = there["baseline"]["perplexity"]["sliding"]
-    near = (of["value"] + of["high"]) / 2
-    write_sealed(THERE, replaced_at(there, "baseline/perplexity/sliding/value", near))
-    found = reproduce()
-    row = figure(found, "baseline.perplexity.sliding")
-    assert (row.outcome, row.there, row.here) == ("within the interval", near, of["value"])
-    assert (row.low, row.high) == (of["low"], of["high"])
-    assert found.num_differing == 0
+    assert [row.name for row in found.figures if row.outcome == "differs"] == ["pruned.kl"]
+    assert f"1 of {len(found.figures)} figures differ." in caplog.text
 
 
 def append(path: str, text: str) -> None:
@@ -130,36 +96,28 @@ def append(path: str, text: str) -> None:
         ("toy_scorers.py", "# changed\n", "scorer"),
     ],
 )
-def test_data_or_a_scorer_of_other_contents_is_said(there, capsys, path, text, name):
+@pytest.mark.usefixtures("no_model_is_loaded")
+def test_data_or_a_scorer_of_other_contents_is_said(there, path, text, name):
     append(path, text)
-    code, out, err = 0, "", ""
-    try:
-        main(["reproduce", str(THERE), *QUIET])
-    except SystemExit as error:
-        code = error.code
-    out, err = capsys.readouterr()
-    found = ReproductionResults.load(FOLDER / "reproduction.json")
-    assert code == bool(found.num_differing)
-    assert [change.name for change in found.changed] == [name]
-    assert f"  {name}: {there['inputs'][name]} there, " in out + err
+    changed = Reproduction(THERE).changed(torch.device("cpu"))
+    assert [change.name for change in changed] == [name]
+    assert f"\n  {name}: {there['inputs'][name]} there, {changed[0].here} here" in said_of_changes(THERE, changed)
 
 
-def test_another_checkpoint_version_or_device_is_said(there):
+@pytest.mark.usefixtures("no_model_is_loaded")
+def test_another_checkpoint_list_version_or_device_is_said(there):
     config = json.loads(Path("model/config.json").read_text())
     Path("model/config.json").write_text(json.dumps({**config, "note": "another"}))
-    changed = replaced_at(replaced_at(there, "versions/torch", "1.0"), "inputs/device", "NVIDIA H200")
-    neurons = json.loads(Path("neurons.json").read_text())
-    now = Checkpoint("./model").fingerprint
-    write_sealed(Path("neurons.json"), replaced_at(neurons, "provenance/checkpoint_fingerprint", now))
-    write_sealed(THERE, changed)
-    found = reproduce()
-    assert {change.name: change.there for change in found.changed} == {
+    save_neurons("./model", PRUNED[:3])
+    write_sealed(THERE, replaced_at(replaced_at(there, "versions/torch", "1.0"), "inputs/device", "NVIDIA H200"))
+    changed = Reproduction(THERE).changed(torch.device("cpu"))
+    assert {change.name: change.there for change in changed} == {
         "torch": "1.0",
         "checkpoint": there["checkpoint_fingerprint"],
         "tokenizer": there["inputs"]["tokenizer"],
+        "neurons": there["inputs"]["neurons"],
         "device": "NVIDIA H200",
     }
-    assert found.num_differing == 0
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")
@@ -211,15 +169,15 @@ def test_a_folder_that_holds_results_is_not_written_to(there):
     FOLDER.mkdir(parents=True)
     shutil.copy(THERE, FOLDER)
     with pytest.raises(FileExistsError, match="nothing was overwritten"):
-        reproduce("--trainer.logger.init_args.version", "0")
+        reproduce(THERE, "--trainer.logger.init_args.version", "0")
 
 
+@pytest.mark.slow
 def test_a_sweep_is_reproduced_too(there):
     options = {"names": ["one"], "doses": [2], "dampings": [1.0, 0.5], "max_new_tokens": 2}
     model = evaluation("./model", Path("neurons.json"), Sweep, max_perplexity_increase=9.0, **options)
     run(model, folder="swept")
-    main(["reproduce", "swept/results.json", *QUIET])
-    found = ReproductionResults.load(FOLDER / "reproduction.json")
+    found = reproduce("swept/results.json")
     assert (found.changed, found.num_differing) == ([], 0)
     theirs, mine = flat(read_strictly(Path("swept/results.json"))), flat(read_strictly(FOLDER / "results.json"))
     unlike = {name for name in theirs.keys() | mine.keys() if theirs.get(name) != mine.get(name)}
@@ -227,9 +185,23 @@ def test_a_sweep_is_reproduced_too(there):
     assert (FOLDER / "chosen/neurons.json").is_file()
 
 
+@pytest.mark.slow
+def test_an_evaluation_with_controls_doses_and_a_second_scorer_is_reproduced(there):
+    options = {"controls": Controls(1), "doses": [3], "second_scorer": "toy_scorers:letters"}
+    run(evaluation("./model", Path("neurons.json"), max_new_tokens=3, **options), folder="more")
+    found = reproduce("more/results.json")
+    assert {figure.outcome for figure in found.figures} == {"equal"}
+
+
+@pytest.mark.slow
+def test_the_results_of_an_experiment_are_reproduced(done):
+    found = reproduce(done.folder / "results.json")
+    assert (found.changed, found.num_differing) == ([], 0)
+
+
+@pytest.mark.slow
 def test_an_evaluation_without_neurons_is_reproduced(there):
-    run(evaluation("./model", max_new_tokens=2), folder="alone")
-    main(["reproduce", "alone/results.json", *QUIET])
-    found = ReproductionResults.load(FOLDER / "reproduction.json")
+    run(evaluation("./model", max_new_tokens=2, scorer="toy_scorers:letters"), folder="alone")
+    found = reproduce("alone/results.json")
     assert {figure.outcome for figure in found.figures} == {"equal"}
     assert Results.load(FOLDER / "results.json").neurons is None
