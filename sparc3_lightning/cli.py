@@ -1,19 +1,18 @@
 """The command line: a LightningCLI whose subcommands are the stages."""
 
-import logging
 import math
 import os
 import re
 import sys
-import warnings
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import yaml
 from jsonargparse import ActionConfigFile
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -22,14 +21,15 @@ import sparc3_lightning
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
-from sparc3_lightning.distributed import check_slurm_tasks, is_rank_zero, usable_accelerator
-from sparc3_lightning.files import check_absent, check_writable
+from sparc3_lightning.distributed import check_is_single, check_slurm_tasks, is_rank_zero, usable_accelerator
+from sparc3_lightning.errors import in_one_sentence
+from sparc3_lightning.files import at_home, check_absent, check_writable
 from sparc3_lightning.report.drawing import draw
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.signals import ending_on_signals, run_process
-from sparc3_lightning.sources import at_home
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.chat import Chat
 from sparc3_lightning.stages.circuit import Circuit
 from sparc3_lightning.stages.compare import Comparison
 from sparc3_lightning.stages.compress import Compression
@@ -40,6 +40,7 @@ from sparc3_lightning.stages.plan import Config
 from sparc3_lightning.stages.prune import Pruning
 from sparc3_lightning.stages.reproduce import REPRODUCTION, Reproduction, said_of_changes, said_of_figures
 from sparc3_lightning.stages.sweep import Sweep
+from sparc3_lightning.stages.terminal import is_verbose, speak
 from sparc3_lightning.stages.trainer_options import check_trainer_options
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.
@@ -89,6 +90,16 @@ class SparC3Trainer(Trainer):
         """Set the weights of the lowest scores to zero, and write the sparse checkpoint."""
         rank_zero_info(model.compress(folder_of(self, "compress")))
 
+    def chat(self, model: Chat, prompts: str | None = None) -> None:
+        """Answer prompts with the model as it is and with its neurons off, side by side, from the same random draws.
+
+        Args:
+            model: The chat.
+            prompts: File of prompts to answer, one a line of a text, or a jsonl, json, csv or parquet file as
+                ``sparc3 evaluate`` reads it; without it prompts are typed at the terminal.
+        """
+        model.chat(self.strategy.root_device, prompts)
+
     def report(self, model: None) -> None:
         """Draw page, pictures and model card of a run again, from the files in its folder; no model is loaded."""
 
@@ -115,6 +126,7 @@ class Verb:
 
 REPORT = "report"  # the verb that needs no more than a folder
 REPRODUCE = "reproduce"  # the verb whose model and data are in a results.json
+SINGLE = ("prepare", "prune", "compare", "compress", REPORT, "run")  # verbs of one process; the others are loops
 # By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
 VERBS: dict[str, Verb | None] = {
     "prepare": None,
@@ -128,6 +140,7 @@ VERBS: dict[str, Verb | None] = {
             Verb(Comparison),
             Verb(Circuit, ReferenceSamples),
             Verb(Compression),
+            Verb(Chat),
         )
     },
     REPORT: None,
@@ -154,6 +167,24 @@ class FindConfig(ActionConfigFile):
             raise ValueError(f"The config {values} cannot be read: {error}.") from None
 
 
+class Parser(LightningArgumentParser):
+    """The parser of a verb, which says in a sentence what is wrong."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the usage and the sentence, and exit."""
+        super().error(in_one_sentence(message) if self.exit_on_error else message, ex)  # else of a part
+
+
+class Verbose(Action):
+    """Leaves nothing in the config: ``entry_point`` has looked for it."""
+
+    def __init__(self, option_strings: list[str], help: str | None = None, **_: object) -> None:
+        super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, *_: object) -> None:
+        """Do nothing."""
+
+
 class SparC3CLI(LightningCLI):
     """``sparc3 <verb> --config <file> [--config <overlay>] [--<group>.<option> <value>]``."""
 
@@ -171,6 +202,7 @@ class SparC3CLI(LightningCLI):
         parser.add_argument(
             "-c", "--config", action=FindConfig, help="Path of a config file, or the name of a shipped one (demo.yaml)."
         )
+        parser.add_argument("-v", "--verbose", action=Verbose, help="Show the messages of all libraries, too.")
         return parser
 
     def add_default_arguments_to_parser(self, parser: Any) -> None:
@@ -221,6 +253,8 @@ class SparC3CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what Lightning would find out too late."""
+        if self.subcommand in SINGLE:
+            check_is_single(self.subcommand, os.environ)
         if self.subcommand == REPORT:
             return
         trainer = _all_at_home(self.config[self.subcommand])["trainer"]
@@ -241,6 +275,11 @@ class SparC3CLI(LightningCLI):
         options = self.config_init[self.subcommand]["trainer"]
         if options["logger"] in (False, []) and is_rank_zero():
             kwargs["default_root_dir"] = str(new_folder(Path(options["default_root_dir"] or "."), str(self.subcommand)))
+        named = options["callbacks"] or []
+        has_bar = any(isinstance(one, ProgressBar) for one in (named if isinstance(named, list) else [named]))
+        if isinstance(self.model, Stage):  # it says more than the bar of Lightning, which counts batches
+            self.model.shows_progress = options["enable_progress_bar"] and not has_bar
+        kwargs["enable_progress_bar"] = options["enable_progress_bar"] and has_bar
         trainer = super().instantiate_trainer(**kwargs)
         reserve(trainer)
         if self.model is not None:
@@ -262,6 +301,8 @@ class SparC3CLI(LightningCLI):
         changed = again.changed(self.trainer.strategy.root_device) if is_rank_zero() else []
         rank_zero_info(said_of_changes(again.path, changed))
         again.model.config_yaml = yaml.safe_dump({**again.config, "trainer": self._options()["trainer"]})
+        wanted = self.config_init[REPRODUCE]["trainer"]["enable_progress_bar"]
+        again.model.shows_progress = wanted and self.trainer.progress_bar_callback is None
         cast(SparC3Trainer, self.trainer).evaluate(again.model, again.data)
         found = again.compared(changed)
         if is_rank_zero():
@@ -272,8 +313,6 @@ class SparC3CLI(LightningCLI):
 
     def run(self, model: Experiment, plan: Path | None = None, **_: object) -> None:
         """Run the stages, each as its own verb; in a process of its own where that starts further ones."""
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-            raise ValueError("'sparc3 run' is started once, not by every task of srun: use configs/slurm/pipeline.sh.")
         if plan is not None:
             model.config_yaml = None  # of the run that the plan is for
             model.write_plan(self._options(), self._own_folder(), Path(plan))
@@ -333,30 +372,6 @@ def _run_stage_as_process(verb: str, config: Path) -> None:
         raise ChildProcessError(f"'sparc3 {verb} --config {config}' failed (exit code {code}); see above.")
 
 
-def _quiet() -> None:
-    """Filter the messages that Lightning prints in every run, and those without meaning here."""
-    for message in (
-        "LightningCLI's args parameter",
-        "predict returned None",
-        ".*LeafSpec",
-        ".*does not have many workers",
-        "The `srun` command",
-    ):
-        warnings.filterwarnings("ignore", message)
-    off_topic = ("💡 Tip", "GPU available", "TPU available", "Seed set to")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(off_topic))
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_escape)
-    show = warnings.formatwarning
-    warnings.formatwarning = lambda *given, **more: for_terminal(show(*given, **more), keep="\n\t")
-
-
-def _escape(record: logging.LogRecord) -> bool:
-    """Show what a name in a message could tell the terminal to do, and let the message pass."""
-    record.msg, record.args = for_terminal(record.getMessage(), keep="\n\t"), ()
-    return True
-
-
 def main(args: ArgsType = None) -> SparC3CLI:
     """Run the command line from Python: ``main(["attribute", "--config", "lrp.yaml"])``."""
     given = sys.argv[1:] if args is None else args
@@ -370,6 +385,7 @@ def main(args: ArgsType = None) -> SparC3CLI:
             subclass_mode_data=True,
             save_config_callback=None,  # a stage writes it when nothing can be refused any more
             trainer_class=SparC3Trainer,
+            parser_class=Parser,
             trainer_defaults={"inference_mode": False, "enable_model_summary": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -381,7 +397,7 @@ def main(args: ArgsType = None) -> SparC3CLI:
 
 def entry_point() -> None:
     """Run the command line from a shell: an error the user can mend is one sentence, not a traceback."""
-    _quiet()
+    speak(is_verbose(sys.argv[1:]))
     try:
         with ending_on_signals():
             main()

@@ -37,6 +37,26 @@ def check_slurm_tasks(devices: object, num_nodes: int, environment: Mapping[str,
     )
 
 
+def check_is_single(verb: str, environment: Mapping[str, str]) -> None:
+    """Raise if a verb that works in one process was started as several, which would all write the same files.
+
+    Args:
+        verb: What is started.
+        environment: Variables of the process.
+
+    Raises:
+        ValueError: If srun or torchrun started several.
+    """
+    by_torchrun = int(environment["WORLD_SIZE"]) if {"LOCAL_WORLD_SIZE", "WORLD_SIZE"} <= environment.keys() else 1
+    number = int(environment["SLURM_STEP_NUM_TASKS"]) if _is_of_srun(environment) else by_torchrun
+    if number > 1:
+        plan = " (configs/slurm/pipeline.sh gives each stage its tasks)" if verb == "run" else ""
+        raise ValueError(
+            f"'sparc3 {verb}' works in one process, but was started as {number}, which would write the same files: "
+            f"start it once, with 'srun --ntasks=1' in a Slurm job{plan}."
+        )
+
+
 def _is_of_srun(environment: Mapping[str, str]) -> bool:
     """Tell whether srun started this process; the script of a job and the shell of salloc may be steps as well."""
     step = environment.get("SLURM_STEP_ID", "0")

@@ -1,5 +1,20 @@
 """Errors about an option: pure code names its parameter, and a verb adds the group in which the parameter stands."""
 
+import re
+
+_KEY = re.compile(r'( *)(.*?)Parser key "([^"]+)":')
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "NoneType": "null",
+    "dict": "a mapping, such as {name: value}",
+    "list": "a list, such as [a, b]",
+    "tuple": "a list, such as [a, b]",
+    "collections.abc.Sequence": "a list, such as [a, b]",
+}
+
 
 class OptionError(ValueError):
     """An option is missing, or has a value that cannot be used.
@@ -44,3 +59,41 @@ class OptionFileNotFoundError(OptionError, FileNotFoundError):
 
 class OptionFileExistsError(OptionError, FileExistsError):
     """An option names a file or folder that would be overwritten."""
+
+
+def in_one_sentence(message: str, group: str = "") -> str:
+    r"""Return what jsonargparse says of a value as a sentence: the option, what it may be, and the value.
+
+    Args:
+        message: Of several lines. One about no value comes back as it is.
+        group: What stands before the name of the option, with a dot behind it.
+
+    Example:
+        >>> in_one_sentence('Parser key "model.dose":\n  Expected a <class \'int\'>. Got value: many')
+        '--model.dose must be a whole number, got many.'
+    """
+    lines = message.splitlines()
+    names: list[str] = []
+    about: list[str] = []  # the lines of the innermost option, which are indented more than its own
+    before, indent = "", 0
+    for line in lines:
+        if match := _KEY.match(line):
+            before = before if names else match[2]
+            # The names of an outer and an inner option, or the same name once more.
+            names, about, indent = (
+                ([*names, match[3]] if match[3] not in names else names),
+                [line[match.end() :]],
+                len(match[1]),
+            )
+        elif len(line) - len(line.lstrip()) > indent:
+            about.append(line)
+    text = "\n".join(about)
+    found = re.findall(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\]|(dot import path))", text)
+    values = re.findall(r"(?:Got|Given) value: (.*)", text)
+    if not found or not values or values[-1].startswith("NestedArg("):
+        return " ".join(message.split()) if names else message
+    kinds = [
+        "the name of a class" if path else _TYPES.get(kind, kind) if kind else f"one of {choices.replace(chr(39), '')}"
+        for kind, choices, path in found
+    ]
+    return f"{before}--{group}{'.'.join(names)} must be {' or '.join(dict.fromkeys(kinds))}, got {values[-1]:.80}."

@@ -1,9 +1,11 @@
 """Writing files so that a reader never meets half of one, and reading only what was written.
 
 A full or read-only disk is noticed before the work. What is written to be read again carries a checksum, and the types
-and ranges of what is read are those of the annotations.
+and ranges of what is read are those of the annotations. The digest of a large file is kept in the folder of
+fetched files.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -13,8 +15,9 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -36,6 +39,8 @@ from typing import (
 )
 
 LEFT_OUT = {"is_left_out": True}  # metadata of a field that a JSON file has only where it is not None
+_WORTH_KEEPING = 1 << 20  # bytes; the hash of a smaller file is as quickly computed as looked up
+_SURELY_OLD = 2 * 10**9  # nanoseconds; the clocks of some file systems count in steps of two seconds
 CHECKSUM = "sha256"  # key of the checksum, the last one of a file or line
 
 
@@ -78,7 +83,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def temporary_folder(beside: Path) -> Iterator[Path]:
     """Yield an empty folder in which ``beside`` is prepared, and renamed to it; what is left there is removed.
 
-    Its name carries the process and the host. What a killed process of this host left there is swept first.
+    Its name carries the process, its start, since numbers of processes are used again, and the host. What a killed
+    process of this host left there is swept first.
 
     Args:
         beside: The path that is prepared. Its parent is made if it does not exist.
@@ -86,7 +92,9 @@ def temporary_folder(beside: Path) -> Iterator[Path]:
     beside.parent.mkdir(parents=True, exist_ok=True)
     sweep(beside.parent)
     temporary = Path(
-        tempfile.mkdtemp(dir=beside.parent, prefix=f".{beside.name[:40]}.{os.getpid()}-{platform.node()}.")
+        tempfile.mkdtemp(
+            dir=beside.parent, prefix=f".{beside.name[:40]}.{os.getpid()}-{_began(os.getpid())}-{platform.node()}."
+        )
     )
     try:
         temporary.chmod(0o755)
@@ -97,20 +105,30 @@ def temporary_folder(beside: Path) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Remove the temporary folders that processes of this host left in a folder when they were killed."""
-    made = re.compile(rf"\..*\.(\d+)-{re.escape(platform.node())}\.[a-z0-9_]{{8}}")
+    made = re.compile(rf"\..*\.(\d+)-(\d+)-{re.escape(platform.node())}\.[a-z0-9_]{{8}}")
     for path in folder.iterdir():
-        if (match := made.fullmatch(path.name)) and not _is_alive(int(match[1])):
+        if (match := made.fullmatch(path.name)) and not _is_alive(int(match[1]), int(match[2])):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_alive(process: int) -> bool:
+def _is_alive(process: int, began: int) -> bool:
+    """Tell whether a process lives that began at this time."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass  # another user's
-    return True
+    return _began(process) in (0, began)  # 0 where a machine hides the processes of others
+
+
+def _began(process: int) -> int:
+    """Return when a process began, in ticks since this machine did; 0 where there is no /proc."""
+    try:
+        # The name of the program, in brackets, may hold blanks; the start is the 20th field behind it.
+        return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except OSError:
+        return 0
 
 
 def to_json(value: object) -> str:
@@ -370,3 +388,91 @@ def check_writable(folder: Path, num_bytes: int = 1 << 20, option: str = SAVE_DI
             f"Cannot write to the output folder {folder}: {error.strerror or error}. Free space there, or choose "
             f"another folder with {option}."
         ) from error
+
+
+def cache_folder() -> Path:
+    """Return the folder of fetched files: ``$SPARC3_CACHE``, by default ``~/.cache/sparc3_lightning``.
+
+    Where there is no home folder, ``.cache`` lies in the current one.
+    """
+    if given := os.environ.get("SPARC3_CACHE"):
+        return at_home(given)
+    try:
+        return at_home("~/.cache/sparc3_lightning")
+    except ValueError:
+        return Path(".cache/sparc3_lightning").absolute()
+
+
+def at_home(path: str | Path) -> Path:
+    """Return a path with the home folder in place of ~, if it begins with that.
+
+    Raises:
+        ValueError: If there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such home folder (is HOME set?). Give the whole path.") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kept_sha256(path: Path) -> str:
+    """Return the sha256 of a file, as 64 hexadecimal digits; that of a large one is computed once, and kept.
+
+    It lies in the cache. It is computed again when the file has another path, size, time of change or inode, and as
+    long as its last change is so recent that one more might not show in its time. What is kept is sealed with all of
+    these, so that a damaged entry is none. Of several processes one computes it, and the others wait.
+    """
+    path = path.resolve()
+    status = path.stat()
+    if status.st_size < _WORTH_KEEPING:
+        return sha256_of(path)
+    identity = _identity(path, status)
+    kept = cache_folder() / "hashes" / hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+
+    def sealed(digest: str) -> str:
+        seal = hashlib.sha256(f"{identity}\n{digest}".encode(errors="surrogateescape")).hexdigest()
+        return f"{digest} {seal}\n"
+
+    def look_up() -> str | None:
+        with suppress(OSError, ValueError):
+            content = kept.read_text()
+            if content == sealed(content[:64]):
+                return content[:64]
+        return None
+
+    if (digest := look_up()) is not None:
+        return digest
+    with _alone_in(kept.parent):
+        if (digest := look_up()) is not None:  # another process was first
+            return digest
+        is_old = time.time_ns() - status.st_mtime_ns > _SURELY_OLD
+        digest = sha256_of(path)
+        if is_old and _identity(path, path.stat()) == identity:
+            with suppress(OSError):  # a cache that cannot be written to costs time only
+                write_atomically(kept, sealed(digest))
+    return digest
+
+
+def _identity(path: Path, status: os.stat_result) -> str:
+    return f"{path}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ctime_ns}\n{status.st_ino}"
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let one process at a time into a block, as far as the file system of a folder knows locks."""
+    handle = None
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)

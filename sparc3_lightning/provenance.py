@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from sparc3_lightning.sources import known_sha256
+from sparc3_lightning.files import kept_sha256
 
 PACKAGES = ("sparc3_lightning", "torch", "lightning", "transformers", "lxt", "detoxify", "datasets", "safetensors")
 OF_RESULTS = ("sparc3_lightning", "torch", "transformers", "lxt")  # another version may give other numbers
@@ -39,7 +39,7 @@ def contents(paths: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
-        digest.update(f"{path.name} {known_sha256(path.resolve())}\n".encode())
+        digest.update(f"{path.name} {kept_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

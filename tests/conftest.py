@@ -41,12 +41,14 @@ def classes_stay_unpatched() -> Iterator[None]:
     assert state() == before
 
 
-@pytest.fixture(autouse=True)
-def pictures_have_one_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def pictures_have_one_dot() -> Iterator[None]:
     """Spare the pictures, which take a quarter of the time; tests/report looks at real ones."""
     from matplotlib.figure import Figure
 
-    monkeypatch.setattr(Figure, "savefig", lambda _, path, **options: path.write_bytes(one_dot()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda _, path, **options: path.write_bytes(one_dot()))
+        yield
 
 
 @cache

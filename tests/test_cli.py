@@ -186,6 +186,7 @@ def test_an_overlay_of_one_option_keeps_the_rest_of_the_data(capsys):
         ("sweep", ["-c", "sweep.yaml", "--model.neurons", "n", "--model.dose", "3"], ["model.dose"]),
         ("compare", [], ["required", "model.neurons"]),
         ("compress", [], ["required", "model.general", "model.export"]),
+        ("chat", [], ["required", "model.neurons"]),
         ("run", [], ["required", "general", "behavior"]),
         ("run", ["-c", "demo.yaml", "--prune.general", "[x]"], ["prune.general"]),
     ],

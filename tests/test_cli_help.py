@@ -14,6 +14,7 @@ from commands import stops
 
 from sparc3_lightning.cli import VERBS, main
 from sparc3_lightning.stages.attribute import Attribution
+from sparc3_lightning.stages.chat import Chat
 from sparc3_lightning.stages.circuit import Circuit
 from sparc3_lightning.stages.compare import Comparison
 from sparc3_lightning.stages.compress import Compression
@@ -63,6 +64,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         "compare": "Compare the pruned neurons",
         "circuit": "Take the least relevant components out",
         "compress": "Set the weights of the lowest scores to zero",
+        "chat": "Answer prompts with the model as it is",
         "report": "Draw page, pictures and model card",
         "reproduce": "Measure an evaluation again from its results.json",
         "run": "Carry out the whole experiment",
@@ -94,6 +96,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         ("compare", "model", Comparison, set()),
         ("circuit", "model", Circuit, set()),
         ("compress", "model", Compression, set()),
+        ("chat", "model", Chat, set()),
         ("prepare", "model", Experiment, set()),
         ("run", "model", Experiment, set()),
         ("run", "attribute", Attribution, {"checkpoint", "dtype", "revision"}),

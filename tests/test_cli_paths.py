@@ -9,7 +9,7 @@ from experiments import write_experiment
 from helpers import random_scores, save_scores, sentence, write_jsonl
 
 from sparc3_lightning.cli import main
-from sparc3_lightning.sources import at_home, cache_folder
+from sparc3_lightning.files import at_home, cache_folder
 
 pytestmark = pytest.mark.usefixtures("as_if_from_a_shell")
 WEAK = ["--model.min_differential_strength", "-1000", "--model.num_neurons", "3"]

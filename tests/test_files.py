@@ -72,11 +72,16 @@ def test_text_is_written_as_utf_8_with_its_line_breaks_as_they_are(tmp_path: Pat
 
 def test_a_folder_is_prepared_beside_its_place_and_renamed(tmp_path: Path) -> None:
     with temporary_folder(tmp_path / "new" / "a") as temporary:
-        assert f".{os.getpid()}-{platform.node()}." in temporary.name
+        assert f".{os.getpid()}-{began()}-{platform.node()}." in temporary.name
         (temporary / "x").write_text("x")
         temporary.replace(tmp_path / "new" / "a")
     assert names(tmp_path / "new") == ["a"]
     assert (tmp_path / "new" / "a").stat().st_mode & 0o777 == 0o755
+
+
+def began() -> int:
+    """When this process began, as Linux counts it."""
+    return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -89,11 +94,15 @@ def test_a_folder_that_is_not_finished_is_removed(error: type[BaseException], tm
 
 def test_folders_that_killed_processes_of_this_host_left_are_swept_and_no_others(tmp_path: Path) -> None:
     host, dead = platform.node(), 4194305  # no process of Linux has a number above 4194304
-    left = [f".a.{dead}-{host}.abcdefgh", f".other.gguf.{dead}-{host}.a_c0efgh"]
+    left = [
+        f".a.{dead}-7-{host}.abcdefgh",
+        f".other.gguf.{dead}-7-{host}.a_c0efgh",
+        f".a.{os.getpid()}-{began() - 1}-{host}.abcdefgh",  # its number is in use again
+    ]
     kept = [
-        f".a.{os.getpid()}-{host}.abcdefgh",
-        f".a.{dead}-{host}x.abcdefgh",
-        f"a.{dead}-{host}.abcdefgh",
+        f".a.{os.getpid()}-{began()}-{host}.abcdefgh",
+        f".a.{dead}-7-{host}x.abcdefgh",
+        f"a.{dead}-7-{host}.abcdefgh",
         "a",
         ".git",
     ]

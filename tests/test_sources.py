@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from sparc3_lightning import sources
-from sparc3_lightning.sources import KNOWN_WHEELS, WheelFile, is_local, read_records, resolve, sha256_of
+from sparc3_lightning.files import sha256_of
+from sparc3_lightning.sources import KNOWN_WHEELS, WheelFile, is_local, read_records, resolve
 
 MEMBERS = {
     "tinywheel/__init__.py": b"",

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from sparc3_lightning.sources import KNOWN_WHEELS, WheelFile, resolve, sha256_of
+from sparc3_lightning.files import sha256_of
+from sparc3_lightning.sources import KNOWN_WHEELS, WheelFile, resolve
 
 CONTENT = b'{"text": "hello"}\n' * 50
 SOURCE = "pypi:tinywheel==1.0/tinywheel/data.jsonl"

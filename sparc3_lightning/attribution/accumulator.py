@@ -104,7 +104,7 @@ class ScoreAccumulator:
     def recording(
         self, mask_BT: Tensor | None, sample_ids: list[str], weights: Sequence[int] | None = None
     ) -> Iterator[None]:
-        """Record one batch, and add it to the sums on leaving the block.
+        """Record one batch, and add it to the sums on leaving the block: all of it or, on an error, nothing.
 
         Args:
             mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
@@ -133,12 +133,17 @@ class ScoreAccumulator:
             kept = torch.tensor(real, dtype=torch.long)
             self._batch = {name: score[kept.to(score.device)] for name, score in self._batch.items()}
             sample_ids = [sample_ids[i] for i in real]
-        self._watch(sample_ids)
+        num_nonfinite = self._replace_nonfinite()
+        totals: dict[str, Tensor] = {}
         if not self.sums_weights:
             for name, score in self._batch.items():
                 # In double: the order of batches and ranks leaves no trace.
                 total = score.sum(dim=0, dtype=torch.float64)
-                self.sums[name] = self.sums[name] + total if name in self.sums else total
+                totals[name] = self.sums[name] + total if name in self.sums else total
+        self._watch(sample_ids)
+        # Memory may have run out anywhere above, and the batch come again: nothing of it was added yet.
+        self.sums.update(totals)
+        self._nonfinite = num_nonfinite
         self.num_samples += len(real)
         self._batch = {}
 
@@ -148,17 +153,18 @@ class ScoreAccumulator:
         Raises:
             NonfiniteRelevanceError: If one was not; the first module and sample are named.
         """
-        unchecked, self._unchecked = self._unchecked, []
-        for finite, sample_ids in unchecked:
+        for finite, sample_ids in self._unchecked:
             bad = (~finite).nonzero().tolist()
             if bad:
                 module, sample = bad[0]
+                self._unchecked = []
                 raise NonfiniteRelevanceError(
                     "nonfinite",
                     f"The score of {list(self.modules)[module]} for sample {sample_ids[sample]!r} is NaN or infinite "
                     f"(and {len(bad) - 1} more module-sample pairs of this batch). Try --.dtype float32; or put 0 "
                     "in place of such values and count them, with --.nonfinite zero.",
                 )
+        self._unchecked = []
 
     def reduce_(self) -> None:
         """Add up the sums of all ranks. Only sums cross ranks, never means or weights."""
@@ -268,11 +274,17 @@ class ScoreAccumulator:
             self.sums[name] = self.sums[name] + own if name in self.sums else own
         self._batch[name] = score
 
-    def _watch(self, sample_ids: list[str]) -> None:
+    def _replace_nonfinite(self) -> int | Tensor:
+        """Put 0 in place of NaN and infinity in the batch if that is asked for; return how many there are by now."""
+        number = self._nonfinite
         if self.nonfinite == "zero":
             for name, score in self._batch.items():
-                self._nonfinite = self._nonfinite + (~torch.isfinite(score)).sum()
+                number = number + (~torch.isfinite(score)).sum()
                 self._batch[name] = torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
+        return number
+
+    def _watch(self, sample_ids: list[str]) -> None:
+        if self.nonfinite == "zero":
             return
         finite = torch.stack([torch.isfinite(self._batch[name]).all(dim=1) for name in self.modules])
         self._unchecked.append((finite, sample_ids))

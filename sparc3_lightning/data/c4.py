@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sparc3_lightning.data.base import HubDataset, ReferenceSamples, Sample
-from sparc3_lightning.files import write_atomically
-from sparc3_lightning.sources import Row, cache_folder, read_records, resolve
+from sparc3_lightning.files import cache_folder, write_atomically
+from sparc3_lightning.models.batching import BatchSize
+from sparc3_lightning.sources import Row, read_records, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,8 @@ class C4(ReferenceSamples):
         seed: Of the shuffle, and of the random stretches.
         buffer_size: Documents that the shuffle of the stream draws from.
         text_field: Name of the field that holds the text.
-        batch_size: Samples in a batch. It changes speed and memory; in bfloat16 also rounding.
+        batch_size: Samples in a batch, or ``auto``, the largest that fits. It changes speed and memory; in bfloat16
+            also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
@@ -46,7 +48,7 @@ class C4(ReferenceSamples):
         seed: int = 0,
         buffer_size: int = 10_000,
         text_field: str = "text",
-        batch_size: int = 1,
+        batch_size: BatchSize = 1,
         tokenizer: str | None = None,
     ) -> None:
         super().__init__(source, tokenizer, batch_size)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from sparc3_lightning.data.base import ReferenceSamples, Sample
 from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.batching import BatchSize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,8 @@ class IOI(ReferenceSamples):
         num_samples: Number of sentences, all different.
         seed: Of the draw of templates, names, places and objects.
         order: ``abba``, ``baba``, or ``both`` in turn.
-        batch_size: Samples in a batch. It changes speed and memory; in bfloat16 also rounding.
+        batch_size: Samples in a batch, or ``auto``, the largest that fits. It changes speed and memory; in bfloat16
+            also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
@@ -71,7 +73,7 @@ class IOI(ReferenceSamples):
         num_samples: int = 128,
         seed: int = 0,
         order: Literal["both", "abba", "baba"] = "both",
-        batch_size: int = 32,
+        batch_size: BatchSize = 32,
         tokenizer: str | None = None,
     ) -> None:
         super().__init__(None, tokenizer, batch_size)

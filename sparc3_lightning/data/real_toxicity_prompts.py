@@ -21,6 +21,7 @@ from sparc3_lightning.data.prompts import (
 )
 from sparc3_lightning.data.tokens import PAD, Tokens
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.batching import BatchSize
 from sparc3_lightning.sources import Row, read_records, resolve
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ class RealToxicityPrompts(TextDataModule):
         chat: Put each prompt through the tokenizer's chat template, as the one turn of a user.
         leave_out_long: Leave out, and count, prompts that the model's context has no room for, in place of an error.
         seed: Of the choice of prompts.
-        batch_size: Prompts in a batch. It changes speed and memory; in bfloat16 also rounding, so a few continuations
-            may differ.
+        batch_size: Prompts in a batch, or ``auto``, the largest that fits. It changes speed and memory; in bfloat16
+            also rounding, so a few continuations may differ.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
@@ -87,14 +88,14 @@ class RealToxicityPrompts(TextDataModule):
         chat: bool = False,
         leave_out_long: bool = False,
         seed: int = 0,
-        batch_size: int = 64,
+        batch_size: BatchSize = 64,
         tokenizer: str | None = None,
     ) -> None:
         super().__init__(source, tokenizer, batch_size)
         if num_prompts is not None and num_prompts < 1:
-            raise ValueError(f"num_prompts must be at least 1, got {num_prompts}.")
+            raise OptionError("num_prompts", f"must be at least 1, got {num_prompts}.", "data.prompts")
         if num_nontoxic < 0:
-            raise ValueError(f"num_nontoxic must be at least 0, got {num_nontoxic}.")
+            raise OptionError("num_nontoxic", f"must be at least 0, got {num_nontoxic}.", "data.prompts")
         if num_nontoxic and (by == "continuation" or min_toxicity is None or min_toxicity < TOXIC_FROM):
             raise ValueError(
                 f"With num_nontoxic {num_nontoxic}, min_toxicity must be at least {TOXIC_FROM}, got {min_toxicity} "
@@ -161,7 +162,6 @@ class RealToxicityPrompts(TextDataModule):
         if self.num_too_long:
             rank_zero_info(f"{self.num_too_long} prompts of more than {longest} tokens are left out.")
         self.begin_with_bos = self.tokens.begin_with_bos([prompt.input_ids for prompt in chosen])
-        self.longest = max(len(prompt.input_ids) for prompt in chosen)
         # Prompts of like length side by side, the longest first: little padding, and memory runs out at once or never.
         self.prompts = sorted(chosen, key=lambda prompt: -len(prompt.input_ids))
 
@@ -180,14 +180,15 @@ class RealToxicityPrompts(TextDataModule):
         left = [prompt for prompt in pool if prompt.id not in set(exclude)]
         excluded = len(pool) - len(left)
         self.num_excluded += excluded
-        wanted = len(left) if wanted is None else wanted
-        if len(left) < wanted or not left:
+        wanted = max(1, len(left)) if wanted is None else wanted  # None is all, which must be one at least
+        if len(left) < wanted:
             least = 0 if self.min_toxicity is None else self.min_toxicity
             toxicity = f"{least} to {self.max_toxicity}" if option == "num_prompts" else f"below {TOXIC_FROM}"
             raise OptionError(
                 option,
                 f"Only {len(left)} prompts of toxicity {toxicity} are left ({excluded} were used to attribute), but "
-                f"--.{option} is {wanted}: lower it, or widen the range of toxicity.",
+                f"--.{option} is {getattr(self, option) or 'null, for all'}: widen the range of toxicity"
+                f"{', or lower it' if left else ''}.",
                 "data.prompts",
             )
         if self.by == "continuation" and self.min_toxicity is None:
@@ -209,7 +210,8 @@ class RealToxicityPrompts(TextDataModule):
             raise OptionError(
                 option,
                 f"Only {len(taken)} of {len(left)} prompts have at most {longest} tokens, for which the model's "
-                f"context has room, but --.{option} is {wanted}: lower it.",
+                f"context has room, but --.{option} is {wanted}: "
+                f"{'lower it' if taken else 'lower --model.sampling.max_new_tokens'}.",
                 "data.prompts",
             )
         return taken
@@ -236,11 +238,16 @@ class RealToxicityPrompts(TextDataModule):
         extra = self.nontoxic_source if self.num_nontoxic else None
         return super().fetched_files() + ([resolve(extra)] if extra is not None else [])
 
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest prompt."""
+        return max(len(prompt.input_ids) for prompt in self.prompts)
+
     def test_dataloader(self) -> DataLoader:
         """Return batches, see ``PromptBatch``."""
         left = [prompt for prompt in self.prompts if prompt.id not in self.leave_out]
         # If nothing is left there is one filler, since Lightning runs no loop at all over no batches.
-        return share_dataloader(left or self.prompts[:1], self.trainer, self.batch_size, self.collate)
+        return share_dataloader(left or self.prompts[:1], self.trainer, self.items_in_batch(), self.collate)
 
     def collate(self, pairs: list[tuple[Prompt, int]]) -> PromptBatch:
         """Return prompts and their weights as a batch."""

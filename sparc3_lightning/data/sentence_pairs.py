@@ -11,6 +11,7 @@ from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloa
 from sparc3_lightning.data.prompts import matching_rows, prompt_id
 from sparc3_lightning.data.tokens import PAD
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.batching import BatchSize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,8 @@ class SentencePairs(TextDataModule):
         less_field: Name of the field with the other sentence; in StereoSet ``anti-stereotype``.
         where: Per field the value, or the values, of the rows to take, such as ``{bias_type: gender}``; None for all.
         num_pairs: Pairs to take, the first in the order of the file; None for all.
-        batch_size: Pairs in a batch. It changes speed and memory; in bfloat16 also rounding.
+        batch_size: Pairs in a batch, or ``auto``, the largest that fits. It changes speed and memory; in bfloat16
+            also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
@@ -60,7 +62,7 @@ class SentencePairs(TextDataModule):
         less_field: str = "sent_less",
         where: dict[str, str | list[str]] | None = None,
         num_pairs: int | None = None,
-        batch_size: int = 16,
+        batch_size: BatchSize = 16,
         tokenizer: str | None = None,
     ) -> None:
         super().__init__(source, tokenizer, batch_size)
@@ -114,13 +116,17 @@ class SentencePairs(TextDataModule):
             )
             for name, sentences in list(kept.items())[: self.num_pairs]
         ]
-        self.longest = max(max(len(pair.more), len(pair.less)) for pair in pairs)
         # Pairs of like length side by side, the longest first.
         self.pairs = sorted(pairs, key=lambda pair: (-max(len(pair.more), len(pair.less)), pair.id))
 
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest sentence."""
+        return max(max(len(pair.more), len(pair.less)) for pair in self.pairs)
+
     def test_dataloader(self) -> DataLoader:
         """Return batches, see ``PairBatch``."""
-        return share_dataloader(self.pairs, self.trainer, self.batch_size, self.collate)
+        return share_dataloader(self.pairs, self.trainer, self.items_in_batch(), self.collate)
 
     @staticmethod
     def collate(weighted: list[tuple[Pair, int]]) -> PairBatch:

@@ -18,6 +18,7 @@ from sparc3_lightning.data.prompts import (
 from sparc3_lightning.data.real_toxicity_prompts import HUB
 from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.batching import BatchSize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,8 @@ class ToxicPrompts(ReferenceSamples):
         where: Per field the value, or the values, of the rows to take, such as ``{bias_type: gender}``; None for all.
         chat: Put each prompt through the tokenizer's chat template, as the one turn of a user.
         leave_out_long: Leave out, and count, samples that are longer than the model's context, in place of an error.
-        batch_size: Samples in a batch. It changes speed and memory; in bfloat16 also rounding.
+        batch_size: Samples in a batch, or ``auto``, the largest that fits. It changes speed and memory; in bfloat16
+            also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
@@ -67,7 +69,7 @@ class ToxicPrompts(ReferenceSamples):
         where: dict[str, str | list[str]] | None = None,
         chat: bool = False,
         leave_out_long: bool = False,
-        batch_size: int = 8,
+        batch_size: BatchSize = 8,
         tokenizer: str | None = None,
     ) -> None:
         super().__init__(source, tokenizer, batch_size)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
 from sparc3_lightning.data.tokens import PAD, Tokens
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.batching import BatchSize
 from sparc3_lightning.sources import read_lines, resolve
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ class WikiText2(TextDataModule):
             figures of LLaMA have it, before ``every`` window, or before ``none``. None is as the model was trained: for
             a tokenizer that adds BOS ``first``, or ``every`` for Gemma, which is lost without; for any other ``none``.
         text_field: Name of the field that holds the text.
-        batch_size: Windows in a batch. It changes speed and memory; in bfloat16 also rounding.
+        batch_size: Windows in a batch, or ``auto``, the largest that fits. It changes speed and memory; in bfloat16
+            also rounding.
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
@@ -119,7 +121,7 @@ class WikiText2(TextDataModule):
         num_tokens: int | None = None,
         bos: Bos | None = None,
         text_field: str = "text",
-        batch_size: int = 1,
+        batch_size: BatchSize = 1,
         tokenizer: str | None = None,
     ) -> None:
         super().__init__(source, tokenizer, batch_size)
@@ -201,9 +203,14 @@ class WikiText2(TextDataModule):
         self.before = before
         return ids
 
+    @property
+    def longest(self) -> int:
+        """Number of tokens of a window."""
+        return self.window
+
     def test_dataloader(self) -> DataLoader:
         """Return batches, see ``WindowBatch``."""
-        return share_dataloader(self.windows, self.trainer, self.batch_size, self.collate)
+        return share_dataloader(self.windows, self.trainer, self.items_in_batch(), self.collate)
 
     def collate(self, pairs: list[tuple[Window, int]]) -> WindowBatch:
         """Return windows and their weights as a batch."""

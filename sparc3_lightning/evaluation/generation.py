@@ -6,7 +6,7 @@ softmax (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -205,6 +205,7 @@ def continue_prompts(
     keys: Sequence[Sequence[int]],
     sampling: Sampling,
     all_ranks_step_together: bool = False,
+    on_drawn: Callable[[float], None] = lambda number: None,
 ) -> list[list[Continuation]]:
     """Continue each prompt of a batch several times; the prompt itself passes through the model once.
 
@@ -219,6 +220,8 @@ def continue_prompts(
         keys: Per prompt the key of each of its continuations, from ``draw_key``; as many for each prompt.
         sampling: How to draw.
         all_ranks_step_together: Make all steps even if every row has ended, as a sharded model needs.
+        on_drawn: Called after every step with the number of continuations that were drawn in it, each token being a
+            share of one.
 
     Returns:
         Per prompt its continuations.
@@ -234,8 +237,42 @@ def continue_prompts(
             keys[start : start + size],
             sampling,
             all_ranks_step_together,
+            on_drawn,
         )
     ]
+
+
+@torch.no_grad()
+def stream_prompt(
+    model: "PreTrainedModel", input_ids: Sequence[int], key: int, sampling: Sampling
+) -> Iterator[Continuation]:
+    """Continue one prompt once, and yield what is drawn so far after each token, as ``continue_prompts`` draws it.
+
+    Args:
+        model: Causal language model of transformers. What is masked must stay so until the last token is drawn.
+        input_ids: Of the prompt.
+        key: Of the continuation, from ``draw_key``.
+        sampling: How to draw.
+
+    Yields:
+        The continuation so far; the last one is whole.
+    """
+    row = torch.tensor([list(input_ids)], device=model.device)
+    drawn: list[int] = []
+    for tokens, failed in _steps(model, row, torch.ones_like(row), [[key]], sampling, False):
+        drawn.append(int(tokens))
+        yield _until_end(drawn, _end_tokens_of(model), bool(failed))
+
+
+def _end_tokens_of(model: "PreTrainedModel") -> list[int]:
+    """Return the tokens that end what a model writes; none for some models."""
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def _until_end(tokens: list[int], ends: Sequence[int], failed: bool) -> Continuation:
+    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return Continuation(tokens[:stop], failed)
 
 
 def _continue_together(
@@ -245,11 +282,32 @@ def _continue_together(
     keys: Sequence[Sequence[int]],
     sampling: Sampling,
     all_ranks_step_together: bool,
+    on_drawn: Callable[[float], None],
 ) -> list[list[Continuation]]:
+    ends, repeats = _end_tokens_of(model), len(keys[0])
+    number = len(keys) * repeats
+    steps = []
+    for step in _steps(model, input_ids, attention_mask, keys, sampling, all_ranks_step_together):
+        steps.append(step)
+        on_drawn(number / sampling.max_new_tokens)
+    on_drawn(number * (1 - len(steps) / sampling.max_new_tokens))  # of those that ended early
+    rows = torch.stack([tokens for tokens, _ in steps], dim=1).tolist()
+    failed = steps[-1][1].tolist()
+    continuations = [_until_end(tokens, ends, bad_row) for tokens, bad_row in zip(rows, failed, strict=True)]
+    return [continuations[i : i + repeats] for i in range(0, len(continuations), repeats)]
+
+
+def _steps(
+    model: "PreTrainedModel",
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    keys: Sequence[Sequence[int]],
+    sampling: Sampling,
+    all_ranks_step_together: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the tokens that each step draws, and which continuations have failed, each of shape ``[continuations]``."""
     repeats = len(keys[0])
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    end_tokens = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
+    end_tokens = torch.tensor(_end_tokens_of(model), dtype=torch.long, device=input_ids.device)
     row_keys = torch.tensor(keys, device=input_ids.device).flatten()
     recurrent = is_recurrent(model)
     if recurrent:  # the state of one row cannot be repeated, so that all rows read the prompt
@@ -274,18 +332,18 @@ def _continue_together(
         )
     failed = torch.zeros(len(row_keys), dtype=torch.bool, device=input_ids.device)
     ended = failed.clone()
-    drawn = []
     for step in range(sampling.max_new_tokens):
         bad = ~torch.isfinite(logits).all(dim=1)
-        failed |= bad & ~ended
-        drawn.append(draw_tokens(logits.masked_fill(bad.unsqueeze(1), 0.0), row_keys, step, sampling))
-        ended |= torch.isin(drawn[-1], end_tokens)
+        failed = failed | bad & ~ended
+        drawn = draw_tokens(logits.masked_fill(bad.unsqueeze(1), 0.0), row_keys, step, sampling)
+        yield drawn, failed
+        ended |= torch.isin(drawn, end_tokens)
         if step + 1 == sampling.max_new_tokens or (not all_ranks_step_together and bool(ended.all())):
             break
         attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
         positions = positions + 1
         output = model(
-            input_ids=drawn[-1].unsqueeze(1),
+            input_ids=drawn.unsqueeze(1),
             attention_mask=None if recurrent else attention_mask,
             position_ids=positions,
             use_cache=True,
@@ -293,8 +351,3 @@ def _continue_together(
             **{name: cache},
         )
         logits = output.logits[:, -1]
-    continuations = []
-    for tokens, bad_row in zip(torch.stack(drawn, dim=1).tolist(), failed.tolist(), strict=True):
-        stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        continuations.append(Continuation(tokens[:stop], bad_row))
-    return [continuations[i : i + repeats] for i in range(0, len(continuations), repeats)]

@@ -331,6 +331,7 @@ class Settings:
         config: The verb, the options of model and data, and the classes of the data.
         versions: Of the packages.
         git_hash: Of the code, if it is known.
+        auto_batch_sizes: Where ``batch_size`` is ``auto``, the one that was found, by part of the data; None without.
     """
 
     behavior: str
@@ -344,6 +345,7 @@ class Settings:
     config: dict[str, object]
     versions: dict[str, str]
     git_hash: str | None
+    auto_batch_sizes: dict[str, Count] | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)

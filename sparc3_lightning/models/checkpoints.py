@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from sparc3_lightning.files import cache_folder
 from sparc3_lightning.models.architectures import check_is_text
 from sparc3_lightning.models.gguf import dequantized
 from sparc3_lightning.models.loading import (
@@ -19,7 +20,7 @@ from sparc3_lightning.models.loading import (
 )
 from sparc3_lightning.models.weight_files import INDEX, WHOLE, fingerprint_of, indexed_files, weight_paths, weights_of
 from sparc3_lightning.provenance import revision_of
-from sparc3_lightning.sources import PICKLED, cache_folder, explain_hub_error, resolve
+from sparc3_lightning.sources import PICKLED, explain_hub_error, resolve
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from sparc3_lightning.files import temporary_folder
+from sparc3_lightning.files import cache_folder, kept_sha256, temporary_folder
 from sparc3_lightning.models.gguf_config import ROPE_FACTORS, WAY_OUT, Refused, complete, of_model, refusal
 from sparc3_lightning.models.gguf_header import Header
-from sparc3_lightning.models.weight_files import kept_sha256
-from sparc3_lightning.sources import cache_folder, first_line
+from sparc3_lightning.sources import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils import checkpoint as activation_checkpoint
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import blocks_of
+from sparc3_lightning.models.batching import Batching
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.loading import (
     CAUSAL_LM,
@@ -86,6 +88,16 @@ def check_is_whole(module: L.LightningModule) -> None:
     """Raise ValueError if the model is sharded: single weights are taken out of a whole one only."""
     if is_sharded(module):
         raise ValueError("Single weights can be taken out of a whole model only: use --trainer.devices 1.")
+
+
+def check_batch_size(module: L.LightningModule, batching: Batching) -> None:
+    """Raise OptionError if the batch size is to be found by trying, and the model is sharded.
+
+    A rank that is out of memory leaves the pass in which the others wait for its share of the weights.
+    """
+    if batching.is_auto and is_sharded(module):
+        what = "auto cannot be had with --trainer.strategy fsdp2, whose ranks call the model together: give a number."
+        raise OptionError("batch_size", what, batching.group)
 
 
 def checkpoint_blocks_(model: nn.Module) -> None:

@@ -1,20 +1,15 @@
 """The weight files of a checkpoint folder: those that are read, what they hold, and the hash of what a folder holds."""
 
-import fcntl
 import hashlib
 import json
-import os
 import re
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from sparc3_lightning.files import write_atomically
-from sparc3_lightning.sources import PICKLED, cache_folder, first_line, sha256_of
+from sparc3_lightning.files import kept_sha256
+from sparc3_lightning.sources import PICKLED, first_line
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,8 +29,6 @@ DESCRIBING = (
     "chat_template*",
     "additional_chat_templates/*",
 )
-_WORTH_KEEPING = 1 << 20  # bytes; the hash of a smaller file is as quickly computed as looked up
-_SURELY_OLD = 2 * 10**9  # nanoseconds; the clocks of some file systems count in steps of two seconds
 _OF_ONE_RANK = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -154,60 +147,3 @@ def fingerprint_of(folder: Path) -> str:
     for path in sorted({*files, *weights}):
         digest.update(f"{path.relative_to(folder).as_posix()} {kept_sha256(path)}\n".encode())
     return f"files:{digest.hexdigest()[:16]}"
-
-
-def kept_sha256(path: Path) -> str:
-    """Return the sha256 of a file, as 64 hexadecimal digits; that of a large one is computed once, and kept.
-
-    It lies in the cache. It is computed again when the file has another path, size, time of change or inode, and as
-    long as its last change is so recent that one more might not show in its time. What is kept is sealed with all of
-    these, so that a damaged entry is none. Of several processes one computes it, and the others wait.
-    """
-    path = path.resolve()
-    status = path.stat()
-    if status.st_size < _WORTH_KEEPING:
-        return sha256_of(path)
-    identity = _identity(path, status)
-    kept = cache_folder() / "hashes" / hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
-
-    def sealed(digest: str) -> str:
-        seal = hashlib.sha256(f"{identity}\n{digest}".encode(errors="surrogateescape")).hexdigest()
-        return f"{digest} {seal}\n"
-
-    def look_up() -> str | None:
-        with suppress(OSError, ValueError):
-            content = kept.read_text()
-            if content == sealed(content[:64]):
-                return content[:64]
-        return None
-
-    if (digest := look_up()) is not None:
-        return digest
-    with _alone_in(kept.parent):
-        if (digest := look_up()) is not None:  # another process was first
-            return digest
-        is_old = time.time_ns() - status.st_mtime_ns > _SURELY_OLD
-        digest = sha256_of(path)
-        if is_old and _identity(path, path.stat()) == identity:
-            with suppress(OSError):  # a cache that cannot be written to costs time only
-                write_atomically(kept, sealed(digest))
-    return digest
-
-
-def _identity(path: Path, status: os.stat_result) -> str:
-    return f"{path}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ctime_ns}\n{status.st_ino}"
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Let one process at a time into a block, as far as the file system of a folder knows locks."""
-    handle = None
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)

@@ -28,6 +28,7 @@ from sparc3_lightning.report.figures import (
     draw_scatter,
 )
 from sparc3_lightning.report.tables import (
+    WIDTH,
     Table,
     aligned,
     behavior_table,
@@ -63,7 +64,7 @@ def summary_table(results: Results) -> str:
     for group in groups:
         suffix = f", {GROUPS[group]}" if len(groups) > 1 else ""
         rows += [(f"{name}{suffix}", *cells[:4]) for name, *cells in behavior_table(results, group)]
-    return aligned(rows + other_table(results))
+    return aligned(rows + other_table(results), WIDTH)
 
 
 def by_prompt(completions: Iterable[Completion]) -> Prompts:

@@ -1,7 +1,11 @@
-"""The tables of an evaluation: rows of text."""
+"""The tables of an evaluation: rows of text; and what a terminal shows at the end: one of them, and what to do next."""
 
 import math
+import shlex
+import sys
+import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import FEW, Difference, Interval
@@ -19,6 +23,8 @@ TOXIC = "Prompts with a toxic continuation"  # what the last of them is called f
 UNKNOWN = "-"
 CANNOT = "cannot be said"  # of an interval: too few prompts changed, or what it is a share of could be 0
 Table = list[tuple[str, ...]]
+WIDTH = 100  # columns of a terminal
+MIN_NAME = 16  # columns of a name at least: enough to tell the rows of a table apart
 
 
 def number(value: float | None) -> float:
@@ -220,7 +226,7 @@ def _signed(value: float | None, digits: int) -> str:
 
 def _fixed(value: float, digits: int, sign: str = "") -> str:
     """Return a number with so many digits after the point, unless it has more before it than a table has room for."""
-    return f"{value:{sign}.{digits}{'f' if abs(value) < 1e12 else 'e'}}"
+    return f"{value:{sign}.{digits}{'f' if abs(value) < 1e8 else 'e'}}"
 
 
 def _effect(effect: Difference | None) -> tuple[str, ...]:
@@ -244,9 +250,17 @@ def _range(interval: Interval, digits: int) -> str:
     return f"{_fixed(interval.low, digits, '+')} to {_fixed(interval.high, digits, '+')}"
 
 
-def aligned(rows: Table) -> str:
-    """Return rows as text, the first of them over a line: the first column to the left, the others to the right."""
+def aligned(rows: Table, width: int | None = None) -> str:
+    """Return rows as text, the first of them over a line: the first column to the left, the others to the right.
+
+    Args:
+        rows: Of as many columns each.
+        width: Of a line; a name that it has no room for is cut in its middle. None cuts nothing.
+    """
     rows = [tuple(map(for_terminal, row)) for row in rows]
+    if width is not None:
+        others = sum(2 + max(map(len, column)) for column in list(zip(*rows, strict=True))[1:])
+        rows = [(cut(row[0], max(width - others, MIN_NAME)), *row[1:]) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -255,3 +269,38 @@ def aligned(rows: Table) -> str:
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def cut(text: str, longest: int) -> str:
+    """Return a text; a longer one without its middle."""
+    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[len(text) - (longest - 1) // 2 :]}"
+
+
+def closing(table: str, verdict: str, written: Sequence[str], commands: Sequence[str]) -> str:
+    """Return what a terminal shows at the end of an evaluation.
+
+    Args:
+        table: From ``summary_table``.
+        verdict: What was found, in words.
+        written: A line for each file.
+        commands: From ``next_commands``.
+    """
+    said = textwrap.fill(for_terminal(verdict), WIDTH, break_long_words=False, break_on_hyphens=False)
+    lines = ["", table, "", said, "", *written]
+    if commands:
+        lines += ["", "What to do next:", *(f"  {command}" for command in commands), ""]
+    return "\n".join(lines)
+
+
+def next_commands(report: Path | None, neurons: Path | None) -> list[str]:
+    """Return commands that go on from an evaluation, to be pasted into a shell.
+
+    Args:
+        report: The page; None if it was not drawn.
+        neurons: The list that was measured; None if there is none.
+    """
+    opener = {"darwin": "open", "win32": "start"}.get(sys.platform, "xdg-open")
+    commands = [] if report is None else [[opener, str(report)]]
+    if neurons is not None:
+        commands.append(["sparc3", "chat", "--model.neurons", str(neurons)])
+    return [shlex.join(command) for command in commands]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.files import cache_folder, sha256_of
 from sparc3_lightning.models.loading import CLASSIFIER, check_complete, in_short, is_unused
 from sparc3_lightning.provenance import contents
 from sparc3_lightning.scorers.base import Scorer, check_folder, score_by_length, split_label
-from sparc3_lightning.sources import cache_folder, sha256_of
 
 SHIPPED = Path(__file__).parent / "toxicity_checkpoint"
 SHIPPED_SHA256 = "0a79cd962a8b40a0f22136fd2cef88e86080622cff4f7bd69a917fa83db9c5df"

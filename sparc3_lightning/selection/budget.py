@@ -1,8 +1,10 @@
 """How many neurons stay within a budget, a stated rise of perplexity: measured on a text, found by bisection."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -11,11 +13,13 @@ from transformers import PreTrainedModel
 
 from sparc3_lightning.data.base import Batch
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.batching import Batching
 from sparc3_lightning.models.components import Component, Key, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.selection.lowest import lowest_first
 
+T = TypeVar("T")
 FEWEST = 20  # neurons that a round of refinement considers at least
 FIRST = 100  # neurons whose rise is measured first
 SLACK = 0.01  # share of the budget that may be left: which side of it a neuron more falls on is noise
@@ -52,10 +56,20 @@ class PerplexityRise:
     Args:
         model: Causal language model of transformers, in evaluation mode.
         batches: Of the text. Every token but the first of each sample counts.
+        batching: How many samples of a batch pass through the model at a time; None for all of them.
+        on_read: Called after every batch with the number of its tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Iterable[Batch]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Batch],
+        batching: Batching | None = None,
+        on_read: Callable[[float], None] = lambda number: None,
+    ) -> None:
         self.model = model
+        self.batching = batching
+        self._on_read = on_read
         device = next(model.parameters()).device
         self._batches = [(b["input_ids"].to(device), b["attention_mask"].sum(dim=1)) for b in batches]
         self.num_tokens = sum(int((lengths - 1).sum()) for _, lengths in self._batches)
@@ -89,11 +103,21 @@ class PerplexityRise:
     def _nats(self) -> float:
         """Return the mean negative log-likelihood a token."""
         total = 0.0
-        for input_ids, lengths in self._batches:
-            spans = torch.stack([torch.ones_like(lengths), lengths], dim=1)
-            nll, _ = score_windows(self.model, last_hidden_state(self.model, input_ids), input_ids, spans)
-            total += nll.sum().item()
+        for nats in self._each(self._nats_of):
+            total += nats
         return total / self.num_tokens
+
+    def _nats_of(self, input_ids: Tensor, lengths: Tensor) -> float:
+        spans = torch.stack([torch.ones_like(lengths), lengths], dim=1)
+        nll, _ = score_windows(self.model, last_hidden_state(self.model, input_ids), input_ids, spans)
+        self._on_read(int(lengths.sum()))
+        return nll.sum().item()
+
+    def _each(self, do: Callable[[Tensor, Tensor], T]) -> Iterator[T]:
+        """Yield what a function makes of the tokens and the lengths of some samples, over all of them."""
+        for input_ids, lengths in self._batches:
+            batching = self.batching or Batching(len(lengths), is_auto=False)
+            yield from batching.each(len(lengths), lambda rows: do(input_ids[rows], lengths[rows]))  # noqa: B023
 
     def costs(self, neurons: Sequence[Component]) -> Tensor:
         """Return the cost of each neuron of a list, given the others, in nats a token, shape ``[neurons]``, float64.
@@ -114,10 +138,12 @@ class PerplexityRise:
                 column.register_forward_pre_hook(_scaled(groups[module], factors[module]))
                 for module, column in columns_of(self.model, groups).items()
             ]
+            slopes_by = partial(self._slopes, list(factors.values()))
             try:
-                for input_ids, lengths in self._batches:
-                    with torch.enable_grad():
-                        self._loss(input_ids, lengths).backward()
+                for slopes_of in self._each(slopes_by):
+                    for module, slope in zip(factors, slopes_of, strict=True):
+                        total = factors[module].grad
+                        factors[module].grad = slope if total is None else total + slope
             finally:
                 for handle in handles:
                     handle.remove()
@@ -125,6 +151,10 @@ class PerplexityRise:
                 for neuron, slope in zip(members, factors[module].grad.tolist(), strict=True):  # type: ignore[union-attr]
                     slopes[place[neuron.key]] += slope / 2 / self.num_tokens
         return slopes
+
+    def _slopes(self, factors: list[Tensor], input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return torch.autograd.grad(self._loss(input_ids, lengths), factors)
 
     def _loss(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()

@@ -24,14 +24,14 @@ from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_space
 from sparc3_lightning.models.architectures import family_of, find_layers, head_layers, neuron_layers, weight_of
+from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.heads import head_dims
 from sparc3_lightning.models.neurons import columns_of
-from sparc3_lightning.models.sharding import load_for
+from sparc3_lightning.models.sharding import check_batch_size, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
-from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.stopping import StoppableModule
 
 SCORES = "scores.safetensors"
@@ -42,7 +42,7 @@ def file_of(granularity: Granularity) -> str:
     return INDEX if granularity == "weight" else SCORES
 
 
-class Attribution(StoppableModule, Stage):
+class Attribution(StoppableModule):
     """Scores the neurons of a model on reference samples.
 
     The relevance of a sample's target is propagated to the incoming weights of each neuron of the target layers, summed
@@ -140,6 +140,11 @@ class Attribution(StoppableModule, Stage):
             what = "reads no samples: give --data NoSamples" if spec.is_static else "needs samples: give --data C4"
             raise OptionError("method", f"{spec.method} {what}.")
         self.checkpoint.check_context(data.longest, data.way_to_shorter)
+        self.batching = data.batching()
+        check_batch_size(self, self.batching)
+        if spec.sums_weights and self.batching.is_auto:
+            what = "auto is not for scores of weights, whose sums cannot be taken back: give a number."
+            raise OptionError("batch_size", what, "data")
         self.layers = self.find_layers_of(self.checkpoint.skeleton())
         if spec.lexicon is not None and spec.is_lexical:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score)
@@ -156,6 +161,7 @@ class Attribution(StoppableModule, Stage):
     def configure_model(self) -> None:
         """Load the model, once."""
         if not hasattr(self, "model"):
+            self.begin_line("Loading the model")
             self.model = load_for(self, self.checkpoint, self.dtype_name, self.gradient_checkpointing)
 
     def on_predict_start(self) -> None:
@@ -184,26 +190,36 @@ class Attribution(StoppableModule, Stage):
             self.done = list(self.progress.sample_ids)
         self.num_saved = len(self.done)
         self.words = torch.tensor(self.lexicon, device=self.device)  # once: every copy makes the host wait
+        data = self.reference_samples
+        self.begin_line("Attributing", "samples", len(data.samples) - len(data.leave_out))
 
     def predict_step(self, batch: WeightedBatch, batch_idx: int) -> None:
         """Add the scores of one batch."""
-        spec = self.spec
-        if spec.is_static:
+        if self.spec.is_static:
             return
+        num_samples = len(batch["sample_ids"])
+        for done in self.batching.each(num_samples, lambda rows: self._score(part_of(batch, rows, num_samples))):
+            self.done += done
+            self.advance(len(done))
+        if self.logger is not None:
+            self.logger.log_metrics({"samples": self.accumulator.num_samples}, step=batch_idx)
+
+    def _score(self, batch: WeightedBatch) -> list[str]:
+        """Add the scores of some samples, of all of them or of none; return their names."""
+        spec = self.spec
         mask = batch["attention_mask"] if batch["is_padded"] else None
         with (
             torch.set_grad_enabled(spec.has_target),
             nullcontext() if spec.rule is None else lrp(self.model, spec.rule),
-            self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
+            # Outside the sums, since these may run out of memory on leaving the block, and the samples come again.
             self.recorder.recording(mask, batch["weights"]),
+            self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
         ):
             if spec.target is not None:
                 target_of(self.model, spec.target, batch, mask, self.words).sum().backward()
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
-        self.done += [name for name, weight in zip(batch["sample_ids"], batch["weights"], strict=True) if weight]
-        if self.logger is not None:
-            self.logger.log_metrics({"samples": self.accumulator.num_samples}, step=batch_idx)
+        return [name for name, weight in zip(batch["sample_ids"], batch["weights"], strict=True) if weight]
 
     def on_predict_batch_end(self, outputs: object, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Save the sums now and then, and when the run is asked to stop."""
@@ -218,7 +234,10 @@ class Attribution(StoppableModule, Stage):
 
     def on_predict_epoch_end(self) -> None:
         """Add up the sums of all ranks, and write the score file."""
+        self.end_line()
         self.accumulator.reduce_()
+        found = [size for size in gather([self.batching.found]) if size is not None]
+        self.batch_size_found = {"auto_batch_size": min(found)} if found else {}
         self._write()
         if self.trainer.is_global_zero:
             remove_progress(self.folder)
@@ -301,7 +320,7 @@ class Attribution(StoppableModule, Stage):
             checkpoint_fingerprint=str(self.identity["checkpoint_fingerprint"]),
             # A precision plugin of the trainer may have changed the dtype.
             spec=self.spec.resolved(self.layers, self.model.dtype),
-            data={"class": type(data).__name__, **options, **data.notes},
+            data={"class": type(data).__name__, **options, **data.notes, **self.batch_size_found},
             data_fingerprint=data.fingerprint(),
             num_samples=self.accumulator.num_samples,
             num_tokens=data.num_tokens,

@@ -8,8 +8,7 @@ import lightning as L
 
 from sparc3_lightning.data.base import Kind
 from sparc3_lightning.distributed import gather, is_rank_zero
-from sparc3_lightning.files import check_absent, check_writable
-from sparc3_lightning.sources import at_home
+from sparc3_lightning.files import at_home, check_absent, check_writable
 from sparc3_lightning.stages.folders import check_config, folder_of, give_back, own, write_config
 from sparc3_lightning.stages.trainer_options import check_trainer
 
@@ -22,6 +21,7 @@ class Stage(L.LightningModule):
     READS: ClassVar[dict[str, Kind]] = {}  # options that name what may lie on this machine
     FILLED_IN: ClassVar[set[str]] = set()  # options that an experiment fills in
     config_yaml: str | None = None  # what config.yaml is to hold; None writes none
+    shows_progress = False  # set by the command line; from Python the trainer has a bar of its own
     written = ""
 
     @classmethod

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from sparc3_lightning.attribution.targets import logit_difference
 from sparc3_lightning.data.base import ReferenceSamples, WeightedBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Component, check
 from sparc3_lightning.models.neurons import check_are_neurons
-from sparc3_lightning.models.sharding import check_is_whole, load_for
+from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
 from sparc3_lightning.report.circuits import (
     CIRCUIT,
@@ -43,14 +45,14 @@ from sparc3_lightning.selection.orders import (
     load_scores,
     random_scores,
 )
-from sparc3_lightning.stages.base import Stage, paths_of
+from sparc3_lightning.stages.base import paths_of
 from sparc3_lightning.stages.stopping import StoppableModule
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 RANDOM = "random order"
 
 
-class Circuit(StoppableModule, Stage):
+class Circuit(StoppableModule):
     """Takes the least relevant components out of a model step by step, and measures how often it is still right.
 
     It is right on a sample if the right next token has a higher logit than the wrong one. In indirect object
@@ -107,6 +109,8 @@ class Circuit(StoppableModule, Stage):
         data = self.data
         data.check_target("logit_difference")
         self.checkpoint.check_context(data.longest, data.way_to_shorter)
+        self.batching = data.batching()
+        check_batch_size(self, self.batching)
         self._check_groups()
         used = {name for group in self.groups for provenance in group.provenances for name in provenance.sample_ids}
         data.leave_out = used & {sample.id for sample in data.samples}
@@ -146,6 +150,7 @@ class Circuit(StoppableModule, Stage):
     def configure_model(self) -> None:
         """Load the model, once."""
         if not hasattr(self, "model"):
+            self.begin_line("Loading the model")
             self.model = load_for(self, self.checkpoint, self.dtype_name)
 
     def predict_step(self, batch: WeightedBatch, batch_idx: int) -> None:
@@ -155,11 +160,17 @@ class Circuit(StoppableModule, Stage):
     def on_predict_epoch_end(self) -> None:
         """Measure the accuracy left in each order, and write the curves, the circuits and the picture."""
         self.model.eval()
+        curves = sum(len(group.paths) + (len(group.paths) > 1) for group in self.groups)
+        curves += self.num_random * len({group.granularity for group in self.groups})
+        emptied = 0 if self.sparsities[-1] == 1 else len(self.groups)
+        times = 1 + curves * len(self.sparsities) + emptied
+        self.begin_line("Taking components out", "samples", times * self.num_samples)
         self.full = self._measure()
         found = [self._measure_group(group) for group in self.groups]
         if self.num_random:
             first = {group.granularity: group for group in reversed(self.groups)}
             found += [self._measure_random(group) for group in reversed(first.values())]
+        self.end_line()
         if self.trainer.is_global_zero:
             self._write(found)
 
@@ -210,12 +221,20 @@ class Circuit(StoppableModule, Stage):
         """Return accuracy and mean logit difference of the model as it is now, over the samples of all ranks."""
         differences: list[float] = []
         for batch in self.batches:
-            mask = batch["attention_mask"] if batch["is_padded"] else None
-            values = logit_difference(self.model, batch["input_ids"], mask, batch["contrast"]).tolist()
-            differences += [value for value, weight in zip(values, batch["weights"], strict=True) if weight]
+            num_samples = len(batch["sample_ids"])
+            for values in self.batching.each(num_samples, partial(self._differences, batch, num_samples)):
+                differences += values
+            self.advance(sum(map(bool, batch["weights"])))
         differences = gather(differences)
         right = sum(value > 0 for value in differences)  # not where it is NaN
         return Measured(right / len(differences), statistics.fmean(differences))
+
+    def _differences(self, batch: WeightedBatch, num_samples: int, rows: slice) -> list[float]:
+        """Return the logit differences of some samples of a batch, less its fillers."""
+        batch = part_of(batch, rows, num_samples)
+        mask = batch["attention_mask"] if batch["is_padded"] else None
+        values = logit_difference(self.model, batch["input_ids"], mask, batch["contrast"]).tolist()
+        return [value for value, weight in zip(values, batch["weights"], strict=True) if weight]
 
     def _save(self, group: Group, removed: list[Component], circuit: CircuitFound, path: Path) -> None:
         """Write the components outside a circuit as a list that 'sparc3 evaluate' can switch off."""
@@ -237,10 +256,11 @@ class Circuit(StoppableModule, Stage):
     def _write(self, curves: list[Curve]) -> None:
         """Write the results, and draw them."""
         data = self.data
+        found = {} if self.batching.found is None else {"auto_batch_size": self.batching.found}
         results = CircuitResults(
             checkpoint=self.checkpoint.name,
             checkpoint_fingerprint=self.checkpoint.fingerprint,
-            data={"class": type(data).__name__, **data.hparams, **data.notes},
+            data={"class": type(data).__name__, **data.hparams, **data.notes, **found},
             num_samples=self.num_samples,
             num_left_out=len(data.leave_out),
             whole_model=self.full,

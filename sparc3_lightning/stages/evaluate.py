@@ -1,6 +1,6 @@
 """Stage 3: perplexity and toxicity of the model as it is, with its neurons off, and of controls, in one test loop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,19 +38,19 @@ from sparc3_lightning.evaluation.results import (
 )
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, list_variants, neurons_of
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
+from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import check
 from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, score_windows
-from sparc3_lightning.models.sharding import check_is_whole, is_sharded, load_for
+from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import contents, git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.report.drawing import draw_or_warn
-from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.page import REPORT, report_inputs, summary_table
+from sparc3_lightning.report.tables import closing, next_commands
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.base import Remembering
 from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.stopping import StoppableModule
 
 # Options of prompts that say which ones are taken, and not how one is put to the model.
@@ -59,7 +59,7 @@ CHOICE_OF_PROMPTS |= {"text_field", "until", "where", "leave_out_long", "seed", 
 TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")  # generation_config.json is among them
 
 
-class Evaluation(StoppableModule, Stage):
+class Evaluation(StoppableModule):
     """Measures perplexity on a text and the toxicity of continuations of prompts, before and after neurons are off.
 
     The options ``sampling``, ``controls`` and ``zero_shot`` are groups, see ``SamplingOptions``, ``Controls`` and
@@ -184,6 +184,10 @@ class Evaluation(StoppableModule, Stage):
                 )
         if any(pruned.granularity == "weight" for pruned in self.lists.values()):
             check_is_whole(self)
+        parts = {"text": data.text, "prompts": data.prompts, "pairs": data.pairs}
+        self.batchings = {name: part.batching() for name, part in parts.items() if part is not None}
+        for batching in self.batchings.values():
+            check_batch_size(self, batching)
         skeleton = self.checkpoint.skeleton()
         for neurons in self.lists.values():
             check(skeleton, neurons.all())
@@ -200,6 +204,7 @@ class Evaluation(StoppableModule, Stage):
     def configure_model(self) -> None:
         """Load the model and the scorers, once."""
         if not hasattr(self, "model"):
+            self.begin_line("Loading model and scorers")
             device = self.trainer.strategy.root_device
             self.scorers = [Remembering(load_scorer(name, device)) for name in self.scorer_names]
             self.model = load_for(self, self.checkpoint, self.dtype_name)
@@ -223,11 +228,37 @@ class Evaluation(StoppableModule, Stage):
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure every model on one batch of windows, of prompts, or of pairs of sentences."""
+        if batch_idx == 0:
+            self._begin_part(dataloader_idx)
         measure = (self._measure_perplexity, self._measure_toxicity, self._measure_preference)[dataloader_idx]
-        self._original: torch.Tensor | None = None
-        for variant in self.variants:
-            with variant.as_context(self.model, self.off[variant.name]):
-                measure(variant, batch)
+        num_items = len(batch[("windows", "prompts", "pair_ids")[dataloader_idx]])
+
+        def of_every_model(rows: slice) -> list[Callable[[], None]]:
+            part = part_of(batch, rows, num_items)
+            self._original: torch.Tensor | None = None
+            found = []
+            for variant in self.variants:
+                with variant.as_context(self.model, self.off[variant.name]):
+                    found.append(measure(variant, part))
+            return found
+
+        # Nothing is kept before all models are through, since memory may run out and the same items come again.
+        for measured in list(self.batchings.values())[dataloader_idx].each(num_items, of_every_model):
+            for keep in measured:
+                keep()
+
+    def _begin_part(self, dataloader_idx: int) -> None:
+        """Show what is measured from here on."""
+        data = self.data
+        if dataloader_idx == 0:
+            num_tokens = sum(window.end - window.start for window in data.text.windows)
+            self.begin_line("Perplexity", "tokens", len(self.variants) * num_tokens)
+        elif dataloader_idx == 1:
+            num_prompts = len(data.prompts.prompts) - len(data.prompts.leave_out)
+            total = num_prompts * sum(variant.num_continuations for variant in self.variants)
+            self.begin_line("Continuing prompts", "continuations", total)
+        elif data.pairs is not None:
+            self.begin_line("Comparing pairs", "pairs", len(self.variants) * len(data.pairs.pairs))
 
     def on_test_batch_end(self, outputs: object, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Stop if that is asked for: the continuations are on the disk."""
@@ -235,7 +266,7 @@ class Evaluation(StoppableModule, Stage):
             new = len(self.completions) - sum(map(len, self.kept.values()))
             self.stop.leave(f"{new} continuations of rank 0 are kept" if new else None, self.trainer.is_global_zero)
 
-    def _measure_perplexity(self, variant: Variant, batch: WindowBatch) -> None:
+    def _measure_perplexity(self, variant: Variant, batch: WindowBatch) -> Callable[[], None]:
         windows = batch["windows"]
         ends = [batch["num_before"] + w.end - w.start for w in windows]
         spans = torch.tensor([[end - w.num_scored, end] for end, w in zip(ends, windows, strict=True)])
@@ -243,16 +274,21 @@ class Evaluation(StoppableModule, Stage):
         nll, divergence = score_windows(self.model, hidden, batch["input_ids"], spans, self._original)
         if variant.kind == "baseline":
             self._original = hidden
-        for row, window in enumerate(windows):
-            if window.convention in self._conventions_of(variant):
-                self.perplexity[variant.name, window.convention].update(
-                    torch.tensor([window.start]),
-                    nll[row : row + 1],
-                    divergence[row : row + 1],
-                    torch.tensor([window.num_scored]),
-                )
+        self.advance(sum(window.end - window.start for window in windows))
 
-    def _measure_toxicity(self, variant: Variant, batch: PromptBatch) -> None:
+        def keep() -> None:
+            for row, window in enumerate(windows):
+                if window.convention in self._conventions_of(variant):
+                    self.perplexity[variant.name, window.convention].update(
+                        torch.tensor([window.start]),
+                        nll[row : row + 1],
+                        divergence[row : row + 1],
+                        torch.tensor([window.num_scored]),
+                    )
+
+        return keep
+
+    def _measure_toxicity(self, variant: Variant, batch: PromptBatch) -> Callable[[], None]:
         prompts = batch["prompts"]
         drawn = continue_prompts(
             self.model,
@@ -261,21 +297,28 @@ class Evaluation(StoppableModule, Stage):
             [draw_keys(run_seed(), prompt.id, variant.num_continuations, self.sampling.per_seed) for prompt in prompts],
             self.sampling,
             all_ranks_step_together=is_sharded(self),
+            on_drawn=self.advance,
         )
         flat = [continuation for of_prompt in drawn for continuation in of_prompt]
         tokens = [row.input_ids for row in flat]
         texts = self.data.prompts.tokens.decode(tokens)
         scores = [scorer.score_drawn(texts, tokens) for scorer in self.scorers]
-        for i, (prompt, weight) in enumerate(zip(prompts, batch["weights"], strict=True)):
-            if weight:  # not a filler
-                k = slice(i * variant.num_continuations, (i + 1) * variant.num_continuations)
-                rows = completion_rows(variant.name, prompt, flat[k], texts[k], [of_one[k] for of_one in scores])
-                self.completions += rows
-                self.log_of_completions.append(rows)
 
-    def _measure_preference(self, variant: Variant, batch: PairBatch) -> None:
-        if variant.kind in ("baseline", "pruned"):
-            self.pair_rows += pair_rows(variant.name, self.model, batch)
+        def keep() -> None:
+            for i, (prompt, weight) in enumerate(zip(prompts, batch["weights"], strict=True)):
+                if weight:  # not a filler
+                    k = slice(i * variant.num_continuations, (i + 1) * variant.num_continuations)
+                    rows = completion_rows(variant.name, prompt, flat[k], texts[k], [of_one[k] for of_one in scores])
+                    self.completions += rows
+                    self.log_of_completions.append(rows)
+
+        return keep
+
+    def _measure_preference(self, variant: Variant, batch: PairBatch) -> Callable[[], None]:
+        counts = variant.kind in ("baseline", "pruned")
+        rows = pair_rows(variant.name, self.model, batch) if counts else []
+        self.advance(sum(map(bool, batch["weights"])))
+        return lambda: self.pair_rows.extend(rows)
 
     def _resume(self) -> None:
         """Keep the continuations of a run with the same config that broke off, and leave their prompts out."""
@@ -290,6 +333,7 @@ class Evaluation(StoppableModule, Stage):
 
     def on_test_end(self) -> None:
         """Write results.json, completions.jsonl and, given neurons, the report with its figures and a model card."""
+        self.begin_line("Figures and report")
         metrics, conventions_of = self.perplexity, self._conventions_of
         windows = {v.name: {c: metrics[v.name, c].compute() for c in conventions_of(v)} for v in self.variants}
         self.completions = gather(self.completions)
@@ -304,8 +348,13 @@ class Evaluation(StoppableModule, Stage):
             tokenizer = self.data.prompts.tokens.tokenizer
             found = replace(found, zero_shot=accuracies(self.model, both, tokenizer, self.zero_shot))
         said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
-        self.results = Results(verdict=said, **vars(found), **vars(evaluation_settings(self, self.data)))
+        settings = evaluation_settings(self, self.data)
+        if sizes := [size for size in gather([self._auto_batch_sizes()]) if size]:
+            smallest = {name: min(of_rank[name] for of_rank in sizes) for name in sizes[0]}
+            settings = replace(settings, auto_batch_sizes=smallest)
+        self.results = Results(verdict=said, **vars(found), **vars(settings))
         self._write()
+        self.end_line()
         if self.logger is not None:
             self.logger.log_metrics(
                 {
@@ -314,6 +363,10 @@ class Evaluation(StoppableModule, Stage):
                     for key, v in measures.numbers(found.headline).items()
                 }
             )
+
+    def _auto_batch_sizes(self) -> dict[str, int]:
+        """Return the batch sizes that were found by trying, by part of the data."""
+        return {name: batching.found for name, batching in self.batchings.items() if batching.found is not None}
 
     @rank_zero_only
     def _write(self) -> None:
@@ -330,10 +383,16 @@ class Evaluation(StoppableModule, Stage):
             self.is_drawn = draw_or_warn(self.folder)
 
     def summary(self) -> str:
-        """Return the table of before and after, the verdict, and the paths of what was written."""
-        said = for_terminal(self.results.verdict)
-        lines = ["", summary_table(self.results), "", said, "", f"Results: {self.folder / RESULTS}"]
-        return "\n".join(lines + ([f"Report:  {self.folder / REPORT}"] if self.is_drawn else []))
+        """Return the table of before and after, the verdict, the paths of what was written, and what to do next."""
+        report = self.folder / REPORT if self.is_drawn else None
+        written = [f"Results: {self.folder / RESULTS}", *([f"Report:  {report}"] if report else [])]
+        commands = next_commands(report, self.list_to_go_on_with)
+        return closing(summary_table(self.results), self.results.verdict, written, commands)
+
+    @property
+    def list_to_go_on_with(self) -> Path | None:
+        """The list of neurons to talk to and to export."""
+        return None if self.neurons_path is None else Path(self.neurons_path)
 
     @property
     def data(self) -> EvaluationData:

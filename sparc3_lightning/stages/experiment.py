@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +19,19 @@ from sparc3_lightning.data.base import TextDataModule
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.results import Results
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, fetch_tasks
-from sparc3_lightning.files import check_writable, write_atomically
+from sparc3_lightning.files import at_home, check_writable, sha256_of, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.report.drawing import EXPERIMENT, draw_or_warn
 from sparc3_lightning.report.page import summary_table
+from sparc3_lightning.report.tables import closing, next_commands
 from sparc3_lightning.scorers.registry import fetch_scorer
-from sparc3_lightning.sources import at_home, sha256_of
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.evaluate import REPORT, RESULTS, Evaluation
 from sparc3_lightning.stages.folders import write_config
 from sparc3_lightning.stages.plan import Config, Plan, StageRun, named_by, wants_screening
 from sparc3_lightning.stages.prune import UNFINISHED, finish_export
+from sparc3_lightning.stages.terminal import tick
 
 MANIFEST = "manifest.json"
 
@@ -82,17 +86,20 @@ class Experiment:
         self.plan.check_model(options, stages)
         self._keep_config(folder)
         evaluated_before = stages[-1].done
+        sign = tick(sys.stderr)
         for number, stage in enumerate(stages, start=1):
             title = f"[{number}/{len(stages)}] {stage.verb} {stage.name}"
             if stage.done:
-                rank_zero_info(f"\n{title}: done before, {stage.folder}")
+                rank_zero_info(f"{sign} {title}: done before, {stage.folder}")
                 if (stage.folder / UNFINISHED).exists():
                     finish_export(stage.folder)
                 continue
             rank_zero_info(f"\n{title}")
+            began = time.monotonic()
             run_stage(stage.verb, _write_config(stage, number, folder))
             if not stage.done:
                 raise RuntimeError(f"The stage {stage.name!r} ended without writing {stage.folder / stage.output}.")
+            rank_zero_info(f"{sign} {title}: {timedelta(seconds=round(time.monotonic() - began))}")
         folders = {stage.name: str(stage.folder) for stage in stages}
         write_atomically(folder / EXPERIMENT, json.dumps({"stages": folders}, indent=1) + "\n")
         evaluation = stages[-1].folder
@@ -102,7 +109,8 @@ class Experiment:
             shutil.copyfile(evaluation / name, folder / name)
         results = Results.load(folder / RESULTS)
         if evaluated_before:
-            rank_zero_info(f"\n{summary_table(results)}")
+            commands = next_commands(folder / REPORT if is_drawn else None, Path(str(results.neurons)))
+            rank_zero_info(closing(summary_table(results), results.verdict, [], commands))
         report = f"\nReport:  {folder / REPORT}" if is_drawn else ""
         rank_zero_info(f"\nThe experiment is complete.\nResults: {folder / RESULTS}{report}")
         return results

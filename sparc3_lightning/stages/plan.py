@@ -15,8 +15,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from sparc3_lightning.data.base import Kind, TextDataModule
 from sparc3_lightning.data.tokens import Tokens
-from sparc3_lightning.errors import OptionError
+from sparc3_lightning.errors import OptionError, in_one_sentence
 from sparc3_lightning.evaluation.variants import check_doses
+from sparc3_lightning.files import kept_sha256
 from sparc3_lightning.models.architectures import find_layers, linear_at, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.export import check_export, export_dtype_of
@@ -24,8 +25,9 @@ from sparc3_lightning.models.neurons import check_are_neurons, columns_of
 from sparc3_lightning.provenance import versions_of_results
 from sparc3_lightning.scorers.base import split_label
 from sparc3_lightning.scorers.functions import FunctionScorer
+from sparc3_lightning.scorers.registry import fingerprint_of
 from sparc3_lightning.selection.sides import are_swapped
-from sparc3_lightning.sources import is_local, sha256_of
+from sparc3_lightning.sources import is_local
 from sparc3_lightning.stages.attribute import Attribution, file_of
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation, check_can_be_measured
@@ -193,7 +195,8 @@ def attribution_options(options: Config) -> Config:
     try:
         return parser.parse_object(options).as_dict()
     except ArgumentError as error:
-        raise OptionError("behavior_attribute", f": {error}") from None
+        said = in_one_sentence(str(error), ".behavior_attribute.")
+        raise OptionError("behavior_attribute", said if said.startswith("--.") else f": {said}") from None
 
 
 def check_attributions(general: Config, behavior: Config) -> None:
@@ -350,11 +353,11 @@ def digests_of(stage: type[Stage], config: Config, made: Path | None) -> list[st
         named += named_by(_class_of(part).READS, part.get("init_args", {}))
     found = []
     for _, kind, value in named:
-        name = split_label(value)[0] if kind == "scorer" else value
-        if is_local(name) and name != str(made):
-            found.append(Checkpoint(name).fingerprint if kind == "checkpoint" else _content(Path(name), kind))
-        elif kind == "scorer" and FunctionScorer.takes(name):
-            found.append(FunctionScorer.fingerprint(name))
+        if kind == "scorer":
+            if is_local(split_label(value)[0]) or FunctionScorer.takes(value):
+                found.append(fingerprint_of(value))
+        elif is_local(value) and value != str(made):
+            found.append(Checkpoint(value).fingerprint if kind == "checkpoint" else _content(Path(value), kind))
     return found
 
 
@@ -363,7 +366,7 @@ def _content(path: Path, kind: Kind) -> str:
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     if kind == "tokenizer" and path.is_dir():  # a checkpoint's weights may be large, and are not read
         files = [file for file in files if file.suffix != ".safetensors"]
-    return "".join(sha256_of(file) for file in files)
+    return "".join(kept_sha256(file) for file in files)
 
 
 def _class_of(data: Config) -> type[TextDataModule]:

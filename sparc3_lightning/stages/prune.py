@@ -1,7 +1,8 @@
 """Stage 2: from score files to the list of neurons to prune, and to the pruned checkpoint."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -34,7 +35,8 @@ from sparc3_lightning.selection.neuron_selection import (
 from sparc3_lightning.selection.sides import check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
 from sparc3_lightning.stages.base import Stage, paths_of
-from sparc3_lightning.stages.folders import giving_back
+from sparc3_lightning.stages.folders import check_config, giving_back, own
+from sparc3_lightning.stages.terminal import Line
 
 NEURONS = "neurons.json"
 UNFINISHED = "export.unfinished"  # beside neurons.json, until the pruned checkpoint is complete
@@ -162,8 +164,13 @@ class Pruning(Stage):
             FileNotFoundError, ValueError: If a score file is missing, damaged, or does not match the others; if
                 ``num_neurons`` is more than there are; if the differential strength is too low and ``weak`` is error;
                 if not one neuron is within the budget.
-            FileExistsError: If the folder holds a neurons.json.
+            FileExistsError: If the folder holds a neurons.json; but if its export broke off, that is finished.
         """
+        if self._is_unfinished(folder):
+            own(folder, self.verb)
+            if self.config_yaml is not None:
+                check_config(folder, self.config_yaml)
+            return finish_export(folder)
         self.begin(folder)
         if self.budget.max_perplexity_increase is not None and text is None:
             raise OptionError(
@@ -188,13 +195,19 @@ class Pruning(Stage):
         neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
         selection = found.results(self.criterion, neurons.granularity)
         selection.save(folder / SELECTION)
-        # What was found comes before the export, which may fail: 'sparc3 run' then makes up for it.
+        # What was found comes before the export, which may fail: the same command then makes up for it.
         if self.export is not None:
             (folder / UNFINISHED).touch()
         neurons.save(self.output)
         draw_or_warn(folder)
         self._describe(found, neurons.granularity, self.output)
         return finish_export(folder) if self.export is not None else neurons
+
+    def _is_unfinished(self, folder: Path) -> bool:
+        """Tell whether a folder holds neurons whose export, to the same place, broke off."""
+        if self.export is None or not (folder / UNFINISHED).exists() or not (folder / NEURONS).is_file():
+            return False
+        return NeuronList.load(folder / NEURONS).provenance.get("export") == str(self.export)
 
     def _neurons(
         self, text: ReferenceSamples | None, device: torch.device | None
@@ -235,7 +248,8 @@ class Pruning(Stage):
             assert text is not None
             listed = ranking.first(num_listed)
             on = device or torch.device("cpu")
-            chosen, use = within_budget(self.budget, self.dampings, listed, text, general_files, on)
+            with closing(Line("Searching within the budget", "tokens", is_shown=self.shows_progress)) as line:
+                chosen, use = within_budget(self.budget, self.dampings, listed, text, general_files, on, line.advance)
         return ranking.selected(chosen, listed, differential, use), origin(general_files, files[len(general_files) :])
 
     def _weights(self) -> tuple[Selected, dict[str, object]]:
@@ -306,7 +320,10 @@ def finish_export(folder: Path) -> NeuronList:
     try:
         export_pruned(checkpoint, neurons.neurons, export, dtype=export_dtype_of(provenance["export_dtype"]))
     except OSError as error:
-        raise OSError(f"{error} The neurons are kept in {folder / NEURONS}.") from error
+        raise OSError(
+            f"{error} The neurons are kept in {folder / NEURONS}. To export them, give the same command again; "
+            f"'sparc3 prune' with --trainer.logger.init_args.version {folder.name}."
+        ) from error
     provenance["export_fingerprint"] = Checkpoint(str(export)).fingerprint
     neurons.save(folder / NEURONS)
     (folder / UNFINISHED).unlink()
@@ -321,6 +338,7 @@ def within_budget(
     text: ReferenceSamples,
     general: Sequence[ScoreFile],
     device: torch.device,
+    on_read: Callable[[float], None],
 ) -> tuple[list[Component], BudgetUse]:
     """Load the scored model, and select from the head of a ranking what stays within the budget.
 
@@ -331,6 +349,7 @@ def within_budget(
         text: What perplexity is measured on. Documents that were used to attribute are left out.
         general: Score files of general reference samples.
         device: Where to measure.
+        on_read: Called with the number of tokens that were read since.
 
     Returns:
         The chosen neurons; and what was measured.
@@ -341,7 +360,7 @@ def within_budget(
     scored = general[0].provenance
     checkpoint = Checkpoint.unchanged(scored.checkpoint, scored.checkpoint_fingerprint)
     check_logits(checkpoint.skeleton())
-    text.model_checkpoint = checkpoint
+    text.model_checkpoint, text.model_device = checkpoint, device
     text.prepare_data()
     text.setup("predict")
     checkpoint.check_context(text.longest, text.way_to_shorter)
@@ -353,7 +372,7 @@ def within_budget(
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
     model = checkpoint.load(getattr(torch, scored.spec.dtype))
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
-    rise = PerplexityRise(model, text.predict_dataloader())
+    rise = PerplexityRise(model, text.predict_dataloader(), batching := text.batching(), on_read)
     chosen = choose_within(rise, ranked, budget, dampings)
     return chosen, BudgetUse(
         max_perplexity_increase=budget.max_perplexity_increase,
@@ -361,7 +380,11 @@ def within_budget(
         perplexity=rise.perplexity,
         num_tokens=rise.num_tokens,
         num_documents=len(left),
-        data={"class": type(text).__name__, **text.hparams},
+        data={
+            "class": type(text).__name__,
+            **text.hparams,
+            **({} if batching.found is None else {"auto_batch_size": batching.found}),
+        },
         measured=rise.measured,
     )
 

@@ -12,12 +12,13 @@ from sparc3_lightning.data.base import TextDataModule
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.evaluation.reproduction import REPRODUCTION, Changed, ReproductionResults, changes, compare
 from sparc3_lightning.evaluation.results import RESULTS, Results
+from sparc3_lightning.files import at_home
 from sparc3_lightning.provenance import git_hash, revision_of, versions
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.tables import Table, aligned
 from sparc3_lightning.scorers.base import split_label
 from sparc3_lightning.scorers.functions import FunctionScorer
-from sparc3_lightning.sources import at_home, first_line
+from sparc3_lightning.sources import first_line
 from sparc3_lightning.stages.base import paths_of
 from sparc3_lightning.stages.evaluate import Evaluation, inputs_of
 from sparc3_lightning.stages.plan import Config, named_by

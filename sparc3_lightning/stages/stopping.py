@@ -15,6 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.signals import STOPPING, forget_interrupts, leave_at_second_interrupt
+from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.terminal import Line
 
 LISTENED = (*STOPPING, signal.SIGUSR1)
 
@@ -66,7 +68,9 @@ class StopRequest(L.Callback):
         self.give_back(LISTENED)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back; what ends the run is the exception."""
+        """Give the signals back, and the terminal; what ends the run is the exception."""
+        if isinstance(pl_module, StoppableModule):
+            pl_module.end_line()
         self.signal = None
         self.give_back(LISTENED)
 
@@ -119,12 +123,30 @@ class StopRequest(L.Callback):
         raise SystemExit(128 + self.signal)
 
 
-class StoppableModule(L.LightningModule):
+class StoppableModule(Stage):
     """A stage whose loop checks ``stop`` between two forward passes, and leaves when it is set."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stop = StopRequest()
+        self._line: Line | None = None
+
+    def begin_line(self, name: str, unit: str = "", total: float | None = None) -> None:
+        """Show a line of progress from here on, see ``Line``, in place of the one before."""
+        self.end_line()
+        if self.shows_progress:
+            self._line = Line(name, unit, total)
+
+    def advance(self, amount: float) -> None:
+        """Count what this rank has done, of which each of the others does as much."""
+        if self._line is not None:
+            self._line.advance(amount * self.trainer.world_size)
+
+    def end_line(self) -> None:
+        """Take the line of progress away."""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Listen for signals."""

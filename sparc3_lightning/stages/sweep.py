@@ -67,6 +67,12 @@ class Sweep(Evaluation):
             self.choose(self.max_perplexity_increase)
         super()._write()
 
+    @property
+    def list_to_go_on_with(self) -> Path | None:
+        """The best list within the budget, if one was asked for and there is one."""
+        chosen = self.folder / CHOSEN
+        return chosen if chosen.is_file() else super().list_to_go_on_with
+
     @rank_zero_only
     def choose(self, budget: float) -> None:
         """Write the list of least mean toxicity whose perplexity stays within the budget."""

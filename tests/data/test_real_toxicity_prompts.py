@@ -55,14 +55,16 @@ def test_too_few_prompts_are_an_error_that_says_what_to_change(rtp: Any) -> None
     with pytest.raises(ValueError, match=r"Only 3 prompts of toxicity 0.9 to 1.0 are left") as raised:
         rtp([prompt_id(PROMPTS[0])], min_toxicity=0.9, num_prompts=4)
     assert "(1 were used to attribute)" in str(raised.value)
-    assert "--data.prompts.num_prompts is 4: lower it, or widen the range of toxicity" in str(raised.value)
-    with pytest.raises(ValueError, match="Only 0 prompts"):
-        rtp(min_toxicity=0.6, max_toxicity=0.7)
+    assert "--data.prompts.num_prompts is 4: widen the range of toxicity, or lower it." in str(raised.value)
+    with pytest.raises(ValueError, match=r"Only 0 prompts .*num_prompts is 1: widen the range of toxicity\.$"):
+        rtp(min_toxicity=0.6, max_toxicity=0.7, num_prompts=1)
+    with pytest.raises(ValueError, match=r"num_prompts is null, for all: widen the range of toxicity\.$"):
+        rtp(min_toxicity=0.6, max_toxicity=0.7, num_prompts=None)
 
 
 @pytest.mark.parametrize("number", [0, -3])
 def test_a_number_of_prompts_below_one_is_refused(number: int) -> None:
-    with pytest.raises(ValueError, match=f"num_prompts must be at least 1, got {number}"):
+    with pytest.raises(ValueError, match=f"^--data.prompts.num_prompts must be at least 1, got {number}"):
         RealToxicityPrompts(num_prompts=number)
 
 

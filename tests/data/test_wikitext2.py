@@ -12,7 +12,7 @@ from helpers import ids_of, sentence, write_jsonl
 
 from sparc3_lightning.data.base import HubDataset
 from sparc3_lightning.data.wikitext2 import WikiText2, disjoint_windows, sliding_windows
-from sparc3_lightning.sources import sha256_of
+from sparc3_lightning.files import sha256_of
 
 
 def test_sliding_windows_score_every_token_but_the_first_exactly_once_with_as_much_before_it_as_fits() -> None:

@@ -16,6 +16,7 @@ from sparc3_lightning.evaluation.generation import (
     draw_key,
     draw_tokens,
     gumbel_noise,
+    stream_prompt,
 )
 
 PROMPTS = [[1, 10, 20, 30], [1, 40], [1, 7, 50, 60, 70, 80, 90], [1, 33, 44]]
@@ -417,3 +418,12 @@ def test_greedy_decoding_gives_one_continuation_and_more_are_refused():
     message = r"--model.sampling.num_continuations must be 1 at --model.sampling.temperature 0, got 4"
     with pytest.raises(ValueError, match=message):
         replace(sampling, num_continuations=4).check()
+
+
+def test_a_streamed_continuation_grows_by_a_token_to_the_one_of_a_batch(make_model):
+    model, sampling = make_model(), Sampling(8, 0.7, 0.9)
+    whole = continue_rows(model, PROMPTS, sampling)
+    for prompt, continuation in zip(PROMPTS, whole, strict=True):
+        grown = [found.input_ids for found in stream_prompt(model, prompt, draw_key(0, str(prompt), 0), sampling)]
+        assert grown[-1] == continuation.input_ids
+        assert all(ids == continuation.input_ids[: i + 1] for i, ids in enumerate(grown))

@@ -294,7 +294,7 @@ def test_an_export_that_breaks_off_leaves_nothing(
 
 
 def test_an_export_sweeps_what_a_killed_one_left(tiny_checkpoint: str, tmp_path: Path) -> None:
-    left = tmp_path / f".pruned.4194305-{platform.node()}.abcdefgh"  # no process of Linux has such a number
+    left = tmp_path / f".pruned.4194305-7-{platform.node()}.abcdefgh"  # no process of Linux has such a number
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
     export_pruned(Checkpoint(tiny_checkpoint), NEURONS, tmp_path / "pruned")

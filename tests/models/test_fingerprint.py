@@ -12,10 +12,9 @@ import pytest
 from checkpoints import fingerprint
 from helpers import WORDS, make_config
 
-from sparc3_lightning.models import weight_files
+from sparc3_lightning import files as files_module
+from sparc3_lightning.files import kept_sha256, sha256_of
 from sparc3_lightning.models.checkpoints import Checkpoint
-from sparc3_lightning.models.weight_files import kept_sha256
-from sparc3_lightning.sources import sha256_of
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +33,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         files.append(path)
         return sha256_of(path)
 
-    monkeypatch.setattr(weight_files, "sha256_of", remember)
+    monkeypatch.setattr(files_module, "sha256_of", remember)
     return files
 
 

@@ -124,8 +124,9 @@ def test_files_beside_a_gguf_file_are_not_read(gguf_model: tuple[Path, Any], cac
 
 
 def test_what_a_killed_process_left_of_a_gguf_file_is_swept(gguf_model: tuple[Path, Any], cache: Path) -> None:
-    left = cache / "gguf" / f".other.4194305-{platform.node()}.abcdefgh"
-    going_on = cache / "gguf" / f".other.{os.getpid()}-{platform.node()}.abcdefgh"
+    left = cache / "gguf" / f".other.4194305-7-{platform.node()}.abcdefgh"
+    began = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    going_on = cache / "gguf" / f".other.{os.getpid()}-{began}-{platform.node()}.abcdefgh"
     for folder in (left, going_on):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(bytes(100))

@@ -6,7 +6,7 @@ from sparc3_lightning.files import write_atomically
 from sparc3_lightning.report import page as report
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def pictures_have_one_dot():
     """Draw real pictures."""
 

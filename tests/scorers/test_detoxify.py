@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import sentence
 
+from sparc3_lightning.files import sha256_of
 from sparc3_lightning.scorers import detoxify
 from sparc3_lightning.scorers.base import Remembering, Scorer
 from sparc3_lightning.scorers.classifiers import ClassifierScorer
@@ -22,7 +23,7 @@ from sparc3_lightning.scorers.detoxify import DETOXIFY_MODELS, SHIPPED, SHIPPED_
 from sparc3_lightning.scorers.functions import FunctionScorer
 from sparc3_lightning.scorers.registry import check_scorer, fetch_scorer, load_scorer
 from sparc3_lightning.scorers.repetition import RepetitionScorer
-from sparc3_lightning.sources import read_records, sha256_of
+from sparc3_lightning.sources import read_records
 
 HARMLESS = ["Thank you for the kind letter.", "The museum opens at nine in the morning.", "We walked along the river."]
 INSULTS = ["You are a stupid idiot.", "Shut up, you worthless piece of trash.", "What a pathetic, disgusting moron."]

@@ -1,6 +1,7 @@
 """The export of prune: its place is checked before anything is searched, and an export that fails loses nothing."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from experiments import run
 from helpers import provenance, random_scores, save_scores
 from transformers import AutoModelForCausalLM
 
+from sparc3_lightning.cli import main
 from sparc3_lightning.data import C4
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.selection.budget import Budget
@@ -32,7 +34,7 @@ def files(tiny_checkpoint: str) -> tuple[list[Path], Path]:
 
 
 @contextmanager
-def full_disk() -> Iterator[None]:
+def full_disk() -> Iterator[pytest.ExceptionInfo[OSError]]:
     """A disk that fills up while a checkpoint is copied."""
 
     def fail(source: Path, target: Path) -> None:
@@ -41,8 +43,10 @@ def full_disk() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "copyfile", fail)
-        with pytest.raises(OSError, match=r"No space left on device.* The neurons are kept in .*neurons\.json\."):
-            yield
+        with pytest.raises(
+            OSError, match=r"No space left on device.* The neurons are kept in .*neurons\.json\."
+        ) as failed:
+            yield failed
 
 
 @pytest.fixture
@@ -88,6 +92,38 @@ def test_an_export_that_failed_can_be_finished(files: tuple[list[Path], Path]) -
     assert found == NeuronList.load(OUT / NEURONS)
     assert found.provenance["export_fingerprint"] == Checkpoint(str(EXPORT)).fingerprint
     assert not (OUT / UNFINISHED).exists()
+
+
+def test_the_same_pruning_finishes_an_export_that_failed_and_another_one_is_refused(
+    files: tuple[list[Path], Path],
+) -> None:
+    with full_disk():
+        Pruning(*files, num_neurons=3, export=EXPORT).prune(OUT)
+    kept = NeuronList.load(OUT / NEURONS)
+    for other in (None, Path("elsewhere")):
+        with pytest.raises(FileExistsError, match=r"neurons\.json exists already"):
+            Pruning(*files, num_neurons=3, export=other).prune(OUT)
+    found = Pruning(*files, num_neurons=3, export=EXPORT).prune(OUT)
+    assert found.neurons == kept.neurons
+    assert found.provenance["export_fingerprint"] == Checkpoint(str(EXPORT)).fingerprint
+    assert not (OUT / UNFINISHED).exists()
+
+
+def test_what_a_failed_export_says_is_the_command_that_finishes_it_and_other_options_are_refused(
+    files: tuple[list[Path], Path],
+) -> None:
+    (general,), behavior = files
+    command = ["prune", "--model.general", str(general), "--model.behavior", str(behavior)]
+    command += ["--model.export", str(EXPORT), "--model.num_neurons", "3"]
+    with full_disk() as failed:
+        main(command)
+    option = re.search(r"with (--trainer\.logger\.init_args\.version) (\S+)\.$", str(failed.value))
+    assert option is not None
+    with pytest.raises(FileExistsError, match="of a run with other options"):
+        main([*command, "--model.num_ranked", "7", *option.groups()])
+    main([*command, *option.groups()])
+    (folder,) = Path("lightning_logs/prune").iterdir()
+    assert NeuronList.load(folder / NEURONS).provenance["export_fingerprint"] == Checkpoint(str(EXPORT)).fingerprint
 
 
 def test_a_list_of_neurons_knows_the_fingerprint_of_its_export(files: tuple[list[Path], Path]) -> None:
