@@ -7,11 +7,11 @@ import sys
 from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from jsonargparse import ActionConfigFile
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -39,6 +39,7 @@ from sparc3_lightning.stages.export import Export
 from sparc3_lightning.stages.folders import check_config, folder_of, giving_back, new_folder, own, reserve
 from sparc3_lightning.stages.plan import Config
 from sparc3_lightning.stages.prune import Pruning
+from sparc3_lightning.stages.reproduce import REPRODUCTION, Reproduction, said_of_changes, said_of_figures
 from sparc3_lightning.stages.sweep import Sweep
 from sparc3_lightning.stages.terminal import is_verbose, speak
 from sparc3_lightning.stages.trainer_options import check_trainer_options
@@ -107,6 +108,9 @@ class SparC3Trainer(Trainer):
     def report(self, model: None) -> None:
         """Draw page, pictures and model card of a run again, from the files in its folder; no model is loaded."""
 
+    def reproduce(self, model: None) -> None:
+        """Measure an evaluation again from its results.json, and compare the figures; exit code 1 where one differs."""
+
     def run(self, model: Experiment, plan: Path | None = None) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report.
 
@@ -126,6 +130,7 @@ class Verb:
 
 
 REPORT = "report"  # the verb that needs no more than a folder
+REPRODUCE = "reproduce"  # the verb whose model and data are in a results.json
 # Verbs of one process; the others are loops.
 SINGLE = ("prepare", "prune", "compare", "compress", "export", REPORT, "run")
 # By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
@@ -146,6 +151,7 @@ VERBS: dict[str, Verb | None] = {
         )
     },
     REPORT: None,
+    REPRODUCE: None,
     "run": None,
 }
 
@@ -208,7 +214,7 @@ class SparC3CLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: Any) -> None:
         """Add the seed, which a verb that only draws does not have."""
-        if parser.stage == REPORT:
+        if parser.stage in (REPORT, REPRODUCE):
             parser.add_argument("--seed_everything", default=False, help=SUPPRESS)
         else:
             super().add_default_arguments_to_parser(parser)
@@ -228,6 +234,9 @@ class SparC3CLI(LightningCLI):
         defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
         defaults["trainer.logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
         parser.set_defaults(defaults)
+        if parser.stage == REPRODUCE:
+            parser.add_argument("results", type=Path, help="The results.json of evaluate, sweep or run.")
+            return
         if verb is None:
             self._add_experiment_arguments(parser)
             return
@@ -280,7 +289,8 @@ class SparC3CLI(LightningCLI):
         kwargs["enable_progress_bar"] = options["enable_progress_bar"] and has_bar
         trainer = super().instantiate_trainer(**kwargs)
         reserve(trainer)
-        self.model.config_yaml = self._config_yaml()
+        if self.model is not None:
+            self.model.config_yaml = self._config_yaml()
         return trainer
 
     def prepare(self, model: Experiment, **_: object) -> None:
@@ -290,6 +300,23 @@ class SparC3CLI(LightningCLI):
     def report(self, **_: object) -> None:
         """Draw a run again."""
         rank_zero_info(f"Drawn: {draw(self.config[REPORT]['folder'])}")
+
+    def reproduce(self, **_: object) -> None:
+        """Measure again what a results.json describes, and end with 1 where a figure differs."""
+        again = Reproduction(self.config[REPRODUCE]["results"])
+        seed_everything(again.config["seed_everything"], workers=True)
+        changed = again.changed(self.trainer.strategy.root_device) if is_rank_zero() else []
+        rank_zero_info(said_of_changes(again.path, changed))
+        again.model.config_yaml = yaml.safe_dump({**again.config, "trainer": self._options()["trainer"]})
+        wanted = self.config_init[REPRODUCE]["trainer"]["enable_progress_bar"]
+        again.model.shows_progress = wanted and self.trainer.progress_bar_callback is None
+        cast(SparC3Trainer, self.trainer).evaluate(again.model, again.data)
+        found = again.compared(changed)
+        if is_rank_zero():
+            found.save(again.model.folder / REPRODUCTION)
+        rank_zero_info(said_of_figures(found, again.model.folder))
+        if found.num_differing:
+            sys.exit(1)
 
     def run(self, model: Experiment, plan: Path | None = None, **_: object) -> None:
         """Run the stages, each as its own verb; in a process of its own where that starts further ones."""

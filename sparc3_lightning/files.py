@@ -245,7 +245,7 @@ class JsonFile:
     The properties that a dataclass names in ``WRITTEN_TOO`` are written beside its fields, and not read.
     """
 
-    FORMAT: ClassVar[str]  # such as "sparc3_lightning results 2", for results.json
+    FORMAT: ClassVar[str]  # such as "sparc3_lightning results 3", for results.json
 
     def to_json(self) -> str:
         """Return the content as JSON, in which NaN and infinity are null, with its checksum."""

@@ -148,6 +148,7 @@ def settings(scorers: list[str]) -> Settings:
         neurons="neurons.json",
         num_neurons=2,
         granularity="neuron",
+        inputs={"dtype": "float32", "device": "cpu"},
         config={"verb": "evaluate", "model": {"scorer": "small"}},
         versions={"torch": "2"},
         git_hash=None,

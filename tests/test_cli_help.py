@@ -68,6 +68,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         "export": "Write a list of neurons, heads or weights into a plain checkpoint",
         "chat": "Answer prompts with the model as it is",
         "report": "Draw page, pictures and model card",
+        "reproduce": "Measure an evaluation again from its results.json",
         "run": "Carry out the whole experiment",
     }[verb]
     assert sentence_of_verb in out
@@ -75,6 +76,11 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
     if verb == "report":
         assert re.search(r"\n  folder +Of a run of evaluate, sweep", out)
         assert not re.search("--(trainer|model|data|seed_everything)", out)
+        return
+    if verb == "reproduce":
+        assert re.search(r"\n  results +The results.json of evaluate, sweep or run", out)
+        assert "--trainer.accelerator" in out
+        assert not re.search("--(model|data|seed_everything)", out)
         return
     for option in ("--config", "--print_config", "--seed_everything", "--trainer.logger", "--trainer.accelerator"):
         assert option in out

@@ -326,7 +326,9 @@ class Settings:
         neurons: The neurons.json, if there was one.
         num_neurons: How many neurons are off in the pruned model.
         granularity: What they are: ``neuron``, ``head`` or ``weight``.
-        config: The verb, and the options of model and data.
+        inputs: What identifies the contents of all else that was read (tokenizer, neurons, scorers, data), and the
+            dtype and the device that it was measured with.
+        config: The verb, the options of model and data, and the classes of the data.
         versions: Of the packages.
         git_hash: Of the code, if it is known.
         auto_batch_sizes: Where ``batch_size`` is ``auto``, the one that was found, by part of the data; None without.
@@ -339,6 +341,7 @@ class Settings:
     neurons: str | None
     num_neurons: Count
     granularity: str
+    inputs: dict[str, str]
     config: dict[str, object]
     versions: dict[str, str]
     git_hash: str | None
@@ -381,5 +384,5 @@ class Results(Settings, Findings, Verdict):
     ``report`` is there if neurons were switched off: without them there is no report.
     """
 
-    FORMAT = "sparc3_lightning results 2"
+    FORMAT = "sparc3_lightning results 3"
     report: ReportInputs | None = field(default=None, metadata=LEFT_OUT)

@@ -193,6 +193,7 @@ class Evaluation(StoppableModule):
             check(skeleton, neurons.all())
         check_can_be_measured(skeleton)
         fetch_tasks(self.zero_shot)
+        self.inputs = inputs_of(self, data, self.trainer.strategy.root_device)
         self._resume()
         rank_zero_info(
             f"{len(data.text.windows)} windows of {data.text.window} tokens; {len(data.prompts.prompts)} prompts x "
@@ -432,14 +433,41 @@ def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
         neurons=str(module.neurons_path) if module.neurons_path else None,
         num_neurons=module.num_neurons,
         granularity=module.granularity,
+        inputs=module.inputs,
         config={
             "verb": module.verb,
             "model": dict(module.hparams),
             **{name: dict(part.hparams) for name, part in parts.items() if part is not None},
+            "classes": {
+                name: f"{type(part).__module__}.{type(part).__qualname__}"
+                for name, part in parts.items()
+                if part is not None
+            },
         },
         versions=versions(),
         git_hash=git_hash(),
     )
+
+
+def inputs_of(module: Evaluation, data: EvaluationData, device: torch.device) -> dict[str, str]:
+    """Return what identifies the contents of all that an evaluation reads beside its checkpoint, by what it is.
+
+    Args:
+        module: The evaluation.
+        data: Its data, which is fetched if it is not there yet.
+        device: Where it is measured.
+    """
+    parts = {name: getattr(data, name) for name in ("text", "prompts", "pairs")}
+    tasks = fetch_tasks(module.zero_shot)
+    return {
+        "tokenizer": " ".join(_identity_of_tokenizer(data.prompts.tokenizer_checkpoint, module.checkpoint)),
+        **({"neurons": " ".join(neurons.digest() for neurons in module.lists.values())} if module.lists else {}),
+        **dict(zip(("scorer", "second_scorer"), map(fingerprint_of, module.scorer_names), strict=False)),
+        **{name: contents(part.fetched_files()) for name, part in parts.items() if part is not None},
+        **({"zero_shot": contents(tasks)} if tasks else {}),
+        "dtype": str(resolve_dtype(module.dtype_name, device)).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
 
 
 def identity_of(module: Evaluation) -> dict[str, object]:
