@@ -285,8 +285,8 @@ class SparC3CLI(LightningCLI):
         named = options["callbacks"] or []
         has_bar = any(isinstance(one, ProgressBar) for one in (named if isinstance(named, list) else [named]))
         if isinstance(self.model, Stage):  # it says more than the bar of Lightning, which counts batches
-            self.model.shows_progress = options["enable_progress_bar"] and not has_bar
-        kwargs["enable_progress_bar"] = options["enable_progress_bar"] and has_bar
+            self.model.shows_progress = _wants_progress(options) and not has_bar
+        kwargs["enable_progress_bar"] = _wants_progress(options) and has_bar
         trainer = super().instantiate_trainer(**kwargs)
         reserve(trainer)
         if self.model is not None:
@@ -308,7 +308,7 @@ class SparC3CLI(LightningCLI):
         changed = again.changed(self.trainer.strategy.root_device) if is_rank_zero() else []
         rank_zero_info(said_of_changes(again.path, changed))
         again.model.config_yaml = yaml.safe_dump({**again.config, "trainer": self._options()["trainer"]})
-        wanted = self.config_init[REPRODUCE]["trainer"]["enable_progress_bar"]
+        wanted = _wants_progress(self.config_init[REPRODUCE]["trainer"])
         again.model.shows_progress = wanted and self.trainer.progress_bar_callback is None
         cast(SparC3Trainer, self.trainer).evaluate(again.model, again.data)
         found = again.compared(changed)
@@ -350,6 +350,11 @@ class SparC3CLI(LightningCLI):
     def _options(self) -> Config:
         """Return the config of this verb as plain values."""
         return yaml.safe_load(self._config_yaml())
+
+
+def _wants_progress(trainer: Any) -> bool:
+    """Tell whether the options of a trainer let progress be shown; None is Lightning's yes."""
+    return trainer["enable_progress_bar"] is not False
 
 
 def _all_at_home(value: Any) -> Any:

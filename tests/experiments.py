@@ -89,6 +89,7 @@ def changed(options: dict[str, Any], changes: tuple[str, ...]) -> dict[str, Any]
 def pretend(verb: str, config: Path) -> None:
     """Compute nothing, but write the file that ends a stage."""
     outputs = {"attribute": "scores.safetensors", "prune": "neurons.json", "evaluate": "results.json"}
+    outputs["sweep"] = outputs["evaluate"]
     where = yaml.safe_load(config.read_text())["trainer"]["logger"]["init_args"]
     folder = Path(where["save_dir"], where["name"], where["version"])
     folder.mkdir(parents=True)

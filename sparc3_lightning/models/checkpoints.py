@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+ForwardDtype = Literal["auto", "fast", "float32", "bfloat16", "float64"]  # where no gradients are taken
 ADAPTER = "adapter_config.json"
 # Licences too, which an export carries along.
 FETCHED = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", WHOLE]
@@ -201,10 +202,22 @@ def load_model(name: str, dtype: torch.dtype, revision: str | None = None) -> "P
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the weights: ``auto`` is bfloat16 on an accelerator and float32 on a CPU."""
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    """Return the dtype of the weights.
+
+    Args:
+        dtype: A name of torch; ``auto``, which is bfloat16 on an accelerator and float32 on a CPU; or ``fast``, which
+            is bfloat16 on a CPU as well if that multiplies matrices of bfloat16.
+        device: Where the weights will be.
+    """
+    if dtype in ("auto", "fast"):
+        is_slow = device.type == "cpu" and not (dtype == "fast" and multiplies_bfloat16())
+        return torch.float32 if is_slow else torch.bfloat16
     return getattr(torch, dtype)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 matrices, AMX; see RESULTS.md for what they bring."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _check_is_no_adapter(folder: Path) -> None:

@@ -19,7 +19,7 @@ from torch.utils import checkpoint as activation_checkpoint
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import blocks_of
 from sparc3_lightning.models.batching import Batching
-from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
+from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
 from sparc3_lightning.models.loading import (
     CAUSAL_LM,
     build_skeleton,
@@ -52,7 +52,7 @@ StrategyRegistry.register("fsdp2", FSDP2, description="Weights sharded over all 
 
 
 def load_for(
-    module: L.LightningModule, checkpoint: Checkpoint, dtype: Dtype, gradient_checkpointing: bool = False
+    module: L.LightningModule, checkpoint: Checkpoint, dtype: ForwardDtype, gradient_checkpointing: bool = False
 ) -> "PreTrainedModel":
     """Load a causal language model as the strategy of a module's trainer wants it: whole, or this rank's shard.
 

@@ -60,10 +60,17 @@ def _doses(found: Findings, granularity: str) -> list[str]:
     """Say how many of several selections or doses have an effect, by a test that holds for all of them together."""
     if len(found.doses) < 2:
         return []
+    said = [
+        f"Beside it {dose.selection}, {dose.num_neurons} {granularity}s: {_signed(dose.effect.percent)} at "
+        f"{_signed(dose.perplexity_percent)} perplexity."
+        for dose in found.doses
+        if dose.name == dose.selection and dose.effect
+    ]
     number, all_of_them = len(evident_doses(found.doses)), len(found.doses)
     return [
+        *said,
         f"Of the {all_of_them} sets of {granularity}s that were measured, {number} give{'s' if number == 1 else ''} "
-        "evidence of a change that holds for all of them together."
+        "evidence of a change that holds for all of them together.",
     ]
 
 

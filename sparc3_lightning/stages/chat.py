@@ -15,7 +15,7 @@ from sparc3_lightning.data.prompts import prompt_id, read_prompts
 from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, draw_key, stream_prompt
-from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
+from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import check, mask
 from sparc3_lightning.provenance import revision_of, run_seed
 from sparc3_lightning.report.escaping import for_terminal
@@ -56,7 +56,8 @@ class Chat(Stage):
         checkpoint: Hugging Face id, local folder or GGUF file; None takes the one that ``neurons`` names.
         scorer: What scores an answer, see ``sparc3 evaluate``; ``small`` is shipped with this package.
         behavior: What the scorer scores, as it is named beside an answer.
-        dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
+        dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU; ``fast`` is bfloat16 on a
+            CPU too if that has instructions for its matrices.
     """
 
     verb = "chat"
@@ -72,7 +73,7 @@ class Chat(Stage):
         scorer: str = "small",
         behavior: str = "toxicity",
         sampling: SamplingOptions = SamplingOptions(max_new_tokens=256),
-        dtype: Dtype = "auto",
+        dtype: ForwardDtype = "auto",
     ) -> None:
         super().__init__()
         self.sampling = sampling.resolve()
@@ -92,7 +93,7 @@ class Chat(Stage):
         self.checkpoint = Checkpoint(checkpoint or origin["checkpoint"], revision_of(self.fingerprint))
         self.scorer_name = scorer
         self.behavior = behavior
-        self.dtype_name: Dtype = dtype
+        self.dtype_name: ForwardDtype = dtype
 
     def chat(self, device: torch.device, prompts: str | None = None) -> None:
         """Answer the prompts of a file, or those that are typed, until Ctrl-D.

@@ -17,7 +17,7 @@ from sparc3_lightning.data.base import ReferenceSamples, WeightedBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.batching import part_of
-from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
+from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype
 from sparc3_lightning.models.components import Component, check
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, load_for
@@ -67,7 +67,8 @@ class Circuit(StoppableModule):
         sparsities: Shares of the components to take out, above 0 and at most 1.
         threshold: Share of the whole model's accuracy that a circuit must keep.
         num_random: Random orders to draw beside the methods, for each granularity; 0 for none.
-        dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
+        dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU; ``fast`` is bfloat16 on a
+            CPU too if that has instructions for its matrices.
         revision: Branch, tag or commit of a Hugging Face id.
     """
 
@@ -82,7 +83,7 @@ class Circuit(StoppableModule):
         sparsities: Sequence[float] = SPARSITIES,
         threshold: float = 0.9,
         num_random: int = 3,
-        dtype: Dtype = "auto",
+        dtype: ForwardDtype = "auto",
         revision: str | None = None,
     ) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class Circuit(StoppableModule):
         self.sparsities = sorted(set(sparsities))
         self.threshold = threshold
         self.num_random = num_random
-        self.dtype_name: Dtype = dtype
+        self.dtype_name: ForwardDtype = dtype
         self.batches: list[WeightedBatch] = []
 
     def setup(self, stage: str) -> None:

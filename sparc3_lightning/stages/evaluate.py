@@ -39,7 +39,7 @@ from sparc3_lightning.evaluation.results import (
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, list_variants, neurons_of
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
 from sparc3_lightning.models.batching import part_of
-from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
+from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import check
 from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, is_sharded, load_for
@@ -79,7 +79,8 @@ class Evaluation(StoppableModule):
         second_scorer: A scorer of another family, side by side with the first; None for none.
         doses: Further numbers of neurons to switch off, in the order of ``neurons``.
         dampings: For each dose: 1 is off, a fraction damps the neurons by that much.
-        dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
+        dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU; ``fast`` is bfloat16 on a
+            CPU too if that has instructions for its matrices.
         revision: Branch, tag or commit of a Hugging Face id.
     """
 
@@ -117,7 +118,7 @@ class Evaluation(StoppableModule):
         doses: Sequence[int] = (),
         dampings: Sequence[float] = (1.0,),
         zero_shot: ZeroShot = ZeroShot(),
-        dtype: Dtype = "auto",
+        dtype: ForwardDtype = "auto",
         revision: str | None = None,
     ) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class Evaluation(StoppableModule):
         self.checkpoint = Checkpoint(checkpoint, revision)
         self.neurons_path = neurons
         self.scorer_names = [name for name in (scorer, second_scorer) if name is not None]
-        self.dtype_name: Dtype = dtype
+        self.dtype_name: ForwardDtype = dtype
         self.scorers: list[Remembering] = []
         self.results: Results
 

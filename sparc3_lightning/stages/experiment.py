@@ -20,7 +20,7 @@ from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.results import Results
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, fetch_tasks
 from sparc3_lightning.files import at_home, check_writable, sha256_of, write_atomically
-from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
+from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.report.drawing import EXPERIMENT, draw_or_warn
 from sparc3_lightning.report.page import summary_table
@@ -45,7 +45,10 @@ class Experiment:
         general_seeds: Seeds of the general reference samples; one attribution each, and their mean is taken.
         behavior_attribute: Options that replace the group ``attribute`` where the behaviour's samples are attributed,
             such as another target.
-        dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
+        dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU. With ``fast`` perplexity and
+            continuations are in bfloat16 on a CPU too if that has instructions for its matrices; scores are not.
+        beside: Further selections by name, which the evaluation measures beside the first: for each the options that
+            replace those of the groups ``attribute``, ``behavior_attribute`` and ``prune``. Controls are of the first.
         revision: Branch, tag or commit of a Hugging Face id.
         logs: Folder that holds the folders of the stages.
     """
@@ -55,7 +58,8 @@ class Experiment:
         checkpoint: str,
         general_seeds: Sequence[int] = (0, 1, 2),
         behavior_attribute: dict[str, Any] | None = None,
-        dtype: Dtype = "auto",
+        dtype: ForwardDtype = "auto",
+        beside: dict[str, dict[str, dict[str, Any]]] | None = None,
         revision: str | None = None,
         logs: Path = Path("lightning_logs"),
     ) -> None:
@@ -67,6 +71,7 @@ class Experiment:
             behavior_attribute or {},
             dtype,
             at_home(os.path.expandvars(logs)),  # as the logger of a stage does
+            beside or {},
         )
         self.config_yaml: str | None = None  # what config.yaml is to hold; None writes none
 
@@ -147,7 +152,7 @@ class Experiment:
         check_writable(folder)
         plan, evaluate = self.plan, options["evaluate"]
         named = named_by(Evaluation.READS, evaluate)
-        for attribution in ({**options["attribute"], **plan.behavior_attribute}, options["attribute"]):
+        for attribution in plan.attributions(options):
             named += named_by(Attribution.reads(attribution), attribution)
         scorers = dict.fromkeys((option, name) for option, kind, name in named if kind == "scorer")
         tasks, folder_of_tasks = (evaluate["zero_shot"][name] for name in ("tasks", "folder"))

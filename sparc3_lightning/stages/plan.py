@@ -3,8 +3,9 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from inspect import signature
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
+from transformers import PreTrainedModel
 
 from sparc3_lightning.data.base import Kind, TextDataModule
 from sparc3_lightning.data.tokens import Tokens
@@ -19,7 +21,7 @@ from sparc3_lightning.errors import OptionError, in_one_sentence
 from sparc3_lightning.evaluation.variants import check_doses
 from sparc3_lightning.files import kept_sha256
 from sparc3_lightning.models.architectures import find_layers, linear_at, weight_of
-from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
+from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype
 from sparc3_lightning.models.export import check_export, export_dtype_of
 from sparc3_lightning.models.neurons import check_are_neurons, columns_of
 from sparc3_lightning.provenance import versions_of_results
@@ -33,10 +35,12 @@ from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation, check_can_be_measured
 from sparc3_lightning.stages.folders import without_none
 from sparc3_lightning.stages.prune import NEURONS, Pruning
+from sparc3_lightning.stages.sweep import Sweep, name_of
 from sparc3_lightning.stages.trainer_options import NOT_RESULTS
 
 Config = dict[str, Any]  # options as plain values, as in YAML
 T = TypeVar("T")
+SELECTING = ("attribute", "behavior_attribute", "prune")  # the groups that a selection beside the first may replace
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,9 @@ class Plan:
     checkpoint: Checkpoint
     general_seeds: list[int]
     behavior_attribute: Config
-    dtype: Dtype
+    dtype: ForwardDtype
     logs: Path
+    beside: dict[str, dict[str, Config]] = field(default_factory=dict)
 
     @property
     def model(self) -> Config:
@@ -83,6 +88,40 @@ class Plan:
             for seed in self.general_seeds
         }
 
+    def selections(self, options: Config) -> dict[str, Config]:
+        """Return the options of each selection by its name, with the group ``behavior_attribute``; the first has none.
+
+        Raises:
+            ValueError: If those that replace others are no options, or of the wrong type.
+        """
+        first = {**options, "behavior_attribute": self.behavior_attribute}
+        found = {"": first}
+        for name, groups in self.beside.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name) or name in ("baseline", "pruned"):
+                raise OptionError("beside", f": a name is of letters, digits and -, and no model's, got {name!r}.")
+            for group, given in groups.items():
+                if group not in SELECTING or not isinstance(given, dict):
+                    raise OptionError(f"beside.{name}", f"has the groups {', '.join(SELECTING)}, got {group}: {given}.")
+            chosen = found[name] = _merged(first, groups)
+            where = f"beside.{name}"
+            chosen["attribute"] = parsed(Attribution, chosen["attribute"], f"{where}.attribute", Attribution.FILLED_IN)
+            chosen["prune"] = parsed(Pruning, {**chosen["prune"], "export": None}, f"{where}.prune", Pruning.FILLED_IN)
+        return found
+
+    def attributions(self, options: Config) -> list[Config]:
+        """Return the options of all attributions: for each selection of general samples, and of the behaviour's.
+
+        Raises:
+            ValueError: As ``selections``.
+        """
+        return [attribution for chosen in self.selections(options).values() for attribution in self._pair(chosen)]
+
+    def _pair(self, chosen: Config) -> tuple[Config, Config]:
+        """Return the options of the attribution of general samples, and of the behaviour's, for one selection."""
+        model = {**self.model, "dtype": "auto" if self.dtype == "fast" else self.dtype}
+        of_behavior = {**chosen["attribute"], **chosen["behavior_attribute"], **model}
+        return {**chosen["attribute"], **model}, parsed(Attribution, of_behavior, "behavior_attribute")
+
     def stages(self, options: Config) -> list[StageRun]:
         """Return the stages in the order they run.
 
@@ -95,46 +134,62 @@ class Plan:
                 f"--general: {options['general']['class_path']} draws the same samples whatever the seed, so "
                 f"--.general_seeds must be one seed, got {self.general_seeds}.",
             )
-        of_general = {**options["attribute"], **self.model}
-        of_behavior = attribution_options({**options["attribute"], **self.behavior_attribute, **self.model})
-        check_attributions(of_general, of_behavior)
-        check_granularities(options["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
+        selections = self.selections(options)
+        for chosen in selections.values():
+            of_general, of_behavior = self._pair(chosen)
+            check_attributions(of_general, of_behavior)
+            check_granularities(chosen["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
         if are_swapped(_described(options["general"]), _described(options["behavior"])):
             raise ValueError("--general is of toxic prompts and --behavior is of others: exchange the two.")
         check_chats(options, self.checkpoint)
-        screened: list[StageRun] = []
+        stages: list[StageRun] = []
         if options.get("screen") is not None:
-            screened.append(self._stage("screen", Evaluation, options, screening(options, self.model), RESULTS))
-        completions = screened[0].folder / COMPLETIONS if screened else None
-        behavior_data = from_screening(options["behavior"], completions)
+            stages.append(self._stage("screen", Evaluation, options, screening(options, self.model), RESULTS))
+        completions = stages[0].folder / COMPLETIONS if stages else None
         data = {**options["data"], "prompts": from_screening(options["data"]["prompts"], completions)}
-        references = [(name, of_general, samples) for name, samples in self.general(options).items()]
-        references.append(("behavior", of_behavior, behavior_data))
-        stages = [
-            self._stage(
-                name,
-                Attribution,
-                options,
-                {"model": attribution, "data": samples},
-                file_of(attribution["granularity"]),
-                completions,
-            )
-            for name, attribution, samples in references
-        ]
-        *general, behavior = [str(stage.folder / stage.output) for stage in stages]
-        pruning = {"model": {**options["prune"], "general": general, "behavior": behavior}}
-        if options.get("budget_text") is not None:
-            pruning["data"] = options["budget_text"]
-        stages.append(self._stage("neurons", Pruning, options, pruning, NEURONS))
-        if not stages[-1].done:
-            check_pruning(pruning["model"], "data" in pruning)
-        evaluation = {**options["evaluate"], **self.model, "neurons": str(stages[-1].folder / NEURONS)}
+        lists = []
+        for name, chosen in selections.items():
+            self._add_selection(stages, name, chosen, completions)
+            lists.append(str(stages[-1].folder / NEURONS))
+        evaluation = {**options["evaluate"], **self.model, "neurons": lists[0]}
+        kind: type[Evaluation] = Evaluation
+        if self.beside:
+            budget = options["prune"]["budget"]["max_perplexity_increase"]
+            names = [name_of(options["prune"]["criterion"], budget), *self.beside]
+            if len(set(names)) < len(names):
+                raise OptionError("beside", f": the first selection is called {names[0]} too.")
+            evaluation |= {"neurons": lists, "names": names, "max_perplexity_increase": None}
+            kind = Sweep
         stages.append(
-            self._stage("evaluation", Evaluation, options, {"model": evaluation, "data": data}, RESULTS, completions)
+            self._stage("evaluation", kind, options, {"model": evaluation, "data": data}, RESULTS, completions)
         )
         if not stages[-1].done:
-            check_evaluation(evaluation, options["prune"])
-        return screened + stages
+            check_evaluation({**options["evaluate"], **self.model}, [one["prune"] for one in selections.values()])
+        return stages
+
+    def _add_selection(self, stages: list[StageRun], name: str, chosen: Config, completions: Path | None) -> None:
+        """Append the stages of a selection, its pruning last, less the attributions that are there already."""
+        prefix = name and f"{name}_"
+        of_general, of_behavior = self._pair(chosen)
+        references = [(general, of_general, samples) for general, samples in self.general(chosen).items()]
+        references.append(("behavior", of_behavior, from_screening(chosen["behavior"], completions)))
+        files = []
+        for of_what, attribution, samples in references:
+            config = {"model": attribution, "data": samples}
+            output = file_of(attribution["granularity"])
+            same = (one for one in stages if (one.config["model"], one.config.get("data")) == (attribution, samples))
+            stage = next(same, None)
+            if stage is None:
+                stage = self._stage(prefix + of_what, Attribution, chosen, config, output, completions)
+                stages.append(stage)
+            files.append(str(stage.folder / stage.output))
+        *general, behavior = files
+        pruning = {"model": {**chosen["prune"], "general": general, "behavior": behavior}}
+        if chosen.get("budget_text") is not None:
+            pruning["data"] = chosen["budget_text"]
+        stages.append(self._stage(f"{prefix}neurons", Pruning, chosen, pruning, NEURONS))
+        if not stages[-1].done:
+            check_pruning(pruning["model"], "data" in pruning)
 
     def check_model(self, options: Config, stages: Sequence[StageRun]) -> None:
         """Raise ValueError or OSError if a stage that is not done would refuse the model, whose weights are not loaded.
@@ -144,11 +199,15 @@ class Plan:
         left = {stage.name for stage in stages if not stage.done}
         if not left:
             return
-        prune = options["prune"]
         skeleton = self.checkpoint.skeleton()
-        of_general = {**options["attribute"], **self.model}
-        of_behavior = attribution_options({**options["attribute"], **self.behavior_attribute, **self.model})
-        for of_one in (of_general, of_behavior):
+        for chosen in self.selections(options).values():
+            self._check_selection(chosen, skeleton, "neurons" in left)
+        check_can_be_measured(skeleton)
+
+    def _check_selection(self, chosen: Config, skeleton: PreTrainedModel, is_left: bool) -> None:
+        """Raise ValueError or OSError if the stages of a selection would refuse the model."""
+        prune = chosen["prune"]
+        for of_one in self._pair(chosen):
             names = _by_group("attribute", Attribution(**of_one).find_layers_of, skeleton)
             layers = list(find_layers(skeleton, names))
             if prune["granularity"] == "neuron":
@@ -159,7 +218,7 @@ class Plan:
         if prune["num_neurons"] > number and prune["budget"]["max_perplexity_increase"] is None:
             what = f"must be between 1 and {number:,} (all {prune['granularity']}s that are scored)"
             raise OptionError("num_neurons", f"{what}, got {prune['num_neurons']}.", "prune")
-        if prune["export"] is not None and "neurons" in left:
+        if prune["export"] is not None and is_left:
             check = partial(
                 check_export,
                 dtype=export_dtype_of(prune["export_dtype"]),
@@ -167,7 +226,6 @@ class Plan:
                 group="prune",
             )
             _by_group("prune", check, self.checkpoint, layers, prune["granularity"], Path(prune["export"]))
-        check_can_be_measured(skeleton)
 
     def _stage(
         self, name: str, stage: type[Stage], options: Config, config: Config, output: str, made: Path | None = None
@@ -184,19 +242,35 @@ class Plan:
         return StageRun(name, stage.verb, config, self.logs / stage.verb / f"{name}-{digest}", output)
 
 
-def attribution_options(options: Config) -> Config:
-    """Return all options of an attribution, as its own verb would parse them.
+def parsed(stage: type[Stage], options: Config, named: str, filled_in: Collection[str] = ()) -> Config:
+    """Return all options of a stage, as its own verb would parse them.
+
+    Args:
+        stage: Its class.
+        options: Those that are given.
+        named: What an error calls their group.
+        filled_in: Options that are not among them yet.
 
     Raises:
         ValueError: If there is no such option, or a value is of the wrong type.
     """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Attribution, instantiate=False)
+    parser.add_class_arguments(stage, skip=set(filled_in), instantiate=False)
     try:
         return parser.parse_object(options).as_dict()
     except ArgumentError as error:
-        said = in_one_sentence(str(error), ".behavior_attribute.")
-        raise OptionError("behavior_attribute", said if said.startswith("--.") else f": {said}") from None
+        said = in_one_sentence(str(error), f".{named}.")
+        raise OptionError(named, said if said.startswith("--.") else f": {said}") from None
+
+
+def _merged(options: Config, given: Config) -> Config:
+    """Return options with those that are given in their place, in groups of any depth."""
+    nested = {
+        key: _merged(options[key], value)
+        for key, value in given.items()
+        if isinstance(options.get(key), dict) and isinstance(value, dict)
+    }
+    return {**options, **given, **nested}
 
 
 def check_attributions(general: Config, behavior: Config) -> None:
@@ -239,21 +313,22 @@ def check_pruning(options: Config, has_text: bool) -> None:
         raise ValueError(f"{needs}: add the group 'budget_text', as lexicon.yaml does.")
 
 
-def check_evaluation(options: Config, prune: Config) -> None:
+def check_evaluation(options: Config, prunings: Sequence[Config]) -> None:
     """Raise ValueError if the evaluation would refuse its options; its neurons need not be there yet.
 
     Args:
         options: Of the stage.
-        prune: Of the pruning, which say how many neurons there will be for the doses.
+        prunings: Of each selection, which say how many neurons there will be for the doses.
     """
     doses, dampings = options["doses"], options["dampings"]
-    has_budget = prune["budget"]["max_perplexity_increase"] is not None
-    listed = prune["num_ranked"] if has_budget else max(prune["num_neurons"], prune["num_ranked"])
-    if doses and max(doses) > listed:
-        raise ValueError(
-            f"--evaluate.doses asks for {max(doses)} {prune['granularity']}s, but the pruning lists at most {listed}: "
-            f"give --prune.num_ranked {max(doses)}."
-        )
+    for prune in prunings:
+        has_budget = prune["budget"]["max_perplexity_increase"] is not None
+        listed = prune["num_ranked"] if has_budget else max(prune["num_neurons"], prune["num_ranked"])
+        if doses and max(doses) > listed:
+            raise ValueError(
+                f"--evaluate.doses asks for {max(doses)} {prune['granularity']}s, but the pruning lists at most "
+                f"{listed}: give --prune.num_ranked {max(doses)}."
+            )
     without = {**options, "neurons": None, "doses": [], "dampings": [1.0]}  # doses need the list of neurons
     _construct(Evaluation, without)
     _by_group("evaluate", check_doses, doses, dampings)

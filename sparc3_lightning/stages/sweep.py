@@ -103,13 +103,18 @@ class Sweep(Evaluation):
         rank_zero_info(f"Chosen:  {best.name}, {self.folder / CHOSEN}")
 
 
+def name_of(criterion: str, budget: float | None) -> str:
+    """Name a list by its criterion and the rise of perplexity that it may cost, a share."""
+    return criterion + ("" if budget is None else f" at {100 * budget:g} %")
+
+
 def _names(lists: Sequence[NeuronList], paths: Sequence[Path]) -> list[str]:
     """Name each list by its criterion and budget; by its folder as well where two would have one name."""
     names = []
     for neurons in lists:
         provenance = neurons.provenance
         budget = (provenance.get("budget") or {}).get("max_perplexity_increase")
-        names.append(provenance.get("criterion", "neurons") + ("" if budget is None else f" at {100 * budget:g} %"))
+        names.append(name_of(provenance.get("criterion", "neurons"), budget))
     return [
         name if names.count(name) == 1 else f"{name} ({path.parent.name})"
         for name, path in zip(names, paths, strict=True)

@@ -67,6 +67,14 @@ def test_auto_is_float32_on_a_cpu_and_bfloat16_on_an_accelerator() -> None:
     assert resolve_dtype("auto", torch.device("mps")) == torch.bfloat16
 
 
+@pytest.mark.parametrize("has_it", [True, False])
+def test_fast_is_bfloat16_on_a_cpu_too_if_that_multiplies_its_matrices(has_it, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_it})
+    assert resolve_dtype("fast", CPU) == (torch.bfloat16 if has_it else torch.float32)
+    assert resolve_dtype("fast", torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("auto", CPU) == torch.float32
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_named_dtype_holds_on_any_device(device: str) -> None:
     names: list[Any] = ["float32", "bfloat16", "float64"]

@@ -10,9 +10,10 @@ from sparc3_lightning.cli import main
 from sparc3_lightning.sources import resolve
 
 SMALLER = [
-    "--model.general_seeds=[0,1]",
     "--general.init_args.num_samples=4",
     "--general.init_args.seq_len=128",
+    "--budget_text.init_args.num_samples=2",
+    "--budget_text.init_args.seq_len=128",
     "--behavior.init_args.num_samples=24",
     "--evaluate.sampling.num_continuations=1",
     "--evaluate.controls.num_draws=1",
@@ -40,7 +41,7 @@ def test_the_demo_measures_both_models_and_gives_the_same_numbers_when_run_twice
     results = []
     for logs in ("first", "second"):
         main(["run", "--config", "demo.yaml", *SMALLER, f"--model.logs={logs}"])
-        results.append(json.loads(next(Path(logs, "evaluate").glob("*/results.json")).read_text()))
+        results.append(json.loads(next(Path(logs, "sweep").glob("*/results.json")).read_text()))
     first, second = results
     for model in ("baseline", "pruned"):
         assert math.isfinite(first[model]["perplexity"]["disjoint"]["value"])
@@ -48,7 +49,10 @@ def test_the_demo_measures_both_models_and_gives_the_same_numbers_when_run_twice
         assert first[model]["groups"]["toxic"]["num_prompts"] == 24
         assert first[model] == second[model]
     assert first["num_failed"] == 0
-    assert first["num_neurons"] == 100
+    lists = {dose["selection"]: dose["num_neurons"] for dose in first["doses"]}
+    assert list(lists) == ["set_difference at 1 %", "published"]
+    assert lists["published"] == 100
+    assert lists["set_difference at 1 %"] == first["num_neurons"]
     assert first["protocol"]["prompts"]["excluded"] == 24
     assert first["change"] == second["change"]
     assert Path("lightning_logs/run/version_0/report.html").is_file()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from sparc3_lightning import cli
 from sparc3_lightning.evaluation.generation import Sampling, continue_prompts, draw_keys
 from sparc3_lightning.stages.terminal import Line, is_verbose, speed, tick
 
@@ -50,6 +51,27 @@ class Terminal(io.StringIO):
 def line(total: float | None, out: io.StringIO) -> tuple[Line, Clock]:
     clock = Clock()
     return Line("Continuing", "continuations", total, clock, out), clock
+
+
+@pytest.mark.usefixtures("as_if_from_python")
+@pytest.mark.parametrize(
+    ("options", "ours", "theirs"),
+    [
+        ([], True, None),  # Lightning's default is None, which means yes
+        (["--trainer.enable_progress_bar", "true"], True, None),
+        (["--trainer.enable_progress_bar", "false"], False, None),
+        (["--trainer.callbacks", "[TQDMProgressBar]"], False, "TQDMProgressBar"),
+        (["--trainer.callbacks", "TQDMProgressBar", "--trainer.enable_progress_bar", "true"], False, "TQDMProgressBar"),
+    ],
+)
+def test_the_line_of_progress_is_ours_unless_another_is_asked_for(options, ours, theirs, tiny_checkpoint):
+    Path("general.txt").write_text("a b c d e f g h\n")
+    data = ["--data", "C4", "--data.source", "general.txt", "--data.num_samples", "1", "--data.seq_len", "4"]
+    cpu = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    done = cli.main(["attribute", "--model.checkpoint", tiny_checkpoint, *data, *cpu, *options])
+    bar = done.trainer.progress_bar_callback
+    assert done.model.shows_progress == ours
+    assert (bar and type(bar).__name__) == theirs
 
 
 def test_a_log_file_gets_a_line_soon_and_then_one_a_minute():
