@@ -175,13 +175,7 @@ class Evaluation(StoppableModule):
         if data.pairs is not None:
             self.checkpoint.check_context(data.pairs.longest, "take shorter --data.pairs")
         for selection, neurons in self.lists.items():
-            provenance, theirs = neurons.provenance, neurons.provenance.get("checkpoint_fingerprint")
-            if theirs != self.fingerprint:
-                raise OptionError(
-                    "checkpoint",
-                    f"{selection or self.neurons_path} is for the checkpoint {provenance.get('checkpoint')!r} "
-                    f"({theirs}), but --.checkpoint is {self.checkpoint.name!r} ({self.fingerprint}).",
-                )
+            neurons.check_checkpoint(self.checkpoint, selection or self.neurons_path)
         if any(pruned.granularity == "weight" for pruned in self.lists.values()):
             check_is_whole(self)
         parts = {"text": data.text, "prompts": data.prompts, "pairs": data.pairs}
@@ -349,9 +343,10 @@ class Evaluation(StoppableModule):
             found = replace(found, zero_shot=accuracies(self.model, both, tokenizer, self.zero_shot))
         said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
         settings = evaluation_settings(self, self.data)
-        if sizes := [size for size in gather([self._auto_batch_sizes()]) if size]:
-            smallest = {name: min(of_rank[name] for of_rank in sizes) for name in sizes[0]}
-            settings = replace(settings, auto_batch_sizes=smallest)
+        for batching in self.batchings.values():
+            batching.agree()
+        found_sizes = {name: batching.size for name, batching in self.batchings.items() if batching.is_auto}
+        settings = replace(settings, auto_batch_sizes=found_sizes or None)
         self.results = Results(verdict=said, **vars(found), **vars(settings))
         self._write()
         self.end_line()
@@ -363,10 +358,6 @@ class Evaluation(StoppableModule):
                     for key, v in measures.numbers(found.headline).items()
                 }
             )
-
-    def _auto_batch_sizes(self) -> dict[str, int]:
-        """Return the batch sizes that were found by trying, by part of the data."""
-        return {name: batching.found for name, batching in self.batchings.items() if batching.found is not None}
 
     @rank_zero_only
     def _write(self) -> None:

@@ -11,7 +11,6 @@ from sparc3_lightning.evaluation.results import RESULTS, Results
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Granularity, check
 from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
-from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.report.card import Exported, model_card, unevaluated_card
 from sparc3_lightning.report.escaping import for_terminal, public_name
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -62,15 +61,10 @@ class Export(Stage):
         elif not private:
             raise OptionError("private", "is for what is uploaded: add --.push_to_hub <id>.")
         self.list = NeuronList.load(Path(neurons))
-        origin = self.list.provenance
-        fingerprint, name = origin.get("checkpoint_fingerprint"), checkpoint or origin.get("checkpoint")
-        if not fingerprint or not name:
-            raise OptionError("neurons", f": {neurons} does not say which checkpoint it is for: prune again.")
+        self.checkpoint = self.list.checkpoint(neurons, checkpoint)
         if results is not None and not Path(results).is_file():
             raise OptionFileNotFoundError("results", f": {results} does not exist; 'sparc3 evaluate' writes it.")
         self.save_hyperparameters()
-        self.fingerprint: str = fingerprint
-        self.checkpoint = Checkpoint(name, revision_of(fingerprint))
         self.neurons = Path(neurons)
         self.export = Path(export)
         self.export_dtype: Dtype = export_dtype
@@ -104,7 +98,7 @@ class Export(Stage):
         origin = {name: value for name, value in self.list.provenance.items() if name in public}
         origin |= {
             "checkpoint": public_name(self.checkpoint.name),
-            "checkpoint_fingerprint": self.fingerprint,
+            "checkpoint_fingerprint": self.checkpoint.fingerprint,
         }
         self.keep_config()
         dtype = export_dtype_of(self.export_dtype)
@@ -127,12 +121,7 @@ class Export(Stage):
 
     def _check(self) -> None:
         """Raise ValueError or OSError unless the list can be written into this checkpoint; no weight is read."""
-        if self.checkpoint.fingerprint != self.fingerprint:
-            raise OptionError(
-                "checkpoint",
-                f": {self.checkpoint.name!r} ({self.checkpoint.fingerprint}) is not what --.neurons is for, "
-                f"{self.list.provenance.get('checkpoint')!r} ({self.fingerprint}).",
-            )
+        self.list.check_checkpoint(self.checkpoint, self.neurons)
         check(self.checkpoint.skeleton(), self.list.neurons)
         modules: dict[Granularity, dict[str, bool]] = defaultdict(dict)  # and whether one is held at its mean
         for neuron in self.list.neurons:

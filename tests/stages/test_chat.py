@@ -128,7 +128,7 @@ def test_a_text_file_holds_one_prompt_a_line(neurons, capsys):
 def test_the_checkpoint_may_have_moved_but_must_be_the_same(answer, tiny_checkpoint, make_checkpoint):
     shutil.copytree(tiny_checkpoint, "moved")
     assert answer(PROMPT) == answer(PROMPT, options=("--model.checkpoint", "moved"))
-    with pytest.raises(ValueError, match=r"--model.checkpoint: .* is not what --model.neurons is for"):
+    with pytest.raises(ValueError, match=r"is for the checkpoint .*, but --model\.checkpoint is .* \(files:"):
         answer(PROMPT, options=("--model.checkpoint", make_checkpoint("gpt2")))
 
 

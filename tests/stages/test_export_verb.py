@@ -240,7 +240,7 @@ def test_a_card_names_the_first_thousand_weights_of_a_long_list(tiny_checkpoint:
     [
         ({"export": Path("taken")}, r"--model\.export: taken exists already; nothing was overwritten\."),
         ({"export": Path("file/new")}, r"Cannot write to the output folder .*--model\.export"),
-        ({"checkpoint": "other"}, r"--model\.checkpoint: 'other' \(files:.*\) is not what --model\.neurons is for"),
+        ({"checkpoint": "other"}, r"neurons\.json is for the checkpoint .*, but --model\.checkpoint is 'other' \("),
         ({"checkpoint": "./missing"}, r"missing"),
         ({"neurons": Path("no.json")}, r"--model\.neurons: no\.json does not exist"),
         ({"neurons": Path("foreign.json")}, r"Neuron 99 of .*up_proj does not exist"),
