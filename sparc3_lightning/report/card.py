@@ -2,18 +2,16 @@
 
 import math
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from sparc3_lightning.evaluation.intervals import FEW, Interval
 from sparc3_lightning.evaluation.results import Results
-from sparc3_lightning.report.escaping import for_markdown, for_terminal, public_name
+from sparc3_lightning.report.escaping import for_markdown, for_shell, for_terminal, public_name
 from sparc3_lightning.report.tables import (
     Table,
     behavior_table,
@@ -58,7 +56,7 @@ class Exported:
     def command(self) -> str:
         """The command that makes it once more of the list and the original."""
         of = ["--model.neurons", "neurons.json", "--model.checkpoint", public_name(self.checkpoint)]
-        return shlex.join(["sparc3", "export", *of, "--model.export", self.folder])
+        return for_shell(["sparc3", "export", *of, "--model.export", self.folder])
 
     @property
     def num_named(self) -> int:
@@ -120,12 +118,11 @@ def said_of(results: Results) -> dict[str, Any]:
     }
 
 
-def model_card(results: Results, folder: Path, exported: Exported | None = None) -> str:
+def model_card(results: Results, exported: Exported | None = None) -> str:
     """Return the model card of neurons that were evaluated.
 
     Args:
         results: With both models.
-        folder: Of the results, which may hold the config.yaml that measures it again.
         exported: The checkpoint that the card is for, if it has the neurons' list beside it.
     """
     neurons = results.report
@@ -138,7 +135,6 @@ def model_card(results: Results, folder: Path, exported: Exported | None = None)
         fingerprint=results.checkpoint_fingerprint,
         front_matter=_front_matter(results.checkpoint, results, exported),
         verdict=_without_paths(results.verdict, results.protocol.continuations.scorers),
-        again=again(results, folder, is_public=True),
         exported=exported,
     )
 
@@ -156,23 +152,6 @@ def unevaluated_card(exported: Exported) -> str:
         front_matter=_front_matter(exported.checkpoint, None, exported),
         exported=exported,
     )
-
-
-def again(results: Results, folder: Path, is_public: bool = False) -> str:
-    """Return the command that measures it again, "" without a config.
-
-    Args:
-        results: What was measured.
-        folder: Of the results.
-        is_public: Whether others read it: folders that are not below this one are left out.
-    """
-    if not (folder / "config.yaml").is_file():
-        return ""
-    here, place = Path.cwd(), folder.absolute()
-    folder = place.relative_to(here) if place.is_relative_to(here) else place
-    config = "config.yaml" if is_public and folder.is_absolute() else str(folder / "config.yaml")
-    verb = shlex.quote(str(results.config["verb"]))
-    return f"sparc3 {verb} --config {shlex.quote(config)} --trainer.logger.init_args.version again"
 
 
 def name_of(checkpoint: str) -> str:

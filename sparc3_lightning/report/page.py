@@ -15,7 +15,7 @@ from sparc3_lightning.evaluation.completions import Completion
 from sparc3_lightning.evaluation.results import ReportInputs, Results
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint
-from sparc3_lightning.report.card import GROUPS, MARK, MODEL_CARD, again, model_card, said_of
+from sparc3_lightning.report.card import GROUPS, MARK, MODEL_CARD, model_card, said_of
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.figures import (
     change_rows,
@@ -31,9 +31,11 @@ from sparc3_lightning.report.tables import (
     aligned,
     behavior_table,
     cell,
+    commands_of,
     doses_csv,
     number,
     other_table,
+    report_command,
 )
 from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, SelectionResults
@@ -262,13 +264,13 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
             },
             examples=shown,
             any_masked=bool(offensive),
-            again=again(results, folder),
+            commands={**commands_of(folder, results.neurons), "Draw this page again:": report_command(folder)},
             config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
             settings=to_json(_settings(results, neurons)),
         )
     )
     write_atomically(path, html)
-    card = model_card(results, folder)
+    card = model_card(results)
     write_atomically(folder / MODEL_CARD, card)
     export, fingerprint = (neurons.provenance.get(name) for name in ("export", "export_fingerprint"))
     if isinstance(export, str):

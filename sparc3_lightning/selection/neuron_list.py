@@ -19,6 +19,7 @@ from sparc3_lightning.provenance import git_hash, revision_of, versions
 
 FORMAT = "sparc3_lightning neurons 3"
 SELECTION = "selection.json"
+CHOSEN = "chosen/neurons.json"  # in the folder of a sweep
 
 
 class ScoredIn(TypedDict):

@@ -377,13 +377,8 @@ class Evaluation(StoppableModule):
         """Return the table of before and after, the verdict, the paths of what was written, and what to do next."""
         report = self.folder / REPORT if self.is_drawn else None
         written = [f"Results: {self.folder / RESULTS}", *([f"Report:  {report}"] if report else [])]
-        commands = next_commands(report, self.list_to_go_on_with)
+        commands = next_commands(self.folder, self.results.neurons, report)
         return closing(summary_table(self.results), self.results.verdict, written, commands)
-
-    @property
-    def list_to_go_on_with(self) -> Path | None:
-        """The list of neurons to talk to."""
-        return None if self.neurons_path is None else Path(self.neurons_path)
 
     @property
     def data(self) -> EvaluationData:

@@ -93,7 +93,7 @@ class Export(Stage):
         self._check()
         exported = Exported(self.list, self.checkpoint.name, self.export.resolve().name, self._license())
         found = self._results(exported)
-        card = unevaluated_card(exported) if found is None else model_card(*found, exported)
+        card = unevaluated_card(exported) if found is None else model_card(found[0], exported)
         public = ("criterion", "ablation", "damping", "versions", "git_hash")
         origin = {name: value for name, value in self.list.provenance.items() if name in public}
         origin |= {

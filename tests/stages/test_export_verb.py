@@ -1,6 +1,7 @@
 """The verb export: from any list to a plain checkpoint, shard by shard, with a model card, and to the hub."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from sparc3_lightning.evaluation.results import RESULTS
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.tensors import TensorFile
+from sparc3_lightning.report.tables import next_commands
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.export import Export
 
@@ -146,6 +148,16 @@ def test_the_list_in_the_export_makes_the_export_again(sharded: str) -> None:
     Export(save_neurons(sharded, LISTS["heads"]), EXPORT).write(OUT)
     Export(EXPORT / "neurons.json", Path("again"), sharded).write(Path("out2"))
     assert shards("again") == shards(EXPORT)
+
+
+@pytest.mark.usefixtures("as_if_from_python")
+@pytest.mark.parametrize("place", ["my runs: [1] # {a}", "-out", "~ann"])
+def test_the_command_that_an_evaluation_ends_with_is_taken_as_it_is(neurons: Path, place: str) -> None:
+    Path(place).mkdir()
+    moved = shutil.move(neurons, Path(place))
+    export = next_commands(Path(place), moved, None)[0]
+    main([*shlex.split(export)[1:], "--trainer.accelerator", "cpu"])
+    assert Path(place, "pruned-model/model.safetensors").is_file()
 
 
 # The model card.
