@@ -280,7 +280,7 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
 def _page_environment(offensive: set[str]) -> Any:
     """Return what renders the page: everything is escaped, and what nobody would see is made visible."""
     from jinja2 import Environment, PackageLoader
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     def visible(value: object) -> object:
         return for_terminal(value, keep="\n\t\r") if isinstance(value, str) and not isinstance(value, Markup) else value
@@ -295,6 +295,10 @@ def _page_environment(offensive: set[str]) -> Any:
     )
     environment.filters |= {
         "pieces": lambda text: pieces(text, offensive),
+        # A browser would break the line after the hyphens of an option.
+        "command": lambda text: Markup(
+            re.sub(r"--model\.(neurons|export)\b", r"<span>\g<0></span>", str(escape(text)))
+        ),
         "unbroken": lambda text: text.replace(" %", "\u00a0%"),
         "fixed": lambda value, digits: cell(value if isinstance(value, int | float) else None, "", digits),
     }

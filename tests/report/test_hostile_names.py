@@ -160,7 +160,7 @@ def test_the_commands_of_the_page_have_the_paths_of_the_run_and_the_card_names_n
     write(replaced_at(made_up()[0], "neurons", f"{folder}/of mine.json"))
     html = (folder / "report.html").read_text()
     assert not UNSEEN.search(html)
-    commands = [unescape(found) for found in re.findall("<pre>(sparc3 .*)</pre>", html)]
+    commands = [unescape(found) for found in re.findall("<pre>(sparc3 .*)</pre>", re.sub("</?span>", "", html))]
     assert list(map(words_of, commands)) == [
         ["sparc3", "export", "--model.neurons", f"{folder}/of mine.json", "--model.export", f"{folder}/pruned-model"],
         ["sparc3", "chat", "--model.neurons", f"{folder}/of mine.json"],

@@ -107,8 +107,7 @@ def test_the_page_ends_with_what_to_do_next_filled_in_for_this_run():
         "sparc3 reproduce out/results.json",
         "sparc3 report out",
     ):
-        assert f"<pre>{command}</pre>" in PAGE.read_text().partition("<h2>What to do next</h2>")[2]
-        assert command in page.words
+        assert command in page.words.partition("What to do next")[2]
     assert "    sparc3 reproduce results.json\n" in CARD.read_text()
 
 
