@@ -1,10 +1,12 @@
 """The model card: what an evaluation found, for those who meet the pruned checkpoint, and for the hub to read."""
 
+import hashlib
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 
 MODEL_CARD = "model_card.md"
 GROUPS = {"toxic": "toxic prompts", "nontoxic": "non-toxic prompts", "all": "prompts"}
-# In the card; a README without it is somebody's own.
-MARK = "<!-- Written by sparc3, and again by the next evaluation unless this line is removed. -->"
+README = "README.md"  # the card of an exported checkpoint
+# In the card, with a hash of it: a README that has none, or was changed since, is somebody's own.
+MARK = "<!-- Written by sparc3, and again by the next evaluation unless anything here is changed. {} -->"
 NUM_NAMED = 1000  # neurons that a card names; a card is for people, and neurons.json has all
 
 
@@ -188,7 +191,31 @@ def _render(template: str, **said: object) -> str:
         "paragraph": lambda text: Safe(for_markdown(text, begins_line=True)),
         "command": lambda text: Safe(for_terminal(text)),
     }
-    return environment.get_template(template).render(**said)
+    card = environment.get_template(template).render(**said)
+    return card.replace(MARK, MARK.format(_hash(card)))
+
+
+def _hash(card: str) -> str:
+    """Return a hash of a card without one."""
+    return hashlib.sha256(card.encode()).hexdigest()[:16]
+
+
+def is_as_written(card: str) -> bool:
+    """Tell whether a text is a card, and nobody has changed it since it was written."""
+    before, _, after = MARK.partition("{}")
+    found = re.search(f"{re.escape(before)}([0-9a-f]{{16}}){re.escape(after)}", card)
+    return found is not None and _hash(card.replace(found[0], MARK)) == found[1]
+
+
+def license_of(readme: Path) -> str | None:
+    """Return the licence that the model card of a checkpoint names, if it has one that can be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        found = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
+    except Exception:  # somebody's own text, if there is one at all
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _markdown_table(head: Iterable[str], rows: Table) -> Safe:

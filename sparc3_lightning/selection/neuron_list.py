@@ -18,6 +18,7 @@ from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.provenance import git_hash, revision_of, versions
 
 FORMAT = "sparc3_lightning neurons 3"
+NEURONS = "neurons.json"
 SELECTION = "selection.json"
 CHOSEN = "chosen/neurons.json"  # in the folder of a sweep
 

@@ -11,15 +11,12 @@ from sparc3_lightning.evaluation.results import RESULTS, Results
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Granularity, check
 from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
-from sparc3_lightning.report.card import Exported, model_card, unevaluated_card
+from sparc3_lightning.report.card import README, Exported, license_of, model_card, unevaluated_card
 from sparc3_lightning.report.escaping import for_terminal, public_name
-from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import NEURONS, NeuronList
 from sparc3_lightning.sources import first_line
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.folders import giving_back
-from sparc3_lightning.stages.prune import NEURONS
-
-README = "README.md"
 
 
 class Export(Stage):
@@ -91,7 +88,8 @@ class Export(Stage):
         self.begin(folder)
         repository = None if self.push_to_hub is None else _check_can_push(self.push_to_hub)
         self._check()
-        exported = Exported(self.list, self.checkpoint.name, self.export.resolve().name, self._license())
+        readme = self.checkpoint.folder / README
+        exported = Exported(self.list, self.checkpoint.name, self.export.resolve().name, license_of(readme))
         found = self._results(exported)
         card = unevaluated_card(exported) if found is None else model_card(found[0], exported)
         public = ("criterion", "ablation", "damping", "versions", "git_hash")
@@ -106,6 +104,7 @@ class Export(Stage):
         export_pruned(self.checkpoint, self.list.neurons, self.export, dtype=dtype, texts=texts)
         provenance = {
             **self.list.provenance,
+            "push_to_hub": repository,
             "checkpoint": self.checkpoint.name,
             "export": str(self.export),
             "export_dtype": self.export_dtype,
@@ -157,17 +156,6 @@ class Export(Stage):
                 if exported.is_of(results):
                     return results, folder
         return None
-
-    def _license(self) -> str | None:
-        """Return the licence that the model card of the original names, if it has one that can be read."""
-        from huggingface_hub import ModelCard
-
-        readme = self.checkpoint.folder / README
-        try:
-            found = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
-        except Exception:  # somebody's own text, if there is one at all
-            return None
-        return found if isinstance(found, str) else None
 
     def _push(self, repository: str) -> str:
         """Upload the export as one commit of a new repository, and return its address."""
