@@ -352,7 +352,7 @@ def _add_to_export(results: Results, export: Path, origin: Mapping[str, object])
         elif readme.exists() and not is_as_written(readme.read_text(encoding="utf-8", errors="replace")):
             why = "it has a README that somebody wrote or changed"
         elif uploaded is not None:
-            why = f"it is as it was uploaded to {uploaded}"
+            why = f"it was exported to be uploaded to {uploaded}"
         else:
             write_atomically(readme, model_card(results, _exported(results, export)))
             return

@@ -212,12 +212,12 @@ def test_the_card_of_an_export_keeps_neurons_command_and_licence_when_it_is_eval
     assert "Another." in (export / "README.md").read_text()
 
 
-def test_an_export_that_was_uploaded_stays_as_it_was_uploaded(export, warnings):
+def test_an_export_that_is_uploaded_stays_as_it_is_there(export, warnings):
     neurons = exported(export)
     (export / "README.md").write_text(before := model_card(reported(*made_up())))
     write(neurons=NeuronList(neurons.neurons, {**neurons.provenance, "push_to_hub": "ann/model"}))
     assert (export / "README.md").read_text() == before
-    assert warnings == ["The model card was not put into export: it is as it was uploaded to ann/model."]
+    assert warnings == ["The model card was not put into export: it was exported to be uploaded to ann/model."]
 
 
 def test_a_list_in_the_export_that_is_damaged_costs_no_page(export, warnings):
