@@ -1,6 +1,6 @@
 """Export: from a list of neurons, wherever it comes from, to a plain checkpoint, and to the hub."""
 
-import shlex
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Granularity, check
 from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
 from sparc3_lightning.report.card import README, Exported, license_of, model_card, unevaluated_card
-from sparc3_lightning.report.escaping import for_terminal, public_name
+from sparc3_lightning.report.escaping import for_shell, for_terminal, public_name
 from sparc3_lightning.selection.neuron_list import NEURONS, NeuronList
 from sparc3_lightning.sources import first_line
 from sparc3_lightning.stages.base import Stage
@@ -57,6 +57,7 @@ class Export(Stage):
             _check_id(push_to_hub)
         elif not private:
             raise OptionError("private", "is for what is uploaded: add --.push_to_hub <id>.")
+        _check_is_no_compression(Path(neurons))
         self.list = NeuronList.load(Path(neurons))
         self.checkpoint = self.list.checkpoint(neurons, checkpoint)
         if results is not None and not Path(results).is_file():
@@ -171,9 +172,24 @@ class Export(Stage):
             command = ["hf", "upload", repository, str(self.export), *(["--private"] if self.private else [])]
             raise OSError(
                 f"The checkpoint is complete in {self.export}, but was not uploaded ({first_line(error):.200}): run "
-                f"{shlex.join(command)}"
+                f"{for_shell(command)}"
             ) from error
         return str(address)
+
+
+def _check_is_no_compression(path: Path) -> None:
+    """Raise OptionError if a file is the sparsity.json of a compression, which has written its checkpoint itself."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # the one who reads it says so
+    if isinstance(content, dict) and {"masks", "pattern", "export"} <= content.keys():
+        command = for_shell(["hf", "upload", "<id>", content["export"], "--private"])
+        raise OptionError(
+            "neurons",
+            f": {path} is of 'sparc3 compress', which has written the checkpoint itself: {content['export']}. To "
+            f"publish it, run {command}",
+        )
 
 
 def _check_id(name: str) -> None:
