@@ -95,9 +95,7 @@ def test_the_export_has_a_tokenizer_and_sparsity_json_says_where_it_comes_from(t
 
 def test_export_says_that_a_compression_has_written_its_checkpoint_itself(make_scores):
     Compression([make_scores(0)], EXPORT).compress(OUT)
-    said = (
-        rf"^--model\.neurons: {OUT / SPARSITY} is of 'sparc3 compress', .*: sparse\. .*'<id>' sparse --private$"
-    )
+    said = rf"^--model\.neurons: {OUT / SPARSITY} is of 'sparc3 compress', .*: sparse\. .*'<id>' sparse --private$"
     with pytest.raises(ValueError, match=said):
         Export(OUT / SPARSITY, Path("again"))
 
