@@ -15,11 +15,13 @@ if TYPE_CHECKING:  # what __getattr__ returns, for type checkers
     from sparc3_lightning.selection.criteria import select_neurons as select_neurons
     from sparc3_lightning.selection.neuron_list import NeuronList as NeuronList
     from sparc3_lightning.stages.attribute import Attribution as Attribution
+    from sparc3_lightning.stages.chat import Chat as Chat
     from sparc3_lightning.stages.circuit import Circuit as Circuit
     from sparc3_lightning.stages.compare import Comparison as Comparison
     from sparc3_lightning.stages.compress import Compression as Compression
     from sparc3_lightning.stages.evaluate import Evaluation as Evaluation
     from sparc3_lightning.stages.experiment import Experiment as Experiment
+    from sparc3_lightning.stages.export import Export as Export
     from sparc3_lightning.stages.prune import Pruning as Pruning
     from sparc3_lightning.stages.sweep import Sweep as Sweep
 
@@ -32,6 +34,8 @@ _HOME = {
     "Comparison": "stages.compare",
     "Compression": "stages.compress",
     "Circuit": "stages.circuit",
+    "Export": "stages.export",
+    "Chat": "stages.chat",
     "Experiment": "stages.experiment",
     "lrp": "attribution.lrp",
     "mask": "models.components",

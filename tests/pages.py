@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import re
+import shlex
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -83,6 +85,12 @@ def write(results=None, completions=None, neurons: NeuronList = NEURONS, folder:
     page = Page(PAGE.read_text(encoding="utf-8"))
     assert page.stack == [], "a tag is left open"
     return page
+
+
+def words_of(command: str) -> list[str]:
+    """Return the words that bash or zsh reads in a command of the page; that those do is tested in test_closing.py."""
+    escaped = re.sub(r"\$'((?:[^'\\]|\\.)*)'", lambda found: shlex.quote(eval(f"'{found[1]}'")), command)
+    return shlex.split(escaped)
 
 
 def by_name(rows: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from sparc3_lightning.distributed import num_ranks
+from sparc3_lightning.distributed import gather, num_ranks
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.sources import first_line
 
@@ -115,10 +115,9 @@ class Batching:
         self.group = group
         self._said: int | None = None
 
-    @property
-    def found(self) -> int | None:
-        """The size that ``auto`` found; None for a size that was given."""
-        return self.size if self.is_auto else None
+    def agree(self) -> None:
+        """Take the smallest size of all ranks, which must call this together."""
+        self.size = min(gather([self.size]))
 
     @property
     def notes(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import cache_folder
 from sparc3_lightning.models.architectures import check_is_text
 from sparc3_lightning.models.gguf import dequantized
@@ -145,6 +146,21 @@ class Checkpoint:
         folder = Path(self.location)
         weights = weights_of(folder) if folder.is_dir() else None
         return build_skeleton(self.name, self.config, weights, CAUSAL_LM, dtype)
+
+    def check_is_of(self, what: object, name: object, fingerprint: object) -> None:
+        """Raise OptionError if a list or a file of scores is of another checkpoint.
+
+        Args:
+            what: The list or file, for the message.
+            name: Of its checkpoint.
+            fingerprint: Of its checkpoint.
+        """
+        if fingerprint != self.fingerprint:
+            raise OptionError(
+                "checkpoint",
+                f"{what} is for the checkpoint {name!r} ({fingerprint}), but --.checkpoint is {self.name!r} "
+                f"({self.fingerprint}).",
+            )
 
     def check_context(self, num_tokens: int, way_out: str) -> None:
         """Raise ValueError, with the way out, if a sample is longer than the model's context."""

@@ -1,8 +1,8 @@
 """The model card: what an evaluation found, for those who meet the pruned checkpoint, and for the hub to read."""
 
+import hashlib
 import math
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import yaml
 
 from sparc3_lightning.evaluation.intervals import FEW, Interval
 from sparc3_lightning.evaluation.results import Results
-from sparc3_lightning.report.escaping import for_markdown, for_terminal, public_name
+from sparc3_lightning.report.escaping import for_markdown, for_shell, for_terminal, public_name
 from sparc3_lightning.report.tables import (
     Table,
     behavior_table,
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 MODEL_CARD = "model_card.md"
 GROUPS = {"toxic": "toxic prompts", "nontoxic": "non-toxic prompts", "all": "prompts"}
-# In the card; a README without it is somebody's own.
-MARK = "<!-- Written by sparc3, and again by the next evaluation unless this line is removed. -->"
+README = "README.md"  # the card of an exported checkpoint
+# In the card, with a hash of it: a README that has none, or was changed since, is somebody's own.
+MARK = "<!-- Written by sparc3, and again by the next evaluation unless anything here is changed. {} -->"
 NUM_NAMED = 1000  # neurons that a card names; a card is for people, and neurons.json has all
 
 
@@ -58,7 +59,7 @@ class Exported:
     def command(self) -> str:
         """The command that makes it once more of the list and the original."""
         of = ["--model.neurons", "neurons.json", "--model.checkpoint", public_name(self.checkpoint)]
-        return shlex.join(["sparc3", "export", *of, "--model.export", self.folder])
+        return for_shell(["sparc3", "export", *of, "--model.export", self.folder])
 
     @property
     def num_named(self) -> int:
@@ -120,12 +121,11 @@ def said_of(results: Results) -> dict[str, Any]:
     }
 
 
-def model_card(results: Results, folder: Path, exported: Exported | None = None) -> str:
+def model_card(results: Results, exported: Exported | None = None) -> str:
     """Return the model card of neurons that were evaluated.
 
     Args:
         results: With both models.
-        folder: Of the results, which may hold the config.yaml that measures it again.
         exported: The checkpoint that the card is for, if it has the neurons' list beside it.
     """
     neurons = results.report
@@ -138,7 +138,6 @@ def model_card(results: Results, folder: Path, exported: Exported | None = None)
         fingerprint=results.checkpoint_fingerprint,
         front_matter=_front_matter(results.checkpoint, results, exported),
         verdict=_without_paths(results.verdict, results.protocol.continuations.scorers),
-        again=again(results, folder, is_public=True),
         exported=exported,
     )
 
@@ -156,23 +155,6 @@ def unevaluated_card(exported: Exported) -> str:
         front_matter=_front_matter(exported.checkpoint, None, exported),
         exported=exported,
     )
-
-
-def again(results: Results, folder: Path, is_public: bool = False) -> str:
-    """Return the command that measures it again, "" without a config.
-
-    Args:
-        results: What was measured.
-        folder: Of the results.
-        is_public: Whether others read it: folders that are not below this one are left out.
-    """
-    if not (folder / "config.yaml").is_file():
-        return ""
-    here, place = Path.cwd(), folder.absolute()
-    folder = place.relative_to(here) if place.is_relative_to(here) else place
-    config = "config.yaml" if is_public and folder.is_absolute() else str(folder / "config.yaml")
-    verb = shlex.quote(str(results.config["verb"]))
-    return f"sparc3 {verb} --config {shlex.quote(config)} --trainer.logger.init_args.version again"
 
 
 def name_of(checkpoint: str) -> str:
@@ -209,7 +191,31 @@ def _render(template: str, **said: object) -> str:
         "paragraph": lambda text: Safe(for_markdown(text, begins_line=True)),
         "command": lambda text: Safe(for_terminal(text)),
     }
-    return environment.get_template(template).render(**said)
+    card = environment.get_template(template).render(**said)
+    return card.replace(MARK, MARK.format(_hash(card)))
+
+
+def _hash(card: str) -> str:
+    """Return a hash of a card without one."""
+    return hashlib.sha256(card.encode()).hexdigest()[:16]
+
+
+def is_as_written(card: str) -> bool:
+    """Tell whether a text is a card, and nobody has changed it since it was written."""
+    before, _, after = MARK.partition("{}")
+    found = re.search(f"{re.escape(before)}([0-9a-f]{{16}}){re.escape(after)}", card)
+    return found is not None and _hash(card.replace(found[0], MARK)) == found[1]
+
+
+def license_of(readme: Path) -> str | None:
+    """Return the licence that the model card of a checkpoint names, if it has one that can be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        found = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
+    except Exception:  # somebody's own text, if there is one at all
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _markdown_table(head: Iterable[str], rows: Table) -> Safe:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 
 # Control characters, with them the escape sequences of terminals; what turns the direction of writing; other ends of
@@ -40,6 +41,33 @@ def _escape(character: str) -> str:
     if character in "\n\t\r":
         return repr(character)[1:-1]
     return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def for_shell(words: Iterable[object]) -> str:
+    r"""Return a command that bash or zsh reads as these words; what a terminal would obey, or hide, is in escapes.
+
+    Args:
+        words: The program and its arguments.
+
+    Example:
+        >>> print(for_shell(["sparc3", "report", "my runs", "red\x1b[31m"]))
+        sparc3 report 'my runs' $'red\x1b[31m'
+    """
+    return " ".join(_in_shell(str(word)) for word in words)
+
+
+def _in_shell(word: str) -> str:
+    if not _UNSEEN.search(word):
+        return shlex.quote(word)
+
+    def escape(found: re.Match[str]) -> str:
+        number = ord(found[0])
+        if 0xDC80 <= number <= 0xDCFF:  # a byte of a file's name that is no UTF-8
+            return f"\\x{number - 0xDC00:02x}"
+        return f"\\x{number:02x}" if number < 0x80 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+    word = re.sub(r"[\\']", r"\\\g<0>", word)
+    return f"$'{_UNSEEN.sub(escape, word)}'"
 
 
 def for_markdown(text: object, begins_line: bool = False) -> str:

@@ -3,7 +3,7 @@
 import base64
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,16 @@ from sparc3_lightning.evaluation.completions import Completion
 from sparc3_lightning.evaluation.results import ReportInputs, Results
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint
-from sparc3_lightning.report.card import GROUPS, MARK, MODEL_CARD, again, model_card, said_of
+from sparc3_lightning.report.card import (
+    GROUPS,
+    MODEL_CARD,
+    README,
+    Exported,
+    is_as_written,
+    license_of,
+    model_card,
+    said_of,
+)
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.figures import (
     change_rows,
@@ -31,12 +40,14 @@ from sparc3_lightning.report.tables import (
     aligned,
     behavior_table,
     cell,
+    commands_of,
     doses_csv,
     number,
     other_table,
+    report_command,
 )
 from sparc3_lightning.scorers.base import Scorer
-from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, SelectionResults
+from sparc3_lightning.selection.neuron_list import NEURONS, SELECTION, NeuronList, SelectionResults
 
 REPORT = "report.html"
 DOSES = "doses.csv"
@@ -262,23 +273,21 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
             },
             examples=shown,
             any_masked=bool(offensive),
-            again=again(results, folder),
+            commands={**commands_of(folder, results.neurons), "Draw this page again:": report_command(folder)},
             config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
             settings=to_json(_settings(results, neurons)),
         )
     )
     write_atomically(path, html)
-    card = model_card(results, folder)
-    write_atomically(folder / MODEL_CARD, card)
-    export, fingerprint = (neurons.provenance.get(name) for name in ("export", "export_fingerprint"))
-    if isinstance(export, str):
-        _add_to_export(card, Path(export), fingerprint)
+    write_atomically(folder / MODEL_CARD, model_card(results))
+    if isinstance(export := neurons.provenance.get("export"), str):
+        _add_to_export(results, Path(export), neurons.provenance)
 
 
 def _page_environment(offensive: set[str]) -> Any:
     """Return what renders the page: everything is escaped, and what nobody would see is made visible."""
     from jinja2 import Environment, PackageLoader
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     def visible(value: object) -> object:
         return for_terminal(value, keep="\n\t\r") if isinstance(value, str) and not isinstance(value, Markup) else value
@@ -293,6 +302,10 @@ def _page_environment(offensive: set[str]) -> Any:
     )
     environment.filters |= {
         "pieces": lambda text: pieces(text, offensive),
+        # A browser would break the line after the hyphens of an option.
+        "command": lambda text: Markup(
+            re.sub(r"--model\.(neurons|export)\b", r"<span>\g<0></span>", str(escape(text)))
+        ),
         "unbroken": lambda text: text.replace(" %", "\u00a0%"),
         "fixed": lambda value, digits: cell(value if isinstance(value, int | float) else None, "", digits),
     }
@@ -322,23 +335,36 @@ def _draw(folder: Path, shown: Shown) -> list[tuple[str, Path]]:
     return figures
 
 
-def _add_to_export(card: str, export: Path, fingerprint: object) -> None:
-    """Put the card into the folder of the exported checkpoint, unless that is another one or has a README of its own.
+def _add_to_export(results: Results, export: Path, origin: Mapping[str, object]) -> None:
+    """Put a card into the folder of the exported checkpoint, unless that would cost anybody anything.
 
     Args:
-        card: Its text.
+        results: Of its neurons.
         export: The folder.
-        fingerprint: Of the checkpoint that was exported; None if it was never completed.
+        origin: What the list of the neurons says of it: its fingerprint, None if it was never completed; and the
+            repository that it was uploaded to, if it was.
     """
-    readme = export / "README.md"
+    readme = export / README
     try:
+        fingerprint, uploaded = origin.get("export_fingerprint"), origin.get("push_to_hub")
         if fingerprint is None or Checkpoint(str(export.absolute())).fingerprint != fingerprint:
             why = "it does not hold the checkpoint that was exported with these neurons"
-        elif readme.exists() and MARK not in readme.read_text(encoding="utf-8", errors="replace"):
-            why = "it has a README of its own"
+        elif readme.exists() and not is_as_written(readme.read_text(encoding="utf-8", errors="replace")):
+            why = "it has a README that somebody wrote or changed"
+        elif uploaded is not None:
+            why = f"it was exported to be uploaded to {uploaded}"
         else:
-            write_atomically(readme, card)
+            write_atomically(readme, model_card(results, _exported(results, export)))
             return
     except (OSError, ValueError) as error:  # what was measured is worth more than a card
         why = str(error).rstrip(".")
-    rank_zero_warn(f"The model card was not put into {export}: {why}.")
+    rank_zero_warn(for_terminal(f"The model card was not put into {export}: {why}."))
+
+
+def _exported(results: Results, export: Path) -> Exported | None:
+    """Return what the card of an export tells beside the results, if the list of its neurons lies in it."""
+    if not (export / NEURONS).is_file():
+        return None
+    neurons = NeuronList.load(export / NEURONS)
+    exported = Exported(neurons, results.checkpoint, export.resolve().name, license_of(export / README))
+    return exported if exported.is_of(results) else None

@@ -1,17 +1,18 @@
 """The tables of an evaluation: rows of text; and what a terminal shows at the end: one of them, and what to do next."""
 
 import math
-import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import FEW, Difference, Interval
 from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS
-from sparc3_lightning.evaluation.results import Dose, Findings, Preference, Results
-from sparc3_lightning.report.escaping import csv_text, for_terminal
+from sparc3_lightning.evaluation.results import RESULTS, Dose, Findings, Preference, Results
+from sparc3_lightning.report.escaping import csv_text, for_shell, for_terminal
+from sparc3_lightning.selection.neuron_list import CHOSEN
 
 # Measures of the behaviour by their name in ``Effects``: name in tables, unit, digits.
 BEHAVIOR = {
@@ -23,6 +24,7 @@ TOXIC = "Prompts with a toxic continuation"  # what the last of them is called f
 UNKNOWN = "-"
 CANNOT = "cannot be said"  # of an interval: too few prompts changed, or what it is a share of could be 0
 Table = list[tuple[str, ...]]
+EXPORT = "pruned-model"  # folder to export to, beside the results, so that the model card tells them
 WIDTH = 100  # columns of a terminal
 MIN_NAME = 16  # columns of a name at least: enough to tell the rows of a table apart
 
@@ -292,15 +294,45 @@ def closing(table: str, verdict: str, written: Sequence[str], commands: Sequence
     return "\n".join(lines)
 
 
-def next_commands(report: Path | None, neurons: Path | None) -> list[str]:
-    """Return commands that go on from an evaluation, to be pasted into a shell.
+def commands_of(folder: Path, neurons: str | None) -> dict[str, str]:
+    """Return commands that go on from an evaluation, to be pasted into a shell, by what they are for.
 
     Args:
+        folder: Of its results.
+        neurons: The list that was measured; None if there is none. One that was chosen of it goes before it.
+    """
+    chosen, commands = folder / CHOSEN, {}
+    listed = _as_argument(chosen) if chosen.is_file() else neurons and _as_argument(neurons)
+    if listed:
+        places = (folder / (EXPORT if number == 1 else f"{EXPORT}-{number}") for number in count(1))
+        export = next(place for place in places if not place.exists())
+        commands["Write the changed model as a checkpoint of its own:"] = [
+            *("sparc3", "export", "--model.neurons", listed),
+            *("--model.export", _as_argument(export)),
+        ]
+        commands["Talk to both models, side by side:"] = ["sparc3", "chat", "--model.neurons", listed]
+    commands["Measure it again, and compare every figure:"] = ["sparc3", "reproduce", _as_argument(folder / RESULTS)]
+    return {what: for_shell(command) for what, command in commands.items()}
+
+
+def next_commands(folder: Path, neurons: str | None, report: Path | None) -> list[str]:
+    """Return the commands that a terminal shows at the end of an evaluation; see ``commands_of``.
+
+    Args:
+        folder: Of its results.
+        neurons: The list that was measured, if there is one.
         report: The page; None if it was not drawn.
-        neurons: The list that was measured; None if there is none.
     """
     opener = {"darwin": "open", "win32": "start"}.get(sys.platform, "xdg-open")
-    commands = [] if report is None else [[opener, str(report)]]
-    if neurons is not None:
-        commands.append(["sparc3", "chat", "--model.neurons", str(neurons)])
-    return [shlex.join(command) for command in commands]
+    opened = [] if report is None else [for_shell([opener, _as_argument(report)])]
+    return [*opened, *commands_of(folder, neurons).values()]
+
+
+def report_command(folder: Path) -> str:
+    """Return the command that draws a run again."""
+    return for_shell(["sparc3", "report", _as_argument(folder)])
+
+
+def _as_argument(path: Path | str) -> str:
+    """Return a path that is not taken for an option, or for somebody's home."""
+    return str(Path(path).absolute() if str(path).startswith(("-", "~")) else path)

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.scores import ScoreFile, WeightScores
-from sparc3_lightning.errors import OptionFileNotFoundError
+from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import Count, JsonFile, Range, parse_sealed, read_as, sealed, write_atomically
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component, Granularity
-from sparc3_lightning.provenance import git_hash, versions
+from sparc3_lightning.provenance import git_hash, revision_of, versions
 
 FORMAT = "sparc3_lightning neurons 3"
+NEURONS = "neurons.json"
 SELECTION = "selection.json"
+CHOSEN = "chosen/neurons.json"  # in the folder of a sweep
 
 
 class ScoredIn(TypedDict):
@@ -86,6 +89,31 @@ class NeuronList:
         if not any(n.mean for n in self.neurons):
             return words
         return "held at their mean activation" if words == "switched off" else f"{words} towards their mean activation"
+
+    def checkpoint(self, path: Path, name: str | None = None) -> Checkpoint:
+        """Return the checkpoint that the list is for.
+
+        Args:
+            path: Of the list, for the message.
+            name: Where the checkpoint lies; None takes what the list says.
+
+        Raises:
+            OptionError: If the list does not say which one it is for.
+        """
+        fingerprint, name = self.provenance.get("checkpoint_fingerprint"), name or self.provenance.get("checkpoint")
+        if not fingerprint or not name:
+            raise OptionError("neurons", f": {path} does not say which checkpoint it is for: prune again.")
+        return Checkpoint(name, revision_of(fingerprint))
+
+    def check_checkpoint(self, checkpoint: Checkpoint, place: object) -> None:
+        """Raise OptionError unless a checkpoint is the one that the list is for.
+
+        Args:
+            checkpoint: Any.
+            place: Path or name of the list, for the message.
+        """
+        origin = self.provenance
+        checkpoint.check_is_of(place, origin.get("checkpoint"), origin.get("checkpoint_fingerprint"))
 
     def all(self) -> list[Component]:
         """Return the neurons of all lists."""

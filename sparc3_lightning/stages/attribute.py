@@ -236,8 +236,7 @@ class Attribution(StoppableModule):
         """Add up the sums of all ranks, and write the score file."""
         self.end_line()
         self.accumulator.reduce_()
-        found = [size for size in gather([self.batching.found]) if size is not None]
-        self.batch_size_found = {"auto_batch_size": min(found)} if found else {}
+        self.batching.agree()
         self._write()
         if self.trainer.is_global_zero:
             remove_progress(self.folder)
@@ -320,7 +319,7 @@ class Attribution(StoppableModule):
             checkpoint_fingerprint=str(self.identity["checkpoint_fingerprint"]),
             # A precision plugin of the trainer may have changed the dtype.
             spec=self.spec.resolved(self.layers, self.model.dtype),
-            data={"class": type(data).__name__, **options, **data.notes, **self.batch_size_found},
+            data={"class": type(data).__name__, **options, **data.notes, **self.batching.notes},
             data_fingerprint=data.fingerprint(),
             num_samples=self.accumulator.num_samples,
             num_tokens=data.num_tokens,

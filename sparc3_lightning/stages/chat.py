@@ -15,9 +15,9 @@ from sparc3_lightning.data.prompts import prompt_id, read_prompts
 from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, draw_key, stream_prompt
-from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
+from sparc3_lightning.models.checkpoints import ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import check, mask
-from sparc3_lightning.provenance import revision_of, run_seed
+from sparc3_lightning.provenance import run_seed
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
@@ -85,12 +85,9 @@ class Chat(Stage):
             )
         check_scorer(scorer)
         self.neurons = NeuronList.load(Path(neurons))
-        origin = self.neurons.provenance
-        self.fingerprint = origin.get("checkpoint_fingerprint")
-        if not self.fingerprint or not (checkpoint or origin.get("checkpoint")):
-            raise OptionError("neurons", f": {neurons} does not say which checkpoint it is for: prune again.")
+        self.checkpoint = self.neurons.checkpoint(neurons, checkpoint)
         self.save_hyperparameters()
-        self.checkpoint = Checkpoint(checkpoint or origin["checkpoint"], revision_of(self.fingerprint))
+        self.neurons_path = neurons
         self.scorer_name = scorer
         self.behavior = behavior
         self.dtype_name: ForwardDtype = dtype
@@ -129,12 +126,7 @@ class Chat(Stage):
             raise SystemExit(stopped.code) from None
 
     def _load(self, device: torch.device) -> None:
-        if self.checkpoint.fingerprint != self.fingerprint:
-            raise OptionError(
-                "checkpoint",
-                f": {self.checkpoint.name!r} ({self.checkpoint.fingerprint}) is not what --.neurons is for, "
-                f"{self.neurons.provenance.get('checkpoint')!r} ({self.fingerprint}).",
-            )
+        self.neurons.check_checkpoint(self.checkpoint, self.neurons_path)
         skeleton = self.checkpoint.skeleton()
         check(skeleton, self.neurons.neurons)
         check_can_continue(skeleton)

@@ -133,13 +133,7 @@ class Circuit(StoppableModule):
         model = self.checkpoint.skeleton()
         for group in self.groups:
             for path, provenance in zip(group.paths, group.provenances, strict=True):
-                if provenance.checkpoint_fingerprint != self.checkpoint.fingerprint:
-                    raise OptionError(
-                        "checkpoint",
-                        f"{path} is for the checkpoint {provenance.checkpoint!r} "
-                        f"({provenance.checkpoint_fingerprint}), but --.checkpoint is {self.checkpoint.name!r} "
-                        f"({self.checkpoint.fingerprint}).",
-                    )
+                self.checkpoint.check_is_of(path, provenance.checkpoint, provenance.checkpoint_fingerprint)
             if group.granularity == "weight":
                 check_is_whole(self)
                 continue
@@ -172,6 +166,7 @@ class Circuit(StoppableModule):
             first = {group.granularity: group for group in reversed(self.groups)}
             found += [self._measure_random(group) for group in reversed(first.values())]
         self.end_line()
+        self.batching.agree()
         if self.trainer.is_global_zero:
             self._write(found)
 

@@ -176,13 +176,7 @@ class Evaluation(StoppableModule):
         if data.pairs is not None:
             self.checkpoint.check_context(data.pairs.longest, "take shorter --data.pairs")
         for selection, neurons in self.lists.items():
-            provenance, theirs = neurons.provenance, neurons.provenance.get("checkpoint_fingerprint")
-            if theirs != self.fingerprint:
-                raise OptionError(
-                    "checkpoint",
-                    f"{selection or self.neurons_path} is for the checkpoint {provenance.get('checkpoint')!r} "
-                    f"({theirs}), but --.checkpoint is {self.checkpoint.name!r} ({self.fingerprint}).",
-                )
+            neurons.check_checkpoint(self.checkpoint, selection or self.neurons_path)
         if any(pruned.granularity == "weight" for pruned in self.lists.values()):
             check_is_whole(self)
         parts = {"text": data.text, "prompts": data.prompts, "pairs": data.pairs}
@@ -350,9 +344,10 @@ class Evaluation(StoppableModule):
             found = replace(found, zero_shot=accuracies(self.model, both, tokenizer, self.zero_shot))
         said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
         settings = evaluation_settings(self, self.data)
-        if sizes := [size for size in gather([self._auto_batch_sizes()]) if size]:
-            smallest = {name: min(of_rank[name] for of_rank in sizes) for name in sizes[0]}
-            settings = replace(settings, auto_batch_sizes=smallest)
+        for batching in self.batchings.values():
+            batching.agree()
+        found_sizes = {name: batching.size for name, batching in self.batchings.items() if batching.is_auto}
+        settings = replace(settings, auto_batch_sizes=found_sizes or None)
         self.results = Results(verdict=said, **vars(found), **vars(settings))
         self._write()
         self.end_line()
@@ -364,10 +359,6 @@ class Evaluation(StoppableModule):
                     for key, v in measures.numbers(found.headline).items()
                 }
             )
-
-    def _auto_batch_sizes(self) -> dict[str, int]:
-        """Return the batch sizes that were found by trying, by part of the data."""
-        return {name: batching.found for name, batching in self.batchings.items() if batching.found is not None}
 
     @rank_zero_only
     def _write(self) -> None:
@@ -387,13 +378,8 @@ class Evaluation(StoppableModule):
         """Return the table of before and after, the verdict, the paths of what was written, and what to do next."""
         report = self.folder / REPORT if self.is_drawn else None
         written = [f"Results: {self.folder / RESULTS}", *([f"Report:  {report}"] if report else [])]
-        commands = next_commands(report, self.list_to_go_on_with)
+        commands = next_commands(self.folder, self.results.neurons, report)
         return closing(summary_table(self.results), self.results.verdict, written, commands)
-
-    @property
-    def list_to_go_on_with(self) -> Path | None:
-        """The list of neurons to talk to."""
-        return None if self.neurons_path is None else Path(self.neurons_path)
 
     @property
     def data(self) -> EvaluationData:

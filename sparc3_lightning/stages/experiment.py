@@ -114,7 +114,7 @@ class Experiment:
             shutil.copyfile(evaluation / name, folder / name)
         results = Results.load(folder / RESULTS)
         if evaluated_before:
-            commands = next_commands(folder / REPORT if is_drawn else None, Path(str(results.neurons)))
+            commands = next_commands(folder, results.neurons, folder / REPORT if is_drawn else None)
             rank_zero_info(closing(summary_table(results), results.verdict, [], commands))
         report = f"\nReport:  {folder / REPORT}" if is_drawn else ""
         rank_zero_info(f"\nThe experiment is complete.\nResults: {folder / RESULTS}{report}")

@@ -1,6 +1,6 @@
 """Export: from a list of neurons, wherever it comes from, to a plain checkpoint, and to the hub."""
 
-import shlex
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,16 +11,12 @@ from sparc3_lightning.evaluation.results import RESULTS, Results
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Granularity, check
 from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
-from sparc3_lightning.provenance import revision_of
-from sparc3_lightning.report.card import Exported, model_card, unevaluated_card
-from sparc3_lightning.report.escaping import for_terminal, public_name
-from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.report.card import README, Exported, license_of, model_card, unevaluated_card
+from sparc3_lightning.report.escaping import for_shell, for_terminal, public_name
+from sparc3_lightning.selection.neuron_list import NEURONS, NeuronList
 from sparc3_lightning.sources import first_line
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.folders import giving_back
-from sparc3_lightning.stages.prune import NEURONS
-
-README = "README.md"
 
 
 class Export(Stage):
@@ -61,16 +57,12 @@ class Export(Stage):
             _check_id(push_to_hub)
         elif not private:
             raise OptionError("private", "is for what is uploaded: add --.push_to_hub <id>.")
+        _check_is_no_compression(Path(neurons))
         self.list = NeuronList.load(Path(neurons))
-        origin = self.list.provenance
-        fingerprint, name = origin.get("checkpoint_fingerprint"), checkpoint or origin.get("checkpoint")
-        if not fingerprint or not name:
-            raise OptionError("neurons", f": {neurons} does not say which checkpoint it is for: prune again.")
+        self.checkpoint = self.list.checkpoint(neurons, checkpoint)
         if results is not None and not Path(results).is_file():
             raise OptionFileNotFoundError("results", f": {results} does not exist; 'sparc3 evaluate' writes it.")
         self.save_hyperparameters()
-        self.fingerprint: str = fingerprint
-        self.checkpoint = Checkpoint(name, revision_of(fingerprint))
         self.neurons = Path(neurons)
         self.export = Path(export)
         self.export_dtype: Dtype = export_dtype
@@ -97,14 +89,15 @@ class Export(Stage):
         self.begin(folder)
         repository = None if self.push_to_hub is None else _check_can_push(self.push_to_hub)
         self._check()
-        exported = Exported(self.list, self.checkpoint.name, self.export.resolve().name, self._license())
+        readme = self.checkpoint.folder / README
+        exported = Exported(self.list, self.checkpoint.name, self.export.resolve().name, license_of(readme))
         found = self._results(exported)
-        card = unevaluated_card(exported) if found is None else model_card(*found, exported)
+        card = unevaluated_card(exported) if found is None else model_card(found[0], exported)
         public = ("criterion", "ablation", "damping", "versions", "git_hash")
         origin = {name: value for name, value in self.list.provenance.items() if name in public}
         origin |= {
             "checkpoint": public_name(self.checkpoint.name),
-            "checkpoint_fingerprint": self.fingerprint,
+            "checkpoint_fingerprint": self.checkpoint.fingerprint,
         }
         self.keep_config()
         dtype = export_dtype_of(self.export_dtype)
@@ -112,6 +105,7 @@ class Export(Stage):
         export_pruned(self.checkpoint, self.list.neurons, self.export, dtype=dtype, texts=texts)
         provenance = {
             **self.list.provenance,
+            "push_to_hub": repository,
             "checkpoint": self.checkpoint.name,
             "export": str(self.export),
             "export_dtype": self.export_dtype,
@@ -127,12 +121,7 @@ class Export(Stage):
 
     def _check(self) -> None:
         """Raise ValueError or OSError unless the list can be written into this checkpoint; no weight is read."""
-        if self.checkpoint.fingerprint != self.fingerprint:
-            raise OptionError(
-                "checkpoint",
-                f": {self.checkpoint.name!r} ({self.checkpoint.fingerprint}) is not what --.neurons is for, "
-                f"{self.list.provenance.get('checkpoint')!r} ({self.fingerprint}).",
-            )
+        self.list.check_checkpoint(self.checkpoint, self.neurons)
         check(self.checkpoint.skeleton(), self.list.neurons)
         modules: dict[Granularity, dict[str, bool]] = defaultdict(dict)  # and whether one is held at its mean
         for neuron in self.list.neurons:
@@ -169,17 +158,6 @@ class Export(Stage):
                     return results, folder
         return None
 
-    def _license(self) -> str | None:
-        """Return the licence that the model card of the original names, if it has one that can be read."""
-        from huggingface_hub import ModelCard
-
-        readme = self.checkpoint.folder / README
-        try:
-            found = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
-        except Exception:  # somebody's own text, if there is one at all
-            return None
-        return found if isinstance(found, str) else None
-
     def _push(self, repository: str) -> str:
         """Upload the export as one commit of a new repository, and return its address."""
         from huggingface_hub import HfApi
@@ -194,9 +172,24 @@ class Export(Stage):
             command = ["hf", "upload", repository, str(self.export), *(["--private"] if self.private else [])]
             raise OSError(
                 f"The checkpoint is complete in {self.export}, but was not uploaded ({first_line(error):.200}): run "
-                f"{shlex.join(command)}"
+                f"{for_shell(command)}"
             ) from error
         return str(address)
+
+
+def _check_is_no_compression(path: Path) -> None:
+    """Raise OptionError if a file is the sparsity.json of a compression, which has written its checkpoint itself."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # the one who reads it says so
+    if isinstance(content, dict) and {"masks", "pattern", "export"} <= content.keys():
+        command = for_shell(["hf", "upload", "<id>", content["export"], "--private"])
+        raise OptionError(
+            "neurons",
+            f": {path} is of 'sparc3 compress', which has written the checkpoint itself: {content['export']}. To "
+            f"publish it, run {command}",
+        )
 
 
 def _check_id(name: str) -> None:

@@ -21,7 +21,7 @@ from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, choose_within
 from sparc3_lightning.selection.criteria import differential_relevance, differential_strength
-from sparc3_lightning.selection.neuron_list import SELECTION, BudgetUse, NeuronList, Selected, origin
+from sparc3_lightning.selection.neuron_list import NEURONS, SELECTION, BudgetUse, NeuronList, Selected, origin
 from sparc3_lightning.selection.neuron_selection import (
     CRITERIA,
     CriterionName,
@@ -38,7 +38,6 @@ from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import check_config, giving_back, own
 from sparc3_lightning.stages.terminal import Line
 
-NEURONS = "neurons.json"
 UNFINISHED = "export.unfinished"  # beside neurons.json, until the pruned checkpoint is complete
 
 

@@ -15,7 +15,7 @@ from sparc3_lightning.evaluation.results import RESULTS, Results
 from sparc3_lightning.files import at_home
 from sparc3_lightning.provenance import git_hash, revision_of, versions
 from sparc3_lightning.report.escaping import for_terminal
-from sparc3_lightning.report.tables import Table, aligned
+from sparc3_lightning.report.tables import WIDTH, Table, aligned
 from sparc3_lightning.scorers.base import split_label
 from sparc3_lightning.scorers.functions import FunctionScorer
 from sparc3_lightning.sources import first_line
@@ -151,7 +151,7 @@ def said_of_figures(found: ReproductionResults, folder: Path) -> str:
         rows.append((figure.name, f"{figure.there:.6g}", f"{figure.here:.6g}", ends, figure.outcome))
     number, differing = len(found.figures), found.num_differing
     said = f"{differing} of {number} figures differ" if differing else f"All {number} figures are reproduced"
-    return f"\n{aligned(rows)}\n\n{said}.\nReproduction: {for_terminal(folder / REPRODUCTION)}"
+    return f"\n{aligned(rows, WIDTH)}\n\n{said}.\nReproduction: {for_terminal(folder / REPRODUCTION)}"
 
 
 def _parts(data: EvaluationData) -> dict[str, TextDataModule]:

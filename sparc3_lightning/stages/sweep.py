@@ -9,11 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.controls import Controls
-from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.neuron_list import CHOSEN, NeuronList
 from sparc3_lightning.stages.base import paths_of
 from sparc3_lightning.stages.evaluate import Evaluation
-
-CHOSEN = "chosen/neurons.json"
 
 
 class Sweep(Evaluation):
@@ -66,12 +64,6 @@ class Sweep(Evaluation):
         if self.max_perplexity_increase is not None:
             self.choose(self.max_perplexity_increase)
         super()._write()
-
-    @property
-    def list_to_go_on_with(self) -> Path | None:
-        """The best list within the budget, if one was asked for and there is one."""
-        chosen = self.folder / CHOSEN
-        return chosen if chosen.is_file() else super().list_to_go_on_with
 
     @rank_zero_only
     def choose(self, budget: float) -> None:

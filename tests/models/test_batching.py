@@ -102,6 +102,14 @@ def test_another_error_is_none_of_its_business(error):
         list(Batching(4, is_auto=True).each(4, fitting(2, [], error)))
 
 
+def test_the_size_that_is_recorded_is_the_smallest_of_all_ranks(monkeypatch):
+    monkeypatch.setattr(batching, "gather", lambda rows: [*rows, 3, 7])
+    size = Batching(8, is_auto=True)
+    size.agree()
+    assert size.notes == {"auto_batch_size": 3}
+    assert Batching(8, is_auto=False).notes == {}
+
+
 def test_a_part_of_a_batch_has_the_rows_of_its_items_and_what_all_share():
     batch = {
         "ids": ["a", "b", "c"],

@@ -61,6 +61,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results, rows = made_up()
     results = replaced_at(results, "checkpoint", "/a/folder/with/a/long/name" * 6 + "/A-Model-" + "x" * 60)
     results = replaced_at(results, "protocol/perplexity/text", "pypi:a==1/" + "folder/" * 20 + "text.txt")
+    results = replaced_at(results, "neurons", "/a/folder/of/a list/" + "x" * 200 + "/neurons.json")
     for row in rows:
         row["continuation"] += " " + "o" * 200 + " stupid" * 5
     write_report(folder / "report.html", reported(results, rows, NEURONS, folder), rows)
@@ -238,6 +239,20 @@ def test_it_prints_on_a_few_pages(page, tmp_path):
     content = page.pdf(path=tmp_path / "report.pdf", format="A4")
     assert content.startswith(b"%PDF")
     assert 3 <= content.count(b"/Type /Page\n") <= 12
+
+
+@pytest.mark.parametrize("width", [400, 800, 1280])
+def test_the_commands_wrap_and_an_option_is_not_broken(context, report, width):
+    with opened(context, report, width) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        box = page.locator(".commands")
+        assert box.locator("pre").count() == 4
+        assert box.locator("span").all_inner_texts() == ["--model.neurons", "--model.export", "--model.neurons"]
+        assert box.locator("span").evaluate_all("all => all.map(span => span.getClientRects().length)") == [1, 1, 1]
+        box.locator("pre").first.click()
+        selected = page.evaluate("getSelection().toString()").strip()
+        assert selected == box.locator("pre").first.inner_text().strip()
+        assert "\n" not in selected
 
 
 def test_there_is_no_script_and_none_is_needed(browser, report):

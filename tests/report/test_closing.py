@@ -2,15 +2,19 @@
 
 import dataclasses
 import math
-import shlex
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from helpers import replaced_at
-from made_up import made_up
+from made_up import NEURONS, made_up
+from pages import words_of
 
 from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import PairMeasures, Preference
+from sparc3_lightning.report.escaping import for_shell
 from sparc3_lightning.report.page import summary_table
 from sparc3_lightning.report.tables import closing, next_commands
 
@@ -61,13 +65,55 @@ def test_the_verdict_is_wrapped_and_the_commands_are_not():
     assert " ".join(text.split()).count("Mean toxicity fell by 3.5 % and so on.") == 9
 
 
-@pytest.mark.parametrize("name", ["neurons.json", "it's a name; rm -rf $HOME.json", "-x.json"])
+NAMES = (
+    "neurons.json",
+    "it's a name; rm -rf $HOME.json",
+    "[a: b, *c] # {d} %s\\n",
+    "two\nlines",
+    "\x1b[31m\u202e\x9bab\\'",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_commands_can_be_pasted(name):
-    opened, chat = next_commands(Path("a folder/version_0/report.html"), Path("b c", name))
-    assert shlex.split(opened)[1:] == ["a folder/version_0/report.html"]
-    assert shlex.split(chat) == ["sparc3", "chat", "--model.neurons", f"b c/{name}"]
+    folder = Path(name)
+    folder.mkdir()
+    opened, *commands = next_commands(folder, f"b c/{name}", folder / "report.html")
+    assert words_of(opened)[1:] == [f"{name}/report.html"]
+    assert list(map(words_of, commands)) == [
+        ["sparc3", "export", "--model.neurons", f"b c/{name}", "--model.export", f"{name}/pruned-model"],
+        ["sparc3", "chat", "--model.neurons", f"b c/{name}"],
+        ["sparc3", "reproduce", f"{name}/results.json"],
+    ]
+    assert all(command.isprintable() for command in (opened, *commands))
 
 
-def test_without_neurons_or_a_page_there_is_nothing_to_do_with_them():
-    assert next_commands(None, None) == []
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize("name", [*NAMES, "no UTF-8 \udcff9"])
+def test_bash_reads_the_very_words(name):
+    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {for_shell([name, 'b'])}"], capture_output=True, check=True)
+    assert said.stdout.split(b"\0") == [os.fsencode(name), b"b", b""]
+
+
+def test_a_path_is_not_taken_for_an_option_or_a_home(tmp_path):
+    export, chat, reproduce = map(words_of, next_commands(Path("-run"), "~ann/neurons.json", None))
+    assert export[3:] == [str(tmp_path / "~ann/neurons.json"), "--model.export", str(tmp_path / "-run/pruned-model")]
+    assert (chat[-1], reproduce[-1]) == (str(tmp_path / "~ann/neurons.json"), str(tmp_path / "-run/results.json"))
+
+
+def test_the_folder_to_export_to_does_not_exist_and_the_list_is_the_one_that_was_chosen():
+    out = Path("out")
+    (out / "pruned-model").mkdir(parents=True)
+    assert next_commands(out, "neurons.json", None)[0].endswith("neurons.json --model.export out/pruned-model-2")
+    (out / "pruned-model-2").write_text("mine")
+    NEURONS.save(out / "chosen/neurons.json")
+    chosen = "--model.neurons out/chosen/neurons.json"
+    export, chat, _ = next_commands(out, "neurons.json", None)
+    assert export == f"sparc3 export {chosen} --model.export out/pruned-model-3"
+    assert chat == f"sparc3 chat {chosen}"
+
+
+def test_without_neurons_or_a_page_only_measuring_again_is_left():
+    assert next_commands(Path("out"), None, None) == ["sparc3 reproduce out/results.json"]
     assert "next" not in closing("table", "verdict", [], [])

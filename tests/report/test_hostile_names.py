@@ -5,14 +5,16 @@ import io
 import math
 import re
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import yaml
 from helpers import replaced_at
 from made_up import NEURONS, made_up
-from pages import CARD, PAGE, write
+from pages import CARD, PAGE, words_of, write
 
 from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.models.components import Component
@@ -151,18 +153,22 @@ def test_the_card_names_no_folder_of_the_one_who_made_it(place):
 
 
 @pytest.mark.usefixtures("pictures_take_no_time")
-def test_the_command_in_the_card_has_no_absolute_path(tmp_path, monkeypatch):
-    import pages
-
-    folder = tmp_path / "my runs"
+def test_the_commands_of_the_page_have_the_paths_of_the_run_and_the_card_names_none(tmp_path, monkeypatch):
+    folder = tmp_path / "my runs; <b> & 'quoted' {{ 7*7 }} \x1b[31m"
     folder.mkdir()
-    (folder / "config.yaml").write_text("a: 1\n")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr(pages, "PAGE", folder / "report.html")
-    assert f"--config '{folder}/config.yaml'" in write().words
+    write(replaced_at(made_up()[0], "neurons", f"{folder}/of mine.json"))
+    html = (folder / "report.html").read_text()
+    assert not UNSEEN.search(html)
+    commands = [unescape(found) for found in re.findall("<pre>(sparc3 .*)</pre>", re.sub("</?span>", "", html))]
+    assert list(map(words_of, commands)) == [
+        ["sparc3", "export", "--model.neurons", f"{folder}/of mine.json", "--model.export", f"{folder}/pruned-model"],
+        ["sparc3", "chat", "--model.neurons", f"{folder}/of mine.json"],
+        ["sparc3", "reproduce", f"{folder}/results.json"],
+        ["sparc3", "report", str(folder)],
+    ]
     card = (folder / "model_card.md").read_text()
-    assert "    sparc3 evaluate --config config.yaml --trainer" in card
+    assert "    sparc3 reproduce results.json\n" in card
     assert str(tmp_path) not in card
 
 

@@ -11,14 +11,15 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from made_up import NEURONS, made_up
-from pages import CARD, PAGE, by_name, write
+from pages import CARD, PAGE, by_name, reported, write
 from safetensors.torch import save_file
 
 from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import Effects, Results
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.report import page as report
-from sparc3_lightning.report.page import MARK
+from sparc3_lightning.report.card import MARK, Exported, model_card, unevaluated_card
+from sparc3_lightning.report.escaping import for_markdown
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 pytestmark = pytest.mark.usefixtures("pictures_take_no_time")
@@ -86,7 +87,7 @@ def test_the_card_begins_with_what_the_hub_reads():
         "pipeline_tag": "text-generation",
         "tags": ["sparc3_lightning", "pruning", "detoxification"],
     }
-    assert body.splitlines()[0] == MARK
+    assert re.fullmatch(re.escape(MARK).replace(r"\{\}", "[0-9a-f]{16}"), body.splitlines()[0])
     assert body.splitlines()[2].startswith("# c: 'd' # e.gguf with 2 neurons")
     assert "&" not in CARD.read_text(), "nothing is escaped as in HTML"
     assert "\n\n\n" not in CARD.read_text()
@@ -168,15 +169,63 @@ def test_a_readme_of_somebody_else_stays(export, content, warnings):
     write(neurons=exported(export))
     assert (export / "README.md").read_text() == content
     assert CARD.is_file()
-    assert warnings == ["The model card was not put into export: it has a README of its own."]
+    assert warnings == ["The model card was not put into export: it has a README that somebody wrote or changed."]
 
 
-def test_a_card_whose_mark_was_removed_stays(export):
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda card: re.sub("<!-- Written.*-->", "", card),
+        lambda card: f"{card}\n## Mine\n",
+        lambda card: card.replace("tags:", "license: mit\ntags:", 1),
+        lambda card: re.sub("[0-9a-f]{16} -->", "0123456789abcdef -->", card),
+        lambda card: card.replace("fell", "rose"),
+        lambda card: card + card,
+    ],
+    ids=["no mark", "a section", "the front matter", "the hash", "a word", "twice"],
+)
+def test_a_card_that_somebody_has_changed_stays(export, edit):
     write(neurons=exported(export))
-    edited = (export / "README.md").read_text().replace(MARK, "")
+    edited = edit(written := (export / "README.md").read_text())
+    assert edited != written
     (export / "README.md").write_text(edited)
     write(dataclasses.replace(made_up()[0], verdict="Another."), neurons=exported(export))
     assert (export / "README.md").read_text() == edited
+
+
+def test_the_card_of_an_export_keeps_neurons_command_and_licence_when_it_is_evaluated(export):
+    (export / "README.md").unlink(missing_ok=True)
+    neurons = exported(export)
+    results = reported(*made_up(), neurons)
+    of = {"checkpoint": results.checkpoint, "checkpoint_fingerprint": results.checkpoint_fingerprint}
+    inside = NeuronList(neurons.neurons, of)
+    inside.save(export / "neurons.json")
+    (export / "README.md").write_text(unevaluated_card(Exported(inside, results.checkpoint, "export", "mit")))
+    write(results, neurons=neurons)
+    card = ModelCard.load(export / "README.md")
+    assert (card.data.license, card.data.model_name) == ("mit", "export")
+    assert results.verdict in card.text
+    for module in {neuron.module for neuron in inside.neurons}:
+        assert f"\n- {for_markdown(module)}: " in card.text
+    assert "    sparc3 export --model.neurons neurons.json --model.checkpoint somebody/A-Model" in card.text
+    write(dataclasses.replace(results, verdict="Another."), neurons=neurons)
+    assert "Another." in (export / "README.md").read_text()
+
+
+def test_an_export_that_is_uploaded_stays_as_it_is_there(export, warnings):
+    neurons = exported(export)
+    (export / "README.md").write_text(before := model_card(reported(*made_up())))
+    write(neurons=NeuronList(neurons.neurons, {**neurons.provenance, "push_to_hub": "ann/model"}))
+    assert (export / "README.md").read_text() == before
+    assert warnings == ["The model card was not put into export: it was exported to be uploaded to ann/model."]
+
+
+def test_a_list_in_the_export_that_is_damaged_costs_no_page(export, warnings):
+    (export / "neurons.json").write_text("{}")
+    write(neurons=exported(export))
+    assert not (export / "README.md").exists()
+    assert PAGE.is_file()
+    assert len(warnings) == 1
 
 
 def test_a_folder_that_is_no_checkpoint_or_not_there_gets_no_card(warnings):

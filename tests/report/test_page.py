@@ -4,10 +4,8 @@ import dataclasses
 import json
 import math
 import re
-import shlex
 from pathlib import Path
 
-import pages
 import pytest
 from helpers import replaced_at
 from made_up import NEURONS, SELECTION, SELECTION_OF_NEURONS, made_up, made_up_windows, settings
@@ -101,28 +99,28 @@ def test_page_and_card_say_that_controls_are_zeroed_beside_neurons_held_at_their
         assert "neurons did more.\n\n|" in CARD.read_text() or zeroed
 
 
-def test_the_page_says_how_to_run_it_again():
-    assert "No config.yaml lies beside this page" in write().words
-    PAGE.parent.mkdir(exist_ok=True)
+def test_the_page_ends_with_what_to_do_next_filled_in_for_this_run():
+    page = write(replaced_at(made_up()[0], "neurons", "pruned/neurons.json"))
+    for command in (
+        "sparc3 export --model.neurons pruned/neurons.json --model.export out/pruned-model",
+        "sparc3 chat --model.neurons pruned/neurons.json",
+        "sparc3 reproduce out/results.json",
+        "sparc3 report out",
+    ):
+        assert command in page.words.partition("What to do next")[2]
+    assert "    sparc3 reproduce results.json\n" in CARD.read_text()
+
+
+def test_the_box_goes_on_with_the_list_that_was_chosen_of_the_one_measured():
+    NEURONS.save(PAGE.parent / "chosen/neurons.json")
+    assert "sparc3 chat --model.neurons out/chosen/neurons.json" in write().words
+
+
+def test_the_page_has_the_config_of_its_run_if_there_is_one():
+    write()
+    assert "<summary>config.yaml" not in PAGE.read_text()
     PAGE.with_name("config.yaml").write_text("seed_everything: 7 # <b>\n")
-    page = write()
-    command = re.search(r"sparc3 evaluate .* again", page.words)
-    assert command
-    assert command[0] == "sparc3 evaluate --config out/config.yaml --trainer.logger.init_args.version again"
-    assert command[0] in CARD.read_text()
-    results, _ = made_up()
-    assert "sparc3 sweep --config out/config.yaml" in write(replaced_at(results, "config/verb", "sweep")).words
-    assert "seed_everything: 7 # <b>" in page.hidden
-
-
-def test_a_folder_with_spaces_is_quoted_in_the_command(monkeypatch):
-    folder = Path("my runs; rm")
-    folder.mkdir()
-    (folder / "config.yaml").write_text("a: 1\n")
-    monkeypatch.setattr(pages, "PAGE", folder / "report.html")
-    command = re.search(r"sparc3 evaluate .* again", write().words)
-    assert command
-    assert shlex.split(command[0])[3] == str(folder / "config.yaml")
+    assert "seed_everything: 7 # <b>" in write().hidden
 
 
 def test_text_from_prompts_and_continuations_cannot_become_html():
@@ -211,7 +209,7 @@ def test_another_behavior_than_toxicity_is_named_in_table_card_and_page():
     for words in ("Expected maximum repetition", "with less repetition", "before: repetition"):
         assert words in page.words, words
     for words in ("oxicity", "less toxic", "detoxification", "toxic text"):
-        assert words not in page.words.split("Run it again")[0], words
+        assert words not in page.words.split("Settings")[0], words
         assert words not in Path("out/model_card.md").read_text().replace("real-toxicity-prompts", ""), words
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from helpers import EDITED, NEURONS, write_sealed
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import sealed
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.criteria import select_neurons
 from sparc3_lightning.selection.neuron_list import FORMAT, NeuronList
@@ -165,6 +167,32 @@ def test_a_missing_file_is_an_error_that_says_what_writes_it(tmp_path: Path):
         NeuronList.load(tmp_path / "neurons.json")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         NeuronList.load(tmp_path)
+
+
+def test_a_list_knows_its_checkpoint_wherever_that_lies_now():
+    neurons = NeuronList(NEURONS, {"checkpoint": "org/model", "checkpoint_fingerprint": "commit:abc"})
+    assert neurons.checkpoint(Path("n.json")) == Checkpoint("org/model", "abc")
+    assert neurons.checkpoint(Path("n.json"), "./copy") == Checkpoint("./copy", "abc")
+
+
+@pytest.mark.parametrize("missing", ["checkpoint", "checkpoint_fingerprint"])
+def test_a_list_that_does_not_say_its_checkpoint_is_refused_where_that_is_needed(missing):
+    origin: dict[str, str | None] = {"checkpoint": "org/model", "checkpoint_fingerprint": "commit:abc", missing: None}
+    for of in (origin, {}):
+        with pytest.raises(OptionError, match=r"^--model\.neurons: n\.json does not say which checkpoint it is for"):
+            NeuronList(NEURONS, of).checkpoint(Path("n.json"))
+
+
+def test_a_list_of_another_checkpoint_is_refused_by_the_names_of_both(tiny_checkpoint):
+    ours = Checkpoint(tiny_checkpoint)
+    NeuronList(NEURONS, {"checkpoint": "moved", "checkpoint_fingerprint": ours.fingerprint}).check_checkpoint(ours, "n")
+    for origin, said in (
+        ({"checkpoint": "org/model", "checkpoint_fingerprint": "commit:abc"}, r"'org/model' \(commit:abc\)"),
+        ({}, r"None \(None\)"),
+    ):
+        both = rf"^n is for the checkpoint {said}, but --model\.checkpoint is '.*tiny.*' \(files:\w+\)\.$"
+        with pytest.raises(OptionError, match=both):
+            NeuronList(NEURONS, origin).check_checkpoint(ours, "n")
 
 
 def test_what_is_done_to_a_neuron_survives_saving_and_loading_and_is_in_the_digest(tmp_path):

@@ -17,7 +17,7 @@ from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.evaluation.generation import Sampling, continue_prompts, draw_key
-from sparc3_lightning.models.checkpoints import load_model
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import mask
 from sparc3_lightning.scorers.registry import load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -128,7 +128,7 @@ def test_a_text_file_holds_one_prompt_a_line(neurons, capsys):
 def test_the_checkpoint_may_have_moved_but_must_be_the_same(answer, tiny_checkpoint, make_checkpoint):
     shutil.copytree(tiny_checkpoint, "moved")
     assert answer(PROMPT) == answer(PROMPT, options=("--model.checkpoint", "moved"))
-    with pytest.raises(ValueError, match=r"--model.checkpoint: .* is not what --model.neurons is for"):
+    with pytest.raises(ValueError, match=r"is for the checkpoint .*, but --model\.checkpoint is .* \(files:"):
         answer(PROMPT, options=("--model.checkpoint", make_checkpoint("gpt2")))
 
 
@@ -231,7 +231,7 @@ def test_what_cannot_be_used_is_refused_before_the_model_is_loaded(monkeypatch, 
     Path("blank.txt").write_text("the cat\n \n")
     NeuronList(EVERY_SECOND).save(Path("of_nothing.json"))
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    monkeypatch.setattr(chat.Checkpoint, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("the model was loaded"))
     # jsonargparse ends the process where an option is refused while the stage is made.
     with pytest.raises((error, SystemExit)) as refused:
         main(["chat", *CPU, "--model.neurons", str(neurons), *SHORT, *options])

@@ -23,6 +23,7 @@ from sparc3_lightning.attribution.targets import logit_difference
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.ioi import IOI
+from sparc3_lightning.models import batching
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import mask, prune_
 from sparc3_lightning.report.circuits import CircuitResults, Step
@@ -317,6 +318,12 @@ def test_a_seed_whose_logits_are_not_finite_gives_a_deviation_that_is_not_known(
 
 
 NOT_FINITE = [(0.5, 1.0), (0.0, math.nan)]
+
+
+def test_an_automatic_batch_size_is_recorded_as_the_smallest_of_all_ranks(checkpoint, save, monkeypatch):
+    monkeypatch.setattr(batching, "gather", lambda rows: [*rows, 3])
+    data = IOI(num_samples=NUM_SAMPLES, seed=5, batch_size="auto")
+    assert find(checkpoint, [save("a", UP_PROJ, 0)], data)["data"]["auto_batch_size"] == 3
 
 
 def test_scores_of_another_checkpoint_or_of_components_it_has_not_are_refused(checkpoint, save):

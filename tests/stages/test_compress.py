@@ -18,6 +18,7 @@ from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.selection.sparsity import global_masks, global_threshold, prune_mask
 from sparc3_lightning.stages.compress import SPARSITY, Compression, Ranking, zero_
+from sparc3_lightning.stages.export import Export
 
 OUT, EXPORT = Path("out"), Path("sparse")
 
@@ -90,6 +91,13 @@ def test_the_export_has_a_tokenizer_and_sparsity_json_says_where_it_comes_from(t
     assert "torch" in found["versions"]
     parameters = load_model(tiny_checkpoint, torch.float32).num_parameters()
     assert found["share_of_all_parameters"] == found["num_pruned"] / parameters
+
+
+def test_export_says_that_a_compression_has_written_its_checkpoint_itself(make_scores):
+    Compression([make_scores(0)], EXPORT).compress(OUT)
+    said = rf"^--model\.neurons: {OUT / SPARSITY} is of 'sparc3 compress', .*: sparse\. .*'<id>' sparse --private$"
+    with pytest.raises(ValueError, match=said):
+        Export(OUT / SPARSITY, Path("again"))
 
 
 def test_the_hash_of_the_masks_tells_masks_apart(make_scores):

@@ -1,6 +1,7 @@
 """The verb export: from any list to a plain checkpoint, shard by shard, with a model card, and to the hub."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from sparc3_lightning.evaluation.results import RESULTS
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.tensors import TensorFile
+from sparc3_lightning.report.tables import next_commands
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.export import Export
 
@@ -148,6 +150,16 @@ def test_the_list_in_the_export_makes_the_export_again(sharded: str) -> None:
     assert shards("again") == shards(EXPORT)
 
 
+@pytest.mark.usefixtures("as_if_from_python")
+@pytest.mark.parametrize("place", ["my runs: [1] # {a}", "-out", "~ann"])
+def test_the_command_that_an_evaluation_ends_with_is_taken_as_it_is(neurons: Path, place: str) -> None:
+    Path(place).mkdir()
+    moved = shutil.move(neurons, Path(place))
+    export = next_commands(Path(place), moved, None)[0]
+    main([*shlex.split(export)[1:], "--trainer.accelerator", "cpu"])
+    assert Path(place, "pruned-model/model.safetensors").is_file()
+
+
 # The model card.
 
 
@@ -240,7 +252,7 @@ def test_a_card_names_the_first_thousand_weights_of_a_long_list(tiny_checkpoint:
     [
         ({"export": Path("taken")}, r"--model\.export: taken exists already; nothing was overwritten\."),
         ({"export": Path("file/new")}, r"Cannot write to the output folder .*--model\.export"),
-        ({"checkpoint": "other"}, r"--model\.checkpoint: 'other' \(files:.*\) is not what --model\.neurons is for"),
+        ({"checkpoint": "other"}, r"neurons\.json is for the checkpoint .*, but --model\.checkpoint is 'other' \("),
         ({"checkpoint": "./missing"}, r"missing"),
         ({"neurons": Path("no.json")}, r"--model\.neurons: no\.json does not exist"),
         ({"neurons": Path("foreign.json")}, r"Neuron 99 of .*up_proj does not exist"),

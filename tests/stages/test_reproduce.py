@@ -1,6 +1,7 @@
 """`sparc3 reproduce results.json` measures an evaluation again, says what changed, and compares figure by figure."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -15,9 +16,9 @@ from helpers import replaced_at, write_sealed
 
 from sparc3_lightning.cli import main
 from sparc3_lightning.evaluation.controls import Controls
-from sparc3_lightning.evaluation.reproduction import ReproductionResults
+from sparc3_lightning.evaluation.reproduction import Figure, ReproductionResults
 from sparc3_lightning.evaluation.results import Results
-from sparc3_lightning.stages.reproduce import Reproduction, said_of_changes
+from sparc3_lightning.stages.reproduce import Reproduction, said_of_changes, said_of_figures
 from sparc3_lightning.stages.sweep import Sweep
 
 pytestmark = pytest.mark.usefixtures("as_if_from_python")
@@ -173,6 +174,19 @@ def test_a_folder_that_holds_results_is_not_written_to(there):
 
 
 @pytest.mark.slow
+def test_the_table_of_figures_has_at_most_100_columns_whatever_their_names():
+    name = "zero_shot.baseline." + "a_task_of_a_long_name" * 9 + ".accuracy"
+    figures = [Figure(name, -1.234567e-05, 1 / 3, -1.234567e-300, 1.234567e300, "differs")]
+    figures.append(Figure("kl", 0.0, math.nan, 0.0, 1.0, "within the interval"))
+    said = said_of_figures(ReproductionResults("there.json", 1, [], figures), Path("out"))
+    rows = said.splitlines()[3:5]
+    assert max(map(len, said.splitlines())) <= 100
+    assert rows[0].startswith("zero_shot.baseline.a_task")
+    assert "_name.accuracy  " in rows[0]
+    assert "…" in rows[0]
+    assert rows[1].startswith("kl  ")
+
+
 def test_a_sweep_is_reproduced_too(there):
     options = {"names": ["one"], "doses": [2], "dampings": [1.0, 0.5], "max_new_tokens": 2}
     model = evaluation("./model", Path("neurons.json"), Sweep, max_perplexity_increase=9.0, **options)

@@ -100,7 +100,7 @@ def test_evaluate_measures_the_model_that_is_exported_and_speaks_of_weights(tiny
         assert f"{len(weights)} weights" in text
     assert "As many largest weights (1 draw)" in both["verdict"]
     assert "Random weights" in page
-    body = page.partition("<h2>Run it again</h2>")[0]
+    body = page.partition("<h2>Settings</h2>")[0]
     assert "neurons" not in body.replace("neurons.json", "")
 
 
