@@ -129,8 +129,10 @@ class WikiText2(TextDataModule):
             raise OptionError("stride", f"must be between 1 and the window, got {stride} and {window}.", "data.text")
         if num_tokens is not None and num_tokens < 1:
             raise OptionError("num_tokens", f"must be at least 1, got {num_tokens}.", "data.text")
-        if not conventions:
-            raise OptionError("conventions", "must name 'sliding', 'disjoint' or both.", "data.text")
+        if not conventions or not set(conventions) <= {"sliding", "disjoint"}:
+            raise OptionError(
+                "conventions", f"must name 'sliding', 'disjoint' or both, got {list(conventions)}.", "data.text"
+            )
         self.save_hyperparameters(logger=False)
         self.window = window
         self.stride = stride
@@ -155,11 +157,18 @@ class WikiText2(TextDataModule):
         """Tokenize the text and cut it into windows.
 
         Raises:
-            ValueError: If it is shorter than one window.
+            ValueError: If it is shorter than one window, or a window has no room for it.
         """
         tokens = self.tokens_of(tokenizer)
         input_ids = self._encode(tokens)[: self.num_tokens]
         size = self.window - len(self.before)
+        if size < 1:
+            raise OptionError(
+                "window",
+                f"must be more than the {len(self.before)} tokens that stand before the text of every window, got "
+                f"{self.window}.",
+                "data.text",
+            )
         if len(input_ids) < size:
             raise OptionError(
                 "window",
