@@ -54,29 +54,6 @@ class EvaluationData(L.LightningDataModule):
             self.pairs.setup_pairs(exclude, self.pairs.load_tokenizer())
         self._set_up = wanted
 
-    def describe(self) -> dict[str, Any]:
-        """Describe the data: text and its windows; prompts and pairs, how they are read, and how many were left out."""
-        text, prompts, pairs = self.text, self.prompts, self.pairs
-        return {
-            "perplexity": {
-                "conventions": list(text.conventions),
-                "window": text.window,
-                "stride": text.stride if "sliding" in text.conventions else None,
-                "text": text.source or "WikiText-2 raw test",
-                "bos": text.has_bos,
-            },
-            "prompts": {
-                "source": prompts.source or "allenai/real-toxicity-prompts",
-                "nontoxic_source": prompts.nontoxic_source if prompts.num_nontoxic else None,
-                "excluded": prompts.num_excluded,
-                "too_long": prompts.num_too_long,
-                "in_both": prompts.num_in_both,
-                "chat": prompts.chat,
-                "bos": prompts.begin_with_bos,
-            },
-            **({} if pairs is None else {"pairs": {**pairs.hparams, "excluded": pairs.num_excluded}}),
-        }
-
     def test_dataloader(self) -> list[DataLoader]:
         """Return the windows of the text, then the prompts, then the pairs."""
         return [part.test_dataloader() for part in (self.text, self.prompts, self.pairs) if part is not None]

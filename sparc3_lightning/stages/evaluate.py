@@ -415,18 +415,18 @@ def check_can_be_measured(skeleton: PreTrainedModel) -> None:
 def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
     """Return everything that the measures of an evaluation rest on."""
     parts = {name: getattr(data, name) for name in ("text", "prompts", "pairs")}
-    described = data.describe()
+    pairs = data.pairs
     return Settings(
         behavior=module.behavior,
         protocol=Protocol(
-            TextProtocol(**described["perplexity"]),
-            PromptProtocol(**described["prompts"]),
+            TextProtocol.of(data.text),
+            PromptProtocol.of(data.prompts),
             ContinuationProtocol(
                 **asdict(module.sampling),
                 scorers=module.scorer_names,
                 seed=run_seed(),
             ),
-            pairs=described.get("pairs"),
+            pairs=None if pairs is None else {**pairs.hparams, "excluded": pairs.num_excluded},
         ),
         checkpoint=module.checkpoint.name,
         checkpoint_fingerprint=module.fingerprint,
