@@ -30,7 +30,6 @@ from sparc3_lightning.selection.neuron_selection import (
     activations_beside,
     edited,
     means_beside,
-    rank_neurons,
 )
 from sparc3_lightning.selection.sides import check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
@@ -233,7 +232,7 @@ class Pruning(Stage):
         if needs.needs_activations:
             rows = activations_beside(self.general), activations_beside([self.behavior])
             sides = replace(sides, general_rows=rows[0], behavior_rows=rows[1])
-        scores = rank_neurons(self.criterion, sides)
+        scores = needs.rank(sides)
         differential = None
         if self.criterion == "difference":
             differential = differential_strength(general, behavior)
