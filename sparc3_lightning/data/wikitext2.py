@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
@@ -227,7 +228,6 @@ class WikiText2(TextDataModule):
         windows = [window if weight else window._replace(num_scored=0) for window, weight in pairs]
         before = torch.tensor(self.before, dtype=torch.long)
         rows = [torch.cat([before, self.input_ids[window.start : window.end]]) for window in windows]
-        input_ids = torch.full((len(windows), max(map(len, rows))), PAD)
-        for row, ids in enumerate(rows):  # the causal mask keeps the filling on the right out of sight
-            input_ids[row, : len(ids)] = ids
+        # The causal mask keeps the filling on the right out of sight.
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=PAD)
         return {"input_ids": input_ids, "windows": windows, "num_before": len(self.before)}
