@@ -178,16 +178,13 @@ class Pruning(Stage):
             )
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
         self.keep_config()
-        provenance |= {} if found.budget is None else {"budget": asdict(found.budget)}
-        provenance |= {"criterion": self.criterion, "ablation": self.ablation}
-        provenance["damping"] = found.chosen[0].damping
+        provenance |= {"criterion": self.criterion, "ablation": self.ablation, "damping": found.chosen[0].damping}
         if self.criterion == "set_difference":
             provenance |= {"top_behavior": self.top_behavior, "top_general": self.top_general}
-        provenance |= (
-            {}
-            if found.differential_strength is None
-            else {"differential_strength_percent": found.differential_strength}
-        )
+        if found.differential_strength is not None:
+            provenance["differential_strength_percent"] = found.differential_strength
+        if found.budget is not None:
+            provenance["budget"] = asdict(found.budget)
         # The fingerprint is that of the exported checkpoint, noted just before that appears.
         provenance |= {"export": None, "export_dtype": None, "export_fingerprint": None}
         if self.export is not None:
