@@ -281,7 +281,7 @@ class JsonFile:
 
 
 @cache  # of rows there are many
-def _types_of(kind: type) -> dict[str, Any]:
+def _types_of_row(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
@@ -316,10 +316,11 @@ def read_as(kind: Any, value: Any, place: str = "") -> Any:
             return value
     elif is_dataclass(kind) or is_typeddict(kind):
         if isinstance(value, dict):
-            types = _types_of(kind)
             if is_typeddict(kind):
+                types = _types_of_row(kind)
                 names = [name for name in types if name in value or name in kind.__required_keys__]
             else:
+                types = get_type_hints(kind, include_extras=True)
                 names = [key.name for key in fields(kind) if key.name in value or key.metadata != LEFT_OUT]
             if missing := [name for name in names if name not in value]:
                 raise ValueError(f"{place or 'it'} has no {missing[0]}")
