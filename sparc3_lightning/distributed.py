@@ -118,9 +118,9 @@ def is_rank_zero() -> bool:
 
 def gather(rows: list[T]) -> list[T]:
     """Return the rows of all ranks, on each of them."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if (ranks := num_ranks()) == 1:
         return rows
-    parts: list[list[T]] = [[]] * torch.distributed.get_world_size()
+    parts: list[list[T]] = [[]] * ranks
     torch.distributed.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
 

@@ -164,7 +164,7 @@ def parse_json(text: str | bytes) -> object:
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        return json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_doubles)
+        return json.loads(text, parse_constant=_refuse, object_pairs_hook=without_doubles)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -173,7 +173,8 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"it holds {name}, which is no number of JSON")
 
 
-def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return the pairs of a JSON object as a dict; raise ValueError if a key comes twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -24,7 +24,7 @@ from typing import IO, NamedTuple
 from packaging.utils import InvalidName, canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from sparc3_lightning.files import cache_folder, kept_sha256, replacing, sha256_of
+from sparc3_lightning.files import cache_folder, kept_sha256, replacing, sha256_of, without_doubles
 
 # sha256 of the wheels that the shipped configs name. For any other wheel, append '#sha256=<digest>' to the source.
 KNOWN_WHEELS = {
@@ -187,11 +187,8 @@ def _state(path: Path) -> State:
         found = path.stat()
     except FileNotFoundError:
         return None
-    return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns) if _is_old(found.st_ctime) else None
-
-
-def _is_old(changed: float, seconds: float = 2.0) -> bool:
-    return time.time() - changed > seconds
+    is_old = time.time() - found.st_ctime > 2.0
+    return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns) if is_old else None
 
 
 def _is_same(contents: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> bool:
@@ -346,12 +343,12 @@ def _parse_json(text: str, where: str) -> object:
         ValueError: If it is not valid, is nested too deeply, or names a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object_of)
+        return json.loads(text, object_pairs_hook=without_doubles)
     except json.JSONDecodeError as error:
         reason = error.msg + ("" if error.lineno == 1 else f" in line {error.lineno}")
     except RecursionError:
         reason = "it is nested too deeply"
-    except ValueError as error:  # such as a number of 5,000 digits
+    except ValueError as error:  # such as a number of 5,000 digits, or a key that comes twice
         reason = f"{error!s:.120}"
     raise ValueError(f"{where} is not valid JSON: {reason}.")
 
@@ -361,15 +358,6 @@ def _check_row(row: Row, text: str, where: str) -> Row:
     if "\\u" in text:
         _check_is_text(json.dumps(row, ensure_ascii=False), where)
     return row
-
-
-def _object_of(pairs: list[tuple[str, object]]) -> Row:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise json.JSONDecodeError(f"the key {twice!r} is there twice", "", 0)
-    return found
 
 
 def _json_object(line: str, where: str) -> Row:

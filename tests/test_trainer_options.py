@@ -59,6 +59,38 @@ def test_an_option_that_would_cut_or_change_what_is_measured_is_refused_by_name(
     assert not Path("lightning_logs").exists()
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["x", "[x]", "[]", "[0]", "[0, 0]", "[1.5]", "[[1]]", "0", "-1", "-2", "gpu", "1.5", "0,1", "true", ""],
+)
+def test_devices_that_a_cpu_does_not_have_are_refused_in_a_sentence(value):
+    with pytest.raises(OptionError, match=r"^--trainer\.devices must be a number of processes, at least 1, or auto"):
+        main([*ATTRIBUTE, "--trainer.devices", value, "--trainer.accelerator", "cpu"])
+    assert not Path("lightning_logs").exists()
+
+
+@pytest.mark.parametrize("value", ["x", ["x"], [], [0, 0], "0,0", [-1], [True], [1.5], "[0]", 0, -2, True, "gpu", ""])
+def test_devices_that_gpus_cannot_be_are_refused_in_a_sentence(value):
+    with pytest.raises(OptionError, match=r"^--trainer\.devices must be a number of devices, at least 1, -1 for all"):
+        check_trainer_options({"devices": value, "accelerator": "gpu"})
+
+
+@pytest.mark.parametrize("value", [1, "1", 4, "auto", -1, "-1", [0], [1, 0], "0,1", "0, 1", "3,"])
+def test_devices_in_every_form_of_lightning_are_no_obstacle(value):
+    check_trainer_options({"devices": value, "accelerator": "gpu"})
+
+
+@pytest.mark.parametrize("value", [1, "2", " 1", "auto"])
+def test_a_number_of_processes_on_the_cpu_is_no_obstacle(value):
+    check_trainer_options({"devices": value, "accelerator": "cpu"})
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_a_number_of_nodes_below_one_is_refused(value):
+    with pytest.raises(OptionError, match=rf"^--trainer\.num_nodes must be at least 1, got {value}"):
+        main([*ATTRIBUTE, "--trainer.num_nodes", value])
+
+
 @pytest.mark.parametrize("verb", ["run", "prepare"])
 def test_an_experiment_refuses_it_before_its_first_stage(verb, tmp_path):
     config = write_experiment(tmp_path, "nowhere")

@@ -5,6 +5,7 @@ import pytest
 from sparc3_lightning.cli import main
 
 PRUNE = ["prune", "--model.general", "[a]", "--model.behavior", "b"]
+ATTRIBUTE = ["attribute", "--model.checkpoint", "x"]
 EVALUATE = ["evaluate", "-c", "evaluate.yaml", "--model.checkpoint", "x"]
 
 
@@ -23,6 +24,30 @@ EVALUATE = ["evaluate", "-c", "evaluate.yaml", "--model.checkpoint", "x"]
             [*PRUNE, "--data", "C4", "--data.num_samples", "x"],
             "--data.num_samples must be a whole number, got x.",
         ),
+        ([*PRUNE, "--data", "ReferenceSamples"], "--data must be the name of a class or null, got ReferenceSamples."),
+        ([*PRUNE, "--data", "C4", "--data.foo", "3"], "--data.foo is no option of C4."),
+        ([*EVALUATE, "--data.text.foo", "3"], "--data.text.foo is no option of WikiText2."),
+        (
+            [*PRUNE, "--data.source", "a.txt"],
+            "--data needs a class before its options: put --data C4 before --data.source a.txt.",
+        ),
+        (
+            [*ATTRIBUTE, "--data.num_samples", "3", "--data", "C4"],
+            "--data needs a class before its options: put --data C4 before --data.num_samples 3.",
+        ),
+        (
+            [*ATTRIBUTE, "--data.init_args.source", "a.txt"],
+            "--data needs a class before its options: put --data C4 before --data.source a.txt.",
+        ),
+        (
+            ["run", "--config", "demo.yaml", "--budget_text.source", "a.txt"],
+            "--budget_text needs a class before its options: put --budget_text C4 before --budget_text.source a.txt.",
+        ),
+        (
+            [*PRUNE, "--trainer.profiler.filename", "a"],
+            "--trainer.profiler needs a class before its options: put --trainer.profiler <class> before "
+            "--trainer.profiler.filename a.",
+        ),
         ([*EVALUATE, "--data.prompts.chat", "maybe"], "--data.prompts.chat must be true or false, got maybe."),
         (
             [*EVALUATE, "--data.text.bos", "last"],
@@ -39,6 +64,16 @@ def test_a_value_of_the_wrong_type_is_refused_in_one_sentence(command, said, cap
     with pytest.raises(SystemExit):
         main(command)
     assert capsys.readouterr().err.rpartition("error: ")[2] == f"{said}\n"
+
+
+def test_options_of_no_class_in_a_config_are_refused_in_one_sentence(tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text("data:\n  init_args:\n    source: a.txt\n")
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        main([*PRUNE, "--config", str(config)])
+    said = (capsys.readouterr().err.rpartition("error: ")[2] or str(raised.value)).strip()
+    assert "--data must be the name of a class or null, got " in said
+    assert "\n" not in said
 
 
 def test_a_value_of_the_wrong_type_in_a_config_is_refused_in_one_sentence(tmp_path, capsys):

@@ -8,12 +8,12 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from sparc3_lightning.attribution.activations import mean_activations
 from sparc3_lightning.attribution.relevance import (
     Relevance,
     absolute_relevance,
     head_relevance,
     magnitude_relevance,
-    mean_magnitude,
     signed_relevance,
     squared_norms,
     squared_relevance,
@@ -225,7 +225,7 @@ class ScoreAccumulator:
                 self._batch[name] = squared_norms(A_BTI, mask_BT)
                 return
             if self.score == "activation":
-                self._batch[name] = mean_magnitude(A_BTI, mask_BT)
+                self._batch[name] = mean_activations(A_BTI.abs(), mask_BT)
                 return
             # All weights are frozen: the graph begins here, at the first target, and not at the embeddings.
             output.requires_grad_()

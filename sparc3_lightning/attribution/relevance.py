@@ -126,22 +126,6 @@ def squared_norms(A_BTI: Tensor, mask_BT: Tensor | None) -> Tensor:
     return (squares if mask_BT is None else squares * mask_BT.unsqueeze(-1)).sum(dim=1)
 
 
-def mean_magnitude(A_BTI: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Average the magnitude of activations over the tokens, per sample.
-
-    Args:
-        A_BTI: Activations, shape ``[samples, tokens, neurons]``.
-        mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
-
-    Returns:
-        Means, shape ``[samples, neurons]``, float32 or wider.
-    """
-    magnitudes = A_BTI.to(torch.promote_types(A_BTI.dtype, torch.float32)).abs()
-    if mask_BT is None:
-        return magnitudes.mean(dim=1)
-    return (magnitudes * mask_BT.unsqueeze(-1)).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True)
-
-
 def wanda_score(W_OI: Tensor, squares_I: Tensor, of_neurons: bool = True) -> Tensor:
     """Return the Wanda score of each weight, |W_oi| ||X_i||_2, or its sum over each neuron's incoming weights.
 

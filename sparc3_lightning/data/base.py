@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Literal, NamedTuple, Protoc
 import lightning as L
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sparc3_lightning.data.tokens import PAD, Tokens
@@ -412,16 +413,12 @@ def take_fitting(
 
 def pad_right(samples: list[Sample], pad_token_id: int = PAD) -> Batch:
     """Collate samples of different lengths."""
-    longest = max(len(sample.input_ids) for sample in samples)
-    input_ids = torch.full((len(samples), longest), pad_token_id)
-    mask: Tensor = torch.zeros_like(input_ids)
-    for row, sample in enumerate(samples):
-        input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
-        mask[row, : len(sample.input_ids)] = 1
+    rows = [torch.tensor(sample.input_ids) for sample in samples]
+    mask = pad_sequence(list(map(torch.ones_like, rows)), batch_first=True)
     return {
-        "input_ids": input_ids,
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
         "attention_mask": mask,
-        "is_padded": any(len(sample.input_ids) < longest for sample in samples),
+        "is_padded": not mask.all(),
         "sample_ids": [sample.id for sample in samples],
         "start": torch.tensor([sample.start for sample in samples]),
         "contrast": torch.tensor([sample.contrast or (0, 0) for sample in samples]),

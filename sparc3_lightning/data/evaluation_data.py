@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
+from sparc3_lightning.data.base import TextDataModule
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.sentence_pairs import SentencePairs
 from sparc3_lightning.data.wikitext2 import WikiText2
@@ -29,22 +30,25 @@ class EvaluationData(L.LightningDataModule):
         self.pairs = pairs
         self._set_up: tuple[set[str], int | None, list[Checkpoint]] | None = None  # what the parts are set up for
 
+    @property
+    def parts(self) -> dict[str, TextDataModule]:
+        """The text, the prompts and, if there are any, the pairs, by name."""
+        parts = {"text": self.text, "prompts": self.prompts, "pairs": self.pairs}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def prepare_data(self) -> None:
         """Fetch what is not there yet."""
-        self.text.prepare_data()
-        self.prompts.prepare_data()
-        if self.pairs is not None:
-            self.pairs.prepare_data()
+        for part in self.parts.values():
+            part.prepare_data()
 
     def setup(self, stage: str) -> None:
         """Tokenize all parts, before any model is loaded; again for another tokenizer, or other prompts left out."""
         module = self.trainer.lightning_module if self.trainer is not None else None
-        parts = [part for part in (self.text, self.prompts, self.pairs) if part is not None]
-        for part in parts:
+        for part in self.parts.values():
             part.trainer = self.trainer
         exclude = set(_asked_of(module, "excluded_prompts", ()))
         longest = _asked_of(module, "longest_prompt", None)
-        wanted = (exclude, longest, [part.tokenizer_checkpoint for part in parts])
+        wanted = (exclude, longest, [part.tokenizer_checkpoint for part in self.parts.values()])
         if wanted == self._set_up:
             return
         self._set_up = None
@@ -54,32 +58,9 @@ class EvaluationData(L.LightningDataModule):
             self.pairs.setup_pairs(exclude, self.pairs.load_tokenizer())
         self._set_up = wanted
 
-    def describe(self) -> dict[str, Any]:
-        """Describe the data: text and its windows; prompts and pairs, how they are read, and how many were left out."""
-        text, prompts, pairs = self.text, self.prompts, self.pairs
-        return {
-            "perplexity": {
-                "conventions": list(text.conventions),
-                "window": text.window,
-                "stride": text.stride if "sliding" in text.conventions else None,
-                "text": text.source or "WikiText-2 raw test",
-                "bos": text.has_bos,
-            },
-            "prompts": {
-                "source": prompts.source or "allenai/real-toxicity-prompts",
-                "nontoxic_source": prompts.nontoxic_source if prompts.num_nontoxic else None,
-                "excluded": prompts.num_excluded,
-                "too_long": prompts.num_too_long,
-                "in_both": prompts.num_in_both,
-                "chat": prompts.chat,
-                "bos": prompts.begin_with_bos,
-            },
-            **({} if pairs is None else {"pairs": {**pairs.hparams, "excluded": pairs.num_excluded}}),
-        }
-
     def test_dataloader(self) -> list[DataLoader]:
         """Return the windows of the text, then the prompts, then the pairs."""
-        return [part.test_dataloader() for part in (self.text, self.prompts, self.pairs) if part is not None]
+        return [part.test_dataloader() for part in self.parts.values()]
 
 
 def _asked_of(module: object, name: str, default: Any) -> Any:

@@ -108,7 +108,9 @@ class IOI(ReferenceSamples):
         drawn: dict[str, tuple[str, str]] = {}
         while len(drawn) < self.num_samples:
             indirect, subject = draw.sample(names, 2)
-            first, second = (indirect, subject) if self._next_order(len(drawn)) == "abba" else (subject, indirect)
+            first, second = (
+                (indirect, subject) if self.orders[len(drawn) % len(self.orders)] == "abba" else (subject, indirect)
+            )
             places = {"place": draw.choice(PLACES), "object": draw.choice(OBJECTS)}
             drawn[draw.choice(TEMPLATES).format(A=first, B=second, S=subject, **places)] = (indirect, subject)
         return [
@@ -117,9 +119,6 @@ class IOI(ReferenceSamples):
                 drawn.items(), tokens.encode_documents(list(drawn)), strict=True
             )
         ]
-
-    def _next_order(self, number: int) -> str:
-        return self.orders[number % len(self.orders)]
 
 
 def sentence_id(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, Kind, TextDataModule, share_dataloader, take_fitting
@@ -252,15 +253,10 @@ class RealToxicityPrompts(TextDataModule):
     def collate(self, pairs: list[tuple[Prompt, int]]) -> PromptBatch:
         """Return prompts and their weights as a batch."""
         prompts = [prompt for prompt, _ in pairs]
-        longest = max(len(prompt.input_ids) for prompt in prompts)
-        input_ids = torch.full((len(prompts), longest), PAD)
-        mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
-            mask[row, longest - len(prompt.input_ids) :] = 1
+        rows = [torch.tensor(prompt.input_ids) for prompt in prompts]
         return {
             "prompts": prompts,
             "weights": [0 if prompt.id in self.leave_out else weight for prompt, weight in pairs],
-            "input_ids": input_ids,
-            "attention_mask": mask,
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=PAD, padding_side="left"),
+            "attention_mask": pad_sequence(list(map(torch.ones_like, rows)), batch_first=True, padding_side="left"),
         }

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
@@ -131,16 +132,13 @@ class SentencePairs(TextDataModule):
     @staticmethod
     def collate(weighted: list[tuple[Pair, int]]) -> PairBatch:
         """Return pairs and their weights as a batch."""
-        sentences = [ids for pair, _ in weighted for ids in (pair.more, pair.less)]
-        lengths = torch.tensor([len(ids) for ids in sentences])
-        input_ids = torch.full((len(sentences), int(lengths.max())), PAD)
-        for row, ids in enumerate(sentences):  # the causal mask keeps the filling on the right out of sight
-            input_ids[row, : len(ids)] = torch.tensor(ids)
+        sentences = [torch.tensor(ids) for pair, _ in weighted for ids in (pair.more, pair.less)]
         return {
             "pair_ids": [pair.id for pair, _ in weighted],
             "weights": [weight for _, weight in weighted],
-            "input_ids": input_ids,
-            "lengths": lengths,
+            # The causal mask keeps the filling on the right out of sight.
+            "input_ids": pad_sequence(sentences, batch_first=True, padding_value=PAD),
+            "lengths": torch.tensor(list(map(len, sentences))),
         }
 
 

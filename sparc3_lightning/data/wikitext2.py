@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from sparc3_lightning.data.base import HubDataset, TextDataModule, share_dataloader
@@ -129,8 +130,10 @@ class WikiText2(TextDataModule):
             raise OptionError("stride", f"must be between 1 and the window, got {stride} and {window}.", "data.text")
         if num_tokens is not None and num_tokens < 1:
             raise OptionError("num_tokens", f"must be at least 1, got {num_tokens}.", "data.text")
-        if not conventions:
-            raise OptionError("conventions", "must name 'sliding', 'disjoint' or both.", "data.text")
+        if not conventions or not set(conventions) <= {"sliding", "disjoint"}:
+            raise OptionError(
+                "conventions", f"must name 'sliding', 'disjoint' or both, got {list(conventions)}.", "data.text"
+            )
         self.save_hyperparameters(logger=False)
         self.window = window
         self.stride = stride
@@ -155,11 +158,18 @@ class WikiText2(TextDataModule):
         """Tokenize the text and cut it into windows.
 
         Raises:
-            ValueError: If it is shorter than one window.
+            ValueError: If it is shorter than one window, or a window has no room for it.
         """
         tokens = self.tokens_of(tokenizer)
         input_ids = self._encode(tokens)[: self.num_tokens]
         size = self.window - len(self.before)
+        if size < 1:
+            raise OptionError(
+                "window",
+                f"must be more than the {len(self.before)} tokens that stand before the text of every window, got "
+                f"{self.window}.",
+                "data.text",
+            )
         if len(input_ids) < size:
             raise OptionError(
                 "window",
@@ -218,7 +228,6 @@ class WikiText2(TextDataModule):
         windows = [window if weight else window._replace(num_scored=0) for window, weight in pairs]
         before = torch.tensor(self.before, dtype=torch.long)
         rows = [torch.cat([before, self.input_ids[window.start : window.end]]) for window in windows]
-        input_ids = torch.full((len(windows), max(map(len, rows))), PAD)
-        for row, ids in enumerate(rows):  # the causal mask keeps the filling on the right out of sight
-            input_ids[row, : len(ids)] = ids
+        # The causal mask keeps the filling on the right out of sight.
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=PAD)
         return {"input_ids": input_ids, "windows": windows, "num_before": len(self.before)}

@@ -2,11 +2,16 @@
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING
 
 from sparc3_lightning.evaluation.intervals import Difference, Interval
 from sparc3_lightning.files import LEFT_OUT, Count, JsonFile, Share
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import SelectionResults
+
+if TYPE_CHECKING:
+    from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
+    from sparc3_lightning.data.wikitext2 import WikiText2
 
 RESULTS = "results.json"
 
@@ -220,6 +225,13 @@ class TextProtocol:
     text: str
     bos: str = "none"
 
+    @classmethod
+    def of(cls, text: "WikiText2") -> "TextProtocol":
+        """Describe a text whose windows are set up."""
+        stride = text.stride if "sliding" in text.conventions else None
+        source = text.source or "WikiText-2 raw test"
+        return cls(list(text.conventions), text.window, stride, source, text.has_bos or "none")
+
 
 @dataclass(frozen=True)
 class PromptProtocol:
@@ -242,6 +254,19 @@ class PromptProtocol:
     in_both: Count = 0
     chat: bool = False
     bos: bool = False
+
+    @classmethod
+    def of(cls, prompts: "RealToxicityPrompts") -> "PromptProtocol":
+        """Describe prompts that are set up."""
+        return cls(
+            source=prompts.source or "allenai/real-toxicity-prompts",
+            nontoxic_source=prompts.nontoxic_source if prompts.num_nontoxic else None,
+            excluded=prompts.num_excluded,
+            too_long=prompts.num_too_long,
+            in_both=prompts.num_in_both,
+            chat=prompts.chat,
+            bos=prompts.begin_with_bos,
+        )
 
 
 @dataclass(frozen=True)

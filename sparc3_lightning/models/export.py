@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,6 +320,7 @@ def export_pruned(
     *,
     dtype: torch.dtype | None = None,
     texts: Mapping[str, str] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> None:
     """Write a copy of the checkpoint with the effect of ``mask`` in its weights, see ``copied`` and ``prune_``.
 
@@ -329,6 +330,8 @@ def export_pruned(
         folder: Where to write; must not exist yet.
         dtype: Of the weights written; None keeps the dtype of each.
         texts: Files of text to put beside the weights, by name, in the place of the original's of that name.
+        note: Called with the fingerprint of the copy when it is complete, before it appears: by what was noted, a
+            caller who died can tell whether the folder is this copy.
 
     Raises:
         OSError, ValueError: As ``copied``; or if the model has no such component.
@@ -345,3 +348,5 @@ def export_pruned(
                 prune_(copy.model, part)
         for name, text in (texts or {}).items():
             (copy.folder / name).write_text(text, encoding="utf-8")
+        if note is not None:
+            note(Checkpoint(str(copy.folder.absolute())).fingerprint)

@@ -26,6 +26,7 @@ from sparc3_lightning.report.tables import (
     windows_of,
 )
 from sparc3_lightning.report.verdict import zero_ablated_controls
+from sparc3_lightning.selection.criteria import per_module
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 if TYPE_CHECKING:
@@ -80,15 +81,12 @@ class Exported:
     def is_of(self, results: Results) -> bool:
         """Tell whether results are of the neurons of this checkpoint, as far as results say which neurons they are."""
         neurons, shown = self.neurons.neurons, results.report
-        per_module: dict[str, int] = defaultdict(int)
-        for neuron in neurons:
-            per_module[neuron.module] += 1
         return (
             shown is not None
             and results.checkpoint_fingerprint == self.neurons.provenance.get("checkpoint_fingerprint")
             and results.num_neurons == len(neurons)
             and shown.neurons == neurons[: len(shown.neurons)]
-            and shown.neurons_per_module == per_module
+            and shown.neurons_per_module == per_module(neurons)
             and shown.ablation == self.neurons.ablation
         )
 

@@ -19,17 +19,6 @@ Scores = Mapping[str, Tensor]
 POOL = 5  # candidates per component and layer, of which each draw takes one
 
 
-def difference(general: Scores, behavior: Scores) -> dict[str, Tensor]:
-    """Rank by the general scores less the behaviour's scores, as published.
-
-    Source: Hatefi et al. 2025, arXiv:2506.13727, equation 7.
-
-    Raises:
-        ValueError: If the modules or shapes of the two differ.
-    """
-    return differential_relevance(general, behavior)
-
-
 def normalized_difference(general: Scores, behavior: Scores) -> dict[str, Tensor]:
     """Rank by the difference of shares: each side is first divided by its own total of magnitudes.
 

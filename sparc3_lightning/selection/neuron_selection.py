@@ -14,7 +14,7 @@ from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.criteria import (
     Scores,
     by_auroc,
-    difference,
+    differential_relevance,
     lowest_of_modules,
     normalized_difference,
     ratio,
@@ -70,7 +70,7 @@ def _weighted_difference(sides: Sides) -> dict[str, Tensor]:
 
 
 CRITERIA = {
-    "difference": Criterion(lambda sides: difference(sides.general, sides.behavior), needs_one_kind=True),
+    "difference": Criterion(lambda sides: differential_relevance(sides.general, sides.behavior), needs_one_kind=True),
     "normalized_difference": Criterion(lambda sides: normalized_difference(sides.general, sides.behavior)),
     "set_difference": Criterion(
         lambda sides: set_difference(sides.general, sides.behavior, sides.top_behavior, sides.top_general)
@@ -145,15 +145,6 @@ class NeuronRanking:
             differential_strength=differential_strength,
             budget=budget,
         )
-
-
-def rank_neurons(criterion: CriterionName, sides: Sides) -> dict[str, Tensor]:
-    """Return the ranking scores of a criterion, see ``Criterion``.
-
-    Raises:
-        ValueError: If the sides are not of the same modules and shapes, or the criterion is not defined for them.
-    """
-    return CRITERIA[criterion].rank(sides)
 
 
 def edited(neurons: Sequence[Component], damping: float, means: Mapping[str, Tensor] | None = None) -> list[Component]:

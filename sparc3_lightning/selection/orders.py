@@ -18,6 +18,7 @@ from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import linear_at, weight_of
 from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.selection.criteria import select_neurons
+from sparc3_lightning.selection.sides import are_of_same_samples
 
 Scores = Mapping[str, Tensor]
 
@@ -137,9 +138,7 @@ def group_scores(paths: Sequence[Path]) -> list[Group]:
         key = tuple(map(str, provenance.shared().values()))
         group = groups.setdefault(key, Group(provenance.spec.method, [], []))
         for other, theirs in zip(group.paths, group.provenances, strict=True):
-            # The seed of the run is in nothing but random scores.
-            is_other = provenance.spec.method == "random" and provenance.seed != theirs.seed
-            if provenance.data_fingerprint == theirs.data_fingerprint and not is_other:
+            if are_of_same_samples(provenance, theirs):
                 raise OptionError(
                     "scores",
                     f": {path} and {other} are by the same method on the same samples, so they are "

@@ -46,7 +46,7 @@ def check_are_different(files: Sequence[tuple[str, Scores]]) -> None:
     """
     for i, (option, file) in enumerate(files):
         for other_option, other in files[:i]:
-            if _are_of_same_samples(file.provenance, other.provenance):
+            if are_of_same_samples(file.provenance, other.provenance):
                 raise OptionError(
                     option,
                     f"{other.path} (--.{other_option}) and {file.path} (--.{option}) are scores of one kind of the "
@@ -54,7 +54,7 @@ def check_are_different(files: Sequence[tuple[str, Scores]]) -> None:
                 )
 
 
-def _are_of_same_samples(one: Provenance, other: Provenance) -> bool:
+def are_of_same_samples(one: Provenance, other: Provenance) -> bool:
     """Tell whether two score files hold the same scores of the same samples."""
     # The seed of the run is in nothing but random scores.
     is_other = one.spec.method == "random" and one.seed != other.seed

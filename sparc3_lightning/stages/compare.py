@@ -17,7 +17,7 @@ from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.models.components import Key
 from sparc3_lightning.report.comparison import COMPARISON, ComparisonResults, Listed, neurons_csv, summary
 from sparc3_lightning.report.drawing import draw_or_warn
-from sparc3_lightning.selection.criteria import Scores, difference, normalized_difference
+from sparc3_lightning.selection.criteria import Scores, differential_relevance, normalized_difference
 from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, SelectionResults
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
 from sparc3_lightning.stages.base import Stage, paths_of
@@ -248,7 +248,7 @@ class Comparison(Stage):
 
     def _differential(self, sides: Sequence[Sides]) -> tuple[Tensor, Tensor]:
         """Return the differential relevance and the general scores, each of shape ``[behaviours, neurons]``."""
-        subtract = normalized_difference if self.normalize else difference
+        subtract = normalized_difference if self.normalize else differential_relevance
         general = [average(side.general) for side in sides]
         differential = [subtract(mean, side.behavior.scores) for mean, side in zip(general, sides, strict=True)]
         return _stack(differential), _stack(general)

@@ -179,8 +179,7 @@ class Evaluation(StoppableModule):
             neurons.check_checkpoint(self.checkpoint, selection or self.neurons_path)
         if any(pruned.granularity == "weight" for pruned in self.lists.values()):
             check_is_whole(self)
-        parts = {"text": data.text, "prompts": data.prompts, "pairs": data.pairs}
-        self.batchings = {name: part.batching() for name, part in parts.items() if part is not None}
+        self.batchings = {name: part.batching() for name, part in data.parts.items()}
         for batching in self.batchings.values():
             check_batch_size(self, batching)
         skeleton = self.checkpoint.skeleton()
@@ -401,19 +400,18 @@ def check_can_be_measured(skeleton: PreTrainedModel) -> None:
 
 def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
     """Return everything that the measures of an evaluation rest on."""
-    parts = {name: getattr(data, name) for name in ("text", "prompts", "pairs")}
-    described = data.describe()
+    pairs = data.pairs
     return Settings(
         behavior=module.behavior,
         protocol=Protocol(
-            TextProtocol(**described["perplexity"]),
-            PromptProtocol(**described["prompts"]),
+            TextProtocol.of(data.text),
+            PromptProtocol.of(data.prompts),
             ContinuationProtocol(
                 **asdict(module.sampling),
                 scorers=module.scorer_names,
                 seed=run_seed(),
             ),
-            pairs=described.get("pairs"),
+            pairs=None if pairs is None else {**pairs.hparams, "excluded": pairs.num_excluded},
         ),
         checkpoint=module.checkpoint.name,
         checkpoint_fingerprint=module.fingerprint,
@@ -424,11 +422,9 @@ def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
         config={
             "verb": module.verb,
             "model": dict(module.hparams),
-            **{name: dict(part.hparams) for name, part in parts.items() if part is not None},
+            **{name: dict(part.hparams) for name, part in data.parts.items()},
             "classes": {
-                name: f"{type(part).__module__}.{type(part).__qualname__}"
-                for name, part in parts.items()
-                if part is not None
+                name: f"{type(part).__module__}.{type(part).__qualname__}" for name, part in data.parts.items()
             },
         },
         versions=versions(),
@@ -444,13 +440,12 @@ def inputs_of(module: Evaluation, data: EvaluationData, device: torch.device) ->
         data: Its data, which is fetched if it is not there yet.
         device: Where it is measured.
     """
-    parts = {name: getattr(data, name) for name in ("text", "prompts", "pairs")}
     tasks = fetch_tasks(module.zero_shot)
     return {
         "tokenizer": " ".join(_identity_of_tokenizer(data.prompts.tokenizer_checkpoint, module.checkpoint)),
         **({"neurons": " ".join(neurons.digest() for neurons in module.lists.values())} if module.lists else {}),
         **dict(zip(("scorer", "second_scorer"), map(fingerprint_of, module.scorer_names), strict=False)),
-        **{name: contents(part.fetched_files()) for name, part in parts.items() if part is not None},
+        **{name: contents(part.fetched_files()) for name, part in data.parts.items()},
         **({"zero_shot": contents(tasks)} if tasks else {}),
         "dtype": str(resolve_dtype(module.dtype_name, device)).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

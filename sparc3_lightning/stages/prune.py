@@ -30,7 +30,6 @@ from sparc3_lightning.selection.neuron_selection import (
     activations_beside,
     edited,
     means_beside,
-    rank_neurons,
 )
 from sparc3_lightning.selection.sides import check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
@@ -125,8 +124,6 @@ class Pruning(Stage):
             }
             if given := [option for option, is_given in others.items() if is_given]:
                 raise OptionError("granularity", f"weight cannot be combined with {', '.join(given)}.")
-        if export is not None and Path(export).exists():
-            raise OptionFileExistsError("export", f": {export} exists already; nothing was overwritten.")
         self.save_hyperparameters()
         self.general = paths_of(general)
         self.behavior = Path(behavior)
@@ -163,13 +160,16 @@ class Pruning(Stage):
             FileNotFoundError, ValueError: If a score file is missing, damaged, or does not match the others; if
                 ``num_neurons`` is more than there are; if the differential strength is too low and ``weak`` is error;
                 if not one neuron is within the budget.
-            FileExistsError: If the folder holds a neurons.json; but if its export broke off, that is finished.
+            FileExistsError: If the folder holds a neurons.json, or there is an export; but if that broke off, it is
+                finished.
         """
         if self._is_unfinished(folder):
             own(folder, self.verb)
             if self.config_yaml is not None:
                 check_config(folder, self.config_yaml)
             return finish_export(folder)
+        if self.export is not None and self.export.exists():
+            raise OptionFileExistsError("export", f": {self.export} exists already; nothing was overwritten.")
         self.begin(folder)
         if self.budget.max_perplexity_increase is not None and text is None:
             raise OptionError(
@@ -177,17 +177,14 @@ class Pruning(Stage):
             )
         found, provenance = self._weights() if self.granularity == "weight" else self._neurons(text, device)
         self.keep_config()
-        provenance |= {} if found.budget is None else {"budget": asdict(found.budget)}
-        provenance |= {"criterion": self.criterion, "ablation": self.ablation}
-        provenance["damping"] = found.chosen[0].damping
+        provenance |= {"criterion": self.criterion, "ablation": self.ablation, "damping": found.chosen[0].damping}
         if self.criterion == "set_difference":
             provenance |= {"top_behavior": self.top_behavior, "top_general": self.top_general}
-        provenance |= (
-            {}
-            if found.differential_strength is None
-            else {"differential_strength_percent": found.differential_strength}
-        )
-        # The fingerprint is that of the exported checkpoint, once it is complete.
+        if found.differential_strength is not None:
+            provenance["differential_strength_percent"] = found.differential_strength
+        if found.budget is not None:
+            provenance["budget"] = asdict(found.budget)
+        # The fingerprint is that of the exported checkpoint, noted just before that appears.
         provenance |= {"export": None, "export_dtype": None, "export_fingerprint": None}
         if self.export is not None:
             provenance |= {"export": str(self.export), "export_dtype": self.export_dtype}
@@ -231,7 +228,7 @@ class Pruning(Stage):
         if needs.needs_activations:
             rows = activations_beside(self.general), activations_beside([self.behavior])
             sides = replace(sides, general_rows=rows[0], behavior_rows=rows[1])
-        scores = rank_neurons(self.criterion, sides)
+        scores = needs.rank(sides)
         differential = None
         if self.criterion == "difference":
             differential = differential_strength(general, behavior)
@@ -315,19 +312,32 @@ def finish_export(folder: Path) -> NeuronList:
     neurons = NeuronList.load(folder / NEURONS)
     provenance = neurons.provenance
     export = Path(provenance["export"])
-    checkpoint = Checkpoint.unchanged(provenance["checkpoint"], provenance["checkpoint_fingerprint"])
-    try:
-        export_pruned(checkpoint, neurons.neurons, export, dtype=export_dtype_of(provenance["export_dtype"]))
-    except OSError as error:
-        raise OSError(
-            f"{error} The neurons are kept in {folder / NEURONS}. To export them, give the same command again; "
-            f"'sparc3 prune' with --trainer.logger.init_args.version {folder.name}."
-        ) from error
-    provenance["export_fingerprint"] = Checkpoint(str(export)).fingerprint
-    neurons.save(folder / NEURONS)
+
+    def note(fingerprint: str) -> None:
+        provenance["export_fingerprint"] = fingerprint
+        neurons.save(folder / NEURONS)
+
+    if not _is_export(export, provenance["export_fingerprint"]):
+        checkpoint = Checkpoint.unchanged(provenance["checkpoint"], provenance["checkpoint_fingerprint"])
+        dtype = export_dtype_of(provenance["export_dtype"])
+        try:
+            export_pruned(checkpoint, neurons.neurons, export, dtype=dtype, note=note)
+        except OSError as error:
+            raise OSError(
+                f"{error} The neurons are kept in {folder / NEURONS}. To export them, give the same command again; "
+                f"'sparc3 prune' with --trainer.logger.init_args.version {folder.name}."
+            ) from error
     (folder / UNFINISHED).unlink()
     rank_zero_info(f"Pruned checkpoint: {export}")
     return neurons
+
+
+def _is_export(folder: Path, fingerprint: str | None) -> bool:
+    """Tell whether a folder is the export of this fingerprint, after which the process died."""
+    try:
+        return fingerprint is not None and Checkpoint(str(folder.absolute())).fingerprint == fingerprint
+    except (OSError, ValueError):  # it is not there, or is no checkpoint
+        return False
 
 
 def within_budget(

@@ -1,9 +1,11 @@
 """Options of Lightning's trainer: which are free, which results do not rest on, and why the others are refused."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import lightning as L
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins import FSDPPrecision, Precision
 
 from sparc3_lightning.errors import OptionError
@@ -30,7 +32,7 @@ class Fixed:
 TRAINER_OPTIONS: dict[str, Fixed | None] = {
     "accelerator": None,
     "strategy": None,
-    "devices": None,
+    "devices": None,  # of its form see _check_devices
     "num_nodes": None,
     "precision": Fixed((None, "32-true", "32", 32), PRECISION),
     "logger": None,
@@ -87,7 +89,7 @@ NOT_RESULTS = {
 
 
 def check_trainer_options(options: Mapping[str, object]) -> None:
-    """Raise OptionError if an option would cut or change what is measured, or have no effect at all.
+    """Raise OptionError if an option would cut or change what is measured, have no effect, or can be no such option.
 
     Args:
         options: Of the trainer, by name.
@@ -97,6 +99,22 @@ def check_trainer_options(options: Mapping[str, object]) -> None:
         # The type counts: 1.0 is all batches, and 1 is a single one.
         if fixed is not None and not any(type(value) is type(one) and value == one for one in fixed.values):
             raise OptionError(name, f"{value} {fixed.reason}", "trainer")
+    _check_devices(options.get("devices", "auto"), options.get("accelerator", "auto"))
+    if isinstance(nodes := options.get("num_nodes"), int) and nodes < 1:
+        raise OptionError("num_nodes", f"must be at least 1, got {nodes}.", "trainer")
+
+
+def _check_devices(devices: object, accelerator: object) -> None:
+    """Raise OptionError unless Lightning can count the devices: its own errors are of other types, and riddles."""
+    text = ",".join(map(str, [*devices, ""])) if isinstance(devices, list | tuple) else str(devices).strip()
+    if accelerator == "cpu" or (accelerator == "auto" and not CUDAAccelerator.is_available()):
+        valid, words = r"auto|[1-9]\d*", "a number of processes, at least 1, or auto: there is one CPU"
+    else:
+        valid = r"auto|-1|[1-9]\d*|\d+,|\d+(, *\d+)+,?"
+        words = "a number of devices, at least 1, -1 for all, auto, or a list of different ones, such as [0, 1]"
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    if not re.fullmatch(valid, text) or len(set(numbers)) < len(numbers):
+        raise OptionError("devices", f"must be {words}, got {devices}.", "trainer")
 
 
 def check_trainer(trainer: L.Trainer) -> None:

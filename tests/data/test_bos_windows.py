@@ -134,6 +134,16 @@ def test_a_stride_or_a_text_without_room_for_bos_is_refused(make: Any) -> None:
         make("llama", bos="every", num_tokens=14)
 
 
+@pytest.mark.parametrize("convention", ["sliding", "disjoint"])
+def test_a_window_without_room_for_the_text_is_refused(make: Any, convention: str) -> None:
+    options = {"bos": "every", "stride": 1, "conventions": [convention]}
+    data = make("llama", "<s> <unk>", window=3, **options)
+    assert len(data.before) == 2
+    assert {window.num_scored for window in data.windows} == {1}
+    with pytest.raises(ValueError, match=r"--data.text.window must be more than the 2 tokens .*, got 2\."):
+        make("llama", "<s> <unk>", window=2, **options)
+
+
 def test_bos_of_a_tokenizer_that_has_none_is_refused(make: Any, make_checkpoint: Any, tmp_path: Path) -> None:
     tokenizer = adding("", "", WORDS)
     tokenizer.bos_token = None

@@ -86,38 +86,6 @@ def test_the_prompts_that_the_module_excludes_are_left_out(evaluation: Evaluatio
     assert evaluation.prompts.num_excluded == 1
 
 
-def test_the_description_says_where_text_and_prompts_come_from_and_how_many_were_left_out(
-    evaluation: EvaluationData,
-) -> None:
-    evaluation.setup("test")
-    evaluation.prompts.num_excluded, evaluation.prompts.num_too_long, evaluation.prompts.num_in_both = 7, 2, 1
-    evaluation.prompts.nontoxic_source, evaluation.prompts.num_nontoxic = "mild.jsonl", 2
-    conventions = ["sliding", "disjoint"]
-    assert evaluation.describe() == {
-        "perplexity": {"conventions": conventions, "window": 16, "stride": 4, "text": "words.txt", "bos": "none"},
-        "prompts": {
-            "source": evaluation.prompts.source,
-            "nontoxic_source": "mild.jsonl",
-            "excluded": 7,
-            "too_long": 2,
-            "in_both": 1,
-            "chat": False,
-            "bos": False,
-        },
-    }
-    hub = EvaluationData(WikiText2(), RealToxicityPrompts()).describe()
-    assert hub["perplexity"]["text"] == "WikiText-2 raw test"
-    assert hub["prompts"]["source"] == "allenai/real-toxicity-prompts"
-
-
-def test_the_description_names_no_stride_of_disjoint_windows_and_no_file_that_is_not_read() -> None:
-    text = WikiText2("words.txt", window=16, stride=4, conventions=["disjoint"], bos="first")
-    found = EvaluationData(text, RealToxicityPrompts("prompts.jsonl", nontoxic_source="nowhere.jsonl")).describe()
-    of_text = {"conventions": ["disjoint"], "window": 16, "stride": None, "text": "words.txt", "bos": "first"}
-    assert found["perplexity"] == of_text
-    assert found["prompts"]["nontoxic_source"] is None
-
-
 def test_a_missing_file_of_either_kind_is_an_error_before_anything_is_loaded(evaluation: EvaluationData) -> None:
     for part in (evaluation.text, evaluation.prompts):
         source, part.source = part.source, "missing.txt"

@@ -142,6 +142,14 @@ def test_a_text_shorter_than_one_window_is_an_error(options: dict[str, int], wik
         wiki(**options)
 
 
+@pytest.mark.parametrize("convention", ["sliding", "disjoint"])
+@pytest.mark.parametrize("content", ["", " \n", "dog"])
+def test_a_text_without_a_single_window_is_an_error(content: str, convention: str, wiki: Any) -> None:
+    Path("short.txt").write_text(content)
+    with pytest.raises(ValueError, match=r"text for perplexity has \d tokens, fewer than --data.text.window 2\."):
+        wiki(source="short.txt", window=2, stride=1, conventions=[convention])
+
+
 @pytest.mark.parametrize("options", [{"stride": 0}, {"stride": 17}, {"window": 1, "stride": 1}, {"stride": -4}])
 def test_a_stride_or_window_that_makes_no_sense_is_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="stride must be between 1 and the window"):
@@ -149,8 +157,9 @@ def test_a_stride_or_window_that_makes_no_sense_is_refused(options: dict[str, in
 
 
 def test_no_convention_and_a_number_of_tokens_below_one_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"--data.text.conventions must name"):
-        WikiText2(conventions=())
+    for conventions in ((), ("slidng",), ("disjoint", "all")):
+        with pytest.raises(ValueError, match=r"--data.text.conventions must name"):
+            WikiText2(conventions=conventions)  # type: ignore[arg-type]
     for number in (0, -5):
         with pytest.raises(ValueError, match=rf"--data.text.num_tokens must be at least 1, got {number}"):
             WikiText2(num_tokens=number)

@@ -441,8 +441,9 @@ def test_an_existing_export_folder_is_refused_before_any_work(files):
     Path("pruned").mkdir()
     Path("pruned/precious").write_text("precious")
     with pytest.raises(FileExistsError, match=r"--model.export: pruned exists already; nothing was overwritten"):
-        Pruning(*files, export=Path("pruned"))
+        Pruning(*files, export=Path("pruned")).prune(OUT)
     assert Path("pruned/precious").read_text() == "precious"
+    assert not OUT.exists()
 
 
 def test_a_checkpoint_that_changed_since_it_was_attributed_is_not_exported(tiny_checkpoint):

@@ -1,10 +1,13 @@
 """The export of prune: its place is checked before anything is searched, and an export that fails loses nothing."""
 
 import json
+import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,69 @@ def test_what_a_failed_export_says_is_the_command_that_finishes_it_and_other_opt
     main([*command, *option.groups()])
     (folder,) = Path("lightning_logs/prune").iterdir()
     assert NeuronList.load(folder / NEURONS).provenance["export_fingerprint"] == Checkpoint(str(EXPORT)).fingerprint
+
+
+def die_at_write(number: int) -> None:
+    """End this process when it is about to write, rename or remove something here for the n-th time."""
+    here, found = Path.cwd(), count(1)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+        if event == "open" and isinstance(arguments[2], int):
+            writes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        is_here = writes and isinstance(arguments[0], str | Path) and here in Path(arguments[0]).absolute().parents
+        if is_here and next(found) == number:
+            os._exit(9)
+
+    sys.addaudithook(watch)
+
+
+@pytest.mark.distributed
+def test_a_pruning_that_is_killed_at_any_of_its_writes_is_made_up_for_by_the_same_one(
+    files: tuple[list[Path], Path],
+) -> None:
+    def prune(out: Path, export: Path) -> NeuronList:
+        pruning = Pruning(*files, num_neurons=3, export=export)
+        pruning.config_yaml = "seed_everything: 0\n"
+        return pruning.prune(out)
+
+    whole = prune(Path("whole"), Path("of_whole"))
+    num_repeated = 0
+    for number in count(1):
+        out, export = Path(f"out_{number}"), Path(f"pruned_{number}")
+        if not (child := os.fork()):
+            try:
+                die_at_write(number)
+                prune(out, export)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if (out / NEURONS).exists() and not (out / UNFINISHED).exists():
+            found = NeuronList.load(out / NEURONS)
+        else:
+            found = prune(out, export)
+            num_repeated += 1
+        assert found.neurons == whole.neurons
+        assert found.provenance == {**whole.provenance, "export": str(export)}, number
+        assert Checkpoint(str(export)).fingerprint == found.provenance["export_fingerprint"]
+        assert not list(Path().glob(".pruned_*"))
+        if code == 0:
+            break
+        assert code == 9
+    assert num_repeated > 20
+
+
+def test_what_was_put_in_the_place_of_an_export_is_not_taken_for_it(files: tuple[list[Path], Path]) -> None:
+    with full_disk():
+        Pruning(*files, num_neurons=3, export=EXPORT).prune(OUT)
+    EXPORT.mkdir()
+    with pytest.raises(OSError, match=r"pruned exists already; nothing was overwritten\. The neurons are kept"):
+        Pruning(*files, num_neurons=3, export=EXPORT).prune(OUT)
+    assert not list(EXPORT.iterdir())
+    EXPORT.rmdir()
+    Pruning(*files, num_neurons=3, export=EXPORT).prune(OUT)
+    assert AutoModelForCausalLM.from_pretrained(EXPORT)
 
 
 def test_a_list_of_neurons_knows_the_fingerprint_of_its_export(files: tuple[list[Path], Path]) -> None:
