@@ -88,25 +88,20 @@ def in_one_sentence(message: str, group: str = "") -> str:
         elif len(line) - len(line.lstrip()) > indent:
             about.append(line)
     text = "\n".join(about)
-    option = f"{before}--{group}{'.'.join(names)}"
-    if unknown := re.search(r"class_path '(?:[\w.]+\.)?(\w+)':\s+Option '([\w.]+)' is not accepted", text):
-        return f"{option}.{unknown[2]} is no option of {unknown[1]}."
     found = re.findall(
-        r"(?:Expected an?|Not a valid) (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\]"
-        r"|(dot import path|instantiatable class|subclass))",
+        r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\]|(dot import path|instantiatable class))"
+        r"|(?:Problem with given|Not a valid) (class_path|subclass)",
         text,
     )
     values = re.findall(r"(?:Got|Given) value: (.*)", text)
-    if values and (nested := re.match(r"NestedArg\(key='(.*?)', val='?(.*?)'?\)$", values[-1])):
-        example = "C4" if "ReferenceSamples" in text else "<class>"
-        return (
-            f"{option} needs a class before its options: put {option} {example} before {option}.{nested[1]} "
-            f"{nested[2]:.80}."
-        )
-    if not found or not values:
+    name = f"--{group}{'.'.join(names)}"
+    if "Expected an instantiatable class" in text and (inner := re.search(r"NestedArg\(key='([\w.]+)'", text)):
+        return f"{name} must be the name of a class, before {name}.{inner[1]}."
+    if not found or not values or values[-1].startswith("NestedArg("):
         return " ".join(message.split()) if names else message
     kinds = [
-        "the name of a class" if path else _TYPES.get(kind, kind) if kind else f"one of {choices.replace(chr(39), '')}"
-        for kind, choices, path in found
+        _TYPES.get(kind, kind) if kind else f"one of {choices}" if choices else "the name of a class"
+        for kind, choices, *_ in found
     ]
-    return f"{option} must be {' or '.join(dict.fromkeys(kinds))}, got {values[-1]:.80}."
+    wanted = " or ".join(dict.fromkeys(kinds)).replace("'", "")
+    return f"{before}{name} must be {wanted}, got {values[-1]:.80}."

@@ -1,7 +1,6 @@
 """Zero-shot accuracy by lm-eval-harness (the extra ``lmeval``), to see what else pruning changed."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -68,20 +67,6 @@ def fetch_tasks(zero_shot: ZeroShot) -> list[Path]:
         ) from error
     splits = [split for task in built.values() for split in dict(task.dataset or {}).values()]
     return list(dict.fromkeys(Path(file["filename"]) for split in splits for file in getattr(split, "cache_files", ())))
-
-
-def accuracies(
-    model: "PreTrainedModel",
-    models: Iterable[tuple[str, AbstractContextManager[None]]],
-    tokenizer: "PreTrainedTokenizerBase",
-    zero_shot: ZeroShot,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Return, by name, the accuracy of a model in each context; see ``accuracy``."""
-    found = {}
-    for name, context in models:
-        with context:
-            found[name] = accuracy(model, tokenizer, zero_shot)
-    return found
 
 
 def accuracy(

@@ -37,7 +37,7 @@ from sparc3_lightning.evaluation.results import (
     TextProtocol,
 )
 from sparc3_lightning.evaluation.variants import Variant, counted, describe, list_variants, neurons_of
-from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracies, check_tasks, fetch_tasks
+from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracy, check_tasks, fetch_tasks
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import check
@@ -338,9 +338,11 @@ class Evaluation(StoppableModule):
         if self.data.pairs is not None:
             found = replace(found, preference=preference(gather(self.pair_rows)))
         if self.zero_shot.tasks:
-            both = [(v.name, v.as_context(self.model, self.off[v.name])) for v in self.variants[:2]]
-            tokenizer = self.data.prompts.tokens.tokenizer
-            found = replace(found, zero_shot=accuracies(self.model, both, tokenizer, self.zero_shot))
+            tokenizer, zero_shot = self.data.prompts.tokens.tokenizer, {}
+            for variant in self.variants[:2]:
+                with variant.as_context(self.model, self.off[variant.name]):
+                    zero_shot[variant.name] = accuracy(self.model, tokenizer, self.zero_shot)
+            found = replace(found, zero_shot=zero_shot)
         said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
         settings = evaluation_settings(self, self.data)
         for batching in self.batchings.values():

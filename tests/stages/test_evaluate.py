@@ -28,7 +28,6 @@ from evaluations import (
 from helpers import ids_of
 
 from sparc3_lightning.data.prompts import prompt_id
-from sparc3_lightning.evaluation import zero_shot
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.generation import Sampling, SamplingOptions
 from sparc3_lightning.evaluation.zero_shot import ZeroShot
@@ -405,7 +404,7 @@ def test_zero_shot_accuracy_is_measured_before_and_after_with_the_neurons_off(ti
 
     monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
     monkeypatch.setattr(evaluate, "fetch_tasks", lambda *_: [])
-    monkeypatch.setattr(zero_shot, "accuracy", accuracy)
+    monkeypatch.setattr(evaluate, "accuracy", accuracy)
     model = evaluation(tiny_checkpoint, neurons, zero_shot=ZeroShot(["toy"], limit=7), max_new_tokens=2)
     results = run(model)
     expected = {"accuracy": 0.5, "standard_error": None}
