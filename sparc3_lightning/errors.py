@@ -88,12 +88,20 @@ def in_one_sentence(message: str, group: str = "") -> str:
         elif len(line) - len(line.lstrip()) > indent:
             about.append(line)
     text = "\n".join(about)
-    found = re.findall(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\]|(dot import path))", text)
+    found = re.findall(
+        r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\]|(dot import path|instantiatable class))"
+        r"|Problem with given (class_path)",
+        text,
+    )
     values = re.findall(r"(?:Got|Given) value: (.*)", text)
+    name = f"--{group}{'.'.join(names)}"
+    if "Expected an instantiatable class" in text and (inner := re.search(r"NestedArg\(key='([\w.]+)'", text)):
+        return f"{name} must be the name of a class, before {name}.{inner[1]}."
     if not found or not values or values[-1].startswith("NestedArg("):
         return " ".join(message.split()) if names else message
     kinds = [
-        "the name of a class" if path else _TYPES.get(kind, kind) if kind else f"one of {choices.replace(chr(39), '')}"
-        for kind, choices, path in found
+        _TYPES.get(kind, kind) if kind else f"one of {choices}" if choices else "the name of a class"
+        for kind, choices, *_ in found
     ]
-    return f"{before}--{group}{'.'.join(names)} must be {' or '.join(dict.fromkeys(kinds))}, got {values[-1]:.80}."
+    wanted = " or ".join(dict.fromkeys(kinds)).replace("'", "")
+    return f"{before}{name} must be {wanted}, got {values[-1]:.80}."
