@@ -43,7 +43,7 @@ from sparc3_lightning.stages.reproduce import REPRODUCTION, Reproduction, said_o
 from sparc3_lightning.stages.sweep import Sweep
 from sparc3_lightning.stages.terminal import is_verbose, speak
 from sparc3_lightning.stages.trainer_options import check_trainer_options
-from sparc3_lightning.stages.verbs import VERBS, answer
+from sparc3_lightning.stages.verbs import OPTIONS_USAGE, VERBS, answer
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.
 CONFIGS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
@@ -187,8 +187,8 @@ class SparC3CLI(LightningCLI):
 
     def init_parser(self, stage: str | None = None, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of a verb. It knows its stage; super would add a second config action."""
-        if stage is not None:  # else every error begins with the names of all options, two screens of them
-            kwargs["usage"] = f"sparc3 {stage} {USAGE.get(stage, '[--config FILE] ... [--<group>.<option> VALUE] ...')}"
+        # Else every error begins with the names of all options, two screens of them.
+        kwargs["usage"] = f"sparc3 {stage or '<verb>'} {USAGE.get(str(stage), OPTIONS_USAGE)}"
         parser: Any = self.parser_class(**kwargs)
         parser.stage = stage
         parser.add_argument(

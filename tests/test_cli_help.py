@@ -183,7 +183,7 @@ def test_help_of_an_experiment_names_the_groups_of_its_stages_and_shows_each_by_
 
 
 def test_the_line_of_an_option_says_what_its_value_is(help_of):
-    said = explained_in(help_of("prune"), help_of("attribute"), help_of("evaluate"))
+    said = explained_in(help_of("prune"), help_of("evaluate"), help_of("attribute"))
     assert said["--model.weak"].startswith("--model.weak {warn, error} ")
     assert said["--model.general"].startswith("--model.general [PATH, ...] or PATH ")
     assert said["--model.export"].startswith("--model.export PATH ")
@@ -191,6 +191,8 @@ def test_the_line_of_an_option_says_what_its_value_is(help_of):
     assert said["--model.activations"].startswith("--model.activations {true, false} ")
     assert said["--data.text"] == "--data.text CLASS Text for perplexity. (required; classes: WikiText2)"
     assert said["--config"].startswith("-c, --config FILE ")
+    assert said["--print_config"].startswith("--print_config[=flags] ")
+    assert said["--data"].startswith("--data CLASS Samples to read (required): a class, ")
 
 
 @pytest.mark.parametrize("name", ["C4", "ToxicPrompts"])
@@ -199,6 +201,7 @@ def test_help_of_the_data_explains_each_option(capsys, name):
     assert code == 0
     for option in ("source", "num_samples", "batch_size", "tokenizer"):
         assert re.search(rf"--data.{option} \w+\s+\S+ \S+", out), option
+    assert out.startswith("Help for "), "no list of all options before it"
 
 
 def test_help_of_the_evaluation_data_explains_each_option(capsys):

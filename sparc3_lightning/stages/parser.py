@@ -35,7 +35,8 @@ class HelpFormatter(DefaultHelpFormatter):
         names = ", ".join(name for name in action.option_strings if not name.endswith("+"))
         if not names:
             return super()._format_action_invocation(action)
-        return fill(f"{names} {_value_of(action)}".rstrip(), self._width - 2, subsequent_indent=" " * INDENT)
+        named = f"{names} {_value_of(action)}".replace(" \b", "").rstrip()
+        return fill(named, self._width - 2, subsequent_indent=" " * INDENT)
 
     def _format_action(self, action: Action) -> str:
         said = super()._format_action(action)
@@ -61,7 +62,7 @@ def _value_of(action: Action) -> str:
     if action.option_strings[0].endswith(".help"):
         return "CLASS"
     hint = getattr(action, "_typehint", action.type)  # most actions of jsonargparse have their type there
-    return _kind(hint) if hint is not None else str(action.metavar or action.dest.upper()).strip("\b")
+    return _kind(hint) if hint is not None else str(action.metavar or action.dest.upper())
 
 
 def _kind(hint: object) -> str:
@@ -80,7 +81,8 @@ class Parser(LightningArgumentParser):
     """The parser of a verb: long groups are shown by themselves, and what is wrong is said in a sentence."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs})
+        own = {"formatter_class": HelpFormatter, "allow_abbrev": False, "usage": SUPPRESS}
+        super().__init__(*args, **{**own, **kwargs})
         self.folded: list[str] = []
         self.elsewhere: dict[str, str] = {}  # options of other verbs, and the verb
 

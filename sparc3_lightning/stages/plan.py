@@ -32,6 +32,7 @@ from sparc3_lightning.stages.attribute import Attribution, file_of
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation, check_can_be_measured
 from sparc3_lightning.stages.folders import without_none
+from sparc3_lightning.stages.parser import Parser
 from sparc3_lightning.stages.prune import NEURONS, Pruning
 from sparc3_lightning.stages.trainer_options import NOT_RESULTS
 
@@ -190,12 +191,12 @@ def attribution_options(options: Config) -> Config:
     Raises:
         ValueError: If there is no such option, or a value is of the wrong type.
     """
-    parser = ArgumentParser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     parser.add_class_arguments(Attribution, instantiate=False)
     try:
         return parser.parse_object(options).as_dict()
     except ArgumentError as error:
-        said = in_one_sentence(str(error), ".behavior_attribute.")
+        said = parser.said_of_unknown(str(error)) or in_one_sentence(str(error), ".behavior_attribute.")
         raise OptionError("behavior_attribute", said if said.startswith("--.") else f": {said}") from None
 
 

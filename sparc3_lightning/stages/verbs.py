@@ -9,6 +9,7 @@ from textwrap import fill
 import sparc3_lightning
 
 WIDTH = 100  # columns of a help text, at most
+OPTIONS_USAGE = "[--config FILE] ... [--<group>.<option> VALUE] ..."
 # By name, each a method of the trainer, whose docstring begins with the same line.
 VERBS = {
     "prepare": "Fetch everything the other verbs would download, and write a manifest of it.",
@@ -111,7 +112,7 @@ def _help() -> str:
 
     return "\n".join(
         [
-            "usage: sparc3 <verb> [--config FILE] ... [--<group>.<option> VALUE] ...",
+            f"usage: sparc3 <verb> {OPTIONS_USAGE}",
             "",
             fill(str(sparc3_lightning.__doc__), columns()),
             "",
