@@ -191,13 +191,9 @@ class SparC3CLI(LightningCLI):
         kwargs["usage"] = f"sparc3 {stage or '<verb>'} {USAGE.get(str(stage), OPTIONS_USAGE)}"
         parser: Any = self.parser_class(**kwargs)
         parser.stage = stage
-        parser.add_argument(
-            "-c",
-            "--config",
-            action=FindConfig,
-            metavar="FILE",
-            help="Path of a config file, or the name of a shipped one (demo.yaml).",
-        )
+        if stage is not None:
+            said = "Path of a config file, or the name of a shipped one (demo.yaml)."
+            parser.add_argument("-c", "--config", action=FindConfig, metavar="FILE", help=said)
         parser.add_argument("-v", "--verbose", action=Verbose, help="Show the messages of all libraries, too.")
         return parser
 

@@ -72,10 +72,7 @@ def answer(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: When it has answered.
     """
-    rest = [word for word in arguments if word not in ("-v", "--verbose")]
-    while rest[:1] in (["-c"], ["--config"]):
-        rest = rest[2:]
-    first = next(iter(rest), None)
+    first = next((word for word in arguments if word not in ("-v", "--verbose")), None)
     if first == "--version":
         print(f"sparc3 {_version()}")
     elif first in ("-h", "--help"):
@@ -83,13 +80,13 @@ def answer(arguments: Sequence[str]) -> None:
     elif first is None:
         print(_help(), file=sys.stderr)
         sys.exit(2)
-    elif first in VERBS or first.startswith(("-c", "--config=", "--print_completion")):
+    elif first in VERBS or first.startswith("--print_completion"):
         return
     else:
-        like = nearest(first, [*VERBS, "--help", "--version", "--verbose", "--config", "--print_completion"])
-        kind, place = ("option", "; options of a verb stand behind it.") if first.startswith("-") else ("verb", ".")
-        hint = f": did you mean {like}?" if like else place
-        print(f"sparc3: error: {first!r} is no {kind}{hint}", file=sys.stderr)
+        is_option = first.startswith("-")
+        like = nearest(first, ["--help", "--version", "--verbose", "--print_completion", *([] if is_option else VERBS)])
+        kind, place = ("option", "; those of a verb stand behind the verb.") if is_option else ("verb", ".")
+        print(f"sparc3: error: {first!r} is no {kind}{f': did you mean {like}?' if like else place}", file=sys.stderr)
         print(fill(f"The verbs are {', '.join(VERBS)}.", columns()), file=sys.stderr)
         sys.exit(2)
     sys.exit()

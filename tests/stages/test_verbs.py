@@ -58,7 +58,7 @@ def test_the_version_is_shown(capsys):
 
 
 def test_without_a_verb_the_help_is_shown_as_an_error(capsys):
-    for given in ([], ["-v"], ["-c", "demo.yaml"], ["--config"]):
+    for given in ([], ["-v"], ["--verbose"]):
         code, out, err = answered(capsys, *given)
         assert (code, out) == (2, "")
         assert re.search(r"\n  evaluate +Measure", err)
@@ -77,7 +77,9 @@ def test_without_a_verb_the_help_is_shown_as_an_error(capsys):
         ("--hlep", "--help"),
         ("--verison", "--version"),
         ("--print-completion", "--print_completion"),
-        ("--conf", "--config"),
+        ("-c", ""),
+        ("--config", ""),
+        ("-run", ""),
         ("explain", ""),
         ("", ""),
         ("--model.checkpoint", ""),
@@ -94,9 +96,7 @@ def test_an_unknown_verb_or_option_suggests_the_nearest_and_lists_the_verbs(caps
     assert "\x1b" not in err
 
 
-@pytest.mark.parametrize(
-    "given", [["evaluate"], ["-v", "run", "--help"], ["-c", "demo.yaml", "run"], ["--config=a.yaml"]]
-)
+@pytest.mark.parametrize("given", [["evaluate"], ["-v", "run", "--help"], ["--print_completion=shtab-zsh"]])
 def test_everything_else_is_left_to_the_verb(given):
     answer(given)
 
