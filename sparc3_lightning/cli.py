@@ -4,25 +4,24 @@ import math
 import os
 import re
 import sys
-from argparse import SUPPRESS, Action, ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace, _HelpAction
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-import sparc3_lightning
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.distributed import check_is_single, check_slurm_tasks, is_rank_zero, usable_accelerator
-from sparc3_lightning.errors import in_one_sentence
 from sparc3_lightning.files import at_home, check_absent, check_writable
 from sparc3_lightning.report.drawing import draw
 from sparc3_lightning.report.escaping import for_terminal
@@ -37,16 +36,17 @@ from sparc3_lightning.stages.evaluate import RESULTS, Evaluation
 from sparc3_lightning.stages.experiment import Experiment
 from sparc3_lightning.stages.export import Export
 from sparc3_lightning.stages.folders import check_config, folder_of, giving_back, new_folder, own, reserve
+from sparc3_lightning.stages.parser import Parser
 from sparc3_lightning.stages.plan import Config
 from sparc3_lightning.stages.prune import Pruning
 from sparc3_lightning.stages.reproduce import REPRODUCTION, Reproduction, said_of_changes, said_of_figures
 from sparc3_lightning.stages.sweep import Sweep
 from sparc3_lightning.stages.terminal import is_verbose, speak
 from sparc3_lightning.stages.trainer_options import check_trainer_options
+from sparc3_lightning.stages.verbs import OPTIONS_USAGE, VERBS, answer
 
 # The shipped configs: beside the package in a checkout, inside it in a wheel.
 CONFIGS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
-DESCRIPTION = sparc3_lightning.__doc__
 
 
 class SparC3Trainer(Trainer):
@@ -133,27 +133,23 @@ REPORT = "report"  # the verb that needs no more than a folder
 REPRODUCE = "reproduce"  # the verb whose model and data are in a results.json
 # Verbs of one process; the others are loops.
 SINGLE = ("prepare", "prune", "compare", "compress", "export", REPORT, "run")
-# By name, each a method of the trainer; the two of an experiment have a group for each of its stages.
-VERBS: dict[str, Verb | None] = {
-    "prepare": None,
-    **{
-        verb.stage.verb: verb
-        for verb in (
-            Verb(Attribution, ReferenceSamples),
-            Verb(Pruning, ReferenceSamples, needs_data=False),
-            Verb(Evaluation, EvaluationData),
-            Verb(Sweep, EvaluationData),
-            Verb(Comparison),
-            Verb(Circuit, ReferenceSamples),
-            Verb(Compression),
-            Verb(Export),
-            Verb(Chat),
-        )
-    },
-    REPORT: None,
-    REPRODUCE: None,
-    "run": None,
+# The verbs that are a stage; the two of an experiment have a group for each of its stages.
+STAGES = {
+    verb.stage.verb: verb
+    for verb in (
+        Verb(Attribution, ReferenceSamples),
+        Verb(Pruning, ReferenceSamples, needs_data=False),
+        Verb(Evaluation, EvaluationData),
+        Verb(Sweep, EvaluationData),
+        Verb(Comparison),
+        Verb(Circuit, ReferenceSamples),
+        Verb(Compression),
+        Verb(Export),
+        Verb(Chat),
+    )
 }
+USAGE = {REPORT: "FOLDER", REPRODUCE: "RESULTS [--trainer.<option> VALUE] ..."}
+FOLDED = ("trainer", "attribute", "prune", "evaluate", "model.zero_shot")  # groups that --help shows by their names
 
 
 class FindConfig(ActionConfigFile):
@@ -174,19 +170,8 @@ class FindConfig(ActionConfigFile):
             raise ValueError(f"The config {values} cannot be read: {error}.") from None
 
 
-class Parser(LightningArgumentParser):
-    """The parser of a verb, which says in a sentence what is wrong."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the usage and the sentence, and exit."""
-        super().error(in_one_sentence(message) if self.exit_on_error else message, ex)  # else of a part
-
-
-class Verbose(Action):
-    """Leaves nothing in the config: ``entry_point`` has looked for it."""
-
-    def __init__(self, option_strings: list[str], help: str | None = None, **_: object) -> None:
-        super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, nargs=0, help=help)
+class Verbose(_HelpAction):  # as --help, it is nothing that a config may hold
+    """Does nothing: ``entry_point`` has looked for it."""
 
     def __call__(self, *_: object) -> None:
         """Do nothing."""
@@ -202,13 +187,13 @@ class SparC3CLI(LightningCLI):
 
     def init_parser(self, stage: str | None = None, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of a verb. It knows its stage; super would add a second config action."""
-        if stage is not None:  # else every error begins with the names of all options, two screens of them
-            kwargs["usage"] = f"sparc3 {stage} [--config FILE] ... [--<group>.<option> VALUE] ..."
+        # Else every error begins with the names of all options, two screens of them.
+        kwargs["usage"] = f"sparc3 {stage or '<verb>'} {USAGE.get(str(stage), OPTIONS_USAGE)}"
         parser: Any = self.parser_class(**kwargs)
         parser.stage = stage
-        parser.add_argument(
-            "-c", "--config", action=FindConfig, help="Path of a config file, or the name of a shipped one (demo.yaml)."
-        )
+        if stage is not None:
+            said = "Path of a config file, or the name of a shipped one (demo.yaml)."
+            parser.add_argument("-c", "--config", action=FindConfig, metavar="FILE", help=said)
         parser.add_argument("-v", "--verbose", action=Verbose, help="Show the messages of all libraries, too.")
         return parser
 
@@ -217,19 +202,33 @@ class SparC3CLI(LightningCLI):
         if parser.stage in (REPORT, REPRODUCE):
             parser.add_argument("--seed_everything", default=False, help=SUPPRESS)
         else:
-            super().add_default_arguments_to_parser(parser)
+            parser.add_argument(
+                "--seed_everything",
+                type=bool | int,
+                default=self.seed_everything_default,
+                help="Seed of all that is drawn at random; true draws the seed, too.",
+            )
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
-        """Add the groups trainer, model and data of one verb, if it was asked for."""
+        """Add the groups of one verb, if it was asked for."""
         if parser.stage is None:
             return
+        self._add_groups(parser)
+        parser.elsewhere = {
+            f"--model.{name}": verb for verb, of in reversed(STAGES.items()) for name in signature(of.stage).parameters
+        }
+        for name in filter(parser.groups.__contains__, FOLDED):
+            parser.fold(name)
+
+    def _add_groups(self, parser: Any) -> None:
         if parser.stage == REPORT:
             parser.add_argument(
                 "folder", type=Path, help="Of a run of evaluate, sweep, prune, circuit, compare or run."
             )
             return
-        verb = VERBS[parser.stage]
         parser.add_lightning_class_args(self.trainer_class, "trainer")
+        for action in parser.groups["trainer"]._group_actions:
+            action.complete = {}  # else the completion of a shell holds the options of every callback, in 200 MB
         logger = {"save_dir": "lightning_logs", "name": parser.stage}
         defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
         defaults["trainer.logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
@@ -237,26 +236,41 @@ class SparC3CLI(LightningCLI):
         if parser.stage == REPRODUCE:
             parser.add_argument("results", type=Path, help="The results.json of evaluate, sweep or run.")
             return
-        if verb is None:
+        if (verb := STAGES.get(parser.stage)) is None:
             self._add_experiment_arguments(parser)
             return
         parser.add_lightning_class_args(verb.stage, "model")
-        if verb.data is not None:
-            is_abstract = verb.data is ReferenceSamples
-            parser.add_lightning_class_args(verb.data, "data", is_abstract, required=verb.needs_data)
+        if verb.data is ReferenceSamples:
+            self._add_samples(parser, "data", "Samples to read", required=verb.needs_data)
+        elif verb.data is not None:
+            parser.add_lightning_class_args(verb.data, "data")
 
-    @staticmethod
-    def _add_experiment_arguments(parser: LightningArgumentParser) -> None:
+    def _add_experiment_arguments(self, parser: LightningArgumentParser) -> None:
         """Add the options of every stage, each in the group of its verb, less those that the experiment fills in."""
         parser.add_class_arguments(Experiment, "model")
         parser.add_class_arguments(Attribution, "attribute", skip=Attribution.FILLED_IN, instantiate=False)
-        parser.add_subclass_arguments(RealToxicityPrompts, "screen", instantiate=False, required=False)
-        parser.add_subclass_arguments(ReferenceSamples, "general", instantiate=False, required=True)
-        parser.add_subclass_arguments(ReferenceSamples, "behavior", instantiate=False, required=True)
+        first = "Prompts of a first stage, which continues them"
+        self._add_samples(parser, "screen", first, RealToxicityPrompts, instantiate=False)
+        self._add_samples(parser, "general", "Samples of text in general", required=True, instantiate=False)
+        self._add_samples(parser, "behavior", "Samples of the behaviour", required=True, instantiate=False)
         parser.add_class_arguments(Pruning, "prune", skip=Pruning.FILLED_IN, instantiate=False)
-        parser.add_subclass_arguments(ReferenceSamples, "budget_text", instantiate=False, required=False)
+        self._add_samples(parser, "budget_text", "Text on which a budget measures perplexity", instantiate=False)
         parser.add_class_arguments(Evaluation, "evaluate", skip=Evaluation.FILLED_IN, instantiate=False)
         parser.add_class_arguments(EvaluationData, "data", instantiate=False)
+
+    @staticmethod
+    def _add_samples(
+        parser: LightningArgumentParser,
+        name: str,
+        said: str,
+        of: type = ReferenceSamples,
+        required: bool = False,
+        instantiate: bool = True,
+    ) -> None:
+        said = f"{said}{' (required)' if required else ''}: a class, whose options are --{name}.<option>."
+        parser.add_subclass_arguments(
+            of, name, required=required, instantiate=instantiate, help=said, fail_untyped=False
+        )
 
     def before_instantiate_classes(self) -> None:
         """Check what Lightning would find out too late."""
@@ -387,8 +401,11 @@ def _run_stage_as_process(verb: str, config: Path) -> None:
 def main(args: ArgsType = None) -> SparC3CLI:
     """Run the command line from Python: ``main(["attribute", "--config", "lrp.yaml"])``."""
     given = sys.argv[1:] if args is None else args
+    if isinstance(given, list):
+        answer(given)
     # Filling the parsers of all verbs takes longer than the rest of what happens before a stage begins.
     asked = [name for name in VERBS if name in given] or VERBS
+    set_parsing_settings(add_print_completion_argument=True)
     with giving_back():
         return SparC3CLI(
             LightningModule,
@@ -403,7 +420,7 @@ def main(args: ArgsType = None) -> SparC3CLI:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
-            parser_kwargs={"prog": "sparc3", "description": DESCRIPTION, **{name: {"stage": name} for name in asked}},
+            parser_kwargs={"prog": "sparc3", **{name: {"stage": name, "description": VERBS[name]} for name in asked}},
         )
 
 

@@ -194,8 +194,9 @@ def test_a_data_set_is_a_class_and_a_line_of_the_room(monkeypatch, tiny_checkpoi
     assert ScoreFile.load(folder / "scores.safetensors").provenance.num_samples == 3
 
 
-def test_a_verb_is_a_module_and_a_row_of_the_command_line_with_its_method(monkeypatch):
-    monkeypatch.setitem(cli.VERBS, "count", cli.Verb(Counting))
+def test_a_verb_is_a_module_a_line_of_the_list_and_a_row_of_the_command_line_with_its_method(monkeypatch):
+    monkeypatch.setitem(cli.VERBS, "count", "Count.")
+    monkeypatch.setitem(cli.STAGES, "count", cli.Verb(Counting))
     monkeypatch.setattr(cli.SparC3Trainer, "count", lambda self, model: model.count(Path()), raising=False)
     cli.main(["count", *QUIET, "--model.number", "5"])
     assert Path("count.txt").read_text() == "5"

@@ -34,6 +34,7 @@ from sparc3_lightning.stages.attribute import Attribution, file_of
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation, check_can_be_measured
 from sparc3_lightning.stages.folders import without_none
+from sparc3_lightning.stages.parser import Parser
 from sparc3_lightning.stages.prune import NEURONS, Pruning
 from sparc3_lightning.stages.sweep import Sweep, name_of
 from sparc3_lightning.stages.trainer_options import NOT_RESULTS
@@ -254,12 +255,12 @@ def parsed(stage: type[Stage], options: Config, named: str, filled_in: Collectio
     Raises:
         ValueError: If there is no such option, or a value is of the wrong type.
     """
-    parser = ArgumentParser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     parser.add_class_arguments(stage, skip=set(filled_in), instantiate=False)
     try:
         return parser.parse_object(options).as_dict()
     except ArgumentError as error:
-        said = in_one_sentence(str(error), f".{named}.")
+        said = parser.said_of_unknown(str(error)) or in_one_sentence(str(error), f".{named}.")
         raise OptionError(named, said if said.startswith("--.") else f": {said}") from None
 
 

@@ -1,7 +1,7 @@
 """How long one waits before anything happens: `python tests/benchmarks/startup.py`.
 
-`sparc3 --help` against `import lightning`, and loading SmolLM2-135M again, once its dequantized copy is in the cache;
-each in processes of its own, in alternation. Prints the median of several turns.
+`sparc3 --help` and the help of a verb against `import lightning`, and loading SmolLM2-135M again, once its dequantized
+copy is in the cache; each in processes of its own, in alternation. Prints the median of several turns.
 """
 
 import shutil
@@ -27,7 +27,11 @@ def main() -> None:
     """Measure, and print the table."""
     options = parse(__doc__, turns={"type": int, "default": 5})
     program = shutil.which("sparc3", path=str(Path(sys.executable).parent)) or "sparc3"
-    commands = {"import lightning": [sys.executable, "-c", "import lightning"], "sparc3 --help": [program, "--help"]}
+    commands = {
+        "import lightning": [sys.executable, "-c", "import lightning"],
+        "sparc3 --help": [program, "--help"],
+        "sparc3 evaluate --help": [program, "evaluate", "--help"],
+    }
     seconds: dict[str, list[float]] = {name: [] for name in (*commands, "load SmolLM2 again")}
     for turn in range(options.turns + 1):  # the first one fills the caches of files
         for name, command in commands.items():

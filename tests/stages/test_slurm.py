@@ -231,7 +231,7 @@ def test_a_job_that_is_requeued_goes_on_and_ends_with_the_same_scores(
         "    def predict_step(self, batch, batch_idx):\n"
         "        time.sleep(0.15)\n"
         "        super().predict_step(batch, batch_idx)\n"
-        "cli.VERBS['attribute'] = cli.Verb(Slow, cli.ReferenceSamples)\n"
+        "cli.STAGES['attribute'] = cli.Verb(Slow, cli.ReferenceSamples)\n"
         "cli.entry_point()\n"
     )
     folder = Path("bin")
