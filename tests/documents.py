@@ -37,11 +37,19 @@ TOYS = "def letters(texts):\n    return [text.count('e') / (1 + len(text)) for t
 
 
 class Step(NamedTuple):
-    """A statement of a shell (``sh``), or a program (``python``), and the line of the document that it begins in."""
+    """A statement of a shell (``sh``), or a program (``python``)."""
 
     language: str
     text: str
-    line: int
+
+
+def sections(text: str) -> dict[str, str]:
+    """Divide a document at its headings of the second degree; what stands before the first has an empty name."""
+    found = {"": ""}
+    for part in re.split(r"^(?=## )", text, flags=re.MULTILINE):
+        heading, _, rest = part.partition("\n")
+        found |= {heading.removeprefix("## "): rest} if part.startswith("## ") else {"": part}
+    return found
 
 
 def steps(text: str) -> Iterator[Step]:
@@ -53,44 +61,41 @@ def steps(text: str) -> Iterator[Step]:
     fence: str | None = None
     block: list[str] = []
     after_blank = True
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
+    for line in [*text.splitlines(), ""]:
         if line.startswith("```"):
-            if fence is None:
-                fence = line.removeprefix("```")
-                if fence not in ("sh", "python", "text"):
-                    raise ValueError(f"The block in line {number} is of {fence!r}, not of sh, python or text.")
-            else:
-                yield from _steps_of(fence, block, number)
-                fence, block = None, []
+            if fence is not None:
+                yield from _steps_of(fence, block)
+            fence, block = (line.removeprefix("```") if fence is None else None), []
         elif fence is not None:
             block.append(line)
         elif line.startswith("    ") and (block or after_blank):
             block.append(line.removeprefix("    "))
         else:
-            yield from _steps_of("sh", block, number)
+            yield from _steps_of("sh", block)
             block = []
             for command in [] if line.startswith("<!--") else re.findall(r"`((?:sparc3|pip) [^`]+)`", line):
                 if not re.fullmatch(r"sparc3 \w+", command):  # the name of a verb
-                    yield Step("sh", command, number)
+                    yield Step("sh", command)
         after_blank = not line.strip() or line.startswith("<!--")
     if fence is not None:
-        raise ValueError("The last block has no end.")
+        raise ValueError(f"The block of {fence} has no end.")
 
 
-def _steps_of(language: str, block: list[str], end: int) -> Iterator[Step]:
-    """Divide a block, of which ``end`` is the line after the last."""
+def _steps_of(language: str, block: list[str]) -> Iterator[Step]:
+    if language not in ("sh", "python", "text"):
+        raise ValueError(f"A block is of {language!r}, not of sh, python or text.")
     if language == "python":
-        yield Step(language, "\n".join(block), end - len(block))
-    if language != "sh":
-        return
-    statement: list[str] = []
-    for number, line in enumerate(block, start=end - len(block)):
-        statement.append(line)
-        if _is_complete("\n".join(statement)):
-            yield Step(language, "\n".join(statement), number + 1 - len(statement))
-            statement = []
-    if statement:
-        raise ValueError(f"The commands before line {end} are incomplete.")
+        yield Step(language, "\n".join(block))
+    statement = ""
+    for line in block if language == "sh" else []:
+        statement += line
+        if _is_complete(statement):
+            yield Step(language, statement)
+            statement = ""
+        else:
+            statement += "\n"
+    if statement.strip():
+        raise ValueError(f"A command has no end: {statement}")
 
 
 def _is_complete(statement: str) -> bool:
@@ -118,9 +123,10 @@ def commands_of(statement: str, **variables: str) -> list[list[str]]:
         capture_output=True,
         text=True,
     )
-    if done.returncode != 0:
+    commands = [words.split("\0") for words in found.read_text().split("\0\0")[:-1]]
+    if done.returncode != 0 or not commands:
         raise ValueError(f"No test knows how to run this: {statement}\n{done.stderr}")
-    return [words.split("\0") for words in found.read_text().split("\0\0")[:-1]]
+    return commands
 
 
 def write_inputs(folder: Path) -> None:
@@ -162,7 +168,10 @@ def _tiny(name: str, value: Any, beside: dict[str, Any], checkpoint: str) -> Any
     if name == "zero_shot":
         return {**value, "tasks": [TASK], "folder": "tasks"} if value["tasks"] else value
     if isinstance(value, dict):
-        return tiny(value, checkpoint)
+        found = tiny(value, checkpoint)
+        if name == "screen":  # some of its prompts are attributed on, others evaluated
+            found["init_args"]["num_prompts"] = 12
+        return found
     if name in LARGEST:
         # Without a number all rows are taken, or as many as the protocol says.
         return LARGEST[name] if value is None else min(value, LARGEST[name])

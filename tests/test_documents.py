@@ -6,7 +6,6 @@ import itertools
 import re
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import partial
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from documents import DOCUMENTS, ON_ONE_CPU, ROOT, commands_of, is_carried_out, steps, tiny, write_inputs
+from documents import DOCUMENTS, ON_ONE_CPU, ROOT, commands_of, is_carried_out, sections, steps, tiny, write_inputs
 from helpers import WORDS, make_config, tokenizer_of, words_tokenizer
 from huggingface_hub import HfApi
 from transformers import LlamaForCausalLM
@@ -51,6 +50,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def read(document: str) -> str:
+    return (ROOT / document).read_text()
 
 
 def is_known_elsewhere(words: list[str]) -> bool:
@@ -103,17 +106,69 @@ def only_prints(arguments: list[str]) -> bool:
     )
 
 
+@pytest.mark.parametrize(("document", "section"), [(name, of) for name in DOCUMENTS for of in sections(read(name))])
+def test_every_command_of_a_section_parses(document, section):
+    for step in steps(sections(read(document))[section]):
+        for words in commands_of(step.text) if step.language == "sh" else []:
+            for arguments in of_sparc3(words):
+                ends(arguments if only_prints(arguments) else [*arguments, "--print_config"])
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_command_of_a_document_parses(document):
-    arguments = [
-        found
-        for step in steps((ROOT / document).read_text())
-        for words in (commands_of(step.text) if step.language == "sh" else [])
-        for found in of_sparc3(words)
+def test_a_document_links_to_files_and_headings_that_are_there(document):
+    folder = (ROOT / document).parent
+    links = set(re.findall(r"\]\((?!http)([^)]+)\)", read(document)))
+    assert len(links) > 20
+    for link in links:
+        name, _, anchor = link.partition("#")
+        linked = folder / name if name else ROOT / document
+        assert linked.exists(), link
+        headings = [heading for heading in linked.read_text().splitlines() if heading.startswith("#")] if anchor else []
+        anchors = {re.sub(r"[^\w -]", "", heading.lstrip("# ")).lower().replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, link
+
+
+def test_the_cookbook_names_every_shipped_config():
+    named = re.findall(r"\]\(([\w.]+\.yaml)\)", read("configs/README.md"))
+    assert set(named) == {path.name for path in (ROOT / "configs").glob("*.yaml")}
+
+
+def test_the_readme_is_short_and_has_its_sections_in_order():
+    assert len(read("README.md").splitlines()) <= 200
+    assert list(sections(read("README.md")))[1:] == [
+        "Try it",
+        "Your own model",
+        "What the figures mean",
+        "The verbs",
+        "Many GPUs, and Slurm",
+        "From Python",
+        "Limits",
+        "Licences",
+        "Where to add what",
     ]
-    assert len(arguments) > 8
-    for found in arguments:
-        ends(found if only_prints(found) else [*found, "--print_config"])
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("sparc3x run", "No test knows how to run this"),
+        ("cd ..", "No test knows how to run this"),
+        ("sparc3 run; hf auth login", "No test knows how to run this"),
+        ("pip install heretic", "No test runs this"),
+        ('pip install ".[gpu]"', "No test runs this"),
+        ("python setup.py", "No test runs this"),
+        ("pytest -m slow", "No test runs this"),
+    ],
+)
+def test_a_command_that_no_test_knows_is_refused(command, words):
+    with pytest.raises(ValueError, match=words):
+        list(map(of_sparc3, commands_of(command)))
+
+
+@pytest.mark.parametrize("text", ["```bash\nls\n```\n", "```sh\nsparc3 run\n", "Run:\n\n    for seed in 0 1; do\n"])
+def test_a_block_that_nobody_can_run_is_refused(text):
+    with pytest.raises(ValueError, match=r"A block is of 'bash'|The block of sh has no end|A command has no end"):
+        list(steps(text))
 
 
 @pytest.fixture
@@ -156,7 +211,10 @@ def run(arguments: list[str], checkpoint: str) -> None:
         main([*arguments, *[word for name, value in ON_ONE_CPU.items() for word in (f"--trainer.{name}", str(value))]])
     else:
         options = yaml.safe_load(ends([*arguments, "--print_config"]))
-        Path("tiny.yaml").write_text(yaml.safe_dump(tiny(options, checkpoint)))
+        smaller = tiny(options, checkpoint)
+        if arguments[0] == "chat":  # which gives one answer of each model
+            smaller["model"]["sampling"]["num_continuations"] = None
+        Path("tiny.yaml").write_text(yaml.safe_dump(smaller))
         main([*arguments, "--config", "tiny.yaml"])
 
 
@@ -179,13 +237,13 @@ def run_python(program: str, checkpoint: str) -> None:
 @pytest.mark.usefixtures("in_a_prepared_folder")
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_of_a_document_runs_after_those_before_it(document, checkpoint):
-    for step in steps((ROOT / document).read_text()):
-        began = time.monotonic()
-        print(f"{document}:{step.line}: {step.text}", file=sys.__stderr__)
-        if step.language == "python":
-            run_python(step.text, checkpoint)
-        else:
-            for words in commands_of(filled_in(step.text)):
+    for step in steps(read(document)):
+        try:
+            if step.language == "python":
+                run_python(step.text, checkpoint)
+            for words in commands_of(filled_in(step.text)) if step.language == "sh" else []:
                 for arguments in of_sparc3(words):
                     run(arguments, checkpoint)
-        print(f"   {time.monotonic() - began:.1f} s", file=sys.__stderr__)
+        except BaseException as error:
+            error.add_note(f"This is of {document}: {step.text}")
+            raise
