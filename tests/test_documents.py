@@ -80,7 +80,7 @@ def of_sparc3(words: list[str]) -> list[list[str]]:
         return [words[words.index("sparc3") + 1 :]]
     if program == "sbatch":
         job = shlex.join(rest[rest.index(STAGE) + 1 :])
-        (started,) = commands_of(f"source {ROOT / STAGE} {job}", SLURM_JOB_ID="7", SLURM_NNODES="1")
+        (started,) = commands_of(f"source {ROOT / STAGE} {job}", SLURM_JOB_ID="1234", SLURM_NNODES="1")
         return of_sparc3(started)
     if program == "configs/slurm/pipeline.sh":
         config, *options = rest
