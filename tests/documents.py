@@ -60,25 +60,31 @@ def steps(text: str) -> Iterator[Step]:
     """
     fence: str | None = None
     block: list[str] = []
-    after_blank = True
+    prose = ""
     for line in [*text.splitlines(), ""]:
         if line.startswith("```"):
-            if fence is not None:
-                yield from _steps_of(fence, block)
-            fence, block = (line.removeprefix("```") if fence is None else None), []
+            yield from _steps_of(fence, block) if fence else _steps_in(prose)
+            fence, block, prose = (None if fence else line.removeprefix("```") or "no language"), [], ""
         elif fence is not None:
             block.append(line)
-        elif line.startswith("    ") and (block or after_blank):
+        elif line.startswith("    ") and not prose:
             block.append(line.removeprefix("    "))
         else:
             yield from _steps_of("sh", block)
             block = []
-            for command in [] if line.startswith("<!--") else re.findall(r"`((?:sparc3|pip) [^`]+)`", line):
-                if not re.fullmatch(r"sparc3 \w+", command):  # the name of a verb
-                    yield Step("sh", command)
-        after_blank = not line.strip() or line.startswith("<!--")
+            if line and not line.startswith("<!--"):
+                prose += f"{line} "
+            else:
+                yield from _steps_in(prose)
+                prose = ""
     if fence is not None:
         raise ValueError(f"The block of {fence} has no end.")
+
+
+def _steps_in(prose: str) -> Iterator[Step]:
+    for command in re.findall(r"`((?:sparc3|pip) [^`]+)`", prose):
+        if not re.fullmatch(r"sparc3 \w+", command):  # the name of a verb
+            yield Step("sh", command)
 
 
 def _steps_of(language: str, block: list[str]) -> Iterator[Step]:

@@ -165,6 +165,17 @@ def test_a_command_that_no_test_knows_is_refused(command, words):
         list(map(of_sparc3, commands_of(command)))
 
 
+def test_commands_stand_in_blocks_and_in_lines_and_what_was_printed_is_none():
+    text = (
+        "Run `sparc3\nrun --help`, not `sparc3 run`:\n\n    sparc3 run \\\n      -v\n    pytest\n\n```text\nls\n```\n"
+    )
+    assert [step.text for step in steps(text)] == ["sparc3 run --help", "sparc3 run \\\n  -v", "pytest"]
+    assert commands_of("for i in 1 2; do sparc3 run --seed $i; done") == [
+        ["sparc3", "run", "--seed", "1"],
+        ["sparc3", "run", "--seed", "2"],
+    ]
+
+
 @pytest.mark.parametrize("text", ["```bash\nls\n```\n", "```sh\nsparc3 run\n", "Run:\n\n    for seed in 0 1; do\n"])
 def test_a_block_that_nobody_can_run_is_refused(text):
     with pytest.raises(ValueError, match=r"A block is of 'bash'|The block of sh has no end|A command has no end"):
