@@ -96,7 +96,8 @@ def _steps_of(language: str, block: list[str]) -> Iterator[Step]:
     for line in block if language == "sh" else []:
         statement += line
         if _is_complete(statement):
-            yield Step(language, statement)
+            if statement.strip() and not statement.lstrip().startswith("#"):
+                yield Step(language, statement)
             statement = ""
         else:
             statement += "\n"

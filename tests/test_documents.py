@@ -166,9 +166,7 @@ def test_a_command_that_no_test_knows_is_refused(command, words):
 
 
 def test_commands_stand_in_blocks_and_in_lines_and_what_was_printed_is_none():
-    text = (
-        "Run `sparc3\nrun --help`, not `sparc3 run`:\n\n    sparc3 run \\\n      -v\n    pytest\n\n```text\nls\n```\n"
-    )
+    text = "Do `sparc3\nrun --help`, not `sparc3 run`:\n\n    sparc3 run \\\n      -v\n    pytest\n\n```text\nls\n```"
     assert [step.text for step in steps(text)] == ["sparc3 run --help", "sparc3 run \\\n  -v", "pytest"]
     assert commands_of("for i in 1 2; do sparc3 run --seed $i; done") == [
         ["sparc3", "run", "--seed", "1"],
