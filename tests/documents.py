@@ -191,7 +191,7 @@ def _tiny(name: str, value: Any, beside: dict[str, Any], checkpoint: str) -> Any
     if name == "general_seeds":
         return value[:1]
     if name == "doses":
-        return [1, 2] if value else value
+        return [2] if value else value
     if name == "max_perplexity_increase":
         return value and 10.0
     return value
