@@ -20,7 +20,7 @@ from sparc3_lightning.evaluation.results import Results
 from sparc3_lightning.stages.reproduce import Reproduction, said_of_changes
 from sparc3_lightning.stages.sweep import Sweep
 
-pytestmark = pytest.mark.usefixtures("as_if_from_python", "without_a_report")
+pytestmark = pytest.mark.usefixtures("as_if_from_python")
 THERE = Path("out/results.json")
 FOLDER = Path("lightning_logs/reproduce/version_0")
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
