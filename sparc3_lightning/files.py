@@ -261,12 +261,12 @@ class JsonFile:
         """
         return cast("Self", read_as(cls, parse_sealed(text, cls.FORMAT)))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the file, whole or not at all."""
-        write_atomically(path, self.to_json())
+        write_atomically(Path(path), self.to_json())
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path | str) -> Self:
         """Read the file.
 
         Raises:
@@ -274,7 +274,7 @@ class JsonFile:
             ValueError: If it is of another format, or was changed.
         """
         try:
-            return cls.from_json(path.read_bytes())
+            return cls.from_json(Path(path).read_bytes())
         except ValueError as error:
             name = f"{cls.FORMAT.split()[1]}.json"
             raise ValueError(f"{path} is not a {name} of format {cls.FORMAT!r}: {error!s:.200}") from None

@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import NEURONS, random_scores, save_scores
+from made_up import made_up
 
 import sparc3_lightning
+from sparc3_lightning import NeuronList, Results, ScoreFile
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 TIMED = """
@@ -23,6 +26,16 @@ def test_a_public_name_can_be_imported_and_the_readme_lists_it(name):
     assert name in dir(sparc3_lightning)
     section = README.partition("## From Python\n")[2].partition("\n## ")[0]
     assert f"`{name}`" in section
+
+
+def test_the_public_files_are_saved_and_loaded_by_a_path_that_is_a_text():
+    results, _ = made_up()
+    for kind, of in ((NeuronList, NeuronList(NEURONS, {})), (Results, results)):
+        of.save("file.json")
+        assert kind.load("file.json").to_json() == of.to_json()
+    save_scores("scores.safetensors", random_scores(0))
+    ScoreFile.load("scores.safetensors").save("again.safetensors")
+    assert ScoreFile.load("again.safetensors").provenance == ScoreFile.load("scores.safetensors").provenance
 
 
 def test_an_unknown_name_is_an_error():

@@ -102,18 +102,19 @@ class ScoreFile:
         """Shape of the scores of each module."""
         return {name: list(score.shape) for name, score in self.scores.items()}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the file under a temporary name, and rename it."""
-        save_tensors(path, self.scores, {"format": FORMAT, "provenance": self.provenance.to_json()})
+        save_tensors(Path(path), self.scores, {"format": FORMAT, "provenance": self.provenance.to_json()})
 
     @classmethod
-    def load(cls, path: Path) -> "ScoreFile":
+    def load(cls, path: Path | str) -> "ScoreFile":
         """Read a score file. Scores of weights are summed to the scores of their neurons.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is truncated or was changed, is not a score file, or holds NaN or infinity.
         """
+        path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"The score file {path} does not exist; 'sparc3 attribute' writes it.")
         if path.name == INDEX:

@@ -130,18 +130,19 @@ class NeuronList:
         content |= {name: [_row(neuron) for neuron in getattr(self, name)] for name in _LISTS}
         return json.dumps(sealed({**content, "provenance": self.provenance}), indent=1) + "\n"
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write neurons.json, under a temporary name first."""
-        write_atomically(path, self.to_json())
+        write_atomically(Path(path), self.to_json())
 
     @classmethod
-    def load(cls, path: Path) -> "NeuronList":
+    def load(cls, path: Path | str) -> "NeuronList":
         """Read neurons.json.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is not a list of neurons or was changed, is empty, or names a neuron twice.
         """
+        path = Path(path)
         if not path.is_file():
             raise OptionFileNotFoundError("neurons", f": {path} does not exist; 'sparc3 prune' writes it.")
         try:
