@@ -15,17 +15,21 @@ from torch import Tensor, nn
 
 from sparc3_lightning.attribution.scores import WeightScores, check_match, load_index
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
-from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.export import Copy, check_export, copied, export_dtype_of
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.selection.sides import check_are_different
-from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
+from sparc3_lightning.selection.sparsity import (
+    SPARSITY,
+    SparsityResults,
+    check_sparsity,
+    global_masks,
+    global_threshold,
+    prune_mask,
+)
 from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import giving_back
-
-SPARSITY = "sparsity.json"
 
 
 class Ranking:
@@ -116,26 +120,25 @@ class Compression(Stage):
         check_are_different([("general", file) for file in files])
         source = files[0].provenance
         checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
-        num_parameters = _check_layers(files[0], checkpoint)
         dtype = export_dtype_of(self.export_dtype)
-        check_export(checkpoint, list(files[0].shapes), "weight", self.export, dtype=dtype)
+        num_parameters = check_can_zero(files[0], checkpoint, self.export, dtype)
         self.keep_config()
         with copied(checkpoint, self.export, dtype) as copy:
-            found = zero_(copy.model, _held(copy, Ranking(files).masks(self.sparsity, self.pattern)))
+            found = zero_lowest_(copy, files, self.sparsity, self.pattern)
         share = found.num_pruned / num_parameters
-        results = {
-            "pattern": self.pattern,
-            "sparsity": self.sparsity,
+        SparsityResults(
+            pattern=self.pattern,
+            sparsity=self.sparsity,
             **vars(found),
-            "share_of_all_parameters": share,
-            "export": str(self.export),
-            "checkpoint": source.checkpoint,
-            "checkpoint_fingerprint": source.checkpoint_fingerprint,
-            "general": [{"path": str(file.path), **file.provenance.summary()} for file in files],
-            "versions": versions(),
-            "git_hash": git_hash(),
-        }
-        write_atomically(self.output, to_json(results))
+            share_of_all_parameters=share,
+            export=str(self.export),
+            export_dtype=self.export_dtype,
+            checkpoint=source.checkpoint,
+            checkpoint_fingerprint=source.checkpoint_fingerprint,
+            general=[{"path": str(file.path), "digest": file.digest, **file.provenance.summary()} for file in files],
+            versions=versions(),
+            git_hash=git_hash(),
+        ).save(self.output)
         return (
             f"{found.num_pruned:,} of {found.num_weights:,} weights in {len(found.layers)} layers are zero, "
             f"{share:.1%} of all parameters: {self.export}\nSparsity of each layer: {self.output}"
@@ -172,18 +175,29 @@ def zero_(model: nn.Module, masks: Iterator[tuple[str, Tensor]]) -> Zeroed:
     return Zeroed(num_pruned, num_weights, digest.hexdigest()[:16], layers)
 
 
-def _held(copy: Copy, masks: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Hold the weights of each layer while its mask is in use."""
-    for name, pruned in masks:
-        with copy.holding([name]):
-            yield name, pruned
+def zero_lowest_(copy: Copy, files: Sequence[WeightScores], sparsity: float, pattern: str) -> Zeroed:
+    """Set the weights of the lowest scores to zero in a copy of a checkpoint, of which it holds one layer at a time."""
+
+    def held() -> Iterator[tuple[str, Tensor]]:
+        for name, pruned in Ranking(files).masks(sparsity, pattern):
+            with copy.holding([name]):
+                yield name, pruned
+
+    return zero_(copy.model, held())
 
 
-def _check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
+def check_can_zero(scores: WeightScores, checkpoint: Checkpoint, export: Path, dtype: torch.dtype | None) -> int:
     """Check that the model has the layers, none of them the head, before it is loaded; return its number of parameters.
 
+    Args:
+        scores: Of weights.
+        checkpoint: That they are of.
+        export: Folder to write the sparse checkpoint to.
+        dtype: Of the weights written; None keeps the dtype of each.
+
     Raises:
-        ValueError: If a layer is not there, or has another shape.
+        ValueError: If a layer is not there, has another shape, or is no tensor of the checkpoint's files.
+        OSError: If the folder exists, cannot be written, or has not enough space.
     """
     model = checkpoint.skeleton()
     layers = find_layers(model, [ALL])
@@ -198,4 +212,5 @@ def _check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
             raise ValueError(
                 f"{scores.path}: {name} has shape {shape}, but {list(weight_of(layers[name]).shape)} in the model."
             )
+    check_export(checkpoint, list(scores.shapes), "weight", export, dtype=dtype)
     return sum(parameter.numel() for parameter in model.parameters())
