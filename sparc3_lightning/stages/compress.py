@@ -120,11 +120,12 @@ class Compression(Stage):
         check_are_different([("general", file) for file in files])
         source = files[0].provenance
         checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
+        num_parameters = check_layers(files[0], checkpoint)
         dtype = export_dtype_of(self.export_dtype)
-        num_parameters = check_can_zero(files[0], checkpoint, self.export, dtype)
+        check_export(checkpoint, list(files[0].shapes), "weight", self.export, dtype=dtype)
         self.keep_config()
         with copied(checkpoint, self.export, dtype) as copy:
-            found = zero_lowest_(copy, files, self.sparsity, self.pattern)
+            found = zero_(copy.model, held(copy, Ranking(files).masks(self.sparsity, self.pattern)))
         share = found.num_pruned / num_parameters
         SparsityResults(
             pattern=self.pattern,
@@ -175,29 +176,18 @@ def zero_(model: nn.Module, masks: Iterator[tuple[str, Tensor]]) -> Zeroed:
     return Zeroed(num_pruned, num_weights, digest.hexdigest()[:16], layers)
 
 
-def zero_lowest_(copy: Copy, files: Sequence[WeightScores], sparsity: float, pattern: str) -> Zeroed:
-    """Set the weights of the lowest scores to zero in a copy of a checkpoint, of which it holds one layer at a time."""
-
-    def held() -> Iterator[tuple[str, Tensor]]:
-        for name, pruned in Ranking(files).masks(sparsity, pattern):
-            with copy.holding([name]):
-                yield name, pruned
-
-    return zero_(copy.model, held())
+def held(copy: Copy, masks: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Hold the weights of each layer while its mask is in use."""
+    for name, pruned in masks:
+        with copy.holding([name]):
+            yield name, pruned
 
 
-def check_can_zero(scores: WeightScores, checkpoint: Checkpoint, export: Path, dtype: torch.dtype | None) -> int:
+def check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
     """Check that the model has the layers, none of them the head, before it is loaded; return its number of parameters.
 
-    Args:
-        scores: Of weights.
-        checkpoint: That they are of.
-        export: Folder to write the sparse checkpoint to.
-        dtype: Of the weights written; None keeps the dtype of each.
-
     Raises:
-        ValueError: If a layer is not there, has another shape, or is no tensor of the checkpoint's files.
-        OSError: If the folder exists, cannot be written, or has not enough space.
+        ValueError: If a layer is not there, or has another shape.
     """
     model = checkpoint.skeleton()
     layers = find_layers(model, [ALL])
@@ -212,5 +202,4 @@ def check_can_zero(scores: WeightScores, checkpoint: Checkpoint, export: Path, d
             raise ValueError(
                 f"{scores.path}: {name} has shape {shape}, but {list(weight_of(layers[name]).shape)} in the model."
             )
-    check_export(checkpoint, list(scores.shapes), "weight", export, dtype=dtype)
     return sum(parameter.numel() for parameter in model.parameters())

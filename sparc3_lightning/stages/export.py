@@ -20,7 +20,7 @@ from sparc3_lightning.selection.neuron_list import NEURONS, NeuronList
 from sparc3_lightning.selection.sparsity import SPARSITY, SparsityResults
 from sparc3_lightning.sources import first_line
 from sparc3_lightning.stages.base import Stage
-from sparc3_lightning.stages.compress import check_can_zero, zero_lowest_
+from sparc3_lightning.stages.compress import Ranking, check_layers, held, zero_
 from sparc3_lightning.stages.folders import giving_back
 
 
@@ -38,7 +38,7 @@ class Export(Stage):
         export: Folder to write the checkpoint to. It must not exist.
         checkpoint: Hugging Face id, local folder or GGUF file of the original; None takes the one that ``neurons``
             names.
-        export_dtype: Of the exported weights; ``auto`` keeps the dtype of each.
+        export_dtype: Of the exported weights; ``auto`` keeps the dtype of each; of a compression it is its own.
         results: The results.json of an evaluation of these neurons, for the model card.
         push_to_hub: Id of a new repository at the Hugging Face hub to upload the folder to; None uploads nothing.
         private: Whether nobody else can see that repository.
@@ -141,13 +141,15 @@ class Export(Stage):
         """Write the checkpoint of a compression and sparsity.json, and return lines for the terminal."""
         self.checkpoint.check_is_of(self.neurons, of.checkpoint, of.checkpoint_fingerprint)
         files = [self._unchanged(Path(ranked["path"]), ranked["digest"]) for ranked in of.ranked_by]
-        dtype = export_dtype_of(self.export_dtype)
-        check_can_zero(files[0], self.checkpoint, self.export, dtype)
+        export_dtype = of.export_dtype if self.export_dtype == "auto" else self.export_dtype
+        dtype = export_dtype_of(export_dtype)
+        check_layers(files[0], self.checkpoint)
+        check_export(self.checkpoint, list(files[0].shapes), "weight", self.export, dtype=dtype)
         license = license_of(self.checkpoint.folder / README)
         card = sparse_card(of, self.checkpoint.name, self.export.resolve().name, license)
         self.keep_config()
         with copied(self.checkpoint, self.export, dtype) as copy:
-            found = zero_lowest_(copy, files, of.sparsity, of.pattern)
+            found = zero_(copy.model, held(copy, Ranking(files).masks(of.sparsity, of.pattern)))
             if found.masks != of.masks:
                 raise OptionError(
                     "neurons",
@@ -156,7 +158,7 @@ class Export(Stage):
                 )
             (copy.folder / README).write_text(card, encoding="utf-8")
         name, export = self.checkpoint.name, str(self.export)
-        replace(of, checkpoint=name, export=export, export_dtype=self.export_dtype).save(self.output)
+        replace(of, checkpoint=name, export=export, export_dtype=export_dtype).save(self.output)
         return (
             f"Checkpoint with {found.num_pruned:,} of {found.num_weights:,} weights zero, as {self.neurons} says: "
             f"{self.export}\nIts model card tells what is known of them: {self.export / README}"

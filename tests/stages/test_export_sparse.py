@@ -50,7 +50,7 @@ def test_the_export_is_the_checkpoint_of_the_compression_byte_for_byte_after_tha
     shutil.rmtree(EXPORT)
     shutil.move(OUT / SPARSITY, "mine.json")
     shutil.rmtree(OUT)
-    said = Export(Path("mine.json"), AGAIN, export_dtype=dtype).write(Path("exported"))
+    said = Export(Path("mine.json"), AGAIN).write(Path("exported"))
     after = {path.name: path.read_bytes() for path in AGAIN.iterdir()}
     assert f"{made.num_pruned:,} of {made.num_weights:,} weights zero, as mine.json says: again" in said
     del after["README.md"]
@@ -67,6 +67,14 @@ def test_the_sparsity_json_of_an_export_makes_it_again_too_from_a_copy_of_the_ch
     assert SparsityResults.load(Path("exported", SPARSITY)).checkpoint == "./copy"
     Export(Path("exported", SPARSITY), Path("third")).write(Path("exported-3"))
     assert weights(EXPORT) == weights(AGAIN) == weights(Path("third"))
+
+
+def test_another_dtype_can_be_chosen(make_scores: MakeScores) -> None:
+    Compression([make_scores(0)], EXPORT).compress(OUT)
+    Export(OUT / SPARSITY, AGAIN, export_dtype="bfloat16").write(Path("exported"))
+    before, after = (AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict() for path in (EXPORT, AGAIN))
+    assert all(torch.equal(after[name], weight.bfloat16()) for name, weight in before.items())
+    assert SparsityResults.load(Path("exported", SPARSITY)).export_dtype == "bfloat16"
 
 
 def test_scores_that_were_written_once_more_with_the_same_values_are_the_same(make_scores: MakeScores) -> None:
