@@ -200,6 +200,16 @@ def test_another_checkpoint_is_refused(make_checkpoint: Callable[[str], str]) ->
     refused(r"missing", OSError, checkpoint="./missing")
 
 
+def test_an_original_that_has_changed_or_is_gone_is_refused(tiny_checkpoint: str, make_scores: MakeScores) -> None:
+    shutil.copytree(tiny_checkpoint, "mine")
+    Compression([make_scores(0, {"checkpoint": "mine"})], EXPORT).compress(OUT)
+    path = Path("mine/model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    refused(rf"^{OUT / SPARSITY} is for the checkpoint 'mine' \(.*\), but --model\.checkpoint is 'mine' \(")
+    shutil.rmtree("mine")
+    refused("mine", OSError)
+
+
 @pytest.mark.usefixtures("compressed", "no_weight_is_read")
 def test_results_are_for_lists_of_neurons() -> None:
     refused(
