@@ -6,6 +6,7 @@ Each way is a function of a path and of a generator of random numbers, which dec
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -54,7 +55,7 @@ def change_json(content: Any, draw: Random) -> Any:
             key = draw.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
         kind = draw.randrange(5)
         if kind <= 1 or parent is whole:
-            parent[key] = draw.choice(VALUES) if draw.random() < 0.8 else []
+            parent[key] = deepcopy(draw.choice(VALUES)) if draw.random() < 0.8 else []
         elif kind == 2:
             del parent[key]
         elif kind == 3:

@@ -33,6 +33,7 @@ from sparc3_lightning.report.circuits import CircuitResults, Curve, Measured, Se
 from sparc3_lightning.report.comparison import ComparisonResults, Listed
 from sparc3_lightning.selection.neuron_list import NeuronList, SelectionResults
 from sparc3_lightning.selection.overlap import Overlap
+from sparc3_lightning.selection.sparsity import SparsityResults
 from sparc3_lightning.sources import read_records
 from sparc3_lightning.stages.prune import Pruning
 
@@ -106,6 +107,25 @@ def circuit() -> CircuitResults:
         whole_model=Measured(1.0, 2.5),
         threshold=0.9,
         curves=[Curve("lrp", "neuron", 6, 1, steps)],
+    )
+
+
+def sparsity() -> SparsityResults:
+    return SparsityResults(
+        pattern="2:4",
+        sparsity=0.5,
+        num_pruned=2,
+        num_weights=4,
+        masks="abc",
+        layers={"a": 0.5},
+        share_of_all_parameters=0.25,
+        export="sparse",
+        export_dtype="auto",
+        checkpoint="tiny",
+        checkpoint_fingerprint="files:abc",
+        general=[{"path": "a", "digest": "d", **provenance().summary()}],
+        versions={"torch": "2"},
+        git_hash=None,
     )
 
 
@@ -222,6 +242,7 @@ READERS = {
     ),
     "results": Reader(lambda path: made_up()[0].save(path), Results.load, "results.json"),
     "selection": Reader(SELECTION.save, SelectionResults.load, "selection.json"),
+    "sparsity": Reader(lambda path: sparsity().save(path), SparsityResults.load, "sparsity.json"),
     "circuit": Reader(lambda path: circuit().save(path), CircuitResults.load, "circuit.json"),
     "comparison": Reader(lambda path: comparison().save(path), ComparisonResults.load, "compare.json"),
     "completions": Reader(

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.attribution.tensor_file import ERRORS, digest_of, load_tensors, save_tensors
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
-from sparc3_lightning.files import Count, JsonFile, check_checksum, parse_json, read_as, replacing
+from sparc3_lightning.files import Count, JsonFile, check_checksum, checksum, parse_json, read_as, replacing
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.sources import first_line
 
@@ -174,6 +174,7 @@ class WeightScores:
     """The scores of weights in an index and its shards, read one module at a time.
 
     Iterating gives the name of each target module and its scores, shape ``[out_features, in_features]``, float32.
+    ``digest`` is a hash of all names and scores, as the index has it.
 
     Args:
         path: The index.
@@ -193,6 +194,7 @@ class WeightScores:
                 f"{path} is not an index of scores, or is damaged: {error!s:.200}. Attribute again."
             ) from None
         self.files, self.provenance = index.weight_map, index.provenance
+        self.digest = checksum(index.checksums)
         self._unchecked = dict(index.checksums)  # a module is hashed when it is first read
 
     @property

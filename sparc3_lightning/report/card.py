@@ -28,6 +28,7 @@ from sparc3_lightning.report.tables import (
 from sparc3_lightning.report.verdict import zero_ablated_controls
 from sparc3_lightning.selection.criteria import per_module
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.sparsity import SparsityResults
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -155,6 +156,20 @@ def unevaluated_card(exported: Exported) -> str:
     )
 
 
+def sparse_card(sparsity: SparsityResults, checkpoint: str, folder: str, license: str | None) -> str:
+    """Return the model card of a checkpoint in which a compression has set weights to zero; see ``Exported``."""
+    how = ["--model.sparsity", sparsity.sparsity, "--model.pattern", sparsity.pattern]
+    return _render(
+        "sparse_card.md",
+        name=name_of(checkpoint),
+        sparsity=sparsity,
+        methods=", ".join(sorted({ranked["spec"].method for ranked in sparsity.ranked_by})),
+        checkpoint=checkpoint,
+        front_matter=_front_matter(checkpoint, None, None, license),
+        command=for_shell(["sparc3", "compress", "--model.general", "<scores>", *how, "--model.export", folder]),
+    )
+
+
 def name_of(checkpoint: str) -> str:
     """Return the last part of the name of a checkpoint."""
     return re.split(r"[/\\]", checkpoint.rstrip("/\\"))[-1]
@@ -223,7 +238,9 @@ def _markdown_table(head: Iterable[str], rows: Table) -> Safe:
     return Safe("\n".join(texts) + "\n")
 
 
-def _front_matter(checkpoint: str, results: Results | None, exported: Exported | None) -> Safe:
+def _front_matter(
+    checkpoint: str, results: Results | None, exported: Exported | None, license: str | None = None
+) -> Safe:
     """Return what the hub reads of a card: the base model, and what was measured."""
     from huggingface_hub import ModelCardData
 
@@ -232,7 +249,7 @@ def _front_matter(checkpoint: str, results: Results | None, exported: Exported |
     content = ModelCardData(
         base_model=public_name(checkpoint),
         library_name="transformers",
-        license=exported.license if exported else None,
+        license=exported.license if exported else license,
         pipeline_tag="text-generation",
         tags=["sparc3_lightning", "pruning", *(["detoxification"] if of_toxicity else [])],
         model_name=(exported.folder if exported else name_of(checkpoint)) if found else None,

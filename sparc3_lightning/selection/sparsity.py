@@ -1,21 +1,74 @@
 """Which weights of the lowest scores are pruned: row by row, layer by layer, over all layers at once, or n:m.
 
+What a compression pruned so, and by which scores, is in sparsity.json.
+
 Shape letters: I inputs and O outputs of one linear layer; G groups whose weights are compared with each other, K
 weights of a group. Every mask is exact to the count; of equal scores the first ones in the order of rows are pruned.
 """
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
 
+from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.files import Count, JsonFile, Share, read_as
+from sparc3_lightning.models.checkpoints import Dtype
 from sparc3_lightning.selection.lowest import below_threshold, lowest
 
+SPARSITY = "sparsity.json"
 PATTERNS = ("row", "layer", "global")
 _BINS = 1 << 16
+
+
+class RankedBy(TypedDict):
+    """What is read of a file of scores that weights were ranked by; what else is said of it is for people.
+
+    ``digest`` is of its scores, see ``WeightScores``, and ``spec`` the options that they were computed with.
+    """
+
+    path: str
+    digest: str
+    spec: ScoreSpec
+
+
+@dataclass(frozen=True)
+class SparsityResults(JsonFile):
+    """The content of sparsity.json: which weights are zero, and what makes the same masks again.
+
+    ``general`` holds the files of scores, see ``RankedBy``; ``layers`` the sparsity of each layer; ``masks`` is a hash
+    of where the zeros are.
+    """
+
+    FORMAT = "sparc3_lightning sparsity 1"
+    pattern: str
+    sparsity: Share
+    num_pruned: Count
+    num_weights: Count
+    masks: str
+    layers: dict[str, Share]
+    share_of_all_parameters: Share
+    export: str
+    export_dtype: Dtype
+    checkpoint: str
+    checkpoint_fingerprint: str
+    general: list[dict[str, object]]
+    versions: dict[str, str]
+    git_hash: str | None
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity, self.pattern)
+        if not self.ranked_by:
+            raise ValueError("it names no scores")
+
+    @property
+    def ranked_by(self) -> list[RankedBy]:
+        """The files of scores, of which each weighs the same."""
+        return cast("list[RankedBy]", read_as(list[RankedBy], self.general, "general"))
 
 
 def check_sparsity(sparsity: float, pattern: str) -> None:

@@ -15,17 +15,21 @@ from torch import Tensor, nn
 
 from sparc3_lightning.attribution.scores import WeightScores, check_match, load_index
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
-from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.export import Copy, check_export, copied, export_dtype_of
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.selection.sides import check_are_different
-from sparc3_lightning.selection.sparsity import check_sparsity, global_masks, global_threshold, prune_mask
+from sparc3_lightning.selection.sparsity import (
+    SPARSITY,
+    SparsityResults,
+    check_sparsity,
+    global_masks,
+    global_threshold,
+    prune_mask,
+)
 from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import giving_back
-
-SPARSITY = "sparsity.json"
 
 
 class Ranking:
@@ -116,26 +120,26 @@ class Compression(Stage):
         check_are_different([("general", file) for file in files])
         source = files[0].provenance
         checkpoint = Checkpoint.unchanged(source.checkpoint, source.checkpoint_fingerprint)
-        num_parameters = _check_layers(files[0], checkpoint)
+        num_parameters = check_layers(files[0], checkpoint)
         dtype = export_dtype_of(self.export_dtype)
         check_export(checkpoint, list(files[0].shapes), "weight", self.export, dtype=dtype)
         self.keep_config()
         with copied(checkpoint, self.export, dtype) as copy:
-            found = zero_(copy.model, _held(copy, Ranking(files).masks(self.sparsity, self.pattern)))
+            found = zero_(copy.model, held(copy, Ranking(files).masks(self.sparsity, self.pattern)))
         share = found.num_pruned / num_parameters
-        results = {
-            "pattern": self.pattern,
-            "sparsity": self.sparsity,
+        SparsityResults(
+            pattern=self.pattern,
+            sparsity=self.sparsity,
             **vars(found),
-            "share_of_all_parameters": share,
-            "export": str(self.export),
-            "checkpoint": source.checkpoint,
-            "checkpoint_fingerprint": source.checkpoint_fingerprint,
-            "general": [{"path": str(file.path), **file.provenance.summary()} for file in files],
-            "versions": versions(),
-            "git_hash": git_hash(),
-        }
-        write_atomically(self.output, to_json(results))
+            share_of_all_parameters=share,
+            export=str(self.export),
+            export_dtype=self.export_dtype,
+            checkpoint=source.checkpoint,
+            checkpoint_fingerprint=source.checkpoint_fingerprint,
+            general=[{"path": str(file.path), "digest": file.digest, **file.provenance.summary()} for file in files],
+            versions=versions(),
+            git_hash=git_hash(),
+        ).save(self.output)
         return (
             f"{found.num_pruned:,} of {found.num_weights:,} weights in {len(found.layers)} layers are zero, "
             f"{share:.1%} of all parameters: {self.export}\nSparsity of each layer: {self.output}"
@@ -172,14 +176,14 @@ def zero_(model: nn.Module, masks: Iterator[tuple[str, Tensor]]) -> Zeroed:
     return Zeroed(num_pruned, num_weights, digest.hexdigest()[:16], layers)
 
 
-def _held(copy: Copy, masks: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def held(copy: Copy, masks: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Hold the weights of each layer while its mask is in use."""
     for name, pruned in masks:
         with copy.holding([name]):
             yield name, pruned
 
 
-def _check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
+def check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
     """Check that the model has the layers, none of them the head, before it is loaded; return its number of parameters.
 
     Raises:

@@ -2,20 +2,25 @@
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from sparc3_lightning.attribution.scores import WeightScores
 from sparc3_lightning.errors import OptionError, OptionFileExistsError, OptionFileNotFoundError
 from sparc3_lightning.evaluation.results import RESULTS, Results
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Granularity, check
-from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
-from sparc3_lightning.report.card import README, Exported, license_of, model_card, unevaluated_card
+from sparc3_lightning.models.export import check_export, copied, export_dtype_of, export_pruned
+from sparc3_lightning.provenance import revision_of
+from sparc3_lightning.report.card import README, Exported, license_of, model_card, sparse_card, unevaluated_card
 from sparc3_lightning.report.escaping import for_shell, for_terminal, public_name
 from sparc3_lightning.selection.neuron_list import NEURONS, NeuronList
+from sparc3_lightning.selection.sparsity import SPARSITY, SparsityResults
 from sparc3_lightning.sources import first_line
 from sparc3_lightning.stages.base import Stage
+from sparc3_lightning.stages.compress import Ranking, check_layers, held, zero_
 from sparc3_lightning.stages.folders import giving_back
 
 
@@ -26,19 +31,21 @@ class Export(Stage):
     original, in which the weights of the list alone differ, neurons.json, and as README.md a model card. That tells
     what an evaluation of these neurons found, if its results are named, or lie beside the list or the export.
 
+    Of the sparsity.json of ``sparc3 compress`` it makes the sparse checkpoint again, by the scores that this names.
+
     Args:
-        neurons: The neurons.json.
+        neurons: The neurons.json, or a sparsity.json.
         export: Folder to write the checkpoint to. It must not exist.
         checkpoint: Hugging Face id, local folder or GGUF file of the original; None takes the one that ``neurons``
             names.
-        export_dtype: Of the exported weights; ``auto`` keeps the dtype of each.
+        export_dtype: Of the exported weights; ``auto`` keeps the dtype of each; of a compression it is its own.
         results: The results.json of an evaluation of these neurons, for the model card.
         push_to_hub: Id of a new repository at the Hugging Face hub to upload the folder to; None uploads nothing.
         private: Whether nobody else can see that repository.
     """
 
     verb = "export"
-    OUTPUTS = (NEURONS,)
+    OUTPUTS = (NEURONS, SPARSITY)
 
     def __init__(
         self,
@@ -57,9 +64,15 @@ class Export(Stage):
             _check_id(push_to_hub)
         elif not private:
             raise OptionError("private", "is for what is uploaded: add --.push_to_hub <id>.")
-        _check_is_no_compression(Path(neurons))
-        self.list = NeuronList.load(Path(neurons))
-        self.checkpoint = self.list.checkpoint(neurons, checkpoint)
+        self.compression = _compression(Path(neurons))
+        if self.compression is None:
+            self.list = NeuronList.load(Path(neurons))
+            self.checkpoint = self.list.checkpoint(neurons, checkpoint)
+        elif results is not None:
+            raise OptionError("results", f"is for a list of neurons, and {neurons} is of a compression: leave it out.")
+        else:
+            revision = revision_of(self.compression.checkpoint_fingerprint)
+            self.checkpoint = Checkpoint(checkpoint or self.compression.checkpoint, revision)
         if results is not None and not Path(results).is_file():
             raise OptionFileNotFoundError("results", f": {results} does not exist; 'sparc3 evaluate' writes it.")
         self.save_hyperparameters()
@@ -75,7 +88,7 @@ class Export(Stage):
         """Write the checkpoint, upload it if asked, and write neurons.json with its fingerprint to a folder.
 
         Args:
-            folder: Where neurons.json goes.
+            folder: Where neurons.json goes, or sparsity.json.
 
         Returns:
             Lines for the terminal.
@@ -83,11 +96,17 @@ class Export(Stage):
         Raises:
             OSError: If the checkpoint cannot be had, the export cannot be written, or the hub cannot be reached or
                 refuses.
-            ValueError: If the checkpoint is not the neurons' one, or has no such neurons; if the results are of others.
+            ValueError: If the checkpoint is not the neurons' one, or has no such neurons; if the results are of others;
+                if the scores of a compression have changed.
             FileExistsError: If the folder holds a neurons.json, or the hub the repository.
         """
-        self.begin(folder)
+        self.begin(folder, NEURONS if self.compression is None else SPARSITY)
         repository = None if self.push_to_hub is None else _check_can_push(self.push_to_hub)
+        said = self._write_pruned(repository) if self.compression is None else self._write_sparse(self.compression)
+        return said if repository is None else f"{said}\nUploaded: {self._push(repository)}"
+
+    def _write_pruned(self, repository: str | None) -> str:
+        """Write the checkpoint of a list and neurons.json, and return lines for the terminal."""
         self._check()
         readme = self.checkpoint.folder / README
         exported = Exported(self.list, self.checkpoint.name, self.export.resolve().name, license_of(readme))
@@ -116,8 +135,46 @@ class Export(Stage):
         said = (
             f"Checkpoint with {len(self.list.neurons):,} {self.list.granularity}s {self.list.ablation}: {self.export}"
         )
-        said += f"\nIts model card tells {what}: {self.export / README}"
-        return said if repository is None else f"{said}\nUploaded: {self._push(repository)}"
+        return f"{said}\nIts model card tells {what}: {self.export / README}"
+
+    def _write_sparse(self, of: SparsityResults) -> str:
+        """Write the checkpoint of a compression and sparsity.json, and return lines for the terminal."""
+        self.checkpoint.check_is_of(self.neurons, of.checkpoint, of.checkpoint_fingerprint)
+        files = [self._unchanged(Path(ranked["path"]), ranked["digest"]) for ranked in of.ranked_by]
+        export_dtype = of.export_dtype if self.export_dtype == "auto" else self.export_dtype
+        dtype = export_dtype_of(export_dtype)
+        check_layers(files[0], self.checkpoint)
+        check_export(self.checkpoint, list(files[0].shapes), "weight", self.export, dtype=dtype)
+        license = license_of(self.checkpoint.folder / README)
+        card = sparse_card(of, self.checkpoint.name, self.export.resolve().name, license)
+        self.keep_config()
+        with copied(self.checkpoint, self.export, dtype) as copy:
+            found = zero_(copy.model, held(copy, Ranking(files).masks(of.sparsity, of.pattern)))
+            if found.masks != of.masks:
+                raise OptionError(
+                    "neurons",
+                    f": the masks made of {self.neurons} have the hash {found.masks}, not {of.masks}, so nothing was "
+                    "written: use the versions that it names, or run 'sparc3 compress' again.",
+                )
+            (copy.folder / README).write_text(card, encoding="utf-8")
+        name, export = self.checkpoint.name, str(self.export)
+        replace(of, checkpoint=name, export=export, export_dtype=export_dtype).save(self.output)
+        return (
+            f"Checkpoint with {found.num_pruned:,} of {found.num_weights:,} weights zero, as {self.neurons} says: "
+            f"{self.export}\nIts model card tells what is known of them: {self.export / README}"
+        )
+
+    def _unchanged(self, path: Path, digest: str) -> WeightScores:
+        """Return the scores at a path, unless they are gone, or others than a compression ranked by."""
+        scores = WeightScores(path) if path.is_file() else None
+        if scores is None or scores.digest != digest:
+            found = "do not exist" if scores is None else "have changed"
+            raise OptionError(
+                "neurons",
+                f": {self.neurons} was made by the scores {path}, which {found}: put them back, or run 'sparc3 "
+                "compress' again.",
+            )
+        return scores
 
     def _check(self) -> None:
         """Raise ValueError or OSError unless the list can be written into this checkpoint; no weight is read."""
@@ -177,19 +234,18 @@ class Export(Stage):
         return str(address)
 
 
-def _check_is_no_compression(path: Path) -> None:
-    """Raise OptionError if a file is the sparsity.json of a compression, which has written its checkpoint itself."""
+def _compression(path: Path) -> SparsityResults | None:
+    """Return the content of a sparsity.json; None of any other file."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return  # the one who reads it says so
-    if isinstance(content, dict) and {"masks", "pattern", "export"} <= content.keys():
-        command = for_shell(["hf", "upload", "<id>", content["export"], "--private"])
-        raise OptionError(
-            "neurons",
-            f": {path} is of 'sparc3 compress', which has written the checkpoint itself: {content['export']}. To "
-            f"publish it, run {command}",
-        )
+        return None  # the one who reads it says so
+    if not isinstance(content, dict) or not {"masks", "pattern"} <= content.keys():
+        return None
+    try:
+        return SparsityResults.load(path)
+    except ValueError as error:
+        raise OptionError("neurons", f": {str(error).rstrip('.')}. Run 'sparc3 compress' again.") from None
 
 
 def _check_id(name: str) -> None:

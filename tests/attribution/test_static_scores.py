@@ -19,8 +19,8 @@ from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import load_model
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.selection.sparsity import SPARSITY
 from sparc3_lightning.stages.attribute import SCORES, Attribution
-from sparc3_lightning.stages.compress import SPARSITY
 from sparc3_lightning.stages.prune import NEURONS, Pruning
 
 

@@ -6,10 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from evaluations import EVERY_SECOND, save_neurons, write_inputs
 from experiments import Done, changed, pretend, remember_verbs, run, write_experiment
+from helpers import changed as with_changes
+from torch import Tensor
 
 from sparc3_lightning import cli
+from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
+from sparc3_lightning.attribution.spec import ScoreSpec
+from sparc3_lightning.models.architectures import find_layers
+from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.scorers.detoxify import SHIPPED
 from sparc3_lightning.stages import evaluate
 from sparc3_lightning.stages.experiment import Experiment
@@ -127,3 +134,24 @@ def more_inputs(tmp_path, config) -> None:
     """Another file of prompts, and another scorer: a folder of Detoxify's format."""
     shutil.copy("prompts.jsonl", "mild.jsonl")
     shutil.copytree(SHIPPED, tmp_path / "other")
+
+
+@pytest.fixture
+def make_scores(tiny_checkpoint):
+    """Return what writes an index of scores of weights of the tiny checkpoint, and returns its path."""
+    model = load_model(tiny_checkpoint, torch.float32)
+    shapes = {name: list(layer.weight.shape) for name, layer in find_layers(model, ["all"]).items()}
+    spec = ScoreSpec("lrp", "attnlrp", "signed", layers=["all"], dtype="float32", granularity="weight")
+    of = Provenance(tiny_checkpoint, Checkpoint(tiny_checkpoint).fingerprint, spec, {}, "d", 1, 2, 3, 0)
+
+    def make(seed: int, changes: dict[str, Any] | None = None, **more: Tensor) -> Path:
+        gen = torch.Generator().manual_seed(seed)
+        scores = {name: torch.randn(shape, generator=gen) for name, shape in shapes.items()} | more
+        writer = ShardWriter(Path(f"seed-{seed}"), {name: score.shape for name, score in scores.items()})
+        Path(f"seed-{seed}").mkdir(exist_ok=True)
+        for name, score in scores.items():
+            writer.add(name, score)
+        writer.close(with_changes(of, **{"data_fingerprint": f"seed {seed}", **(changes or {})}))
+        return Path(f"seed-{seed}", INDEX)
+
+    return make

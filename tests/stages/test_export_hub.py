@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +18,7 @@ from evaluations import save_neurons
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.models.tensors import TensorFile
 from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.stages.compress import Compression
 from sparc3_lightning.stages.export import Export
 
 TOKEN = "hf_of_ann"
@@ -205,3 +206,13 @@ def test_an_upload_that_breaks_off_anywhere_says_that_the_export_is_complete_and
     assert hub.repositories.get("ann/model") == (None if part == "repos/create" else "private")
     assert (EXPORT / "model.safetensors").is_file()
     assert (OUT / "neurons.json").is_file()
+
+
+def test_a_compression_is_sent_with_its_model_card(make_scores: Callable[..., Path], hub: Hub) -> None:
+    Compression([make_scores(0)], Path("sparse")).compress(Path("compressed"))
+    said = Export(Path("compressed/sparsity.json"), EXPORT, push_to_hub="my-model").write(OUT)
+    assert said.endswith(f"Uploaded: {hub.address}/ann/my-model")
+    assert hub.repositories["ann/my-model"] == "private"
+    assert hub.files == {"ann/my-model": {path.name: path.read_bytes() for path in EXPORT.iterdir()}}
+    assert b"parameters set to zero" in hub.files["ann/my-model"]["README.md"]
+    assert (OUT / "sparsity.json").is_file()
