@@ -38,7 +38,7 @@ EVALUATE = ["evaluate", "-c", "evaluate.yaml", "--model.checkpoint", "x"]
             "--data must be the name of a class, before --data.source.",
         ),
         (
-            ["run", "--config", "demo.yaml", "--budget_text.source", "a.txt"],
+            ["run", "--config", "run.yaml", "--budget_text.source", "a.txt"],
             "--budget_text must be the name of a class, before --budget_text.source.",
         ),
         (

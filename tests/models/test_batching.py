@@ -40,7 +40,7 @@ def test_every_item_comes_once_and_in_order_whatever_fits(most, error):
     for num_items in (16, 13, 1, 0, 16):
         found = [item for part in size.each(num_items, fitting(most, [], error)) for item in part]
         assert found == list(range(num_items))
-    assert size.found == max(2**i for i in range(5) if 2**i <= most)
+    assert size.size == max(2**i for i in range(5) if 2**i <= most)
 
 
 def test_what_is_done_is_not_done_again_when_memory_runs_out_later():
@@ -170,6 +170,6 @@ def test_a_rise_of_perplexity_and_the_costs_are_the_same_where_memory_runs_out(m
     halved = PerplexityRise(model, [batch], size)
     found = halved(neurons), halved.costs(neurons)
     handle.remove()
-    assert size.found == 2
+    assert size.size == 2
     assert found[0] == pytest.approx(expected[0], rel=1e-9)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-8)
