@@ -11,7 +11,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-PARTS = ("startup", "attribution", "growth", "agreement", "evaluation", "ranks", "compression", "selections", "gpu")
+PARTS = (
+    "startup",
+    "attribution",
+    "growth",
+    "agreement",
+    "evaluation",
+    "dtype",
+    "ranks",
+    "compression",
+    "selections",
+    "gpu",
+)
 
 
 def main() -> None:
