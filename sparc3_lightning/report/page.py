@@ -259,7 +259,7 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
     prompts = by_prompt(completions)
     shown = examples(prompts)
     offensive = set(neurons.masked_words or ())
-    config = folder / "config.yaml"
+    config, here = folder / "config.yaml", _from_here(folder)
     if len(results.doses) > 1:
         write_atomically(folder / DOSES, doses_csv(results.doses))
     html = (
@@ -273,7 +273,7 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
             },
             examples=shown,
             any_masked=bool(offensive),
-            commands={**commands_of(folder, results.neurons), "Draw this page again:": report_command(folder)},
+            commands={**commands_of(here, results.neurons), "Draw this page again:": report_command(here)},
             config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
             settings=to_json(_settings(results, neurons)),
         )
@@ -317,6 +317,12 @@ def _settings(results: Results, neurons: ReportInputs) -> dict[str, object]:
     names = ("checkpoint", "checkpoint_fingerprint", "neurons", "num_neurons", "protocol", "config", "versions")
     settings = asdict(results)
     return {**{key: settings[key] for key in (*names, "git_hash")}, "selection": neurons.provenance}
+
+
+def _from_here(folder: Path) -> Path:
+    """Return the path of a folder as it is seen from the working folder, however it was written."""
+    absolute, here = folder.absolute(), Path.cwd()
+    return absolute.relative_to(here) if absolute.is_relative_to(here) else absolute
 
 
 def _draw(folder: Path, shown: Shown) -> list[tuple[str, Path]]:

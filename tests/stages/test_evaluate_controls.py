@@ -282,8 +282,8 @@ def test_an_evaluation_of_everything_twice_gives_the_same_results_json(whole, ti
     assert again.results == whole.results
     assert again.rows == whole.rows
     for name in ("doses.csv", "report.html", "model_card.md"):
-        pages = [(folder / name).read_text() for folder in (whole.folder, again.folder)]
-        assert pages[0] == pages[1].replace("again/config.yaml", "out/config.yaml"), name
+        pages = [(folder / name).read_text().replace("again", "out") for folder in (whole.folder, again.folder)]
+        assert pages[0] == pages[1], name  # but for the name of the folder
 
 
 def is_like(found: Any, expected: Any, tolerance: float) -> bool:

@@ -200,6 +200,7 @@ def test_another_checkpoint_is_refused(make_checkpoint: Callable[[str], str]) ->
     refused(r"missing", OSError, checkpoint="./missing")
 
 
+@pytest.mark.slow
 def test_an_original_that_has_changed_or_is_gone_is_refused(tiny_checkpoint: str, make_scores: MakeScores) -> None:
     shutil.copytree(tiny_checkpoint, "mine")
     Compression([make_scores(0, {"checkpoint": "mine"})], EXPORT).compress(OUT)
