@@ -161,11 +161,12 @@ def test_the_commands_of_the_page_have_the_paths_of_the_run_and_the_card_names_n
     html = (folder / "report.html").read_text()
     assert not UNSEEN.search(html)
     commands = [unescape(found) for found in re.findall("<pre>(sparc3 .*)</pre>", re.sub("</?span>", "", html))]
+    seen = folder.relative_to(Path.cwd())
     assert list(map(words_of, commands)) == [
-        ["sparc3", "export", "--model.neurons", f"{folder}/of mine.json", "--model.export", f"{folder}/pruned-model"],
+        ["sparc3", "export", "--model.neurons", f"{folder}/of mine.json", "--model.export", f"{seen}/pruned-model"],
         ["sparc3", "chat", "--model.neurons", f"{folder}/of mine.json"],
-        ["sparc3", "reproduce", f"{folder}/results.json"],
-        ["sparc3", "report", str(folder)],
+        ["sparc3", "reproduce", f"{seen}/results.json"],
+        ["sparc3", "report", str(seen)],
     ]
     card = (folder / "model_card.md").read_text()
     assert "    sparc3 reproduce results.json\n" in card
