@@ -11,6 +11,7 @@ from helpers import random_scores, save_scores
 
 from sparc3_lightning.cli import main
 from sparc3_lightning.evaluation.controls import Controls
+from sparc3_lightning.files import sha256_of
 from sparc3_lightning.report import drawing, page
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.compare import Comparison
@@ -45,7 +46,7 @@ def forbid_drawing(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_an_evaluation_is_drawn_again_bit_for_bit(tiny_checkpoint, neurons, monkeypatch):
     run(evaluation(tiny_checkpoint, neurons, controls=Controls(1), doses=[3], max_new_tokens=4))
-    first = {path.name: path.read_bytes() for path in OUT.iterdir()}
+    first = {path.name: sha256_of(path) for path in OUT.iterdir()}
     drawn = set(first) - {"results.json", "completions.jsonl"}
     assert {REPORT, "model_card.md", "doses.csv", "scatter.png", "layers.png"} <= drawn
     for name in drawn:
@@ -53,7 +54,7 @@ def test_an_evaluation_is_drawn_again_bit_for_bit(tiny_checkpoint, neurons, monk
     neurons.unlink()
     monkeypatch.setattr("sys.argv", ["sparc3"])
     main(["report", str(OUT.absolute())])
-    assert {path.name: path.read_bytes() for path in OUT.iterdir()} == first
+    assert {path.name: sha256_of(path) for path in OUT.iterdir()} == first
 
 
 @pytest.mark.usefixtures("nothing_can_be_drawn")
