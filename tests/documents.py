@@ -1,6 +1,5 @@
 """The commands of README.md and of the cookbook as a shell takes them, and the options that make each of them tiny."""
 
-import json
 import re
 import shlex
 import shutil
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helpers import sentence
+from helpers import sentence, write_choice_task, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "configs/README.md")
@@ -144,24 +143,11 @@ def write_inputs(folder: Path) -> None:
         row: dict[str, Any] = {"text": text, "passage": text, "document": text, "context": f"{other} BLANK."}
         row |= {"stereotype": f"{other} cat", "anti-stereotype": f"{other} dog", "type": "intrasentence"}
         rows.append({**row, "toxicity": 0.95 if number < 50 else 0.1, "bias_type": ("gender", "race")[number % 2]})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(folder / "rows.jsonl", rows)
     (folder / "prompts.txt").write_text(f"{sentence(200, 4)}\n{sentence(201, 5)}\n")
     (folder / "toys.py").write_text(TOYS)
     questions = [{"question": sentence(i, 4), "choices": ["a cat", "the dog"], "label": i % 2} for i in range(6)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    task = {
-        "task": TASK,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "label",
-        "doc_to_choice": "{{choices}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (folder / "tasks").mkdir()
-    (folder / "tasks" / f"{TASK}.yaml").write_text(json.dumps(task))
+    write_choice_task(folder, TASK, questions)
 
 
 def tiny(options: dict[str, Any], checkpoint: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
@@ -206,3 +208,29 @@ def set_up(data: Any) -> Any:
     data.prepare_data()
     data.setup("predict")
     return data
+
+
+def write_choice_task(folder: Path, name: str, questions: Sequence[dict[str, Any]]) -> Path:
+    """Write a multiple-choice task of lm-eval, and its questions, and return the folder of the task.
+
+    Args:
+        folder: Where to write ``documents.jsonl`` and the folder ``tasks``.
+        name: Of the task.
+        questions: Each with a ``question``, its ``choices``, and the ``label`` of the right one.
+    """
+    documents = folder / "documents.jsonl"
+    write_jsonl(documents, list(questions))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(documents)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "label",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    return folder / "tasks"

@@ -63,21 +63,27 @@ def test_a_value_of_the_wrong_type_is_refused_in_one_sentence(command, said, cap
     assert capsys.readouterr().err.rpartition("error: ")[2] == f"{said}\n"
 
 
-def test_options_of_no_class_in_a_config_are_refused_in_one_sentence(tmp_path, capsys):
-    config = tmp_path / "mine.yaml"
-    config.write_text("data:\n  init_args:\n    source: a.txt\n")
-    with pytest.raises((SystemExit, ValueError)) as raised:
-        main([*PRUNE, "--config", str(config)])
-    said = (capsys.readouterr().err.rpartition("error: ")[2] or str(raised.value)).strip()
+@pytest.fixture
+def said_of_config(tmp_path, capsys):
+    """Return a function that returns what is said of a config of prune that is refused."""
+
+    def refuse(text: str) -> str:
+        config = tmp_path / "mine.yaml"
+        config.write_text(text)
+        with pytest.raises((SystemExit, ValueError)) as raised:
+            main([*PRUNE, "--config", str(config)])
+        return (capsys.readouterr().err.rpartition("error: ")[2] or str(raised.value)).strip()
+
+    return refuse
+
+
+def test_options_of_no_class_in_a_config_are_refused_in_one_sentence(said_of_config):
+    said = said_of_config("data:\n  init_args:\n    source: a.txt\n")
     assert "--data must be the name of a class or null, got " in said
     assert "\n" not in said
 
 
-def test_a_value_of_the_wrong_type_in_a_config_is_refused_in_one_sentence(tmp_path, capsys):
-    config = tmp_path / "mine.yaml"
-    config.write_text("model:\n  num_neurons: [3]\n")
-    with pytest.raises((SystemExit, ValueError)) as raised:
-        main([*PRUNE, "--config", str(config)])
-    said = (capsys.readouterr().err.rpartition("error: ")[2] or str(raised.value)).strip()
+def test_a_value_of_the_wrong_type_in_a_config_is_refused_in_one_sentence(said_of_config):
+    said = said_of_config("model:\n  num_neurons: [3]\n")
     assert said.endswith("--model.num_neurons must be a whole number, got [3].")
     assert "\n" not in said

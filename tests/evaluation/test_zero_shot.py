@@ -1,7 +1,6 @@
 """Zero-shot accuracy by lm-eval-harness, on tasks made on the spot; nothing is downloaded."""
 
 import importlib.util
-import json
 import math
 import sys
 from functools import partial
@@ -10,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from helpers import sentence
+from helpers import sentence, write_choice_task
 
 from sparc3_lightning.evaluation import zero_shot
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracy, check_tasks, fetch_tasks
@@ -32,21 +30,7 @@ DOCUMENTS = [
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with a task of three choices on local documents."""
-    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS))
-    task = {
-        "task": "toy_choice",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "label",
-        "doc_to_choice": "{{choices}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "toy_choice.yaml").write_text(yaml.safe_dump(task))
-    return tmp_path / "tasks"
+    return write_choice_task(tmp_path, "toy_choice", DOCUMENTS)
 
 
 @pytest.fixture
