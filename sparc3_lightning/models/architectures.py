@@ -1,4 +1,4 @@
-"""What transformers calls the parts of a model: linear layers, MLPs, attentions, families with LRP rules."""
+"""What transformers calls the parts of a model: linear layers, MLPs, attentions."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -28,32 +28,6 @@ ATTENTIONS: dict[str, tuple[str, type[Linear]]] = {
     "attn.c_proj": ("c_attn", Conv1D),
 }
 KNOWN_ATTENTIONS = ", ".join(f"{output} beside {values}" for output, (values, _) in ATTENTIONS.items())
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the modules are called that need a rule.
-
-    Args:
-        norm: Class of the norms: LayerNorm, or one that divides by the root mean square.
-        gated_mlp: Class of the MLPs, if they have a gate.
-        activation: Name of the activation in a block, if they have none.
-    """
-
-    norm: str
-    gated_mlp: str | None = None
-    activation: str | None = None
-
-
-# By the model_type of transformers.
-FAMILIES = {
-    "gemma3_text": Family("Gemma3RMSNorm", gated_mlp="Gemma3MLP"),
-    "gpt2": Family("LayerNorm", activation="act"),
-    "llama": Family("LlamaRMSNorm", gated_mlp="LlamaMLP"),
-    "opt": Family("LayerNorm", activation="activation_fn"),
-    "qwen2": Family("Qwen2RMSNorm", gated_mlp="Qwen2MLP"),
-    "qwen3": Family("Qwen3RMSNorm", gated_mlp="Qwen3MLP"),
-}
 
 
 def weight_of(layer: Linear) -> Tensor:
@@ -192,22 +166,6 @@ def find_attention(model: nn.Module, module: str) -> Attention | None:
                 return None
             return found if isinstance(found.output, kind) and isinstance(found.values, kind) else None
     return None
-
-
-def family_of(config: PreTrainedConfig) -> Family:
-    """Return the entry of ``FAMILIES`` for the config of a model.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    model_type = config.model_type
-    if model_type not in FAMILIES:
-        raise OptionError(
-            "method",
-            f"There are no LRP rules for the architecture {model_type!r}. Covered are: {', '.join(sorted(FAMILIES))}. "
-            "For another one use --.method wanda, which needs no rules.",
-        )
-    return FAMILIES[model_type]
 
 
 def check_is_text(name: str, config: PreTrainedConfig) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint as activation_checkpoint
 
 from sparc3_lightning.errors import OptionError
@@ -106,7 +108,32 @@ def checkpoint_blocks_(model: nn.Module) -> None:
     transformers' own gradient checkpointing wants the training mode, in which LRP is not defined.
     """
     for block in blocks_of(model):
-        block.forward = partial(activation_checkpoint.checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(
+            activation_checkpoint.checkpoint,
+            block.forward,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _ModesOfForward()),
+        )
+
+
+class _ModesOfForward:
+    """Has the recomputation of a block run under the TorchFunctionModes of its forward pass, such as the LRP rules.
+
+    The backward pass of an accelerator is on another thread, where none of them is.
+    """
+
+    def __init__(self) -> None:
+        self.modes = _get_current_function_mode_stack()
+
+    def __enter__(self) -> None:
+        present = _get_current_function_mode_stack()
+        self.entered = ExitStack()
+        for mode in self.modes:
+            if not any(mode is other for other in present):
+                self.entered.enter_context(mode)
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.__exit__(*error)
 
 
 def load_sharded(
