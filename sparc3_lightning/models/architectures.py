@@ -165,6 +165,11 @@ class Mlp:
         return self.rows[0].part.stop - self.rows[0].part.start
 
     @property
+    def is_fused(self) -> bool:
+        """Whether one layer holds both the rows of the gate and those beside it."""
+        return len(self.layers) == 2 and len(self.rows) == 2
+
+    @property
     def layers(self) -> list[str]:
         """All layers that hold the neurons' weights."""
         return [*dict.fromkeys(rows.layer for rows in self.rows), self.column]

@@ -57,12 +57,12 @@ class _Ablated:
 
 
 def scored_rows(model: nn.Module, modules: Iterable[str]) -> dict[str, slice]:
-    """Return which rows of layers are scored, by the layers' fully qualified names: of gate and up rows the latter.
+    """Return which rows of layers are those of their neurons, by the layers' fully qualified names.
 
-    Of a layer that is none of an MLP it is all rows.
+    It is so for layers that hold the rows of a gate too; of any other these are all rows, and it is left out.
     """
     mlps = {name: mlp_at(model, name) for name in modules}
-    return {name: slice(None) if mlp is None else mlp.part_of(name) for name, mlp in mlps.items()}
+    return {name: mlp.part_of(name) for name, mlp in mlps.items() if mlp is not None and mlp.is_fused}
 
 
 def num_neurons(model: nn.Module, module: str) -> int:
@@ -74,7 +74,7 @@ def num_neurons(model: nn.Module, module: str) -> int:
 def neuron_norms(model: nn.Module, module: str) -> Tensor:
     """Return the norm of each neuron's incoming weights, shape ``[neurons]``; all ranks ask together if sharded."""
     norms = whole(weight_of(linear_at(model, module)).float().norm(dim=1))
-    return norms[scored_rows(model, [module])[module]].cpu()
+    return norms[scored_rows(model, [module]).get(module, slice(None))].cpu()
 
 
 def coverage(model: nn.Module, modules: Collection[str]) -> str:

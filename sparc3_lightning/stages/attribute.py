@@ -301,7 +301,7 @@ class Attribution(StoppableModule):
                 ScoreFile(scores, self._provenance()).save(self.output)
         else:
             shapes = {name: weight_of(module).shape for name, module in self.accumulator.modules.items()}
-            writer = ShardWriter(self.folder, shapes)
+            writer = ShardWriter(self.folder, shapes, scored_rows(self.model, shapes))
             for name, score in self.accumulator.each():
                 if is_writer:
                     writer.add(name, score)
