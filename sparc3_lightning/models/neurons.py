@@ -108,7 +108,8 @@ def _others(model: nn.Module, mlps: Iterable[Mlp]) -> list[str]:
             elif of_child not in layers and any(weight.dim() > 1 for weight in child.parameters()):
                 others[of_child[start:]] = None
 
-    blocks, outer = set(blocks_of(model)), None
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks, outer = set(blocks_of(model) or [block for of_list in lists for block in of_list]), None
     for name, module in model.named_modules():
         if module in blocks and (outer is None or not name.startswith(outer)):
             outer = f"{name}."
