@@ -18,7 +18,8 @@ from torch import Tensor
 from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.attribution.tensor_file import ERRORS, digest_of, load_tensors, save_tensors
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
-from sparc3_lightning.files import Count, JsonFile, check_checksum, checksum, parse_json, read_as, replacing
+from sparc3_lightning.files import LEFT_OUT, Count, JsonFile, check_checksum, checksum, parse_json, read_as, replacing
+from sparc3_lightning.models.experts import TokensSeen
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.sources import first_line
 
@@ -46,6 +47,7 @@ class Provenance:
         sample_ids: Of each sample; for prompts they tell evaluation which to leave out.
         versions: Of this package, its main dependencies and Python.
         git_hash: Commit of this package's working tree, if it is one.
+        expert_tokens: How many tokens the scored experts saw; None without any.
     """
 
     checkpoint: str
@@ -61,6 +63,7 @@ class Provenance:
     sample_ids: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     git_hash: str | None = None
+    expert_tokens: TokensSeen | None = field(default=None, metadata=LEFT_OUT)
 
     @classmethod
     def from_json(cls, text: str) -> "Provenance":
