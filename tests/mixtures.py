@@ -44,7 +44,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _DEEPSEEK,
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "nemotron_h": {
-        "layers_block_type": ["attention", "moe"],
+        "layers_block_type": ["full_attention", "moe"],
         "moe_intermediate_size": 12,
         "moe_shared_expert_intermediate_size": 8,
         "n_routed_experts": 4,
@@ -57,7 +57,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 def make_mixture(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     """Return a tiny random mixture of experts as transformers has it, with frozen weights that all matter."""
     torch.manual_seed(0)
-    options = {**SIZES, **MIXTURES[kind], **changes}
+    options = {**SIZES, **MIXTURES.get(kind, {}), **changes}
     config = AutoConfig.for_model(kind, **options)
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype).eval()
     for name, parameter in model.requires_grad_(False).named_parameters():
@@ -66,8 +66,8 @@ def make_mixture(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) 
     return model
 
 
-def save_mixture(kind: str, folder: Path) -> str:
+def save_mixture(kind: str, folder: Path, **changes: Any) -> str:
     """Write a tiny random mixture in float32 and a tokenizer, and return the folder."""
-    make_mixture(kind, torch.float32).save_pretrained(folder)
+    make_mixture(kind, torch.float32, **changes).save_pretrained(folder)
     tokenizer_of(WORDS).save_pretrained(folder)
     return str(folder)

@@ -1,4 +1,4 @@
-"""Which rows of what a linear layer gets and gives belong to which sample, for dense layers and for those of experts."""
+"""Which rows of what a linear layer gets and gives belong to which sample, of a dense layer and of one of an expert."""
 
 from collections.abc import Sequence
 

@@ -154,7 +154,7 @@ class TokensSeen:
 
 
 def open_experts_(model: nn.Module) -> None:
-    """Give each expert of a model linear layers, called ``<experts>.<number>.gate_proj``, ``up_proj`` and ``down_proj``.
+    """Give each expert of a model linear layers: ``<experts>.<number>.gate_proj``, ``up_proj`` and ``down_proj``.
 
     From then on the experts of a block are computed one after the other, through these layers, so that their hooks are
     called. A model without experts is left as it is, and so are experts of no known kind, see ``check_are_open``.
@@ -248,8 +248,8 @@ def count_in_words(model: nn.Module, neurons: Mapping[str, int]) -> str:
 
 def _form_of(module: nn.Module) -> Form | None:
     """Return the form of experts; None of any other module, or of experts that have another form."""
-    flags = {name: vars(module).get(name) for name in Form.__dataclass_fields__}
-    return FORMS.get(type(module).__name__) if None in flags.values() else Form(**cast(dict[str, Any], flags))
+    flags = {name: value for name, value in vars(module).items() if name in Form.__dataclass_fields__}
+    return Form(**flags) if "is_transposed" in flags else FORMS.get(type(module).__name__)
 
 
 def _views_of(experts: nn.Module, form: Form) -> list[dict[str, View]]:

@@ -196,8 +196,8 @@ def check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
         if name not in layers:
             raise OptionError(
                 "layers",
-                f"{scores.path}: {name} is the head, which is never pruned, a router of experts, or no linear layer of the "
-                "model: attribute with --.layers '[all]'.",
+                f"{scores.path}: {name} is the head, which is never pruned, a router of experts, or no linear layer of "
+                "the model: attribute with --.layers '[all]'.",
             )
         if shape != list(weight_of(layers[name]).shape):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Scores of neurons in experts: against whole gradients of fused parameters of the stock model, one sample at a time."""
+"""Scores of neurons in experts: against gradients of the fused parameters of the stock model, sample by sample."""
 
 from typing import Any
 
@@ -195,7 +195,8 @@ def test_an_expert_without_a_token_has_the_score_0(score):
     layers = layers_of(model, "down_proj" if score == "activation" else "up_proj")
     accumulator = accumulate(model, make_samples((2,)), score, 1, layers)
     counts = torch.cat(list(accumulator.expert_tokens.values()))
-    assert (counts == 0).any() and counts.sum() == 2 * 2 * 2
+    assert (counts == 0).any()
+    assert counts.sum() == 2 * 2 * 2
     for count, value in zip(counts, accumulator.compute().values(), strict=True):
         assert not value.any() if count == 0 else score != "wanda" or value.any()
 
@@ -203,7 +204,7 @@ def test_an_expert_without_a_token_has_the_score_0(score):
 def test_a_layer_that_the_model_never_calls_is_still_an_error():
     model = opened("mixtral")
     layers = {**layers_of(model), "spare": nn.Linear(2, 2)}
-    with pytest.raises(RuntimeError, match="No score arrived for 1 module.*spare"):
+    with pytest.raises(RuntimeError, match=r"No score arrived for 1 module.*spare"):
         accumulate(model, make_samples((3,)), "wanda", 1, layers)
     with pytest.raises(RuntimeError, match=r"No score arrived for \d+ module"):
         accumulate(opened("mixtral"), make_samples((3,)), "wanda", 1, layers_of(model))

@@ -1,8 +1,7 @@
-"""Experts that are opened: the model computes and holds what it did, and a neuron of an expert is one like any other."""
+"""Experts that are opened: the model computes and holds what it did, and a neuron of an expert is like any other."""
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +79,8 @@ def test_layers_of_experts_are_linear_layers_that_are_called_and_written_to(kind
     layers = {name: layer for name, layer in find_layers(model, ["all"]).items() if is_expert(layer)}
     called = set()
     for name, layer in layers.items():
-        assert isinstance(layer, nn.Linear) and isinstance(layer, ExpertLinear)
+        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer, ExpertLinear)
         assert weight_of(layer).shape == (layer.out_features, layer.in_features)
         assert f"in_features={layer.in_features}" in repr(layer)
         assert not list(layer.parameters())
@@ -138,5 +138,54 @@ def test_a_pruned_mixture_is_saved_as_the_stock_one_and_gives_the_same_logits(ki
     prune_(model, [Component(name, 2, -1.0) for name in ups])
     model.save_pretrained(tmp_path / "pruned")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float64).eval()
-    reloaded.set_experts_implementation("eager")
+    open_experts_(reloaded)
     torch.testing.assert_close(logits_of(reloaded), logits_of(model), rtol=1e-10, atol=1e-12)
+
+
+def test_neurons_are_counted_in_words():
+    model = opened("deepseek_v3")
+    layers = find_layers(model, ["up_proj"])
+    neurons = {name: layer.out_features for name, layer in layers.items()}
+    assert count_in_words(model, neurons) == "36 dense, 96 in 8 x 1 experts"
+    dense = {name: number for name, number in neurons.items() if not is_expert(layers[name])}
+    assert count_in_words(model, dense) == "36"
+
+
+def test_a_dense_model_is_left_as_it_is(make_model):
+    model = make_model("llama")
+    before = list(model.named_modules())
+    open_experts_(model)
+    check_are_open(model)
+    assert list(model.named_modules()) == before
+    assert expert_counts(model) == {}
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_experts_of_no_known_kind_are_refused_by_the_name_of_their_class():
+    class OtherExperts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(4, 3, 2))
+
+    model = nn.Sequential(OtherExperts())
+    open_experts_(model)
+    with pytest.raises(ValueError, match=r"experts of class OtherExperts \(0\) are of no known kind"):
+        check_are_open(model)
+
+
+@all_kinds
+def test_all_layers_have_each_layer_of_experts_once_and_no_router(kind):
+    model = opened(kind)
+    layers = find_layers(model, ["all"])
+    assert len(set(map(id, layers.values()))) == len(layers)
+    number = sum(expert_counts(model).values())
+    assert sum(map(is_expert, layers.values())) == number * (2 if kind == "nemotron_h" else 3)
+    assert not any("router" in name or name.endswith(".gate") or name == "lm_head" for name in layers)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text"])
+def test_a_model_in_bfloat16_stays_near_the_stock_one(kind):
+    stock, model = make_mixture(kind, torch.bfloat16), opened(kind).to(torch.bfloat16)
+    model.load_state_dict(stock.state_dict())
+    found, expected = logits_of(model).float(), logits_of(stock).float()
+    assert (found - expected).norm() < 0.05 * expected.norm()
