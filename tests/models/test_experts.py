@@ -22,6 +22,8 @@ from sparc3_lightning.models.experts import (
 
 all_kinds = pytest.mark.parametrize("kind", MIXTURES)
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 99, 23, 61], [7, 3, 11, 80, 64, 21, 9]])
+# The stock experts of Nemotron-H add up in the float32 of their router.
+TOLERANCE = {"nemotron_h": 1e-4}
 
 
 def opened(kind: str, **changes):
@@ -39,12 +41,13 @@ def logits_of(model):
 def test_an_opened_model_computes_what_the_stock_one_does_and_has_the_same_parameters(kind):
     stock, model = make_mixture(kind), opened(kind)
     check_are_open(model)
-    torch.testing.assert_close(logits_of(model), logits_of(stock), rtol=1e-12, atol=1e-12)
+    exact = TOLERANCE.get(kind, 1e-12)
+    torch.testing.assert_close(logits_of(model), logits_of(stock), rtol=exact, atol=exact)
     assert list(model.state_dict()) == list(stock.state_dict())
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in stock.named_parameters()]
     assert sum(expert_counts(model).values()) > 0
     open_experts_(model)
-    torch.testing.assert_close(logits_of(model), logits_of(stock), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logits_of(model), logits_of(stock), rtol=exact, atol=exact)
 
 
 @all_kinds
@@ -57,7 +60,7 @@ def test_gradients_of_an_opened_model_are_the_stock_ones(kind):
         found.append({name: parameter.grad for name, parameter in one.named_parameters()})
     for name, grad in found[0].items():
         if grad is not None:
-            torch.testing.assert_close(found[1][name], grad, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(found[1][name], grad, rtol=TOLERANCE.get(kind, 1e-9), atol=TOLERANCE.get(kind, 1e-11))
 
 
 @all_kinds
