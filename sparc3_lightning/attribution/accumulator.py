@@ -63,6 +63,7 @@ class ScoreAccumulator:
         granularity: One score for each ``neuron``, summed over its incoming weights; for each attention ``head``,
             summed over its outgoing weights; or for each ``weight``.
         head_dims: Of each module, the inputs that belong to one head; for heads.
+        parts: Of each module, which rows are those of its neurons; for neurons, by default all.
 
     Raises:
         ValueError: If the score is not defined for weights, as squared and absolute relevance are not; if a module
@@ -76,6 +77,7 @@ class ScoreAccumulator:
         nonfinite: Nonfinite = "error",
         granularity: Granularity = "neuron",
         head_dims: Mapping[str, int] | None = None,
+        parts: Mapping[str, slice] | None = None,
     ) -> None:
         check_granularity(granularity, score, modules)
         self.modules = dict(modules)
@@ -83,6 +85,7 @@ class ScoreAccumulator:
         self.nonfinite = nonfinite
         self.granularity = granularity
         self.head_dims = head_dims or {}
+        self.parts = parts or {}
         self.sums: dict[str, Tensor] = {}
         self.num_samples = 0
         self._nonfinite: int | Tensor = 0
@@ -214,7 +217,7 @@ class ScoreAccumulator:
         Relevance and activations are the mean over the samples; Wanda's norm is over all tokens of all samples.
 
         Yields:
-            Name, and scores of shape ``[out_features]``, of heads ``[heads]`` or, of weights, ``[out_features,
+            Name, and scores of shape ``[neurons]``, of heads ``[heads]`` or, of weights, ``[out_features,
             in_features]``.
 
         Raises:
@@ -228,13 +231,17 @@ class ScoreAccumulator:
             # Of an expert that saw no token no weight has a sum.
             total = self.sums[name] if name in self.sums else torch.zeros_like(weight_of(module).detach())
             if self.score == "wanda":
-                score = wanda_score(whole(weight_of(module)), total, self.granularity == "neuron")
+                score = wanda_score(whole(weight_of(module))[self._part(name)], total, self.granularity == "neuron")
                 if self.granularity == "head":
                     score = sum_heads(score.sum(dim=0), self.head_dims[name])
             else:
                 rows = gather_rows(total, len(weight_of(module))) if self.sums_weights else total
                 score = rows / self.num_samples
             yield name, score.float().cpu()
+
+    def _part(self, name: str) -> slice:
+        """Return which rows of a module are scored."""
+        return self.parts.get(name, slice(None))
 
     def _hook(
         self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int
@@ -252,6 +259,8 @@ class ScoreAccumulator:
             # All weights are frozen: the graph begins here, at the first target, and not at the embeddings.
             output.requires_grad_()
 
+            part = self._part(name)
+
             def weight() -> Tensor:  # asked for in the backward pass, where that of a sharded model is whole
                 return weight_of(module).detach()
 
@@ -259,11 +268,13 @@ class ScoreAccumulator:
                 output.register_hook(lambda G: self._add_weights(name, weight(), A_BTI, unfold(G), real))
             elif of_input := OF_INPUT[self.granularity].get(self.score):
                 dims = [self.head_dims[name]] if name in self.head_dims else []
-                output.register_hook(lambda G: self._set(name, of_input(weight(), A_BTI, unfold(G), *dims)))
+                output.register_hook(
+                    lambda G: self._set(name, of_input(weight()[part], A_BTI, unfold(G)[..., part], *dims))
+                )
             else:
-                Z_BTO = unfold(output if module.bias is None else output.detach() - module.bias.detach())
+                Z_BTO = unfold(output if module.bias is None else output.detach() - module.bias.detach())[..., part]
                 of_output = OF_OUTPUT[self.score]
-                output.register_hook(lambda G: self._set(name, of_output(Z_BTO, unfold(G))))
+                output.register_hook(lambda G: self._set(name, of_output(Z_BTO, unfold(G)[..., part])))
 
         return record
 

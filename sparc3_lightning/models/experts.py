@@ -195,8 +195,8 @@ def check_are_open(model: nn.Module) -> None:
                 continue
             raise OptionError(
                 "checkpoint",
-                f"The experts of class {type(module).__name__} ({name}) of --.checkpoint are of no known kind, so that their "
-                "neurons would be left out: give another one, or score attention heads (--.granularity head).",
+                f"The experts of class {type(module).__name__} ({name}) of --.checkpoint are of no known kind, so that "
+                "their neurons would be left out: give another one, or score attention heads (--.granularity head).",
             )
 
 

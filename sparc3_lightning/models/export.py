@@ -17,7 +17,7 @@ from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import check_space, check_writable, temporary_folder
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import KINDS, Component, Granularity, check, prune_
-from sparc3_lightning.models.neurons import add_biases_, check_have_biases, columns_of
+from sparc3_lightning.models.neurons import add_biases_, check_have_biases
 from sparc3_lightning.models.tensors import DTYPES, Added, TensorFile, rewrite
 from sparc3_lightning.models.weight_files import INDEX, WHOLE, weight_paths
 
@@ -105,10 +105,10 @@ def check_export(
     files, model = Files.of(checkpoint), checkpoint.skeleton()
     _check_folder(files, folder, dtype, group)
     if with_means:
-        check_have_biases(model, columns_of(model, modules).values())
+        check_have_biases(model, modules)
     tensors = Tensors(checkpoint, model, files.weights)
     for module in modules:
-        for layer in KINDS[granularity].layers(module):
+        for layer in KINDS[granularity].layers(model, module):
             tensors.of(layer)
 
 
@@ -276,9 +276,9 @@ def _add_biases(tensors: Tensors, modules: Collection[str]) -> dict[Path, dict[s
     """
     model, added = tensors.model, defaultdict[Path, dict[str, Added]](dict)
     if modules:
-        columns, before = columns_of(model, modules).values(), set(model.state_dict())
-        check_have_biases(model, columns)
-        add_biases_(model, columns)
+        before = set(model.state_dict())
+        check_have_biases(model, modules)
+        add_biases_(model, modules)
         for name in [name for name in model.state_dict() if name not in before]:
             weight = tensors.at(f"{name.removesuffix('bias')}weight")
             bias = Added(weight, list(model.get_parameter(name).shape))
@@ -343,7 +343,7 @@ def export_pruned(
     held_at_means = {neuron.module for neuron in neurons if neuron.mean}
     with copied(checkpoint, folder, dtype, held_at_means) as copy:
         for part in together.values():
-            layers = [layer for neuron in part for layer in KINDS[neuron.granularity].layers(neuron.module)]
+            layers = [layer for neuron in part for layer in KINDS[neuron.granularity].layers(copy.model, neuron.module)]
             with copy.holding(dict.fromkeys(layers)):
                 prune_(copy.model, part)
         for name, text in (texts or {}).items():

@@ -28,7 +28,7 @@ def head_dims(model: nn.Module, modules: Iterable[str]) -> dict[str, int]:
     return {module: head_dim(model, module) for module in modules}
 
 
-def layers_of_heads(module: str) -> list[str]:
+def layers_of_heads(_: nn.Module, module: str) -> list[str]:
     """Return the layers whose weights hold the heads of a layer, all by their fully qualified names."""
     values = next(values for output, (values, _) in ATTENTIONS.items() if ends_in(module, output))
     return [f"{module.rpartition('.')[0]}.{values}", module]

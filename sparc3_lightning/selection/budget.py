@@ -1,6 +1,7 @@
 """How many neurons stay within a budget, a stated rise of perplexity: measured on a text, found by bisection."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,7 +127,9 @@ class PerplexityRise:
         all of the list as they are in the model, and with all of them off. For a loss quadratic in the dampings the
         costs of a list add up to the rise of the loss.
         """
-        groups = {neuron.module: [n for n in neurons if n.module == neuron.module] for neuron in neurons}
+        groups: dict[str, list[Component]] = defaultdict(list)
+        for neuron in neurons:
+            groups[neuron.module].append(neuron)
         slopes = torch.zeros(len(neurons), dtype=torch.float64)
         place = {neuron.key: i for i, neuron in enumerate(neurons)}
         for damping in (0.0, 1.0):

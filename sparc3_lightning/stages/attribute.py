@@ -29,7 +29,7 @@ from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.experts import TokensSeen, check_are_open, is_expert
 from sparc3_lightning.models.heads import head_dims
-from sparc3_lightning.models.neurons import columns_of
+from sparc3_lightning.models.neurons import columns_of, coverage, scored_rows
 from sparc3_lightning.models.sharding import check_batch_size, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
@@ -182,12 +182,13 @@ class Attribution(StoppableModule):
         if spec.granularity == "weight":
             check_space(self.folder, sum(4 * layer.weight.numel() for layer in layers.values()))
         self.accumulator: StaticScores | ScoreAccumulator
+        parts = scored_rows(self.model, layers) if spec.granularity == "neuron" else {}
         if spec.is_static:
-            self.accumulator = StaticScores(layers, spec.score, spec.granularity, run_seed())
+            self.accumulator = StaticScores(layers, spec.score, spec.granularity, run_seed(), parts)
         else:
             scored = columns_of(self.model, layers) if spec.method == "activation" else layers
             dims = head_dims(self.model, layers) if spec.granularity == "head" else {}
-            self.accumulator = ScoreAccumulator(scored, spec.score, spec.nonfinite, spec.granularity, dims)
+            self.accumulator = ScoreAccumulator(scored, spec.score, spec.nonfinite, spec.granularity, dims, parts)
         self.recorder = ActivationRecorder(columns_of(self.model, layers) if spec.activations else {})
         self.done: list[str] = []
         if self.trainer.is_global_zero and self.progress.sample_ids:
@@ -310,7 +311,7 @@ class Attribution(StoppableModule):
                 ScoreFile(scores, self._provenance()).save(self.output)
         else:
             shapes = {name: weight_of(module).shape for name, module in self.accumulator.modules.items()}
-            writer = ShardWriter(self.folder, shapes)
+            writer = ShardWriter(self.folder, shapes, scored_rows(self.model, shapes))
             for name, score in self.accumulator.each():
                 if is_writer:
                     writer.add(name, score)
@@ -322,6 +323,8 @@ class Attribution(StoppableModule):
             self.written = f"Scores of {len(self.accumulator.modules)} layers{replaced}: {self.output}"
             if seen := self._tokens_seen():
                 self.written = f"{seen.in_words()}\n{self.written}"
+            if self.spec.granularity == "neuron":
+                self.written = f"{coverage(self.model, self.accumulator.modules)}\n{self.written}"
 
     def _provenance(self) -> Provenance:
         data = self.reference_samples

@@ -60,7 +60,9 @@ def test_gradients_of_an_opened_model_are_the_stock_ones(kind):
         found.append({name: parameter.grad for name, parameter in one.named_parameters()})
     for name, grad in found[0].items():
         if grad is not None:
-            torch.testing.assert_close(found[1][name], grad, rtol=TOLERANCE.get(kind, 1e-9), atol=TOLERANCE.get(kind, 1e-11))
+            torch.testing.assert_close(
+                found[1][name], grad, rtol=TOLERANCE.get(kind, 1e-9), atol=TOLERANCE.get(kind, 1e-11)
+            )
 
 
 @all_kinds
