@@ -11,10 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.experts import routers_of
 
 Linear = nn.Linear | Conv1D
 
-ALL = "all"  # as a target: every linear layer but the head
+ALL = "all"  # as a target: every linear layer but the head and the routers of experts
 # What the layers of an MLP are called below the module that holds them: those whose row i, and the one whose column i,
 # make up neuron i. The first of the rows is the one that is scored; of a gated MLP it is the one beside the gate. Where
 # there is but one layer of rows and it has twice as many as the last layer has columns, its first half is the gate.
@@ -72,7 +73,8 @@ def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
 
     Args:
         model: Any model.
-        layers: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head.
+        layers: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head
+            and the routers of experts.
 
     Raises:
         ValueError: If a name matches no linear layer; the names there are are listed.
@@ -82,11 +84,12 @@ def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
     if unknown:
         kinds = sorted({name.rpartition(".")[2] for name in linear})
         raise OptionError("layers", f": the model has no linear layer {unknown[0]!r}; it has {kinds}.")
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    left_out = routers_of(model) if ALL in layers else set()
+    left_out.add(getattr(model, "get_output_embeddings", lambda: None)())
     return {
         name: module
         for name, module in linear.items()
-        if any(ends_in(name, end) for end in layers) or (ALL in layers and module is not head)
+        if any(ends_in(name, end) for end in layers) or (ALL in layers and module not in left_out)
     }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from sparc3_lightning.models.experts import open_experts_
 from sparc3_lightning.models.weight_files import FLOATS, Weight, weights_of
 from sparc3_lightning.sources import explain_hub_error
 
@@ -155,13 +156,16 @@ def build_skeleton(
         )
     try:
         with torch.device("meta"):
-            return getattr(transformers, task.auto_class).from_config(
+            model = getattr(transformers, task.auto_class).from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=False
             )
     except Exception as error:  # of numbers that do not fit, whatever torch or the model's class raises
         raise ValueError(
             f"The config.json of {name!r} describes no model that can be built: correct it ({in_short(error)})."
         ) from None
+    if task is CAUSAL_LM:
+        open_experts_(model)
+    return model
 
 
 def load_strictly(name: str, folder: Path, config: "PreTrainedConfig", task: Task, dtype: torch.dtype) -> Any:
@@ -212,6 +216,8 @@ def load_strictly(name: str, folder: Path, config: "PreTrainedConfig", task: Tas
         [f"{key} {list(found)} for {list(wanted)}" for key, found, wanted in info["mismatched_keys"]],
         task,
     )
+    if task is CAUSAL_LM:
+        open_experts_(model)
     return model.eval().requires_grad_(False)
 
 

@@ -28,6 +28,7 @@ from sparc3_lightning.models.architectures import find_layers, head_layers, neur
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Granularity
+from sparc3_lightning.models.experts import TokensSeen, check_are_open, is_expert
 from sparc3_lightning.models.heads import head_dims
 from sparc3_lightning.models.neurons import columns_of, coverage, scored_rows
 from sparc3_lightning.models.sharding import check_batch_size, load_for
@@ -148,7 +149,14 @@ class Attribution(StoppableModule):
         if spec.sums_weights and self.batching.is_auto:
             what = "auto is not for scores of weights, whose sums cannot be taken back: give a number."
             raise OptionError("batch_size", what, "data")
-        self.layers = self.find_layers_of(self.checkpoint.skeleton())
+        skeleton = self.checkpoint.skeleton()
+        self.layers = self.find_layers_of(skeleton)
+        scored = find_layers(skeleton, self.layers).values()
+        if spec.sums_weights and self.trainer.world_size > 1 and any(map(is_expert, scored)):
+            what = (
+                "weight: ranks send tokens to other experts, so that scores of their weights are summed on one device"
+            )
+            raise OptionError("granularity", f"{what}: give --trainer.devices 1, or take --.method wanda.")
         if spec.lexicon is not None and spec.is_lexical:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score)
             data.notes["num_lexicon"] = len(self.lexicon)
@@ -258,6 +266,8 @@ class Attribution(StoppableModule):
         named = self.spec.layers
         of_heads = self.spec.granularity == "head"
         names = head_layers(skeleton, named) if of_heads else named or neuron_layers(skeleton)
+        if not of_heads:
+            check_are_open(skeleton)
         layers = find_layers(skeleton, names)
         if self.spec.method == "lrp" and self.spec.rule is not None:
             check_have_relevance(layers, self.spec.rule)
@@ -320,6 +330,8 @@ class Attribution(StoppableModule):
             count = self.accumulator.num_nonfinite
             replaced = f"; {count} values were NaN or infinite and count as 0" if count else ""
             self.written = f"Scores of {len(self.accumulator.modules)} layers{replaced}: {self.output}"
+            if seen := self._tokens_seen():
+                self.written = f"{seen.in_words()}\n{self.written}"
             if self.spec.granularity == "neuron":
                 self.written = f"{coverage(self.model, self.accumulator.modules)}\n{self.written}"
 
@@ -342,7 +354,12 @@ class Attribution(StoppableModule):
             versions=versions(),
             git_hash=git_hash(),
             lrp_check=None if self.lrp_check is None else str(self.lrp_check),
+            expert_tokens=self._tokens_seen(),
         )
+
+    def _tokens_seen(self) -> TokensSeen | None:
+        accumulator = self.accumulator
+        return TokensSeen.of(accumulator.expert_tokens.values()) if isinstance(accumulator, ScoreAccumulator) else None
 
     @property
     def reference_samples(self) -> ReferenceSamples:

@@ -61,7 +61,8 @@ class Compression(Stage):
     """Sets the weights of the lowest scores to zero, and writes the sparse checkpoint.
 
     The layers are those that were scored: ``sparc3 attribute --model.granularity weight --model.layers '[all]'``
-    scores every linear layer but the head. Embeddings and head are never pruned.
+    scores every linear layer, those of experts among them, but the head and the routers that choose among experts.
+    Embeddings, head and routers are never pruned.
 
     Args:
         general: Indexes of scores of weights on general reference samples, one per seed; they are averaged. Signed
@@ -195,8 +196,8 @@ def check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
         if name not in layers:
             raise OptionError(
                 "layers",
-                f"{scores.path}: {name} is the head, which is never pruned, or no linear layer of the model: attribute "
-                "with --.layers '[all]'.",
+                f"{scores.path}: {name} is the head, which is never pruned, a router of experts, or no linear layer of "
+                "the model: attribute with --.layers '[all]'.",
             )
         if shape != list(weight_of(layers[name]).shape):
             raise ValueError(
