@@ -68,6 +68,16 @@ def linear_at(model: nn.Module, name: str) -> Linear:
     return cast(Linear, model.get_submodule(name))
 
 
+def parameters_of(model: nn.Module, layer: str) -> dict[str, str]:
+    """Return the fully qualified names of the parameters that hold a layer's weights, by what the layer calls them.
+
+    They are its own, such as ``weight``; or the layer is one of an expert, and a view of fused parameters.
+    """
+    module = model.get_submodule(layer)
+    held: dict[str, str] | None = getattr(module, "parameters_held", None)
+    return held or {name: f"{layer}.{name}" for name, _ in module.named_parameters(recurse=False)}
+
+
 def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
     """Return the linear layers whose name is, or ends in, one of ``layers``, by fully qualified name.
 
