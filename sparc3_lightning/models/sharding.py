@@ -133,7 +133,7 @@ class _ModesOfForward:
             if not any(mode is other for other in present):
                 self.entered.enter_context(mode)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.entered.__exit__(*error)
 
 
