@@ -105,6 +105,10 @@ def check_can_have_rules(config: PreTrainedConfig, dtype: torch.dtype) -> None:
         raise OptionError("method", what)
 
 
+class NonfiniteLogitsError(OptionError):
+    """A logit of the sample on which the rules are to be checked is NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class LrpCheck:
     """What a short sample shows about the rules on a model.
@@ -146,12 +150,16 @@ def check_lrp(model: PreTrainedModel, rule: Rule, layers: Mapping[str, Linear], 
         input_ids: Shape ``[1, tokens]``, at least two tokens.
 
     Raises:
+        NonfiniteLogitsError: If a logit of the sample is NaN or infinite without the rules too.
         OptionError: If the logits change, less or more than the logit arrives at the tokens and at constants
             (``TOLERANCES``), no relevance arrives at a target layer, or the model has an operation that is hidden from
             the rules: a fused kernel or a function of autograd of its own.
     """
     check_can_have_rules(model.config, model.dtype)
     plain = _pass(model, input_ids, {})
+    if not plain.logits.isfinite().all():
+        what = "The logits of the first samples are NaN or infinite, and show nothing about LRP: try --.dtype float32."
+        raise NonfiniteLogitsError("dtype", what)
     with lrp(model, rule):
         ruled = _pass(model, input_ids, layers)
     if ruled.hidden:
