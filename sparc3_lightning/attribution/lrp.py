@@ -165,8 +165,8 @@ def check_lrp(model: PreTrainedModel, rule: Rule, layers: Mapping[str, Linear], 
     if ruled.hidden:
         raise OptionError(
             "method",
-            f"lrp cannot look into {ruled.hidden[0]}, which {model.config.model_type!r} carries out: uninstall or "
-            f"disable the package of this kernel, or {OTHER_METHODS}",
+            f"--.method lrp cannot look into {ruled.hidden[0]}, which {model.config.model_type!r} carries out: uninstall "
+            f"or disable the package of this kernel, or {OTHER_METHODS}",
         )
     with _ruled(model, counting := _Counting("cp_lrp", rule)):
         counted = _pass(model, input_ids, {})
@@ -180,14 +180,15 @@ def check_lrp(model: PreTrainedModel, rule: Rule, layers: Mapping[str, Linear], 
     )
     if not check.logits_unchanged:
         difference = (ruled.logits - plain.logits).abs().max().item()
-        what = f"lrp changes the logits of {model.config.model_type!r} by {difference:.1e}: {OTHER_METHODS}"
+        what = f"--.method lrp changes the logits of {model.config.model_type!r} by {difference:.1e}: {OTHER_METHODS}"
         raise OptionError("method", what)
     tolerance = TOLERANCES[model.dtype]
     if not abs(check.conserved + check.kept - 1) <= tolerance:  # nor NaN
         raise OptionError(
             "method",
-            f"lrp conserves {check.conserved + check.kept:.1%} of the target logit of {model.config.model_type!r}, "
-            f"which is not within {tolerance:.0%} of all: it has an operation whose rule is not right; {OTHER_METHODS}",
+            f"--.method lrp conserves {100 * (check.conserved + check.kept):.1f} % of the target logit of "
+            f"{model.config.model_type!r}, which is not within {100 * tolerance:.0f} % of all: it has an operation "
+            f"whose rule is not right; {OTHER_METHODS}",
         )
     missed = [name for name in ruled.called if name not in ruled.reached]
     if missed or check.layers_reached < check.num_layers:

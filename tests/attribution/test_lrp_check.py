@@ -119,14 +119,13 @@ def test_an_operation_whose_rule_is_not_right_is_refused_with_what_is_conserved(
 
 
 def test_logits_that_change_are_refused(make):
-    model, counted = make(), []
+    model = make()
 
     def drift(module, inputs, output):
-        counted.append(1)
-        return output * (1 + 1e-9 * len(counted) * (len(counted) % 2 == 0))
+        return output * (1 + 1e-9) if "forward" in vars(model) else output
 
     model.lm_head.register_forward_hook(drift)
-    with pytest.raises(OptionError, match=r"lrp changes the logits of 'llama' by \d"):
+    with pytest.raises(OptionError, match=r"method lrp changes the logits of 'llama' by \d"):
         check(model)
 
 
@@ -144,6 +143,12 @@ def test_layers_at_which_no_relevance_arrives_are_refused_by_name(make, rule, la
         model.model.layers[1].mlp.down_proj.weight.data.zero_()
     with pytest.raises(OptionError, match=match):
         check(model, rule, layers)
+
+
+def test_logits_that_differ_from_pass_to_pass_may_differ_under_the_rules_too(make):
+    model, draw = make(dtype=torch.float32), torch.Generator().manual_seed(0)
+    model.lm_head.register_forward_hook(lambda *of: of[2] * (1 + 1e-7 * torch.rand(of[2].shape, generator=draw)))
+    assert check(model).logits_unchanged
 
 
 def test_a_sample_without_logits_shows_nothing(make):

@@ -293,7 +293,7 @@ def test_what_a_short_sample_shows_about_the_rules_is_told_and_written(tiny_chec
     line = "LRP: logits unchanged; 100.0 % of the relevance conserved under CP attention; 2 of 2 layers reached"
     assert found.provenance.lrp_check == line
     assert line in caplog.text
-    other = scores_of(Attribution(tiny_checkpoint, method="gradient"), C4(documents, num_samples=2, seq_len=8))
+    other = scores_of(Attribution(tiny_checkpoint, method="gradient"), C4(documents, num_samples=2, seq_len=8), "other")
     assert other.provenance.lrp_check is None
 
 
