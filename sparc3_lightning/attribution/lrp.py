@@ -105,6 +105,10 @@ def check_can_have_rules(config: PreTrainedConfig, dtype: torch.dtype) -> None:
         raise OptionError("method", what)
 
 
+class NonfiniteLogitsError(OptionError):
+    """A logit of the sample on which the rules are to be checked is NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class LrpCheck:
     """What a short sample shows about the rules on a model.
@@ -146,19 +150,23 @@ def check_lrp(model: PreTrainedModel, rule: Rule, layers: Mapping[str, Linear], 
         input_ids: Shape ``[1, tokens]``, at least two tokens.
 
     Raises:
+        NonfiniteLogitsError: If a logit of the sample is NaN or infinite without the rules too.
         OptionError: If the logits change, less or more than the logit arrives at the tokens and at constants
             (``TOLERANCES``), no relevance arrives at a target layer, or the model has an operation that is hidden from
             the rules: a fused kernel or a function of autograd of its own.
     """
     check_can_have_rules(model.config, model.dtype)
     plain = _pass(model, input_ids, {})
+    if not plain.logits.isfinite().all():
+        what = "The logits of the first samples are NaN or infinite, and show nothing about LRP: try --.dtype float32."
+        raise NonfiniteLogitsError("dtype", what)
     with lrp(model, rule):
         ruled = _pass(model, input_ids, layers)
     if ruled.hidden:
         raise OptionError(
             "method",
-            f"lrp cannot look into {ruled.hidden[0]}, which {model.config.model_type!r} carries out: uninstall or "
-            f"disable the package of this kernel, or {OTHER_METHODS}",
+            f"--.method lrp cannot look into {ruled.hidden[0]}, which {model.config.model_type!r} carries out: uninstall "
+            f"or disable the package of this kernel, or {OTHER_METHODS}",
         )
     with _ruled(model, counting := _Counting("cp_lrp", rule)):
         counted = _pass(model, input_ids, {})
@@ -172,14 +180,15 @@ def check_lrp(model: PreTrainedModel, rule: Rule, layers: Mapping[str, Linear], 
     )
     if not check.logits_unchanged:
         difference = (ruled.logits - plain.logits).abs().max().item()
-        what = f"lrp changes the logits of {model.config.model_type!r} by {difference:.1e}: {OTHER_METHODS}"
+        what = f"--.method lrp changes the logits of {model.config.model_type!r} by {difference:.1e}: {OTHER_METHODS}"
         raise OptionError("method", what)
     tolerance = TOLERANCES[model.dtype]
     if not abs(check.conserved + check.kept - 1) <= tolerance:  # nor NaN
         raise OptionError(
             "method",
-            f"lrp conserves {check.conserved + check.kept:.1%} of the target logit of {model.config.model_type!r}, "
-            f"which is not within {tolerance:.0%} of all: it has an operation whose rule is not right; {OTHER_METHODS}",
+            f"--.method lrp conserves {100 * (check.conserved + check.kept):.1f} % of the target logit of "
+            f"{model.config.model_type!r}, which is not within {100 * tolerance:.0f} % of all: it has an operation "
+            f"whose rule is not right; {OTHER_METHODS}",
         )
     missed = [name for name in ruled.called if name not in ruled.reached]
     if missed or check.layers_reached < check.num_layers:

@@ -49,17 +49,29 @@ class Rules(TorchFunctionMode):
         if handler is not None:
             return handler(self, func, args, kwargs)
         result = func(*args, **kwargs)
-        if not (isinstance(result, Tensor) and result.requires_grad):
-            _mark(result, (args, kwargs))
+        if self.are_trained or not (isinstance(result, Tensor) and result.requires_grad):
+            self.mark(result, (args, kwargs))
         return result
 
     def depends(self, value: object) -> bool:
         """Tell whether a value is a tensor that depends on the tokens."""
         if not isinstance(value, Tensor):
             return False
-        if value.requires_grad:
-            return not (self.are_trained and _is_of_weights(value))
-        return hasattr(value, _OF_TOKENS)
+        if hasattr(value, _OF_TOKENS):
+            return True
+        # Of trained weights, 1 + weight requires a gradient too: all that depends on the tokens has the mark then.
+        return value.requires_grad and (not self.are_trained or (value.is_leaf and not isinstance(value, nn.Parameter)))
+
+    def mark(self, result: object, origin: object) -> None:
+        """Mark what requires no gradient, but comes from something marked."""
+        if type(result) is torch.Size:
+            return
+        fresh = [x for x in _tensors(result) if x.is_floating_point() and (self.are_trained or not x.requires_grad)]
+        # What requires none, but comes from what requires one, does not depend on the values of it.
+        is_marked = self.depends if self.are_trained else lambda x: hasattr(x, _OF_TOKENS)
+        if fresh and any(map(is_marked, _tensors(origin))):
+            for x in fresh:
+                mark(x)
 
     def activation(self, function: Callable[..., Tensor], x: Tensor, *rest: Any, **options: Any) -> Tensor:
         """Apply an elementwise function under the identity rule: its gradient is f(x) / x."""
@@ -69,7 +81,7 @@ class Rules(TorchFunctionMode):
             result = self.lxt.identity_rule_implicit(lambda x: function(x, *rest, **options), x)
         else:
             result = function(x, *rest, **options)
-            mark(result)
+        mark(result)
         setattr(result, _GATE, True)
         return result
 
@@ -113,13 +125,13 @@ def _in_place(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     copy = target.clone()
     if rules.depends(target):
-        _mark(copy, target)
+        mark(copy)
     return _put(target, rules.__torch_function__(_OUT_OF_PLACE[func], (), (copy, *args[1:]), kwargs))
 
 
 def _put(target: Tensor, result: Tensor) -> Tensor:
     target.copy_(result)
-    if hasattr(result, _OF_TOKENS) and not target.requires_grad:
+    if hasattr(result, _OF_TOKENS):
         mark(target)
     return target
 
@@ -134,14 +146,14 @@ def _power(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     if exponent < 1:
         return _stop(rules, func, args, kwargs)
     options = {name: value for name, value in kwargs.items() if name != "input"}
-    return _plain(func, (rules.divided(base, exponent), *args[1:]), options, base)
+    return _plain(rules, func, (rules.divided(base, exponent), *args[1:]), options, base)
 
 
 def _quotient(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     """Of the denominator no gradient."""
     fixed = [x if not rules.depends(x) else rules.lxt.stop_gradient(x) for x in args[1:]]
     fixed_options = {name: rules.lxt.stop_gradient(x) if rules.depends(x) else x for name, x in kwargs.items()}
-    return _plain(func, (args[0], *fixed), fixed_options, args[0])
+    return _plain(rules, func, (args[0], *fixed), fixed_options, args[0])
 
 
 def _product(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
@@ -160,7 +172,7 @@ def _product(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
         for name in factors:
             named[name] = rules.divided(named[name], len(factors))
     positional = [named.pop(i) for i in range(len(args))]
-    result = _plain(func, positional, named, given)
+    result = _plain(rules, func, positional, named, given)
     if not rules.gates_pass and len(factors) == 1 and func in _ELEMENTWISE:
         _mark_gate(result, named, args, factors[0])
     return result
@@ -189,11 +201,11 @@ def _attention(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
             named[name] = rules.lxt.stop_gradient(named[name])
     if scores and rules.softmax_passes:
         named["value"] = rules.divided(value, 2)
-    return _plain(func, (), named, of_values)
+    return _plain(rules, func, (), named, of_values)
 
 
 def _softmax(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
-    return _plain(func, args, kwargs, args) if rules.softmax_passes else _stop(rules, func, args, kwargs)
+    return _plain(rules, func, args, kwargs, args) if rules.softmax_passes else _stop(rules, func, args, kwargs)
 
 
 def _layer_norm(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
@@ -202,32 +214,31 @@ def _layer_norm(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     ) -> Tensor:
         return _LayerNorm.apply(input, tuple(normalized_shape), weight, bias, eps)
 
-    return _plain(norm, args, kwargs, args[:1])
+    return _plain(rules, norm, args, kwargs, args[:1])
 
 
 def _rms_norm(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     def norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
         return _RmsNorm.apply(func, input, tuple(normalized_shape), weight, eps)
 
-    return _plain(norm, args, kwargs, args[:1])
+    return _plain(rules, norm, args, kwargs, args[:1])
 
 
 def _embedding(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     result = func(*args, **kwargs)
-    if not result.requires_grad:
-        mark(result)
+    mark(result)
     return result
 
 
 def _cast(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
-    result = _plain(func, args, kwargs, args[:1])
+    result = _plain(rules, func, args, kwargs, args[:1])
     if hasattr(args[0], _GATE):
         setattr(result, _GATE, True)
     return result
 
 
 def _of_first(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
-    return _plain(func, args, kwargs, args[:1])
+    return _plain(rules, func, args, kwargs, args[:1])
 
 
 def _constant(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
@@ -237,7 +248,7 @@ def _constant(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
 def _written(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     """Write into a part: x[i] = y."""
     func(*args, **kwargs)
-    _mark(args[0], args[2])
+    rules.mark(args[0], args[2])
 
 
 def _refused(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
@@ -250,10 +261,10 @@ def _refused(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _plain(func: Any, args: Any, kwargs: Any, origin: Any) -> Any:
+def _plain(rules: Rules, func: Any, args: Any, kwargs: Any, origin: Any) -> Any:
     """Carry out an operation whose result depends on the tokens if one of some values does."""
     result = func(*args, **kwargs)
-    _mark(result, origin)
+    rules.mark(result, origin)
     return result
 
 
@@ -262,37 +273,12 @@ def mark(x: Tensor) -> None:
     setattr(x, _OF_TOKENS, True)
 
 
-def _mark(result: object, origin: object) -> None:
-    """Mark what requires no gradient, but comes from something marked."""
-    if type(result) is torch.Size:
-        return
-    fresh = [x for x in _tensors(result) if not x.requires_grad and x.is_floating_point()]
-    if fresh and any(hasattr(x, _OF_TOKENS) for x in _tensors(origin)):
-        for x in fresh:
-            mark(x)
-
-
 def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list | dict):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _tensors(inner)
-
-
-def _is_of_weights(x: Tensor) -> bool:
-    """Tell whether a tensor that requires a gradient comes from a weight alone, as 1 + weight and weight[i] do."""
-    if isinstance(x, nn.Parameter):
-        return True
-    node = x.grad_fn
-    while node is not None and node.name() != "EmbeddingBackward0":
-        before = [source for source, _ in node.next_functions if source is not None]
-        if len(before) != 1:
-            return False
-        (node,) = before
-        if hasattr(node, "variable"):
-            return isinstance(node.variable, nn.Parameter)
-    return False
 
 
 class _LayerNorm(torch.autograd.Function):

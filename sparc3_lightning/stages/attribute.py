@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 
 from sparc3_lightning.attribution.accumulator import CHECK_EVERY, ScoreAccumulator
 from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationRecorder, Activations
-from sparc3_lightning.attribution.lrp import LrpCheck, check_can_have_rules, check_have_relevance, check_lrp, lrp
+from sparc3_lightning.attribution.lrp import (
+    LrpCheck,
+    NonfiniteLogitsError,
+    check_can_have_rules,
+    check_have_relevance,
+    check_lrp,
+    lrp,
+)
 from sparc3_lightning.attribution.progress import Identity, Progress, go_on, remove_progress
 from sparc3_lightning.attribution.relevance import Relevance
 from sparc3_lightning.attribution.rules import Rule
@@ -20,11 +27,11 @@ from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, Sh
 from sparc3_lightning.attribution.spec import Method, Nonfinite, ScoreSpec
 from sparc3_lightning.attribution.static_scores import StaticScores
 from sparc3_lightning.attribution.targets import LEXICAL, Target, lexicon_of, target_of
-from sparc3_lightning.data.base import Kind, NoSamples, ReferenceSamples, WeightedBatch
+from sparc3_lightning.data.base import Kind, NoSamples, ReferenceSamples, Sample, WeightedBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_space
-from sparc3_lightning.models.architectures import find_layers, head_layers, neuron_layers, weight_of
+from sparc3_lightning.models.architectures import Linear, find_layers, head_layers, neuron_layers, weight_of
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Granularity
@@ -183,7 +190,7 @@ class Attribution(StoppableModule):
         self.model.eval()
         layers = find_layers(self.model, self.layers)
         if spec.rule is not None:
-            self.lrp_check = check_lrp(self.model, spec.rule, layers, self._short_sample())
+            self.lrp_check = self._check_rules(spec.rule, layers)
             rank_zero_info(str(self.lrp_check))
         if spec.granularity == "weight":
             check_space(self.folder, sum(4 * layer.weight.numel() for layer in layers.values()))
@@ -208,10 +215,19 @@ class Attribution(StoppableModule):
         data = self.reference_samples
         self.begin_line("Attributing", "samples", len(data.samples) - len(data.leave_out))
 
-    def _short_sample(self) -> torch.Tensor:
-        """Return the first tokens of the first sample, the same ones on every rank, shape ``[1, tokens]``."""
-        ids = self.reference_samples.samples[0].input_ids
-        return torch.tensor([(ids * 2)[:16]], device=self.device)  # of one token attention has no gradient
+    def _check_rules(self, rule: Rule, layers: Mapping[str, Linear]) -> LrpCheck:
+        """Check the LRP rules on the first tokens of the first sample that has logits, the same one on every rank."""
+        *others, last = self.reference_samples.samples[:8]
+        for sample in others:
+            try:
+                return check_lrp(self.model, rule, layers, self._first_tokens(sample))
+            except NonfiniteLogitsError:
+                continue
+        return check_lrp(self.model, rule, layers, self._first_tokens(last))
+
+    def _first_tokens(self, sample: Sample) -> torch.Tensor:
+        # Twice, if there are few: of one token attention has no gradient.
+        return torch.tensor([(sample.input_ids * 2)[:16]], device=self.device)
 
     def predict_step(self, batch: WeightedBatch, batch_idx: int) -> None:
         """Add the scores of one batch."""
