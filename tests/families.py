@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {},
     "bert": {"is_decoder": True},
+    "bitnet": {},
     "bloom": {"n_layer": 2, "n_head": 4},
     "codegen": {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24, "rotary_dim": 4, "n_positions": 64},
     "ctrl": {"n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -32,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **{"layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0},
         **{"shared_intermediate_size": 24, "mamba_expand": 2, **MAMBA},
     },
+    "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 3, "head_dim": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "mamba": {"state_size": 4},
     "mistral": {},
@@ -50,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 24,
     },
     "recurrent_gemma": {"lru_width": 16, "head_dim": 8},
+    "roberta-prelayernorm": {"is_decoder": True},
     "rwkv": {"attention_hidden_size": 16},
     "starcoder2": {},
     "zamba2": {

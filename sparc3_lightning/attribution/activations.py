@@ -1,6 +1,7 @@
 """Activations of neurons: their mean over each sample's tokens, kept beside the scores of the same pass."""
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ class ActivationRecorder:
 
     Args:
         columns: By the name of the module that is scored, the layer whose input is its neurons' activations.
+        twins: Layers that have the weight of a column too. The mean is over all uses of a weight.
     """
 
-    def __init__(self, columns: Mapping[str, Linear]) -> None:
+    def __init__(self, columns: Mapping[str, Linear], twins: Mapping[Linear, Sequence[Linear]] | None = None) -> None:
         self.columns = dict(columns)
+        self.twins = twins or {}
         self._rows: dict[str, list[Tensor]] = {name: [] for name in columns}
 
     @contextmanager
@@ -37,24 +40,25 @@ class ActivationRecorder:
             mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
             weights: 1 for a sample, 0 for one that only fills the batch.
         """
-        batch: dict[str, Tensor] = {}
+        batch: dict[str, list[Tensor]] = defaultdict(list)
 
         def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
             def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
                 # OPT's MLP gets the tokens of all samples as one row after the other.
                 A_BTI = inputs[0].detach().reshape(len(weights), -1, inputs[0].shape[-1])
                 means = mean_activations(A_BTI, mask_BT)
-                batch[name] = means[[i for i, weight in enumerate(weights) if weight]]
+                batch[name].append(means[[i for i, weight in enumerate(weights) if weight]])
 
             return record
 
         with ExitStack() as undo:
             for name, column in self.columns.items():
-                undo.callback(column.register_forward_pre_hook(recorder(name)).remove)
+                for layer in (column, *self.twins.get(column, ())):
+                    undo.callback(layer.register_forward_pre_hook(recorder(name)).remove)
             yield
-        # Not in the hook: gradient checkpointing calls a layer a second time, in the backward pass.
+        # Gradient checkpointing calls a layer a second time, in the backward pass: the mean remains what it is.
         for name, means in batch.items():
-            self._rows[name].append(means)
+            self._rows[name].append(torch.stack(means).mean(dim=0))
 
     def rows(self) -> dict[str, Tensor]:
         """Return per module a row for each sample so far, shape ``[samples, neurons]``, float32 on the CPU."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import make
 
-from sparc3_lightning.models.architectures import head_layers, mlps_of
+from sparc3_lightning.models.architectures import find_layers, head_layers, mlps_of
 from sparc3_lightning.models.components import Component, mask, prune_
 from sparc3_lightning.models.heads import num_heads
 
@@ -15,11 +15,12 @@ LAYERS = {
     "gemma2": "o_proj",
     "gptj": "out_proj",
     "granitemoehybrid": "o_proj",
-    "lfm2": "out_proj",
+    "lfm2": "self_attn.out_proj",
     "mistral": "o_proj",
     "nemotron": "o_proj",
     "phi": "self_attn.dense",
     "qwen3_5_text": "o_proj",
+    "zamba2": "o_proj",
     "starcoder2": "o_proj",
 }
 
@@ -28,8 +29,7 @@ LAYERS = {
 def test_a_pruned_head_is_a_masked_one(family: str) -> None:
     model = make(family)
     assert head_layers(model) == [LAYERS[family]]
-    names = [name for name, _ in model.named_modules() if name.endswith(f".{LAYERS[family]}")]
-    names = [name for name in names if "conv" not in name and "mamba" not in name]
+    names = list(find_layers(model, head_layers(model)))
     with torch.no_grad():
         for off in ([1], [0, 1], [0, 1, 2]):
             pruned = copy.deepcopy(model)
@@ -47,3 +47,10 @@ def test_heads_whose_values_lie_among_others_are_refused(family: str) -> None:
     assert mlps_of(model)
     with pytest.raises(ValueError, match="head: the model has no attention of a known kind"):
         head_layers(model)
+
+
+def test_the_end_of_a_name_that_other_layers_have_too_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"'out_proj' is no layer of attention heads .* \['self_attn\.out_proj'\]: leave"
+    ):
+        head_layers(make("lfm2"), ["out_proj"])
