@@ -18,7 +18,7 @@ ALL = "all"  # as a target: every linear layer but the head
 # What the layers of an MLP are called below the module that holds them: those whose row i, and the one whose column i,
 # make up neuron i. The first of the rows is the one that is scored; of a gated MLP it is the one beside the gate. Where
 # there is but one layer of rows and it has twice as many as the last layer has columns, its first half is the gate.
-MLPS = (
+MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("up_proj", "gate_proj"), "down_proj"),  # LLaMA and most others
     (("w3", "w1"), "w2"),  # LFM2
     (("proj_up", "proj_up_gate"), "proj_down"),  # xLSTM
