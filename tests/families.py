@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {},
     "bert": {"is_decoder": True},
+    "bitnet": {},
     "bloom": {"n_layer": 2, "n_head": 4},
     "codegen": {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24, "rotary_dim": 4, "n_positions": 64},
     "ctrl": {"n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -32,12 +33,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **{"layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0},
         **{"shared_intermediate_size": 24, "mamba_expand": 2, **MAMBA},
     },
+    "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 3, "head_dim": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "mamba": {"state_size": 4},
     "mistral": {},
     "modernbert-decoder": {"global_attn_every_n_layers": 2, "local_attention": 32},
     "mpt": {"d_model": 16, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     "nemotron": {"head_dim": 4},
+    "nemotron_h": {
+        **{"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "head_dim": 4, "n_groups": 1},
+        **{"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "chunk_size": 8},
+    },
     "phi": {},
     "phi3": {"original_max_position_embeddings": 64},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, **LINEAR},
@@ -45,7 +51,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **{"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, **LINEAR, **EXPERTS},
         "shared_expert_intermediate_size": 24,
     },
+    "recurrent_gemma": {"lru_width": 16, "head_dim": 8},
+    "roberta-prelayernorm": {"is_decoder": True},
+    "rwkv": {"attention_hidden_size": 16},
     "starcoder2": {},
+    "zamba2": {
+        **{"layers_block_type": ["hybrid", "mamba", "hybrid"], "num_hidden_layers": 3, "num_key_value_heads": 4},
+        **{"num_mem_blocks": 1, "attention_head_dim": 8, "adapter_rank": 4, "mamba_d_state": 8, "mamba_headdim": 8},
+        **{"n_mamba_heads": 4, "mamba_expand": 2, "chunk_size": 8},
+    },
 }
 
 

@@ -31,7 +31,14 @@ from sparc3_lightning.data.base import Kind, NoSamples, ReferenceSamples, Sample
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_space
-from sparc3_lightning.models.architectures import Linear, find_layers, head_layers, neuron_layers, weight_of
+from sparc3_lightning.models.architectures import (
+    Linear,
+    find_layers,
+    head_layers,
+    neuron_layers,
+    twins_of,
+    weight_of,
+)
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Granularity
@@ -201,8 +208,11 @@ class Attribution(StoppableModule):
         else:
             scored = columns_of(self.model, layers) if spec.method == "activation" else layers
             dims = head_dims(self.model, layers) if spec.granularity == "head" else {}
-            self.accumulator = ScoreAccumulator(scored, spec.score, spec.nonfinite, spec.granularity, dims, parts)
-        self.recorder = ActivationRecorder(columns_of(self.model, layers) if spec.activations else {})
+            self.accumulator = ScoreAccumulator(
+                scored, spec.score, spec.nonfinite, spec.granularity, dims, parts, twins_of(self.model)
+            )
+        columns = columns_of(self.model, layers) if spec.activations else {}
+        self.recorder = ActivationRecorder(columns, twins_of(self.model))
         self.done: list[str] = []
         if self.trainer.is_global_zero and self.progress.sample_ids:
             self.accumulator.sums = {name: total.to(self.device) for name, total in self.progress.sums.items()}
