@@ -98,8 +98,8 @@ def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
     if unknown:
         kinds = sorted({name.rpartition(".")[2] for name in linear})
         raise OptionError("layers", f": the model has no linear layer {unknown[0]!r}; it has {kinds}.")
-    left_out = routers_of(model) if ALL in layers else set()
-    left_out.add(getattr(model, "get_output_embeddings", lambda: None)())
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    left_out = {head, *(routers_of(model) if ALL in layers else ())}
     return {
         name: module
         for name, module in linear.items()

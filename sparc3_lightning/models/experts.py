@@ -31,6 +31,7 @@ class Form:
         has_post_expert_norm: Whether a norm follows each expert.
         is_transposed: Whether a weight is kept as ``[in_features, out_features]``.
         is_concatenated: Whether the rows of the gate come before those of up, or in turn with them.
+        activation: Name of the activation, from the experts' module on, if the class has no _apply_gate.
     """
 
     has_gate: bool = True
@@ -38,15 +39,16 @@ class Form:
     has_post_expert_norm: bool = False
     is_transposed: bool = False
     is_concatenated: bool = True
+    activation: str = "act_fn"
 
 
 # Of the classes that are not decorated with it.
 FORMS = {
+    "DbrxExperts": Form(activation="mlp.activation_fn"),
     "Llama4TextExperts": Form(is_transposed=True),
     "LongcatFlashExperts": Form(),
     "Step3p7Experts": Form(),
 }
-_DBRX = "DbrxExperts"  # whose parameters are of another shape
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class ExpertLinear(nn.Linear):
         view: Where its weight lies in them.
         name: Fully qualified name of that module.
     """
+
+    experts: nn.Module
 
     def __init__(self, experts: nn.Module, view: View, name: str) -> None:
         nn.Module.__init__(self)  # not that of nn.Linear, which makes parameters
@@ -164,16 +168,18 @@ def open_experts_(model: nn.Module) -> None:
     """
     for name, module in list(model.named_modules()):
         form = _form_of(module)
-        if is_open(module):
+        if form is None or is_open(module):
             continue
-        if form is not None and module._parameters.get("down_proj") is not None:
-            _add_layers_(module, name, _views_of(module, form))
+        views = _views_of_dbrx(module) if type(module).__name__ == "DbrxExperts" else _views_of(module, form)
+        for number, of_expert in enumerate(views):
+            expert = Expert()
+            for layer, view in of_expert.items():
+                expert.add_module(layer, ExpertLinear(module, view, name))
+            module.add_module(str(number), expert)
+        if views:
             run = _every_expert if type(module).__name__ == "Llama4TextExperts" else _routed
             # On the module, and not on its class; a partial is copied with it.
             module.forward = partial(run, module, form)
-        elif type(module).__name__ == _DBRX:
-            _add_layers_(module, name, _views_of_dbrx(module))
-            module.forward = partial(_routed, module, Form())
 
 
 def is_expert(layer: nn.Module) -> bool:
@@ -253,6 +259,8 @@ def _form_of(module: nn.Module) -> Form | None:
 
 def _views_of(experts: nn.Module, form: Form) -> list[dict[str, View]]:
     """Return for each expert the views of its layers, in the order in which they are called."""
+    if experts.down_proj is None:
+        return []
     number, *shape = cast(Tensor, experts.down_proj).shape
     size = shape[0 if form.is_transposed else 1]
     rows = {"up_proj": slice(None)}
@@ -281,14 +289,6 @@ def _views_of_dbrx(experts: nn.Module) -> list[dict[str, View]]:
         }
         for expert in range(number)
     ]
-
-
-def _add_layers_(experts: nn.Module, name: str, views: list[dict[str, View]]) -> None:
-    for number, of_expert in enumerate(views):
-        expert = Expert()
-        for layer, view in of_expert.items():
-            expert.add_module(layer, ExpertLinear(experts, view, name))
-        experts.add_module(str(number), expert)
 
 
 def _routed(
@@ -347,7 +347,7 @@ def _every_expert(experts: nn.Module, form: Form, hidden_states: Tensor) -> Tens
     return final
 
 
-def _run(experts: nn.Module, form: Form, number: int, X_RH: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
+def _run(experts: Any, form: Form, number: int, X_RH: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
     """Compute one expert.
 
     Args:
@@ -363,11 +363,10 @@ def _run(experts: nn.Module, form: Form, number: int, X_RH: Tensor, tokens: Tens
     for layer in layers:
         layer.tokens, layer.num_tokens = tokens, num_tokens
     up = expert.up_proj(X_RH)
-    activation = getattr(experts, "act_fn", None) or getattr(getattr(experts, "mlp", None), "activation_fn", None)
     if not form.has_gate:
-        Z_RI = activation(up)
+        Z_RI = attrgetter(form.activation)(experts)(up)
     elif (apply := getattr(experts, "_apply_gate", None)) is None:
-        Z_RI = activation(expert.gate_proj(X_RH)) * up
+        Z_RI = attrgetter(form.activation)(experts)(expert.gate_proj(X_RH)) * up
     else:
         both = (expert.gate_proj(X_RH), up)
         Z_RI = apply(torch.cat(both, dim=-1) if form.is_concatenated else torch.stack(both, dim=-1).flatten(-2))

@@ -291,9 +291,9 @@ class Attribution(StoppableModule):
         """Return the names of the scored layers; check that the model has them and they can be scored."""
         named = self.spec.layers
         of_heads = self.spec.granularity == "head"
-        names = head_layers(skeleton, named) if of_heads else named or neuron_layers(skeleton)
         if not of_heads:
             check_are_open(skeleton)
+        names = head_layers(skeleton, named) if of_heads else named or neuron_layers(skeleton)
         layers = find_layers(skeleton, names)
         if self.spec.method == "lrp" and self.spec.rule is not None:
             check_have_relevance(layers, self.spec.rule)

@@ -6,12 +6,15 @@ import pytest
 import torch
 from mixtures import MIXTURES, make_mixture
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
 from sparc3_lightning.attribution.activations import ActivationRecorder
+from sparc3_lightning.attribution.progress import Progress, load_progress
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.base import Sample, pad_right
-from sparc3_lightning.models.architectures import find_layers
+from sparc3_lightning.models.architectures import blocks_of, find_layers
+from sparc3_lightning.models.components import Component, mask
 from sparc3_lightning.models.experts import expert_counts, is_expert, open_experts_
 from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.models.sharding import checkpoint_blocks_
@@ -232,3 +235,37 @@ def test_samples_that_only_fill_a_batch_weigh_nothing():
         assert torch.equal(accumulator.expert_tokens[name], counts)
     for name, value in alone.compute().items():
         torch.testing.assert_close(accumulator.compute()[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_the_tokens_that_experts_saw_are_saved_and_added_to_when_a_run_goes_on(tmp_path):
+    model, samples = opened("mixtral"), make_samples()
+    whole, first = accumulate(model, samples, "wanda", 1), accumulate(model, samples[:2], "wanda", 1)
+    Progress({}, first.sums, ["s0", "s1"]).save(tmp_path, 0)
+    progress = load_progress(tmp_path)
+    assert progress is not None
+    second = ScoreAccumulator(layers_of(model), "wanda")
+    second.sums = progress.sums
+    batch = pad_right(samples[2:], 0)
+    with second.recording(batch["attention_mask"], batch["sample_ids"]):
+        model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    for name, counts in whole.expert_tokens.items():
+        assert torch.equal(second.expert_tokens[name], counts)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("score", ["magnitude", "signed", "wanda"])
+def test_a_sharded_mixture_has_the_same_scores(kind, score):
+    expected = accumulate(opened(kind), make_samples(), score, 3).compute()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    model = opened(kind)
+    checkpoint_blocks_(model)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found = accumulate(model, make_samples(), score, 3).compute()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+    names = list(layers_of(model))
+    with mask(model, [Component(names[0], 2, -1.0)]):
+        accumulate(model, make_samples(), "wanda", 3)

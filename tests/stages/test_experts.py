@@ -37,11 +37,9 @@ def run(verb: str, **options: Any) -> Path:
     return Path(main([verb, "--config", f"./{verb}.yaml", *QUIET]).trainer.log_dir)
 
 
-def attribute(
-    checkpoint: str, data: str = "ToxicPrompts", source: str = "prompts.jsonl", seq_len=None, **model
-) -> Path:
+def attribute(checkpoint: str, data: str = "ToxicPrompts", of_data: Any = None, **model: Any) -> Path:
     """Attribute on five samples, and return the folder."""
-    init = {"source": source, "num_samples": 5, "batch_size": 3, **({"seq_len": seq_len} if seq_len else {})}
+    init = {"source": "prompts.jsonl", "num_samples": 5, "batch_size": 3, **(of_data or {})}
     of = {"class_path": f"sparc3_lightning.data.{data}", "init_args": init}
     return run("attribute", model={"checkpoint": checkpoint, "method": "gradient", **model}, data=of)
 
@@ -103,7 +101,7 @@ def test_weights_of_experts_are_among_all_layers_and_routers_are_not(tmp_path):
 
 def test_experts_of_no_known_kind_are_refused_before_the_model_is_loaded(tmp_path):
     checkpoint = save_mixture("jetmoe", tmp_path / "tiny", kv_channels=4, num_local_experts=4)
-    with pytest.raises(ValueError, match=r"experts of class JetMoeParallelExperts .* are of no known kind"):
+    with pytest.raises(ValueError, match=r"JetMoeParallelExperts .* of --model.checkpoint are of no known"):
         attribute(checkpoint)
 
 
