@@ -201,12 +201,12 @@ class Tensors:
         if source is None or source.converter is None:
             what = (
                 f"its files hold no tensor that is {parameter!r} as it is, a matrix of floating-point numbers of shape "
-                f"{list(shape or ())}. Save it with the save_pretrained of transformers and attribute that"
+                f"{list(shape or ())}; save it with the save_pretrained of transformers and attribute that"
             )
         else:
             what = (
                 f"the {len(source.parts)} tensors of its files that {parameter!r} is made of cannot be told from it "
-                "again. Save it with save_pretrained(folder, save_original_format=False) of transformers and attribute "
+                "again; save it with save_pretrained(folder, save_original_format=False) of transformers and attribute "
                 "that"
             )
         return OptionError("export", f"{self.checkpoint.name!r} cannot be exported: {what}, or leave out --.export.")
