@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from checkpoints import is_one_sentence
-from every_decoder import EXAMPLES, EXPERT, HIDDEN, INNER, NOT_BUILT, architectures, build
+from decoders import EXAMPLES, EXPERT, HIDDEN, INNER, NOT_BUILT, architectures, build
 from helpers import WORDS, tokenizer_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel

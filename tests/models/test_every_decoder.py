@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from every_decoder import ENCODERS, EXAMPLES, EXTRA, MULTIMODAL, NOT_BUILT, architectures
+from decoders import ENCODERS, EXAMPLES, EXTRA, MULTIMODAL, NOT_BUILT, architectures
 from support import DOCUMENT, is_same, last_line, measure, read_rows
 from transformers import CONFIG_MAPPING
 
