@@ -33,18 +33,20 @@ from sparc3_lightning.models.architectures import (
     mlp_of,
     neuron_layers,
     parameters_of,
-    weight_of,
 )
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component, mask, prune_
-from sparc3_lightning.models.experts import is_expert
+from sparc3_lightning.models.experts import check_are_open, is_expert
 from sparc3_lightning.models.export import export_pruned
+from sparc3_lightning.models.neurons import num_neurons, scored_rows
 
 DOCUMENT = Path(__file__).parents[1] / "configs" / "architectures.md"
 SAMPLES = [[5, 17, 33, 8, 21, 40, 12], [9, 41, 6, 55, 30]]
 # Sizes by which the matrices of an MLP are known from others. Those of BLOOM and others are four times as wide.
 INNER_SIZES = {INNER, 2 * INNER, EXPERT, 2 * EXPERT, 4 * HIDDEN}
-NO_MLP = r"attn|attention|mixer|mamba|conv|router|lm_head|embed|temporal_block|norm|rotary|(^|[._])hc_|_hc\.|hyper"
+NO_MLP = (
+    r"attn|attention|mixer|mamba|conv|router|lm_head|embed|temporal_block|norm|rotary|(^|[._])hc_|_hc\.|hyper|ple\."
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Row:
         architecture: Its ``model_type``.
         example: A well-known checkpoint of it.
         lrp: ``yes``, or why it is refused.
-        conserved: Relevance of the tokens, as a part of the logit.
+        conserved: Relevance of the tokens, as a part of the logit, and that which constants keep.
         dense: Number of neurons outside of experts, all of which are scored.
         in_experts: Number of neurons in experts, all of which are scored, and of experts.
         heads: Whether heads of attentions are scored.
@@ -112,6 +114,7 @@ class Support:
             return Row(self.model_type, example, self.reason("load"), "", "", "", "no", "no")
         layers: dict[str, Linear] = {}
         with self.trying("neurons"):
+            check_are_open(model)
             layers = find_layers(model, neuron_layers(model))
             check_nothing_is_left_out(model, layers)
         scores: dict[str, Tensor] = {}
@@ -121,7 +124,7 @@ class Support:
                 found = check_lrp(model, "attnlrp", layers, torch.tensor(SAMPLES[:1]))
                 assert found.logits_unchanged
                 assert found.layers_reached == found.num_layers > 0
-                conserved = f"{100 * found.conserved:.1f} %"
+                conserved = f"{100 * found.conserved:.1f} % + {100 * found.kept:.1f} %"
                 scores = attributed(model, layers)
         exported = "no"
         if layers:
@@ -135,8 +138,8 @@ class Support:
             heads = "yes"
         refusal = next((self.reason(what) for what in ("neurons", "lrp") if what in self.refusals), "yes")
         of_experts = [name for name, layer in layers.items() if is_expert(layer)]
-        in_experts = sum(num_neurons(layers[name]) for name in of_experts)
-        dense = sum(map(num_neurons, layers.values())) - in_experts
+        in_experts = sum(num_neurons(model, name) for name in of_experts)
+        dense = sum(num_neurons(model, name) for name in layers) - in_experts
         return Row(
             self.model_type,
             example,
@@ -147,10 +150,6 @@ class Support:
             heads,
             exported,
         )
-
-
-def num_neurons(layer: Linear) -> int:
-    return len(weight_of(layer))
 
 
 def write_checkpoint(model_type: str, folder: Path) -> Checkpoint:
@@ -181,7 +180,7 @@ def scores_of(model: PreTrainedModel, layers: dict[str, Linear], samples: list[l
     longest = max(map(len, samples))
     input_ids = torch.tensor([[*sample, *[0] * (longest - len(sample))] for sample in samples])
     attention_mask = torch.tensor([[1] * len(sample) + [0] * (longest - len(sample)) for sample in samples])
-    accumulator = ScoreAccumulator(layers, "magnitude")
+    accumulator = ScoreAccumulator(layers, "magnitude", parts=scored_rows(model, layers))
     with lrp(model), accumulator.recording(attention_mask, [f"sample {i}" for i in range(len(samples))]):
         largest_logit(model, input_ids, attention_mask).sum().backward()
     return accumulator.compute()
@@ -207,7 +206,7 @@ def choose(model: PreTrainedModel, layers: dict[str, Linear], scores: dict[str, 
     for names in kinds:
         largest = sorted(names, key=lambda name: -scores[name].max().item() if scores else 0)[:3]
         for name in largest:
-            best = scores[name].topk(2).indices.tolist() if scores else [0, num_neurons(layers[name]) - 1]
+            best = scores[name].topk(2).indices.tolist() if scores else [0, num_neurons(model, name) - 1]
             chosen += [Component(name, index, -1.0) for index in best]
     return chosen
 
@@ -256,14 +255,14 @@ What this tool does for each decoder of transformers {transformers.__version__},
 A checkpoint of any size has the same layers. Whether LRP holds for yours is checked before its first sample.
 
 - **LRP**: scores of neurons by LRP; those of a padded batch are the mean of those of its samples.
-- **Conserved**: the part of a logit that arrives at the tokens as relevance, under CP attention. Biases, learned
-  positions and the like keep the rest. The biases here are random, and larger than those of most checkpoints.
+- **Conserved**: the part of a logit that arrives at the tokens as relevance under CP attention, and the part that biases,
+  learned positions and other constants keep. These are random here, and larger than those of most checkpoints.
 - **Neurons**: those of all MLPs of the tiny model, and of how many experts. All have scores. They can be switched off.
 - **Heads**: whether `--model.granularity head` works.
 - **Export**: a pruned checkpoint is one that a stock `AutoModelForCausalLM` loads, with the logits of the masked model.
 
 """
-TITLES = ["Architecture", "Example", "LRP", "Conserved", "Neurons", "In experts", "Heads", "Export"]
+TITLES = ["Architecture", "Example", "LRP", "Conserved + kept", "Neurons", "In experts", "Heads", "Export"]
 
 
 def line_of(cells: Iterable[str]) -> str:
@@ -301,8 +300,10 @@ def read_rows(text: str) -> dict[str, Row]:
 def is_same(one: Row, other: Row) -> bool:
     """Compare two rows; the last digits of what is conserved may differ."""
     alike = replace(one, conserved=other.conserved) == other
-    numbers = [float(row.conserved.rstrip(" %")) for row in (one, other) if row.conserved]
-    return alike and (not numbers or (len(numbers) == 2 and abs(numbers[0] - numbers[1]) < 0.3))
+    numbers = [
+        [float(number) for number in row.conserved.replace("%", "").split(" + ") if number] for row in (one, other)
+    ]
+    return alike and all(abs(ours - theirs) < 0.3 for ours, theirs in zip(*numbers, strict=True))
 
 
 if __name__ == "__main__":
