@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decoders import DECODERS, ONLY_EAGER, make_decoder
+from explicit_lrp import ExplicitModel
 from helpers import FAMILIES
 from lxt_oracle import lxt_lrp
 from slow_lrp import INPUT_IDS, all_rules, assert_same, gradients
@@ -47,6 +48,20 @@ def test_the_relevance_is_that_of_lxts_own_patches_of_classes(make, family, rule
     with lxt_lrp(model, rule):
         expected = gradients(model)
     assert_same(got, expected, rtol=2e-7)
+
+
+@pytest.mark.parametrize("family", ["phi", "mixtral"])
+@all_rules
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.usefixtures("in_float64")
+def test_the_relevance_is_that_of_the_rules_carried_out_by_hand_without_autograd(family, rule, attention):
+    model = make_decoder(family, attention=attention)
+    with lrp(model, rule):
+        got = gradients(model, IDS)
+    with torch.no_grad():
+        expected = ExplicitModel(model, rule).gradients(got["embeddings"])
+    assert_same(got, {name: expected[name] for name in got}, rtol=1e-8)
+    assert sum(name.endswith(("fc1.weight", "gate_up_proj")) for name in got) == 2
 
 
 @pytest.mark.parametrize(("family", "attention"), ATTENTIONS)
