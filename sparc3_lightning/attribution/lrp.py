@@ -165,8 +165,8 @@ def check_lrp(model: PreTrainedModel, rule: Rule, layers: Mapping[str, Linear], 
     if ruled.hidden:
         raise OptionError(
             "method",
-            f"--.method lrp cannot look into {ruled.hidden[0]}, which {model.config.model_type!r} carries out: uninstall "
-            f"or disable the package of this kernel, or {OTHER_METHODS}",
+            f"--.method lrp cannot look into {ruled.hidden[0]}, which {model.config.model_type!r} carries out: "
+            f"uninstall or disable the package of this kernel, or {OTHER_METHODS}",
         )
     with _ruled(model, counting := _Counting("cp_lrp", rule)):
         counted = _pass(model, input_ids, {})

@@ -49,8 +49,7 @@ class Rules(TorchFunctionMode):
         if handler is not None:
             return handler(self, func, args, kwargs)
         result = func(*args, **kwargs)
-        if self.are_trained or not (isinstance(result, Tensor) and result.requires_grad):
-            self.mark(result, (args, kwargs))
+        self.mark(result, (args, kwargs))
         return result
 
     def depends(self, value: object) -> bool:
@@ -64,7 +63,8 @@ class Rules(TorchFunctionMode):
 
     def mark(self, result: object, origin: object) -> None:
         """Mark what requires no gradient, but comes from something marked."""
-        if type(result) is torch.Size:
+        is_in_graph = isinstance(result, Tensor) and result.requires_grad
+        if type(result) is torch.Size or (is_in_graph and not self.are_trained):
             return
         fresh = [x for x in _tensors(result) if x.is_floating_point() and (self.are_trained or not x.requires_grad)]
         # What requires none, but comes from what requires one, does not depend on the values of it.
@@ -159,6 +159,8 @@ def _quotient(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
 def _product(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     """To each of n factors an nth part; none to a gate where gates pass none."""
     given = (args, kwargs)
+    if func is F.linear and not rules.depends(args[1] if len(args) > 1 else kwargs["weight"]):
+        return _plain(rules, func, args, kwargs, given)
     if func is torch.einsum and len(args) == 2 and isinstance(args[1], tuple | list):
         args = (args[0], *args[1])
     named = {**dict(enumerate(args)), **kwargs}
