@@ -101,11 +101,11 @@ def linear_at(model: nn.Module, name: str) -> Linear:
 def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
     """Return the linear layers whose name is, or ends in, one of ``layers``, by fully qualified name.
 
+    A layer that shares its weight with one before it is left out, see ``twins_of``.
+
     Args:
         model: Any model.
         layers: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head.
-
-    A layer that shares its weight with one before it is left out, see ``twins_of``.
 
     Raises:
         ValueError: If a name matches no linear layer; the names there are are listed.
