@@ -40,9 +40,14 @@ MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("ff.layer_1",), "ff.layer_2"),  # XLNet
 )
 KNOWN_MLPS = ", ".join(f"{' or '.join(rows)} beside {column}" for rows, column in MLPS)
+_BY_END: dict[str, list[tuple[str, tuple[str, ...], str]]] = {}  # by the last part of a row's name: that name, and MLPS
+for _rows, _column in MLPS:
+    for _row in _rows:
+        _BY_END.setdefault(_row.rpartition(".")[2], []).append((_row, _rows, _column))
 # An MLP inside a part of a block that is called so does not write into the stream: it makes up the factor of a norm
 # (A.X K2), or chooses among experts (Zaya).
-_NO_BLOCKS = re.compile("norm|router")
+_NO_MLPS = re.compile("norm|router")
+_BLOCK = re.compile(r"\.\d+\.")
 # The last layer of an attention, the layer of its values beside it, and of which kind both are: of LLaMA, Qwen and
 # Gemma, of OPT, of Phi, and of GPT-2, whose c_attn holds queries, keys and values side by side. The kind tells GPT-2
 # from GPT-BigCode, which has the same names, but another order of rows.
@@ -81,12 +86,12 @@ def parameters_of(model: nn.Module, layer: str) -> dict[str, str]:
 def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
     """Return the linear layers whose name is, or ends in, one of ``layers``, by fully qualified name.
 
+    A layer that shares its weight with one before it is left out, see ``twins_of``.
+
     Args:
         model: Any model.
         layers: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head
             and the routers of experts.
-
-    A layer that shares its weight with one before it is left out, see ``twins_of``.
 
     Raises:
         ValueError: If a name matches no linear layer; the names there are are listed.
@@ -225,12 +230,9 @@ def find_mlp(layer: str, module_at: Callable[[str], nn.Module | None]) -> Mlp | 
         layer: Fully qualified name.
         module_at: Returns the module of a name, if there is one.
     """
-    in_block = re.sub(r"^.*?\.\d+\.", "", layer)
-    if _NO_BLOCKS.search(in_block):
-        return None
-    for rows, column in MLPS:
-        end = next((row for row in rows if ends_in(layer, row)), None)
-        if end is None:
+    for end, rows, column in _BY_END.get(layer.rpartition(".")[2], ()):
+        block = _BLOCK.search(layer)
+        if not ends_in(layer, end) or _NO_MLPS.search(layer, block.end() if block else 0):
             continue
         above = layer.removesuffix(end)  # ends in a dot, or is empty
         modules = [module_at(above + name) for name in (*rows, column)]

@@ -105,14 +105,18 @@ def _others(model: nn.Module, mlps: Iterable[Mlp]) -> list[str]:
     layers = {layer for mlp in mlps for layer in mlp.layers}
     above = {layer[:i] for layer in layers for i, letter in enumerate(layer) if letter == "."}
     others: dict[str, None] = {}
+    seen: set[nn.Parameter] = set()  # of the blocks before: some share their weights
 
     def walk(module: nn.Module, name: str, start: int) -> None:
         for end, child in module.named_children():
             of_child = f"{name}.{end}"
             if of_child in above:
                 walk(child, of_child, start)
-            elif of_child not in layers and any(weight.dim() > 1 for weight in child.parameters()):
+                continue
+            weights = {weight for weight in child.parameters() if weight.dim() > 1} - seen
+            if weights and of_child not in layers:
                 others[of_child[start:]] = None
+            seen.update(weights)
 
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks, outer = set(blocks_of(model) or [block for of_list in lists for block in of_list]), None

@@ -82,8 +82,9 @@ class Attribution(StoppableModule):
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves; of a
             ``package.module:function`` the code runs.
         layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
-            By default it is the layer of the MLP neurons: ``up_proj``, ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads
-            the last one of the attention: ``o_proj``, ``out_proj`` (OPT) or ``attn.c_proj`` (GPT-2).
+            By default it is the layer of the MLP neurons, such as ``up_proj``, ``gate_up_proj`` (Phi-3, of which the up
+            rows are scored), ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads the last one of the attention: ``o_proj``,
+            ``out_proj`` (OPT) or ``attn.c_proj`` (GPT-2).
         activations: Also keep the mean activation of each neuron over each sample's tokens, in activations.safetensors:
             for ``sparc3 prune`` with the criterion ``auroc`` or the ablation ``mean``.
         granularity: One score for each ``neuron``, each attention ``head`` or each ``weight``. Scores of weights are as
