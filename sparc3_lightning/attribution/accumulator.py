@@ -64,6 +64,7 @@ class ScoreAccumulator:
             summed over its outgoing weights; or for each ``weight``.
         head_dims: Of each module, the inputs that belong to one head; for heads.
         parts: Of each module, which rows are those of its neurons; for neurons, by default all.
+        twins: Layers that have the weight of a module too. The scores of all uses of a weight are added up.
 
     Raises:
         ValueError: If the score is not defined for weights, as squared and absolute relevance are not; if a module
@@ -78,6 +79,7 @@ class ScoreAccumulator:
         granularity: Granularity = "neuron",
         head_dims: Mapping[str, int] | None = None,
         parts: Mapping[str, slice] | None = None,
+        twins: Mapping[Linear, Sequence[Linear]] | None = None,
     ) -> None:
         check_granularity(granularity, score, modules)
         self.modules = dict(modules)
@@ -86,6 +88,7 @@ class ScoreAccumulator:
         self.granularity = granularity
         self.head_dims = head_dims or {}
         self.parts = parts or {}
+        self.twins = twins or {}
         self.sums: dict[str, Tensor] = {}
         self.num_samples = 0
         self._nonfinite: int | Tensor = 0
@@ -131,8 +134,9 @@ class ScoreAccumulator:
         self._batch, self._called, self._routed = {}, set(), {}
         real = [i for i, weight in enumerate(weights) if weight] if weights is not None else range(len(sample_ids))
         handles = [
-            module.register_forward_hook(self._hook(name, mask_BT, real, len(sample_ids)), prepend=True)
+            layer.register_forward_hook(self._hook(name, mask_BT, real, len(sample_ids)), prepend=True)
             for name, module in self.modules.items()
+            for layer in (module, *self.twins.get(module, ()))
         ]
         handles += [
             experts.register_forward_hook(self._counter(name, mask_BT, real, len(sample_ids)))
@@ -251,10 +255,10 @@ class ScoreAccumulator:
             unfold = Unfolding(module, mask_BT, num_samples)
             A_BTI = unfold(inputs[0])
             if self.score == "wanda":
-                self._batch[name] = squared_norms(A_BTI, unfold.mask_BT)
+                self._set(name, squared_norms(A_BTI, unfold.mask_BT))
                 return
             if self.score == "activation":
-                self._batch[name] = mean_activations(A_BTI.abs(), unfold.mask_BT, unfold.num_tokens)
+                self._set(name, mean_activations(A_BTI.abs(), unfold.mask_BT, unfold.num_tokens))
                 return
             # All weights are frozen: the graph begins here, at the first target, and not at the embeddings.
             output.requires_grad_()
@@ -298,7 +302,9 @@ class ScoreAccumulator:
         }
 
     def _set(self, name: str, score: Tensor) -> None:
-        self._batch[name] = score.detach()
+        """Take the score of a layer for the samples of the batch; of one that is used several times, of one use."""
+        score = score.detach()
+        self._batch[name] = self._batch[name] + score if name in self._batch else score
 
     def _add_weights(self, name: str, W_OI: Tensor, A_BTI: Tensor, G_BTO: Tensor, real: Sequence[int]) -> None:
         """Add the relevance of each weight to the sums; keep the sums over rows for the check of NaN and infinity."""
@@ -324,7 +330,7 @@ class ScoreAccumulator:
             own = torch.empty_like(padded[: len(padded) // ranks])
             torch.distributed.reduce_scatter_tensor(own, padded)
             self.sums[name] = self.sums[name] + own if name in self.sums else own
-        self._batch[name] = score
+        self._set(name, score)
 
     def _replace_nonfinite(self) -> int | Tensor:
         """Put 0 in place of NaN and infinity in the batch if that is asked for; return how many there are by now."""

@@ -1,6 +1,7 @@
 """Activations of neurons: their mean over each sample's tokens, kept beside the scores of the same pass."""
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ class ActivationRecorder:
 
     Args:
         columns: By the name of the module that is scored, the layer whose input is its neurons' activations.
+        twins: Layers that have the weight of a column too. The mean is over all uses of a weight.
     """
 
-    def __init__(self, columns: Mapping[str, Linear]) -> None:
+    def __init__(self, columns: Mapping[str, Linear], twins: Mapping[Linear, Sequence[Linear]] | None = None) -> None:
         self.columns = dict(columns)
+        self.twins = twins or {}
         self._rows: dict[str, list[Tensor]] = {name: [] for name in columns}
 
     @contextmanager
@@ -39,27 +42,28 @@ class ActivationRecorder:
             mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
             weights: 1 for a sample, 0 for one that only fills the batch.
         """
-        batch: dict[str, Tensor] = {}
+        batch: dict[str, list[Tensor]] = defaultdict(list)
 
         def recorder(name: str) -> Callable[[Linear, tuple[Tensor]], None]:
             def record(module: Linear, inputs: tuple[Tensor]) -> None:
                 unfold = Unfolding(module, mask_BT, len(weights))
                 means = mean_activations(unfold(inputs[0]), unfold.mask_BT, unfold.num_tokens)
-                batch[name] = means[[i for i, weight in enumerate(weights) if weight]]
+                batch[name].append(means[[i for i, weight in enumerate(weights) if weight]])
 
             return record
 
         with ExitStack() as undo:
             for name, column in self.columns.items():
-                undo.callback(column.register_forward_pre_hook(recorder(name)).remove)
+                for layer in (column, *self.twins.get(column, ())):
+                    undo.callback(layer.register_forward_pre_hook(recorder(name)).remove)
             yield
-        # Not in the hook: gradient checkpointing calls a layer a second time, in the backward pass.
+        # Gradient checkpointing calls a layer a second time, in the backward pass: the mean remains what it is.
         kept = sum(map(bool, weights))
         for name, column in self.columns.items():
             if name in batch:
-                self._rows[name].append(batch[name])
+                self._rows[name].append(torch.stack(batch[name]).mean(dim=0))
             elif isinstance(column, ExpertLinear):  # no token of the batch was routed to the expert
-                device = next(iter(batch.values())).device if batch else None
+                device = next(iter(batch.values()))[0].device if batch else None
                 self._rows[name].append(torch.zeros(kept, column.in_features, device=device))
 
     def rows(self) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ class Provenance:
         sample_ids: Of each sample; for prompts they tell evaluation which to leave out.
         versions: Of this package, its main dependencies and Python.
         git_hash: Commit of this package's working tree, if it is one.
+        lrp_check: What a short sample showed about the LRP rules on the model; None for other methods.
         expert_tokens: How many tokens the scored experts saw; None without any.
     """
 
@@ -63,6 +64,7 @@ class Provenance:
     sample_ids: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     git_hash: str | None = None
+    lrp_check: str | None = field(default=None, metadata=LEFT_OUT)
     expert_tokens: TokensSeen | None = field(default=None, metadata=LEFT_OUT)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What transformers calls the parts of a model: linear layers, MLPs, attentions, families with LRP rules."""
+"""What transformers calls the parts of a model: linear layers, MLPs, attentions."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ ALL = "all"  # as a target: every linear layer but the head and the routers of e
 # What the layers of an MLP are called below the module that holds them: those whose row i, and the one whose column i,
 # make up neuron i. The first of the rows is the one that is scored; of a gated MLP it is the one beside the gate. Where
 # there is but one layer of rows and it has twice as many as the last layer has columns, its first half is the gate.
-MLPS = (
+MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("up_proj", "gate_proj"), "down_proj"),  # LLaMA and most others
     (("w3", "w1"), "w2"),  # LFM2
     (("proj_up", "proj_up_gate"), "proj_down"),  # xLSTM
@@ -40,7 +40,7 @@ MLPS = (
     (("ff.layer_1",), "ff.layer_2"),  # XLNet
 )
 KNOWN_MLPS = ", ".join(f"{' or '.join(rows)} beside {column}" for rows, column in MLPS)
-# An MLP inside a module with one of these in its name does not write into the stream: it makes up the factor of a norm
+# An MLP inside a part of a block that is called so does not write into the stream: it makes up the factor of a norm
 # (A.X K2), or chooses among experts (Zaya).
 _NO_BLOCKS = re.compile("norm|router")
 # The last layer of an attention, the layer of its values beside it, and of which kind both are: of LLaMA, Qwen and
@@ -53,32 +53,6 @@ ATTENTIONS: dict[str, tuple[str, type[Linear]]] = {
     "attn.c_proj": ("c_attn", Conv1D),
 }
 KNOWN_ATTENTIONS = ", ".join(f"{output} beside {values}" for output, (values, _) in ATTENTIONS.items())
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the modules are called that need a rule.
-
-    Args:
-        norm: Class of the norms: LayerNorm, or one that divides by the root mean square.
-        gated_mlp: Class of the MLPs, if they have a gate.
-        activation: Name of the activation in a block, if they have none.
-    """
-
-    norm: str
-    gated_mlp: str | None = None
-    activation: str | None = None
-
-
-# By the model_type of transformers.
-FAMILIES = {
-    "gemma3_text": Family("Gemma3RMSNorm", gated_mlp="Gemma3MLP"),
-    "gpt2": Family("LayerNorm", activation="act"),
-    "llama": Family("LlamaRMSNorm", gated_mlp="LlamaMLP"),
-    "opt": Family("LayerNorm", activation="activation_fn"),
-    "qwen2": Family("Qwen2RMSNorm", gated_mlp="Qwen2MLP"),
-    "qwen3": Family("Qwen3RMSNorm", gated_mlp="Qwen3MLP"),
-}
 
 
 def weight_of(layer: Linear) -> Tensor:
@@ -94,6 +68,16 @@ def linear_at(model: nn.Module, name: str) -> Linear:
     return cast(Linear, model.get_submodule(name))
 
 
+def parameters_of(model: nn.Module, layer: str) -> dict[str, str]:
+    """Return the fully qualified names of the parameters that hold a layer's weights, by what the layer calls them.
+
+    They are its own, such as ``weight``; or the layer is one of an expert, and a view of fused parameters.
+    """
+    module = model.get_submodule(layer)
+    held: dict[str, str] | None = getattr(module, "parameters_held", None)
+    return held or {name: f"{layer}.{name}" for name, _ in module.named_parameters(recurse=False)}
+
+
 def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
     """Return the linear layers whose name is, or ends in, one of ``layers``, by fully qualified name.
 
@@ -102,10 +86,14 @@ def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
         layers: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head
             and the routers of experts.
 
+    A layer that shares its weight with one before it is left out, see ``twins_of``.
+
     Raises:
         ValueError: If a name matches no linear layer; the names there are are listed.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    for _, name in _ties(model):
+        linear.pop(name, None)
     unknown = [end for end in layers if end != ALL and not any(ends_in(name, end) for name in linear)]
     if unknown:
         kinds = sorted({name.rpartition(".")[2] for name in linear})
@@ -189,8 +177,10 @@ def mlps_of(model: nn.Module) -> list[Mlp]:
         model: Any model; one on the meta device suffices, and no weight is looked at.
     """
     modules = dict(model.named_modules())
-    found = [find_mlp(name, modules.get) for name, module in modules.items() if isinstance(module, Linear)]
-    return list({mlp.name: mlp for mlp in found if mlp is not None}.values())
+    shared = {name for _, name in _ties(model)}
+    names = [name for name, module in modules.items() if isinstance(module, Linear) and name not in shared]
+    found = [find_mlp(name, modules.get) for name in names]
+    return list({mlp.column: mlp for mlp in found if mlp is not None}.values())
 
 
 def mlp_of(model: nn.Module, scored_layer: str) -> Mlp:
@@ -213,7 +203,9 @@ def mlp_of(model: nn.Module, scored_layer: str) -> Mlp:
 
 
 def mlp_at(model: nn.Module, layer: str) -> Mlp | None:
-    """Return the MLP that a layer before its activation belongs to; None if it is none. Looks at no other module."""
+    """Return the MLP that a layer before its activation belongs to; None if it is none. Looks at no other MLP."""
+    if any(layer == name for _, name in _ties(model)):
+        return None
 
     def module_at(name: str) -> nn.Module | None:
         try:
@@ -233,7 +225,8 @@ def find_mlp(layer: str, module_at: Callable[[str], nn.Module | None]) -> Mlp | 
         layer: Fully qualified name.
         module_at: Returns the module of a name, if there is one.
     """
-    if _NO_BLOCKS.search(layer):
+    in_block = re.sub(r"^.*?\.\d+\.", "", layer)
+    if _NO_BLOCKS.search(in_block):
         return None
     for rows, column in MLPS:
         end = next((row for row in rows if ends_in(layer, row)), None)
@@ -259,6 +252,28 @@ def find_mlp(layer: str, module_at: Callable[[str], nn.Module | None]) -> Mlp | 
 def _shape(layer: Linear) -> tuple[int, int]:
     """Return the numbers of outputs and of inputs of a linear layer, without a look at its weight."""
     return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+
+
+def twins_of(model: nn.Module) -> dict[Linear, list[Linear]]:
+    """Return the linear layers that have the weight of another one, by that one, which is the first.
+
+    Few models have any: Zamba has one MLP, and one attention, in several of its blocks. They are the same components.
+    """
+    twins: dict[Linear, list[Linear]] = {}
+    for first, name in _ties(model):
+        twins.setdefault(linear_at(model, first), []).append(linear_at(model, name))
+    return twins
+
+
+def _ties(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of linear layers with one weight: the first, and another."""
+    found = []
+    for other, first in getattr(model, "all_tied_weights_keys", {}).items():
+        (one, _, kind), (another, _, same) = first.rpartition("."), other.rpartition(".")
+        is_weight = kind == same == "weight"
+        if is_weight and all(isinstance(model.get_submodule(name), Linear) for name in (one, another)):
+            found.append((one, another))
+    return found
 
 
 def neuron_layers(model: nn.Module) -> list[str]:
@@ -304,6 +319,10 @@ def head_layers(model: nn.Module, named: Sequence[str] | None = None) -> list[st
     """
     found = [name for name, _ in model.named_modules() if find_attention(model, name) is not None]
     layers = [output for output in ATTENTIONS if any(ends_in(name, output) for name in found)]
+    if found and not set(find_layers(model, layers)) <= set(found):  # a gated convolution ends in such a name too
+        layers = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in found))
+        if not set(find_layers(model, layers)) <= set(found):
+            layers = found
     if not layers:
         linear = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, Linear)})
         raise OptionError(
@@ -311,7 +330,7 @@ def head_layers(model: nn.Module, named: Sequence[str] | None = None) -> list[st
             f"head: the model has no attention of a known kind ({KNOWN_ATTENTIONS}); its linear layers are {linear}.",
         )
     for end in named or ():
-        if not any(ends_in(name, end) for name in found):
+        if not any(ends_in(name, end) for name in found) or not set(find_layers(model, [end])) <= set(found):
             raise OptionError(
                 "layers",
                 f"--.layers: {end!r} is no layer of attention heads of this model, which has {layers}: leave "
@@ -345,7 +364,7 @@ def find_attention(model: nn.Module, module: str) -> Attention | None:
                 found = Attention(linear_at(model, module), linear_at(attention, values), size)
             except AttributeError:
                 return None
-            return found if _fits(found, kind) else None
+            return found if _fits(found, kind) and not any(module == name for _, name in _ties(model)) else None
     return None
 
 
@@ -359,22 +378,6 @@ def _fits(attention: Attention, kind: type[Linear]) -> bool:
         and values % attention.head_dim == 0
         and (kind is Conv1D or inputs % values == 0)
     )
-
-
-def family_of(config: PreTrainedConfig) -> Family:
-    """Return the entry of ``FAMILIES`` for the config of a model.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    model_type = config.model_type
-    if model_type not in FAMILIES:
-        raise OptionError(
-            "method",
-            f"There are no LRP rules for the architecture {model_type!r}. Covered are: {', '.join(sorted(FAMILIES))}. "
-            "For another one use --.method wanda, which needs no rules.",
-        )
-    return FAMILIES[model_type]
 
 
 def check_is_text(name: str, config: PreTrainedConfig) -> None:
@@ -409,9 +412,14 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model of transformers, whatever it calls the list of them."""
+    return [module for module in model.modules() if is_block(module)]
+
+
+def is_block(module: nn.Module) -> bool:
+    """Tell whether a module is a block of a model of transformers."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 def check_indices(granularity: str, name: str, indices: Iterable[int], number: int) -> None:

@@ -23,10 +23,12 @@ from sparc3_lightning.models.architectures import (
     blocks_of,
     check_indices,
     ends_in,
+    is_block,
     linear_at,
     mlp_at,
     mlp_of,
     mlps_of,
+    twins_of,
     weight_of,
     whole,
 )
@@ -112,7 +114,8 @@ def _others(model: nn.Module, mlps: Iterable[Mlp]) -> list[str]:
             elif of_child not in layers and any(weight.dim() > 1 for weight in child.parameters()):
                 others[of_child[start:]] = None
 
-    blocks, outer = set(blocks_of(model)), None
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks, outer = set(blocks_of(model) or [block for of_list in lists for block in of_list]), None
     for name, module in model.named_modules():
         if module in blocks and (outer is None or not name.startswith(outer)):
             outer = f"{name}."
@@ -132,6 +135,7 @@ def mask_neurons(model: nn.Module, neurons: Ablations, damping: float = 1.0) -> 
     Raises:
         ValueError: If the model has no such neuron.
     """
+    twins = twins_of(model)
     with ExitStack() as undo:
         for ablated in _by_mlp(model, neurons):
             factor, constant = _ablation(ablated, damping)
@@ -143,15 +147,17 @@ def mask_neurons(model: nn.Module, neurons: Ablations, damping: float = 1.0) -> 
                 damped = torch.where(factor == 0, 0, inputs[0] * factor)
                 return (damped if constant is None else damped + constant,)
 
-            undo.callback(ablated.column.register_forward_pre_hook(damp).remove)
+            for column in (ablated.column, *twins.get(ablated.column, ())):
+                undo.callback(column.register_forward_pre_hook(damp).remove)
         yield
 
 
 def prune_neurons_(model: PreTrainedModel, neurons: Ablations) -> None:
     """Write the effect of ``mask_neurons`` into the weights, in place.
 
-    The rows and the column of a neuron that is off become zero; a damped one keeps its rows, and its column becomes
-    smaller. What takes the place of a neuron is constant, and goes into the bias of the layer after it.
+    The rows and the column of a neuron that is off become zero, or the column alone if the MLP has a norm between them;
+    a damped one keeps its rows, and its column becomes smaller. What takes the place of a neuron is constant, and goes
+    into the bias of the layer after it.
 
     Args:
         model: A causal language model.
@@ -172,13 +178,23 @@ def prune_neurons_(model: PreTrainedModel, neurons: Ablations) -> None:
             column = weight_of(ablated.column)
             if constant is not None:
                 ablated.column.bias.add_(column @ constant)
-            for rows in ablated.mlp.rows:
+            # Where a norm lies between the activations and the column, the rows of one neuron tell on all others.
+            for rows in () if _has_norm(model, ablated.mlp) else ablated.mlp.rows:
                 layer = linear_at(model, rows.layer)
                 weight_of(layer)[rows.part][off] = 0
                 if layer.bias is not None:
                     layer.bias[rows.part][off] = 0
             column *= factor
             column[:, off] = 0  # where a weight is infinite
+
+
+def _has_norm(model: nn.Module, mlp: Mlp) -> bool:
+    """Tell whether an MLP, being a module of its own, has a norm of its activations, as BitNet's do."""
+    parent = model.get_submodule(mlp.name)
+    return not is_block(parent) and any(
+        "norm" in type(child).__name__.lower() and all(len(weight) == mlp.num_neurons for weight in child.parameters())
+        for child in parent.children()
+    )
 
 
 def check_neurons(model: nn.Module, neurons: Ablations) -> None:

@@ -7,6 +7,7 @@ of neurons here, and what it makes is the checkpoint.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from sparc3_lightning.attribution.scores import WeightScores, check_match, load_index
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
-from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, weight_of
+from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, parameters_of, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.export import Copy, check_export, copied, export_dtype_of
 from sparc3_lightning.provenance import git_hash, versions
@@ -178,10 +179,14 @@ def zero_(model: nn.Module, masks: Iterator[tuple[str, Tensor]]) -> Zeroed:
 
 
 def held(copy: Copy, masks: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Hold the weights of each layer while its mask is in use."""
-    for name, pruned in masks:
-        with copy.holding([name]):
-            yield name, pruned
+    """Hold the weights of each layer while its mask is in use, and of all experts of a block while one is."""
+
+    def owner_of(mask: tuple[str, Tensor]) -> str:
+        return next(iter(parameters_of(copy.model, mask[0]).values())).rpartition(".")[0]
+
+    for owner, of_owner in groupby(masks, owner_of):
+        with copy.holding([owner]):
+            yield from of_owner
 
 
 def check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:

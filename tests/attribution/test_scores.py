@@ -243,6 +243,7 @@ def test_files_of_other_data_and_seeds_belong_together(tmp_path: Path) -> None:
         "versions": {},
         "git_hash": None,
         "expert_tokens": TokensSeen(8, 0, 3, 12, 2),
+        "lrp_check": "LRP: logits unchanged",
         "nonfinite": "zero",
         "activations": True,
     }
