@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from sparc3_lightning.attribution.rules import Rule, Rules, mark
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import Linear, layer_of
+from sparc3_lightning.models.experts import ExpertLinear
 
 # Layers through which CP-LRP passes no relevance: what they put out goes into a gate, or into the softmax.
 _NONE_BY_CP_LRP = {"gate_proj", "q_proj", "k_proj"}
@@ -381,7 +382,10 @@ def _pass(model: PreTrainedModel, input_ids: Tensor, layers: Mapping[str, Linear
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            called.append(name)
+            seen = module.tokens if isinstance(module, ExpertLinear) else None
+            # In the last block nothing comes back to an expert that the last token was not routed to.
+            if seen is None or seen[-1] == input_ids.shape[1] - 1:
+                called.append(name)
             output.requires_grad_().register_hook(lambda gradient: reached.add(name) if gradient.any() else None)
 
         return hook

@@ -248,7 +248,7 @@ def count_in_words(model: nn.Module, neurons: Mapping[str, int]) -> str:
     sizes = set(blocks.values())
     experts = f"{sizes.pop()} x {len(blocks)}" if len(sizes) == 1 else f"{blocks.total():,}"
     dense = sum(neurons.values()) - inside
-    return f"{dense:,} dense, {inside:,} in {experts} experts"
+    return (f"{dense:,} dense, " if dense else "") + f"{inside:,} in {experts} experts"
 
 
 def _form_of(module: nn.Module) -> Form | None:

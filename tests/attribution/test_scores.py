@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sparc3_lightning.attribution.scores import FORMAT, Provenance, ScoreFile, average, load_matching
 from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.attribution.tensor_file import save_tensors
+from sparc3_lightning.models.experts import TokensSeen
 
 PROVENANCE = Provenance(
     checkpoint="org/name",
@@ -241,6 +242,7 @@ def test_files_of_other_data_and_seeds_belong_together(tmp_path: Path) -> None:
         "sample_ids": [],
         "versions": {},
         "git_hash": None,
+        "expert_tokens": TokensSeen(8, 0, 3, 12, 2),
         "lrp_check": "LRP: logits unchanged",
         "nonfinite": "zero",
         "activations": True,

@@ -31,25 +31,32 @@ def input_files(in_empty_folder, as_if_from_a_shell) -> None:
     Path("prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
+def start(verb: str, **options: Any) -> Any:
+    """Run a verb with a config of these options."""
+    Path(f"{verb}.yaml").write_text(yaml.safe_dump(options))
+    return main([verb, "--config", f"./{verb}.yaml", *QUIET])
+
+
 def run(verb: str, **options: Any) -> Path:
     """Run a verb with a config of these options, and return its folder."""
-    Path(f"{verb}.yaml").write_text(yaml.safe_dump(options))
-    return Path(main([verb, "--config", f"./{verb}.yaml", *QUIET]).trainer.log_dir)
+    return Path(start(verb, **options).trainer.log_dir)
 
 
-def attribute(checkpoint: str, data: str = "ToxicPrompts", of_data: Any = None, **model: Any) -> Path:
-    """Attribute on five samples, and return the folder."""
+def attribute(checkpoint: str, data: str = "ToxicPrompts", of_data: Any = None, **model: Any) -> tuple[Path, str]:
+    """Attribute on five samples, and return the folder and what is said at the end."""
     init = {"source": "prompts.jsonl", "num_samples": 5, "batch_size": 3, **(of_data or {})}
     of = {"class_path": f"sparc3_lightning.data.{data}", "init_args": init}
-    return run("attribute", model={"checkpoint": checkpoint, "method": "gradient", **model}, data=of)
+    cli = start("attribute", model={"checkpoint": checkpoint, "method": "gradient", **model}, data=of)
+    return Path(cli.trainer.log_dir), cli.model.summary()
 
 
 @pytest.mark.slow
-def test_neurons_of_experts_are_scored_pruned_and_evaluated(tmp_path, capfd):
+def test_neurons_of_experts_are_scored_pruned_and_evaluated(tmp_path):
     checkpoint = save_mixture("mixtral", tmp_path / "tiny")
-    general = attribute(checkpoint, "C4", {"source": "general.txt", "seq_len": 12})
-    assert "An expert saw " in "".join(capfd.readouterr())
-    behavior = attribute(checkpoint, activations=True)
+    general, said = attribute(checkpoint, "C4", {"source": "general.txt", "seq_len": 12})
+    assert said.startswith("Scored 100 % of the MLP neurons: 192 in 4 x 2 experts; left out: self_attn")
+    assert "\nAn expert saw " in said
+    behavior, _ = attribute(checkpoint, activations=True)
     scores = ScoreFile.load(behavior / "scores.safetensors")
     assert list(scores.scores) == LAYERS
     seen = scores.provenance.expert_tokens
@@ -90,7 +97,7 @@ def test_a_loaded_mixture_is_open_and_computes_what_the_stock_one_does(tmp_path)
 @pytest.mark.slow
 def test_weights_of_experts_are_among_all_layers_and_routers_are_not(tmp_path):
     checkpoint = save_mixture("llama4_text", tmp_path / "tiny")
-    folder = attribute(checkpoint, granularity="weight", layers=["all"], method="wanda")
+    folder, _ = attribute(checkpoint, granularity="weight", layers=["all"], method="wanda")
     scores: WeightScores = load_index(folder / INDEX, "general")
     kinds = {name.rpartition(".")[2] for name in scores.shapes}
     assert {"gate_proj", "up_proj", "down_proj", "q_proj"} <= kinds
