@@ -134,7 +134,7 @@ class _ModesOfForward:
                 self.entered.enter_context(mode)
 
     def __exit__(self, *error: object) -> None:
-        self.entered.__exit__(*error)
+        self.entered.close()
 
 
 def load_sharded(

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from some_decoders import DECODERS, ONLY_EAGER, make_decoder
 from helpers import FAMILIES
 from lxt_oracle import lxt_lrp
 from slow_lrp import INPUT_IDS, all_rules, assert_same, gradients
+from some_decoders import DECODERS, ONLY_EAGER, make_decoder
 from torch import Tensor, nn
 
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
