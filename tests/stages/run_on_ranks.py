@@ -22,7 +22,7 @@ from sparc3_lightning.evaluation.generation import SamplingOptions
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.evaluate import Evaluation
 
-SCORES = {
+SCORES: dict[str, dict[str, Any]] = {
     "magnitude": {},
     "signed": {"relevance": "signed"},
     "wanda": {"method": "wanda"},
@@ -32,6 +32,11 @@ SCORES = {
     "wanda_weights": {"granularity": "weight", "method": "wanda"},
     "heads": {"granularity": "head", "layers": ["o_proj"]},
     "wanda_heads": {"granularity": "head", "layers": ["o_proj"], "method": "wanda"},
+}
+SCORES_OF_EXPERTS: dict[str, dict[str, Any]] = {
+    "gradient": {"method": "gradient"},
+    "wanda": {"method": "wanda"},
+    "wanda_weights": {"granularity": "weight", "layers": ["all"], "method": "wanda"},
 }
 NUM_SAMPLES = (93, 1)
 
@@ -48,13 +53,25 @@ def trainer(folder: Path, strategy: Any, ranks: int) -> Trainer:
     )
 
 
-def attribute(checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int) -> None:
-    for (name, options), num_samples in itertools.product(SCORES.items(), NUM_SAMPLES):
+def attribute(
+    checkpoint: str,
+    prompts: str,
+    folder: Path,
+    strategy: str,
+    ranks: int,
+    scores: dict[str, dict[str, Any]] = SCORES,
+    sizes: tuple[int, ...] = NUM_SAMPLES,
+) -> None:
+    for (name, options), num_samples in itertools.product(scores.items(), sizes):
         data = ToxicPrompts(source=prompts, num_samples=num_samples, min_toxicity=0.0, batch_size=5)
         module = Attribution(checkpoint, **options)
         trainer(folder / f"{name}-{num_samples}", strategy, ranks).predict(
             module, datamodule=data, return_predictions=False
         )
+
+
+def attribute_experts(checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int) -> None:
+    attribute(checkpoint, prompts, folder, strategy, ranks, SCORES_OF_EXPERTS, (13,))
 
 
 def evaluate(
@@ -143,8 +160,9 @@ def load(checkpoint: str, folder: Path, ranks: int) -> None:
 if __name__ == "__main__":
     task, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    if task == "attribute":
-        attribute(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))
+    if task in ("attribute", "experts"):
+        of_task = attribute_experts if task == "experts" else attribute
+        of_task(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))
     elif task in ("evaluate", "signalled"):
         of = Signalled if task == "signalled" else Evaluation
         evaluate(*arguments[:4], Path(arguments[4]), arguments[5], int(arguments[6]), of)

@@ -14,6 +14,7 @@ import torch
 from evaluations import flat
 from fused import save
 from helpers import sentence
+from mixtures import save_mixture
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -246,6 +247,20 @@ def test_ranks_put_together_the_experts_that_they_hold(kind: str, tiny_checkpoin
     for rank in range(3):
         loaded = torch.load(tmp_path / f"load-{rank}.pt", weights_only=True)
         torch.testing.assert_close(loaded["logits"], logits, rtol=0, atol=1e-5)
+
+
+def test_ranks_give_the_neurons_of_experts_the_scores_that_one_process_gives(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    checkpoint = save_mixture("mixtral", tmp_path / "model")
+    run_on_ranks.attribute_experts(checkpoint, inputs["prompts.jsonl"], tmp_path / "one", "auto", 1)
+    torchrun(2, "experts", checkpoint, inputs["prompts.jsonl"], tmp_path / "two", "fsdp2", 2)
+    for path in sorted((tmp_path / "one").rglob("*.safetensors")):
+        one, two = load_file(path), load_file(tmp_path / "two" / path.relative_to(tmp_path / "one"))
+        assert one.keys() == two.keys()
+        assert any(".experts.3." in name for name in one)
+        for name, score in one.items():
+            assert (two[name] - score).abs().max() <= 1e-6 * score.abs().max(), (path, name)
 
 
 @pytest.mark.parametrize("num_items", [0, 1, 2, 7, 93])
