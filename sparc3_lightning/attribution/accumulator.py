@@ -6,7 +6,7 @@ from functools import partial
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparc3_lightning.attribution.activations import mean_activations
 from sparc3_lightning.attribution.relevance import (
@@ -21,10 +21,12 @@ from sparc3_lightning.attribution.relevance import (
     weight_relevance,
 )
 from sparc3_lightning.attribution.spec import Nonfinite, Score, check_granularity
+from sparc3_lightning.attribution.unfolding import Unfolding, tokens_seen
 from sparc3_lightning.distributed import gather_rows, num_ranks
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import Linear, weight_of, whole
 from sparc3_lightning.models.components import Granularity
+from sparc3_lightning.models.experts import ExpertLinear
 from sparc3_lightning.models.heads import sum_heads
 
 # How relevance is formed: from the weight of a layer, its input and its gradient, and the inputs of each head; or from
@@ -36,6 +38,7 @@ OF_INPUT: dict[Granularity, dict[str, Callable[..., Tensor]]] = {
 OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "squared": squared_relevance}
 # Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.
 CHECK_EVERY = 16
+_TOKENS = "tokens/"  # before the name of a module of experts whose sum is the tokens that each of them saw
 
 
 class NonfiniteRelevanceError(OptionError):
@@ -60,6 +63,8 @@ class ScoreAccumulator:
         granularity: One score for each ``neuron``, summed over its incoming weights; for each attention ``head``,
             summed over its outgoing weights; or for each ``weight``.
         head_dims: Of each module, the inputs that belong to one head; for heads.
+        parts: Of each module, which rows are those of its neurons; for neurons, by default all.
+        twins: Layers that have the weight of a module too. The scores of all uses of a weight are added up.
 
     Raises:
         ValueError: If the score is not defined for weights, as squared and absolute relevance are not; if a module
@@ -73,6 +78,8 @@ class ScoreAccumulator:
         nonfinite: Nonfinite = "error",
         granularity: Granularity = "neuron",
         head_dims: Mapping[str, int] | None = None,
+        parts: Mapping[str, slice] | None = None,
+        twins: Mapping[Linear, Sequence[Linear]] | None = None,
     ) -> None:
         check_granularity(granularity, score, modules)
         self.modules = dict(modules)
@@ -80,11 +87,20 @@ class ScoreAccumulator:
         self.nonfinite = nonfinite
         self.granularity = granularity
         self.head_dims = head_dims or {}
+        self.parts = parts or {}
+        self.twins = twins or {}
         self.sums: dict[str, Tensor] = {}
         self.num_samples = 0
         self._nonfinite: int | Tensor = 0
         self._unchecked: list[tuple[Tensor, list[str]]] = []
         self._batch: dict[str, Tensor] = {}
+        self._called: set[str] = set()
+        self._experts = {
+            name.rsplit(".", 2)[0]: module.experts
+            for name, module in self.modules.items()
+            if isinstance(module, ExpertLinear)
+        }
+        self._routed: dict[str, Tensor] = {}
 
     @property
     def num_nonfinite(self) -> int:
@@ -115,17 +131,23 @@ class ScoreAccumulator:
             NonfiniteRelevanceError: If a score is NaN or infinite and ``nonfinite`` is ``error``: on a CPU at once,
                 and nothing of the batch is added to the sums of neurons; on an accelerator at the next ``check``.
         """
-        self._batch = {}
+        self._batch, self._called, self._routed = {}, set(), {}
         real = [i for i, weight in enumerate(weights) if weight] if weights is not None else range(len(sample_ids))
         handles = [
-            module.register_forward_hook(self._hook(name, mask_BT, real, len(sample_ids)), prepend=True)
+            layer.register_forward_hook(self._hook(name, mask_BT, real, len(sample_ids)), prepend=True)
             for name, module in self.modules.items()
+            for layer in (module, *self.twins.get(module, ()))
+        ]
+        handles += [
+            experts.register_forward_hook(self._counter(name, mask_BT, real, len(sample_ids)))
+            for name, experts in self._experts.items()
         ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+        self._batch |= self._unseen(len(sample_ids))
         missing = self.modules.keys() - self._batch.keys()
         if missing:
             raise RuntimeError(f"No score arrived for {len(missing)} module(s), e.g. {sorted(missing)[0]}.")
@@ -134,7 +156,9 @@ class ScoreAccumulator:
             self._batch = {name: score[kept.to(score.device)] for name, score in self._batch.items()}
             sample_ids = [sample_ids[i] for i in real]
         num_nonfinite = self._replace_nonfinite()
-        totals: dict[str, Tensor] = {}
+        totals: dict[str, Tensor] = {
+            f"{_TOKENS}{name}": self.sums.get(f"{_TOKENS}{name}", 0) + count for name, count in self._routed.items()
+        }
         if not self.sums_weights:
             for name, score in self._batch.items():
                 # In double: the order of batches and ranks leaves no trace.
@@ -176,10 +200,16 @@ class ScoreAccumulator:
         torch.distributed.all_reduce(counts)
         self.num_samples, self.num_nonfinite = counts.tolist()
         if not self.sums_weights:  # those are of all ranks already
-            flat = torch.cat([self.sums[name] for name in self.modules])
+            names = [*self.modules, *(f"{_TOKENS}{name}" for name in self._experts)]
+            flat = torch.cat([self.sums[name] for name in names])
             torch.distributed.all_reduce(flat)
-            sizes = [len(self.sums[name]) for name in self.modules]
-            self.sums = dict(zip(self.modules, flat.split(sizes), strict=True))
+            sizes = [len(self.sums[name]) for name in names]
+            self.sums = dict(zip(names, flat.split(sizes), strict=True))
+
+    @property
+    def expert_tokens(self) -> dict[str, Tensor]:
+        """How many tokens each expert saw, shape ``[experts]``, by the name of the module of experts."""
+        return {name: self.sums[f"{_TOKENS}{name}"] for name in self._experts}
 
     def compute(self) -> dict[str, Tensor]:
         """Return all scores, see ``each``."""
@@ -191,7 +221,7 @@ class ScoreAccumulator:
         Relevance and activations are the mean over the samples; Wanda's norm is over all tokens of all samples.
 
         Yields:
-            Name, and scores of shape ``[out_features]``, of heads ``[heads]`` or, of weights, ``[out_features,
+            Name, and scores of shape ``[neurons]``, of heads ``[heads]`` or, of weights, ``[out_features,
             in_features]``.
 
         Raises:
@@ -202,9 +232,10 @@ class ScoreAccumulator:
         if not self.num_samples:
             raise ValueError("No sample was recorded, so there is no score.")
         for name, module in self.modules.items():
-            total = self.sums[name]
+            # Of an expert that saw no token no weight has a sum.
+            total = self.sums[name] if name in self.sums else torch.zeros_like(weight_of(module).detach())
             if self.score == "wanda":
-                score = wanda_score(whole(weight_of(module)), total, self.granularity == "neuron")
+                score = wanda_score(whole(weight_of(module))[self._part(name)], total, self.granularity == "neuron")
                 if self.granularity == "head":
                     score = sum_heads(score.sum(dim=0), self.head_dims[name])
             else:
@@ -212,23 +243,27 @@ class ScoreAccumulator:
                 score = rows / self.num_samples
             yield name, score.float().cpu()
 
+    def _part(self, name: str) -> slice:
+        """Return which rows of a module are scored."""
+        return self.parts.get(name, slice(None))
+
     def _hook(
         self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int
     ) -> Callable[[Linear, tuple[Tensor], Tensor], None]:
-        def unfold(tensor: Tensor) -> Tensor:
-            # OPT's MLP gets the tokens of all samples as one row after the other.
-            return tensor.detach().reshape(num_samples, -1, tensor.shape[-1])
-
         def record(module: Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+            self._called.add(name)
+            unfold = Unfolding(module, mask_BT, num_samples)
             A_BTI = unfold(inputs[0])
             if self.score == "wanda":
-                self._batch[name] = squared_norms(A_BTI, mask_BT)
+                self._set(name, squared_norms(A_BTI, unfold.mask_BT))
                 return
             if self.score == "activation":
-                self._batch[name] = mean_activations(A_BTI.abs(), mask_BT)
+                self._set(name, mean_activations(A_BTI.abs(), unfold.mask_BT, unfold.num_tokens))
                 return
             # All weights are frozen: the graph begins here, at the first target, and not at the embeddings.
             output.requires_grad_()
+
+            part = self._part(name)
 
             def weight() -> Tensor:  # asked for in the backward pass, where that of a sharded model is whole
                 return weight_of(module).detach()
@@ -237,16 +272,39 @@ class ScoreAccumulator:
                 output.register_hook(lambda G: self._add_weights(name, weight(), A_BTI, unfold(G), real))
             elif of_input := OF_INPUT[self.granularity].get(self.score):
                 dims = [self.head_dims[name]] if name in self.head_dims else []
-                output.register_hook(lambda G: self._set(name, of_input(weight(), A_BTI, unfold(G), *dims)))
+                output.register_hook(
+                    lambda G: self._set(name, of_input(weight()[part], A_BTI, unfold(G)[..., part], *dims))
+                )
             else:
-                Z_BTO = unfold(output if module.bias is None else output.detach() - module.bias.detach())
+                Z_BTO = unfold(output if module.bias is None else output.detach() - module.bias.detach())[..., part]
                 of_output = OF_OUTPUT[self.score]
-                output.register_hook(lambda G: self._set(name, of_output(Z_BTO, unfold(G))))
+                output.register_hook(lambda G: self._set(name, of_output(Z_BTO, unfold(G)[..., part])))
 
         return record
 
+    def _counter(
+        self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int
+    ) -> Callable[[nn.Module, object, object], None]:
+        def count(experts: nn.Module, *_: object) -> None:
+            self._routed[name] = tokens_seen(experts, mask_BT, real, num_samples)
+
+        return count
+
+    def _unseen(self, num_samples: int) -> dict[str, Tensor]:
+        """Return the scores of layers of experts to which no token of the batch was routed: 0."""
+        of_inputs = self.score in ("wanda", "activation")
+        return {
+            name: counts.new_zeros(num_samples, module.in_features if of_inputs else module.out_features)
+            for name, module in self.modules.items()
+            if isinstance(module, ExpertLinear)
+            and name not in self._called
+            and (counts := self._routed.get(name.rsplit(".", 2)[0])) is not None
+        }
+
     def _set(self, name: str, score: Tensor) -> None:
-        self._batch[name] = score.detach()
+        """Take the score of a layer for the samples of the batch; of one that is used several times, of one use."""
+        score = score.detach()
+        self._batch[name] = self._batch[name] + score if name in self._batch else score
 
     def _add_weights(self, name: str, W_OI: Tensor, A_BTI: Tensor, G_BTO: Tensor, real: Sequence[int]) -> None:
         """Add the relevance of each weight to the sums; keep the sums over rows for the check of NaN and infinity."""
@@ -272,7 +330,7 @@ class ScoreAccumulator:
             own = torch.empty_like(padded[: len(padded) // ranks])
             torch.distributed.reduce_scatter_tensor(own, padded)
             self.sums[name] = self.sums[name] + own if name in self.sums else own
-        self._batch[name] = score
+        self._set(name, score)
 
     def _replace_nonfinite(self) -> int | Tensor:
         """Put 0 in place of NaN and infinity in the batch if that is asked for; return how many there are by now."""

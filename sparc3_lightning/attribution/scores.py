@@ -18,7 +18,8 @@ from torch import Tensor
 from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.attribution.tensor_file import ERRORS, digest_of, load_tensors, save_tensors
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
-from sparc3_lightning.files import Count, JsonFile, check_checksum, checksum, parse_json, read_as, replacing
+from sparc3_lightning.files import LEFT_OUT, Count, JsonFile, check_checksum, checksum, parse_json, read_as, replacing
+from sparc3_lightning.models.experts import TokensSeen
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.sources import first_line
 
@@ -46,6 +47,8 @@ class Provenance:
         sample_ids: Of each sample; for prompts they tell evaluation which to leave out.
         versions: Of this package, its main dependencies and Python.
         git_hash: Commit of this package's working tree, if it is one.
+        lrp_check: What a short sample showed about the LRP rules on the model; None for other methods.
+        expert_tokens: How many tokens the scored experts saw; None without any.
     """
 
     checkpoint: str
@@ -61,6 +64,8 @@ class Provenance:
     sample_ids: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     git_hash: str | None = None
+    lrp_check: str | None = field(default=None, metadata=LEFT_OUT)
+    expert_tokens: TokensSeen | None = field(default=None, metadata=LEFT_OUT)
 
     @classmethod
     def from_json(cls, text: str) -> "Provenance":
@@ -119,7 +124,7 @@ class ScoreFile:
             raise FileNotFoundError(f"The score file {path} does not exist; 'sparc3 attribute' writes it.")
         if path.name == INDEX:
             weights = WeightScores(path)
-            sums = {name: score.sum(dim=1) for name, score in weights}
+            sums = {name: score[slice(*weights.neuron_rows.get(name, [None]))].sum(dim=1) for name, score in weights}
             spec = replace(weights.provenance.spec, granularity="neuron")
             of_neurons = replace(weights.provenance, spec=spec)
             return cls({name: sums[name] for name in sorted(sums, key=_natural)}, of_neurons, path)
@@ -155,12 +160,15 @@ class ShardIndex(JsonFile):
         provenance: Of the scores.
         weight_map: The file that holds each module, beside the index.
         checksums: Of the scores of each module, see ``digest_of``.
+        neuron_rows: First of the rows that are those of a module's neurons, and the row after the last one, where these
+            are not all rows.
     """
 
     FORMAT = "sparc3_lightning weight_scores 3"
     provenance: Provenance
     weight_map: dict[str, str]
     checksums: dict[str, str]
+    neuron_rows: dict[str, list[Count]] = field(default_factory=dict, metadata=LEFT_OUT)
 
     def check(self) -> None:
         """Raise ValueError unless each module has a checksum and a file beside the index, and there is one."""
@@ -174,7 +182,7 @@ class WeightScores:
     """The scores of weights in an index and its shards, read one module at a time.
 
     Iterating gives the name of each target module and its scores, shape ``[out_features, in_features]``, float32.
-    ``digest`` is a hash of all names and scores, as the index has it.
+    ``digest`` is a hash of all names and scores, as the index has it, and ``neuron_rows`` as in ``ShardIndex``.
 
     Args:
         path: The index.
@@ -194,6 +202,7 @@ class WeightScores:
                 f"{path} is not an index of scores, or is damaged: {error!s:.200}. Attribute again."
             ) from None
         self.files, self.provenance = index.weight_map, index.provenance
+        self.neuron_rows = index.neuron_rows
         self.digest = checksum(index.checksums)
         self._unchecked = dict(index.checksums)  # a module is hashed when it is first read
 
@@ -238,10 +247,14 @@ class ShardWriter:
     Args:
         folder: Where the shards and the index go.
         shapes: Of every module, in the order in which they will come.
+        parts: Which rows of a module are those of its neurons, where these are not all rows.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, folder: Path, shapes: Mapping[str, Sequence[int]], parts: Mapping[str, slice] | None = None
+    ) -> None:
         self.folder = folder
+        self.neuron_rows = {name: [part.start, part.stop] for name, part in (parts or {}).items()}
         self.left: list[list[str]] = [[]]
         held = 0
         for name, (rows, columns) in shapes.items():
@@ -270,7 +283,7 @@ class ShardWriter:
 
     def close(self, provenance: Provenance) -> None:
         """Write the index, last: a folder that holds one is complete."""
-        ShardIndex(provenance, self.files, self.checksums).save(self.folder / INDEX)
+        ShardIndex(provenance, self.files, self.checksums, self.neuron_rows).save(self.folder / INDEX)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

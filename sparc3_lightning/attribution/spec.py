@@ -6,11 +6,11 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from sparc3_lightning.attribution.lrp import Rule
 from sparc3_lightning.attribution.relevance import Relevance
+from sparc3_lightning.attribution.rules import Rule
 from sparc3_lightning.attribution.targets import LEXICAL, Target
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.architectures import ATTENTIONS, MLPS, is_heads
+from sparc3_lightning.models.architectures import ATTENTIONS, MLPS, ends_in, is_heads
 from sparc3_lightning.models.components import Granularity
 
 Method = Literal["lrp", "gradient", "wanda", "activation", "magnitude", "random"]
@@ -128,7 +128,7 @@ class ScoreSpec:
         if self.granularity == "head":
             raise OptionError(option, f"{value} is defined for neurons, not for heads: choose another --.granularity.")
         rows = [row for rows, _ in MLPS for row in rows]
-        if not all(target.rpartition(".")[2] in rows for target in self.layers or ()):
+        if not all(any(ends_in(target, row) for row in rows) for target in self.layers or ()):
             raise OptionError(
                 option,
                 f"{value} is defined for MLP neurons only: expected --.layers to be among {rows}, or left out, got "

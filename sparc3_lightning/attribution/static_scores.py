@@ -35,6 +35,7 @@ class StaticScores:
         score: ``magnitude`` or ``random``.
         granularity: One score for each ``neuron``, or for each ``weight``.
         seed: Of the random scores.
+        parts: Which rows of a module are those of its neurons; by default all.
     """
 
     num_samples = 0
@@ -47,11 +48,13 @@ class StaticScores:
         score: Score,
         granularity: Granularity = "neuron",
         seed: int = 0,
+        parts: Mapping[str, slice] | None = None,
     ) -> None:
         self.modules = dict(modules)
         self.score = score
         self.granularity = granularity
         self.seed = seed
+        self.parts = parts or {}
         self.sums: dict[str, Tensor] = {}
 
     def recording(self, *_: object) -> nullcontext[None]:
@@ -72,13 +75,15 @@ class StaticScores:
         """Yield each module and its scores, float32 on the CPU; all ranks must ask together.
 
         Yields:
-            Name, and scores of shape ``[out_features]`` or, of weights, ``[out_features, in_features]``.
+            Name, and scores of shape ``[neurons]`` or, of weights, ``[out_features, in_features]``.
         """
         of_neurons = self.granularity == "neuron"
         for name, module in self.modules.items():
+            part = self.parts.get(name, slice(None))
             if self.score == "random":
-                shape = tuple(weight_of(module).shape)
-                yield name, random_scores(name, shape[:1] if of_neurons else shape, self.seed)
+                rows, columns = weight_of(module).shape
+                shape = (len(range(rows)[part]),) if of_neurons else (rows, columns)
+                yield name, random_scores(name, shape, self.seed)
             else:
                 magnitude = whole(weight_of(module)).float().abs()
-                yield name, (magnitude.sum(dim=1) if of_neurons else magnitude).cpu()
+                yield name, (magnitude[part].sum(dim=1) if of_neurons else magnitude).cpu()

@@ -3,7 +3,8 @@
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -50,12 +51,12 @@ def random_like(pruned: Sequence[Component], shapes: Mapping[str, Sequence[int]]
     """
     sample = _sampler(pruned[0].granularity, seed)
     drawn = []
-    for module, number in per_module(pruned).items():
-        shape = shapes[module]
-        taken = sorted({component.place(shape) for component in pruned if component.module == module})
+    for module, of_module in _by_module(pruned).items():
+        shape, number = shapes[module], len(of_module)
+        taken = sorted({component.place(shape) for component in of_module})
         # The k-th taken place has taken[k] - k free ones before it, which says how many to skip.
         before = [place - k for k, place in enumerate(taken)]
-        dampings = _dampings(pruned, module)
+        dampings = iter(component.damping for component in of_module)
         drawn += [
             Component.at(rank + bisect_right(before, rank), module, shape, damping=next(dampings))
             for rank in sample(math.prod(shape) - len(taken), number)
@@ -74,15 +75,16 @@ def draw_like(pruned: Sequence[Component], pool: Iterable[Component], seed: int)
             by_module[component.module].append(component)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
-    for module, number in per_module(pruned).items():
-        candidates, dampings = by_module[module], _dampings(pruned, module)
-        order = torch.randperm(len(candidates), generator=generator)[:number].tolist()
+    for module, of_module in _by_module(pruned).items():
+        candidates, dampings = by_module[module], iter(component.damping for component in of_module)
+        order = torch.randperm(len(candidates), generator=generator)[: len(of_module)].tolist()
         drawn += [replace(candidates[i], damping=next(dampings)) for i in order]
     return drawn
 
 
 def _random(pruned: NeuronList, model: nn.Module) -> Draw:
-    shapes = {c.module: KINDS[c.granularity].shape(model, c.module) for c in pruned.neurons}
+    kinds = {c.module: KINDS[c.granularity] for c in pruned.neurons}
+    shapes = {name: kind.shape(model, name) for name, kind in kinds.items()}
     return partial(random_like, pruned.neurons, shapes)
 
 
@@ -129,8 +131,11 @@ CONTROLS = {
 }
 
 
-def _dampings(pruned: Iterable[Component], module: str) -> Iterator[float]:
-    return (component.damping for component in pruned if component.module == module)
+def _by_module(components: Iterable[Component]) -> dict[str, list[Component]]:
+    by_module: dict[str, list[Component]] = defaultdict(list)
+    for component in components:
+        by_module[component.module].append(component)
+    return by_module
 
 
 def _sampler(granularity: Granularity, seed: int) -> Callable[[int, int], list[int]]:

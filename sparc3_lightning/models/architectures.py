@@ -1,7 +1,7 @@
-"""What transformers calls the parts of a model: linear layers, MLPs, attentions, families with LRP rules."""
+"""What transformers calls the parts of a model: linear layers, MLPs, attentions."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,49 +11,48 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.experts import routers_of
 
 Linear = nn.Linear | Conv1D
 
-ALL = "all"  # as a target: every linear layer but the head
-# The layers whose row i, and the layer whose column i, make up neuron i: of a gated MLP (LLaMA, Qwen, Gemma3), and of
-# the plain ones of OPT and GPT-2. The first is the one that is scored.
-MLPS = ((("up_proj", "gate_proj"), "down_proj"), (("fc1",), "fc2"), (("c_fc",), "c_proj"))
+ALL = "all"  # as a target: every linear layer but the head and the routers of experts
+# What the layers of an MLP are called below the module that holds them: those whose row i, and the one whose column i,
+# make up neuron i. The first of the rows is the one that is scored; of a gated MLP it is the one beside the gate. Where
+# there is but one layer of rows and it has twice as many as the last layer has columns, its first half is the gate.
+MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("up_proj", "gate_proj"), "down_proj"),  # LLaMA and most others
+    (("w3", "w1"), "w2"),  # LFM2
+    (("proj_up", "proj_up_gate"), "proj_down"),  # xLSTM
+    (("w_in.w_1", "w_in.w_0"), "w_out"),  # CPM-Ant
+    (("up_proj",), "down_proj"),  # Nemotron, Arcee, MPT
+    (("gate_up_proj",), "down_proj"),  # Phi-3, GLM-4
+    (("input_linear",), "output_linear"),  # Granite 4
+    (("Wi",), "Wo"),  # ModernBERT
+    (("fc1",), "fc2"),  # OPT, Phi
+    (("c_fc",), "c_proj"),  # GPT-2, StarCoder 2
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Bloom, Falcon
+    (("fc_in",), "fc_out"),  # GPT-J
+    (("intermediate.dense",), "output.dense"),  # BERT
+    (("feed_forward.intermediate",), "feed_forward.output"),  # ProphetNet
+    (("feed_forward.key",), "feed_forward.value"),  # RWKV
+    (("ffn.0",), "ffn.2"),  # CTRL
+    (("lin1",), "lin2"),  # XLM
+    (("ff.layer_1",), "ff.layer_2"),  # XLNet
+)
 KNOWN_MLPS = ", ".join(f"{' or '.join(rows)} beside {column}" for rows, column in MLPS)
+# An MLP inside a part of a block that is called so does not write into the stream: it makes up the factor of a norm
+# (A.X K2), or chooses among experts (Zaya).
+_NO_BLOCKS = re.compile("norm|router")
 # The last layer of an attention, the layer of its values beside it, and of which kind both are: of LLaMA, Qwen and
-# Gemma, of OPT, and of GPT-2, whose c_attn holds queries, keys and values side by side. The kind tells GPT-2 from
-# GPT-BigCode, which has the same names, but another order of rows.
+# Gemma, of OPT, of Phi, and of GPT-2, whose c_attn holds queries, keys and values side by side. The kind tells GPT-2
+# from GPT-BigCode, which has the same names, but another order of rows.
 ATTENTIONS: dict[str, tuple[str, type[Linear]]] = {
     "o_proj": ("v_proj", nn.Linear),
     "out_proj": ("v_proj", nn.Linear),
+    "self_attn.dense": ("v_proj", nn.Linear),
     "attn.c_proj": ("c_attn", Conv1D),
 }
 KNOWN_ATTENTIONS = ", ".join(f"{output} beside {values}" for output, (values, _) in ATTENTIONS.items())
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the modules are called that need a rule.
-
-    Args:
-        norm: Class of the norms: LayerNorm, or one that divides by the root mean square.
-        gated_mlp: Class of the MLPs, if they have a gate.
-        activation: Name of the activation in a block, if they have none.
-    """
-
-    norm: str
-    gated_mlp: str | None = None
-    activation: str | None = None
-
-
-# By the model_type of transformers.
-FAMILIES = {
-    "gemma3_text": Family("Gemma3RMSNorm", gated_mlp="Gemma3MLP"),
-    "gpt2": Family("LayerNorm", activation="act"),
-    "llama": Family("LlamaRMSNorm", gated_mlp="LlamaMLP"),
-    "opt": Family("LayerNorm", activation="activation_fn"),
-    "qwen2": Family("Qwen2RMSNorm", gated_mlp="Qwen2MLP"),
-    "qwen3": Family("Qwen3RMSNorm", gated_mlp="Qwen3MLP"),
-}
 
 
 def weight_of(layer: Linear) -> Tensor:
@@ -69,26 +68,42 @@ def linear_at(model: nn.Module, name: str) -> Linear:
     return cast(Linear, model.get_submodule(name))
 
 
+def parameters_of(model: nn.Module, layer: str) -> dict[str, str]:
+    """Return the fully qualified names of the parameters that hold a layer's weights, by what the layer calls them.
+
+    They are its own, such as ``weight``; or the layer is one of an expert, and a view of fused parameters.
+    """
+    module = model.get_submodule(layer)
+    held: dict[str, str] | None = getattr(module, "parameters_held", None)
+    return held or {name: f"{layer}.{name}" for name, _ in module.named_parameters(recurse=False)}
+
+
 def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
     """Return the linear layers whose name is, or ends in, one of ``layers``, by fully qualified name.
 
     Args:
         model: Any model.
-        layers: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head.
+        layers: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head
+            and the routers of experts.
+
+    A layer that shares its weight with one before it is left out, see ``twins_of``.
 
     Raises:
         ValueError: If a name matches no linear layer; the names there are are listed.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    for _, name in _ties(model):
+        linear.pop(name, None)
     unknown = [end for end in layers if end != ALL and not any(ends_in(name, end) for name in linear)]
     if unknown:
         kinds = sorted({name.rpartition(".")[2] for name in linear})
         raise OptionError("layers", f": the model has no linear layer {unknown[0]!r}; it has {kinds}.")
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    left_out = {head, *(routers_of(model) if ALL in layers else ())}
     return {
         name: module
         for name, module in linear.items()
-        if any(ends_in(name, end) for end in layers) or (ALL in layers and module is not head)
+        if any(ends_in(name, end) for end in layers) or (ALL in layers and module not in left_out)
     }
 
 
@@ -108,19 +123,174 @@ def layer_of(module: str) -> int:
     return int(match.group(1)) if match else 0
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a linear layer: the i-th of them belongs to the i-th neuron of an MLP.
+
+    Args:
+        layer: Fully qualified name.
+        part: Which of the layer's rows.
+    """
+
+    layer: str
+    part: slice
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Where the neurons of an MLP are, all by fully qualified names.
+
+    Args:
+        name: Of the module that holds the layers.
+        rows: Those before the activation; the scored ones first.
+        column: The layer whose column i, and input i, belong to the i-th neuron.
+    """
+
+    name: str
+    rows: tuple[Rows, ...]
+    column: str
+
+    @property
+    def num_neurons(self) -> int:
+        """Number of neurons."""
+        return self.rows[0].part.stop - self.rows[0].part.start
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one layer holds both the rows of the gate and those beside it."""
+        return len(self.layers) == 2 and len(self.rows) == 2
+
+    @property
+    def layers(self) -> list[str]:
+        """All layers that hold the neurons' weights."""
+        return [*dict.fromkeys(rows.layer for rows in self.rows), self.column]
+
+    def part_of(self, layer: str) -> slice:
+        """Return which rows of a layer are scored, the layer being one of ``rows``."""
+        return next(rows.part for rows in self.rows if rows.layer == layer)
+
+
+def mlps_of(model: nn.Module) -> list[Mlp]:
+    """Return the MLPs of a model in the order of its modules: several of a block, and experts, are each one of them.
+
+    Args:
+        model: Any model; one on the meta device suffices, and no weight is looked at.
+    """
+    modules = dict(model.named_modules())
+    shared = {name for _, name in _ties(model)}
+    names = [name for name, module in modules.items() if isinstance(module, Linear) and name not in shared]
+    found = [find_mlp(name, modules.get) for name in names]
+    return list({mlp.column: mlp for mlp in found if mlp is not None}.values())
+
+
+def mlp_of(model: nn.Module, scored_layer: str) -> Mlp:
+    """Return the MLP that a layer before its activation belongs to.
+
+    Args:
+        model: Any model; one on the meta device suffices.
+        scored_layer: Fully qualified name of one of the MLP's ``rows``.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    mlp = mlp_at(model, scored_layer)
+    if mlp is None:
+        raise ValueError(
+            f"{scored_layer!r} is not a layer of MLP neurons of this model: expected {KNOWN_MLPS}. Is neurons.json of "
+            "another model?"
+        )
+    return mlp
+
+
+def mlp_at(model: nn.Module, layer: str) -> Mlp | None:
+    """Return the MLP that a layer before its activation belongs to; None if it is none. Looks at no other MLP."""
+    if any(layer == name for _, name in _ties(model)):
+        return None
+
+    def module_at(name: str) -> nn.Module | None:
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            return None
+
+    return find_mlp(layer, module_at)
+
+
+def find_mlp(layer: str, module_at: Callable[[str], nn.Module | None]) -> Mlp | None:
+    """Return the MLP that a layer before its activation belongs to; None if there is none.
+
+    A name alone decides nothing: all layers of the MLP must be there, be linear, and have shapes that fit.
+
+    Args:
+        layer: Fully qualified name.
+        module_at: Returns the module of a name, if there is one.
+    """
+    in_block = re.sub(r"^.*?\.\d+\.", "", layer)
+    if _NO_BLOCKS.search(in_block):
+        return None
+    for rows, column in MLPS:
+        end = next((row for row in rows if ends_in(layer, row)), None)
+        if end is None:
+            continue
+        above = layer.removesuffix(end)  # ends in a dot, or is empty
+        modules = [module_at(above + name) for name in (*rows, column)]
+        *of_rows, of_column = [_shape(module) if isinstance(module, Linear) else None for module in modules]
+        if of_column is None or None in of_rows:
+            continue
+        number, heights = of_column[1], {shape[0] for shape in of_rows if shape is not None}
+        first = Rows(above + rows[0], slice(0, number))
+        if heights == {number}:
+            parts = [first, *(Rows(above + name, slice(0, number)) for name in rows[1:])]
+        elif len(rows) == 1 and heights == {2 * number}:
+            parts = [Rows(first.layer, slice(number, 2 * number)), first]
+        else:
+            return None
+        return Mlp(above.rstrip("."), tuple(parts), above + column)
+    return None
+
+
+def _shape(layer: Linear) -> tuple[int, int]:
+    """Return the numbers of outputs and of inputs of a linear layer, without a look at its weight."""
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+
+
+def twins_of(model: nn.Module) -> dict[Linear, list[Linear]]:
+    """Return the linear layers that have the weight of another one, by that one, which is the first.
+
+    Few models have any: Zamba has one MLP, and one attention, in several of its blocks. They are the same components.
+    """
+    twins: dict[Linear, list[Linear]] = {}
+    for first, name in _ties(model):
+        twins.setdefault(linear_at(model, first), []).append(linear_at(model, name))
+    return twins
+
+
+def _ties(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of linear layers with one weight: the first, and another."""
+    found = []
+    for other, first in getattr(model, "all_tied_weights_keys", {}).items():
+        (one, _, kind), (another, _, same) = first.rpartition("."), other.rpartition(".")
+        is_weight = kind == same == "weight"
+        if is_weight and all(isinstance(model.get_submodule(name), Linear) for name in (one, another)):
+            found.append((one, another))
+    return found
+
+
 def neuron_layers(model: nn.Module) -> list[str]:
-    """Return the name that the scored layer of an MLP has in each block of a model, such as ``up_proj``.
+    """Return the names at the end of the layers that are scored in the MLPs of a model, such as ``up_proj``.
 
     Raises:
         ValueError: If the model has no MLP of a known kind.
     """
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    found = [rows[0] for rows, column in MLPS if {*rows, column} <= names]
-    if not found:
+    ends = [mlp.rows[0].layer.removeprefix(f"{mlp.name}.") for mlp in mlps_of(model)]
+    if not ends:
+        linear = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, Linear)})
         raise OptionError(
-            "layers", f"The model has no MLP of a known kind ({KNOWN_MLPS}): name the layers to score with --.layers."
+            "layers",
+            f"{type(model).__name__} has no MLP whose neurons could be scored, and its linear layers are {linear}: "
+            "score their single weights, with --.granularity weight and --.layers '[all]'.",
         )
-    return found
+    return list(dict.fromkeys(ends))
 
 
 @dataclass(frozen=True)
@@ -149,6 +319,10 @@ def head_layers(model: nn.Module, named: Sequence[str] | None = None) -> list[st
     """
     found = [name for name, _ in model.named_modules() if find_attention(model, name) is not None]
     layers = [output for output in ATTENTIONS if any(ends_in(name, output) for name in found)]
+    if found and not set(find_layers(model, layers)) <= set(found):  # a gated convolution ends in such a name too
+        layers = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in found))
+        if not set(find_layers(model, layers)) <= set(found):
+            layers = found
     if not layers:
         linear = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, Linear)})
         raise OptionError(
@@ -156,7 +330,7 @@ def head_layers(model: nn.Module, named: Sequence[str] | None = None) -> list[st
             f"head: the model has no attention of a known kind ({KNOWN_ATTENTIONS}); its linear layers are {linear}.",
         )
     for end in named or ():
-        if not any(ends_in(name, end) for name in found):
+        if not any(ends_in(name, end) for name in found) or not set(find_layers(model, [end])) <= set(found):
             raise OptionError(
                 "layers",
                 f"--.layers: {end!r} is no layer of attention heads of this model, which has {layers}: leave "
@@ -190,24 +364,20 @@ def find_attention(model: nn.Module, module: str) -> Attention | None:
                 found = Attention(linear_at(model, module), linear_at(attention, values), size)
             except AttributeError:
                 return None
-            return found if isinstance(found.output, kind) and isinstance(found.values, kind) else None
+            return found if _fits(found, kind) and not any(module == name for _, name in _ties(model)) else None
     return None
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """Return the entry of ``FAMILIES`` for the config of a model.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    model_type = config.model_type
-    if model_type not in FAMILIES:
-        raise OptionError(
-            "method",
-            f"There are no LRP rules for the architecture {model_type!r}. Covered are: {', '.join(sorted(FAMILIES))}. "
-            "For another one use --.method wanda, which needs no rules.",
-        )
-    return FAMILIES[model_type]
+def _fits(attention: Attention, kind: type[Linear]) -> bool:
+    """Tell whether the layers of an attention are of a kind, and their sizes are whole numbers of heads."""
+    if not (isinstance(attention.output, kind) and isinstance(attention.values, kind)):
+        return False
+    inputs, values = _shape(attention.output)[1], _shape(attention.values)[0]
+    return (
+        inputs % attention.head_dim == 0
+        and values % attention.head_dim == 0
+        and (kind is Conv1D or inputs % values == 0)
+    )
 
 
 def check_is_text(name: str, config: PreTrainedConfig) -> None:
@@ -242,9 +412,14 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model of transformers, whatever it calls the list of them."""
+    return [module for module in model.modules() if is_block(module)]
+
+
+def is_block(module: nn.Module) -> bool:
+    """Tell whether a module is a block of a model of transformers."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 def check_indices(granularity: str, name: str, indices: Iterable[int], number: int) -> None:

@@ -102,7 +102,7 @@ class Kind:
         mask: Switches components off for the length of a ``with`` block, their dampings times a number.
         prune_: Writes what that does into the weights.
         check: Raises ValueError unless the model has all of the components; one on the meta device suffices.
-        layers: Names of the layers whose weights ``prune_`` changes, by the name of the components' layer.
+        layers: Names of the layers of a model whose weights ``prune_`` changes, by the name of the components' layer.
     """
 
     shape: Callable[[nn.Module, str], tuple[int, ...]]
@@ -110,7 +110,7 @@ class Kind:
     mask: Callable[[nn.Module, Ablations, float], AbstractContextManager[None]]
     prune_: Callable[[PreTrainedModel, Ablations], None]
     check: Callable[[nn.Module, Ablations], None]
-    layers: Callable[[str], list[str]]
+    layers: Callable[[nn.Module, str], list[str]]
 
 
 # In the order in which they are pruned: a neuron's constant goes through the weights that are left.
@@ -119,7 +119,7 @@ KINDS: dict[Granularity, Kind] = {
         lambda *layer: (num_heads(*layer),), head_norms, mask_heads, prune_heads_, check_heads, layers_of_heads
     ),
     "weight": Kind(
-        weight_shape, weight_magnitudes, mask_weights, prune_weights_, check_weights, lambda module: [module]
+        weight_shape, weight_magnitudes, mask_weights, prune_weights_, check_weights, lambda _, module: [module]
     ),
     "neuron": Kind(
         lambda *layer: (num_neurons(*layer),),
@@ -139,7 +139,7 @@ def mask(model: nn.Module, components: Iterable[Component], damping: float = 1.0
     Of neurons and heads no weight is touched; single weights are what they were after the block.
 
     Args:
-        model: A causal language model whose MLPs are in ``MLPS``.
+        model: A causal language model.
         components: The neurons, heads and weights, each with its own damping and constant.
         damping: Times the damping of each.
 
@@ -156,7 +156,7 @@ def prune_(model: PreTrainedModel, components: Iterable[Component]) -> None:
     """Write the effect of ``mask`` into the weights, in place.
 
     Args:
-        model: A causal language model whose MLPs are in ``MLPS``.
+        model: A causal language model.
         components: The neurons, heads and weights.
 
     Raises:

@@ -9,7 +9,16 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparc3_lightning.models.architectures import ATTENTIONS, attention_of, check_indices, ends_in, weight_of, whole
+from sparc3_lightning.models.architectures import (
+    ATTENTIONS,
+    attention_of,
+    check_indices,
+    ends_in,
+    linear_at,
+    twins_of,
+    weight_of,
+    whole,
+)
 
 Dampings = Mapping[int, float]  # by number
 
@@ -28,7 +37,7 @@ def head_dims(model: nn.Module, modules: Iterable[str]) -> dict[str, int]:
     return {module: head_dim(model, module) for module in modules}
 
 
-def layers_of_heads(module: str) -> list[str]:
+def layers_of_heads(_: nn.Module, module: str) -> list[str]:
     """Return the layers whose weights hold the heads of a layer, all by their fully qualified names."""
     values = next(values for output, (values, _) in ATTENTIONS.items() if ends_in(module, output))
     return [f"{module.rpartition('.')[0]}.{values}", module]
@@ -66,6 +75,7 @@ def mask_heads(model: nn.Module, heads: Mapping[str, Dampings], damping: float =
         ValueError: If the model has no such head.
     """
     check_heads(model, heads)
+    twins = twins_of(model)
     with ExitStack() as undo:
         for name, dampings in heads.items():
             factor = _factor(model, name, dampings, damping)
@@ -74,7 +84,9 @@ def mask_heads(model: nn.Module, heads: Mapping[str, Dampings], damping: float =
                 # Not a product alone: what is off is 0 even where the output is infinite.
                 return (torch.where(factor == 0, 0, inputs[0] * factor),)
 
-            undo.callback(model.get_submodule(name).register_forward_pre_hook(damp).remove)
+            output = linear_at(model, name)
+            for layer in (output, *twins.get(output, ())):
+                undo.callback(layer.register_forward_pre_hook(damp).remove)
         yield
 
 

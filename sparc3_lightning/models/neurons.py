@@ -1,9 +1,10 @@
 """Neurons of MLPs: the layers they are in, and how they are masked for a while or pruned for good.
 
-A neuron is a row of the first layers of its MLP, and a column of the last one.
+A neuron is a row of the first layers of its MLP, two rows where one layer holds the gate too, and a column of the last.
 """
 
-from collections import Counter
+import copy
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.architectures import KNOWN_MLPS, MLPS, Linear, check_indices, linear_at, weight_of, whole
+from sparc3_lightning.models.architectures import (
+    KNOWN_MLPS,
+    MLPS,
+    Linear,
+    Mlp,
+    blocks_of,
+    check_indices,
+    ends_in,
+    is_block,
+    linear_at,
+    mlp_at,
+    mlp_of,
+    mlps_of,
+    twins_of,
+    weight_of,
+    whole,
+)
+from sparc3_lightning.models.experts import count_in_words
 
 
 class Ablation(NamedTuple):
@@ -33,22 +51,76 @@ Ablations = Mapping[str, Mapping[int, Ablation]]  # by the name of the scored la
 
 
 @dataclass(frozen=True)
-class _Mlp:
-    """The layers of an MLP, and the ablation of its neurons."""
+class _Ablated:
+    """An MLP, its last layer, and the ablation of its neurons."""
 
-    rows: list[Linear]
+    mlp: Mlp
     column: Linear
     ablations: dict[int, Ablation] = field(default_factory=dict)
 
 
+def scored_rows(model: nn.Module, modules: Iterable[str]) -> dict[str, slice]:
+    """Return which rows of layers are those of their neurons, by the layers' fully qualified names.
+
+    It is so for layers that hold the rows of a gate too; of any other these are all rows, and it is left out.
+    """
+    mlps = {name: mlp_at(model, name) for name in modules}
+    return {name: mlp.part_of(name) for name, mlp in mlps.items() if mlp is not None and mlp.is_fused}
+
+
 def num_neurons(model: nn.Module, module: str) -> int:
-    """Return the number of neurons of a layer."""
-    return len(weight_of(linear_at(model, module)))
+    """Return the number of neurons of a layer; of one that is none of an MLP it is the number of its rows."""
+    mlp = mlp_at(model, module)
+    return len(weight_of(linear_at(model, module))) if mlp is None else mlp.num_neurons
 
 
 def neuron_norms(model: nn.Module, module: str) -> Tensor:
     """Return the norm of each neuron's incoming weights, shape ``[neurons]``; all ranks ask together if sharded."""
-    return whole(weight_of(linear_at(model, module)).float().norm(dim=1)).cpu()
+    norms = whole(weight_of(linear_at(model, module)).float().norm(dim=1))
+    return norms[scored_rows(model, [module]).get(module, slice(None))].cpu()
+
+
+def coverage(model: nn.Module, modules: Collection[str]) -> str:
+    """Return a sentence on how many of the MLP neurons some layers have, and what else blocks have.
+
+    Args:
+        model: A causal language model; one on the meta device suffices.
+        modules: The scored layers by their fully qualified names.
+    """
+    mlps = mlps_of(model)
+    number = {mlp.rows[0].layer: mlp.num_neurons for mlp in mlps}
+    scored = {mlp.rows[0].layer: mlp.num_neurons for mlp in mlps if any(rows.layer in modules for rows in mlp.rows)}
+    share = f"Scored 100 % of the MLP neurons: {count_in_words(model, number)}"
+    if len(scored) < len(number):
+        percent = 100 * sum(scored.values()) // sum(number.values())
+        share = (
+            f"Scored {percent} % of the MLP neurons: {count_in_words(model, scored)} of {count_in_words(model, number)}"
+        )
+    others = _others(model, mlps)
+    return share + (f"; left out: {', '.join(others)}" if others else "")
+
+
+def _others(model: nn.Module, mlps: Iterable[Mlp]) -> list[str]:
+    """Return the parts of blocks that have weights but no MLP inside, each by its name in the block."""
+    layers = {layer for mlp in mlps for layer in mlp.layers}
+    above = {layer[:i] for layer in layers for i, letter in enumerate(layer) if letter == "."}
+    others: dict[str, None] = {}
+
+    def walk(module: nn.Module, name: str, start: int) -> None:
+        for end, child in module.named_children():
+            of_child = f"{name}.{end}"
+            if of_child in above:
+                walk(child, of_child, start)
+            elif of_child not in layers and any(weight.dim() > 1 for weight in child.parameters()):
+                others[of_child[start:]] = None
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks, outer = set(blocks_of(model) or [block for of_list in lists for block in of_list]), None
+    for name, module in model.named_modules():
+        if module in blocks and (outer is None or not name.startswith(outer)):
+            outer = f"{name}."
+            walk(module, name, len(outer))
+    return list(others)
 
 
 @contextmanager
@@ -56,16 +128,17 @@ def mask_neurons(model: nn.Module, neurons: Ablations, damping: float = 1.0) -> 
     """Switch neurons off, or damp them, for the length of a ``with`` block, without touching a weight.
 
     Args:
-        model: A causal language model whose MLPs are in ``MLPS``.
+        model: A causal language model.
         neurons: What is done to each neuron.
         damping: Times the damping of each.
 
     Raises:
         ValueError: If the model has no such neuron.
     """
+    twins = twins_of(model)
     with ExitStack() as undo:
-        for mlp in _by_mlp(model, neurons):
-            factor, constant = _ablation(mlp, damping)
+        for ablated in _by_mlp(model, neurons):
+            factor, constant = _ablation(ablated, damping)
 
             def damp(
                 module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor, constant: Tensor | None = constant
@@ -74,18 +147,20 @@ def mask_neurons(model: nn.Module, neurons: Ablations, damping: float = 1.0) -> 
                 damped = torch.where(factor == 0, 0, inputs[0] * factor)
                 return (damped if constant is None else damped + constant,)
 
-            undo.callback(mlp.column.register_forward_pre_hook(damp).remove)
+            for column in (ablated.column, *twins.get(ablated.column, ())):
+                undo.callback(column.register_forward_pre_hook(damp).remove)
         yield
 
 
 def prune_neurons_(model: PreTrainedModel, neurons: Ablations) -> None:
     """Write the effect of ``mask_neurons`` into the weights, in place.
 
-    The rows and the column of a neuron that is off become zero; a damped one keeps its rows, and its column becomes
-    smaller. What takes the place of a neuron is constant, and goes into the bias of the layer after it.
+    The rows and the column of a neuron that is off become zero, or the column alone if the MLP has a norm between them;
+    a damped one keeps its rows, and its column becomes smaller. What takes the place of a neuron is constant, and goes
+    into the bias of the layer after it.
 
     Args:
-        model: A causal language model whose MLPs are in ``MLPS``.
+        model: A causal language model.
         neurons: What is done to each neuron.
 
     Raises:
@@ -95,20 +170,31 @@ def prune_neurons_(model: PreTrainedModel, neurons: Ablations) -> None:
     mlps = _by_mlp(model, neurons)
     check_have_place(model, neurons)
     if _have_constants(neurons):
-        add_biases_(model, [mlp.column for mlp in mlps])
+        add_biases_(model, neurons)
     with torch.no_grad():
-        for mlp in mlps:
-            off = [index for index, ablation in mlp.ablations.items() if ablation.damping == 1]
-            factor, constant = _ablation(mlp)
-            column = weight_of(mlp.column)
+        for ablated in mlps:
+            off = [index for index, ablation in ablated.ablations.items() if ablation.damping == 1]
+            factor, constant = _ablation(ablated)
+            column = weight_of(ablated.column)
             if constant is not None:
-                mlp.column.bias.add_(column @ constant)
-            for row in mlp.rows:
-                weight_of(row)[off] = 0
-                if row.bias is not None:
-                    row.bias[off] = 0
+                ablated.column.bias.add_(column @ constant)
+            # Where a norm lies between the activations and the column, the rows of one neuron tell on all others.
+            for rows in () if _has_norm(model, ablated.mlp) else ablated.mlp.rows:
+                layer = linear_at(model, rows.layer)
+                weight_of(layer)[rows.part][off] = 0
+                if layer.bias is not None:
+                    layer.bias[rows.part][off] = 0
             column *= factor
             column[:, off] = 0  # where a weight is infinite
+
+
+def _has_norm(model: nn.Module, mlp: Mlp) -> bool:
+    """Tell whether an MLP, being a module of its own, has a norm of its activations, as BitNet's do."""
+    parent = model.get_submodule(mlp.name)
+    return not is_block(parent) and any(
+        "norm" in type(child).__name__.lower() and all(len(weight) == mlp.num_neurons for weight in child.parameters())
+        for child in parent.children()
+    )
 
 
 def check_neurons(model: nn.Module, neurons: Ablations) -> None:
@@ -119,15 +205,20 @@ def check_neurons(model: nn.Module, neurons: Ablations) -> None:
 def check_have_place(model: PreTrainedModel, neurons: Ablations) -> None:
     """Raise ValueError unless the constants of neurons, if they have any, can be written into the weights."""
     if _have_constants(neurons):
-        check_have_biases(model, columns_of(model, neurons).values())
+        check_have_biases(model, neurons)
 
 
-def check_have_biases(model: PreTrainedModel, columns: Iterable[Linear]) -> None:
-    """Raise ValueError unless layers have a bias, or their architecture has one to switch on, to put constants in.
+def check_have_biases(model: PreTrainedModel, modules: Iterable[str]) -> None:
+    """Raise ValueError unless the last layers of MLPs have a bias, or one to switch on, to put constants in.
 
     A model on the meta device suffices.
+
+    Args:
+        model: A causal language model.
+        modules: Layers of neurons by their fully qualified names.
     """
-    if any(column.bias is None for column in columns) and getattr(model.config, "mlp_bias", None) is None:
+    missing = _missing_biases(model, modules)
+    if missing and not missing <= _biases_to_add(model).keys():
         raise OptionError(
             "ablation",
             f"The architecture {model.config.model_type!r} has no bias in its MLPs, so that a checkpoint of it has no "
@@ -141,8 +232,9 @@ def check_are_neurons(modules: Collection[str]) -> None:
     The rows of other layers have scores too, but there is nothing to switch off: what a row of an attention writes is
     a sum over its heads. Needs no model.
     """
-    known = {row for rows, _ in MLPS for row in rows}
-    others = sorted({name.rpartition(".")[2] for name in modules} - known)
+    known = [row for rows, _ in MLPS for row in rows]
+    ends = {name: next((row for row in known if ends_in(name, row)), None) for name in modules}
+    others = sorted({name.rpartition(".")[2] for name, end in ends.items() if end is None})
     if others:
         raise OptionError(
             "granularity",
@@ -150,20 +242,22 @@ def check_are_neurons(modules: Collection[str]) -> None:
             "attention score its heads (sparc3 attribute --.granularity head), for other layers their weights "
             "(--.granularity weight of attribute and prune).",
         )
-    mlps = Counter(name.rpartition(".")[0] for name in modules)
-    if max(mlps.values()) > 1:
-        raise OptionError(
-            "layers",
-            f"The neurons of {mlps.most_common(1)[0][0]} are scored twice, by their row in up_proj and in gate_proj: "
-            "attribute one of the two (--.layers '[up_proj]').",
-        )
+    mlps: dict[str, list[str]] = defaultdict(list)
+    for name, end in ends.items():
+        mlps[name.removesuffix(f".{end}")].append(str(end))
+    for mlp, layers in mlps.items():
+        if len(layers) > 1:
+            first, second = next(rows for rows, _ in MLPS if set(layers) <= set(rows))
+            raise OptionError(
+                "layers",
+                f"The neurons of {mlp} are scored twice, by their row in {first} and in {second}: attribute one of the "
+                f"two (--.layers '[{first}]').",
+            )
 
 
-def layers_of_neurons(module: str) -> list[str]:
+def layers_of_neurons(model: nn.Module, module: str) -> list[str]:
     """Return the layers whose weights hold the neurons of a layer, all by their fully qualified names."""
-    parent, _, layer = module.rpartition(".")
-    rows, column = next((rows, column) for rows, column in MLPS if layer in rows)
-    return [f"{parent}.{part}" for part in (*rows, column)]
+    return mlp_of(model, module).layers
 
 
 def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
@@ -172,40 +266,32 @@ def columns_of(model: nn.Module, modules: Iterable[str]) -> dict[str, Linear]:
     Raises:
         ValueError: If one of the modules is not a layer of MLP neurons.
     """
-    return {name: _by_mlp(model, {name: {}})[0].column for name in modules}
+    return {name: linear_at(model, mlp_of(model, name).column) for name in modules}
 
 
-def _by_mlp(model: nn.Module, neurons: Ablations) -> list[_Mlp]:
+def _by_mlp(model: nn.Module, neurons: Ablations) -> list[_Ablated]:
     """Return the MLPs that neurons belong to: up_proj and gate_proj name the same ones."""
-    mlps: dict[str, _Mlp] = {}
-    modules = dict(model.named_modules())
+    found: dict[str, _Ablated] = {}
     for name, ablations in neurons.items():
-        parent, _, layer = name.rpartition(".")
-        rows, column = next(((rows, column) for rows, column in MLPS if layer in rows), ((), ""))
-        if not rows or not all(f"{parent}.{part}" in modules for part in (*rows, column)):
-            raise ValueError(
-                f"{name!r} is not a layer of MLP neurons of this model: expected {KNOWN_MLPS}. Is neurons.json of "
-                "another model?"
-            )
-        check_indices("neuron", name, ablations, num_neurons(model, name))
-        if parent not in mlps:
-            layers = [linear_at(model, f"{parent}.{row}") for row in rows]
-            mlps[parent] = _Mlp(layers, linear_at(model, f"{parent}.{column}"))
-        mlps[parent].ablations.update(ablations)
-    return list(mlps.values())
+        mlp = mlp_of(model, name)
+        check_indices("neuron", name, ablations, mlp.num_neurons)
+        if mlp.column not in found:
+            found[mlp.column] = _Ablated(mlp, linear_at(model, mlp.column))
+        found[mlp.column].ablations.update(ablations)
+    return list(found.values())
 
 
-def _ablation(mlp: _Mlp, damping: float = 1.0) -> tuple[Tensor, Tensor | None]:
+def _ablation(ablated: _Ablated, damping: float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Return the factor of each activation, and the addend; None if nothing is added."""
-    weight, indices = weight_of(mlp.column), list(mlp.ablations)
-    taken = [damping * ablation.damping for ablation in mlp.ablations.values()]
+    weight, indices = weight_of(ablated.column), list(ablated.ablations)
+    taken = [damping * ablation.damping for ablation in ablated.ablations.values()]
     factor = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
     factor[indices] = factor.new_tensor([1 - part for part in taken])
-    if not any(ablation.mean for ablation in mlp.ablations.values()):
+    if not any(ablation.mean for ablation in ablated.ablations.values()):
         return factor, None
     constant = torch.zeros_like(factor)
     constant[indices] = factor.new_tensor(
-        [part * ablation.mean for part, ablation in zip(taken, mlp.ablations.values(), strict=True)]
+        [part * ablation.mean for part, ablation in zip(taken, ablated.ablations.values(), strict=True)]
     )
     return factor, constant
 
@@ -214,15 +300,39 @@ def _have_constants(neurons: Ablations) -> bool:
     return any(ablation.mean for ablations in neurons.values() for ablation in ablations.values())
 
 
-def add_biases_(model: PreTrainedModel, columns: Iterable[Linear]) -> None:
-    """Give the layers of all MLPs a bias of 0 if these columns have none: an architecture has biases in all or none.
+def add_biases_(model: PreTrainedModel, modules: Iterable[str]) -> None:
+    """Give the layers of all MLPs a bias of 0 if the last ones of these have none: an architecture has all or none.
 
     A model on the meta device suffices.
+
+    Args:
+        model: A causal language model that passes ``check_have_biases``.
+        modules: Layers of neurons by their fully qualified names.
     """
-    if all(column.bias is not None for column in columns):
+    if not _missing_biases(model, modules):
         return
+    for name, size in _biases_to_add(model).items():
+        layer = linear_at(model, name.removesuffix(".bias"))
+        layer.bias = nn.Parameter(layer.weight.new_zeros(size), requires_grad=False)
     model.config.mlp_bias = True
-    names = {name for rows, column in MLPS for name in (*rows, column)}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and layer.bias is None and name.rpartition(".")[2] in names:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)
+
+
+def _missing_biases(model: nn.Module, modules: Iterable[str]) -> set[str]:
+    """Return the names of the biases that the last layers of MLPs lack."""
+    columns = {mlp_of(model, name).column for name in modules}
+    return {f"{column}.bias" for column in columns if linear_at(model, column).bias is None}
+
+
+def _biases_to_add(model: PreTrainedModel) -> dict[str, int]:
+    """Return the name and the size of each bias that the config's mlp_bias would switch on.
+
+    What the model's class builds tells them: some have the option and do not heed it, or not in every MLP.
+    """
+    if getattr(model.config, "mlp_bias", None) is None:
+        return {}
+    config = copy.deepcopy(model.config)
+    config.mlp_bias = True
+    with torch.device("meta"):
+        built = type(model)(config)
+    known = {name for name, _ in model.named_parameters()}
+    return {name: len(bias) for name, bias in built.named_parameters() if name not in known}

@@ -1,6 +1,7 @@
 """How many neurons stay within a budget, a stated rise of perplexity: measured on a text, found by bisection."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sparc3_lightning.data.base import Batch
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.architectures import twins_of
 from sparc3_lightning.models.batching import Batching
 from sparc3_lightning.models.components import Component, Key, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
@@ -126,17 +128,21 @@ class PerplexityRise:
         all of the list as they are in the model, and with all of them off. For a loss quadratic in the dampings the
         costs of a list add up to the rise of the loss.
         """
-        groups = {neuron.module: [n for n in neurons if n.module == neuron.module] for neuron in neurons}
+        groups: dict[str, list[Component]] = defaultdict(list)
+        for neuron in neurons:
+            groups[neuron.module].append(neuron)
         slopes = torch.zeros(len(neurons), dtype=torch.float64)
         place = {neuron.key: i for i, neuron in enumerate(neurons)}
+        twins = twins_of(self.model)
         for damping in (0.0, 1.0):
             factors = {
                 module: torch.full((len(members),), damping, device=self._batches[0][0].device, requires_grad=True)
                 for module, members in groups.items()
             }
             handles = [
-                column.register_forward_pre_hook(_scaled(groups[module], factors[module]))
+                layer.register_forward_pre_hook(_scaled(groups[module], factors[module]))
                 for module, column in columns_of(self.model, groups).items()
+                for layer in (column, *twins.get(column, ()))
             ]
             slopes_by = partial(self._slopes, list(factors.values()))
             try:

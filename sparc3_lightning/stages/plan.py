@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError, in_one_sentence
 from sparc3_lightning.evaluation.variants import check_doses
 from sparc3_lightning.files import kept_sha256
-from sparc3_lightning.models.architectures import find_layers, linear_at, weight_of
+from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype
+from sparc3_lightning.models.components import KINDS
 from sparc3_lightning.models.export import check_export, export_dtype_of
 from sparc3_lightning.models.neurons import check_are_neurons, columns_of
 from sparc3_lightning.provenance import versions_of_results
@@ -214,8 +216,7 @@ class Plan:
             if prune["granularity"] == "neuron":
                 _by_group("attribute", check_are_neurons, layers)
                 columns_of(skeleton, layers)
-        shapes = [weight_of(linear_at(skeleton, layer)).shape for layer in layers]
-        number = sum(shape[0] if prune["granularity"] == "neuron" else shape.numel() for shape in shapes)
+        number = sum(math.prod(KINDS[prune["granularity"]].shape(skeleton, layer)) for layer in layers)
         if prune["num_neurons"] > number and prune["budget"]["max_perplexity_increase"] is None:
             what = f"must be between 1 and {number:,} (all {prune['granularity']}s that are scored)"
             raise OptionError("num_neurons", f"{what}, got {prune['num_neurons']}.", "prune")

@@ -4,32 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from families import make as make_model_of
 
 from sparc3_lightning.evaluation.generation import Sampling, check_can_continue, continue_prompts, draw_keys
 from sparc3_lightning.models.architectures import is_recurrent
 
-SIZES = {
-    **{"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
-    **{"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-FAMILIES = {
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-    "mamba": {"state_size": 4},
-    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, **LINEAR},
-}
+# Their blocks have convolutions, state spaces or linear attention, all but Mamba's in turn with attention.
+FAMILIES = ("granitemoehybrid", "lfm2", "mamba", "nemotron_h", "qwen3_5_text", "qwen3_next")
 PROMPTS = [[5, 9, 7], [11, 12, 13, 14, 15, 16], [8]]
 
 
 def make(family: str, **options: Any) -> Any:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**{**SIZES, **FAMILIES.get(family, {}), **options})
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    model.generation_config.eos_token_id = None
-    return model.eval().requires_grad_(False)
+    return make_model_of(family, torch.float32, **options)
 
 
 def continued(model: Any, prompts: list[list[int]], sampling: Sampling) -> list[list[list[int]]]:
@@ -53,6 +39,15 @@ def test_greedy_continuations_are_those_of_the_whole_text_read_anew_for_each_tok
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_continuations_are_those_of_transformers(family: str) -> None:
+    model = make(family)
+    for prompt, found in zip(PROMPTS, continued(model, PROMPTS, Sampling(6, 0.0, 1.0)), strict=True):
+        ids, options = torch.tensor([prompt]), {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert found == expected[:, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_continuations_of_a_prompt_do_not_depend_on_the_others_of_its_batch(family: str) -> None:
     model, sampling = make(family), Sampling(4, 1.0, 0.9, num_continuations=3)
     together = continued(model, PROMPTS, sampling)
@@ -63,8 +58,8 @@ def test_the_continuations_of_a_prompt_do_not_depend_on_the_others_of_its_batch(
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("recurrent_gemma", {"lru_width": 16, "head_dim": 8, "num_hidden_layers": 3}),
-        ("rwkv", {"attention_hidden_size": 16}),
+        ("recurrent_gemma", {"num_hidden_layers": 3}),
+        ("rwkv", {}),
     ],
 )
 def test_a_model_that_hands_on_no_cache_is_refused(family: str, options: dict[str, Any]) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EDITED, NEURONS, fail_if_masked, mlp_of
+from helpers import EDITED, FAMILIES, NEURONS, fail_if_masked, mlp_of
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from sparc3_lightning.models.architectures import FAMILIES, neuron_layers
+from sparc3_lightning.models.architectures import neuron_layers
 from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.neurons import columns_of
 
@@ -352,5 +352,5 @@ def test_the_scored_layer_and_the_layer_that_reads_the_activations_are_known_by_
 
 
 def test_a_model_without_an_mlp_of_a_known_kind_has_no_default_layer(make_model):
-    with pytest.raises(ValueError, match=r"up_proj or gate_proj beside down_proj, fc1 .*--model\.layers"):
+    with pytest.raises(ValueError, match=r"no MLP whose .*\['k_proj', 'o_proj'.*granularity weight .*--model\.layers"):
         neuron_layers(make_model().model.layers[0].self_attn)

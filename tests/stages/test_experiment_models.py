@@ -39,9 +39,10 @@ def write_checkpoint(model_type: str, **options: Any) -> str:
     ("model_type", "changes", "error"),
     [
         ("gpt_neox", (), r"no LRP rules for the architecture 'gpt_neox'.*--attribute\.method wanda"),
-        ("gpt_neox", WANDA, r"no MLP of a known kind .*--attribute\.layers"),
-        ("gpt_neox", (*WANDA, "--attribute.layers", "[dense_h_to_4h]"), "dense_h_to_4h are no neurons"),
-        ("phi3", (*WANDA, "--attribute.layers", "[gate_up_proj]"), "The rows of gate_up_proj are no neurons"),
+        ("mamba", WANDA, r"MambaForCausalLM has no MLP .*\['dt_proj', 'in_proj'.*--attribute\.granularity weight and"),
+        ("gpt_neox", (*WANDA, "--attribute.layers", "[dense_4h_to_h]"), "dense_4h_to_h are no neurons"),
+        ("phi3", (*WANDA, "--attribute.layers", "[qkv_proj]"), "The rows of qkv_proj are no neurons"),
+        ("phi3", (*WANDA, "--prune.num_neurons", "49"), r"must be between 1 and 48 \(all neurons"),
         ("llama", (*WANDA, "--attribute.layers", "[o_proj]"), "The rows of o_proj are no neurons"),
         ("llama", ("--attribute.layers", "[nothing]"), r"--attribute\.layers: the model has no linear layer 'nothing'"),
         ("llama", ("--model.behavior_attribute", "{layers: [down_proj]}"), "The rows of down_proj are no neurons"),
