@@ -522,9 +522,7 @@ def _norms_after(model: ExplicitDecoder, x: Value) -> Value:
 def _gpt_neox(model: ExplicitDecoder, x: Value) -> Value:
     for k in range(model.config.num_hidden_layers):
         block = f"gpt_neox.layers.{k}"
-        attended = model.attention_of_fused_heads(
-            f"{block}.attention", model.layer_norm(f"{block}.input_layernorm", x)
-        )
+        attended = model.attention_of_fused_heads(f"{block}.attention", model.layer_norm(f"{block}.input_layernorm", x))
         rows, columns = f"{block}.mlp.dense_h_to_4h", f"{block}.mlp.dense_4h_to_h"
         if model.config.use_parallel_residual:
             normed = model.layer_norm(f"{block}.post_attention_layernorm", x)

@@ -49,9 +49,7 @@ DOCUMENT = Path(__file__).parents[1] / "configs" / "architectures.md"
 SAMPLES = [[5, 17, 33, 8, 21, 40, 12], [9, 41, 6, 55, 30]]
 # Sizes by which the matrices of an MLP are known from others. Those of BLOOM and others are four times as wide.
 INNER_SIZES = {INNER, 2 * INNER, EXPERT, 2 * EXPERT, 4 * HIDDEN}
-NO_MLP = (
-    r"attn|attention|mixer|mamba|conv|router|lm_head|embed|temporal_block|norm|rotary|(^|[._])hc_|_hc\.|hyper|ple\.|adapter"
-)
+NO_MLP = r"attn|attention|mixer|mamba|conv|router|lm_head|embed|temporal_block|norm|rotary|(^|[._])hc_|_hc\.|hyper|ple\.|adapter"
 
 
 @dataclass(frozen=True)

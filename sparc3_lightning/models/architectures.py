@@ -1,17 +1,18 @@
 """What transformers calls the parts of a model: linear layers, MLPs, attentions."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.experts import routers_of
+from sparc3_lightning.models.experts import ExpertLinear, routers_of
 
 Linear = nn.Linear | Conv1D
 
@@ -63,9 +64,36 @@ KNOWN_ATTENTIONS = ", ".join(f"{output} beside {values}" for output, (values, _)
 def weight_of(layer: Linear) -> Tensor:
     """Return the weight of a linear layer, shape ``[out_features, in_features]``: not a copy, so it can be written to.
 
-    A weight that is sharded is so too.
+    A weight that is sharded is so too; that of an expert is made whole, for which all ranks must ask together.
     """
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def shape_of(layer: Linear) -> tuple[int, int]:
+    """Return the numbers of outputs and of inputs of a linear layer, without a look at its weight."""
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+
+
+def stored(layer: Linear) -> Tensor:
+    """Return the parameter that holds the weight of a linear layer, in whatever shape, for its device and its dtype."""
+    return layer.fused if isinstance(layer, ExpertLinear) else layer.weight
+
+
+def whole_weights(layers: Mapping[str, Linear]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each layer's name and its whole weight, shape ``[out_features, in_features]``; all ranks ask together.
+
+    What the experts of a block are held in is put together once for those that come one after the other.
+    """
+    held: Tensor | None = None
+    fused = torch.empty(0)
+    for name, layer in layers.items():
+        if not isinstance(layer, ExpertLinear):
+            yield name, whole(weight_of(layer))
+            continue
+        if layer.fused is not held:
+            held = layer.fused
+            fused = whole(held)
+        yield name, layer.view.of(fused)
 
 
 def linear_at(model: nn.Module, name: str) -> Linear:
@@ -236,7 +264,7 @@ def find_mlp(layer: str, module_at: Callable[[str], nn.Module | None]) -> Mlp | 
             continue
         above = layer.removesuffix(end)  # ends in a dot, or is empty
         modules = [module_at(above + name) for name in (*rows, column)]
-        *of_rows, of_column = [_shape(module) if isinstance(module, Linear) else None for module in modules]
+        *of_rows, of_column = [shape_of(module) if isinstance(module, Linear) else None for module in modules]
         if of_column is None or None in of_rows:
             continue
         number, heights = of_column[1], {shape[0] for shape in of_rows if shape is not None}
@@ -249,11 +277,6 @@ def find_mlp(layer: str, module_at: Callable[[str], nn.Module | None]) -> Mlp | 
             return None
         return Mlp(above.rstrip("."), tuple(parts), above + column)
     return None
-
-
-def _shape(layer: Linear) -> tuple[int, int]:
-    """Return the numbers of outputs and of inputs of a linear layer, without a look at its weight."""
-    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
 
 
 def twins_of(model: nn.Module) -> dict[Linear, list[Linear]]:
@@ -374,7 +397,7 @@ def _fits(attention: Attention, kind: type[Linear]) -> bool:
     """Tell whether the layers of an attention are of a kind, and their sizes are whole numbers of heads."""
     if not (isinstance(attention.output, kind) and isinstance(attention.values, kind)):
         return False
-    inputs, values = _shape(attention.output)[1], _shape(attention.values)[0]
+    inputs, values = shape_of(attention.output)[1], shape_of(attention.values)[0]
     return (
         inputs % attention.head_dim == 0
         and values % attention.head_dim == 0

@@ -28,6 +28,8 @@ from sparc3_lightning.models.architectures import (
     mlp_at,
     mlp_of,
     mlps_of,
+    shape_of,
+    stored,
     twins_of,
     weight_of,
     whole,
@@ -71,7 +73,7 @@ def scored_rows(model: nn.Module, modules: Iterable[str]) -> dict[str, slice]:
 def num_neurons(model: nn.Module, module: str) -> int:
     """Return the number of neurons of a layer; of one that is none of an MLP it is the number of its rows."""
     mlp = mlp_at(model, module)
-    return len(weight_of(linear_at(model, module))) if mlp is None else mlp.num_neurons
+    return shape_of(linear_at(model, module))[0] if mlp is None else mlp.num_neurons
 
 
 def neuron_norms(model: nn.Module, module: str) -> Tensor:
@@ -287,9 +289,9 @@ def _by_mlp(model: nn.Module, neurons: Ablations) -> list[_Ablated]:
 
 def _ablation(ablated: _Ablated, damping: float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Return the factor of each activation, and the addend; None if nothing is added."""
-    weight, indices = weight_of(ablated.column), list(ablated.ablations)
+    weight, indices = stored(ablated.column), list(ablated.ablations)
     taken = [damping * ablation.damping for ablation in ablated.ablations.values()]
-    factor = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
+    factor = torch.ones(ablated.mlp.num_neurons, device=weight.device, dtype=weight.dtype)
     factor[indices] = factor.new_tensor([1 - part for part in taken])
     if not any(ablation.mean for ablation in ablated.ablations.values()):
         return factor, None

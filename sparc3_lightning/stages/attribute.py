@@ -1,6 +1,7 @@
 """Stage 1: accumulate scores of neurons over reference samples, in a predict loop."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -36,8 +37,8 @@ from sparc3_lightning.models.architectures import (
     find_layers,
     head_layers,
     neuron_layers,
+    shape_of,
     twins_of,
-    weight_of,
 )
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
@@ -201,7 +202,7 @@ class Attribution(StoppableModule):
             self.lrp_check = self._check_rules(spec.rule, layers)
             rank_zero_info(str(self.lrp_check))
         if spec.granularity == "weight":
-            check_space(self.folder, sum(4 * layer.weight.numel() for layer in layers.values()))
+            check_space(self.folder, sum(4 * math.prod(shape_of(layer)) for layer in layers.values()))
         self.accumulator: StaticScores | ScoreAccumulator
         parts = scored_rows(self.model, layers) if spec.granularity == "neuron" else {}
         if spec.is_static:
@@ -346,7 +347,7 @@ class Attribution(StoppableModule):
             if is_writer:
                 ScoreFile(scores, self._provenance()).save(self.output)
         else:
-            shapes = {name: weight_of(module).shape for name, module in self.accumulator.modules.items()}
+            shapes = {name: shape_of(module) for name, module in self.accumulator.modules.items()}
             writer = ShardWriter(self.folder, shapes, scored_rows(self.model, shapes))
             for name, score in self.accumulator.each():
                 if is_writer:
