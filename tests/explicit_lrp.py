@@ -62,7 +62,7 @@ class RmsNorm:
 
 
 class LayerNorm:
-    """y = gain (x - mean(x)) / std(x) + bias. The standard deviation is a constant, the mean is a sum like any other."""
+    """y = gain (x - mean(x)) / std(x) + bias. The standard deviation is a constant; the mean is a sum as any other."""
 
     def __init__(self, x: Value, gain: Tensor, bias: Tensor, eps: float) -> None:
         self.input = x
@@ -198,7 +198,7 @@ class Rotated:
 
 
 class Softmax:
-    """p = softmax(x) of each row, over some of its elements; its relevance goes by its Jacobian, or it is a constant."""
+    """p = softmax(x) of each row, over some of its elements; its relevance goes by its Jacobian or is none."""
 
     def __init__(self, x: Value, is_in: Tensor, passes: bool) -> None:
         self.input, self.passes = x, passes

@@ -160,7 +160,7 @@ def _solution(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     """Of the matrix of a system of equations, a denominator, no gradient: all is that of the other side."""
     matrix, *others = args
     fixed = rules.lxt.stop_gradient(matrix) if rules.depends(matrix) else matrix
-    return _plain(func, (fixed, *others), kwargs, args)
+    return _plain(rules, func, (fixed, *others), kwargs, args)
 
 
 def _product(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
