@@ -38,7 +38,6 @@ def write_checkpoint(model_type: str, **options: Any) -> str:
 @pytest.mark.parametrize(
     ("model_type", "changes", "error"),
     [
-        ("gpt_neox", (), r"no LRP rules for the architecture 'gpt_neox'.*--attribute\.method wanda"),
         ("gpt_neox", WANDA, r"no MLP of a known kind .*--attribute\.layers"),
         ("gpt_neox", (*WANDA, "--attribute.layers", "[dense_h_to_4h]"), "dense_h_to_4h are no neurons"),
         ("phi3", (*WANDA, "--attribute.layers", "[gate_up_proj]"), "The rows of gate_up_proj are no neurons"),
