@@ -195,6 +195,8 @@ def _mark_gate(result: Tensor, kwargs: Mapping[str, object], args: Sequence[obje
         setattr(result, _GATE, True)
     elif all(isinstance(x, int | float) for x in others):
         setattr(result, _FACTOR_OF, weakref.ref(own))
+        if hasattr(own, _GATE):
+            setattr(result, _GATE, True)
 
 
 def _attention(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
