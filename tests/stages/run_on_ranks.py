@@ -34,6 +34,12 @@ SCORES = {
     "wanda_heads": {"granularity": "head", "layers": ["o_proj"], "method": "wanda"},
 }
 NUM_SAMPLES = (93, 1)
+OF_EXPERTS = {
+    "lrp": {"activations": True, "gradient_checkpointing": True},
+    "signed": {"method": "gradient", "relevance": "signed"},
+    "wanda": {"method": "wanda"},
+    "wanda_weights": {"method": "wanda", "granularity": "weight", "layers": ["all"]},
+}
 
 
 def trainer(folder: Path, strategy: Any, ranks: int) -> Trainer:
@@ -48,8 +54,10 @@ def trainer(folder: Path, strategy: Any, ranks: int) -> Trainer:
     )
 
 
-def attribute(checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int) -> None:
-    for (name, options), num_samples in itertools.product(SCORES.items(), NUM_SAMPLES):
+def attribute(
+    checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int, scores: dict[str, dict[str, Any]] = SCORES
+) -> None:
+    for (name, options), num_samples in itertools.product(scores.items(), NUM_SAMPLES):
         data = ToxicPrompts(source=prompts, num_samples=num_samples, min_toxicity=0.0, batch_size=5)
         module = Attribution(checkpoint, **options)
         trainer(folder / f"{name}-{num_samples}", strategy, ranks).predict(
@@ -143,8 +151,9 @@ def load(checkpoint: str, folder: Path, ranks: int) -> None:
 if __name__ == "__main__":
     task, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    if task == "attribute":
-        attribute(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))
+    if task in ("attribute", "experts"):
+        scores = OF_EXPERTS if task == "experts" else SCORES
+        attribute(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]), scores)
     elif task in ("evaluate", "signalled"):
         of = Signalled if task == "signalled" else Evaluation
         evaluate(*arguments[:4], Path(arguments[4]), arguments[5], int(arguments[6]), of)

@@ -14,10 +14,12 @@ import torch
 from evaluations import flat
 from fused import save
 from helpers import sentence
+from mixtures import save_mixture
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparc3_lightning import cli
+from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.base import Share
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
@@ -69,15 +71,35 @@ def test_scores_of_several_ranks_are_those_of_one_process(
     ranks: int, strategy: str, tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
 ) -> None:
     torchrun(ranks, "attribute", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, strategy, ranks)
-    for name in run_on_ranks.SCORES:
+    compare_scores(one_process, tmp_path, run_on_ranks.SCORES)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_scores_of_experts_of_two_ranks_are_those_of_one_process(
+    kind: str, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    checkpoint = save_mixture(kind, tmp_path / "tiny")
+    run_on_ranks.attribute(checkpoint, inputs["prompts.jsonl"], tmp_path / "1", "auto", 1, run_on_ranks.OF_EXPERTS)
+    torchrun(2, "experts", checkpoint, inputs["prompts.jsonl"], tmp_path / "2", "fsdp2", 2)
+    compare_scores(tmp_path / "1", tmp_path / "2", run_on_ranks.OF_EXPERTS)
+    seen = [
+        ScoreFile.load(tmp_path / ranks / "lrp-93" / "scores.safetensors").provenance.expert_tokens for ranks in "12"
+    ]
+    assert seen[0] == seen[1]
+    assert seen[0] is not None
+
+
+def compare_scores(one: Path, other: Path, scores: dict[str, dict[str, Any]]) -> None:
+    """Compare the files of scores of two folders."""
+    for name in scores:
         for num_samples in run_on_ranks.NUM_SAMPLES:
             file = "weight_scores-00001-of-00001.safetensors" if "weights" in name else "scores.safetensors"
             case = f"{name}-{num_samples}/{file}"
-            alone, together = load_file(one_process / case), load_file(tmp_path / case)
+            alone, together = load_file(one / case), load_file(other / case)
             assert alone.keys() == together.keys()
             for module in alone:
-                difference = (alone[module] - together[module]).norm() / alone[module].norm()
-                assert difference < 1e-6, (case, module)
+                difference = (alone[module] - together[module]).norm()
+                assert difference <= 1e-6 * alone[module].norm(), (case, module)
 
 
 def leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
