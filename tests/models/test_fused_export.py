@@ -152,6 +152,19 @@ def test_neurons_of_experts_and_dense_ones_are_pruned_in_an_export_as_in_memory(
     check_same(AutoModelForCausalLM.from_pretrained(tmp_path / "export"), expected)
 
 
+def test_the_mean_of_a_neuron_of_an_expert_goes_into_the_fused_bias(tmp_path: Path) -> None:
+    save("gpt_oss", tmp_path / "original")
+    expected = Checkpoint(str(tmp_path / "original")).load(torch.float32)
+    neurons = [Component("model.layers.1.mlp.experts.2.up_proj", 3, 0.0, mean=0.7)]
+    export_pruned(Checkpoint(str(tmp_path / "original")), neurons, tmp_path / "export")
+    prune_(expected, neurons)
+    check_same(AutoModelForCausalLM.from_pretrained(tmp_path / "export"), expected)
+    before, after = tensors_in(tmp_path / "original"), tensors_in(tmp_path / "export")
+    assert before.keys() == after.keys()
+    bias = "model.layers.1.mlp.experts.down_proj_bias"
+    assert (before[bias] != after[bias]).any(dim=1).tolist() == [False, False, True, False]
+
+
 # What is refused.
 
 
