@@ -49,7 +49,10 @@ DOCUMENT = Path(__file__).parents[1] / "configs" / "architectures.md"
 SAMPLES = [[5, 17, 33, 8, 21, 40, 12], [9, 41, 6, 55, 30]]
 # Sizes by which the matrices of an MLP are known from others. Those of BLOOM and others are four times as wide.
 INNER_SIZES = {INNER, 2 * INNER, EXPERT, 2 * EXPERT, 4 * HIDDEN}
-NO_MLP = r"attn|attention|mixer|mamba|conv|router|lm_head|embed|temporal_block|norm|rotary|(^|[._])hc_|_hc\.|hyper|ple\.|adapter"
+NO_MLP = (
+    r"attn|attention|mixer|mamba|conv|router|lm_head|embed|temporal_block|norm|rotary|"
+    r"(^|[._])hc_|_hc\.|hyper|ple\.|adapter"
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Support:
                 found = check_lrp(model, "attnlrp", layers, torch.tensor(SAMPLES[:1]))
                 assert found.logits_unchanged
                 assert found.layers_reached == found.num_layers > 0
-                conserved = f"{100 * found.conserved:.1f} % + {100 * found.kept:.1f} %"
+                conserved = f"{percent(found.conserved)} + {percent(found.kept)}"
                 scores = attributed(model, layers, "magnitude")
         exported = "no"
         if layers:
@@ -155,6 +158,10 @@ class Support:
             heads,
             exported,
         )
+
+
+def percent(part: float) -> str:
+    return f"{100 * part:.1f} %".replace("-0.0", "0.0")
 
 
 def write_checkpoint(model_type: str, folder: Path) -> Checkpoint:
@@ -304,8 +311,10 @@ def last_line(rows: list[Row]) -> str:
 def document(rows: list[Row]) -> str:
     """Return the text of the document."""
     table = [line_of(TITLES), line_of(["---"] * len(TITLES)), *map(line_of_row, rows)]
-    reasons = {reason: [name for name in NOT_BUILT if NOT_BUILT[name] == reason] for reason in NOT_BUILT.values()}
-    not_built = [f"- {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in reasons.items()]
+    not_built = [
+        f"- {reason}: {', '.join(f'`{name}`' for name, why in NOT_BUILT.items() if why == reason)}"
+        for reason in dict.fromkeys(NOT_BUILT.values())
+    ]
     return HEAD + "\n".join([*table, "", "Not built:", "", *not_built, "", last_line(rows), ""])
 
 
@@ -316,12 +325,13 @@ def read_rows(text: str) -> dict[str, Row]:
 
 
 def is_same(one: Row, other: Row) -> bool:
-    """Compare two rows; the last digits of what is conserved may differ."""
-    alike = replace(one, conserved=other.conserved) == other
-    numbers = [
-        [float(number) for number in row.conserved.replace("%", "").split(" + ") if number] for row in (one, other)
-    ]
-    return alike and all(abs(ours - theirs) < 0.3 for ours, theirs in zip(*numbers, strict=True))
+    """Compare two rows; the last digits of what is conserved, and those of a refusal, may differ."""
+    ours, theirs = (
+        [float(part) for part in row.conserved.replace("%", "").split(" + ") if part] for row in (one, other)
+    )
+    near = len(ours) == len(theirs) and all(abs(x - y) < 0.3 for x, y in zip(ours, theirs, strict=True))
+    without_digits = [replace(row, conserved="", lrp=re.sub(r"\d", "", row.lrp)) for row in (one, other)]
+    return near and without_digits[0] == without_digits[1]
 
 
 if __name__ == "__main__":
