@@ -25,7 +25,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
 # Those whose files hold other tensors than the model has, and the last two without experts, whose layers are fused in
 # both; and what their configs have besides.
 SAVED: dict[str, dict[str, Any]] = {
-    **{kind: {} for kind in ("mixtral", "olmoe", "deepseek_v3", "nemotron_h", "gpt_oss", "granitemoe")},
+    **{kind: {} for kind in ("mixtral", "olmoe", "deepseek_v3", "nemotron_h", "granitemoe")},
+    "gpt_oss": {"num_experts_per_tok": 4},
     "qwen3_moe": {"num_experts": 12, "num_experts_per_tok": 8},
     "gemma2": {},
     "phi3": {},
