@@ -255,8 +255,8 @@ What this tool does for each decoder of transformers {transformers.__version__},
 A checkpoint of any size has the same layers. Whether LRP holds for yours is checked before its first sample.
 
 - **LRP**: scores of neurons by LRP; those of a padded batch are the mean of those of its samples.
-- **Conserved**: the part of a logit that arrives at the tokens as relevance under CP attention, and the part that
-  biases, learned positions and other constants keep. These are random here, and larger than those of most checkpoints.
+- **Conserved**: the part of a logit that arrives at the tokens as relevance under CP attention, and the part that biases,
+  learned positions and other constants keep. These are random here, and larger than those of most checkpoints.
 - **Neurons**: those of all MLPs of the tiny model, and of how many experts. All have scores. They can be switched off.
 - **Heads**: whether `--model.granularity head` works.
 - **Export**: a pruned checkpoint is one that a stock `AutoModelForCausalLM` loads, with the logits of the masked model.

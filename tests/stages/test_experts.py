@@ -45,10 +45,10 @@ def attribute(checkpoint: str, data: str = "ToxicPrompts", of_data: Any = None, 
 
 
 @pytest.mark.slow
-def test_neurons_of_experts_are_scored_pruned_and_evaluated(tmp_path, capfd):
+def test_neurons_of_experts_are_scored_pruned_and_evaluated(tmp_path, caplog):
     checkpoint = save_mixture("mixtral", tmp_path / "tiny")
     general = attribute(checkpoint, "C4", {"source": "general.txt", "seq_len": 12})
-    assert "An expert saw " in "".join(capfd.readouterr())
+    assert "An expert saw " in caplog.text
     behavior = attribute(checkpoint, activations=True)
     scores = ScoreFile.load(behavior / "scores.safetensors")
     assert list(scores.scores) == LAYERS
