@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import make
+from decoders import build
 
 from sparc3_lightning.models.architectures import find_layers, head_layers, mlps_of
 from sparc3_lightning.models.components import Component, mask, prune_
@@ -29,7 +29,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("family", LAYERS)
 def test_a_pruned_head_is_a_masked_one(family: str) -> None:
-    model = make(family)
+    model = build(family)
     assert head_layers(model) == [LAYERS[family]]
     names = list(find_layers(model, head_layers(model)))
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_a_pruned_head_is_a_masked_one(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["bloom", "codegen", "falcon", "gpt_neox", "phi3"])
 def test_heads_whose_values_lie_among_others_are_refused(family: str) -> None:
-    model = make(family)
+    model = build(family)
     assert mlps_of(model)
     with pytest.raises(ValueError, match="head: the model has no attention of a known kind"):
         head_layers(model)
@@ -55,12 +55,12 @@ def test_the_end_of_a_name_that_other_layers_have_too_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"'out_proj' is no layer of attention heads .* \['self_attn\.out_proj'\]: leave"
     ):
-        head_layers(make("lfm2"), ["out_proj"])
+        head_layers(build("lfm2"), ["out_proj"])
 
 
 def test_values_that_another_block_reads_too_are_kept() -> None:
     """Of Gemma 4 the last blocks have no values of their own."""
-    model = make("gemma4_text")
+    model = build("gemma4_text", num_kv_shared_layers=2)
     names = [f"model.layers.{block}.self_attn.o_proj" for block in range(2)]
     assert head_layers(model) == names
     heads = [Component(name, index, 0.0) for name in names for index in (0, 1)]
