@@ -124,16 +124,24 @@ def _in_place(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     if not any(map(rules.depends, args)):
         return func(*args, **kwargs)
     copy = target.clone()
-    if rules.depends(target):
-        mark(copy)
+    _be_as(copy, target)
     return _put(target, rules.__torch_function__(_OUT_OF_PLACE[func], (), (copy, *args[1:]), kwargs))
 
 
 def _put(target: Tensor, result: Tensor) -> Tensor:
     target.copy_(result)
-    if hasattr(result, _OF_TOKENS):
-        mark(target)
+    _be_as(target, result)
     return target
+
+
+def _be_as(x: Tensor, other: Tensor) -> None:
+    """Give a tensor the marks of another one."""
+    if hasattr(other, _OF_TOKENS):
+        mark(x)
+    if hasattr(other, _GATE):
+        setattr(x, _GATE, True)
+    elif hasattr(x, _GATE):
+        delattr(x, _GATE)
 
 
 def _power(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:

@@ -111,6 +111,7 @@ def test_an_operation_conserves_what_arrives_and_changes_no_value(name, rule):
         (lambda x, y: x * torch.sigmoid(1.702 * x) * y, (0, 1)),
         (lambda x, y: y * (x * torch.sigmoid(x)), (0, 1)),
         (lambda x, y: in_place("mul_", "y")(F.silu(x), y), (0, 1)),
+        (lambda x, y: in_place("mul_", "y")(F.silu(x), y) * y, (0, 1)),
         (lambda x, y: F.silu(x) * F.silu(y), (0.5, 0.5)),
         (lambda x, y: torch.softmax(x, dim=-1) * y, (0, 1)),
         (lambda x, y: x.clamp(max=1) * y, (0.5, 0.5)),
