@@ -6,6 +6,7 @@ import re
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace, _HelpAction
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -160,8 +161,14 @@ class FindConfig(ActionConfigFile):
     ) -> None:
         """Parse the file."""
         path = Path(str(values))
-        if not path.exists() and path.parent == Path():
-            values = next((str(folder / path) for folder in CONFIGS if (folder / path).is_file()), values)
+        if not path.expanduser().exists():
+            shipped = {file.name: str(file) for folder in reversed(CONFIGS) for file in folder.glob("*.yaml")}
+            if str(path) not in shipped:
+                like = get_close_matches(path.stem, [Path(name).stem for name in shipped], n=1)
+                known = f"{like[0]}.yaml" if like else ", ".join(sorted(shipped))
+                meant = f"did you mean the shipped {known}?" if like else f"the shipped ones are {known}."
+                parser.error(f"--config: there is no file {values}: {meant}")
+            values = shipped[str(path)]
         try:
             super().__call__(parser, cfg, values, option_string)
         except RecursionError:

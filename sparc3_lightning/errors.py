@@ -93,11 +93,18 @@ def in_one_sentence(message: str, group: str = "") -> str:
         r"|(?:Problem with given|Not a valid) (class_path|subclass)",
         text,
     )
-    values = re.findall(r"(?:Got|Given) value: (.*)", text)
+    values = re.findall(r"(?:Got|Given) value: (.*)|dot import path string: (.*)", text)
+    values = [one or other for one, other in values]
     name = f"--{group}{'.'.join(names)}"
-    if "Expected an instantiatable class" in text and (inner := re.search(r"NestedArg\(key='([\w.]+)'", text)):
-        return f"{name} must be the name of a class, before {name}.{inner[1]}."
-    if not found or not values or values[-1].startswith("NestedArg("):
+    if inner := re.search(r"NestedArg\(key='([\w.]+)'", text):
+        if re.search("Expected an instantiatable class|dot import path|Not a valid subclass", text):
+            return f"{name} must be the name of a class, before {name}.{inner[1]}."
+        return f"unrecognized option {name}.{inner[1]}: {name} is one value, with no options in it."
+    if "not NestedArg" in text:
+        return f"{name} is one value, with no options in it."
+    if names and (group_of := re.search(r"Unable to load config ['\"]?(.*?)['\"]?$", text, re.MULTILINE)):
+        return f"{name} must be a YAML file of options, got {group_of[1]:.80}: or give {name}.<option>, one by one."
+    if not found or not values:
         return " ".join(message.split()) if names else message
     kinds = [
         _TYPES.get(kind, kind) if kind else f"one of {choices}" if choices else "the name of a class"

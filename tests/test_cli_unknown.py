@@ -124,15 +124,55 @@ def test_an_unknown_option_of_a_class_suggests_the_nearest_on_the_command_line(c
 
 
 def test_an_option_of_a_class_needs_the_class_first(capsys):
-    said = "--data must be the name of a class, before --data.num_samples."
+    known = "classes: NoSamples, C4, IOI, ToxicPrompts"
+    said = f"--data must be the name of a class, before --data.num_samples; {known}."
     assert refused(capsys, "attribute", "--model.checkpoint", "x", "--data.num_samples", "3") == said
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (
+            ["evaluate", "--data.text", "Nonsense"],
+            "--data.text must be the name of a class, got Nonsense; classes: WikiText2.",
+        ),
+        (
+            ["attribute", "--data", "C5"],
+            "--data must be the name of a class or null, got C5; classes: NoSamples, C4, IOI, ToxicPrompts.",
+        ),
+        (
+            ["attribute", "--data.source.x", "3"],
+            "--data must be the name of a class, before --data.source.x; classes: NoSamples, C4, IOI, ToxicPrompts.",
+        ),
+        (
+            ["evaluate", "--model.neurons.x", "3"],
+            "unrecognized option --model.neurons.x: --model.neurons is one value, with no options in it.",
+        ),
+        (["prune", "--model.behavior.x", "3"], "--model.behavior is one value, with no options in it."),
+        (
+            ["evaluate", "--model.sampling", "3"],
+            "--model.sampling must be a YAML file of options, got 3: or give --model.sampling.<option>, one by one.",
+        ),
+        (["run", "--config", "demo"], "--config: there is no file demo: did you mean the shipped demo.yaml?"),
+        (["run", "-c", "x/demos.yaml"], "--config: there is no file x/demos.yaml: did you mean the shipped demo.yaml?"),
+    ],
+)
+def test_what_a_group_a_class_or_a_file_must_be_is_one_sentence(capsys, args, said):
+    assert refused(capsys, *args) == said
+
+
+def test_a_config_that_is_like_none_is_said_not_to_be_there_and_the_shipped_ones_are_named(capsys):
+    said = refused(capsys, "run", "-c", "nowhere.yaml")
+    assert said.startswith("--config: there is no file nowhere.yaml: the shipped ones are circuit.yaml, ")
+    assert "demo.yaml" in said
 
 
 def test_a_class_that_is_not_there_is_called_no_class(capsys):
     for data in ("sparc3_lightning.data.C44", "C44"):
         Path("typo.yaml").write_text(yaml.safe_dump({"data": {"class_path": data}}))
         said = refused(capsys, "attribute", "-c", "typo.yaml")
-        assert said == f"--data must be the name of a class or null, got {{'class_path': '{data}'}}."
+        known = "classes: NoSamples, C4, IOI, ToxicPrompts"
+        assert said == f"--data must be the name of a class or null, got {{'class_path': '{data}'}}; {known}."
 
 
 @pytest.mark.slow

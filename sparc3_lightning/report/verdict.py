@@ -61,8 +61,8 @@ def _doses(found: Findings, granularity: str) -> list[str]:
     if len(found.doses) < 2:
         return []
     said = [
-        f"Beside it {dose.selection}, {dose.num_neurons} {granularity}s: {_signed(dose.effect.percent)} at "
-        f"{_signed(dose.perplexity_percent)} perplexity."
+        f"Measured beside it, the selection {dose.selection!r} with {dose.num_neurons} {granularity}s: "
+        f"{_signed(dose.effect.percent)} at {_signed(dose.perplexity_percent)} perplexity."
         for dose in found.doses
         if dose.name == dose.selection and dose.effect
     ]

@@ -50,10 +50,15 @@ class HelpFormatter(DefaultHelpFormatter):
             return text
         if action.default == SUPPRESS:
             return super()._get_help_string(action)
-        classes = re.sub(r"^, known sub|[\w.]+\.", "", getattr(action, "extra_help", str)())
+        classes = _classes_of(action)
         default = action.default if isinstance(action.default, str | Path) else json.dumps(action.default, default=vars)
         notes = ["required" if action.required else "" if classes and action.default is None else f"default: {default}"]
         return f"{text} ({'; '.join(filter(None, [*notes, classes]))})"
+
+
+def _classes_of(action: Action) -> str:
+    """Return the names of the classes that a value may be of, as jsonargparse says them; nothing if it is no class."""
+    return re.sub(r"^, known sub|[\w.]+\.", "", getattr(action, "extra_help", str)())
 
 
 def _value_of(action: Action) -> str:
@@ -118,8 +123,15 @@ class Parser(LightningArgumentParser):
         """Print the usage and the sentence, and exit."""
         if self.exit_on_error:  # else it is a part of the message of another parser
             parser = getattr(ex, "subcommand_parser", self)
-            message = parser.said_of_unknown(message) or in_one_sentence(message)
+            message = parser.said_of_unknown(message) or parser.with_classes(in_one_sentence(message))
         super().error(message, ex)
+
+    def with_classes(self, message: str) -> str:
+        """Return a sentence about an option that must be the name of a class, with the classes there are."""
+        match = re.match(r"(--[\w.]+) must be the name of a class\b.*\.$", message)
+        action = self._option_string_actions.get(match[1]) if match else None
+        known = _classes_of(action) if action else ""
+        return f"{message[:-1]}; {known}." if known else message
 
     def said_of_unknown(self, message: str) -> str:
         """Return what to say of the unknown options that a message of jsonargparse is about; nothing if of none."""

@@ -32,7 +32,7 @@ def test_a_selection_beside_the_first_is_measured_against_the_same_baseline(verb
     results = Results.load(folder / "results.json")
     assert [(dose.selection, dose.num_neurons) for dose in results.doses] == [("difference", 6), ("wanda", 3)]
     assert results.num_neurons == 6
-    assert "Beside it wanda, 3 neurons: " in results.verdict
+    assert "Measured beside it, the selection 'wanda' with 3 neurons: " in results.verdict
     assert not (LOGS / "evaluate").exists()
     lists = [NeuronList.load(stages[name] / "neurons.json") for name in ("neurons", "wanda_neurons")]
     assert [len(one.neurons) for one in lists] == [6, 3]
