@@ -27,7 +27,7 @@ from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 
 sys.path.append(str(Path(__file__).parents[1]))
-from lxt_oracle import lxt_lrp  # noqa: E402
+from lxt_oracle import lxt_lrp
 
 SHAPES = ((8, 256), (31, 24), (4, 1024))
 
