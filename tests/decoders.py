@@ -51,6 +51,14 @@ DECODERS: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
     },
     "lfm2": {"block_ff_dim": 24, "block_multiple_of": 8, "layer_types": ["conv", "full_attention"]},
+    "qwen3_5_text": {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4,
+        "linear_conv_kernel_dim": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "granitemoehybrid": {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,

@@ -381,6 +381,8 @@ def _pass(model: PreTrainedModel, input_ids: Tensor, layers: Mapping[str, Linear
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if not isinstance(output, Tensor):  # a router that gives several: no layer of neurons
+                return
             called.append(name)
             output.requires_grad_().register_hook(lambda gradient: reached.add(name) if gradient.any() else None)
 

@@ -164,6 +164,11 @@ def _quotient(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     return _plain(rules, func, (args[0], *fixed), fixed_options, args[0])
 
 
+def _solution(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+    """Of the system no gradient: it is a denominator."""
+    return _plain(rules, func, (rules.lxt.stop_gradient(args[0]), *args[1:]), kwargs, args[1:2])
+
+
 def _product(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     """To each of n factors an nth part; none to a gate where gates pass none."""
     given = (args, kwargs)
@@ -371,13 +376,14 @@ _SUMS_OF_PRODUCTS = set(_named("addmm", "baddbmm", "addbmm", "addmv", "addr", "a
 _TERMS = (0, "input", "self")  # of these the first argument, which is added to the product
 OPERATIONS: dict[Any, Callable[[Rules, Any, Any, Any], Any]] = {}
 _BY_NAME: dict[Callable[[Rules, Any, Any, Any], Any], str] = {
-    _stop: "rsqrt sqrt exp exp2 sigmoid expit softplus log log2 log10 logsigmoid hardsigmoid reciprocal "
+    _stop: "rsqrt sqrt exp exp2 sigmoid expit softplus log log2 log10 logsigmoid hardsigmoid reciprocal inv inverse "
     "__rpow__ __rdiv__ __rtruediv__",
     _identity: "silu gelu relu relu6 leaky_relu prelu elu celu selu mish hardswish softsign tanhshrink softshrink "
     "hardshrink hardtanh threshold tanh",
     _no_gate: "clamp clip clamp_min clamp_max normalize erf sin expm1 log1p atan arctan asinh arcsinh",
     _power: "pow __pow__ square float_power",
     _quotient: "div divide true_divide __div__ __truediv__ div_ divide_ true_divide_ __itruediv__ __idiv__",
+    _solution: "solve_triangular solve",
     _product: "mul multiply __mul__ __rmul__ matmul __matmul__ __rmatmul__ bmm mm mv dot inner outer ger vdot vecdot "
     "tensordot einsum kron linear addmm baddbmm addbmm addmv addr addcmul grouped_mm _grouped_mm",
     _attention: "scaled_dot_product_attention",

@@ -67,6 +67,7 @@ CONSERVING = {
     "quick gelu": lambda x, y: x * torch.sigmoid(1.702 * x) + y,
     "sigmoid gate": lambda x, y: torch.sigmoid(x) * y,
     "softplus": lambda x, y: F.softplus(x) * y,
+    "solve_triangular": lambda x, y: torch.linalg.solve_triangular(x @ x.mT + torch.eye(3), y, upper=False),
     "where": lambda x, y: torch.where(MASK, x, y) * y,
     "masked_fill": lambda x, y: x.masked_fill(MASK, 0.0) * y,
     "cat": lambda x, y: torch.cat([x, y], dim=-1).chunk(2, dim=-1)[0] * y,
