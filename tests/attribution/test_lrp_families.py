@@ -87,6 +87,20 @@ def test_cp_lrp_conserves_the_logit_of_a_model_without_biases(family):
         assert conserved == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@all_rules
+def test_the_way_in_which_experts_are_computed_changes_no_relevance(family, rule, implementation):
+    """One way is a custom operation, another gathers the weights of each token's experts."""
+    found = {}
+    for way in ("eager", implementation):
+        model = make_decoder(family, torch.float32)
+        model.config._experts_implementation = way
+        found[way] = logits_and_relevance(model, rule)[1]
+        assert check_lrp(model, rule, {}, IDS).logits_unchanged
+    assert found[implementation] == pytest.approx(found["eager"], rel=1e-4)
+
+
 @all_decoders
 @all_rules
 @pytest.mark.usefixtures("in_float64")
