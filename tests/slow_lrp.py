@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import FAMILIES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-from sparc3_lightning.models.architectures import FAMILIES
 
 EPS = 1e-10  # of the identity rule
 RULES = ["attnlrp", "cp_lrp"]

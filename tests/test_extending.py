@@ -10,7 +10,6 @@ import torch
 from helpers import random_scores, save_scores, sentence
 from made_up import evaluation, made_up
 from pages import reported
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparc3_lightning import (
     Component,
@@ -25,13 +24,13 @@ from sparc3_lightning import (
     lrp,
     select_neurons,
 )
+from sparc3_lightning.attribution.rules import OPERATIONS
 from sparc3_lightning.data.base import ReferenceSamples, Sample
 from sparc3_lightning.evaluation import findings
 from sparc3_lightning.evaluation.controls import CONTROLS, ControlKind, Controls
 from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS, ContinuationMetric
 from sparc3_lightning.evaluation.results import Measures, Model
 from sparc3_lightning.evaluation.variants import list_variants, neurons_of
-from sparc3_lightning.models.architectures import FAMILIES, Family
 from sparc3_lightning.report.page import FIGURES, Figure, summary_table, write_report
 from sparc3_lightning.report.tables import control_table
 from sparc3_lightning.scorers import registry
@@ -99,26 +98,20 @@ class Counting(Stage):
         self.output.write_text(str(self.number))
 
 
-class ToyMLP(LlamaMLP):
-    """An MLP of a family that has no rules yet."""
+def test_an_operation_gets_an_lrp_rule_by_a_row_of_the_table(monkeypatch, make_model):
+    def relevance() -> torch.Tensor:
+        with lrp(model):
+            logits = model(inputs_embeds=embeddings).logits
+        return torch.autograd.grad(logits[0, -1].max(), embeddings)[0]
 
-
-def relevance(model) -> torch.Tensor:
-    """Return the gradient of a logit by the weights of a layer, under the LRP rules."""
-    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight.requires_grad_()
-    with lrp(model):
-        return torch.autograd.grad(model(torch.tensor([[5, 17, 42, 8]])).logits[0, -1].max(), weight)[0]
-
-
-def test_a_model_family_is_a_row_of_the_table(monkeypatch, make_model):
-    expected, model = relevance(make_model()), make_model()
-    model.config.model_type = "toy"
-    for block in model.model.layers:
-        block.mlp.__class__ = ToyMLP
-    with pytest.raises(ValueError, match="no LRP rules for the architecture 'toy'"):
-        relevance(model)
-    monkeypatch.setitem(FAMILIES, "toy", Family("LlamaRMSNorm", gated_mlp="ToyMLP"))
-    assert torch.equal(relevance(model), expected)
+    model = make_model()
+    embeddings = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)
+    expected = relevance()
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: (torch.cumprod(inputs[0][None], dim=0)[0],))
+    with pytest.raises(ValueError, match=r"no LRP rule for the operation cumprod.*--model\.method gradient"):
+        relevance()
+    monkeypatch.setitem(OPERATIONS, torch.cumprod, lambda rules, func, args, kwargs: func(*args, **kwargs))
+    torch.testing.assert_close(relevance(), expected)
 
 
 def test_a_criterion_is_a_function_and_a_row_of_the_table(monkeypatch):

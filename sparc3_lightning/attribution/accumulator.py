@@ -6,7 +6,7 @@ from functools import partial
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparc3_lightning.attribution.activations import mean_activations
 from sparc3_lightning.attribution.relevance import (
@@ -21,10 +21,12 @@ from sparc3_lightning.attribution.relevance import (
     weight_relevance,
 )
 from sparc3_lightning.attribution.spec import Nonfinite, Score, check_granularity
+from sparc3_lightning.attribution.unfolding import Unfolding, tokens_seen
 from sparc3_lightning.distributed import gather_rows, num_ranks
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import Linear, weight_of, whole
 from sparc3_lightning.models.components import Granularity
+from sparc3_lightning.models.experts import ExpertLinear
 from sparc3_lightning.models.heads import sum_heads
 
 # How relevance is formed: from the weight of a layer, its input and its gradient, and the inputs of each head; or from
@@ -36,6 +38,7 @@ OF_INPUT: dict[Granularity, dict[str, Callable[..., Tensor]]] = {
 OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "squared": squared_relevance}
 # Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.
 CHECK_EVERY = 16
+_TOKENS = "tokens/"  # before the name of a module of experts whose sum is the tokens that each of them saw
 
 
 class NonfiniteRelevanceError(OptionError):
@@ -91,6 +94,13 @@ class ScoreAccumulator:
         self._nonfinite: int | Tensor = 0
         self._unchecked: list[tuple[Tensor, list[str]]] = []
         self._batch: dict[str, Tensor] = {}
+        self._called: set[str] = set()
+        self._experts = {
+            name.rsplit(".", 2)[0]: module.experts
+            for name, module in self.modules.items()
+            if isinstance(module, ExpertLinear)
+        }
+        self._routed: dict[str, Tensor] = {}
 
     @property
     def num_nonfinite(self) -> int:
@@ -122,18 +132,23 @@ class ScoreAccumulator:
             NonfiniteRelevanceError: If a score is NaN or infinite and ``nonfinite`` is ``error``: on a CPU at once,
                 and nothing of the batch is added to the sums of neurons; on an accelerator at the next ``check``.
         """
-        self._batch = {}
+        self._batch, self._called, self._routed = {}, set(), {}
         real = [i for i, weight in enumerate(weights) if weight] if weights is not None else range(len(sample_ids))
         handles = [
             layer.register_forward_hook(self._hook(name, mask_BT, real, len(sample_ids)), prepend=True)
             for name, module in self.modules.items()
             for layer in (module, *self.twins.get(module, ()))
         ]
+        handles += [
+            experts.register_forward_hook(self._counter(name, mask_BT, real, len(sample_ids)))
+            for name, experts in self._experts.items()
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+        self._batch |= self._unseen(len(sample_ids))
         missing = self.modules.keys() - self._batch.keys()
         if missing:
             raise OptionError("layers", self._without_score(missing))
@@ -142,7 +157,9 @@ class ScoreAccumulator:
             self._batch = {name: score[kept.to(score.device)] for name, score in self._batch.items()}
             sample_ids = [sample_ids[i] for i in real]
         num_nonfinite = self._replace_nonfinite()
-        totals: dict[str, Tensor] = {}
+        totals: dict[str, Tensor] = {
+            f"{_TOKENS}{name}": self.sums.get(f"{_TOKENS}{name}", 0) + count for name, count in self._routed.items()
+        }
         if not self.sums_weights:
             for name, score in self._batch.items():
                 # In double: the order of batches and ranks leaves no trace.
@@ -193,10 +210,16 @@ class ScoreAccumulator:
         torch.distributed.all_reduce(counts)
         self.num_samples, self.num_nonfinite = counts.tolist()
         if not self.sums_weights:  # those are of all ranks already
-            flat = torch.cat([self.sums[name] for name in self.modules])
+            names = [*self.modules, *(f"{_TOKENS}{name}" for name in self._experts)]
+            flat = torch.cat([self.sums[name] for name in names])
             torch.distributed.all_reduce(flat)
-            sizes = [len(self.sums[name]) for name in self.modules]
-            self.sums = dict(zip(self.modules, flat.split(sizes), strict=True))
+            sizes = [len(self.sums[name]) for name in names]
+            self.sums = dict(zip(names, flat.split(sizes), strict=True))
+
+    @property
+    def expert_tokens(self) -> dict[str, Tensor]:
+        """How many tokens each expert saw, shape ``[experts]``, by the name of the module of experts."""
+        return {name: self.sums[f"{_TOKENS}{name}"] for name in self._experts}
 
     def compute(self) -> dict[str, Tensor]:
         """Return all scores, see ``each``."""
@@ -219,7 +242,8 @@ class ScoreAccumulator:
         if not self.num_samples:
             raise ValueError("No sample was recorded, so there is no score.")
         for name, module in self.modules.items():
-            total = self.sums[name]
+            # Of an expert that saw no token no weight has a sum.
+            total = self.sums[name] if name in self.sums else torch.zeros_like(weight_of(module).detach())
             if self.score == "wanda":
                 score = wanda_score(whole(weight_of(module))[self._part(name)], total, self.granularity == "neuron")
                 if self.granularity == "head":
@@ -236,17 +260,15 @@ class ScoreAccumulator:
     def _hook(
         self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int
     ) -> Callable[[Linear, tuple[Tensor], Tensor], None]:
-        def unfold(tensor: Tensor) -> Tensor:
-            # OPT's MLP gets the tokens of all samples as one row after the other.
-            return tensor.detach().reshape(num_samples, -1, tensor.shape[-1])
-
         def record(module: Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+            self._called.add(name)
+            unfold = Unfolding(module, mask_BT, num_samples)
             A_BTI = unfold(inputs[0])
             if self.score == "wanda":
-                self._set(name, squared_norms(A_BTI, mask_BT))
+                self._set(name, squared_norms(A_BTI, unfold.mask_BT))
                 return
             if self.score == "activation":
-                self._set(name, mean_activations(A_BTI.abs(), mask_BT))
+                self._set(name, mean_activations(A_BTI.abs(), unfold.mask_BT, unfold.num_tokens))
                 return
             # All weights are frozen: the graph begins here, at the first target, and not at the embeddings.
             output.requires_grad_()
@@ -269,6 +291,25 @@ class ScoreAccumulator:
                 output.register_hook(lambda G: self._set(name, of_output(Z_BTO, unfold(G)[..., part])))
 
         return record
+
+    def _counter(
+        self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int
+    ) -> Callable[[nn.Module, object, object], None]:
+        def count(experts: nn.Module, *_: object) -> None:
+            self._routed[name] = tokens_seen(experts, mask_BT, real, num_samples)
+
+        return count
+
+    def _unseen(self, num_samples: int) -> dict[str, Tensor]:
+        """Return the scores of layers of experts to which no token of the batch was routed: 0."""
+        of_inputs = self.score in ("wanda", "activation")
+        return {
+            name: counts.new_zeros(num_samples, module.in_features if of_inputs else module.out_features)
+            for name, module in self.modules.items()
+            if isinstance(module, ExpertLinear)
+            and name not in self._called
+            and (counts := self._routed.get(name.rsplit(".", 2)[0])) is not None
+        }
 
     def _set(self, name: str, score: Tensor) -> None:
         """Take the score of a layer for the samples of the batch; of one that is used several times, of one use."""

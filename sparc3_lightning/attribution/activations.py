@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparc3_lightning.attribution.tensor_file import load_tensors, save_tensors
+from sparc3_lightning.attribution.unfolding import Unfolding
 from sparc3_lightning.errors import OptionFileNotFoundError
 from sparc3_lightning.files import Count, parse_json, read_as
 from sparc3_lightning.models.architectures import Linear
+from sparc3_lightning.models.experts import ExpertLinear
 
 ACTIVATIONS = "activations.safetensors"
 FORMAT = "sparc3_lightning activations 2"
@@ -42,11 +44,10 @@ class ActivationRecorder:
         """
         batch: dict[str, list[Tensor]] = defaultdict(list)
 
-        def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-            def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
-                # OPT's MLP gets the tokens of all samples as one row after the other.
-                A_BTI = inputs[0].detach().reshape(len(weights), -1, inputs[0].shape[-1])
-                means = mean_activations(A_BTI, mask_BT)
+        def recorder(name: str) -> Callable[[Linear, tuple[Tensor]], None]:
+            def record(module: Linear, inputs: tuple[Tensor]) -> None:
+                unfold = Unfolding(module, mask_BT, len(weights))
+                means = mean_activations(unfold(inputs[0]), unfold.mask_BT, unfold.num_tokens)
                 batch[name].append(means[[i for i, weight in enumerate(weights) if weight]])
 
             return record
@@ -57,8 +58,13 @@ class ActivationRecorder:
                     undo.callback(layer.register_forward_pre_hook(recorder(name)).remove)
             yield
         # Gradient checkpointing calls a layer a second time, in the backward pass: the mean remains what it is.
-        for name, means in batch.items():
-            self._rows[name].append(torch.stack(means).mean(dim=0))
+        kept = sum(map(bool, weights))
+        for name, column in self.columns.items():
+            if name in batch:
+                self._rows[name].append(torch.stack(batch[name]).mean(dim=0))
+            elif isinstance(column, ExpertLinear):  # no token of the batch was routed to the expert
+                device = next(iter(batch.values()))[0].device if batch else None
+                self._rows[name].append(torch.zeros(kept, column.in_features, device=device))
 
     def rows(self) -> dict[str, Tensor]:
         """Return per module a row for each sample so far, shape ``[samples, neurons]``, float32 on the CPU."""
@@ -73,17 +79,22 @@ class ActivationRecorder:
                 self._rows[name] = [rows[name].to(column.weight.device)]
 
 
-def mean_activations(A_BTI: Tensor, mask_BT: Tensor | None) -> Tensor:
+def mean_activations(A_BTI: Tensor, mask_BT: Tensor | None, num_tokens: Tensor | None = None) -> Tensor:
     """Return the mean over the tokens, shape ``[samples, neurons]``, float32 or wider.
+
+    Of a neuron of an expert it is over all tokens of the sample too: it is 0 at those that the expert did not see.
 
     Args:
         A_BTI: Activations, shape ``[samples, tokens, neurons]``.
         mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
+        num_tokens: Tokens of each sample, shape ``[samples, 1]``, if they are not all there.
     """
     wide = A_BTI.to(torch.promote_types(A_BTI.dtype, torch.float32))
     if mask_BT is None:
         return wide.mean(dim=1)
-    return (wide * mask_BT.unsqueeze(-1)).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True)
+    return (wide * mask_BT.unsqueeze(-1)).sum(dim=1) / (
+        mask_BT.sum(dim=1, keepdim=True) if num_tokens is None else num_tokens
+    )
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,35 @@
 """The rules of layer-wise relevance propagation (LRP), put on one model for the length of a ``with`` block.
 
-The rules and the forwards they need are lxt's (Achtibat et al. 2024, AttnLRP, ICML 2024). lxt itself patches the
-classes of transformers for the whole process, with no way back; here they are bound to the modules of one model, and
-taken off again. Relevance is then gradient times input, with the gradient that autograd computes inside the block.
+The rules belong to operations (``rules.py``), so that any decoder has them. Relevance is then gradient times input,
+with the gradient that autograd computes inside the block. Whether it is right for a model is measured on that model.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import MethodType, ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
+from typing import Any, get_args
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from sparc3_lightning.attribution.rules import Rule, Rules, mark
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.architectures import Linear, family_of
+from sparc3_lightning.models.architectures import Linear, layer_of
 
-if TYPE_CHECKING:
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-
-Rule = Literal["attnlrp", "cp_lrp"]
 # Layers through which CP-LRP passes no relevance: what they put out goes into a gate, or into the softmax.
 _NONE_BY_CP_LRP = {"gate_proj", "q_proj", "k_proj"}
-# Modules that are linear in their input, or that relevance does not pass.
-_NEED_NO_RULE = (Linear, nn.Embedding, nn.Dropout, nn.Identity)
+# How much of the logit may be lost, by the dtype of the weights, before a model is refused.
+TOLERANCES = {torch.float64: 0.01, torch.float32: 0.01, torch.bfloat16: 0.1}
+OTHER_METHODS = "use --.method gradient or wanda, which need no rules."
+# Functions of autograd that are no operations of a model: of checkpointed blocks, of FSDP2, and the rules themselves.
+_KNOWN_FUNCTIONS = ("lxt.", "sparc3_lightning.", "torch.utils.checkpoint", "torch.distributed.")
+_under_rules: WeakSet[nn.Module] = WeakSet()
+_activations: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -32,7 +37,8 @@ def lrp(model: PreTrainedModel, rule: Rule = "attnlrp") -> Iterator[None]:
     """Apply the LRP rules to a model, and take them off on leaving the block.
 
     Inside the block the logits are the same as outside, and the gradient of a logit, times the input of a linear layer
-    or times one of its weights, is the relevance of that input or weight.
+    or times one of its weights, is the relevance of that input or weight. The rules hold inside the forward pass of the
+    model, and where a block is computed again in the backward pass, and nowhere else.
 
     =================  ==========================================  =======================================
     part               ``attnlrp``                                 ``cp_lrp``
@@ -42,39 +48,28 @@ def lrp(model: PreTrainedModel, rule: Rule = "attnlrp") -> Iterator[None]:
     activation         identity rule                               identity rule; none through a gate
     gate times up      half to each                                all to up_proj
     norm               identity rule                               identity rule
+    router of experts  half, where it has a softmax; none where    none
+                       it has a sigmoid
+    other products     half to each factor                         half to each factor
     =================  ==========================================  =======================================
 
     The relevance of the input tokens does not sum to the logit: a bias keeps its part of it, and so do learned
     positions (GPT-2, OPT). Under ``attnlrp`` the softmax of the attention keeps a part as well: in a random LLaMA
-    without biases a quarter to a half. Under ``cp_lrp`` nothing else is lost.
+    without biases a quarter to a half. Under ``cp_lrp`` nothing else is lost; ``check_lrp`` measures it.
 
     Source: Achtibat et al. 2024, arXiv:2402.05602, equations 5 to 9; CP-LRP: Ali et al. 2022, arXiv:2202.07304.
 
     Args:
-        model: A causal language model of a family in ``FAMILIES``, in evaluation mode, in float32, float64 or bfloat16.
+        model: A causal language model, in evaluation mode, in float32, float64 or bfloat16.
         rule: The set of rules.
 
     Raises:
-        ValueError: If the model's family has no rules, a module is reached by no rule, the model is in float16 (the
-            identity rule divides by its input plus 1e-10, which is 0 there), or the rules are applied already.
+        ValueError: If the model cannot have rules (``check_can_have_rules``), is compiled, or has them already.
+        OptionError: In the forward pass, if the model carries out an operation that has no rule.
     """
-    rules = _Rules(rule)
-    family = family_of(model.config)
-    _check_applicable(model)
-    reached: set[str] = set()
-    with ExitStack() as undo:
-        for name, module in model.named_modules():
-            if type(module).__name__ == family.gated_mlp:
-                undo.enter_context(_bound(module, "forward", rules.gated_mlp))
-                reached |= {name, f"{name}.act_fn"}
-            elif name.rpartition(".")[2] == family.activation:
-                undo.enter_context(_bound(module, "forward", rules.activation(module.forward)))
-                reached.add(name)
-            elif type(module).__name__ == family.norm:
-                undo.enter_context(_bound(module, *rules.norm(family.norm)))
-                reached.add(name)
-        _check_reached(model, reached)
-        undo.enter_context(_attention(model, rules.name, rules.attention))
+    if rule not in get_args(Rule):
+        raise ValueError(f"Unknown rule {rule!r}; expected 'attnlrp' or 'cp_lrp'.")
+    with _ruled(model, Rules(rule, rule)):
         yield
 
 
@@ -91,129 +86,346 @@ def check_have_relevance(modules: Iterable[str], rule: Rule) -> None:
         )
 
 
-class _Rules:
-    """lxt's forwards for one set of rules."""
+def check_can_have_rules(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Raise OptionError if a model cannot have the rules, by what is known before its weights are loaded.
 
-    def __init__(self, rule: Rule) -> None:
-        patches = _import_lxt()
-        if rule not in ("attnlrp", "cp_lrp"):
-            raise ValueError(f"Unknown rule {rule!r}; expected 'attnlrp' or 'cp_lrp'.")
-        self.name = f"sparc3_{rule}"
-        attnlrp = rule == "attnlrp"
-        self.gated_mlp = patches.gated_mlp_forward if attnlrp else patches.cp_gated_mlp_forward
-        self.attention = patches.wrap_attention_forward if attnlrp else patches.cp_wrap_attention_forward
-        self.patches = patches
-
-    def norm(self, kind: str) -> tuple[str, Callable]:
-        """Return the method of a norm's class to replace, and its replacement."""
-        if kind == "LayerNorm":
-            return "forward", _layer_norm(self.patches.layer_norm_forward)
-        if kind == "Gemma3RMSNorm":
-            return "_norm", _gemma3_norm
-        return "forward", self.patches.rms_norm_forward
-
-    def activation(self, forward: Callable) -> Callable:
-        """Return the forward of an activation under the identity rule."""
-        return lambda _, x: self.patches.identity_rule_implicit(forward, x)
-
-
-def _import_lxt() -> ModuleType:
-    """Import lxt's forwards without its list of models.
-
-    That list imports lxt's BERT, which asks transformers for what 5.0 and 5.24 removed; nothing of it is used here. Who
-    asks lxt for it later, as ``monkey_patch`` does, gets what importing it gives.
+    Args:
+        config: Of the model.
+        dtype: Of its weights: not float16, in which the 1e-10 that the identity rule adds to its input is 0.
     """
-    import sys
-    from importlib import import_module
-
-    models = "lxt.efficient.models"
-    if "lxt.efficient" not in sys.modules:
-        placeholder: Any = ModuleType(models)
-        placeholder.get_default_map = lambda module: import_module(models).get_default_map(module)
-        sys.modules[models] = placeholder
-        try:
-            import_module("lxt.efficient")
-        finally:
-            del sys.modules[models]
-    from lxt.efficient import patches
-
-    return patches
+    if dtype == torch.float16:
+        raise OptionError(
+            "dtype", "LRP is not defined in float16 (1e-10 is 0 there): use --.dtype bfloat16 or float32."
+        )
+    if config.is_encoder_decoder:
+        what = f"lrp explains decoders alone, and {config.model_type!r} has an encoder: give another --.checkpoint."
+        raise OptionError("method", what)
+    if getattr(config, "quantization_config", None) is not None:
+        what = "lrp has no rules for quantized weights: give a --.checkpoint whose weights are not quantized."
+        raise OptionError("method", what)
 
 
-def _gemma3_norm(self: "Gemma3RMSNorm", x: torch.Tensor) -> torch.Tensor:
-    """Normalise by the root mean square, with no gradient through it: the identity rule."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps).detach()
+class NonfiniteLogitsError(OptionError):
+    """A logit of the sample on which the rules are to be checked is NaN or infinite."""
 
 
-def _layer_norm(forward: Callable) -> Callable:
-    """Return torch's layer norm with lxt's gradient: the mean passes it, the standard deviation does not."""
+@dataclass(frozen=True)
+class LrpCheck:
+    """What a short sample shows about the rules on a model.
 
-    def layer_norm(self: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-        ruled = forward(self, x)
-        # lxt's has other roundings than torch's, and the logits are to stay what they are.
-        exact = nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).detach()
-        return exact + (ruled - ruled.detach())
+    Args:
+        logits_unchanged: Whether the logits under the rules are those without.
+        conserved: Part of the target logit that arrives at the tokens, with the CP rule on the attention.
+        kept: Part that constants keep: biases, learned positions, and whatever is added to an activation.
+        layers_reached: Blocks with a target layer at which relevance arrives.
+        num_layers: Blocks with a target layer.
+    """
 
-    return layer_norm
+    logits_unchanged: bool
+    conserved: float
+    kept: float
+    layers_reached: int
+    num_layers: int
+
+    def __str__(self) -> str:
+        kept = f", {self.kept:.1%} kept by biases and other constants" if f"{self.kept:.1%}" not in _NOTHING else ""
+        return (
+            f"LRP: logits {'un' if self.logits_unchanged else ''}changed; {self.conserved:.1%} of the relevance "
+            f"conserved under CP attention{kept}; {self.layers_reached} of {self.num_layers} layers reached"
+        ).replace("%", " %")
+
+
+_NOTHING = ("0.0%", "-0.0%")
+
+
+def check_lrp(model: PreTrainedModel, rule: Rule, layers: Mapping[str, Linear], input_ids: Tensor) -> LrpCheck:
+    """Measure on a short sample whether the rules are right for a model.
+
+    Of a model whose weights are sharded all ranks must ask together, with the same sample.
+
+    Args:
+        model: As of ``lrp``.
+        rule: The set of rules.
+        layers: The target layers by their fully qualified names.
+        input_ids: Shape ``[1, tokens]``, at least two tokens.
+
+    Raises:
+        NonfiniteLogitsError: If a logit of the sample is NaN or infinite without the rules too.
+        OptionError: If the logits change, less or more than the logit arrives at the tokens and at constants
+            (``TOLERANCES``), no relevance arrives at a target layer, or the model has an operation that is hidden from
+            the rules: a fused kernel or a function of autograd of its own.
+    """
+    check_can_have_rules(model.config, model.dtype)
+    plain = _pass(model, input_ids, {})
+    if not plain.logits.isfinite().all():
+        what = "The logits of the first samples are NaN or infinite, and show nothing about LRP: try --.dtype float32."
+        raise NonfiniteLogitsError("dtype", what)
+    with lrp(model, rule):
+        ruled = _pass(model, input_ids, layers)
+    if ruled.hidden:
+        raise OptionError(
+            "method",
+            f"--.method lrp cannot look into {ruled.hidden[0]}, which {model.config.model_type!r} carries out: uninstall "
+            f"or disable the package of this kernel, or {OTHER_METHODS}",
+        )
+    with _ruled(model, counting := _Counting("cp_lrp", rule)):
+        counted = _pass(model, input_ids, {})
+    reached = {layer_of(name) for name in ruled.reached}
+    check = LrpCheck(
+        logits_unchanged=_are_unchanged(model, input_ids, plain.logits, ruled.logits),
+        conserved=counted.on_tokens / counted.target,
+        kept=float(counting.kept) / counted.target,
+        layers_reached=len(reached),
+        num_layers=len({layer_of(name) for name in layers}),
+    )
+    if not check.logits_unchanged:
+        difference = (ruled.logits - plain.logits).abs().max().item()
+        what = f"--.method lrp changes the logits of {model.config.model_type!r} by {difference:.1e}: {OTHER_METHODS}"
+        raise OptionError("method", what)
+    tolerance = TOLERANCES[model.dtype]
+    if not abs(check.conserved + check.kept - 1) <= tolerance:  # nor NaN
+        raise OptionError(
+            "method",
+            f"--.method lrp conserves {100 * (check.conserved + check.kept):.1f} % of the target logit of "
+            f"{model.config.model_type!r}, which is not within {100 * tolerance:.0f} % of all: it has an operation "
+            f"whose rule is not right; {OTHER_METHODS}",
+        )
+    missed = [name for name in ruled.called if name not in ruled.reached]
+    if missed or check.layers_reached < check.num_layers:
+        missed = missed or [name for name in layers if layer_of(name) not in reached]
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in missed}))
+        way = "" if rule == "attnlrp" else ", or --.rule attnlrp"
+        what = f"--.rule {rule} passes no relevance through {missed[0]}: give --.layers without {kinds}{way}."
+        raise OptionError("rule", what)
+    return check
 
 
 @contextmanager
-def _bound(module: nn.Module, method: str, function: Callable) -> Iterator[None]:
-    """Give one module its own method in place of its class's."""
-    before = module.__dict__.get(method)
-    setattr(module, method, MethodType(function, module))
+def _ruled(model: PreTrainedModel, rules: Rules) -> Iterator[None]:
+    """Have the forward pass of a model run under rules, and its activations under the identity rule."""
+    _check_applicable(model)
+    with ExitStack() as undo:
+        for module in model.modules():
+            if _is_activation(module):
+                undo.enter_context(_bound(module, _activation(rules, module.forward)))
+        undo.enter_context(_bound(model, _forward(rules, model)))
+        _under_rules.add(model)
+        undo.callback(_under_rules.discard, model)
+        yield
+
+
+def _forward(rules: Rules, model: PreTrainedModel) -> Callable:
+    own = model.__dict__.get("forward")
+
+    @wraps(type(model).forward)  # generate looks at what arguments it takes
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        rules.are_trained = any(parameter.requires_grad for parameter in self.parameters())
+        if kwargs.get("inputs_embeds") is not None:
+            mark(kwargs["inputs_embeds"])
+        with rules:
+            return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _activation(rules: Rules, function: Callable[..., Tensor]) -> Callable:
+    return lambda _, *args, **kwargs: rules.activation(function, *args, **kwargs)
+
+
+@contextmanager
+def _bound(module: nn.Module, function: Callable) -> Iterator[None]:
+    """Give one module a forward of its own in place of its class's."""
+    before = module.__dict__.get("forward")
+    module.forward = MethodType(function, module)
     try:
         yield
     finally:
         if before is None:
-            delattr(module, method)
+            del module.forward
         else:
-            setattr(module, method, before)
+            module.forward = before
 
 
-@contextmanager
-def _attention(model: PreTrainedModel, name: str, wrap: Callable) -> Iterator[None]:
-    """Route the model's attention through ``wrap``, by a name of this model's own in transformers' two registries."""
-    import sys
+def _is_activation(module: nn.Module) -> bool:
+    """Tell whether a module applies a nonlinear function, 0 at 0, to each element by itself."""
+    if isinstance(module, nn.Linear | Conv1D) or module._modules or module._buffers or module._parameters:
+        # Those of transformers that have parameters are for elements too (xIELU).
+        return type(module).__module__ == "transformers.activations"
+    if module not in _activations:
+        _activations[module] = _acts_on_elements(module.forward)
+    return _activations[module]
 
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = model.config._attn_implementation
-    # Of the file that defines the attention's class: the class of the model itself may be one that FSDP2 made.
-    attention = next(module for module in model.modules() if type(module).__name__.endswith("Attention"))
-    eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
-    name = f"{name}_{model.config.model_type}_{before}_{id(model):x}"
-    ALL_ATTENTION_FUNCTIONS[name] = wrap(ALL_ATTENTION_FUNCTIONS.get_interface(before, eager))
-    # transformers forms no mask at all for a name that is only in the registry's local mapping (5.23), and its global
-    # mapping has a way in but none out.
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
-    model.config._attn_implementation = name
+@torch.no_grad()
+def _acts_on_elements(function: Callable[[Tensor], Tensor]) -> bool:
+    x = torch.linspace(-3.0, 3.0, 24).view(1, 3, 8)
+    other = x.clone()
+    other[0, 1, 2] = 2.5
     try:
-        yield
-    finally:
-        model.config._attn_implementation = before
-        del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[name]
+        y, of_other, of_double, of_negative, at_0 = map(function, (x.clone(), other, 2 * x, -x, torch.zeros(1, 3, 8)))
+        changed = (y != of_other).nonzero().tolist()
+        is_linear = torch.allclose(of_double, 2 * y) and torch.allclose(of_negative, -y)
+        is_even_shape = y.shape == x.shape and y.is_floating_point()
+    except Exception:  # it takes other arguments, whatever it says of these
+        return False
+    return is_even_shape and changed in ([], [[0, 1, 2]]) and not is_linear and not at_0.any()
 
 
 def _check_applicable(model: PreTrainedModel) -> None:
-    if model.config._attn_implementation.startswith("sparc3_"):
+    if model in _under_rules:
         raise ValueError("The LRP rules are applied to this model already: `with lrp(model)` does not nest.")
     if model.training:
         raise ValueError("LRP explains the model as it predicts: call model.eval() first.")
-    if model.dtype == torch.float16:
-        raise OptionError(
-            "dtype", "LRP is not defined in float16 (1e-10 is 0 there): use --.dtype bfloat16 or float32."
-        )
-    if getattr(model.config, "final_logit_softcapping", None):
-        raise ValueError("There is no LRP rule for final_logit_softcapping; set it to None in the model's config.")
+    check_can_have_rules(model.config, model.dtype)
+    for name, module in model.named_modules():
+        is_compiled = module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        if is_compiled or isinstance(module, torch.jit.ScriptModule):
+            what = f"{name or 'The model'} is compiled, and its operations are hidden from LRP: load it without."
+            raise OptionError("method", what)
 
 
-def _check_reached(model: PreTrainedModel, reached: set[str]) -> None:
-    def is_reached(name: str, module: nn.Module) -> bool:
-        return name in reached or isinstance(module, _NEED_NO_RULE) or "RotaryEmbedding" in type(module).__name__
+class _Counting(Rules):
+    """The rules, and the relevance that constants keep."""
 
-    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
-    left = [f"{name} ({type(module).__name__})" for name, module in leaves if not is_reached(name, module)]
-    if left:
-        raise ValueError(f"No LRP rule reaches {len(left)} module(s): {', '.join(left[:5])}.")
+    kept: Tensor | float = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func in _ADDENDS and isinstance(result, Tensor) and result.requires_grad and torch.is_grad_enabled():
+            constant = _ADDENDS[func](*args, **(kwargs or {}))
+            if constant is not None:
+                result.register_hook(lambda gradient: self._keep(gradient, constant))
+        return result
+
+    def _keep(self, gradient: Tensor, constant: Tensor | float) -> None:
+        # A mask is minus infinity where nothing arrives.
+        kept = (gradient * constant).masked_fill(gradient == 0, 0)
+        self.kept = self.kept + kept.sum(dtype=torch.float64).item()
+
+
+def _of_sum(x: Any, y: Any = None, other: Any = None, alpha: float = 1) -> Any:
+    y = other if y is None else y
+    return _constant(x, y, 1, alpha)
+
+
+def _of_difference(x: Any, y: Any = None, other: Any = None, alpha: float = 1) -> Any:
+    y = other if y is None else y
+    return _constant(x, y, 1, -alpha)
+
+
+def _of_reversed_difference(x: Any, y: Any = None, other: Any = None, alpha: float = 1) -> Any:
+    y = other if y is None else y
+    return _constant(x, y, -alpha, 1)
+
+
+def _constant(x: Any, y: Any, of_x: float, of_y: float) -> Any:
+    """Return the constant of two that are added, times its sign; None if both depend on the tokens."""
+    constant, factor = (y, of_y) if isinstance(x, Tensor) and x.requires_grad else (x, of_x)
+    is_constant = not (isinstance(constant, Tensor) and constant.requires_grad)
+    return constant * factor if is_constant else None
+
+
+def _of_linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    return None if bias is None else bias.detach()
+
+
+def _of_convolution(input: Any, weight: Any, bias: Any = None, *_: Any, **__: Any) -> Any:
+    return None if bias is None else bias.detach().view(-1, *[1] * (weight.dim() - 2))
+
+
+def _of_product(term: Any, *_: Any, beta: float = 1, **__: Any) -> Any:
+    return None if term.requires_grad else term * beta
+
+
+def _of_norm(input: Any, shape: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any) -> Any:
+    return None if bias is None else bias.detach()
+
+
+def _functions(*names: str) -> list[Any]:
+    return [getattr(place, name) for name in names for place in (torch, Tensor, nn.functional) if hasattr(place, name)]
+
+
+# The constant that an operation adds to what depends on the tokens.
+_ADDENDS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(_functions("add", "add_", "__add__", "__radd__", "__iadd__"), _of_sum),
+    **dict.fromkeys(_functions("sub", "sub_", "subtract", "__sub__", "__isub__"), _of_difference),
+    **dict.fromkeys(_functions("rsub", "__rsub__"), _of_reversed_difference),
+    **dict.fromkeys(_functions("linear"), _of_linear),
+    **dict.fromkeys(_functions("conv1d"), _of_convolution),
+    **dict.fromkeys(_functions("addmm", "baddbmm", "addbmm", "addcmul"), _of_product),
+    **dict.fromkeys(_functions("layer_norm"), _of_norm),
+}
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a forward and a backward pass from the embeddings on shows."""
+
+    logits: Tensor
+    target: float
+    on_tokens: float
+    called: list[str]
+    reached: set[str]
+    hidden: list[str]
+
+
+def _pass(model: PreTrainedModel, input_ids: Tensor, layers: Mapping[str, Linear]) -> _Pass:
+    """Propagate the logit of the last token that is largest in size."""
+    embeddings: list[Tensor] = []
+    called: list[str] = []
+    reached: set[str] = set()
+
+    def begin(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            called.append(name)
+            output.requires_grad_().register_hook(lambda gradient: reached.add(name) if gradient.any() else None)
+
+        return hook
+
+    handles = [model.get_input_embeddings().register_forward_hook(begin)]
+    handles += [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            target = logits[0, -1, logits[0, -1].abs().argmax()]
+            hidden = _hidden_functions(target)
+            target.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = sum((leaf.double() * leaf.grad.double()).sum().item() for leaf in embeddings if leaf.grad is not None)
+    return _Pass(logits.detach(), target.item(), found, called, reached, hidden)
+
+
+def _are_unchanged(model: PreTrainedModel, input_ids: Tensor, plain: Tensor, ruled: Tensor) -> bool:
+    """Tell whether logits are the same, or differ by no more than they do from one pass to the next (atomic sums)."""
+    if torch.equal(plain, ruled):
+        return True
+    again = _pass(model, input_ids, {}).logits
+    return bool((ruled - plain).abs().max() <= 4 * (again - plain).abs().max()) and not torch.equal(again, plain)
+
+
+def _hidden_functions(target: Tensor) -> list[str]:
+    """Name the functions in a graph whose operations no rule sees: of autograd's own extensions, and in C++."""
+    found: dict[str, None] = {}
+    seen: set[Any] = set()
+    left = [target.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [source for source, _ in node.next_functions]
+        function = getattr(type(node), "_forward_cls", None)
+        if function is not None:
+            name = f"{function.__module__}.{function.__name__}"
+            # The custom operations of transformers are products with the weights of experts.
+            if not name.startswith(_KNOWN_FUNCTIONS) and "_transformers_grouped_mm" not in name:
+                found[name.removeprefix("torch._library.autograd.GeneratedBackwardFor_")] = None
+        elif "CppNode" in node.name():
+            found[node.name()] = None
+    return list(found)

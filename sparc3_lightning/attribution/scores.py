@@ -19,6 +19,7 @@ from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.attribution.tensor_file import ERRORS, digest_of, load_tensors, save_tensors
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import LEFT_OUT, Count, JsonFile, check_checksum, checksum, parse_json, read_as, replacing
+from sparc3_lightning.models.experts import TokensSeen
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.sources import first_line
 
@@ -46,6 +47,8 @@ class Provenance:
         sample_ids: Of each sample; for prompts they tell evaluation which to leave out.
         versions: Of this package, its main dependencies and Python.
         git_hash: Commit of this package's working tree, if it is one.
+        lrp_check: What a short sample showed about the LRP rules on the model; None for other methods.
+        expert_tokens: How many tokens the scored experts saw; None without any.
     """
 
     checkpoint: str
@@ -61,6 +64,8 @@ class Provenance:
     sample_ids: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     git_hash: str | None = None
+    lrp_check: str | None = field(default=None, metadata=LEFT_OUT)
+    expert_tokens: TokensSeen | None = field(default=None, metadata=LEFT_OUT)
 
     @classmethod
     def from_json(cls, text: str) -> "Provenance":

@@ -6,8 +6,8 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from sparc3_lightning.attribution.lrp import Rule
 from sparc3_lightning.attribution.relevance import Relevance
+from sparc3_lightning.attribution.rules import Rule
 from sparc3_lightning.attribution.targets import LEXICAL, Target
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import ATTENTIONS, MLPS, ends_in, is_heads

@@ -1,4 +1,4 @@
-"""What transformers calls the parts of a model: linear layers, MLPs, attentions, families with LRP rules."""
+"""What transformers calls the parts of a model: linear layers, MLPs, attentions."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -11,10 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.models.experts import routers_of
 
 Linear = nn.Linear | Conv1D
 
-ALL = "all"  # as a target: every linear layer but the head
+ALL = "all"  # as a target: every linear layer but the head and the routers of experts
 # What the layers of an MLP are called below the module that holds them: those whose row i, and the one whose column i,
 # make up neuron i. The first of the rows is the one that is scored; of a gated MLP it is the one beside the gate. Where
 # there is but one layer of rows and it has twice as many as the last layer has columns, its first half is the gate.
@@ -59,32 +60,6 @@ ATTENTIONS: dict[str, tuple[str, type[Linear]]] = {
 KNOWN_ATTENTIONS = ", ".join(f"{output} beside {values}" for output, (values, _) in ATTENTIONS.items())
 
 
-@dataclass(frozen=True)
-class Family:
-    """What the modules are called that need a rule.
-
-    Args:
-        norm: Class of the norms: LayerNorm, or one that divides by the root mean square.
-        gated_mlp: Class of the MLPs, if they have a gate.
-        activation: Name of the activation in a block, if they have none.
-    """
-
-    norm: str
-    gated_mlp: str | None = None
-    activation: str | None = None
-
-
-# By the model_type of transformers.
-FAMILIES = {
-    "gemma3_text": Family("Gemma3RMSNorm", gated_mlp="Gemma3MLP"),
-    "gpt2": Family("LayerNorm", activation="act"),
-    "llama": Family("LlamaRMSNorm", gated_mlp="LlamaMLP"),
-    "opt": Family("LayerNorm", activation="activation_fn"),
-    "qwen2": Family("Qwen2RMSNorm", gated_mlp="Qwen2MLP"),
-    "qwen3": Family("Qwen3RMSNorm", gated_mlp="Qwen3MLP"),
-}
-
-
 def weight_of(layer: Linear) -> Tensor:
     """Return the weight of a linear layer, shape ``[out_features, in_features]``: not a copy, so it can be written to.
 
@@ -98,6 +73,16 @@ def linear_at(model: nn.Module, name: str) -> Linear:
     return cast(Linear, model.get_submodule(name))
 
 
+def parameters_of(model: nn.Module, layer: str) -> dict[str, str]:
+    """Return the fully qualified names of the parameters that hold a layer's weights, by what the layer calls them.
+
+    They are its own, such as ``weight``; or the layer is one of an expert, and a view of fused parameters.
+    """
+    module = model.get_submodule(layer)
+    held: dict[str, str] | None = getattr(module, "parameters_held", None)
+    return held or {name: f"{layer}.{name}" for name, _ in module.named_parameters(recurse=False)}
+
+
 def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
     """Return the linear layers whose name is, or ends in, one of ``layers``, by fully qualified name.
 
@@ -105,7 +90,8 @@ def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
 
     Args:
         model: Any model.
-        layers: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head.
+        layers: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head
+            and the routers of experts.
 
     Raises:
         ValueError: If a name matches no linear layer; the names there are are listed.
@@ -118,10 +104,11 @@ def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
         kinds = sorted({name.rpartition(".")[2] for name in linear})
         raise OptionError("layers", f": the model has no linear layer {unknown[0]!r}; it has {kinds}.")
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    left_out = {head, *(routers_of(model) if ALL in layers else ())}
     return {
         name: module
         for name, module in linear.items()
-        if any(ends_in(name, end) for end in layers) or (ALL in layers and module is not head)
+        if any(ends_in(name, end) for end in layers) or (ALL in layers and module not in left_out)
     }
 
 
@@ -393,22 +380,6 @@ def _fits(attention: Attention, kind: type[Linear]) -> bool:
         and values % attention.head_dim == 0
         and (kind is Conv1D or inputs % values == 0)
     )
-
-
-def family_of(config: PreTrainedConfig) -> Family:
-    """Return the entry of ``FAMILIES`` for the config of a model.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    model_type = config.model_type
-    if model_type not in FAMILIES:
-        raise OptionError(
-            "method",
-            f"There are no LRP rules for the architecture {model_type!r}. Covered are: {', '.join(sorted(FAMILIES))}. "
-            "For another one use --.method wanda, which needs no rules.",
-        )
-    return FAMILIES[model_type]
 
 
 def check_is_text(name: str, config: PreTrainedConfig) -> None:

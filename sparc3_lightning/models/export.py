@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import check_space, check_writable, temporary_folder
+from sparc3_lightning.models.architectures import parameters_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import KINDS, Component, Granularity, check, prune_
+from sparc3_lightning.models.conversion import Source, Sources
 from sparc3_lightning.models.neurons import add_biases_, check_have_biases
 from sparc3_lightning.models.tensors import DTYPES, Added, TensorFile, rewrite
 from sparc3_lightning.models.weight_files import INDEX, WHOLE, weight_paths
@@ -98,8 +100,8 @@ def check_export(
         group: Of the option that names the folder.
 
     Raises:
-        ValueError: If the weights of a layer are no tensors of the checkpoint's files as they are, or its architecture
-            has no bias to put means in.
+        ValueError: If the weights of a layer are not made of tensors of the checkpoint's files, or could not be told
+            from these again, or its architecture has no bias to put means in.
         OSError: If the folder exists, cannot be written, or has not enough space.
     """
     files, model = Files.of(checkpoint), checkpoint.skeleton()
@@ -107,9 +109,7 @@ def check_export(
     if with_means:
         check_have_biases(model, modules)
     tensors = Tensors(checkpoint, model, files.weights)
-    for module in modules:
-        for layer in KINDS[granularity].layers(model, module):
-            tensors.of(layer)
+    tensors.of(layer for module in modules for layer in KINDS[granularity].layers(model, module))
 
 
 def _check_folder(files: Files, folder: Path, dtype: torch.dtype | None, group: str = "model") -> None:
@@ -124,7 +124,7 @@ def _check_folder(files: Files, folder: Path, dtype: torch.dtype | None, group: 
 
 
 class Tensors:
-    """Which tensor of its files each weight of a checkpoint's model is loaded from.
+    """Which tensors of its files each weight of a checkpoint's model is made of.
 
     Args:
         checkpoint: The checkpoint.
@@ -133,49 +133,83 @@ class Tensors:
     """
 
     def __init__(self, checkpoint: Checkpoint, model: "PreTrainedModel", files: Iterable[TensorFile]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
         self.checkpoint = checkpoint
         self.model = model
         self.files = {name: file for file in files for name in file.entries}
-        self.found: dict[str, list[str | None]] = defaultdict(list)  # None where it is made of several tensors
-        state, prefix = model.state_dict(), model.base_model_prefix
-        conversions = get_model_conversion_mapping(model)
-        renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
-        converters = [step for step in conversions if isinstance(step, WeightConverter)]
-        for name in self.files:
-            # As transformers loads it.
-            parameter, converted = rename_source_key(name, renamings, converters, prefix, state)
-            if parameter not in state and name in state:
-                parameter, converted = name, None
-            self.found[parameter].append(name if converted is None else None)
+        self.sources = Sources(model, {name: file.entries[name].shape for name, file in self.files.items()})
+        self.checked: set[str] = set()
 
-    def of(self, layer: str) -> dict[str, str]:
-        """Return the tensor of each parameter of a layer, such as ``weight``.
+    def of(self, layers: Iterable[str]) -> list[Source]:
+        """Return what the weights of layers are made of, each weight once, also if several layers are views of it.
 
         Args:
-            layer: By its fully qualified name.
+            layers: By their fully qualified names.
 
         Raises:
-            ValueError: If a parameter is not the very tensor of the file, but put together of others.
+            ValueError: If a weight is no tensor of the files, and is not put together of several, or these could not be
+                told from it again.
         """
-        return {name: self.at(f"{layer}.{name}") for name, _ in self.model.get_submodule(layer).named_parameters()}
+        names = dict.fromkeys(name for layer in layers for name in parameters_of(self.model, layer).values())
+        found = [self._source_of(name) for name in names]
+        return list({source.parameters: source for source in found}.values())
 
     def at(self, parameter: str) -> str:
-        """Return the tensor of a parameter, by its fully qualified name; see ``of``."""
-        names = self.found.get(parameter, [])
-        name = names[0] if len(names) == 1 else None
-        shape = list(self.model.get_parameter(parameter).shape)
-        entry = None if name is None else self.files[name].entries[name]
-        if name is None or entry is None or entry.shape != shape or entry.dtype not in DTYPES:
-            raise OptionError(
-                "export",
-                f"{self.checkpoint.name!r} cannot be exported: its files hold no tensor that is {parameter!r} as it "
-                f"is, a matrix of floating-point numbers of shape {shape}. Save it with the save_pretrained of "
-                "transformers and attribute that, or leave out --.export.",
+        """Return the tensor of a weight, by its fully qualified name, which must not be put together of others."""
+        source = self._source_of(parameter)
+        if source.converter is not None:
+            raise self._refusal(parameter)
+        return source.name
+
+    def read(self, source: Source) -> dict[str, Tensor]:
+        """Return weights by their fully qualified names.
+
+        Raises:
+            ValueError: If they were not the same tensors of the files when they were written again.
+        """
+        weights = source.convert(self.model, lambda name: self.files[name].read(name))
+        if source.converter is not None and any(
+            not self.files[name].holds(name, tensor) for name, tensor in self._reverted(source, weights)
+        ):
+            raise self._refusal(source.parameters[0])
+        return weights
+
+    def write(self, source: Source, weights: Mapping[str, Tensor]) -> None:
+        """Put weights, by their fully qualified names, in the place of what they were; what is the same stays."""
+        for name, tensor in self._reverted(source, weights):
+            if not self.files[name].holds(name, tensor):
+                self.files[name].write(name, tensor)
+
+    def _reverted(self, source: Source, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        names = {part.renamed: part.name for part in source.parts}
+        for renamed, tensor in source.revert(self.model, weights).items():
+            yield names[renamed], tensor
+
+    def _source_of(self, parameter: str) -> Source:
+        source = self.sources.found.get(parameter)
+        if source is None:
+            raise self._refusal(parameter)
+        if parameter not in self.checked:
+            dtypes = [self.files[part.name].entries[part.name].dtype for part in source.parts]
+            is_one_dtype = len({*dtypes}) == 1 and dtypes[0] in DTYPES
+            if not is_one_dtype or not self.sources.is_reversible(source):
+                raise self._refusal(parameter)
+            self.checked.update(source.parameters)
+        return source
+
+    def _refusal(self, parameter: str) -> OptionError:
+        source, shape = self.sources.found.get(parameter), self.sources.wanted.get(parameter)
+        if source is None or source.converter is None:
+            what = (
+                f"its files hold no tensor that is {parameter!r} as it is, a matrix of floating-point numbers of shape "
+                f"{list(shape or ())}; save it with the save_pretrained of transformers and attribute that"
             )
-        return name
+        else:
+            what = (
+                f"the {len(source.parts)} tensors of its files that {parameter!r} is made of cannot be told from it "
+                "again; save it with save_pretrained(folder, save_original_format=False) of transformers and attribute "
+                "that"
+            )
+        return OptionError("export", f"{self.checkpoint.name!r} cannot be exported: {what}, or leave out --.export.")
 
 
 class Copy:
@@ -198,17 +232,20 @@ class Copy:
         Args:
             layers: By their fully qualified names.
         """
-        held: list[tuple[nn.Module, str, nn.Parameter, str]] = []
-        for layer in layers:
-            module = self.model.get_submodule(layer)
-            for name, tensor in self.tensors.of(layer).items():
-                held.append((module, name, module.get_parameter(name), tensor))
-                weight = self.tensors.files[tensor].read(tensor)
-                setattr(module, name, nn.Parameter(weight, requires_grad=False))
+        held: list[tuple[Source, dict[str, nn.Parameter]]] = []
+        for source in self.tensors.of(layers):
+            held.append((source, {name: self.model.get_parameter(name) for name in source.parameters}))
+            for name, weight in self.tensors.read(source).items():
+                self._set(name, nn.Parameter(weight, requires_grad=False))
         yield
-        for module, name, empty, tensor in held:
-            self.tensors.files[tensor].write(tensor, module.get_parameter(name).data)
-            setattr(module, name, empty)
+        for source, empty in held:
+            self.tensors.write(source, {name: self.model.get_parameter(name).data for name in empty})
+            for name, parameter in empty.items():
+                self._set(name, parameter)
+
+    def _set(self, name: str, parameter: nn.Parameter) -> None:
+        owner, _, key = name.rpartition(".")
+        setattr(self.model.get_submodule(owner), key, parameter)
 
 
 @contextmanager
@@ -336,10 +373,12 @@ def export_pruned(
     Raises:
         OSError, ValueError: As ``copied``; or if the model has no such component.
     """
-    check(checkpoint.skeleton(), neurons)
-    together: dict[str, list[Component]] = defaultdict(list)  # all that is done in one MLP or attention
+    model = checkpoint.skeleton()
+    check(model, neurons)
+    together: dict[str, list[Component]] = defaultdict(list)  # all that is done in one MLP, attention or set of experts
     for neuron in neurons:
-        together[neuron.module.rpartition(".")[0]].append(neuron)
+        weight = next(iter(parameters_of(model, neuron.module).values()))
+        together[weight.rsplit(".", 2)[0]].append(neuron)
     held_at_means = {neuron.module for neuron in neurons if neuron.mean}
     with copied(checkpoint, folder, dtype, held_at_means) as copy:
         for part in together.values():

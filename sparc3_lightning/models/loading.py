@@ -2,12 +2,14 @@
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from sparc3_lightning.models.conversion import Source, Sources
+from sparc3_lightning.models.experts import open_experts_
 from sparc3_lightning.models.weight_files import FLOATS, Weight, weights_of
 from sparc3_lightning.sources import explain_hub_error
 
@@ -155,13 +157,16 @@ def build_skeleton(
         )
     try:
         with torch.device("meta"):
-            return getattr(transformers, task.auto_class).from_config(
+            model = getattr(transformers, task.auto_class).from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=False
             )
     except Exception as error:  # of numbers that do not fit, whatever torch or the model's class raises
         raise ValueError(
             f"The config.json of {name!r} describes no model that can be built: correct it ({in_short(error)})."
         ) from None
+    if task is CAUSAL_LM:
+        open_experts_(model)
+    return model
 
 
 def load_strictly(name: str, folder: Path, config: "PreTrainedConfig", task: Task, dtype: torch.dtype) -> Any:
@@ -186,9 +191,8 @@ def load_strictly(name: str, folder: Path, config: "PreTrainedConfig", task: Tas
     weights = weights_of(folder)
     check_are_weights(name, weights)
     read_generation_config(name, folder)
-    skeleton = build_skeleton(name, config, weights, task, dtype)
-    if not converted_names(skeleton, weights):
-        sources_of(name, skeleton, weights, task)  # before gigabytes are read; the rest is compared afterwards
+    # Before gigabytes are read; what came of them is compared afterwards.
+    sources_of(name, build_skeleton(name, config, weights, task, dtype), weights, task)
     try:
         model, info = getattr(transformers, task.auto_class).from_pretrained(
             folder,
@@ -212,19 +216,13 @@ def load_strictly(name: str, folder: Path, config: "PreTrainedConfig", task: Tas
         [f"{key} {list(found)} for {list(wanted)}" for key, found, wanted in info["mismatched_keys"]],
         task,
     )
+    if task is CAUSAL_LM:
+        open_experts_(model)
     return model.eval().requires_grad_(False)
 
 
-def converted_names(model: "PreTrainedModel", weights: Iterable[str]) -> list[str]:
-    """Return the names of those tensors of files that transformers renames or converts for a model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    changes = get_model_conversion_mapping(model)
-    return [name for name in weights if any(change.rename_source_key(name) != (name, None) for change in changes)]
-
-
-def sources_of(name: str, model: "PreTrainedModel", weights: Mapping[str, Weight], task: Task) -> dict[str, str]:
-    """Return the name that each tensor of a model has in its files, if none is converted, as transformers finds it.
+def sources_of(name: str, model: "PreTrainedModel", weights: Mapping[str, Weight], task: Task) -> dict[str, Source]:
+    """Return what each tensor of a model is made of, as transformers finds it.
 
     Args:
         name: Of the checkpoint, for errors.
@@ -233,31 +231,29 @@ def sources_of(name: str, model: "PreTrainedModel", weights: Mapping[str, Weight
         task: What it is loaded for.
 
     Raises:
-        ValueError: If the files hold other tensors than the model has.
+        ValueError: If the files hold other tensors than the model is made of.
     """
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    prefix = f"{model.base_model_prefix}."
-    sources: dict[str, str] = {}
-    unexpected = []
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
-    for key in sorted(weights):
-        # A checkpoint of the model without its head, as the hub's GPT-2 is, lacks the prefix.
-        known = (key.removeprefix(prefix), prefix + key) if key.startswith(prefix) else (prefix + key, key)
-        target = next((target for target in (*known, key) if target in shapes), None)
-        if target is not None and target not in sources:
-            sources[target] = key
-        elif not is_unused(key, weights[key], task) and not any(re.search(one, key) for one in ignored):
-            unexpected.append(key)
+    sources = Sources(model, {key: weight.shape for key, weight in weights.items()})
+    found = dict(sources.found)
+    missing: list[str] = []
+    unexpected: list[str] = [*sources.left]
+    mismatched: list[str] = []
+    for source in {source.parameters: source for source in found.values()}.values():
+        differences = sources.differences(source)
+        missing += differences.missing
+        unexpected += differences.unexpected
+        mismatched += differences.mismatched
     for one, other in ties_of(model):
-        if one not in sources and other in sources:
-            sources[one] = sources[other]
-    mismatched = [
-        f"{target} {list(weights[key].shape)} for {list(shapes[target])}"
-        for target, key in sources.items()
-        if weights[key].shape != shapes[target]
+        if one not in found and other in found:
+            found[one] = found[other]
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    unexpected = [
+        key
+        for key in unexpected
+        if not is_unused(key, weights[key], task) and not any(re.search(one, key) for one in ignored)
     ]
-    check_complete(name, shapes.keys() - sources.keys(), unexpected, mismatched, task)
-    return sources
+    check_complete(name, [*missing, *(sources.wanted.keys() - found.keys())], unexpected, mismatched, task)
+    return found
 
 
 def ties_of(model: "PreTrainedModel") -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ from sparc3_lightning.models.architectures import (
     weight_of,
     whole,
 )
+from sparc3_lightning.models.experts import count_in_words
 
 
 class Ablation(NamedTuple):
@@ -87,11 +88,14 @@ def coverage(model: nn.Module, modules: Collection[str]) -> str:
         modules: The scored layers by their fully qualified names.
     """
     mlps = mlps_of(model)
-    number = sum(mlp.num_neurons for mlp in mlps)
-    scored = sum(mlp.num_neurons for mlp in mlps if any(rows.layer in modules for rows in mlp.rows))
-    share = f"Scored 100 % of the MLP neurons: {number:,}"
-    if scored < number:
-        share = f"Scored {100 * scored // number} % of the MLP neurons: {scored:,} of {number:,}"
+    number = {mlp.rows[0].layer: mlp.num_neurons for mlp in mlps}
+    scored = {mlp.rows[0].layer: mlp.num_neurons for mlp in mlps if any(rows.layer in modules for rows in mlp.rows)}
+    share = f"Scored 100 % of the MLP neurons: {count_in_words(model, number)}"
+    if len(scored) < len(number):
+        percent = 100 * sum(scored.values()) // sum(number.values())
+        share = (
+            f"Scored {percent} % of the MLP neurons: {count_in_words(model, scored)} of {count_in_words(model, number)}"
+        )
     others = _others(model, mlps)
     return share + (f"; left out: {', '.join(others)}" if others else "")
 

@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from types import EllipsisType
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -14,17 +16,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint as activation_checkpoint
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import blocks_of
 from sparc3_lightning.models.batching import Batching
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
+from sparc3_lightning.models.conversion import Source
 from sparc3_lightning.models.loading import (
     CAUSAL_LM,
     build_skeleton,
     check_are_weights,
-    converted_names,
     read_generation_config,
     sources_of,
     ties_of,
@@ -106,7 +109,32 @@ def checkpoint_blocks_(model: nn.Module) -> None:
     transformers' own gradient checkpointing wants the training mode, in which LRP is not defined.
     """
     for block in blocks_of(model):
-        block.forward = partial(activation_checkpoint.checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(
+            activation_checkpoint.checkpoint,
+            block.forward,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _ModesOfForward()),
+        )
+
+
+class _ModesOfForward:
+    """Has the recomputation of a block run under the TorchFunctionModes of its forward pass, such as the LRP rules.
+
+    The backward pass of an accelerator is on another thread, where none of them is.
+    """
+
+    def __init__(self) -> None:
+        self.modes = _get_current_function_mode_stack()
+
+    def __enter__(self) -> None:
+        present = _get_current_function_mode_stack()
+        self.entered = ExitStack()
+        for mode in self.modes:
+            if not any(mode is other for other in present):
+                self.entered.enter_context(mode)
+
+    def __exit__(self, *error: object) -> None:
+        self.entered.close()
 
 
 def load_sharded(
@@ -119,7 +147,8 @@ def load_sharded(
     """Load a causal language model, a shard on each rank, in evaluation mode, with frozen weights.
 
     The model is built on the meta device, sharded block by block, and then each rank reads its own rows of each weight,
-    one weight at a time: its peak of host memory is its shard and one tensor.
+    one weight at a time: its peak of host memory is its shard and one tensor. Of experts that transformers fuses it
+    reads its own; the parts of any other weight that is converted it reads whole.
 
     Args:
         checkpoint: What to load.
@@ -138,11 +167,6 @@ def load_sharded(
     check_are_weights(checkpoint.name, weights)
     generation_config = read_generation_config(checkpoint.name, folder)
     model = build_skeleton(checkpoint.name, config, weights, CAUSAL_LM, dtype)
-    if converted := converted_names(model, weights):
-        raise ValueError(
-            f"{len(converted)} tensors of {checkpoint.name!r} ({converted[0]}, ...) are renamed or converted when the "
-            "model is loaded, which fsdp2 does not do: use another --trainer.strategy."
-        )
     sources = sources_of(checkpoint.name, model, weights, CAUSAL_LM)
     if _are_tied_apart(model, weights, sources):
         config = copy.deepcopy(config)
@@ -158,14 +182,14 @@ def load_sharded(
     _compute_buffers_(model)
     if generation_config is not None:
         model.generation_config = generation_config
-    _read_shards_(model, {name: (source, weights[source]) for name, source in sources.items()})
+    _read_shards_(model, sources, weights)
     return model
 
 
-def _are_tied_apart(model: "PreTrainedModel", weights: Mapping[str, Weight], sources: Mapping[str, str]) -> bool:
+def _are_tied_apart(model: "PreTrainedModel", weights: Mapping[str, Weight], sources: Mapping[str, Source]) -> bool:
     """Tell whether the files hold two tensors that differ where the config ties them; transformers takes both then."""
     for one, other in ties_of(model):
-        first, second = sources[one], sources[other]
+        first, second = sources[one].name, sources[other].name
         if first != second:
             with (
                 safe_open(weights[first].file, framework="pt") as file,
@@ -191,22 +215,44 @@ def _compute_buffers_(model: "PreTrainedModel") -> None:
                 model._init_weights(module)
 
 
-def _read_shards_(model: "PreTrainedModel", sources: Mapping[str, tuple[str, Weight]]) -> None:
+def _read_shards_(model: "PreTrainedModel", sources: Mapping[str, Source], weights: Mapping[str, Weight]) -> None:
     persistent = set(model.state_dict())
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *buffers]:
-            source, weight = sources[name]
-            # Opened for one weight at a time: the pages of a file stay in memory as long as it is open.
-            with safe_open(weight.file, framework="pt") as file:
-                _read_rows_(tensor, file.get_slice(source))
+            local, rows = _local_rows(tensor)
+            if local.numel():
+                _read_rows_(model, name, local, rows, sources[name], weights)
 
 
-def _read_rows_(parameter: Tensor, weight: Any) -> None:
+def _read_rows_(
+    model: "PreTrainedModel",
+    name: str,
+    local: Tensor,
+    rows: slice | EllipsisType,
+    source: Source,
+    weights: Mapping[str, Weight],
+) -> None:
+    """Read some rows of a parameter into this rank's part of it."""
+    of_rows = source.of_rows(rows) if isinstance(rows, slice) else None
+    paths = {weights[part.name].file for part in (of_rows or source).parts}
+    with ExitStack() as stack:
+        # Opened for one weight at a time: the pages of a file stay in memory as long as it is open.
+        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
+        if source.converter is None:
+            local.copy_(files[weights[source.name].file].get_slice(source.name)[rows])
+            return
+
+        def read(tensor: str) -> Tensor:
+            return files[weights[tensor].file].get_tensor(tensor).to(local.dtype)
+
+        weight = (of_rows or source).convert(model, read)[name]
+        local.copy_(weight if of_rows else weight[rows])
+
+
+def _local_rows(parameter: Tensor) -> tuple[Tensor, slice | EllipsisType]:
+    """Return this rank's part of a parameter, and which of its rows these are."""
     if not isinstance(parameter, DTensor):
-        parameter.copy_(weight[...])
-        return
-    local = parameter.to_local()
+        return parameter, ...
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if local.numel():
-        local.copy_(weight[offset[0] : offset[0] + shape[0]])
+    return parameter.to_local(), slice(offset[0], offset[0] + shape[0])

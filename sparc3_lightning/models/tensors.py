@@ -93,6 +93,13 @@ class TensorFile:
             file.seek(self.start + entry.begin)
             return _tensor(file.read(entry.end - entry.begin), entry).view(entry.shape)
 
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether a tensor is the one in the file, of the same dtype and shape, bit for bit."""
+        entry = self.entries[name]
+        if (DTYPES.get(entry.dtype), entry.shape) != (tensor.dtype, list(tensor.shape)):
+            return False
+        return _bytes_of(tensor) == _bytes_of(self.read(name))
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a tensor of the same shape and dtype in the place of another."""
         entry = self.entries[name]

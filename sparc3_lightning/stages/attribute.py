@@ -12,19 +12,27 @@ from transformers import PreTrainedModel
 
 from sparc3_lightning.attribution.accumulator import CHECK_EVERY, ScoreAccumulator
 from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationRecorder, Activations
-from sparc3_lightning.attribution.lrp import Rule, check_have_relevance, lrp
+from sparc3_lightning.attribution.lrp import (
+    LrpCheck,
+    NonfiniteLogitsError,
+    check_can_have_rules,
+    check_have_relevance,
+    check_lrp,
+    lrp,
+)
 from sparc3_lightning.attribution.progress import Identity, Progress, go_on, remove_progress
 from sparc3_lightning.attribution.relevance import Relevance
+from sparc3_lightning.attribution.rules import Rule
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, ShardWriter
 from sparc3_lightning.attribution.spec import Method, Nonfinite, ScoreSpec
 from sparc3_lightning.attribution.static_scores import StaticScores
 from sparc3_lightning.attribution.targets import LEXICAL, Target, lexicon_of, target_of
-from sparc3_lightning.data.base import Kind, NoSamples, ReferenceSamples, WeightedBatch
+from sparc3_lightning.data.base import Kind, NoSamples, ReferenceSamples, Sample, WeightedBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import check_space
 from sparc3_lightning.models.architectures import (
-    family_of,
+    Linear,
     find_layers,
     head_layers,
     neuron_layers,
@@ -34,6 +42,7 @@ from sparc3_lightning.models.architectures import (
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Granularity
+from sparc3_lightning.models.experts import TokensSeen, check_are_open, is_expert
 from sparc3_lightning.models.heads import head_dims, heads_left_out
 from sparc3_lightning.models.neurons import columns_of, coverage, scored_rows
 from sparc3_lightning.models.sharding import check_batch_size, load_for
@@ -128,6 +137,7 @@ class Attribution(StoppableModule):
         self.save_every = save_every
         self.checkpoint = Checkpoint(checkpoint, revision)
         self.lexicon: list[int] = []
+        self.lrp_check: LrpCheck | None = None
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -142,7 +152,8 @@ class Attribution(StoppableModule):
         spec = self.spec
         self.begin_loop(file_of(spec.granularity))
         if spec.method == "lrp":
-            family_of(self.checkpoint.config)
+            dtype = resolve_dtype(self.dtype_name, self.trainer.strategy.root_device)
+            check_can_have_rules(self.checkpoint.config, dtype)
         data = self.reference_samples
         if spec.is_static != isinstance(data, NoSamples):
             what = "reads no samples: give --data NoSamples" if spec.is_static else "needs samples: give --data C4"
@@ -153,7 +164,14 @@ class Attribution(StoppableModule):
         if spec.sums_weights and self.batching.is_auto:
             what = "auto is not for scores of weights, whose sums cannot be taken back: give a number."
             raise OptionError("batch_size", what, "data")
-        self.layers = self.find_layers_of(self.checkpoint.skeleton())
+        skeleton = self.checkpoint.skeleton()
+        self.layers = self.find_layers_of(skeleton)
+        scored = find_layers(skeleton, self.layers).values()
+        if spec.sums_weights and self.trainer.world_size > 1 and any(map(is_expert, scored)):
+            what = (
+                "weight: ranks send tokens to other experts, so that scores of their weights are summed on one device"
+            )
+            raise OptionError("granularity", f"{what}: give --trainer.devices 1, or take --.method wanda.")
         if spec.lexicon is not None and spec.is_lexical:
             self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score)
             data.notes["num_lexicon"] = len(self.lexicon)
@@ -179,6 +197,9 @@ class Attribution(StoppableModule):
             raise RuntimeError("Relevance needs gradients: build the trainer with Trainer(inference_mode=False).")
         self.model.eval()
         layers = find_layers(self.model, self.layers)
+        if spec.rule is not None:
+            self.lrp_check = self._check_rules(spec.rule, layers)
+            rank_zero_info(str(self.lrp_check))
         if spec.granularity == "weight":
             check_space(self.folder, sum(4 * layer.weight.numel() for layer in layers.values()))
         self.accumulator: StaticScores | ScoreAccumulator
@@ -204,6 +225,20 @@ class Attribution(StoppableModule):
         self.words = torch.tensor(self.lexicon, device=self.device)  # once: every copy makes the host wait
         data = self.reference_samples
         self.begin_line("Attributing", "samples", len(data.samples) - len(data.leave_out))
+
+    def _check_rules(self, rule: Rule, layers: Mapping[str, Linear]) -> LrpCheck:
+        """Check the LRP rules on the first tokens of the first sample that has logits, the same one on every rank."""
+        *others, last = self.reference_samples.samples[:8]
+        for sample in others:
+            try:
+                return check_lrp(self.model, rule, layers, self._first_tokens(sample))
+            except NonfiniteLogitsError:
+                continue
+        return check_lrp(self.model, rule, layers, self._first_tokens(last))
+
+    def _first_tokens(self, sample: Sample) -> torch.Tensor:
+        # Twice, if there are few: of one token attention has no gradient.
+        return torch.tensor([(sample.input_ids * 2)[:16]], device=self.device)
 
     def predict_step(self, batch: WeightedBatch, batch_idx: int) -> None:
         """Add the scores of one batch."""
@@ -255,10 +290,10 @@ class Attribution(StoppableModule):
 
     def find_layers_of(self, skeleton: PreTrainedModel) -> list[str]:
         """Return the names of the scored layers; check that the model has them and they can be scored."""
-        if self.spec.method == "lrp":
-            family_of(skeleton.config)
         named = self.spec.layers
         of_heads = self.spec.granularity == "head"
+        if not of_heads:
+            check_are_open(skeleton)
         names = head_layers(skeleton, named) if of_heads else named or neuron_layers(skeleton)
         layers = find_layers(skeleton, names)
         if self.spec.method == "lrp" and self.spec.rule is not None:
@@ -322,6 +357,8 @@ class Attribution(StoppableModule):
             count = self.accumulator.num_nonfinite
             replaced = f"; {count} values were NaN or infinite and count as 0" if count else ""
             self.written = f"Scores of {len(self.accumulator.modules)} layers{replaced}: {self.output}"
+            if seen := self._tokens_seen():
+                self.written = f"{seen.in_words()}\n{self.written}"
             if self.spec.granularity == "neuron":
                 self.written = f"{coverage(self.model, self.accumulator.modules)}\n{self.written}"
             if self.spec.granularity == "head" and (left_out := heads_left_out(self.model)):
@@ -345,7 +382,13 @@ class Attribution(StoppableModule):
             sample_ids=[sample.id for sample in data.samples],
             versions=versions(),
             git_hash=git_hash(),
+            lrp_check=None if self.lrp_check is None else str(self.lrp_check),
+            expert_tokens=self._tokens_seen(),
         )
+
+    def _tokens_seen(self) -> TokensSeen | None:
+        accumulator = self.accumulator
+        return TokensSeen.of(accumulator.expert_tokens.values()) if isinstance(accumulator, ScoreAccumulator) else None
 
     @property
     def reference_samples(self) -> ReferenceSamples:

@@ -7,6 +7,7 @@ of neurons here, and what it makes is the checkpoint.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from sparc3_lightning.attribution.scores import WeightScores, check_match, load_index
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
-from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, weight_of
+from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, parameters_of, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.export import Copy, check_export, copied, export_dtype_of
 from sparc3_lightning.provenance import git_hash, versions
@@ -61,7 +62,8 @@ class Compression(Stage):
     """Sets the weights of the lowest scores to zero, and writes the sparse checkpoint.
 
     The layers are those that were scored: ``sparc3 attribute --model.granularity weight --model.layers '[all]'``
-    scores every linear layer but the head. Embeddings and head are never pruned.
+    scores every linear layer, those of experts among them, but the head and the routers that choose among experts.
+    Embeddings, head and routers are never pruned.
 
     Args:
         general: Indexes of scores of weights on general reference samples, one per seed; they are averaged. Signed
@@ -177,10 +179,14 @@ def zero_(model: nn.Module, masks: Iterator[tuple[str, Tensor]]) -> Zeroed:
 
 
 def held(copy: Copy, masks: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Hold the weights of each layer while its mask is in use."""
-    for name, pruned in masks:
-        with copy.holding([name]):
-            yield name, pruned
+    """Hold the weights of each layer while its mask is in use, and of all experts of a block while one is."""
+
+    def owner_of(mask: tuple[str, Tensor]) -> str:
+        return next(iter(parameters_of(copy.model, mask[0]).values())).rpartition(".")[0]
+
+    for owner, of_owner in groupby(masks, owner_of):
+        with copy.holding([owner]):
+            yield from of_owner
 
 
 def check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
@@ -195,8 +201,8 @@ def check_layers(scores: WeightScores, checkpoint: Checkpoint) -> int:
         if name not in layers:
             raise OptionError(
                 "layers",
-                f"{scores.path}: {name} is the head, which is never pruned, or no linear layer of the model: attribute "
-                "with --.layers '[all]'.",
+                f"{scores.path}: {name} is the head, which is never pruned, a router of experts, or no linear layer of "
+                "the model: attribute with --.layers '[all]'.",
             )
         if shape != list(weight_of(layers[name]).shape):
             raise ValueError(

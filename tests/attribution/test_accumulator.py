@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import mlp_of
+from helpers import FAMILIES, mlp_of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,7 +13,7 @@ from sparc3_lightning.attribution.accumulator import NonfiniteRelevanceError, Sc
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.base import Sample, pad_right
-from sparc3_lightning.models.architectures import FAMILIES, find_layers
+from sparc3_lightning.models.architectures import find_layers
 
 SCORES: list[Any] = ["magnitude", "signed", "wanda"]
 PAD = 0

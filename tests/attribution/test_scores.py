@@ -241,6 +241,7 @@ def test_files_of_other_data_and_seeds_belong_together(tmp_path: Path) -> None:
         "sample_ids": [],
         "versions": {},
         "git_hash": None,
+        "lrp_check": "LRP: logits unchanged",
         "nonfinite": "zero",
         "activations": True,
     }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from evaluations import evaluation, flat, perplexity_of, run, save_neurons, write_inputs
-from helpers import fail_if_masked, mlp_of, sentence, trainer
+from helpers import FAMILIES, fail_if_masked, mlp_of, sentence, trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, Phi3Config
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +22,7 @@ from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.variants import list_variants, neurons_of
-from sparc3_lightning.models.architectures import FAMILIES, find_layers, head_layers, is_heads, weight_of
+from sparc3_lightning.models.architectures import find_layers, head_layers, is_heads, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.export import export_pruned

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import INPUT_IDS, is_one_sentence
+from fused import MODELS, save
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -373,22 +374,43 @@ def experts(tmp_path: Path) -> tuple[Path, Any]:
     return tmp_path / "experts", model
 
 
-def test_a_model_whose_tensors_are_converted_is_loaded_whole_and_refused_in_shards(experts: tuple[Path, Any]) -> None:
+def test_a_model_whose_tensors_are_converted_is_loaded_whole_and_in_shards(experts: tuple[Path, Any]) -> None:
     folder, model = experts
-    found = load_whole(folder).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match="are renamed or converted when the model is loaded, which fsdp2 does not do"):
-        load_in_shards(folder)
+    for load in (load_whole, load_in_shards):
+        found = tensors_of(load(folder))
+        assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 EXPERT = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
 FUSED: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "one norm lost": (lambda weights: weights.pop("model.norm.weight"), r"1 missing \(model.norm.weight\)"),
     "no head": (lambda weights: weights.pop(HEAD), r"1 missing \(lm_head.weight\)"),
-    "an expert lost": (lambda weights: weights.pop(EXPERT), "weights of '.*experts'"),
+    "an expert's matrix lost": (lambda weights: weights.pop(EXPERT), rf"are 1 missing \({EXPERT}\);"),
+    "an expert lost": (
+        lambda weights: {name: weight for name, weight in weights.items() if ".experts.1." not in name},
+        rf"are 3 missing \({EXPERT}, ",
+    ),
+    "an expert more": (
+        lambda weights: weights.update(
+            {name.replace(".1.w", ".2.w"): weight.clone() for name, weight in weights.items() if ".experts.1." in name}
+        ),
+        r"are 3 unexpected \(model.layers.0.block_sparse_moe.experts.2.w1.weight, ",
+    ),
+    "an expert of another number": (
+        lambda weights: {name.replace(".experts.1.", ".experts.7."): weight for name, weight in weights.items()},
+        rf"are 3 missing \({EXPERT}, .*, 3 unexpected \(model.layers.0.block_sparse_moe.experts.7.w1.weight",
+    ),
     "an expert of another shape": (
         lambda weights: weights.update({EXPERT: torch.ones(23, 16)}),
-        "weights of '.*experts'",
+        rf"are 1 of another shape \({EXPERT} \[23, 16\] for \[24, 16\]\);",
+    ),
+    "all experts of another shape": (
+        lambda weights: weights.update({name: torch.ones(24, 15) for name in weights if ".w1." in name}),
+        r"are 2 of another shape \(model.layers.0.block_sparse_moe.experts.0.w1.weight \[24, 15\] for \[24, 16\], ",
+    ),
+    "a fused parameter beside its experts": (
+        lambda weights: weights.update({"model.layers.0.mlp.experts.down_proj": torch.ones(2, 16, 24)}),
+        r"are 1 unexpected \(model.layers.0.mlp.experts.down_proj\);",
     ),
     "all experts lost": (
         lambda weights: {name: weight for name, weight in weights.items() if ".experts." not in name},
@@ -405,14 +427,25 @@ FUSED: dict[str, tuple[Callable[[Tensors], object], str]] = {
 }
 
 
+@both
 @pytest.mark.parametrize("case", FUSED)
 def test_what_is_lost_of_a_model_whose_tensors_are_converted_is_missed_too(
-    case: str, experts: tuple[Path, Any]
+    case: str, load: Callable[..., Any], experts: tuple[Path, Any]
 ) -> None:
     folder, _ = experts
     change, expected = FUSED[case]
     assert EXPERT in load_file(folder / "model.safetensors")
     rewrite(folder, change)
     with pytest.raises(ValueError, match=expected) as raised:
-        load_whole(folder)
-    assert "\n" not in str(raised.value)
+        load(folder)
+    assert is_one_sentence(str(raised.value).replace(", ...", ""))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_of_all_kinds_are_read_in_shards_as_transformers_reads_them(kind: str, tmp_path: Path) -> None:
+    model = save(kind, tmp_path / "model")
+    sharded = load_in_shards(tmp_path / "model")
+    found, expected = tensors_of(sharded), tensors_of(model)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

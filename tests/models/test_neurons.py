@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EDITED, NEURONS, fail_if_masked, mlp_of
+from helpers import EDITED, FAMILIES, NEURONS, fail_if_masked, mlp_of
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from sparc3_lightning.models.architectures import FAMILIES, neuron_layers
+from sparc3_lightning.models.architectures import neuron_layers
 from sparc3_lightning.models.components import Component, check, mask, prune_
 from sparc3_lightning.models.neurons import columns_of
 

@@ -282,17 +282,19 @@ def test_too_few_documents_are_an_error_before_the_model_is_loaded(tiny_checkpoi
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")
-def test_an_architecture_without_rules_is_refused_for_lrp_before_the_model_is_loaded(
-    tmp_path, tiny_checkpoint, documents
-):
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+def test_float16_is_refused_for_lrp_before_the_model_is_loaded(tiny_checkpoint, documents):
+    data = C4(documents, num_samples=2, seq_len=8)
+    with pytest.raises(ValueError, match=r"float16.*--model\.dtype bfloat16"):
+        trainer().predict(Attribution(tiny_checkpoint, dtype="float16"), datamodule=data)
 
-    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-    config = GPTNeoXConfig(vocab_size=len(WORDS) + 4, max_position_embeddings=64, **sizes)
-    GPTNeoXForCausalLM(config).save_pretrained("neox")
-    data = C4(documents, num_samples=2, seq_len=8, tokenizer=tiny_checkpoint)
-    with pytest.raises(ValueError, match=r"'gpt_neox'.*gpt2, llama, opt.*--model.method wanda"):
-        trainer().predict(Attribution("neox"), datamodule=data)
+
+def test_what_a_short_sample_shows_about_the_rules_is_told_and_written(tiny_checkpoint, documents, caplog):
+    found = scores_of(Attribution(tiny_checkpoint), C4(documents, num_samples=2, seq_len=8))
+    line = "LRP: logits unchanged; 100.0 % of the relevance conserved under CP attention; 2 of 2 layers reached"
+    assert found.provenance.lrp_check == line
+    assert line in caplog.text
+    other = scores_of(Attribution(tiny_checkpoint, method="gradient"), C4(documents, num_samples=2, seq_len=8), "other")
+    assert other.provenance.lrp_check is None
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")

@@ -12,6 +12,7 @@ import pytest
 import run_on_ranks
 import torch
 from evaluations import flat
+from fused import save
 from helpers import sentence
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -233,6 +234,18 @@ def test_a_rank_reads_only_its_own_rows(
             print(f"\nrank {rank} of {ranks}: peak host memory + {mib['rise']:.0f} MiB, shard {mib['shard']:.0f} MiB")
         assert loaded["rise"] < limit
         assert (loaded["logits"] - logits).norm() < 1e-5 * logits.norm()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_ranks_put_together_the_experts_that_they_hold(kind: str, tiny_checkpoint: str, tmp_path: Path) -> None:
+    model = save(kind, tmp_path / "model")
+    (tmp_path / "tiny").symlink_to(tiny_checkpoint)
+    torchrun(3, "load", tmp_path / "model", tmp_path, 3)
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(1, 13).reshape(2, 6)).logits
+    for rank in range(3):
+        loaded = torch.load(tmp_path / f"load-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(loaded["logits"], logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_items", [0, 1, 2, 7, 93])
