@@ -104,7 +104,6 @@ EXTRA: dict[str, dict[str, Any]] = {
         **{"local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 2, "hash_seed": 0},
     },
     "xlm": {"causal": True},
-    "xlnet": {"attn_type": "uni"},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": HEADS},
@@ -113,24 +112,18 @@ EXTRA: dict[str, dict[str, Any]] = {
 # Which of the causal language models are not built, and why.
 ENCODERS = ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart")
 ENCODERS += ("prophetnet", "whisper")
-# Those that have parts beside a decoder of text, and the architecture of that alone, if there is one.
-MULTIMODAL = {
-    **{f"{name}": f"{name}_text" for name in ("dots3_note", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "llama4")},
-    **{f"{name}": f"{name}_text" for name in ("qwen3_5", "qwen3_5_moe", "qwen4_exp")},
-    **dict.fromkeys(("emu3", "fuyu", "gemma4_assistant", "gemma4_unified_assistant", "git", "got_ocr2")),
-    **dict.fromkeys(("mllama", "moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "phi4_multimodal")),
-}
+WITH_TEXT = ("dots3_note", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "llama4", "qwen3_5", "qwen3_5_moe")
+WITH_TEXT += ("qwen4_exp",)
+MULTIMODAL = ("emu3", "fuyu", "gemma4_assistant", "gemma4_unified_assistant", "git", "got_ocr2", "mllama", "moshi")
+MULTIMODAL += ("moss_transcribe_diarize", "musicgen", "musicgen_melody", "phi4_multimodal")
 NOT_BUILT: dict[str, str] = {
     **dict.fromkeys(ENCODERS, "an encoder and a decoder"),
-    **{
-        name: "not text alone" + (f"; the decoder of text is `{decoder}`" if decoder else "")
-        for name, decoder in MULTIMODAL.items()
-    },
+    **dict.fromkeys(WITH_TEXT, "not text alone, but the decoder of text stands above, with `_text` in its name"),
+    **dict.fromkeys(MULTIMODAL, "not text alone"),
     "blt": "patches of bytes, which models of its own make",
     "cpmant": "reads a text in both directions",
+    "xlnet": "causal attention that transformers gives no padded batch",
 }
-
-
 # A well-known checkpoint.
 EXAMPLES = {
     "afmoe": "arcee-ai/Trinity-Mini",
@@ -215,7 +208,6 @@ EXAMPLES = {
     "starcoder2": "bigcode/starcoder2-3b",
     "vaultgemma": "google/vaultgemma-1b",
     "xglm": "facebook/xglm-564M",
-    "xlnet": "xlnet/xlnet-base-cased",
     "xlstm": "NX-AI/xLSTM-7b",
     "zamba": "Zyphra/Zamba-7B-v1",
     "zamba2": "Zyphra/Zamba2-1.2B",

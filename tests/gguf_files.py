@@ -13,7 +13,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import Phi3Config, Phi3ForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-ARCHITECTURES = {"gemma3_text": "gemma3"}  # where llama.cpp has another name than transformers
+ARCHITECTURES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}  # where llama.cpp has another name than transformers
 OTHERS = {"phi3": (Phi3Config, Phi3ForCausalLM), "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM)}
 INPUT_IDS = torch.tensor([[5, 17, 33, 8, 21, 40, 9, 77, 120, 64, 3, 250]])
 
@@ -81,7 +81,13 @@ def metadata_of(model: Any) -> dict[str, Any]:
         metadata[f"{arch}.attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
     if arch == "llama":
         metadata |= {"llama.vocab_size": config.vocab_size, "llama.rope.dimension_count": head}
-    if arch in ("qwen3", "gemma3"):
+    if arch == "qwen3moe":
+        metadata |= {
+            "qwen3moe.expert_count": config.num_experts,
+            "qwen3moe.expert_used_count": config.num_experts_per_tok,
+            "qwen3moe.expert_feed_forward_length": config.moe_intermediate_size,
+        }
+    if arch in ("qwen3", "qwen3moe", "gemma3"):
         metadata |= {f"{arch}.attention.key_length": head, f"{arch}.attention.value_length": head}
     if arch == "gemma3":
         metadata["gemma3.attention.sliding_window"] = config.sliding_window
@@ -98,6 +104,11 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
     for name, parameter in model.named_parameters():
         stem, _, suffix = name.rpartition(".")
         weight = parameter.numpy()
+        if stem.endswith(".experts"):  # a tensor for each matrix of all experts
+            parts = dict(zip(("gate", "up"), np.split(weight, 2, axis=1), strict=True))
+            for part, of_all in (parts if suffix == "gate_up_proj" else {"down": weight}).items():
+                tensors[f"blk.{stem.split('.')[2]}.ffn_{part}_exps.weight"] = np.ascontiguousarray(of_all)
+            continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", 0)}
         if arch == "llama" and (count := heads.get(stem.split(".")[-1])):
             # llama.cpp pairs neighbours for the rotation, transformers the halves of a head.

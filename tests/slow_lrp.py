@@ -17,11 +17,12 @@ all_rules = pytest.mark.parametrize("rule", RULES)
 
 
 def linear_weights(model: Any) -> dict[str, nn.Parameter]:
-    """Return the weights of all linear layers but the head, by name."""
+    """Return the weights of all linear layers but the head, and the fused ones of experts, by name."""
     head = model.get_output_embeddings()
     kinds = (nn.Linear, Conv1D)
     modules = [(name, m) for name, m in model.named_modules() if isinstance(m, kinds) and m is not head]
-    return {f"{name}.weight": module.weight for name, module in modules}
+    of_experts = {name: parameter for name, parameter in model.named_parameters() if ".experts." in name}
+    return {f"{name}.weight": module.weight for name, module in modules} | of_experts
 
 
 def positions_of(model: Any) -> nn.Embedding | None:

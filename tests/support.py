@@ -10,9 +10,10 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 import transformers
@@ -24,6 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
 from sparc3_lightning.attribution.lrp import check_lrp, lrp
+from sparc3_lightning.attribution.relevance import Relevance
+from sparc3_lightning.attribution.spec import Score
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.models.architectures import (
     Linear,
@@ -33,19 +36,22 @@ from sparc3_lightning.models.architectures import (
     mlp_of,
     neuron_layers,
     parameters_of,
+    twins_of,
 )
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component, mask, prune_
 from sparc3_lightning.models.experts import check_are_open, is_expert
 from sparc3_lightning.models.export import export_pruned
-from sparc3_lightning.models.neurons import num_neurons, scored_rows
+from sparc3_lightning.models.neurons import columns_of, num_neurons, scored_rows
 
+Scores = dict[str, Tensor]  # by the name of the layer, of shape [neurons]
 DOCUMENT = Path(__file__).parents[1] / "configs" / "architectures.md"
 SAMPLES = [[5, 17, 33, 8, 21, 40, 12], [9, 41, 6, 55, 30]]
 # Sizes by which the matrices of an MLP are known from others. Those of BLOOM and others are four times as wide.
 INNER_SIZES = {INNER, 2 * INNER, EXPERT, 2 * EXPERT, 4 * HIDDEN}
 NO_MLP = (
-    r"attn|attention|mixer|mamba|conv|router|lm_head|embed|temporal_block|norm|rotary|(^|[._])hc_|_hc\.|hyper|ple\."
+    r"attn|attention|mixer|mamba|conv|router|lm_head|embed|temporal_block|norm|rotary|"
+    r"(^|[._])hc_|_hc\.|hyper|ple\.|adapter"
 )
 
 
@@ -97,8 +103,8 @@ class Support:
     def reason(self, what: str) -> str:
         """Return the beginning of a refusal, which says what is wrong."""
         message = self.refusals[what].replace(repr(str(self.folder / "original")), "it")
-        message = re.sub(r"^--[\w.]+:? ", "", message)
-        return f"refused: {re.split(r' [(]|[:;,] ', message)[0].rstrip('.')}"
+        message = re.sub(r"^--[\w.]+:? | \([^)]*\)", "", message)
+        return f"refused: {re.split(r'[:;,] ', message)[0].rstrip('.')}"
 
     def measure(self) -> Row:
         """Try everything, and return what came out.
@@ -117,15 +123,17 @@ class Support:
             check_are_open(model)
             layers = find_layers(model, neuron_layers(model))
             check_nothing_is_left_out(model, layers)
-        scores: dict[str, Tensor] = {}
+            for score in ("wanda", "activation"):
+                attributed(model, layers, score)
+        scores: Scores = {}
         conserved = ""
         with self.trying("lrp"):
             if layers:
                 found = check_lrp(model, "attnlrp", layers, torch.tensor(SAMPLES[:1]))
                 assert found.logits_unchanged
                 assert found.layers_reached == found.num_layers > 0
-                conserved = f"{100 * found.conserved:.1f} % + {100 * found.kept:.1f} %"
-                scores = attributed(model, layers)
+                conserved = f"{percent(found.conserved)} + {percent(found.kept)}"
+                scores = attributed(model, layers, "magnitude")
         exported = "no"
         if layers:
             chosen = choose(model, layers, scores)
@@ -152,6 +160,10 @@ class Support:
         )
 
 
+def percent(part: float) -> str:
+    return f"{100 * part:.1f} %".replace("-0.0", "0.0")
+
+
 def write_checkpoint(model_type: str, folder: Path) -> Checkpoint:
     """Write a tiny checkpoint of an architecture, as transformers writes it, with a tokenizer of words."""
     model = build(model_type)
@@ -175,31 +187,44 @@ def check_nothing_is_left_out(model: PreTrainedModel, layers: dict[str, Linear])
     assert not set(left_out) - held, f"neurons are left out: {sorted(set(left_out) - held)}"
 
 
-def scores_of(model: PreTrainedModel, layers: dict[str, Linear], samples: list[list[int]]) -> dict[str, Tensor]:
-    """Return the scores of neurons by LRP over one batch of samples."""
-    longest = max(map(len, samples))
-    input_ids = torch.tensor([[*sample, *[0] * (longest - len(sample))] for sample in samples])
-    attention_mask = torch.tensor([[1] * len(sample) + [0] * (longest - len(sample)) for sample in samples])
-    accumulator = ScoreAccumulator(layers, "magnitude", parts=scored_rows(model, layers))
-    with lrp(model), accumulator.recording(attention_mask, [f"sample {i}" for i in range(len(samples))]):
-        largest_logit(model, input_ids, attention_mask).sum().backward()
+def scores_of(model: PreTrainedModel, layers: dict[str, Linear], score: Score, *batches: list[list[int]]) -> Scores:
+    """Return the scores of neurons over batches of samples, as ``Attribution`` forms them."""
+    scored = columns_of(model, layers) if score == "activation" else layers
+    parts = scored_rows(model, layers)
+    accumulator = ScoreAccumulator(scored, score, parts=parts, twins=twins_of(model))
+    for samples in batches:
+        longest = max(map(len, samples))
+        input_ids = torch.tensor([[*sample, *[0] * (longest - len(sample))] for sample in samples])
+        attention_mask = torch.tensor([[1] * len(sample) + [0] * (longest - len(sample)) for sample in samples])
+        of_target = score in get_args(Relevance)
+        with (
+            torch.set_grad_enabled(of_target),
+            lrp(model) if of_target else nullcontext(),
+            accumulator.recording(attention_mask, [f"sample {i}" for i in range(len(samples))]),
+        ):
+            if of_target:
+                largest_logit(model, input_ids, attention_mask).sum().backward()
+            else:
+                model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return accumulator.compute()
 
 
-def attributed(model: PreTrainedModel, layers: dict[str, Linear]) -> dict[str, Tensor]:
-    """Return the mean scores over the samples: those of a padded batch, where that can be, are those of each alone."""
-    alone = [scores_of(model, layers, [sample]) for sample in SAMPLES]
-    mean = {name: (alone[0][name] + alone[1][name]) / 2 for name in layers}
-    assert all(torch.isfinite(score).all() for score in mean.values())
-    assert all(mean[name].any() for name, layer in layers.items() if not is_expert(layer))
+def attributed(model: PreTrainedModel, layers: dict[str, Linear], score: Score) -> Scores:
+    """Return the scores over the samples: those of a padded batch, where that can be, are those of each alone."""
+    alone = scores_of(model, layers, score, *([sample] for sample in SAMPLES))
+    assert all(torch.isfinite(found).all() for found in alone.values())
+    assert all(len(found) == num_neurons(model, name) for name, found in alone.items()), "not a score for each neuron"
+    assert all(alone[name].any() for name, layer in layers.items() if not is_expert(layer)), "no score but 0"
     if not is_recurrent(model):
-        largest = max(score.max() for score in mean.values())
-        for name, score in scores_of(model, layers, SAMPLES).items():
-            torch.testing.assert_close(score, mean[name], rtol=1e-3, atol=1e-5 * largest.item())
-    return mean
+        largest = max(found.max().item() for found in alone.values())
+        for name, found in scores_of(model, layers, score, SAMPLES).items():
+            torch.testing.assert_close(
+                found, alone[name], rtol=1e-3, atol=1e-5 * largest, msg=f"{score}: padding counts"
+            )
+    return alone
 
 
-def choose(model: PreTrainedModel, layers: dict[str, Linear], scores: dict[str, Tensor]) -> list[Component]:
+def choose(model: PreTrainedModel, layers: dict[str, Linear], scores: Scores) -> list[Component]:
     """Choose the most relevant neurons of three dense MLPs and of three experts; without scores their first ones."""
     kinds = [[name for name, layer in layers.items() if is_expert(layer) == expert] for expert in (False, True)]
     chosen = []
@@ -255,8 +280,8 @@ What this tool does for each decoder of transformers {transformers.__version__},
 A checkpoint of any size has the same layers. Whether LRP holds for yours is checked before its first sample.
 
 - **LRP**: scores of neurons by LRP; those of a padded batch are the mean of those of its samples.
-- **Conserved**: the part of a logit that arrives at the tokens as relevance under CP attention, and the part that biases,
-  learned positions and other constants keep. These are random here, and larger than those of most checkpoints.
+- **Conserved + kept**: the part of a logit that arrives at the tokens as relevance under CP attention, and the part
+  that biases, learned positions and other constants keep. These are random here, and larger than in most checkpoints.
 - **Neurons**: those of all MLPs of the tiny model, and of how many experts. All have scores. They can be switched off.
 - **Heads**: whether `--model.granularity head` works.
 - **Export**: a pruned checkpoint is one that a stock `AutoModelForCausalLM` loads, with the logits of the masked model.
@@ -286,8 +311,10 @@ def last_line(rows: list[Row]) -> str:
 def document(rows: list[Row]) -> str:
     """Return the text of the document."""
     table = [line_of(TITLES), line_of(["---"] * len(TITLES)), *map(line_of_row, rows)]
-    reasons = {reason: [name for name in NOT_BUILT if NOT_BUILT[name] == reason] for reason in NOT_BUILT.values()}
-    not_built = [f"- {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in reasons.items()]
+    not_built = [
+        f"- {reason}: {', '.join(f'`{name}`' for name, why in NOT_BUILT.items() if why == reason)}"
+        for reason in dict.fromkeys(NOT_BUILT.values())
+    ]
     return HEAD + "\n".join([*table, "", "Not built:", "", *not_built, "", last_line(rows), ""])
 
 
@@ -298,12 +325,13 @@ def read_rows(text: str) -> dict[str, Row]:
 
 
 def is_same(one: Row, other: Row) -> bool:
-    """Compare two rows; the last digits of what is conserved may differ."""
-    alike = replace(one, conserved=other.conserved) == other
-    numbers = [
-        [float(number) for number in row.conserved.replace("%", "").split(" + ") if number] for row in (one, other)
-    ]
-    return alike and all(abs(ours - theirs) < 0.3 for ours, theirs in zip(*numbers, strict=True))
+    """Compare two rows; the last digits of what is conserved, and those of a refusal, may differ."""
+    ours, theirs = (
+        [float(part) for part in row.conserved.replace("%", "").split(" + ") if part] for row in (one, other)
+    )
+    near = len(ours) == len(theirs) and all(abs(x - y) < 0.3 for x, y in zip(ours, theirs, strict=True))
+    without_digits = [replace(row, conserved="", lrp=re.sub(r"\d", "", row.lrp)) for row in (one, other)]
+    return near and without_digits[0] == without_digits[1]
 
 
 if __name__ == "__main__":

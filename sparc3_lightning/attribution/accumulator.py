@@ -24,7 +24,7 @@ from sparc3_lightning.attribution.spec import Nonfinite, Score, check_granularit
 from sparc3_lightning.attribution.unfolding import Unfolding, tokens_seen
 from sparc3_lightning.distributed import gather_rows, num_ranks
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.architectures import Linear, weight_of, whole
+from sparc3_lightning.models.architectures import Linear, shape_of, weight_of, whole_weights
 from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.experts import ExpertLinear
 from sparc3_lightning.models.heads import sum_heads
@@ -231,17 +231,18 @@ class ScoreAccumulator:
         self.check()
         if not self.num_samples:
             raise ValueError("No sample was recorded, so there is no score.")
-        for name, module in self.modules.items():
-            # Of an expert that saw no token no weight has a sum.
-            total = self.sums[name] if name in self.sums else torch.zeros_like(weight_of(module).detach())
-            if self.score == "wanda":
-                score = wanda_score(whole(weight_of(module))[self._part(name)], total, self.granularity == "neuron")
+        if self.score == "wanda":
+            for name, weight in whole_weights(self.modules):
+                score = wanda_score(weight[self._part(name)], self.sums[name], self.granularity == "neuron")
                 if self.granularity == "head":
                     score = sum_heads(score.sum(dim=0), self.head_dims[name])
-            else:
-                rows = gather_rows(total, len(weight_of(module))) if self.sums_weights else total
-                score = rows / self.num_samples
-            yield name, score.float().cpu()
+                yield name, score.float().cpu()
+            return
+        for name, module in self.modules.items():
+            # Of an expert that saw no token no weight has a sum.
+            total = self.sums[name] if name in self.sums else torch.zeros(shape_of(module))
+            rows = gather_rows(total, shape_of(module)[0]) if self.sums_weights else total
+            yield name, (rows / self.num_samples).float().cpu()
 
     def _part(self, name: str) -> slice:
         """Return which rows of a module are scored."""
@@ -284,9 +285,12 @@ class ScoreAccumulator:
 
     def _counter(
         self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int
-    ) -> Callable[[nn.Module, object, object], None]:
-        def count(experts: nn.Module, *_: object) -> None:
+    ) -> Callable[[nn.Module, object, Tensor], None]:
+        def count(experts: nn.Module, inputs: object, output: Tensor) -> None:
             self._routed[name] = tokens_seen(experts, mask_BT, real, num_samples)
+            if torch.is_grad_enabled():
+                # Here the graph begins if no target of the block got a token: on every rank at the same block.
+                output.requires_grad_()
 
         return count
 

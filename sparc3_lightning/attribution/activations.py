@@ -14,7 +14,7 @@ from sparc3_lightning.attribution.tensor_file import load_tensors, save_tensors
 from sparc3_lightning.attribution.unfolding import Unfolding
 from sparc3_lightning.errors import OptionFileNotFoundError
 from sparc3_lightning.files import Count, parse_json, read_as
-from sparc3_lightning.models.architectures import Linear
+from sparc3_lightning.models.architectures import Linear, stored
 from sparc3_lightning.models.experts import ExpertLinear
 
 ACTIVATIONS = "activations.safetensors"
@@ -76,7 +76,7 @@ class ActivationRecorder:
         """Put rows of samples that were recorded before in front."""
         for name, column in self.columns.items():
             if name in rows:
-                self._rows[name] = [rows[name].to(column.weight.device)]
+                self._rows[name] = [rows[name].to(stored(column).device)]
 
 
 def mean_activations(A_BTI: Tensor, mask_BT: Tensor | None, num_tokens: Tensor | None = None) -> Tensor:

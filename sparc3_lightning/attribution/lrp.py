@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from sparc3_lightning.attribution.rules import Rule, Rules, mark
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import Linear, layer_of
-from sparc3_lightning.models.experts import ExpertLinear
+from sparc3_lightning.models.experts import ExpertLinear, is_expert
 
 # Layers through which CP-LRP passes no relevance: what they put out goes into a gate, or into the softmax.
 _NONE_BY_CP_LRP = {"gate_proj", "q_proj", "k_proj"}
@@ -166,18 +166,20 @@ def check_lrp(model: PreTrainedModel, rule: Rule, layers: Mapping[str, Linear], 
     if ruled.hidden:
         raise OptionError(
             "method",
-            f"--.method lrp cannot look into {ruled.hidden[0]}, which {model.config.model_type!r} carries out: uninstall "
-            f"or disable the package of this kernel, or {OTHER_METHODS}",
+            f"--.method lrp cannot look into {ruled.hidden[0]}, which {model.config.model_type!r} carries out: "
+            f"uninstall or disable the package of this kernel, or {OTHER_METHODS}",
         )
     with _ruled(model, counting := _Counting("cp_lrp", rule)):
         counted = _pass(model, input_ids, {})
     reached = {layer_of(name) for name in ruled.reached}
+    # Of the experts those to which a token was routed.
+    called = [name for name, layer in layers.items() if name in ruled.called or not is_expert(layer)]
     check = LrpCheck(
         logits_unchanged=_are_unchanged(model, input_ids, plain.logits, ruled.logits),
         conserved=counted.on_tokens / counted.target,
         kept=float(counting.kept) / counted.target,
         layers_reached=len(reached),
-        num_layers=len({layer_of(name) for name in layers}),
+        num_layers=len({layer_of(name) for name in called}),
     )
     if not check.logits_unchanged:
         difference = (ruled.logits - plain.logits).abs().max().item()
@@ -193,7 +195,7 @@ def check_lrp(model: PreTrainedModel, rule: Rule, layers: Mapping[str, Linear], 
         )
     missed = [name for name in ruled.called if name not in ruled.reached]
     if missed or check.layers_reached < check.num_layers:
-        missed = missed or [name for name in layers if layer_of(name) not in reached]
+        missed = missed or [name for name in called if layer_of(name) not in reached]
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in missed}))
         way = "" if rule == "attnlrp" else ", or --.rule attnlrp"
         what = f"--.rule {rule} passes no relevance through {missed[0]}: give --.layers without {kinds}{way}."
@@ -378,7 +380,7 @@ def _pass(model: PreTrainedModel, input_ids: Tensor, layers: Mapping[str, Linear
 
     def begin(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         embeddings.append(output.detach().requires_grad_())
-        return embeddings[-1]
+        return embeddings[-1].clone()  # which may be changed in place
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -409,6 +411,9 @@ def _are_unchanged(model: PreTrainedModel, input_ids: Tensor, plain: Tensor, rul
     """Tell whether logits are the same, or differ by no more than they do from one pass to the next (atomic sums)."""
     if torch.equal(plain, ruled):
         return True
+    with torch.no_grad():  # where a mask needs a gradient, scaled_dot_product_attention takes another kernel
+        if torch.equal(model(input_ids=input_ids, use_cache=False).logits, ruled):
+            return True
     again = _pass(model, input_ids, {}).logits
     return bool((ruled - plain).abs().max() <= 4 * (again - plain).abs().max()) and not torch.equal(again, plain)
 

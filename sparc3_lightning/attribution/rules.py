@@ -49,8 +49,7 @@ class Rules(TorchFunctionMode):
         if handler is not None:
             return handler(self, func, args, kwargs)
         result = func(*args, **kwargs)
-        if self.are_trained or not (isinstance(result, Tensor) and result.requires_grad):
-            self.mark(result, (args, kwargs))
+        self.mark(result, (args, kwargs))
         return result
 
     def depends(self, value: object) -> bool:
@@ -64,7 +63,8 @@ class Rules(TorchFunctionMode):
 
     def mark(self, result: object, origin: object) -> None:
         """Mark what requires no gradient, but comes from something marked."""
-        if type(result) is torch.Size:
+        is_in_graph = isinstance(result, Tensor) and result.requires_grad
+        if type(result) is torch.Size or (is_in_graph and not self.are_trained):
             return
         fresh = [x for x in _tensors(result) if x.is_floating_point() and (self.are_trained or not x.requires_grad)]
         # What requires none, but comes from what requires one, does not depend on the values of it.
@@ -156,9 +156,18 @@ def _quotient(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     return _plain(rules, func, (args[0], *fixed), fixed_options, args[0])
 
 
+def _solution(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+    """Of the matrix of a system of equations, a denominator, no gradient: all is that of the other side."""
+    matrix, *others = args
+    fixed = rules.lxt.stop_gradient(matrix) if rules.depends(matrix) else matrix
+    return _plain(rules, func, (fixed, *others), kwargs, args)
+
+
 def _product(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     """To each of n factors an nth part; none to a gate where gates pass none."""
     given = (args, kwargs)
+    if func is F.linear and not rules.depends(args[1] if len(args) > 1 else kwargs["weight"]):
+        return _plain(rules, func, args, kwargs, given)
     if func is torch.einsum and len(args) == 2 and isinstance(args[1], tuple | list):
         args = (args[0], *args[1])
     named = {**dict(enumerate(args)), **kwargs}
@@ -186,6 +195,8 @@ def _mark_gate(result: Tensor, kwargs: Mapping[str, object], args: Sequence[obje
         setattr(result, _GATE, True)
     elif all(isinstance(x, int | float) for x in others):
         setattr(result, _FACTOR_OF, weakref.ref(own))
+        if hasattr(own, _GATE):
+            setattr(result, _GATE, True)
 
 
 def _attention(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
@@ -359,12 +370,13 @@ _SUMS_OF_PRODUCTS = set(_named("addmm", "baddbmm", "addbmm", "addmv", "addr", "a
 _TERMS = (0, "input", "self")  # of these the first argument, which is added to the product
 OPERATIONS: dict[Any, Callable[[Rules, Any, Any, Any], Any]] = {}
 _BY_NAME: dict[Callable[[Rules, Any, Any, Any], Any], str] = {
-    _stop: "rsqrt sqrt exp exp2 sigmoid expit softplus log log2 log10 logsigmoid hardsigmoid reciprocal "
+    _stop: "rsqrt sqrt exp exp2 sigmoid expit softplus log log2 log10 logsumexp logsigmoid hardsigmoid reciprocal "
     "__rpow__ __rdiv__ __rtruediv__",
     _identity: "silu gelu relu relu6 leaky_relu prelu elu celu selu mish hardswish softsign tanhshrink softshrink "
     "hardshrink hardtanh threshold tanh",
     _no_gate: "clamp clip clamp_min clamp_max normalize erf sin expm1 log1p atan arctan asinh arcsinh",
     _power: "pow __pow__ square float_power",
+    _solution: "solve_triangular",
     _quotient: "div divide true_divide __div__ __truediv__ div_ divide_ true_divide_ __itruediv__ __idiv__",
     _product: "mul multiply __mul__ __rmul__ matmul __matmul__ __rmatmul__ bmm mm mv dot inner outer ger vdot vecdot "
     "tensordot einsum kron linear addmm baddbmm addbmm addmv addr addcmul grouped_mm _grouped_mm",
@@ -379,7 +391,7 @@ _BY_NAME: dict[Callable[[Rules, Any, Any, Any], Any], str] = {
     "new_empty new_tensor",
     _written: "__setitem__",
     _refused: "group_norm batch_norm instance_norm local_response_norm glu bilinear multi_head_attention_forward prod "
-    "cumprod log_softmax logsumexp logcumsumexp rrelu gumbel_softmax softmin chain_matmul multi_dot rnn_tanh "
+    "cumprod log_softmax logcumsumexp rrelu gumbel_softmax softmin chain_matmul multi_dot rnn_tanh "
     "rnn_relu lstm gru",
 }
 for _rule, _names in _BY_NAME.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.spec import Score
-from sparc3_lightning.models.architectures import Linear, weight_of, whole
+from sparc3_lightning.models.architectures import Linear, shape_of, whole_weights
 from sparc3_lightning.models.components import Granularity
 
 
@@ -78,12 +78,16 @@ class StaticScores:
             Name, and scores of shape ``[neurons]`` or, of weights, ``[out_features, in_features]``.
         """
         of_neurons = self.granularity == "neuron"
-        for name, module in self.modules.items():
-            part = self.parts.get(name, slice(None))
-            if self.score == "random":
-                rows, columns = weight_of(module).shape
-                shape = (len(range(rows)[part]),) if of_neurons else (rows, columns)
+        if self.score == "random":
+            for name, module in self.modules.items():
+                rows, columns = shape_of(module)
+                shape = (len(range(rows)[self._part(name)]),) if of_neurons else (rows, columns)
                 yield name, random_scores(name, shape, self.seed)
-            else:
-                magnitude = whole(weight_of(module)).float().abs()
-                yield name, (magnitude[part].sum(dim=1) if of_neurons else magnitude).cpu()
+        else:
+            for name, weight in whole_weights(self.modules):
+                magnitude = weight.float().abs()
+                yield name, (magnitude[self._part(name)].sum(dim=1) if of_neurons else magnitude).cpu()
+
+    def _part(self, name: str) -> slice:
+        """Return which rows of a module are scored."""
+        return self.parts.get(name, slice(None))

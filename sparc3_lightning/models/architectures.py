@@ -1,17 +1,18 @@
 """What transformers calls the parts of a model: linear layers, MLPs, attentions."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.experts import routers_of
+from sparc3_lightning.models.experts import ExpertLinear, routers_of
 
 Linear = nn.Linear | Conv1D
 
@@ -40,9 +41,14 @@ MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("ff.layer_1",), "ff.layer_2"),  # XLNet
 )
 KNOWN_MLPS = ", ".join(f"{' or '.join(rows)} beside {column}" for rows, column in MLPS)
+_BY_END: dict[str, list[tuple[str, tuple[str, ...], str]]] = {}  # by the last part of a row's name: that name, and MLPS
+for _rows, _column in MLPS:
+    for _row in _rows:
+        _BY_END.setdefault(_row.rpartition(".")[2], []).append((_row, _rows, _column))
 # An MLP inside a part of a block that is called so does not write into the stream: it makes up the factor of a norm
 # (A.X K2), or chooses among experts (Zaya).
-_NO_BLOCKS = re.compile("norm|router")
+_NO_MLPS = re.compile("norm|router")
+_BLOCK = re.compile(r"\.\d+\.")
 # The last layer of an attention, the layer of its values beside it, and of which kind both are: of LLaMA, Qwen and
 # Gemma, of OPT, of Phi, and of GPT-2, whose c_attn holds queries, keys and values side by side. The kind tells GPT-2
 # from GPT-BigCode, which has the same names, but another order of rows.
@@ -58,9 +64,36 @@ KNOWN_ATTENTIONS = ", ".join(f"{output} beside {values}" for output, (values, _)
 def weight_of(layer: Linear) -> Tensor:
     """Return the weight of a linear layer, shape ``[out_features, in_features]``: not a copy, so it can be written to.
 
-    A weight that is sharded is so too.
+    A weight that is sharded is so too; that of an expert is made whole, for which all ranks must ask together.
     """
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def shape_of(layer: Linear) -> tuple[int, int]:
+    """Return the numbers of outputs and of inputs of a linear layer, without a look at its weight."""
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+
+
+def stored(layer: Linear) -> Tensor:
+    """Return the parameter that holds the weight of a linear layer, in whatever shape, for its device and its dtype."""
+    return layer.fused if isinstance(layer, ExpertLinear) else layer.weight
+
+
+def whole_weights(layers: Mapping[str, Linear]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each layer's name and its whole weight, shape ``[out_features, in_features]``; all ranks ask together.
+
+    What the experts of a block are held in is put together once for those that come one after the other.
+    """
+    held: Tensor | None = None
+    fused = torch.empty(0)
+    for name, layer in layers.items():
+        if not isinstance(layer, ExpertLinear):
+            yield name, whole(weight_of(layer))
+            continue
+        if layer.fused is not held:
+            held = layer.fused
+            fused = whole(held)
+        yield name, layer.view.of(fused)
 
 
 def linear_at(model: nn.Module, name: str) -> Linear:
@@ -81,12 +114,12 @@ def parameters_of(model: nn.Module, layer: str) -> dict[str, str]:
 def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, Linear]:
     """Return the linear layers whose name is, or ends in, one of ``layers``, by fully qualified name.
 
+    A layer that shares its weight with one before it is left out, see ``twins_of``.
+
     Args:
         model: Any model.
         layers: Such as ``up_proj`` or ``attn.c_proj``; ``all`` stands for every linear layer but the head
             and the routers of experts.
-
-    A layer that shares its weight with one before it is left out, see ``twins_of``.
 
     Raises:
         ValueError: If a name matches no linear layer; the names there are are listed.
@@ -225,16 +258,13 @@ def find_mlp(layer: str, module_at: Callable[[str], nn.Module | None]) -> Mlp | 
         layer: Fully qualified name.
         module_at: Returns the module of a name, if there is one.
     """
-    in_block = re.sub(r"^.*?\.\d+\.", "", layer)
-    if _NO_BLOCKS.search(in_block):
-        return None
-    for rows, column in MLPS:
-        end = next((row for row in rows if ends_in(layer, row)), None)
-        if end is None:
+    for end, rows, column in _BY_END.get(layer.rpartition(".")[2], ()):
+        block = _BLOCK.search(layer)
+        if not ends_in(layer, end) or _NO_MLPS.search(layer, block.end() if block else 0):
             continue
         above = layer.removesuffix(end)  # ends in a dot, or is empty
         modules = [module_at(above + name) for name in (*rows, column)]
-        *of_rows, of_column = [_shape(module) if isinstance(module, Linear) else None for module in modules]
+        *of_rows, of_column = [shape_of(module) if isinstance(module, Linear) else None for module in modules]
         if of_column is None or None in of_rows:
             continue
         number, heights = of_column[1], {shape[0] for shape in of_rows if shape is not None}
@@ -247,11 +277,6 @@ def find_mlp(layer: str, module_at: Callable[[str], nn.Module | None]) -> Mlp | 
             return None
         return Mlp(above.rstrip("."), tuple(parts), above + column)
     return None
-
-
-def _shape(layer: Linear) -> tuple[int, int]:
-    """Return the numbers of outputs and of inputs of a linear layer, without a look at its weight."""
-    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
 
 
 def twins_of(model: nn.Module) -> dict[Linear, list[Linear]]:
@@ -372,7 +397,7 @@ def _fits(attention: Attention, kind: type[Linear]) -> bool:
     """Tell whether the layers of an attention are of a kind, and their sizes are whole numbers of heads."""
     if not (isinstance(attention.output, kind) and isinstance(attention.values, kind)):
         return False
-    inputs, values = _shape(attention.output)[1], _shape(attention.values)[0]
+    inputs, values = shape_of(attention.output)[1], shape_of(attention.values)[0]
     return (
         inputs % attention.head_dim == 0
         and values % attention.head_dim == 0

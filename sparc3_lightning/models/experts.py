@@ -69,6 +69,11 @@ class View:
     rows: slice
     is_transposed: bool
 
+    def of(self, fused: Tensor) -> Tensor:
+        """Return the layer's part of the fused weight, shape ``[out_features, in_features]``: not a copy."""
+        of_expert = fused[self.expert]
+        return (of_expert.T if self.is_transposed else of_expert)[self.rows]
+
 
 class ExpertLinear(nn.Linear):
     """A linear layer of one expert, whose weight and bias are views of fused parameters.
@@ -99,9 +104,16 @@ class ExpertLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight, shape ``[out_features, in_features]``: not a copy, so it can be written to."""
-        fused = attrgetter(self.view.weight)(self.experts)[self.view.expert]
-        return (fused.T if self.view.is_transposed else fused)[self.view.rows]
+        """The weight, shape ``[out_features, in_features]``: not a copy, so it can be written to.
+
+        Outside of a forward and a backward pass of a sharded model it is one: all ranks must ask for it together.
+        """
+        return self.view.of(self.fused)
+
+    @property
+    def fused(self) -> Tensor:
+        """The fused parameter that holds the weight."""
+        return cast(Tensor, attrgetter(self.view.weight)(self.experts))
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]

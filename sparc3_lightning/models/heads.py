@@ -94,7 +94,8 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Dampings]) -> None:
     """Write the effect of ``mask_heads`` into the weights, in place.
 
     The columns of a head in the attention's last layer become smaller, or zero where it is off. The rows of the values
-    that it reads become zero too, unless another head shares them (grouped-query attention) and is not off.
+    that it reads become zero too, unless another head shares them (grouped-query attention) and is not off, or the
+    attention may do more with its values.
 
     Args:
         model: A causal language model whose attentions are in ``ATTENTIONS``.
@@ -110,6 +111,8 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Dampings]) -> None:
             output, size = weight_of(attention.output), attention.head_dim
             output *= factor
             output[:, factor == 0] = 0  # where a weight is infinite
+            if not _reads_alone(model, name):
+                continue
             # There are no more values than heads' outputs: in v_proj these are all rows, in c_attn the last ones.
             values = [weight_of(attention.values)[-len(factor) :]]
             if attention.values.bias is not None:
@@ -119,6 +122,19 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Dampings]) -> None:
                 if all(dampings.get(head) == 1 for head in range(k * group, (k + 1) * group)):
                     for of_values in values:
                         of_values[k * size : (k + 1) * size] = 0
+
+
+def _reads_alone(model: nn.Module, module: str) -> bool:
+    """Tell whether no more than the heads of one attention, each its own, reads the values.
+
+    It is not so where blocks share them (Gemma 3n and 4), nor perhaps where there are weights beside those that every
+    attention has: Doge makes its mask of the values, and DiffLlama shares them otherwise.
+    """
+    if getattr(getattr(model, "config", None), "num_kv_shared_layers", 0):
+        return False
+    parts = {name.partition(".")[0] for name, _ in model.get_submodule(module.rpartition(".")[0]).named_parameters()}
+    others = parts - {"q_proj", "k_proj"} - {name.rpartition(".")[2] for name in layers_of_heads(model, module)}
+    return all("norm" in name for name in others)
 
 
 def check_heads(model: nn.Module, heads: Mapping[str, Iterable[int]]) -> None:

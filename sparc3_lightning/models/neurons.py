@@ -28,6 +28,8 @@ from sparc3_lightning.models.architectures import (
     mlp_at,
     mlp_of,
     mlps_of,
+    shape_of,
+    stored,
     twins_of,
     weight_of,
     whole,
@@ -71,7 +73,7 @@ def scored_rows(model: nn.Module, modules: Iterable[str]) -> dict[str, slice]:
 def num_neurons(model: nn.Module, module: str) -> int:
     """Return the number of neurons of a layer; of one that is none of an MLP it is the number of its rows."""
     mlp = mlp_at(model, module)
-    return len(weight_of(linear_at(model, module))) if mlp is None else mlp.num_neurons
+    return shape_of(linear_at(model, module))[0] if mlp is None else mlp.num_neurons
 
 
 def neuron_norms(model: nn.Module, module: str) -> Tensor:
@@ -105,14 +107,18 @@ def _others(model: nn.Module, mlps: Iterable[Mlp]) -> list[str]:
     layers = {layer for mlp in mlps for layer in mlp.layers}
     above = {layer[:i] for layer in layers for i, letter in enumerate(layer) if letter == "."}
     others: dict[str, None] = {}
+    seen: set[nn.Parameter] = set()  # of the blocks before: some share their weights
 
     def walk(module: nn.Module, name: str, start: int) -> None:
         for end, child in module.named_children():
             of_child = f"{name}.{end}"
             if of_child in above:
                 walk(child, of_child, start)
-            elif of_child not in layers and any(weight.dim() > 1 for weight in child.parameters()):
+                continue
+            weights = {weight for weight in child.parameters() if weight.dim() > 1} - seen
+            if weights and of_child not in layers:
                 others[of_child[start:]] = None
+            seen.update(weights)
 
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks, outer = set(blocks_of(model) or [block for of_list in lists for block in of_list]), None
@@ -283,9 +289,9 @@ def _by_mlp(model: nn.Module, neurons: Ablations) -> list[_Ablated]:
 
 def _ablation(ablated: _Ablated, damping: float = 1.0) -> tuple[Tensor, Tensor | None]:
     """Return the factor of each activation, and the addend; None if nothing is added."""
-    weight, indices = weight_of(ablated.column), list(ablated.ablations)
+    weight, indices = stored(ablated.column), list(ablated.ablations)
     taken = [damping * ablation.damping for ablation in ablated.ablations.values()]
-    factor = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
+    factor = torch.ones(ablated.mlp.num_neurons, device=weight.device, dtype=weight.dtype)
     factor[indices] = factor.new_tensor([1 - part for part in taken])
     if not any(ablation.mean for ablation in ablated.ablations.values()):
         return factor, None

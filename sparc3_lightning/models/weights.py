@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, weight_of, whole
+from sparc3_lightning.models.architectures import ALL, find_layers, linear_at, shape_of, weight_of, whole
 
 Dampings = Mapping[tuple[int, int], float]  # by row and column
 
@@ -67,7 +67,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Iterable[tuple[int, in
                 f"{name!r} is not a layer whose single weights can be pruned: expected a linear layer of this model "
                 "other than its head. Is neurons.json of another model?"
             )
-        rows, columns = weight_of(layers[name]).shape
+        rows, columns = shape_of(layers[name])
         for row, column in places:
             if not (0 <= row < rows and 0 <= column < columns):
                 raise ValueError(
@@ -78,7 +78,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Iterable[tuple[int, in
 
 def weight_shape(model: nn.Module, module: str) -> tuple[int, ...]:
     """Return the numbers of rows and columns of a layer's weights."""
-    return tuple(weight_of(linear_at(model, module)).shape)
+    return shape_of(linear_at(model, module))
 
 
 def weight_magnitudes(model: nn.Module, module: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Stage 1: accumulate scores of neurons over reference samples, in a predict loop."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -36,8 +37,8 @@ from sparc3_lightning.models.architectures import (
     find_layers,
     head_layers,
     neuron_layers,
+    shape_of,
     twins_of,
-    weight_of,
 )
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
@@ -82,8 +83,9 @@ class Attribution(StoppableModule):
         lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves; of a
             ``package.module:function`` the code runs.
         layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
-            By default it is the layer of the MLP neurons: ``up_proj``, ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads
-            the last one of the attention: ``o_proj``, ``out_proj`` (OPT) or ``attn.c_proj`` (GPT-2).
+            By default it is the layer of the MLP neurons, such as ``up_proj``, ``gate_up_proj`` (Phi-3, of which the up
+            rows are scored), ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads the last one of the attention: ``o_proj``,
+            ``out_proj`` (OPT) or ``attn.c_proj`` (GPT-2).
         activations: Also keep the mean activation of each neuron over each sample's tokens, in activations.safetensors:
             for ``sparc3 prune`` with the criterion ``auroc`` or the ablation ``mean``.
         granularity: One score for each ``neuron``, each attention ``head`` or each ``weight``. Scores of weights are as
@@ -200,7 +202,7 @@ class Attribution(StoppableModule):
             self.lrp_check = self._check_rules(spec.rule, layers)
             rank_zero_info(str(self.lrp_check))
         if spec.granularity == "weight":
-            check_space(self.folder, sum(4 * layer.weight.numel() for layer in layers.values()))
+            check_space(self.folder, sum(4 * math.prod(shape_of(layer)) for layer in layers.values()))
         self.accumulator: StaticScores | ScoreAccumulator
         parts = scored_rows(self.model, layers) if spec.granularity == "neuron" else {}
         if spec.is_static:
@@ -345,7 +347,7 @@ class Attribution(StoppableModule):
             if is_writer:
                 ScoreFile(scores, self._provenance()).save(self.output)
         else:
-            shapes = {name: weight_of(module).shape for name, module in self.accumulator.modules.items()}
+            shapes = {name: shape_of(module) for name, module in self.accumulator.modules.items()}
             writer = ShardWriter(self.folder, shapes, scored_rows(self.model, shapes))
             for name, score in self.accumulator.each():
                 if is_writer:

@@ -217,6 +217,17 @@ def test_an_expert_without_a_token_has_the_score_0(score):
         assert not value.any() if count == 0 else score != "wanda" or value.any()
 
 
+@pytest.mark.parametrize("score", RELEVANCES)
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "llama4_text"])
+def test_an_expert_that_gets_no_token_of_a_sample_has_no_relevance_also_where_nothing_else_is_scored(kind, score):
+    model, sample = opened(kind), make_samples((2,))
+    every = accumulate(model, sample, score, 1).compute()
+    unseen = next(name for name, value in every.items() if not value.any())
+    assert not accumulate(model, sample, score, 1, {unseen: layers_of(model)[unseen]}).compute()[unseen].any()
+    for name, layer in layers_of(model).items():
+        torch.testing.assert_close(accumulate(model, sample, score, 1, {name: layer}).compute()[name], every[name])
+
+
 def test_a_layer_that_the_model_never_calls_is_still_an_error():
     model = opened("mixtral")
     layers = {**layers_of(model), "spare": nn.Linear(2, 2)}

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import MergeModulelist, SplitModulelist
 
 from sparc3_lightning.models.checkpoints import Checkpoint
-from sparc3_lightning.models.export import Tensors, copied
+from sparc3_lightning.models.components import Component, prune_
+from sparc3_lightning.models.export import Tensors, copied, export_pruned
 from sparc3_lightning.models.tensors import TensorFile
 from sparc3_lightning.models.weight_files import INDEX, weight_paths
 
@@ -136,6 +137,32 @@ def test_several_layers_that_are_views_of_one_parameter_are_made_of_the_same_ten
     assert len({tensors.files[part.name].path for part in sources[0].parts}) > 1
     numbers = [int(part.name.split(".")[5]) for part in sources[1].parts]
     assert numbers == list(range(12)), "10 comes after 9"
+
+
+def test_neurons_of_experts_and_dense_ones_are_pruned_in_an_export_as_in_memory(tmp_path: Path) -> None:
+    save("deepseek_v3", tmp_path / "original")
+    expected = Checkpoint(str(tmp_path / "original")).load(torch.float32)
+    experts = [f"model.layers.1.mlp.experts.{expert}.up_proj" for expert in (0, 7)]
+    others = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.shared_experts.up_proj"]
+    neurons = [
+        Component(name, index, 0.0, damping) for name in experts + others for index, damping in ((3, 1), (5, 0.5))
+    ]
+    export_pruned(Checkpoint(str(tmp_path / "original")), neurons, tmp_path / "export")
+    prune_(expected, neurons)
+    check_same(AutoModelForCausalLM.from_pretrained(tmp_path / "export"), expected)
+
+
+def test_the_mean_of_a_neuron_of_an_expert_goes_into_the_fused_bias(tmp_path: Path) -> None:
+    save("gpt_oss", tmp_path / "original")
+    expected = Checkpoint(str(tmp_path / "original")).load(torch.float32)
+    neurons = [Component("model.layers.1.mlp.experts.2.up_proj", 3, 0.0, mean=0.7)]
+    export_pruned(Checkpoint(str(tmp_path / "original")), neurons, tmp_path / "export")
+    prune_(expected, neurons)
+    check_same(AutoModelForCausalLM.from_pretrained(tmp_path / "export"), expected)
+    before, after = tensors_in(tmp_path / "original"), tensors_in(tmp_path / "export")
+    assert before.keys() == after.keys()
+    bias = "model.layers.1.mlp.experts.down_proj_bias"
+    assert (before[bias] != after[bias]).any(dim=1).tolist() == [False, False, True, False]
 
 
 # What is refused.

@@ -13,8 +13,11 @@ import pytest
 import torch
 from checkpoints import INPUT_IDS, NEURONS, is_one_sentence
 from gguf_files import byte_pairs, tensors_of, tiny, write
+from mixtures import make_mixture
 
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
+from sparc3_lightning.models.components import Component, prune_
+from sparc3_lightning.models.experts import open_experts_
 from sparc3_lightning.models.export import export_pruned
 from sparc3_lightning.models.gguf import FORMAT
 
@@ -111,6 +114,22 @@ def test_a_model_from_a_gguf_file_can_be_saved_fingerprinted_and_exported(
         == Checkpoint(Checkpoint(path).location).fingerprint
         != Checkpoint(str(tmp_path / "pruned")).fingerprint
     )
+
+
+def test_experts_of_a_gguf_file_are_loaded_and_exported(cache: Path, tmp_path: Path) -> None:
+    sizes = {"vocab_size": len(byte_pairs()[1]), "hidden_size": 32, "head_dim": 8, "norm_topk_prob": True}
+    expected = make_mixture("qwen3_moe", torch.float32, **sizes)
+    path = str(write(tmp_path / "tiny.gguf", expected))
+    for name, parameter in load_model(path, torch.float32).named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+    neurons = [Component("model.layers.1.mlp.experts.5.up_proj", 3, -1.0)]
+    export_pruned(Checkpoint(path), neurons, tmp_path / "pruned")
+    pruned = load_model(str(tmp_path / "pruned"), torch.float32)
+    open_experts_(expected)
+    prune_(expected, neurons)
+    assert not pruned.get_parameter("model.layers.1.mlp.experts.gate_up_proj")[5, [3, 15]].any()
+    for name, parameter in pruned.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
 
 
 def test_files_beside_a_gguf_file_are_not_read(gguf_model: tuple[Path, Any], cache: Path, tmp_path: Path) -> None:

