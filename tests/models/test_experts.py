@@ -2,12 +2,16 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mixtures import MIXTURES, make_mixture
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.dbrx.modeling_dbrx import DbrxExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 from sparc3_lightning.models.architectures import find_layers, weight_of
 from sparc3_lightning.models.components import Component, mask, prune_
@@ -195,3 +199,46 @@ def test_a_model_in_bfloat16_stays_near_the_stock_one(kind):
     model.load_state_dict(stock.state_dict())
     found, expected = logits_of(model).float(), logits_of(stock).float()
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def of_dbrx() -> nn.Module:
+    config = SimpleNamespace(hidden_size=6, ffn_hidden_size=5, moe_num_experts=4, ffn_act_fn={"name": "silu"})
+    return DbrxExperts(config)
+
+
+def of_longcat() -> nn.Module:
+    """Four experts, and two numbers that stand for the token itself."""
+    sizes = {"expert_ffn_hidden_size": 5, "hidden_size": 6, "n_routed_experts": 4, "zero_expert_num": 2}
+    return LongcatFlashExperts(SimpleNamespace(hidden_act="silu", **sizes))
+
+
+def of_step() -> nn.Module:
+    sizes = {"num_local_experts": 4, "hidden_size": 6, "moe_intermediate_size": 5}
+    return Step3p7Experts(SimpleNamespace(hidden_act="silu", **sizes), swiglu_limit=0.5)
+
+
+@pytest.mark.parametrize("make", [of_dbrx, of_longcat, of_step])
+def test_experts_that_transformers_does_not_decorate_are_opened_too(make):
+    torch.manual_seed(0)
+    stock = make().double().requires_grad_(False)
+    for parameter in stock.parameters():
+        parameter.normal_()
+    model = nn.Sequential(copy.deepcopy(stock))
+    open_experts_(model)
+    check_are_open(model)
+    number = 6 if make is of_longcat else 4
+    shape = (2, 9, 6) if make is of_dbrx else (18, 6)
+    chosen = torch.stack([torch.randperm(number)[:2] for _ in range(18)])
+    inputs = torch.randn(shape).double(), chosen, torch.rand(18, 2).double()
+    torch.testing.assert_close(model[0](*inputs), stock(*inputs), rtol=1e-12, atol=1e-12)
+    assert expert_counts(model) == {"0": 4}
+
+
+def test_a_mean_takes_the_place_of_a_neuron_where_experts_have_biases():
+    model = opened("gpt_oss")
+    name = "model.layers.0.mlp.experts.1.up_proj"
+    chosen = [Component(name, 0, -1.0, mean=0.7), Component(name, 3, -1.0, damping=0.5, mean=-0.2)]
+    with mask(model, chosen):
+        masked = logits_of(model)
+    prune_(model, chosen)
+    torch.testing.assert_close(logits_of(model), masked, rtol=1e-10, atol=1e-12)
