@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import build
 from explicit_lrp import FAMILIES, ExplicitDecoder
 from slow_lrp import all_rules
-from some_decoders import EXPERTS, make_decoder
+from some_decoders import EXPERTS
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -71,7 +72,7 @@ def computed(model: Any, rule: Rule, names: list[str]) -> list[dict[str, Tensor]
 @pytest.mark.usefixtures("in_float64")
 def test_the_model_written_out_gives_the_same_logits(case):
     family, changes = CASES[case]
-    model = make_decoder(family, **changes)
+    model = build(family, torch.float64, "eager", **changes)
     for sample in SAMPLES:
         input_ids = torch.tensor(sample)
         with torch.no_grad():
@@ -87,7 +88,7 @@ def test_the_model_written_out_gives_the_same_logits(case):
 @pytest.mark.usefixtures("in_float64")
 def test_scores_are_those_of_relevance_passed_back_by_hand(case, attention, rule):
     family, changes = CASES[case]
-    model = make_decoder(family, attention=attention, **changes)
+    model = build(family, torch.float64, attention, **changes)
     open_experts_(model)
     decoders = explicit(model, rule)
     names = [name for name in decoders[0].layers if rule == "attnlrp" or not name.endswith(NONE_BY_CP_LRP)]
@@ -107,7 +108,7 @@ def test_scores_are_those_of_relevance_passed_back_by_hand(case, attention, rule
 @pytest.mark.usefixtures("in_float64")
 def test_the_check_finds_what_arrives_at_tokens_and_constants_by_hand(case, rule):
     family, changes = CASES[case]
-    model = make_decoder(family, **changes)
+    model = build(family, torch.float64, "eager", **changes)
     decoder = ExplicitDecoder(model, "cp_lrp", rule, torch.tensor(SAMPLES[0]))
     token = int(decoder.logits.x[-1].abs().argmax())
     decoder.propagate(token)
@@ -120,7 +121,7 @@ def test_the_check_finds_what_arrives_at_tokens_and_constants_by_hand(case, rule
 
 def test_among_the_experts_are_some_that_see_no_token():
     family, changes = CASES["qwen3_moe"]
-    decoders = explicit(make_decoder(family, **changes), "attnlrp")
+    decoders = explicit(build(family, torch.float64, "eager", **changes), "attnlrp")
     experts = [name for name in decoders[0].layers if name.endswith("up_proj")]
     rows = [sum(len(decoder.layers[name].out.x) for decoder in decoders) for name in experts]
     assert 0 in rows

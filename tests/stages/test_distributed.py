@@ -12,8 +12,8 @@ import torch
 from evaluations import flat
 from helpers import sentence
 from mixtures import save_in_files
-from ranks import check_results_are_same, check_tensors_are_same, continuations, torchrun
 from safetensors.torch import load_file
+from several_ranks import check_results_are_same, check_tensors_are_same, continuations, torchrun
 from transformers import AutoModelForCausalLM
 
 from sparc3_lightning import cli

@@ -8,7 +8,7 @@ import pytest
 import run_on_ranks
 from helpers import sentence
 from mixtures import save_mixture
-from ranks import check_results_are_same, check_tensors_are_same, torchrun
+from several_ranks import check_results_are_same, check_tensors_are_same, torchrun
 
 from sparc3_lightning.attribution.activations import ACTIVATIONS
 from sparc3_lightning.attribution.progress import load_progress
