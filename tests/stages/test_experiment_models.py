@@ -38,7 +38,6 @@ def write_checkpoint(model_type: str, **options: Any) -> str:
 @pytest.mark.parametrize(
     ("model_type", "changes", "error"),
     [
-        ("gpt_neox", (), r"no LRP rules for the architecture 'gpt_neox'.*--attribute\.method wanda"),
         ("mamba", WANDA, r"MambaForCausalLM has no MLP .*\['dt_proj', 'in_proj'.*--attribute\.granularity weight and"),
         ("gpt_neox", (*WANDA, "--attribute.layers", "[dense_4h_to_h]"), "dense_4h_to_h are no neurons"),
         ("phi3", (*WANDA, "--attribute.layers", "[qkv_proj]"), "The rows of qkv_proj are no neurons"),
