@@ -156,17 +156,36 @@ class Batching:
             yield found
             start = rows.stop
 
+    def alone(self, do: Callable[[], T]) -> T:
+        """Return what a function makes of a single item.
+
+        Raises:
+            OptionError: If memory runs out.
+        """
+        try:
+            return do()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._refusal(first_line(error)) from None
+
     def _halve(self, tried: int, ran_out: str) -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if tried == 1 or not self.is_auto:
+            raise self._refusal(ran_out)
+        self.size = tried // 2
+
+    def _refusal(self, ran_out: str) -> OptionError:
         if not self.is_auto:
             what = f"Memory ran out with --.batch_size {self.size} ({ran_out:.200}): lower it, or give auto."
-            raise OptionError("batch_size", what, self.group)
-        if tried == 1:
-            what = f"auto: memory ran out with a single one ({ran_out:.200})"
-            raise OptionError("batch_size", f"{what}: take shorter texts, or a device with more memory.", self.group)
-        self.size = tried // 2
+        else:
+            what = (
+                f"auto: memory ran out with a single one ({ran_out:.200}): take shorter texts, or a device with more "
+            )
+            what += "memory."
+        return OptionError("batch_size", what, self.group)
 
 
 def check_size(size: BatchSize) -> None:

@@ -230,12 +230,16 @@ class Attribution(StoppableModule):
     def _check_rules(self, rule: Rule, layers: Mapping[str, Linear]) -> LrpCheck:
         """Check the LRP rules on the first tokens of the first sample that has logits, the same one on every rank."""
         *others, last = self.reference_samples.samples[:8]
+
+        def check(sample: Sample) -> LrpCheck:
+            return self.batching.alone(lambda: check_lrp(self.model, rule, layers, self._first_tokens(sample)))
+
         for sample in others:
             try:
-                return check_lrp(self.model, rule, layers, self._first_tokens(sample))
+                return check(sample)
             except NonfiniteLogitsError:
                 continue
-        return check_lrp(self.model, rule, layers, self._first_tokens(last))
+        return check(last)
 
     def _first_tokens(self, sample: Sample) -> torch.Tensor:
         # Twice, if there are few: of one token attention has no gradient.

@@ -25,8 +25,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": 3}),
     "qwen2": ("qwen2", {}),
-    # The factor of its embeddings, the root of the size, is kept in float32: this one is exact there.
-    "gemma2": ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0, "hidden_size": 16}),
+    # The factor of its embeddings, the root of the size, is kept in float32, where that of 64 is exact.
+    "gemma2": ("gemma2", {"attn_logit_softcapping": 2.0, "hidden_size": 64, "head_dim": 16}),
     "phi3": ("phi3", {}),
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {"attention_multiplier": 0.7, "embedding_multiplier": 3.0}),
