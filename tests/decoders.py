@@ -219,8 +219,13 @@ def architectures() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def config_of(model_type: str) -> Any:
-    """Return the config of a tiny model."""
+def config_of(model_type: str, **changes: Any) -> Any:
+    """Return the config of a tiny model.
+
+    Args:
+        model_type: Of the architecture.
+        changes: What its config has in place of ``SIZES`` and ``EXTRA``, by the names of its fields.
+    """
     of = CONFIG_MAPPING[model_type]
     aliases = of.attribute_map
     known = {name for name in SIZES if name in of.__dataclass_fields__}
@@ -228,15 +233,28 @@ def config_of(model_type: str) -> Any:
     sizes = {name: value for name, value in SIZES.items() if name in known}
     if "kv_lora_rank" in known:  # latent attention has keys and values of each head
         sizes["num_key_value_heads"] = HEADS
-    return of(**{**sizes, **EXTRA.get(model_type, {})})
+    return of(**{**sizes, **EXTRA.get(model_type, {}), **changes})
 
 
-def build(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """Return a tiny random model of an architecture, in float32, in evaluation mode, with frozen weights."""
-    config = config_of(model_type)
+def build(
+    model_type: str, dtype: torch.dtype = torch.float32, attention: str | None = None, seed: int = 0, **changes: Any
+) -> PreTrainedModel:
+    """Return a tiny random model of an architecture, in evaluation mode, with frozen weights that all matter.
+
+    Args:
+        model_type: Of the architecture.
+        dtype: Of the weights.
+        attention: Implementation, ``eager`` or ``sdpa``; by default what transformers takes.
+        seed: Of the weights.
+        changes: See ``config_of``.
+    """
+    config = config_of(model_type, **changes)
+    if attention is not None:
+        config._attn_implementation = attention
+    config._experts_implementation = "eager"  # another one has no float64
     torch.manual_seed(seed)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data.add_((0.2 if parameter.dim() > 1 else 0.05) * torch.randn_like(parameter))
-    return model.eval().requires_grad_(False)
+    return model.to(dtype).eval().requires_grad_(False)

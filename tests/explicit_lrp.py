@@ -1,10 +1,8 @@
-"""A decoder written out by hand, and relevance passed back through it by hand: there is no autograd here.
+"""Decoders written out by hand, from the embeddings to the logits, and relevance passed back through them by hand.
 
-Each operation computes its result from the model's weights, and knows by a formula how the relevance of its result goes
-to its inputs. What is passed back is the multiplier m = R / x of each value x with relevance R, since R / x is finite
-where x is close to 0. All is in float64, of one sample at a time.
+Of a model only the config and the parameters are used. All is in float64, of one sample at a time.
 
-Shape letters: T tokens, H heads, D dimensions of a head, I inputs and O outputs of a linear layer, E experts.
+Shape letters: T tokens, E experts.
 """
 
 import math
@@ -12,275 +10,32 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from explicit_rules import (
+    Activation,
+    Attention,
+    LayerNorm,
+    Linear,
+    Part,
+    Plus,
+    Product,
+    Reshaped,
+    RmsNorm,
+    Rotated,
+    Scattered,
+    Softmax,
+    Sum,
+    Times,
+    Value,
+)
 from torch import Tensor
 
-EPS = 1e-10  # of the identity rule
 
-
-class Value:
-    """Numbers that depend on the tokens, and their multipliers, to which each use of them adds its part."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-        self.m = torch.zeros_like(x)
-
-
-class Linear:
-    """y = W x + b. The bias keeps its part."""
-
-    def __init__(self, x: Value, W_OI: Tensor, bias: Tensor | None = None) -> None:
-        self.input, self.weight = x, W_OI
-        self.without_bias = x.x @ W_OI.T
-        self.out = Value(self.without_bias if bias is None else self.without_bias + bias)
-
-    def backward(self) -> None:
-        self.input.m += self.out.m @ self.weight
-
-    def signed(self) -> Tensor:
-        """Return the relevance of each neuron without that of its bias, shape ``[O]``."""
-        return (self.without_bias * self.out.m).sum(dim=0)
-
-    def magnitude(self) -> Tensor:
-        """Return the sum of the magnitudes of the relevance of each neuron's weights, shape ``[O]``."""
-        rows = []
-        for neuron, weights in enumerate(self.weight):
-            relevance_TI = self.out.m[:, neuron, None] * self.input.x * weights
-            rows.append(relevance_TI.sum(dim=0).abs().sum())
-        return torch.stack(rows)
-
-
-class RmsNorm:
-    """y = gain x / rms(x). The root mean square is a constant."""
-
-    def __init__(self, x: Value, gain: Tensor, eps: float) -> None:
-        self.input = x
-        self.factor = gain / (x.x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
-        self.out = Value(x.x * self.factor)
-
-    def backward(self) -> None:
-        self.input.m += self.out.m * self.factor
-
-
-class LayerNorm:
-    """y = gain (x - mean(x)) / std(x) + bias. The standard deviation is a constant; the mean is a sum as any other."""
-
-    def __init__(self, x: Value, gain: Tensor, bias: Tensor, eps: float) -> None:
-        self.input = x
-        centred = x.x - x.x.mean(dim=-1, keepdim=True)
-        self.factor = gain / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
-        self.out = Value(centred * self.factor + bias)
-
-    def backward(self) -> None:
-        of_centred = self.out.m * self.factor
-        self.input.m += of_centred - of_centred.mean(dim=-1, keepdim=True)
-
-
-class Activation:
-    """y = f(x). All of the relevance of y is that of x."""
-
-    def __init__(self, x: Value, function: Callable[[Tensor], Tensor]) -> None:
-        self.input = x
-        self.out = Value(function(x.x))
-
-    def backward(self) -> None:
-        self.input.m += self.out.m * self.out.x / (self.input.x + EPS)
-
-
-class Times:
-    """y = c x."""
-
-    def __init__(self, x: Value, constant: Tensor | float) -> None:
-        self.input, self.constant = x, constant
-        self.out = Value(x.x * constant)
-
-    def backward(self) -> None:
-        self.input.m += self.out.m * self.constant
-
-
-class Plus:
-    """y = x + c. The constant keeps its part."""
-
-    def __init__(self, x: Value, constant: Tensor | float) -> None:
-        self.input = x
-        self.out = Value(x.x + constant)
-
-    def backward(self) -> None:
-        self.input.m += self.out.m
-
-
-class Sum:
-    """y = a + b + ... Each term has the relevance that is its part of the sum."""
-
-    def __init__(self, *terms: Value) -> None:
-        self.terms = terms
-        self.out = Value(sum((term.x for term in terms), torch.zeros_like(terms[0].x)))
-
-    def backward(self) -> None:
-        for term in self.terms:
-            term.m += self.out.m
-
-
-class Product:
-    """y = a b, element by element. Half to each of them, or all to ``a``, for which ``b`` is a constant then.
-
-    ``b`` may have one column for all those of ``a``.
-    """
-
-    def __init__(self, a: Value, b: Value, is_shared: bool) -> None:
-        self.a, self.b, self.is_shared = a, b, is_shared
-        self.out = Value(a.x * b.x)
-
-    def backward(self) -> None:
-        if not self.is_shared:
-            self.a.m += self.out.m * self.b.x
-            return
-        self.a.m += self.out.m * self.b.x / 2
-        of_b = self.out.m * self.a.x / 2
-        self.b.m += of_b if self.b.x.shape == of_b.shape else of_b.sum(dim=-1, keepdim=True)
-
-
-class Part:
-    """y = x[index], where no element comes twice."""
-
-    def __init__(self, x: Value, index: Any) -> None:
-        self.input, self.index = x, index
-        self.out = Value(x.x[index])
-
-    def backward(self) -> None:
-        self.input.m[self.index] += self.out.m
-
-
-class Scattered:
-    """Adds the rows of several values to rows of zeros."""
-
-    def __init__(self, terms: list[tuple[list[int], Value]], shape: torch.Size) -> None:
-        self.terms = terms
-        self.out = Value(torch.zeros(shape, dtype=torch.float64))
-        for rows, term in terms:
-            for row, x in zip(rows, term.x, strict=True):
-                self.out.x[row] += x
-
-    def backward(self) -> None:
-        for rows, term in self.terms:
-            term.m += self.out.m[rows]
-
-
-class Reshaped:
-    """The same elements in another shape."""
-
-    def __init__(self, x: Value, *shape: int) -> None:
-        self.input = x
-        self.out = Value(x.x.reshape(shape))
-
-    def backward(self) -> None:
-        self.input.m += self.out.m.reshape(self.input.x.shape)
-
-
-class Rotated:
-    """The rotary positions of queries or keys ``[T, H, D]``: linear, so they are passed back by turning back.
-
-    Dimension i and i + ``size`` / 2 are a pair; those from ``size`` on are not turned.
-    """
-
-    def __init__(self, x_THD: Value, size: int, theta: float) -> None:
-        self.input, self.half = x_THD, size // 2
-        angles = [[t * theta ** (-2 * i / size) for i in range(size // 2)] for t in range(len(x_THD.x))]
-        self.angles = torch.tensor(angles, dtype=torch.float64).unsqueeze(1)
-        self.out = Value(self.turned(x_THD.x, self.angles))
-
-    def turned(self, x: Tensor, angles: Tensor) -> Tensor:
-        first, second, rest = x.split([self.half, self.half, x.shape[-1] - 2 * self.half], dim=-1)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-    def backward(self) -> None:
-        self.input.m += self.turned(self.out.m, -self.angles)
-
-
-class Softmax:
-    """p = softmax(x) of each row, over some of its elements; its relevance goes by its Jacobian or is none."""
-
-    def __init__(self, x: Value, is_in: Tensor, passes: bool) -> None:
-        self.input, self.passes = x, passes
-        self.out = Value(x.x.masked_fill(~is_in, -math.inf).softmax(dim=-1))
-
-    def backward(self) -> None:
-        if self.passes:
-            self.input.m += through_softmax(self.out.x, self.out.m)
-
-
-class Attention:
-    """Causal attention, head by head and token by token; several heads may share keys and values.
-
-    By AttnLRP the values and the probabilities have half of the relevance each, and the queries and the keys half of
-    that of the scores each, which is what comes through the softmax by its Jacobian. By CP-LRP the probabilities are
-    constants.
-
-    Args:
-        q_THD: Queries.
-        k_TGD: Keys, for as many heads or fewer.
-        v_TGD: Values, for as many heads as the keys.
-        rule: ``attnlrp`` or ``cp_lrp``.
-        scale: Factor of the scores.
-        window: How many tokens are seen, the own one among them; None if all.
-        cap: If any, a score s is cap * tanh(s / cap).
-        slopes: If any, what each head adds to a score is its slope times the position of the key.
-        sinks: If any, a score of each head for no token at all.
-    """
-
-    def __init__(
-        self,
-        q_THD: Value,
-        k_TGD: Value,
-        v_TGD: Value,
-        rule: str,
-        scale: float,
-        window: int | None = None,
-        cap: float | None = None,
-        slopes: list[float] | None = None,
-        sinks: Tensor | None = None,
-    ) -> None:
-        self.q, self.k, self.v = q_THD, k_TGD, v_TGD
-        self.rule, self.scale, self.cap = rule, scale, cap
-        tokens, heads, _ = q_THD.x.shape
-        self.sharing = heads // k_TGD.x.shape[1]
-        self.out = Value(torch.zeros(tokens, heads, v_TGD.x.shape[2], dtype=torch.float64))
-        self.kept: dict[tuple[int, int], tuple[slice, Tensor, Tensor]] = {}
-        for head in range(heads):
-            for t in range(tokens):
-                seen = slice(0 if window is None else max(0, t - window + 1), t + 1)
-                raw = scale * (self.k.x[seen, head // self.sharing] @ self.q.x[t, head])
-                scores = raw if cap is None else cap * (raw / cap).tanh()
-                if slopes is not None:
-                    scores = scores + slopes[head] * torch.arange(seen.start, seen.stop)
-                if sinks is not None:
-                    scores = torch.cat([scores, sinks[head : head + 1]])
-                probabilities = scores.softmax(dim=0)[: len(raw)]
-                self.kept[head, t] = seen, raw, probabilities
-                self.out.x[t, head] = probabilities @ self.v.x[seen, head // self.sharing]
-
-    def backward(self) -> None:
-        for (head, t), (seen, raw, probabilities) in self.kept.items():
-            group, m = head // self.sharing, self.out.m[t, head]
-            if self.rule == "cp_lrp":
-                self.v.m[seen, group] += probabilities[:, None] * m
-                continue
-            self.v.m[seen, group] += probabilities[:, None] * m / 2
-            # Without the sink, whose probability is multiplied with no value and has the multiplier 0.
-            of_raw = through_softmax(probabilities, self.v.x[seen, group] @ m / 2)
-            if self.cap is not None:
-                of_raw = of_raw * (raw / self.cap).tanh() / (raw / self.cap + EPS)
-            self.q.m[t, head] += self.scale * (of_raw @ self.k.x[seen, group]) / 2
-            self.k.m[seen, group] += self.scale * of_raw[:, None] * self.q.x[t, head] / 2
-
-
-def through_softmax(probabilities: Tensor, m: Tensor) -> Tensor:
-    """Return J^T m with J_ij = p_i (1[i = j] - p_j), the Jacobian of a softmax."""
-    return probabilities * (m - (probabilities * m).sum(dim=-1, keepdim=True))
+def _sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + (-x).exp())
 
 
 def _silu(x: Tensor) -> Tensor:
-    return x / (1 + (-x).exp())
+    return x * _sigmoid(x)
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -299,13 +54,15 @@ class ExplicitDecoder:
     """A model for one sample: ``layers`` holds all its linear layers but the head, after ``propagate`` with relevance.
 
     Args:
-        model: Of transformers, in float64; of it only the config and the parameters are used.
-        rule: ``attnlrp`` or ``cp_lrp``.
+        model: Of transformers, in float64.
+        attention: The rule of each softmax, ``attnlrp`` or ``cp_lrp``.
+        gates: The rule of products with an activation.
         input_ids: Shape ``[T]``.
     """
 
-    def __init__(self, model: Any, rule: str, input_ids: Tensor) -> None:
-        self.config, self.rule = model.config, rule
+    def __init__(self, model: Any, attention: str, gates: str, input_ids: Tensor) -> None:
+        self.config = model.config
+        self.softmax_passes, self.gates_pass = attention == "attnlrp", gates == "attnlrp"
         self.family = model.config.model_type
         self.parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.operations: list[Any] = []
@@ -322,12 +79,20 @@ class ExplicitDecoder:
                 logits = self.add(Times(self.add(Activation(logits, torch.tanh)), cap))
         self.logits = logits
 
-    def propagate(self) -> None:
-        """Pass back the relevance of the last token's largest logit, which is this logit."""
+    def propagate(self, token: int) -> None:
+        """Pass back the relevance of one of the last logits, which is this logit."""
         with torch.no_grad():
-            self.logits.m[-1, self.logits.x[-1].argmax()] = 1
+            self.logits.m[-1, token] = 1
             for operation in reversed(self.operations):
                 operation.backward()
+
+    def on_tokens(self) -> float:
+        """Return the relevance that arrives at the embeddings."""
+        return (self.embedded.x * self.embedded.m).sum().item()
+
+    def kept(self) -> float:
+        """Return the relevance that constants keep which are added to something."""
+        return sum(operation.kept() for operation in self.operations if hasattr(operation, "kept"))
 
     def add(self, operation: Any) -> Value:
         self.operations.append(operation)
@@ -363,7 +128,8 @@ class ExplicitDecoder:
 
     def attention(self, name: str, block: int, x: Value) -> Value:
         """Return the attention of the families with names like LLaMA's."""
-        size, heads, groups = self.config.head_dim, self.config.num_attention_heads, self.config.num_key_value_heads
+        heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
+        size = self.config.hidden_size // heads
         if self.family == "phi3":
             fused = self.linear(f"{name}.qkv_proj", x)
             q = self.columns(fused, 0, heads * size)
@@ -371,7 +137,7 @@ class ExplicitDecoder:
             v = self.columns(fused, (heads + groups) * size, (heads + 2 * groups) * size)
         else:
             q, k, v = (self.linear(f"{name}.{part}_proj", x) for part in "qkv")
-        if self.family == "olmo2":  # over all heads
+        if self.family in ("olmo2", "minimax_m2"):  # over all heads
             q, k = self.norm(f"{name}.q_norm", q), self.norm(f"{name}.k_norm", k)
         q, k, v = (self.add(Reshaped(part, len(x.x), -1, size)) for part in (q, k, v))
         if self.family == "qwen3_moe":  # head by head
@@ -388,7 +154,7 @@ class ExplicitDecoder:
         window = self.config.sliding_window if is_local else None
         cap = self.config.attn_logit_softcapping if self.family == "gemma2" else None
         sinks = self.parameters.get(f"{name}.sinks")
-        mixed = self.add(Attention(q, k, v, self.rule, scale, window, cap, sinks=sinks))
+        mixed = self.add(Attention(q, k, v, self.softmax_passes, scale, window, cap, sinks=sinks))
         return self.linear(f"{name}.o_proj", self.add(Reshaped(mixed, len(x.x), heads * size)))
 
     def attention_of_fused_heads(self, name: str, x: Value) -> Value:
@@ -404,7 +170,7 @@ class ExplicitDecoder:
             rope = self.config.rope_parameters
             turned = int(size * rope["partial_rotary_factor"])
             q, k = (self.add(Rotated(part, turned, rope["rope_theta"])) for part in (q, k))
-        mixed = self.add(Attention(q, k, v, self.rule, size**-0.5, slopes=slopes))
+        mixed = self.add(Attention(q, k, v, self.softmax_passes, size**-0.5, slopes=slopes))
         return self.linear(f"{name}.dense", self.add(Reshaped(mixed, len(x.x), heads * size)))
 
     def attention_of_gpt2(self, name: str, x: Value) -> Value:
@@ -412,7 +178,7 @@ class ExplicitDecoder:
         fused = self.linear(f"{name}.c_attn", x)
         q, k, v = (self.columns(fused, i * width, (i + 1) * width) for i in range(3))
         q, k, v = (self.add(Reshaped(part, len(x.x), heads, width // heads)) for part in (q, k, v))
-        mixed = self.add(Attention(q, k, v, self.rule, (width // heads) ** -0.5))
+        mixed = self.add(Attention(q, k, v, self.softmax_passes, (width // heads) ** -0.5))
         return self.linear(f"{name}.c_proj", self.add(Reshaped(mixed, len(x.x), width)))
 
     # MLPs.
@@ -423,19 +189,22 @@ class ExplicitDecoder:
     def gated(self, gate: Value, up: Value) -> Value:
         """By AttnLRP half to the gate and half to up, by CP-LRP all to up."""
         function = _gelu_by_tanh if self.family == "gemma2" else _silu
-        return self.add(Product(up, self.add(Activation(gate, function)), self.rule == "attnlrp"))
+        return self.add(Product(up, self.add(Activation(gate, function)), self.gates_pass))
 
     def gated_of_gpt_oss(self, gate: Value, up: Value) -> Value:
         alpha, limit = self.config.swiglu_alpha, self.config.swiglu_limit
         gate = self.add(Activation(gate, lambda x: x.clamp(max=limit)))
         up = self.add(Activation(up, lambda x: x.clamp(-limit, limit)))
-        gate = self.add(Times(gate, 1 / (1 + (-alpha * gate.x).exp())))
-        return self.add(Product(self.add(Plus(up, 1)), gate, self.rule == "attnlrp"))
+        gate = self.add(Times(gate, _sigmoid(alpha * gate.x)))
+        return self.add(Product(self.add(Plus(up, 1)), gate, self.gates_pass))
 
     def mlp(self, name: str, x: Value) -> Value:
-        """Return the MLP of the families with names like LLaMA's: gated, of fused layers or not, or of experts."""
-        if self.family in ("mixtral", "qwen3_moe", "gpt_oss"):
+        """Return the MLP of the families with names like LLaMA's: of experts or not."""
+        if f"{name}.experts.down_proj" in self.parameters:
             return self.experts(name, x)
+        return self.gated_mlp(name, x)
+
+    def gated_mlp(self, name: str, x: Value) -> Value:
         if self.family == "phi3":
             fused, size = self.linear(f"{name}.gate_up_proj", x), self.config.intermediate_size
             gate, up = self.columns(fused, 0, size), self.columns(fused, size, 2 * size)
@@ -444,30 +213,40 @@ class ExplicitDecoder:
         return self.linear(f"{name}.down_proj", self.gated(gate, up))
 
     def experts(self, name: str, x: Value) -> Value:
-        """Return the sum of the chosen experts of each token, each times its weight, which comes from a softmax.
+        """Return the sum of the chosen experts of each token, each times its weight, and of the shared one.
 
-        By AttnLRP an expert and its weight have half of their product's relevance each, by CP-LRP the expert has all.
+        By AttnLRP an expert and its weight have half of their product's relevance each, where the weight comes from a
+        softmax; by CP-LRP, and where it comes from a sigmoid, the expert has all.
         """
-        number = self.config.num_experts_per_tok
-        router = f"{name}.router" if self.family == "gpt_oss" else f"{name}.gate"
-        bias = self.parameters.get(f"{router}.bias")
-        scores = self.add(Linear(x, self.parameters[f"{router}.weight"], bias))
-        chosen = torch.zeros_like(scores.x, dtype=torch.bool)
-        for t, row in enumerate(scores.x):
-            chosen[t, row.argsort(descending=True)[:number]] = True
-        is_shared = self.rule == "attnlrp"
-        of_softmax = chosen if self.family == "gpt_oss" else torch.ones_like(chosen)
-        weights = self.add(Softmax(scores, of_softmax, passes=is_shared))
-        if self.family == "mixtral" or (self.family == "qwen3_moe" and self.config.norm_topk_prob):
-            # What they are divided by is a constant.
-            weights = self.add(Times(weights, 1 / (weights.x * chosen).sum(dim=-1, keepdim=True)))
+        weights, chosen, is_shared = self.router(f"{name}.router" if self.family == "gpt_oss" else f"{name}.gate", x)
         terms = []
         for expert in range(chosen.shape[1]):
             tokens = chosen[:, expert].nonzero().flatten().tolist()
             y = self.expert(f"{name}.experts", expert, self.add(Part(x, tokens)))
             weight = self.add(Part(weights, (torch.tensor(tokens, dtype=torch.long)[:, None], [[expert]])))
             terms.append((tokens, self.add(Product(y, weight, is_shared))))
-        return self.add(Scattered(terms, x.x.shape))
+        routed = self.add(Scattered(terms, x.x.shape))
+        if self.family != "qwen2_moe":
+            return routed
+        shared = self.gated_mlp(f"{name}.shared_expert", x)
+        of_shared = x.x @ self.parameters[f"{name}.shared_expert_gate.weight"].T
+        return self.add(Sum(routed, self.add(Times(shared, _sigmoid(of_shared)))))
+
+    def router(self, name: str, x: Value) -> tuple[Value, Tensor, bool]:
+        """Return the weights ``[T, E]``, which experts are chosen, and whether the weights have relevance."""
+        scores = self.add(Linear(x, self.parameters[f"{name}.weight"], self.parameters.get(f"{name}.bias")))
+        chosen = torch.zeros_like(scores.x, dtype=torch.bool)
+        for t, row in enumerate(scores.x):
+            chosen[t, row.argsort(descending=True)[: self.config.num_experts_per_tok]] = True
+        if self.family == "minimax_m2":
+            weights = _sigmoid(scores.x)
+            return Value(weights / (weights * chosen).sum(dim=-1, keepdim=True)), chosen, False
+        of_softmax = chosen if self.family == "gpt_oss" else torch.ones_like(chosen)
+        weights = self.add(Softmax(scores, of_softmax, self.softmax_passes))
+        if self.family == "mixtral" or getattr(self.config, "norm_topk_prob", False):
+            # What they are divided by is a constant.
+            weights = self.add(Times(weights, 1 / (weights.x * chosen).sum(dim=-1, keepdim=True)))
+        return weights, chosen, self.softmax_passes
 
     def expert(self, name: str, expert: int, x: Value) -> Value:
         """Return one expert of the tokens routed to it, by its part of the fused parameters."""
@@ -557,7 +336,8 @@ def _gpt2(model: ExplicitDecoder, x: Value) -> Value:
 
 
 FAMILIES: dict[str, Callable[[ExplicitDecoder, Value], Value]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3", "granite", "mixtral", "qwen3_moe", "gpt_oss"), _norms_before),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3", "granite"), _norms_before),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "minimax_m2", "gpt_oss"), _norms_before),
     "gemma2": _norms_before_and_after,
     "olmo2": _norms_after,
     "gpt_neox": _gpt_neox,

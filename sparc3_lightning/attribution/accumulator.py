@@ -1,6 +1,6 @@
 """The accumulator: hooks in, over a stream of samples, and one score per neuron or per weight out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import get_args
@@ -128,6 +128,7 @@ class ScoreAccumulator:
             weights: 1 for a sample, 0 for one that only fills the batch; by default all 1.
 
         Raises:
+            OptionError: If a module gets no score.
             NonfiniteRelevanceError: If a score is NaN or infinite and ``nonfinite`` is ``error``: on a CPU at once,
                 and nothing of the batch is added to the sums of neurons; on an accelerator at the next ``check``.
         """
@@ -150,7 +151,7 @@ class ScoreAccumulator:
         self._batch |= self._unseen(len(sample_ids))
         missing = self.modules.keys() - self._batch.keys()
         if missing:
-            raise RuntimeError(f"No score arrived for {len(missing)} module(s), e.g. {sorted(missing)[0]}.")
+            raise OptionError("layers", self._without_score(missing))
         if len(real) < len(sample_ids):  # the last batch, if any
             kept = torch.tensor(real, dtype=torch.long)
             self._batch = {name: score[kept.to(score.device)] for name, score in self._batch.items()}
@@ -170,6 +171,15 @@ class ScoreAccumulator:
         self._nonfinite = num_nonfinite
         self.num_samples += len(real)
         self._batch = {}
+
+    def _without_score(self, missing: Collection[str]) -> str:
+        """Return a sentence on modules to which no score arrived, with the names of the others."""
+        ends, others = ({name.rpartition(".")[2] for name in names} for names in (missing, self._batch))
+        way = f"'[{', '.join(sorted(others - ends))}]'" if others - ends else "others"
+        return (
+            f"No score arrived for {len(missing)} module(s), e.g. {sorted(missing)[0]}, since the model does not call "
+            f"them as layers or no gradient reaches them: give --.layers {way}."
+        )
 
     def check(self) -> None:
         """Look whether all scores since the last look were finite.

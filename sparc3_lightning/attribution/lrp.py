@@ -384,6 +384,8 @@ def _pass(model: PreTrainedModel, input_ids: Tensor, layers: Mapping[str, Linear
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if not isinstance(output, Tensor):  # a router that gives several: no layer of neurons
+                return
             seen = module.tokens if isinstance(module, ExpertLinear) else None
             # In the last block nothing comes back to an expert that the last token was not routed to.
             if seen is None or seen[-1] == input_ids.shape[1] - 1:

@@ -124,16 +124,24 @@ def _in_place(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     if not any(map(rules.depends, args)):
         return func(*args, **kwargs)
     copy = target.clone()
-    if rules.depends(target):
-        mark(copy)
+    _be_as(copy, target)
     return _put(target, rules.__torch_function__(_OUT_OF_PLACE[func], (), (copy, *args[1:]), kwargs))
 
 
 def _put(target: Tensor, result: Tensor) -> Tensor:
     target.copy_(result)
-    if hasattr(result, _OF_TOKENS):
-        mark(target)
+    _be_as(target, result)
     return target
+
+
+def _be_as(x: Tensor, other: Tensor) -> None:
+    """Give a tensor the marks of another one."""
+    if hasattr(other, _OF_TOKENS):
+        mark(x)
+    if hasattr(other, _GATE):
+        setattr(x, _GATE, True)
+    elif hasattr(x, _GATE):
+        delattr(x, _GATE)
 
 
 def _power(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
@@ -157,10 +165,8 @@ def _quotient(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _solution(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
-    """Of the matrix of a system of equations, a denominator, no gradient: all is that of the other side."""
-    matrix, *others = args
-    fixed = rules.lxt.stop_gradient(matrix) if rules.depends(matrix) else matrix
-    return _plain(rules, func, (fixed, *others), kwargs, args)
+    """Of the system no gradient: it is a denominator."""
+    return _plain(rules, func, (rules.lxt.stop_gradient(args[0]), *args[1:]), kwargs, args[1:2])
 
 
 def _product(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
@@ -370,14 +376,14 @@ _SUMS_OF_PRODUCTS = set(_named("addmm", "baddbmm", "addbmm", "addmv", "addr", "a
 _TERMS = (0, "input", "self")  # of these the first argument, which is added to the product
 OPERATIONS: dict[Any, Callable[[Rules, Any, Any, Any], Any]] = {}
 _BY_NAME: dict[Callable[[Rules, Any, Any, Any], Any], str] = {
-    _stop: "rsqrt sqrt exp exp2 sigmoid expit softplus log log2 log10 logsumexp logsigmoid hardsigmoid reciprocal "
-    "__rpow__ __rdiv__ __rtruediv__",
+    _stop: "rsqrt sqrt exp exp2 sigmoid expit softplus log log2 log10 logsumexp logsigmoid hardsigmoid reciprocal inv "
+    "inverse __rpow__ __rdiv__ __rtruediv__",
     _identity: "silu gelu relu relu6 leaky_relu prelu elu celu selu mish hardswish softsign tanhshrink softshrink "
     "hardshrink hardtanh threshold tanh",
     _no_gate: "clamp clip clamp_min clamp_max normalize erf sin expm1 log1p atan arctan asinh arcsinh",
     _power: "pow __pow__ square float_power",
-    _solution: "solve_triangular",
     _quotient: "div divide true_divide __div__ __truediv__ div_ divide_ true_divide_ __itruediv__ __idiv__",
+    _solution: "solve_triangular solve",
     _product: "mul multiply __mul__ __rmul__ matmul __matmul__ __rmatmul__ bmm mm mv dot inner outer ger vdot vecdot "
     "tensordot einsum kron linear addmm baddbmm addbmm addmv addr addcmul grouped_mm _grouped_mm",
     _attention: "scaled_dot_product_attention",

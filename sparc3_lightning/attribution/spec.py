@@ -127,7 +127,7 @@ class ScoreSpec:
         option, value = ("activations", "true") if self.activations else ("method", self.method)
         if self.granularity == "head":
             raise OptionError(option, f"{value} is defined for neurons, not for heads: choose another --.granularity.")
-        rows = [row for rows, _ in MLPS for row in rows]
+        rows = list(dict.fromkeys(row for rows, _ in MLPS for row in rows))
         if not all(any(ends_in(target, row) for row in rows) for target in self.layers or ()):
             raise OptionError(
                 option,

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sparc3_lightning.models.architectures import (
+    ALL,
     ATTENTIONS,
     attention_of,
     check_indices,
     ends_in,
+    find_attention,
+    find_layers,
+    is_heads,
     linear_at,
     twins_of,
     weight_of,
@@ -47,6 +51,15 @@ def num_heads(model: nn.Module, module: str) -> int:
     """Return the number of heads before an attention's last layer; see ``head_dim``."""
     attention = attention_of(model, module)
     return weight_of(attention.output).shape[1] // attention.head_dim
+
+
+def heads_left_out(model: nn.Module) -> str | None:
+    """Return a sentence on the layers that are called as the last one of an attention, but have no known heads.
+
+    Some are no attentions; and the last blocks of Gemma 3n and 4 have no values of their own.
+    """
+    others = [name for name in find_layers(model, [ALL]) if is_heads(name) and find_attention(model, name) is None]
+    return f"Left out: {len(others)} layers without known heads, such as {others[0]}" if others else None
 
 
 def sum_heads(values: Tensor, head_dim: int) -> Tensor:

@@ -44,7 +44,7 @@ from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
 from sparc3_lightning.models.components import Granularity
 from sparc3_lightning.models.experts import TokensSeen, check_are_open, is_expert
-from sparc3_lightning.models.heads import head_dims
+from sparc3_lightning.models.heads import head_dims, heads_left_out
 from sparc3_lightning.models.neurons import columns_of, coverage, scored_rows
 from sparc3_lightning.models.sharding import check_batch_size, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
@@ -362,6 +362,8 @@ class Attribution(StoppableModule):
                 self.written = f"{seen.in_words()}\n{self.written}"
             if self.spec.granularity == "neuron":
                 self.written = f"{coverage(self.model, self.accumulator.modules)}\n{self.written}"
+            if self.spec.granularity == "head" and (left_out := heads_left_out(self.model)):
+                self.written = f"{left_out}\n{self.written}"
 
     def _provenance(self) -> Provenance:
         data = self.reference_samples

@@ -345,7 +345,7 @@ def test_scores_without_a_sample_are_an_error():
 
 def test_a_layer_that_no_gradient_reaches_is_an_error_that_names_it(make):
     model = make()
-    with pytest.raises(RuntimeError, match=r"2 module.*model\.layers\.0\.mlp\.gate_proj"):
+    with pytest.raises(ValueError, match=r"2 module.*model\.layers\.0\.mlp\.gate_proj.* --model\.layers '\[up_proj\]'"):
         accumulate(model, make_samples(2), "magnitude", 2, layers=("up_proj", "gate_proj"), rule="cp_lrp")
 
 

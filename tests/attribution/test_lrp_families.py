@@ -1,11 +1,13 @@
 """The rules on many architectures: against lxt's own way by classes, and what is conserved of the logit."""
 
+from typing import Any
+
 import pytest
 import torch
+from decoders import build
 from helpers import FAMILIES
 from lxt_oracle import lxt_lrp
 from slow_lrp import INPUT_IDS, all_rules, assert_same, gradients
-from some_decoders import DECODERS, ONLY_EAGER, make_decoder
 from torch import Tensor, nn
 
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
@@ -13,10 +15,24 @@ from sparc3_lightning.attribution.lrp import check_lrp, lrp
 from sparc3_lightning.attribution.targets import largest_logit
 
 IDS = INPUT_IDS.remainder(60)
+# Of each architecture what its config has beside the sizes.
+DECODERS: dict[str, dict[str, Any]] = {
+    **{family: {} for family in ("mistral", "phi", "phi3", "olmo2", "gemma", "gpt_neox", "bloom", "mixtral", "olmoe")},
+    **{family: {} for family in ("qwen3_moe", "deepseek_v3", "lfm2", "granitemoehybrid")},
+    "gemma2": {"sliding_window": 4, "final_logit_softcapping": 2.0},
+    "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5},
+    "cohere": {"logit_scale": 0.2},
+    "gpt_oss": {"sliding_window": 4},
+}
+ONLY_EAGER = ("bloom", "gemma2", "gpt_oss")  # those that have no sdpa attention
 all_decoders = pytest.mark.parametrize("family", DECODERS)
 ATTENTIONS = [
     (family, kind) for family in DECODERS for kind in ("eager", "sdpa") if kind == "eager" or family not in ONLY_EAGER
 ]
+
+
+def make_decoder(family: str, dtype: torch.dtype = torch.float64, attention: str = "eager") -> Any:
+    return build(family, dtype, attention, **DECODERS[family])
 
 
 def logits_and_relevance(model, rule: str | None = None) -> tuple[Tensor, float]:
@@ -69,6 +85,20 @@ def test_cp_lrp_conserves_the_logit_of_a_model_without_biases(family):
         assert conserved != pytest.approx(1, rel=1e-3)
     else:
         assert conserved == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@all_rules
+def test_the_way_in_which_experts_are_computed_changes_no_relevance(family, rule, implementation):
+    """One way is a custom operation, another gathers the weights of each token's experts."""
+    found = {}
+    for way in ("eager", implementation):
+        model = make_decoder(family, torch.float32)
+        model.config._experts_implementation = way
+        found[way] = logits_and_relevance(model, rule)[1]
+        assert check_lrp(model, rule, {}, IDS).logits_unchanged
+    assert found[implementation] == pytest.approx(found["eager"], rel=1e-4)
 
 
 @all_decoders

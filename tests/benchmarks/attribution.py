@@ -2,15 +2,18 @@
 
 Naive: one sample at a time, a backward pass with the gradients of all weights, and |weight x gradient| of the target
 layers, or of all linear layers as others did, copied to float32 on the host and summed there. Floor: a bare forward and
-activation backward of the same batches, no rules and no scores. Ours: the magnitude and the signed relevance, and
+activation backward of the same batches, no rules and no scores. By classes: the magnitude with lxt's own patches of
+classes in place of our rules of operations, which give the same. Ours: the magnitude and the signed relevance, and
 Wanda's score, as `sparc3 attribute` computes them, and the magnitude of each weight of all linear layers. SmolLM2-135M,
 one model in memory; every way takes the same tokens. Prints seconds per sample (the least of several turns, taken in
 alternation), the peak of memory above the model, and ratios; --json writes the same.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +26,10 @@ from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 
-SHAPES = ((8, 256), (4, 1024))
+sys.path.append(str(Path(__file__).parents[1]))
+from lxt_oracle import lxt_lrp
+
+SHAPES = ((8, 256), (31, 24), (4, 1024))
 
 
 def naive(model: Any, input_ids: torch.Tensor, of: str = "up_proj") -> dict[str, torch.Tensor]:
@@ -51,7 +57,9 @@ def floor(model: Any, input_ids: torch.Tensor) -> None:
     handle.remove()
 
 
-def ours(score: Any, layers: str = "up_proj", granularity: Any = "neuron") -> Callable[..., ScoreAccumulator]:
+def ours(
+    score: Any, layers: str = "up_proj", granularity: Any = "neuron", rules: Callable[..., Any] = lrp
+) -> Callable[..., ScoreAccumulator]:
     """Return what accumulates a score as the predict loop does."""
 
     def attribute(model: Any, input_ids: torch.Tensor) -> ScoreAccumulator:
@@ -60,7 +68,7 @@ def ours(score: Any, layers: str = "up_proj", granularity: Any = "neuron") -> Ca
         names = [str(i) for i in range(len(input_ids))]
         with (
             torch.set_grad_enabled(is_lrp),
-            lrp(model, "attnlrp") if is_lrp else nullcontext(),
+            rules(model, "attnlrp") if is_lrp else nullcontext(),
             accumulator.recording(None, names),
         ):
             if is_lrp:
@@ -79,6 +87,7 @@ def measure(model: Any, input_ids: torch.Tensor, turns: int) -> dict[str, dict[s
         "wanda": ours("wanda"),
         "signed": ours("signed"),
         "magnitude": ours("magnitude"),
+        "magnitude, by classes": ours("magnitude", rules=lxt_lrp),
         "magnitude of all weights": ours("magnitude", "all", "weight"),
         "naive": naive,
         "naive, all linear layers": lambda *of: naive(*of, "all"),
@@ -98,6 +107,8 @@ def measure(model: Any, input_ids: torch.Tensor, turns: int) -> dict[str, dict[s
             if turn == 0:
                 memory[name] = peak[0]
     magnitude = scores["magnitude"].compute()
+    for name, score in scores["magnitude, by classes"].compute().items():
+        torch.testing.assert_close(score, magnitude[name], rtol=2e-7, atol=0)
     for name, score in scores["naive"].items():
         torch.testing.assert_close(score, magnitude[name], rtol=2e-4, atol=1e-7)
     return {

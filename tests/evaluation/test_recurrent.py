@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import make as make_model_of
+from decoders import build
 
 from sparc3_lightning.evaluation.generation import Sampling, check_can_continue, continue_prompts, draw_keys
 from sparc3_lightning.models.architectures import is_recurrent
@@ -15,7 +15,9 @@ PROMPTS = [[5, 9, 7], [11, 12, 13, 14, 15, 16], [8]]
 
 
 def make(family: str, **options: Any) -> Any:
-    return make_model_of(family, torch.float32, **options)
+    model = build(family, **options)
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def continued(model: Any, prompts: list[list[int]], sampling: Sampling) -> list[list[list[int]]]:

@@ -156,9 +156,9 @@ def test_neurons_are_counted_in_words():
     model = opened("deepseek_v3")
     layers = find_layers(model, ["up_proj"])
     neurons = {name: layer.out_features for name, layer in layers.items()}
-    assert count_in_words(model, neurons) == "36 dense, 96 in 8 x 1 experts"
+    assert count_in_words(model, neurons) == "72 dense, 224 in 8 x 1 experts"
     dense = {name: number for name, number in neurons.items() if not is_expert(layers[name])}
-    assert count_in_words(model, dense) == "36"
+    assert count_in_words(model, dense) == "72"
 
 
 def test_a_dense_model_is_left_as_it_is(make_model):

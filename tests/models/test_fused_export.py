@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import INPUT_IDS, is_one_sentence
-from fused import MODELS, SPLIT, open_, save, zero_rows_
-from mixtures import make_mixture
+from mixtures import SAVED, SPLIT, make_mixture, open_, save_in_files, zero_rows_
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -51,11 +50,11 @@ def check_same(found: nn.Module, expected: nn.Module) -> None:
         assert torch.equal(tensors[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", SAVED)
 def test_rows_that_are_set_to_zero_are_zero_for_stock_transformers_and_all_else_is_as_it_was(
     kind: str, tmp_path: Path
 ) -> None:
-    model = save(kind, tmp_path / "original")
+    model = save_in_files(kind, tmp_path / "original")
     before = logits_of(model)
     layers = open_(model)
     export(tmp_path / "original", tmp_path / "export")
@@ -77,19 +76,19 @@ def test_rows_that_are_set_to_zero_are_zero_for_stock_transformers_and_all_else_
         assert original[file] == exported[file]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", SAVED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_export_of_weights_that_are_held_but_not_changed_is_the_original_byte_for_byte(
     kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    save(kind, tmp_path / "original", dtype=dtype)
+    save_in_files(kind, tmp_path / "original", dtype=dtype)
     export(tmp_path / "original", tmp_path / "export", is_changed=False)
     assert files_of(tmp_path / "original") == files_of(tmp_path / "export")
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "granitemoe"])
 def test_an_export_in_another_dtype_has_the_same_tensors_in_it(kind: str, tmp_path: Path) -> None:
-    model = save(kind, tmp_path / "original")
+    model = save_in_files(kind, tmp_path / "original")
     export(tmp_path / "original", tmp_path / "export", torch.bfloat16)
     model = model.bfloat16()
     zero_rows_(model, open_(model))
@@ -103,7 +102,7 @@ def test_an_export_in_another_dtype_has_the_same_tensors_in_it(kind: str, tmp_pa
 
 
 def test_experts_of_a_model_without_its_head_keep_their_names_without_the_prefix(tmp_path: Path) -> None:
-    model = save("mixtral", tmp_path / "original", "1GB")
+    model = save_in_files("mixtral", tmp_path / "original", "1GB")
     path = tmp_path / "original" / "model.safetensors"
     save_file({name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     names = load_file(path).keys()
@@ -125,7 +124,7 @@ def test_a_model_that_was_saved_with_fused_experts_keeps_them(tmp_path: Path) ->
 
 
 def test_several_layers_that_are_views_of_one_parameter_are_made_of_the_same_tensors_once(tmp_path: Path) -> None:
-    save("qwen3_moe", tmp_path / "original")
+    save_in_files("qwen3_moe", tmp_path / "original")
     model = Checkpoint(str(tmp_path / "original")).skeleton()
     files = [TensorFile(path) for path in weight_paths(tmp_path / "original")]
     tensors = Tensors(Checkpoint(str(tmp_path / "original")), model, files)
@@ -182,7 +181,7 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 
 @pytest.mark.parametrize("change", ["without", "other shape", "integers", "other dtype", "one more"])
 def test_experts_whose_tensors_are_not_those_of_the_model_are_refused(change: str, tmp_path: Path) -> None:
-    save("mixtral", tmp_path / "original", "1GB")
+    save_in_files("mixtral", tmp_path / "original", "1GB")
     path = tmp_path / "original" / "model.safetensors"
     tensors = load_file(path)
     weight = tensors.pop(EXPERT)
@@ -205,7 +204,7 @@ def test_experts_whose_tensors_are_not_those_of_the_model_are_refused(change: st
 def test_a_conversion_that_transformers_cannot_revert_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save("olmoe", tmp_path / "original")
+    save_in_files("olmoe", tmp_path / "original")
 
     def fail(_: object) -> None:
         raise NotImplementedError
@@ -217,7 +216,7 @@ def test_a_conversion_that_transformers_cannot_revert_is_refused(
 def test_a_conversion_that_does_not_give_the_same_numbers_back_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save("olmoe", tmp_path / "original")
+    save_in_files("olmoe", tmp_path / "original")
     convert = SplitModulelist.convert
 
     def rounded(*arguments: object, **options: object) -> dict[str, torch.Tensor]:

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from families import make
+from decoders import build
 
 from sparc3_lightning.models.architectures import find_layers, head_layers, mlps_of
 from sparc3_lightning.models.components import Component, mask, prune_
-from sparc3_lightning.models.heads import num_heads
+from sparc3_lightning.models.heads import heads_left_out, num_heads
 
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 9, 23, 51]])
 LAYERS = {
@@ -29,9 +29,10 @@ LAYERS = {
 
 @pytest.mark.parametrize("family", LAYERS)
 def test_a_pruned_head_is_a_masked_one(family: str) -> None:
-    model = make(family)
+    model = build(family)
     assert head_layers(model) == [LAYERS[family]]
     names = list(find_layers(model, head_layers(model)))
+    assert (heads_left_out(model) is None) == (family not in ("granitemoehybrid", "lfm2", "qwen3_5_text", "zamba2"))
     with torch.no_grad():
         for off in ([1], [0, 1], [0, 1, 3], [2, 3]):
             pruned = copy.deepcopy(model)
@@ -45,7 +46,7 @@ def test_a_pruned_head_is_a_masked_one(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["bloom", "codegen", "falcon", "gpt_neox", "phi3"])
 def test_heads_whose_values_lie_among_others_are_refused(family: str) -> None:
-    model = make(family)
+    model = build(family)
     assert mlps_of(model)
     with pytest.raises(ValueError, match="head: the model has no attention of a known kind"):
         head_layers(model)
@@ -55,14 +56,15 @@ def test_the_end_of_a_name_that_other_layers_have_too_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"'out_proj' is no layer of attention heads .* \['self_attn\.out_proj'\]: leave"
     ):
-        head_layers(make("lfm2"), ["out_proj"])
+        head_layers(build("lfm2"), ["out_proj"])
 
 
 def test_values_that_another_block_reads_too_are_kept() -> None:
     """Of Gemma 4 the last blocks have no values of their own."""
-    model = make("gemma4_text")
+    model = build("gemma4_text", num_kv_shared_layers=2)
     names = [f"model.layers.{block}.self_attn.o_proj" for block in range(2)]
     assert head_layers(model) == names
+    assert heads_left_out(model) == "Left out: 2 layers without known heads, such as model.layers.2.self_attn.o_proj"
     heads = [Component(name, index, 0.0) for name in names for index in (0, 1)]
     with torch.no_grad():
         with mask(model, heads):

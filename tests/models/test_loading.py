@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import INPUT_IDS, is_one_sentence
-from fused import MODELS, save
+from mixtures import SAVED, save_in_files
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -441,9 +441,9 @@ def test_what_is_lost_of_a_model_whose_tensors_are_converted_is_missed_too(
     assert is_one_sentence(str(raised.value).replace(", ...", ""))
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", SAVED)
 def test_models_of_all_kinds_are_read_in_shards_as_transformers_reads_them(kind: str, tmp_path: Path) -> None:
-    model = save(kind, tmp_path / "model")
+    model = save_in_files(kind, tmp_path / "model")
     sharded = load_in_shards(tmp_path / "model")
     found, expected = tensors_of(sharded), tensors_of(model)
     assert found.keys() == expected.keys()

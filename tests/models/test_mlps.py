@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import make
+from decoders import HIDDEN, INNER, LAYERS, build
 from helpers import provenance
 from torch import Tensor, nn
 
@@ -28,6 +28,11 @@ from sparc3_lightning.models.architectures import (
 from sparc3_lightning.models.components import KINDS, Component, mask, prune_
 from sparc3_lightning.models.neurons import check_are_neurons, columns_of, coverage, scored_rows
 
+# What the configs of some have in place of what ``build`` gives them.
+CHANGES: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": INNER},
+    "hrm_text": {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 3},
+}
 INPUT_IDS = torch.tensor([[5, 17, 42, 8, 9, 23, 51], [7, 3, 11, 5, 5, 31, 19]])
 # Of each architecture the name of the scored layer, and what is left out of the blocks.
 GATED = {
@@ -66,6 +71,10 @@ every_family = pytest.mark.parametrize("family", sorted(ALL))
 fused = pytest.mark.parametrize("family", sorted(FUSED))
 
 
+def make(family: str) -> Any:
+    return build(family, torch.float64, **CHANGES.get(family, {}))
+
+
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model(INPUT_IDS, use_cache=False).logits
@@ -97,7 +106,7 @@ def test_each_block_has_one_mlp_whose_layers_have_known_names_and_fitting_shapes
     model = make(family)
     name, left_out = ALL[family]
     mlps = mlps_of(model)
-    assert len(mlps) == 2
+    assert len(mlps) == LAYERS
     assert neuron_layers(model) == [name]
     assert list(find_layers(model, [name])) == [mlp.rows[0].layer for mlp in mlps]
     for mlp in mlps:
@@ -108,7 +117,7 @@ def test_each_block_has_one_mlp_whose_layers_have_known_names_and_fitting_shapes
         assert all(mlp_of(model, rows.layer) == mlp for rows in mlp.rows)
     number = sum(mlp.num_neurons for mlp in mlps)
     assert coverage(model, find_layers(model, [name])) == (
-        f"Scored 100 % of the MLP neurons: {number}; left out: {left_out}"
+        f"Scored 100 % of the MLP neurons: {number:,}; left out: {left_out}"
     )
 
 
@@ -128,7 +137,7 @@ def test_pruning_is_masking_and_zeroes_the_neurons_rows_and_columns_alone(family
             # BitNet has a norm of the activations, in which the rows of one neuron tell on all others.
             for rows in () if family == "bitnet" else mlp.rows:
                 at = index + rows.part.start
-                is_conv = linear_at(model, rows.layer).weight.shape[0] == 16
+                is_conv = linear_at(model, rows.layer).weight.shape[0] == HIDDEN
                 weight = expected[f"{rows.layer}.weight"]
                 (weight.T if is_conv else weight)[at] = 0
                 if f"{rows.layer}.bias" in expected:
@@ -152,8 +161,8 @@ def test_an_mlp_without_its_neurons_gives_its_bias(family: str) -> None:
         logits(model)
     for name, output in found.items():
         bias = linear_at(model, name).bias
-        assert torch.equal(output, (torch.zeros(16).to(output) if bias is None else bias).expand_as(output))
-    assert len(found) == 2
+        assert torch.equal(output, (torch.zeros(HIDDEN).to(output) if bias is None else bias).expand_as(output))
+    assert len(found) == LAYERS
 
 
 @pytest.mark.parametrize("family", sorted({*GATED, *FUSED} - {"bitnet"}))
@@ -278,7 +287,7 @@ def test_the_weights_of_a_fused_layer_all_have_scores_whose_sums_are_those_of_th
         grads = torch.autograd.grad(target, weights)
     for (name, score), weight, grad in zip(of_weights.items(), weights, grads, strict=True):
         torch.testing.assert_close(score, (weight.detach() * grad / 2).float(), rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(score[24:].sum(dim=1), of_neurons[name], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(score[INNER:].sum(dim=1), of_neurons[name], rtol=1e-4, atol=1e-7)
     writer = ShardWriter(tmp_path, {name: score.shape for name, score in of_weights.items()}, parts)
     for name, score in of_weights.items():
         writer.add(name, score)
@@ -293,11 +302,11 @@ def test_scores_and_norms_that_need_no_samples_are_of_the_up_rows() -> None:
     parts = scored_rows(model, layers)
     found, random = (StaticScores(layers, score, parts=parts).compute() for score in ("magnitude", "random"))
     for name, layer in layers.items():
-        up = layer.weight[24:]
+        up = layer.weight[INNER:]
         torch.testing.assert_close(found[name], up.abs().sum(dim=1).float())
-        assert random[name].shape == (24,)
+        assert random[name].shape == (INNER,)
         kind = KINDS["neuron"]
-        assert kind.shape(model, name) == (24,)
+        assert kind.shape(model, name) == (INNER,)
         torch.testing.assert_close(kind.norms(model, name), up.norm(dim=1).float())
         assert kind.layers(model, name) == [name, mlp_of(model, name).column]
 

@@ -10,10 +10,10 @@ import pytest
 import run_on_ranks
 import torch
 from evaluations import flat
-from fused import save
 from helpers import sentence
-from ranks import check_results_are_same, check_tensors_are_same, continuations, torchrun
+from mixtures import save_in_files
 from safetensors.torch import load_file
+from several_ranks import check_results_are_same, check_tensors_are_same, continuations, torchrun
 from transformers import AutoModelForCausalLM
 
 from sparc3_lightning import cli
@@ -204,7 +204,7 @@ def test_a_rank_reads_only_its_own_rows(
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_ranks_put_together_the_experts_that_they_hold(kind: str, tiny_checkpoint: str, tmp_path: Path) -> None:
-    model = save(kind, tmp_path / "model")
+    model = save_in_files(kind, tmp_path / "model")
     (tmp_path / "tiny").symlink_to(tiny_checkpoint)
     torchrun(3, "load", tmp_path / "model", tmp_path, 3)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import run_on_ranks
 from helpers import sentence
 from mixtures import save_mixture
-from ranks import check_results_are_same, check_tensors_are_same, torchrun
+from several_ranks import check_results_are_same, check_tensors_are_same, torchrun
 
 from sparc3_lightning.attribution.activations import ACTIVATIONS
 from sparc3_lightning.attribution.progress import load_progress
@@ -18,6 +18,7 @@ from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.attribute import Attribution
+from sparc3_lightning.stages.folders import giving_back
 
 pytestmark = pytest.mark.distributed
 
@@ -63,7 +64,7 @@ def break_off(inputs: Inputs, folder: Path, **options: Any) -> None:
             super().predict_step(batch, batch_idx)
 
     data = ToxicPrompts(source=inputs.prompts, num_samples=13, min_toxicity=0.0, batch_size=5)
-    with pytest.raises(KeyError, match="broken off"):
+    with giving_back(), pytest.raises(KeyError, match="broken off"):
         run_on_ranks.trainer(folder, "auto", 1).predict(
             Broken(inputs.checkpoint, save_every=1, **options), datamodule=data, return_predictions=False
         )

@@ -114,3 +114,18 @@ def test_a_share_of_the_neurons_is_said_to_be_one() -> None:
     model = load_model(checkpoint, torch.float32)
     with pytest.raises(ValueError, match=r"Neuron 24 of .*gate_up_proj does not exist: the layer has 24 neurons"):
         KINDS["neuron"].check(model, {layer: {24: Component(layer, 24, 0.0)}})
+
+
+def test_of_a_model_without_mlps_the_weights_can_be_scored_and_compressed() -> None:
+    checkpoint = checkpoint_of("mamba")
+    with pytest.raises(ValueError, match=r"MambaForCausalLM has no MLP .* --model\.granularity weight .*'\[all\]'"):
+        attribute(checkpoint, "neurons", method="wanda")
+    # The projection of the time step is no layer that the model calls: it multiplies by its weight.
+    with pytest.raises(ValueError, match=r"mixer\.dt_proj, .*: give --model\.layers '\[in_proj, out_proj, x_proj\]'"):
+        attribute(checkpoint, "all", method="wanda", granularity="weight", layers=["all"])
+    layers = ["in_proj", "out_proj", "x_proj"]
+    attribute(checkpoint, "weights", method="wanda", granularity="weight", layers=layers)
+    Compression((Path("weights", INDEX),), Path("sparse"), 0.25).compress(Path("out"))
+    sparse = AutoModelForCausalLM.from_pretrained("sparse")
+    weight = sparse.get_submodule("backbone.layers.0.mixer.in_proj").weight
+    assert ((weight == 0).sum(dim=1) == weight.shape[1] // 4).all()
