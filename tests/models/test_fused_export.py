@@ -139,7 +139,7 @@ def test_several_layers_that_are_views_of_one_parameter_are_made_of_the_same_ten
 
 
 def test_neurons_of_experts_and_dense_ones_are_pruned_in_an_export_as_in_memory(tmp_path: Path) -> None:
-    save("deepseek_v3", tmp_path / "original")
+    save_in_files("deepseek_v3", tmp_path / "original")
     expected = Checkpoint(str(tmp_path / "original")).load(torch.float32)
     experts = [f"model.layers.1.mlp.experts.{expert}.up_proj" for expert in (0, 7)]
     others = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.shared_experts.up_proj"]
@@ -152,7 +152,7 @@ def test_neurons_of_experts_and_dense_ones_are_pruned_in_an_export_as_in_memory(
 
 
 def test_the_mean_of_a_neuron_of_an_expert_goes_into_the_fused_bias(tmp_path: Path) -> None:
-    save("gpt_oss", tmp_path / "original")
+    save_in_files("gpt_oss", tmp_path / "original")
     expected = Checkpoint(str(tmp_path / "original")).load(torch.float32)
     neurons = [Component("model.layers.1.mlp.experts.2.up_proj", 3, 0.0, mean=0.7)]
     export_pruned(Checkpoint(str(tmp_path / "original")), neurons, tmp_path / "export")
