@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from families import make
+from decoders import build
 from helpers import WORDS, sentence, tokenizer_of
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +31,13 @@ LINES = {
         "shared_transformer.self_attn, shared_transformer.feed_forward.gate_up_proj_adapter_list, mamba"
     ),
 }
+CHANGES: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {
+        **{"layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0},
+        "shared_intermediate_size": 24,
+    },
+    "zamba2": {"layers_block_type": ["hybrid", "mamba", "hybrid"], "num_hidden_layers": 3, "num_mem_blocks": 1},
+}
 every_kind = pytest.mark.parametrize("family", LINES)
 
 
@@ -43,7 +50,8 @@ def prompts(in_empty_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def checkpoint_of(family: str) -> str:
-    make(family, torch.float32, vocab_size=len(WORDS) + 4).save_pretrained("tiny")
+    sizes = {"vocab_size": len(WORDS) + 4, "num_hidden_layers": 2, "intermediate_size": 24, **CHANGES.get(family, {})}
+    build(family, **sizes).save_pretrained("tiny")
     tokenizer_of(WORDS).save_pretrained("tiny")
     return "./tiny"
 
