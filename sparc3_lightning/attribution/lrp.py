@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
-from typing import Any, get_args
+from typing import get_args
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparc3_lightning.attribution.rules import Rule, Rules, mark
+from sparc3_lightning.attribution.rules import Function, Given, Rule, Rules, mark
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import Linear, layer_of
 from sparc3_lightning.models.experts import ExpertLinear, is_expert
@@ -221,7 +221,7 @@ def _forward(rules: Rules, model: PreTrainedModel) -> Callable:
     own = model.__dict__.get("forward")
 
     @wraps(type(model).forward)  # generate looks at what arguments it takes
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: PreTrainedModel, *args: Given, **kwargs: Given) -> Given:
         rules.are_trained = any(parameter.requires_grad for parameter in self.parameters())
         if kwargs.get("inputs_embeds") is not None:
             mark(kwargs["inputs_embeds"])
@@ -292,7 +292,7 @@ class _Counting(Rules):
 
     kept: Tensor | float = 0.0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Function, types: object, args: Given = (), kwargs: Given = None) -> Given:
         result = super().__torch_function__(func, types, args, kwargs)
         if func in _ADDENDS and isinstance(result, Tensor) and result.requires_grad and torch.is_grad_enabled():
             constant = _ADDENDS[func](*args, **(kwargs or {}))
@@ -306,50 +306,50 @@ class _Counting(Rules):
         self.kept = self.kept + kept.sum(dtype=torch.float64).item()
 
 
-def _of_sum(x: Any, y: Any = None, other: Any = None, alpha: float = 1) -> Any:
+def _of_sum(x: Given, y: Given = None, other: Given = None, alpha: float = 1) -> Given:
     y = other if y is None else y
     return _constant(x, y, 1, alpha)
 
 
-def _of_difference(x: Any, y: Any = None, other: Any = None, alpha: float = 1) -> Any:
+def _of_difference(x: Given, y: Given = None, other: Given = None, alpha: float = 1) -> Given:
     y = other if y is None else y
     return _constant(x, y, 1, -alpha)
 
 
-def _of_reversed_difference(x: Any, y: Any = None, other: Any = None, alpha: float = 1) -> Any:
+def _of_reversed_difference(x: Given, y: Given = None, other: Given = None, alpha: float = 1) -> Given:
     y = other if y is None else y
     return _constant(x, y, -alpha, 1)
 
 
-def _constant(x: Any, y: Any, of_x: float, of_y: float) -> Any:
+def _constant(x: Given, y: Given, of_x: float, of_y: float) -> Given:
     """Return the constant of two that are added, times its sign; None if both depend on the tokens."""
     constant, factor = (y, of_y) if isinstance(x, Tensor) and x.requires_grad else (x, of_x)
     is_constant = not (isinstance(constant, Tensor) and constant.requires_grad)
     return constant * factor if is_constant else None
 
 
-def _of_linear(input: Any, weight: Any, bias: Any = None) -> Any:
+def _of_linear(input: Given, weight: Given, bias: Given = None) -> Given:
     return None if bias is None else bias.detach()
 
 
-def _of_convolution(input: Any, weight: Any, bias: Any = None, *_: Any, **__: Any) -> Any:
+def _of_convolution(input: Given, weight: Given, bias: Given = None, *_: Given, **__: Given) -> Given:
     return None if bias is None else bias.detach().view(-1, *[1] * (weight.dim() - 2))
 
 
-def _of_product(term: Any, *_: Any, beta: float = 1, **__: Any) -> Any:
+def _of_product(term: Given, *_: Given, beta: float = 1, **__: Given) -> Given:
     return None if term.requires_grad else term * beta
 
 
-def _of_norm(input: Any, shape: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any) -> Any:
+def _of_norm(input: Given, shape: Given, weight: Given = None, bias: Given = None, *_: Given, **__: Given) -> Given:
     return None if bias is None else bias.detach()
 
 
-def _functions(*names: str) -> list[Any]:
+def _functions(*names: str) -> list[Function]:
     return [getattr(place, name) for name in names for place in (torch, Tensor, nn.functional) if hasattr(place, name)]
 
 
 # The constant that an operation adds to what depends on the tokens.
-_ADDENDS: dict[Any, Callable[..., Any]] = {
+_ADDENDS: dict[Function, Function] = {
     **dict.fromkeys(_functions("add", "add_", "__add__", "__radd__", "__iadd__"), _of_sum),
     **dict.fromkeys(_functions("sub", "sub_", "subtract", "__sub__", "__isub__"), _of_difference),
     **dict.fromkeys(_functions("rsub", "__rsub__"), _of_reversed_difference),
@@ -378,12 +378,12 @@ def _pass(model: PreTrainedModel, input_ids: Tensor, layers: Mapping[str, Linear
     called: list[str] = []
     reached: set[str] = set()
 
-    def begin(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def begin(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         embeddings.append(output.detach().requires_grad_())
         return embeddings[-1].clone()  # which may be changed in place
 
     def watch(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
             if not isinstance(output, Tensor):  # a router that gives several: no layer of neurons
                 return
             seen = module.tokens if isinstance(module, ExpertLinear) else None
@@ -423,7 +423,7 @@ def _are_unchanged(model: PreTrainedModel, input_ids: Tensor, plain: Tensor, rul
 def _hidden_functions(target: Tensor) -> list[str]:
     """Name the functions in a graph whose operations no rule sees: of autograd's own extensions, and in C++."""
     found: dict[str, None] = {}
-    seen: set[Any] = set()
+    seen: set[object] = set()
     left = [target.grad_fn]
     while left:
         node = left.pop()

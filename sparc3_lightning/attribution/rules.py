@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 from sparc3_lightning.errors import OptionError
 
 Rule = Literal["attnlrp", "cp_lrp"]
+# What an operation of torch is, and takes and gives: tensors, numbers, and lists of these.
+Function = Callable[..., Any]
+Given = Any
 
 # Attributes of tensors. A tensor that requires a gradient is a function of the tokens. One below the first target layer
 # requires none, but is one as well: it has this mark, so that the rules do not depend on which layers are targets.
@@ -40,7 +43,7 @@ class Rules(TorchFunctionMode):
         self.gates_pass = gates == "attnlrp"
         self.are_trained = False  # whether some weight of the model requires a gradient
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Function, types: object, args: Given = (), kwargs: Given = None) -> Given:
         """Carry out an operation under its rule."""
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
@@ -73,7 +76,7 @@ class Rules(TorchFunctionMode):
             for x in fresh:
                 mark(x)
 
-    def activation(self, function: Callable[..., Tensor], x: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def activation(self, function: Callable[..., Tensor], x: Tensor, *rest: Given, **options: Given) -> Tensor:
         """Apply an elementwise function under the identity rule: its gradient is f(x) / x."""
         if not torch.is_grad_enabled() or not self.depends(x):
             return function(x, *rest, **options)
@@ -93,7 +96,7 @@ class Rules(TorchFunctionMode):
 # The rules. Each takes the mode, the operation and its arguments.
 
 
-def _stop(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _stop(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     """No gradient."""
     result = rules.lxt.stop_gradient(func(*args, **kwargs))
     if func in _SIGMOIDS and args:
@@ -101,7 +104,7 @@ def _stop(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
-def _identity(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _identity(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     if not args:
         kwargs = dict(kwargs)
         args = (kwargs.pop("input"),)
@@ -110,7 +113,7 @@ def _identity(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     return _put(args[0], rules.activation(func, *args, **{**kwargs, "inplace": False}))
 
 
-def _no_gate(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _no_gate(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     """The identity rule for what is no activation: a product with it is not one with a gate."""
     result = _identity(rules, func, args, kwargs)
     if hasattr(result, _GATE):
@@ -118,7 +121,7 @@ def _no_gate(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
-def _in_place(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _in_place(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     """The rule of the same operation out of place, into a copy."""
     target = args[0]
     if not any(map(rules.depends, args)):
@@ -144,7 +147,7 @@ def _be_as(x: Tensor, other: Tensor) -> None:
         delattr(x, _GATE)
 
 
-def _power(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _power(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     base, exponent = args if len(args) > 1 else (args[0], kwargs.get("exponent", 2))
     if not rules.depends(base):
         return _stop(rules, func, args, kwargs) if rules.depends(exponent) else func(*args, **kwargs)
@@ -157,19 +160,19 @@ def _power(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     return _plain(rules, func, (rules.divided(base, exponent), *args[1:]), options, base)
 
 
-def _quotient(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _quotient(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     """Of the denominator no gradient."""
     fixed = [x if not rules.depends(x) else rules.lxt.stop_gradient(x) for x in args[1:]]
     fixed_options = {name: rules.lxt.stop_gradient(x) if rules.depends(x) else x for name, x in kwargs.items()}
     return _plain(rules, func, (args[0], *fixed), fixed_options, args[0])
 
 
-def _solution(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _solution(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     """Of the system no gradient: it is a denominator."""
     return _plain(rules, func, (rules.lxt.stop_gradient(args[0]), *args[1:]), kwargs, args[1:2])
 
 
-def _product(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _product(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     """To each of n factors an nth part; none to a gate where gates pass none."""
     given = (args, kwargs)
     if func is F.linear and not rules.depends(args[1] if len(args) > 1 else kwargs["weight"]):
@@ -193,7 +196,7 @@ def _product(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
-def _mark_gate(result: Tensor, kwargs: Mapping[str, object], args: Sequence[object], name: Any) -> None:
+def _mark_gate(result: Tensor, kwargs: Mapping[str, object], args: Sequence[object], name: Given) -> None:
     """Mark x times sigmoid(a x) as an activation, and remember of which tensor a scalar multiple is one."""
     own = kwargs[name] if isinstance(name, str) else args[name]
     others = [x for x in (*args, *kwargs.values()) if x is not own]
@@ -205,7 +208,7 @@ def _mark_gate(result: Tensor, kwargs: Mapping[str, object], args: Sequence[obje
             setattr(result, _GATE, True)
 
 
-def _attention(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _attention(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     named = {**dict(zip(names, args, strict=False)), **kwargs}
     value = named["value"]
@@ -221,54 +224,54 @@ def _attention(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     return _plain(rules, func, (), named, of_values)
 
 
-def _softmax(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _softmax(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     return _plain(rules, func, args, kwargs, args) if rules.softmax_passes else _stop(rules, func, args, kwargs)
 
 
-def _layer_norm(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _layer_norm(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     def norm(
-        input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+        input: Tensor, normalized_shape: Given, weight: Given = None, bias: Given = None, eps: float = 1e-5, *_: Given
     ) -> Tensor:
         return _LayerNorm.apply(input, tuple(normalized_shape), weight, bias, eps)
 
     return _plain(rules, norm, args, kwargs, args[:1])
 
 
-def _rms_norm(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
-    def norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+def _rms_norm(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
+    def norm(input: Tensor, normalized_shape: Given, weight: Given = None, eps: float | None = None) -> Tensor:
         return _RmsNorm.apply(func, input, tuple(normalized_shape), weight, eps)
 
     return _plain(rules, norm, args, kwargs, args[:1])
 
 
-def _embedding(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _embedding(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     result = func(*args, **kwargs)
     mark(result)
     return result
 
 
-def _cast(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _cast(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     result = _plain(rules, func, args, kwargs, args[:1])
     if hasattr(args[0], _GATE):
         setattr(result, _GATE, True)
     return result
 
 
-def _of_first(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _of_first(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     return _plain(rules, func, args, kwargs, args[:1])
 
 
-def _constant(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _constant(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     return func(*args, **kwargs)
 
 
-def _written(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _written(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     """Write into a part: x[i] = y."""
     func(*args, **kwargs)
     rules.mark(args[0], args[2])
 
 
-def _refused(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
+def _refused(rules: Rules, func: Function, args: Given, kwargs: Given) -> Given:
     if any(map(rules.depends, _tensors((args, kwargs)))):
         raise OptionError(
             "method",
@@ -278,7 +281,7 @@ def _refused(rules: Rules, func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _plain(rules: Rules, func: Any, args: Any, kwargs: Any, origin: Any) -> Any:
+def _plain(rules: Rules, func: Function, args: Given, kwargs: Given, origin: object) -> Given:
     """Carry out an operation whose result depends on the tokens if one of some values does."""
     result = func(*args, **kwargs)
     rules.mark(result, origin)
@@ -302,7 +305,7 @@ class _LayerNorm(torch.autograd.Function):
     """torch's layer norm, with the standard deviation as a constant."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Tensor:
+    def forward(ctx: Given, x: Tensor, shape: tuple[int, ...], weight: Given, bias: Given, eps: float) -> Tensor:
         result, mean, scale = torch.native_layer_norm(x, shape, weight, bias, eps)
         # The input is only needed for the gradient of the weight.
         ctx.save_for_backward(*((x, mean) if ctx.needs_input_grad[2] else (None, None)), weight, scale)
@@ -310,7 +313,7 @@ class _LayerNorm(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Given, gradient: Tensor) -> Given:
         x, mean, weight, scale = ctx.saved_tensors
         inner = tuple(range(-ctx.number, 0))
         outer = tuple(range(gradient.dim() - ctx.number))
@@ -324,7 +327,9 @@ class _RmsNorm(torch.autograd.Function):
     """torch's norm by the root mean square, with that as a constant."""
 
     @staticmethod
-    def forward(ctx: Any, func: Any, x: Tensor, shape: tuple[int, ...], weight: Any, eps: float | None) -> Tensor:
+    def forward(
+        ctx: Given, func: Function, x: Tensor, shape: tuple[int, ...], weight: Given, eps: float | None
+    ) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = wide.square().mean(tuple(range(-len(shape), 0)), keepdim=True)
         scale = torch.rsqrt(mean + (torch.finfo(x.dtype).eps if eps is None else eps))
@@ -333,7 +338,7 @@ class _RmsNorm(torch.autograd.Function):
         return func(x, shape, weight, eps)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Given, gradient: Tensor) -> Given:
         x, weight, scale = ctx.saved_tensors
         of_normed = gradient if weight is None else gradient * weight
         outer = tuple(range(gradient.dim() - ctx.number))
@@ -364,7 +369,7 @@ def import_lxt_rules() -> ModuleType:
     return rules
 
 
-def _named(*names: str) -> list[Any]:
+def _named(*names: str) -> list[Function]:
     """Return the functions that torch has by these names, in all the places where it keeps them."""
     places = (torch, Tensor, F, torch.special, torch.linalg, getattr(torch._C, "_nn"))  # noqa: B009
     return [getattr(place, name) for name in names for place in places if hasattr(place, name)]
@@ -374,8 +379,8 @@ _SIGMOIDS = set(_named("sigmoid", "expit"))
 _ELEMENTWISE = set(_named("mul", "multiply", "__mul__", "__rmul__"))
 _SUMS_OF_PRODUCTS = set(_named("addmm", "baddbmm", "addbmm", "addmv", "addr", "addcmul"))
 _TERMS = (0, "input", "self")  # of these the first argument, which is added to the product
-OPERATIONS: dict[Any, Callable[[Rules, Any, Any, Any], Any]] = {}
-_BY_NAME: dict[Callable[[Rules, Any, Any, Any], Any], str] = {
+OPERATIONS: dict[Function, Function] = {}
+_BY_NAME: dict[Function, str] = {
     _stop: "rsqrt sqrt exp exp2 sigmoid expit softplus log log2 log10 logsumexp logsigmoid hardsigmoid reciprocal inv "
     "inverse __rpow__ __rdiv__ __rtruediv__",
     _identity: "silu gelu relu relu6 leaky_relu prelu elu celu selu mish hardswish softsign tanhshrink softshrink "
@@ -403,7 +408,7 @@ _BY_NAME: dict[Callable[[Rules, Any, Any, Any], Any], str] = {
 for _rule, _names in _BY_NAME.items():
     OPERATIONS.update(dict.fromkeys(_named(*_names.split()), _rule))
 # Of operations in place the same ones out of place, except for quotients, whose rule is that of both.
-_OUT_OF_PLACE: dict[Any, Any] = {
+_OUT_OF_PLACE: dict[Function, Function] = {
     getattr(place, f"{name}_"): getattr(place, name)
     for place in (torch, Tensor, F)
     for rule in (_stop, _identity, _no_gate, _power, _product)
