@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
-from sparc3_lightning.attribution.lrp import check_lrp, lrp
+from sparc3_lightning.attribution.lrp import lrp
+from sparc3_lightning.attribution.lrp_check import check_lrp
 from sparc3_lightning.attribution.relevance import Relevance
 from sparc3_lightning.attribution.spec import Score
 from sparc3_lightning.attribution.targets import largest_logit

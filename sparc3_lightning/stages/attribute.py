@@ -13,14 +13,8 @@ from transformers import PreTrainedModel
 
 from sparc3_lightning.attribution.accumulator import CHECK_EVERY, ScoreAccumulator
 from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationRecorder, Activations
-from sparc3_lightning.attribution.lrp import (
-    LrpCheck,
-    NonfiniteLogitsError,
-    check_can_have_rules,
-    check_have_relevance,
-    check_lrp,
-    lrp,
-)
+from sparc3_lightning.attribution.lrp import check_can_have_rules, check_have_relevance, lrp
+from sparc3_lightning.attribution.lrp_check import LrpCheck, NonfiniteLogitsError, check_lrp
 from sparc3_lightning.attribution.progress import Identity, Progress, go_on, remove_progress
 from sparc3_lightning.attribution.relevance import Relevance
 from sparc3_lightning.attribution.rules import Rule

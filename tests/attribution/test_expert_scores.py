@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
 from sparc3_lightning.attribution.activations import ActivationRecorder
-from sparc3_lightning.attribution.lrp import check_lrp, lrp
+from sparc3_lightning.attribution.lrp import lrp
+from sparc3_lightning.attribution.lrp_check import check_lrp
 from sparc3_lightning.attribution.progress import Progress, load_progress
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.data.base import Sample, pad_right

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
-from sparc3_lightning.attribution.lrp import Rule, check_lrp, lrp
+from sparc3_lightning.attribution.lrp import lrp
+from sparc3_lightning.attribution.lrp_check import check_lrp
+from sparc3_lightning.attribution.rules import Rule
 from sparc3_lightning.attribution.spec import Score
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.models.experts import open_experts_

@@ -7,7 +7,8 @@ import torch
 from slow_lrp import INPUT_IDS, gradients, positions_of
 from torch import nn
 
-from sparc3_lightning.attribution.lrp import LrpCheck, NonfiniteLogitsError, check_lrp, lrp
+from sparc3_lightning.attribution.lrp import lrp
+from sparc3_lightning.attribution.lrp_check import LrpCheck, NonfiniteLogitsError, check_lrp
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.sharding import checkpoint_blocks_

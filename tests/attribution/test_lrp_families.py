@@ -11,7 +11,8 @@ from slow_lrp import INPUT_IDS, all_rules, assert_same, gradients
 from torch import Tensor, nn
 
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
-from sparc3_lightning.attribution.lrp import check_lrp, lrp
+from sparc3_lightning.attribution.lrp import lrp
+from sparc3_lightning.attribution.lrp_check import check_lrp
 from sparc3_lightning.attribution.targets import largest_logit
 
 IDS = INPUT_IDS.remainder(60)
