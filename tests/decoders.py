@@ -73,7 +73,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3_text": SLIDING,
-    "gemma3n_text": {**SLIDING, "num_kv_shared_layers": 0, "laurel_rank": 8},
+    "gemma3n_text": {
+        **SLIDING,
+        **{"num_kv_shared_layers": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]},
+    },
     "gemma4_text": {**SLIDING, "enable_moe_block": True, "global_head_dim": 16},
     "gemma4_unified_text": {**SLIDING, "global_head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparc3_lightning.errors import OptionError
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # what stands beside experts and says how much each of them counts
+_EMBEDDED = ("DogeCDMoE",)  # classes whose experts are rows of embeddings, of one neuron each
 
 
 @dataclass(frozen=True)
@@ -208,12 +209,14 @@ def check_are_open(model: nn.Module) -> None:
     """Raise ValueError if a model has experts whose neurons cannot be told apart: none is left out silently."""
     for name, module in model.named_modules():
         fused = [key for key, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
-        if "Expert" in type(module).__name__ and fused and not isinstance(module, nn.Linear) and not is_open(module):
+        kind = type(module).__name__
+        is_closed = "Expert" in kind and fused and not isinstance(module, nn.Linear) and not is_open(module)
+        if is_closed or kind in _EMBEDDED:
             if any(is_open(parent) for parent in _parents_of(model, name)):
                 continue
             raise OptionError(
                 "checkpoint",
-                f"The experts of class {type(module).__name__} ({name}) of --.checkpoint are of no known kind, so that "
+                f"The experts of class {kind} ({name}) of --.checkpoint are of no known kind, so that "
                 "their neurons would be left out: give another one, or score attention heads (--.granularity head).",
             )
 

@@ -195,8 +195,13 @@ def prune_neurons_(model: PreTrainedModel, neurons: Ablations) -> None:
 
 
 def _has_norm(model: nn.Module, mlp: Mlp) -> bool:
-    """Tell whether an MLP, being a module of its own, has a norm of its activations, as BitNet's do."""
+    """Tell whether an MLP, being a module of its own, has a norm of its activations, as BitNet's do.
+
+    Gemma 3n's may have a threshold instead, which the gates of all its neurons make up.
+    """
     parent = model.get_submodule(mlp.name)
+    if getattr(parent, "activation_sparsity", 0) > 0:
+        return True
     return not is_block(parent) and any(
         "norm" in type(child).__name__.lower() and all(len(weight) == mlp.num_neurons for weight in child.parameters())
         for child in parent.children()
