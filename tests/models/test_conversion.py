@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from decoders import build
-from fused import save
+from mixtures import save_in_files
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def test_the_tensors_of_files_make_up_the_parameters_and_these_the_tensors_bit_f
 
 @pytest.mark.parametrize("rows", [slice(0, 3), slice(2, 12), slice(9, 11)])
 def test_rows_of_fused_experts_are_made_of_the_tensors_of_these_experts(rows: slice, tmp_path: Path) -> None:
-    model = save("qwen3_moe", tmp_path, "1GB")
+    model = save_in_files("qwen3_moe", tmp_path, "1GB")
     tensors = load_file(tmp_path / "model.safetensors")
     source = sources_in(model, tensors).found[EXPERTS].of_rows(rows)
     assert source is not None
@@ -92,7 +92,7 @@ def test_what_is_put_together_of_unequal_parts_is_read_though_it_cannot_be_taken
 
 
 def test_a_mixture_is_loaded_whole_from_experts_that_lie_in_several_files(tmp_path: Path) -> None:
-    model = save("deepseek_v3", tmp_path)
+    model = save_in_files("deepseek_v3", tmp_path)
     found = Checkpoint(str(tmp_path)).load(torch.float32).state_dict()
     assert len(list(tmp_path.glob("*.safetensors"))) > 5
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused import save
+from mixtures import save_in_files
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -192,7 +192,7 @@ def test_a_weight_that_is_kept_transposed_as_in_gpt2_is_pruned_by_output_and_inp
 def test_masks_of_the_weights_of_experts_are_written_and_the_experts_of_a_block_are_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save("mixtral", tmp_path / "original")
+    save_in_files("mixtral", tmp_path / "original")
     expected = Checkpoint(str(tmp_path / "original")).load(torch.float32)
     layers = find_layers(expected, ["all"])
     generator = torch.Generator().manual_seed(0)
