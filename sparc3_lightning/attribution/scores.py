@@ -174,8 +174,10 @@ class ShardIndex(JsonFile):
         """Raise ValueError unless each module has a checksum and a file beside the index, and there is one."""
         if not self.weight_map or self.weight_map.keys() != self.checksums.keys():
             raise ValueError("it does not name one checksum and one file for each module")
-        if odd := [file for file in self.weight_map.values() if Path(file).name != file]:
+        if odd := [file for file in self.weight_map.values() if Path(file).name != file or not file.isprintable()]:
             raise ValueError(f"it names {odd[0]!r:.80}, which is no name of a file beside it")
+        if odd := [name for name in self.weight_map if not name.isprintable()]:
+            raise ValueError(f"it names {odd[0]!r:.80}, which is no module")
 
 
 class WeightScores:

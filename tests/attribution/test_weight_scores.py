@@ -206,6 +206,8 @@ def test_damaged_files_are_refused_by_name(tmp_path):
         {"weight_map": {}, "checksums": {}},
         {"weight_map": dict.fromkeys(content["weight_map"], "../scores.safetensors")},
         {"weight_map": dict.fromkeys(content["weight_map"], 3)},
+        {"weight_map": dict.fromkeys(content["weight_map"], "two\nlines.safetensors")},
+        {name: {"two\nlines": next(iter(content[name].values()))} for name in ("weight_map", "checksums")},
         {"checksums": {}},
     ):
         write_sealed(index, {**content, **changes})
