@@ -18,6 +18,7 @@ from sparc3_lightning.attribution.spec import Score
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.models.experts import open_experts_
 
+pytestmark = pytest.mark.slow  # all of them together
 SAMPLES = [[5, 17, 42, 8, 39, 23, 1], [11, 2, 58, 30, 7]]
 SCORES: tuple[Score, ...] = ("signed", "magnitude")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}

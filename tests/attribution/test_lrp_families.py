@@ -66,6 +66,7 @@ def test_the_relevance_is_that_of_lxts_own_patches_of_classes(make, family, rule
     assert_same(got, expected, rtol=2e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "attention"), ATTENTIONS)
 @all_rules
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -117,6 +118,7 @@ def test_the_check_finds_all_of_the_logit_at_the_tokens_and_at_constants(family,
     assert (abs(check.kept) > 1e-6) == has_constants
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "attention"),
     [

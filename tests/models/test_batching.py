@@ -23,6 +23,12 @@ ERRORS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process with the objects of all tests that takes a second each time."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
 def fitting(most: int, tried: list[slice], error: BaseException = ERRORS[0]):
     def do(rows: slice) -> list[int]:
         tried.append(rows)
