@@ -156,7 +156,7 @@ def test_the_saved_config_of_a_sweep_repeats_it_and_names_every_option(monkeypat
     assert (saved["doses"], saved["dampings"], saved["controls"]["num_draws"]) == ([3], [0.5], 0)
     assert (saved["sampling"]["num_continuations"], saved["sampling"]["protocol"]) == (2, "short")
     config = first["config"]["model"]
-    assert {"doses", "dampings", "controls", "sampling", "scorer", "neurons", "checkpoint"} <= set(config)
+    assert {"doses", "dampings", "controls", "sampling", "scorers", "neurons", "checkpoint"} <= set(config)
     done = main(["sweep", "--config", str(folder / "config.yaml"), "--trainer.logger.init_args.version", "9"])
     assert json.loads(Path(done.trainer.log_dir, "results.json").read_text()) == first
 
