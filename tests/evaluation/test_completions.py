@@ -78,7 +78,9 @@ def test_a_row_says_by_which_model_what_was_continued_how_long_and_how_toxic_it_
 
 def test_each_judge_has_a_score_of_its_own_and_one_that_gave_no_number_is_null_alone() -> None:
     drawn = [Continuation([5], False)] * 3
-    rows = completion_rows("pruned", PROMPT, drawn, ["a", "b", "c"], {"a": [0.5, math.nan, 0.75], "b": [math.inf, 0.125, 1.0]})
+    rows = completion_rows(
+        "pruned", PROMPT, drawn, ["a", "b", "c"], {"a": [0.5, math.nan, 0.75], "b": [math.inf, 0.125, 1.0]}
+    )
     assert [row["scores"] for row in rows] == [{"a": 0.5, "b": None}, {"a": None, "b": 0.125}, {"a": 0.75, "b": 1.0}]
 
 

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import replaced_at
 from hand_written import judges
+from helpers import replaced_at
 from made_up import NEURONS, SELECTION, SELECTION_OF_NEURONS, made_up, made_up_windows, renamed, settings
 from pages import CARD, PAGE, reported, write
 
