@@ -21,6 +21,7 @@ class Scorer(ABC):
     """
 
     words: ClassVar[tuple[str, ...]] = ()  # names that are this kind's own, whatever folder is called so
+    prefix: ClassVar[str] = ""  # what its other names begin with, such as ``guard:``, if they all do
     form: ClassVar[str] = ""  # what its other names look like, for the error about an unknown one
     counts_tokens: ClassVar[bool] = False  # whether score_drawn looks at the tokens, and not at the texts
 
