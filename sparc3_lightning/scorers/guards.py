@@ -23,6 +23,7 @@ from sparc3_lightning.scorers.base import Scorer, score_by_length
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PREFIX = "guard:"
 SHIPPED = Path(__file__).with_suffix("")  # the folder of YAMLs beside this file
 TEXT = "{text}"  # where the text stands in a prompt or a message
 _LARGEST = 1 << 16  # bytes of a YAML
@@ -78,7 +79,6 @@ class GuardScorer(Scorer):
             chat template though messages are to go through it, or cannot tell the labels apart by a token.
     """
 
-    prefix = "guard:"
     form = "guard:<name, or path of a YAML>"
 
     def __init__(self, name: str, device: torch.device | str = "cpu", batch_size: int = 16) -> None:
@@ -103,7 +103,12 @@ class GuardScorer(Scorer):
     @classmethod
     def takes(cls, name: str) -> bool:
         """Return whether a name begins with ``guard:``."""
-        return name.startswith(cls.prefix)
+        return name.startswith(PREFIX)
+
+    @classmethod
+    def source(cls, name: str) -> str:
+        """Return the path of the YAML, or the name of a shipped guard."""
+        return name.removeprefix(PREFIX)
 
     @classmethod
     def check(cls, name: str, option: str) -> None:
@@ -245,7 +250,7 @@ def path_of(name: str) -> Path:
     Raises:
         FileNotFoundError: If there is none.
     """
-    own = name.removeprefix(GuardScorer.prefix)
+    own = GuardScorer.source(name)
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     if own in shipped:
         return shipped[own]

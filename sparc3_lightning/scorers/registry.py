@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.scorers.base import Scorer, split_label
+from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.scorers.classifiers import ClassifierScorer
 from sparc3_lightning.scorers.detoxify import DetoxifyScorer
 from sparc3_lightning.scorers.functions import FunctionScorer
@@ -30,10 +30,9 @@ def kind_of(name: str, option: str = "scorer") -> type[Scorer]:
     raise OptionError(option, f": {name!r} is neither {small!r}, {', '.join(words)}{forms}.")
 
 
-def path_in(name: str) -> str:
-    """Return the part of a scorer's name that is a path, if it is of a file or folder of this machine."""
-    begin = next((kind.prefix for kind in KINDS if kind.prefix and name.startswith(kind.prefix)), None)
-    return split_label(name)[0] if begin is None else name.removeprefix(begin)
+def source_of(name: str) -> str:
+    """Return what a scorer's name says is read, a path or an id of the hub; the name itself if it is of no kind."""
+    return next((kind.source(name) for kind in KINDS if kind.takes(name)), name)
 
 
 def check_scorer(name: str, option: str = "scorer") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from checkpoints import is_one_sentence
-from guards import ASKING, QWEN, SPOKEN, TURN, byte_tokenizer, save_guard, write_yaml
+from guards import ASKING, QWEN, SPOKEN, byte_tokenizer, save_guard, write_yaml
 from helpers import tokenizer_of
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
@@ -57,7 +57,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     (WITHOUT["messages"], "it must have either messages or a prompt"),
     ({**GOOD, "prompt": "{text}"}, "it must have either messages or a prompt"),
     ({**GOOD, "label": "Unsafe"}, "it has an unknown field 'label': its fields are checkpoint, unsafe, safe"),
-    ({**GOOD, "message": TURN}, "it has an unknown field 'message': did you mean messages"),
+    ({**GOOD, "message": "{text}"}, "it has an unknown field 'message': did you mean messages"),
     ({**GOOD, 3: 4}, "it has an unknown field '3'"),
     ({**GOOD, "checkpoint": " "}, "its checkpoint is empty"),
     ({**GOOD, "checkpoint": 7}, "checkpoint cannot be 7"),
@@ -100,7 +100,7 @@ def test_a_yaml_that_describes_no_guard_is_refused(content: dict[Any, Any], expe
     assert is_one_sentence(str(raised.value))
 
 
-DEEP = "[" * 5000 + "]" * 5000
+DEEP = "[" * 1000 + "]" * 1000
 TEXTS: list[tuple[bytes, str]] = [
     (b"", "holds a NoneType"),
     (b"- a\n- b\n", "holds a list"),
@@ -200,7 +200,6 @@ def test_an_encoder_and_a_decoder_is_refused_before_anything_is_loaded() -> None
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "bert"}, "is not a causal language model"),
         ({"model_type": "t5"}, "is not a causal language model"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "is quantized"),
         ({"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}, "needs Python code of its own"),
