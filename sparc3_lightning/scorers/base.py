@@ -33,6 +33,11 @@ class Scorer(ABC):
         """Return whether this kind can read a scorer's name that no kind has among its own words."""
         return False
 
+    @classmethod
+    def source(cls, name: str) -> str:
+        """Return what a scorer's name says is read: a folder, a file or an id of the hub."""
+        return split_label(name)[0]
+
     @classmethod  # noqa: B027
     def check(cls, name: str, option: str) -> None:
         """Raise unless a scorer of this name exists; cheap, nothing is loaded.
