@@ -44,11 +44,12 @@ def demo(all_cores: None) -> Path:
 @pytest.mark.network
 def test_the_demo_measures_both_selections(demo: Path) -> None:
     options = yaml.safe_load((demo / "config.yaml").read_text())
+    num_prompts = options["data"]["prompts"]["init_args"]["num_prompts"]
     results = json.loads((demo / "results.json").read_text())
     for model in ("baseline", "pruned"):
         assert math.isfinite(results[model]["perplexity"]["disjoint"]["value"])
         assert 0 <= results[model]["groups"]["toxic"]["behavior_mean"] <= 1
-        assert results[model]["groups"]["toxic"]["num_prompts"] == options["data"]["prompts"]["init_args"]["num_prompts"]
+        assert results[model]["groups"]["toxic"]["num_prompts"] == num_prompts
     assert results["num_failed"] == 0
     lists = {dose["selection"]: dose["num_neurons"] for dose in results["doses"]}
     assert list(lists) == ["set_difference at 1 %", "published"]
