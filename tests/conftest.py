@@ -51,6 +51,14 @@ def pictures_have_one_dot() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """Spare the waits until a file is on the disk, which only a power cut could tell from those of a moment later."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @cache
 def one_dot() -> bytes:
     """Return the smallest picture, as PNG."""
