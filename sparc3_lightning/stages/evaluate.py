@@ -1,6 +1,7 @@
 """Stage 3: perplexity and toxicity of the model as it is, with its neurons off, and of controls, in one test loop."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,6 +105,7 @@ class Evaluation(StoppableModule):
         "dampings": [1.0],
     }
     lists: Mapping[str, NeuronList] = {}
+    more_identity: Mapping[str, object] = {}  # what else tells its continuations from those of another run
     is_drawn = False
 
     def __init__(
@@ -220,6 +222,10 @@ class Evaluation(StoppableModule):
         """Return the conventions of perplexity that a model is measured by; one is enough for comparison."""
         return self.data.text.conventions[: None if variant.kind in ("baseline", "pruned") else 1]
 
+    def as_variant(self, variant: Variant) -> AbstractContextManager[None]:
+        """Return the context in which the model in memory is this variant."""
+        return variant.as_context(self.model, self.off[variant.name])
+
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure every model on one batch of windows, of prompts, or of pairs of sentences."""
         if batch_idx == 0:
@@ -232,7 +238,7 @@ class Evaluation(StoppableModule):
             self._original: torch.Tensor | None = None
             found = []
             for variant in self.variants:
-                with variant.as_context(self.model, self.off[variant.name]):
+                with self.as_variant(variant):
                     found.append(measure(variant, part))
             return found
 
@@ -340,7 +346,7 @@ class Evaluation(StoppableModule):
         if self.zero_shot.tasks:
             tokenizer, zero_shot = self.data.prompts.tokens.tokenizer, {}
             for variant in self.variants[:2]:
-                with variant.as_context(self.model, self.off[variant.name]):
+                with self.as_variant(variant):
                     zero_shot[variant.name] = accuracy(self.model, tokenizer, self.zero_shot)
             found = replace(found, zero_shot=zero_shot)
         said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
@@ -471,6 +477,7 @@ def identity_of(module: Evaluation) -> dict[str, object]:
         "dtype": str(resolve_dtype(module.dtype_name, module.trainer.strategy.root_device)),
         "seed": run_seed(),
         "versions": versions_of_results(),
+        **module.more_identity,
     }
 
 
