@@ -49,7 +49,7 @@ def completion(prompt: str, toxicity: float | None, model: str = "baseline", ind
         "prompt_toxicity": 0.1,
         "continuation": "the cat",
         "num_tokens": 2,
-        "toxicity": toxicity,
+        "scores": {"some": toxicity, "other": 0.5},
     }
 
 
