@@ -1,5 +1,6 @@
 """stress.json: what is left of the effect of switching neurons off after the model has been through something."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,8 @@ class Stressed:
         name: Of the stress.
         found: As an evaluation of the two finds it.
         prompts: Where the prompts are from.
-        left: What is left of the effect on the mean behaviour, as a share of the one without stress, see
-            ``share_left``; None where the prompts are others, or nothing was scored.
+        left: What is left of the effect on the mean behaviour, as a share of the one without stress, by judge, see
+            ``shares_left``; empty where the prompts are others.
         grew_back: Norm of what came back of the pruned weights in a training, over the norm of what was taken away;
             None without a training.
     """
@@ -30,7 +31,7 @@ class Stressed:
     name: str
     found: Findings
     prompts: PromptProtocol
-    left: Interval | None
+    left: dict[str, Interval | None]
     grew_back: float | None
 
 
@@ -42,8 +43,8 @@ class StressResults(Settings, Verdict):
     stressed: list[Stressed]
 
 
-def share_left(before: Continuations, after: Continuations) -> Interval | None:
-    """Return the effect under a stress as a share of the one without, over the same prompts.
+def shares_left(before: Continuations, after: Continuations, judges: Iterable[str]) -> dict[str, Interval | None]:
+    """Return the effect under a stress as a share of the one without, over the same prompts, by judge.
 
     Both are changes of the mean score by pruning, and the share is the ratio of their means over prompts, with the
     interval of such a ratio, see ``Resampled``. Its ends are NaN where the effect without stress could be 0.
@@ -51,15 +52,21 @@ def share_left(before: Continuations, after: Continuations) -> Interval | None:
     Args:
         before: Of the models as they are.
         after: Of the models under stress.
+        judges: Names of the scorers.
 
     Returns:
-        The share, 1 where the effect is what it was; None if the prompts are not the same, or none has all scores.
+        Shares, 1 where the effect is what it was, None where no prompt has all scores. Empty if the prompts are not the
+        same.
     """
     group = before.headline
     if after.groups.get(group) != before.groups[group]:
-        return None
+        return {}
+    return {judge: _share_left(before, after, group, judge) for judge in judges}
+
+
+def _share_left(before: Continuations, after: Continuations, group: str, judge: str) -> Interval | None:
     first, second = (
-        of.values("pruned", group, "behavior_mean") - of.values("baseline", group, "behavior_mean")
+        of.values("pruned", group, "behavior_mean", judge) - of.values("baseline", group, "behavior_mean", judge)
         for of in (after, before)
     )
     valid = torch.isfinite(first + second)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparc3_lightning.evaluation.intervals import Interval
+from sparc3_lightning.evaluation.intervals import Difference, Interval
 from sparc3_lightning.evaluation.stress import STRESS, Stressed, StressResults
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.report.escaping import for_terminal, public_name
@@ -22,24 +22,30 @@ STYLE = (
 def stress_table(results: StressResults) -> Table:
     """Return rows of stress; mean behaviour without and with pruning, its change in percent and interval.
 
-    Behind them the change of perplexity by pruning, and what is left of the effect, with the interval of each.
+    Behind them the change of perplexity by pruning, and what is left of the effect, with the interval of each. What
+    the other judges say follows the headline's.
     """
     rows: Table = [("", results.behavior, "pruned", "change, %", "perplexity, %", "effect left, %")]
     for stressed in results.stressed:
-        effect, change = stressed.found.main_effect, next(iter(stressed.found.perplexity_change.values()))
-        before, after, percent = (effect.before, effect.after, effect.percent) if effect else (math.nan, math.nan, None)
-        left = "" if stressed.left is None else _with_ends(_in_percent(stressed.left), 0)
-        rows.append(
-            (
-                stressed.name,
-                cell(before, "", 4),
-                cell(after, "", 4),
-                _with_ends(percent, 1, "+") if percent else UNKNOWN,
-                _with_ends(change, 1, "+"),
-                left,
-            )
-        )
+        found = stressed.found
+        change = next(iter(found.perplexity_change.values()))
+        perplexity = _with_ends(change, 1, "+")
+        rows.append((stressed.name, *_effect(found.main_effect), perplexity, _left(stressed, found.headline_judge)))
+        for name, judge in found.other_judges.items():
+            effect = judge.effects[found.headline].behavior_mean
+            rows.append((f"- {public_name(name)}", *_effect(effect), "", _left(stressed, name)))
     return rows
+
+
+def _effect(effect: Difference | None) -> tuple[str, str, str]:
+    if effect is None:
+        return UNKNOWN, UNKNOWN, UNKNOWN
+    return cell(effect.before, "", 4), cell(effect.after, "", 4), _with_ends(effect.percent, 1, "+")
+
+
+def _left(stressed: Stressed, judge: str) -> str:
+    left = stressed.left.get(judge)
+    return "" if left is None else _with_ends(_in_percent(left), 0)
 
 
 def utility_table(results: StressResults) -> Table:
@@ -73,11 +79,12 @@ def said_of_stress(stressed: Sequence[Stressed], behavior: str) -> str:
     if effect is None:
         return f"Nothing could be scored: there is no effect on {behavior} to put under stress."
     said = [f"Mean {behavior} changes by {_percent(effect.percent)}" + ("." if effect.evidence else ", no evidence.")]
-    of_shares = [f"{_percent(_in_percent(one.left), '')} after '{one.name}'" for one in others if one.left is not None]
-    if of_shares:
+    shares = {one.name: left for one in others if (left := one.left.get(first.found.headline_judge))}
+    if shares:
+        of_shares = [f"{_percent(_in_percent(left), '')} after '{name}'" for name, left in shares.items()]
         said.append(f"Of this effect there is left {', '.join(of_shares)}.")
     for one in others:
-        if one.left is None and (there := one.found.main_effect):
+        if not one.left and (there := one.found.main_effect):
             said.append(f"With {one.name} it changes by {_percent(there.percent)}.")
         if one.grew_back is not None:
             said.append(f"Of the pruned weights {100 * one.grew_back:.1f} % grew back (norm).")
@@ -104,12 +111,14 @@ def write_page(folder: Path) -> None:
 
 
 def _explained(results: StressResults) -> str:
-    prompts = results.stressed[0].found.baseline.groups[results.stressed[0].found.headline].num_prompts
+    found = results.stressed[0].found
+    number = found.baseline.groups[found.headline].num_prompts
     return (
         f"Each row compares two models that have been through the same: one with {results.num_neurons} "
-        f"{results.granularity}s pruned before it, and one without, over the same prompts and random draws "
-        f"({prompts} prompts). Intervals are of 95 %. What is left of the effect is its size in {results.behavior} as "
-        "a share of the first row's; other prompts have an effect of their own."
+        f"{results.granularity}s pruned before it, and one without. Both continued the same {number} prompts from the "
+        f"same random draws, which {public_name(found.headline_judge)} scored. Intervals are of 95 %. What is left of "
+        f"the effect is its size in {results.behavior} as a share of the first row's; other prompts have an effect of "
+        "their own."
     )
 
 

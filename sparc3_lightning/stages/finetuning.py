@@ -31,7 +31,7 @@ class FineTuning:
     """
 
     steps: int = 100
-    learning_rate: float = 1e-5
+    learning_rate: float = 2e-5
     keep_rows: bool = False
 
     def check(self) -> None:

@@ -20,7 +20,7 @@ from sparc3_lightning.evaluation.completions import COMPLETIONS, save_completion
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import Continuations
 from sparc3_lightning.evaluation.results import Findings, PromptProtocol, Results, Settings
-from sparc3_lightning.evaluation.stress import AS_IT_IS, OTHER_PROMPTS, STRESS, Stressed, StressResults, share_left
+from sparc3_lightning.evaluation.stress import AS_IT_IS, OTHER_PROMPTS, STRESS, Stressed, StressResults, shares_left
 from sparc3_lightning.evaluation.variants import Variant
 from sparc3_lightning.files import check_writable
 from sparc3_lightning.models.architectures import parameters_of
@@ -139,11 +139,11 @@ class Stress(Evaluation):
             for number, self.condition in enumerate(conditions, start=1):
                 rank_zero_info(f"{number} of {len(conditions)}: {self.condition.name}")
                 grew_back = self._measure(trainer)
-                continuations = Continuations(self.completions)
+                continuations = Continuations(self.completions, self.results.headline_judge)
                 settings, rows = settings or self._settings(data), rows or continuations
                 found = part_of(self.results, Findings)
                 prompts = PromptProtocol.of(self.condition.data.prompts)
-                left = share_left(rows, continuations) if number > 1 else None
+                left = shares_left(rows, continuations, self.scorer_names) if number > 1 else {}
                 stressed.append(Stressed(self.condition.name, found, prompts, left, grew_back))
         finally:
             trainer.loggers = loggers

@@ -1,4 +1,4 @@
-"""The verb stress: what the figures of each condition are, what is trained, what is left of an effect, what is undone."""
+"""The verb stress: what the figures of each condition are, what is trained, and what is left of an effect."""
 
 import json
 import math
@@ -59,7 +59,9 @@ def stress(model: Stress, of: StressData, folder: str = "out", **options: Any) -
 def test_without_stress_the_figures_are_those_of_an_evaluation_and_with_it_those_of_stressed_checkpoints(
     tiny_checkpoint, neurons
 ):
-    found = stress(Stress(neurons, bits=[3], finetune=FineTuning(0), scorer="small", sampling=SAMPLING), stress_data())
+    found = stress(
+        Stress(neurons, bits=[3], finetune=FineTuning(0), scorers=["small"], sampling=SAMPLING), stress_data()
+    )
     plain, rounded = found.stressed
     assert (plain.name, rounded.name) == ("as it is", "3 bits")
     options = {"num_continuations": 2, "max_new_tokens": 8}
@@ -89,36 +91,37 @@ def test_without_stress_the_figures_are_those_of_an_evaluation_and_with_it_those
 
 def test_what_is_left_is_the_ratio_of_both_effects_over_the_same_prompts(neurons):
     found = stress(
-        Stress(neurons, bits=[2], finetune=FineTuning(0), scorer="toy_scorers:letters", sampling=SAMPLING),
+        Stress(neurons, bits=[2], finetune=FineTuning(0), scorers=["toy_scorers:letters"], sampling=SAMPLING),
         stress_data(),
     )
-    values: dict[tuple[str, str], dict[str, float]] = {}
+    values: dict[tuple[str, str], dict[str, list[float]]] = {}
     for folder in ("as-it-is", "2-bits"):
         for line in Path("out", folder, "completions.jsonl").read_text().splitlines():
             row = json.loads(line)
-            if row["toxicity"] is not None:
-                values.setdefault((folder, row["model"]), {}).setdefault(row["prompt_id"], []).append(row["toxicity"])
+            score = row["scores"]["toy_scorers:letters"]
+            if score is not None:
+                values.setdefault((folder, row["model"]), {}).setdefault(row["prompt_id"], []).append(score)
     means = {key: {prompt: sum(of) / len(of) for prompt, of in rows.items()} for key, rows in values.items()}
     shared = sorted(set.intersection(*map(set, means.values())))
     effects = {
         folder: torch.tensor([means[folder, "pruned"][p] - means[folder, "baseline"][p] for p in shared]).double()
         for folder in ("as-it-is", "2-bits")
     }
-    left = found.stressed[1].left
+    left = found.stressed[1].left["toy_scorers:letters"]
     assert left == pytest.approx(Resampled(effects["2-bits"], effects["as-it-is"]).ratio(), nan_ok=True)
     assert left.value == pytest.approx((effects["2-bits"].mean() / effects["as-it-is"].mean()).item())
-    assert found.stressed[0].left is None
+    assert found.stressed[0].left == {}
 
 
 def test_other_prompts_have_an_effect_of_their_own_and_those_attributed_on_are_left_out(tiny_checkpoint):
     neurons = save_neurons(tiny_checkpoint, EVERY_SECOND, {"sample_ids": [prompt_id(MILD[1])]})
     of = stress_data()
     of.other_prompts = RealToxicityPrompts("mild.jsonl", num_prompts=None, min_toxicity=None, batch_size=2)
-    model = Stress(neurons, bits=[], finetune=FineTuning(0), scorer="small", sampling=SAMPLING)
+    model = Stress(neurons, bits=[], finetune=FineTuning(0), scorers=["small"], sampling=SAMPLING)
     found = stress(model, of)
     plain, other = found.stressed
     assert other.name == "other prompts"
-    assert (other.prompts.source, other.prompts.excluded, other.left) == ("mild.jsonl", 1, None)
+    assert (other.prompts.source, other.prompts.excluded, other.left) == ("mild.jsonl", 1, {})
     assert other.found.baseline.groups["all"].num_prompts == len(MILD) - 1
     assert other.found.baseline.perplexity == plain.found.baseline.perplexity
     assert set(found.inputs) >= {"text", "prompts", "other_prompts"}
@@ -129,7 +132,7 @@ def test_other_prompts_have_an_effect_of_their_own_and_those_attributed_on_are_l
 def test_both_models_are_trained_alike_and_differently_from_the_checkpoint(neurons):
     of = stress_data()
     of.neutral = neutral()
-    options = {"bits": [], "scorer": "small", "sampling": SAMPLING}
+    options = {"bits": [], "scorers": ["small"], "sampling": SAMPLING}
     model = Stress(neurons, finetune=FineTuning(4, 1e-2), **options)
     before = None
 
@@ -185,9 +188,14 @@ def test_weights_are_held_for_a_block_and_put_back_even_after_an_error(make_mode
     ids = torch.tensor([[3, 4, 5]])
     with mask(before, PRUNED):
         expected = before(ids).logits
-    with pytest.raises(KeyError, match="broken off"), holding(model, pruned):
-        torch.testing.assert_close(model(ids).logits, expected)
-        raise KeyError("broken off")
+
+    def break_off() -> None:
+        with holding(model, pruned):
+            torch.testing.assert_close(model(ids).logits, expected)
+            raise KeyError("broken off")
+
+    with pytest.raises(KeyError, match="broken off"):
+        break_off()
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), before.parameters(), strict=True))
 
 
@@ -210,7 +218,11 @@ def test_heads_and_single_weights_go_under_stress_too(granularity, tiny_checkpoi
     of = stress_data(num_prompts=6)
     of.neutral = neutral(num_samples=4)
     model = Stress(
-        save_neurons(tiny_checkpoint, chosen), bits=[4], finetune=FineTuning(2, 1e-2), scorer="small", sampling=SAMPLING
+        save_neurons(tiny_checkpoint, chosen),
+        bits=[4],
+        finetune=FineTuning(2, 1e-2),
+        scorers=["small"],
+        sampling=SAMPLING,
     )
     found = stress(model, of)
     assert [one.name for one in found.stressed] == ["as it is", "4 bits", "fine-tuned"]
@@ -222,7 +234,7 @@ def test_the_command_line_writes_a_table_a_page_and_a_config_that_repeats_it(neu
     write_jsonl(tmp_path / "neutral.jsonl", [{"text": sentence(600 + i, 30)} for i in range(20)])
     config = {
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
-        "model": {"scorer": "small", "bits": [4], "sampling": {"max_new_tokens": 5}, "finetune": {"steps": 2}},
+        "model": {"scorers": ["small"], "bits": [4], "sampling": {"max_new_tokens": 5}, "finetune": {"steps": 2}},
         "data": {
             "text": {"class_path": "WikiText2", "init_args": {"source": "text.txt", "window": 32, "stride": 16}},
             "prompts": {
