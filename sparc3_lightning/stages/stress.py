@@ -183,7 +183,7 @@ class Stress(Evaluation):
         if len(conditions) == 1:
             raise OptionError(
                 "bits",
-                "is empty, and there is no other stress: give --.bits, --.finetune.steps or --data.other_prompts.",
+                "is empty, and there is no other stress: give numbers, --model.finetune.steps or --data.other_prompts.",
             )
         return conditions
 

@@ -56,6 +56,7 @@ def stress(model: Stress, of: StressData, folder: str = "out", **options: Any) -
     return StressResults.load(Path(folder, "stress.json"))
 
 
+@pytest.mark.slow
 def test_without_stress_the_figures_are_those_of_an_evaluation_and_with_it_those_of_stressed_checkpoints(
     tiny_checkpoint, neurons
 ):
@@ -89,7 +90,9 @@ def test_without_stress_the_figures_are_those_of_an_evaluation_and_with_it_those
     assert rounded.found.baseline.perplexity != plain.found.baseline.perplexity
 
 
-def test_what_is_left_is_the_ratio_of_both_effects_over_the_same_prompts(neurons):
+@pytest.mark.slow
+def test_what_is_left_is_the_ratio_of_both_effects_over_the_same_prompts(neurons, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     found = stress(
         Stress(neurons, bits=[2], finetune=FineTuning(0), scorers=["toy_scorers:letters"], sampling=SAMPLING),
         stress_data(),
@@ -101,10 +104,10 @@ def test_what_is_left_is_the_ratio_of_both_effects_over_the_same_prompts(neurons
             score = row["scores"]["toy_scorers:letters"]
             if score is not None:
                 values.setdefault((folder, row["model"]), {}).setdefault(row["prompt_id"], []).append(score)
-    means = {key: {prompt: sum(of) / len(of) for prompt, of in rows.items()} for key, rows in values.items()}
+    means = {key: {p: torch.tensor(of).double().mean() for p, of in rows.items()} for key, rows in values.items()}
     shared = sorted(set.intersection(*map(set, means.values())))
     effects = {
-        folder: torch.tensor([means[folder, "pruned"][p] - means[folder, "baseline"][p] for p in shared]).double()
+        folder: torch.tensor([means[folder, "pruned"][p] - means[folder, "baseline"][p] for p in shared])
         for folder in ("as-it-is", "2-bits")
     }
     left = found.stressed[1].left["toy_scorers:letters"]
@@ -129,6 +132,7 @@ def test_other_prompts_have_an_effect_of_their_own_and_those_attributed_on_are_l
     assert "other prompts" in model.summary()
 
 
+@pytest.mark.slow
 def test_both_models_are_trained_alike_and_differently_from_the_checkpoint(neurons):
     of = stress_data()
     of.neutral = neutral()
@@ -209,6 +213,7 @@ def test_what_grew_back_is_in_units_of_what_was_pruned():
     assert grown_back(original, damped, {"a": torch.tensor([2.25, 0.0, 0.0])}) == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["head", "weight"])
 def test_heads_and_single_weights_go_under_stress_too(granularity, tiny_checkpoint):
     chosen = {
@@ -230,6 +235,7 @@ def test_heads_and_single_weights_go_under_stress_too(granularity, tiny_checkpoi
     assert found.stressed[2].grew_back > 0
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_a_table_a_page_and_a_config_that_repeats_it(neurons, tmp_path, caplog):
     write_jsonl(tmp_path / "neutral.jsonl", [{"text": sentence(600 + i, 30)} for i in range(20)])
     config = {

@@ -22,12 +22,7 @@ pytestmark = pytest.mark.usefixtures("seed_of_the_run", "input_files", "no_model
 
 def stress(neurons: Path, of: StressData | None = None, **options: Any) -> None:
     trained_on = options.pop("trainer", {})
-    options = {
-        "finetune": FineTuning(0),
-        "sampling": SamplingOptions(max_new_tokens=4),
-        "scorers": ["small"],
-        **options,
-    }
+    options = {"finetune": FineTuning(0), "scorers": ["small"], **options}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     trainer = L.Trainer(accelerator="cpu", default_root_dir="out", **quiet, **trained_on)
     Stress(neurons, sampling=SamplingOptions(max_new_tokens=4), **options).stress(trainer, of or stress_data())
@@ -74,7 +69,9 @@ def test_neurons_of_another_checkpoint(make_checkpoint, neurons):
 
 
 def test_no_stress_at_all(neurons):
-    with pytest.raises(ValueError, match=r"^--model\.bits is empty, and there is no other stress: give --model"):
+    with pytest.raises(
+        ValueError, match=r"^--model\.bits is empty, and there is no other stress: give numbers, --model"
+    ):
         stress(neurons, bits=[])
 
 
