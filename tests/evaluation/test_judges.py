@@ -90,7 +90,9 @@ def test_judges_agree_by_rank_over_what_both_could_score():
     agreement = judged().agreement
     assert agreement.num_scored == len(pairs) == 42 - 7 - 1
     first, other = torch.tensor(pairs, dtype=torch.float64).T
-    places = [torch.stack([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values]) for values in (first, other)]
+    places = [
+        torch.stack([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values]) for values in (first, other)
+    ]
     expected = torch.corrcoef(torch.stack(places))[0, 1].item()
     assert agreement.spearman == {"some": {"other": pytest.approx(expected)}}
     curved = rows_of({"baseline": TOXICITY["baseline"]}, lambda m, p, j: (TOXICITY[m][p][j] or 0.0) ** 4)

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import replaced_at
 from hand_written import judges
+from helpers import replaced_at
 from made_up import NEURONS, made_up, made_up_windows, settings, toxicity
 from pages import CARD, by_name, percent, write
 
@@ -70,7 +70,8 @@ def test_page_and_card_tell_what_the_judges_are_and_how_far_they_agree():
         ["other", "a scorer: other", "beside it", f"{len(made_up()[1])}", "0"],
     ]
     alpha, rho = results.agreement.krippendorff_alpha, results.agreement.spearman["small"]["other"]
-    said = f"Krippendorff's alpha at interval level is {alpha:.2f}; correlations of ranks (Spearman): small and other {rho:.2f}."
+    said = f"Krippendorff's alpha at interval level is {alpha:.2f}; "
+    said += f"correlations of ranks (Spearman): small and other {rho:.2f}."
     assert f"Over the {results.agreement.num_scored} continuations that all judges could score, {said}" in page.words
     assert said in CARD.read_text()
     assert "Scored by “small” where no other judge is named" in page.words
@@ -194,7 +195,9 @@ def test_one_group_needs_no_name():
 def test_a_model_alone_has_a_table_without_after():
     results, rows = made_up()
     windows = {"baseline": {"sliding": made_up_windows(0.0, 0)}}
-    found = findings([row for row in rows if row["model"] == "baseline"], windows, list_variants({}, 3), judges("small"))
+    found = findings(
+        [row for row in rows if row["model"] == "baseline"], windows, list_variants({}, 3), judges("small")
+    )
     alone = Results(verdict="", **vars(found), **vars(settings(["small"])))
     rows = by_name(behavior_table(alone, "toxic"))
     assert rows["Mean toxicity"] == (behavior_table(results, "toxic")[0][1], "", "", "", "", "")
@@ -286,7 +289,7 @@ def test_without_controls_and_doses_the_page_has_neither():
     assert not Path("out/doses.png").exists()
     assert "Would other neurons" not in page.words
     assert "Doses as a table" not in page.words
-    assert len(page.tables) == 4
+    assert len(page.tables) == 5
     assert len(page.links) == 4
     card = CARD.read_text()
     assert "other neurons" not in card

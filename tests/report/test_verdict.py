@@ -193,7 +193,8 @@ def test_another_judge_agrees_only_if_both_have_evidence_of_the_same_direction(f
 def test_the_judge_that_the_neurons_were_chosen_with_is_said_to_be():
     said = verdict(found(FELL, (-8.0, -12.0, -4.0), choosers=("other",)), 3)
     assert said.endswith(
-        "This is by the judge 'some'. The judge 'other', which the neurons were chosen with, agrees: -8.0 % (-12.0 to -4.0 %)."
+        "This is by the judge 'some'. The judge 'other', which the neurons were chosen with, agrees: -8.0 % (-12.0 to "
+        "-4.0 %)."
     )
     said = verdict(found(FELL, (-8.0, -12.0, -4.0), choosers=("other",)), 3, granularity="head")
     assert "The judge 'other', which the heads were chosen with, agrees" in said
@@ -203,7 +204,10 @@ def test_it_is_said_in_plain_words_if_the_scorer_that_chose_the_neurons_judges_t
     alone = verdict(found(choosers=("some",)), 3)
     assert alone.endswith("The scorer that chose the neurons, 'some', judges them: no other judge was asked.")
     several = verdict(found(FELL, (-8.0, -12.0, -4.0), choosers=("some", "other")), 3)
-    assert "The scorer that chose the neurons, 'some', judges them: every judge had a part in the choice. The ju" in several
+    assert (
+        "The scorer that chose the neurons, 'some', judges them: every judge had a part in the choice. The ju"
+        in several
+    )
     assert several.endswith("The judge 'other', which the neurons were chosen with, agrees: -8.0 % (-12.0 to -4.0 %).")
     assert "This is by" not in several
 
