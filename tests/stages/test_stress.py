@@ -12,8 +12,10 @@ import yaml
 from evaluations import EVERY_SECOND, MILD, UP, data, evaluation, read_strictly, save_neurons
 from evaluations import run as evaluate
 from helpers import sentence, write_jsonl
+from mixtures import make_mixture, open_
 
 from sparc3_lightning.cli import main
+from sparc3_lightning.data.base import Sample
 from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
@@ -266,3 +268,21 @@ def test_the_command_line_writes_a_table_a_page_and_a_config_that_repeats_it(neu
     assert StressResults.load(Path(again.trainer.log_dir, "stress.json")).stressed == found.stressed
     with pytest.raises(FileExistsError, match=r"stress\.json exists already"):
         main(["stress", "--config", str(folder / "config.yaml"), "--trainer.logger.init_args.version", "9"])
+
+
+def test_experts_are_pruned_rounded_and_trained_as_copies():
+    model, before = (make_mixture("mixtral", torch.float32) for _ in range(2))
+    for of in (model, before):
+        layers = open_(of)
+    chosen = [Component(next(name for name in layers if name.endswith("up_proj")), 1, -1.0)]
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    with mask(before, chosen):
+        expected = before(ids).logits
+    with holding(model, after(model, lambda of: prune_(of, chosen))):
+        torch.testing.assert_close(model(ids).logits, expected)
+    assert any("experts" in name for name in after(model, lambda of: round_(of, 2)))
+    samples = [Sample("a", [3, 4, 5, 6]), Sample("b", [7, 8, 9])]  # of two lengths
+    found = trained(model, samples, 2, FineTuning(1, 1e-2), torch.device("cpu"), 0)
+    moved = {name for name, weight in before.named_parameters() if not torch.equal(found[name], weight)}
+    assert any("experts" in name for name in moved)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), before.parameters(), strict=True))
