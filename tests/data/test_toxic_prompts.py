@@ -99,9 +99,7 @@ def test_prompts_of_a_file_were_chosen_by_no_scorer(prompts: str, tiny_checkpoin
 @pytest.mark.parametrize("scores", [{}, None, 0.9, [0.9]])
 def test_rows_without_a_score_by_any_scorer_are_an_error(scores: Any, tmp_path: Path, tiny_checkpoint: str) -> None:
     source = write_completions(tmp_path / "c.jsonl", [{**completion(PROMPTS[0], 0.9), "scores": scores}])
-    with pytest.raises(
-        ValueError, match=r"Row 1 of .*c.jsonl has .* in the field 'scores', expected the score by"
-    ):
+    with pytest.raises(ValueError, match=r"Row 1 of .*c.jsonl has .* in the field 'scores', expected the score by"):
         set_up(ToxicPrompts(source, by="continuation", tokenizer=tiny_checkpoint, num_samples=1))
 
 
