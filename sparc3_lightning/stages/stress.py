@@ -1,8 +1,9 @@
 """The verb stress: what is left of an effect after both models were rounded, trained, or given other prompts."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,6 @@ from sparc3_lightning.evaluation.findings import Continuations
 from sparc3_lightning.evaluation.results import Findings, PromptProtocol, Results, Settings
 from sparc3_lightning.evaluation.stress import AS_IT_IS, OTHER_PROMPTS, STRESS, Stressed, StressResults, shares_left
 from sparc3_lightning.evaluation.variants import Variant
-from sparc3_lightning.files import check_writable
 from sparc3_lightning.models.architectures import parameters_of
 from sparc3_lightning.models.components import prune_
 from sparc3_lightning.models.neurons import mlp_of
@@ -71,8 +71,8 @@ class Stress(Evaluation):
 
     The model that is not pruned goes through the same. Weights are rounded to the nearest, in all linear layers of the
     blocks, symmetric around 0, by groups of 128 inputs. Both trainings see the same batches. Memory holds the
-    checkpoint, the two models of a stress, and in a training three times a model of float32 more. The options
-    ``finetune`` and ``sampling`` are groups, see ``FineTuning`` and ``SamplingOptions``.
+    checkpoint, the two models of a stress, and in a training four models of float32 more. The options ``finetune`` and
+    ``sampling`` are groups, see ``FineTuning`` and ``SamplingOptions``.
 
     Args:
         neurons: The neurons.json of ``sparc3 prune``. Prompts that its scores were attributed on are left out.
@@ -152,6 +152,9 @@ class Stress(Evaluation):
         self.found = StressResults(verdict=said_of_stress(stressed, self.behavior), stressed=stressed, **vars(settings))
         self.found.save(self.root / STRESS)
         write_page(self.root)
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(numbers(stressed))
+            trainer.logger.finalize("success")
 
     def _conditions(self, data: StressData) -> list[Condition]:
         """Set up all that is read, and list the stresses."""
@@ -249,7 +252,6 @@ class Stress(Evaluation):
     def begin_loop(self, output: str | None = None) -> None:
         """Take the folder of the condition."""
         self.folder = self.root / for_file_name(self.condition.name)
-        check_writable(self.folder)
 
     def keep_config(self) -> None:
         """Write config.yaml beside stress.json."""
@@ -286,6 +288,12 @@ class Stress(Evaluation):
         """Return the table, what is left in words, and the paths of what was written."""
         written = [f"Results: {self.root / STRESS}", f"Report:  {self.root / PAGE}"]
         return closing(aligned(stress_table(self.found), WIDTH), self.found.verdict, written, [])
+
+
+def numbers(stressed: Sequence[Stressed]) -> dict[str, float]:
+    """Return the changes by pruning, in percent, for a logger, by the name of the stress."""
+    changes = {one.name: asdict(one.found.change) for one in stressed if one.found.change is not None}
+    return {f"{name}/{key}": value for name, of in changes.items() for key, value in of.items() if math.isfinite(value)}
 
 
 def part_of(results: Results, kind: type[T]) -> T:
