@@ -26,7 +26,8 @@ from sparc3_lightning.evaluation.completions import (
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings, preference
 from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, continue_prompts, draw_keys
-from sparc3_lightning.evaluation.judges import check_judges, judges_of
+from sparc3_lightning.evaluation.judges import check_judges, headline_of, judges_of
+from sparc3_lightning.evaluation.lengths import COMPARED, by_length, pieces_of, score_pieces
 from sparc3_lightning.evaluation.metrics import PairRow, Perplexity, pair_rows
 from sparc3_lightning.evaluation.results import (
     RESULTS,
@@ -133,6 +134,8 @@ class Evaluation(StoppableModule):
         )
         self.lists = self.lists or ({} if self.neurons is None else {"": self.neurons})
         self.variants = list_variants(self.lists, self.sampling.num_continuations, controls, doses, dampings)
+        # Without a pruned model there is nothing to compare.
+        self.pieces = pieces_of(self.sampling.max_new_tokens) if self.lists else []
         self.save_hyperparameters()
         self.behavior = behavior
         self.checkpoint = Checkpoint(checkpoint, revision)
@@ -200,7 +203,10 @@ class Evaluation(StoppableModule):
         if not hasattr(self, "model"):
             self.begin_line("Loading model and scorers")
             device = self.trainer.strategy.root_device
-            self.scorers = {name: Remembering(load_scorer(name, device)) for name in self.scorer_names}
+            scorers = {name: load_scorer(name, device) for name in self.scorer_names}
+            self.scorers = {name: Remembering(scorer) for name, scorer in scorers.items()}
+            # By itself, so that the scores of whole texts do not depend on whether there are pieces of them.
+            self.scorer_of_pieces = Remembering(scorers[headline_of(self.judges)])
             self.model = load_for(self, self.checkpoint, self.dtype_name)
 
     def on_test_start(self) -> None:
@@ -297,13 +303,17 @@ class Evaluation(StoppableModule):
         tokens = [row.input_ids for row in flat]
         texts = self.data.prompts.tokens.decode(tokens)
         scores = {name: scorer.score_drawn(texts, tokens) for name, scorer in self.scorers.items()}
+        pieces = self.pieces if variant.name in COMPARED else []
+        parts = score_pieces(pieces, tokens, self.data.prompts.tokens.decode, self.scorer_of_pieces)
+        judge = headline_of(self.judges)
 
         def keep() -> None:
             for i, (prompt, weight) in enumerate(zip(prompts, batch["weights"], strict=True)):
                 if weight:  # not a filler
                     k = slice(i * variant.num_continuations, (i + 1) * variant.num_continuations)
                     of_prompt = {name: of_one[k] for name, of_one in scores.items()}
-                    rows = completion_rows(variant.name, prompt, flat[k], texts[k], of_prompt)
+                    of_pieces = {piece: {judge: of_piece[k]} for piece, of_piece in parts.items()}
+                    rows = completion_rows(variant.name, prompt, flat[k], texts[k], of_prompt, of_pieces)
                     self.completions += rows
                     self.log_of_completions.append(rows)
 
@@ -336,6 +346,8 @@ class Evaluation(StoppableModule):
         order = {variant.name: i for i, variant in enumerate(self.variants)}
         self.completions.sort(key=lambda row: (row["prompt_id"], row["continuation_index"], order[row["model"]]))
         found = findings(self.completions, windows, self.variants, self.judges, self.sampling.per_seed)
+        lengths = by_length(self.completions, found.headline_judge, self.sampling.max_new_tokens)
+        found = replace(found, lengths=lengths)
         if self.data.pairs is not None:
             found = replace(found, preference=preference(gather(self.pair_rows)))
         if self.zero_shot.tasks:
@@ -467,6 +479,8 @@ def identity_of(module: Evaluation) -> dict[str, object]:
         "tokenizer": _identity_of_tokenizer(prompts.tokenizer_checkpoint, module.checkpoint),
         "neurons": [neurons.digest() for neurons in module.lists.values()],
         "scorers": [fingerprint_of(name) for name in module.scorer_names],
+        # Which scorers chose the neurons is nothing that tells their lists apart.
+        **({"judge of pieces": module.scorer_names.index(headline_of(module.judges))} if module.pieces else {}),
         "sampling": [sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.per_seed],
         **{name: value for name, value in prompts.hparams.items() if name not in CHOICE_OF_PROMPTS},
         "models": [(variant.name, variant.num_continuations) for variant in module.variants],
