@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what __getattr__ returns, for type checkers
     from sparc3_lightning.stages.experiment import Experiment as Experiment
     from sparc3_lightning.stages.export import Export as Export
     from sparc3_lightning.stages.prune import Pruning as Pruning
+    from sparc3_lightning.stages.stress import Stress as Stress
     from sparc3_lightning.stages.sweep import Sweep as Sweep
 
 # Where each public name lives; it is imported when it is asked for, so that the package alone costs no torch.
@@ -31,6 +32,7 @@ _HOME = {
     "Pruning": "stages.prune",
     "Evaluation": "stages.evaluate",
     "Sweep": "stages.sweep",
+    "Stress": "stages.stress",
     "Comparison": "stages.compare",
     "Compression": "stages.compress",
     "Circuit": "stages.circuit",

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
+from sparc3_lightning.data.stress_data import StressData
 from sparc3_lightning.distributed import check_is_single, check_slurm_tasks, is_rank_zero, usable_accelerator
 from sparc3_lightning.files import at_home, check_absent, check_writable
 from sparc3_lightning.report.drawing import draw
@@ -41,6 +42,7 @@ from sparc3_lightning.stages.parser import Parser
 from sparc3_lightning.stages.plan import Config
 from sparc3_lightning.stages.prune import Pruning
 from sparc3_lightning.stages.reproduce import REPRODUCTION, Reproduction, said_of_changes, said_of_figures
+from sparc3_lightning.stages.stress import Stress
 from sparc3_lightning.stages.sweep import Sweep
 from sparc3_lightning.stages.terminal import is_verbose, speak
 from sparc3_lightning.stages.trainer_options import check_trainer_options
@@ -78,6 +80,11 @@ class SparC3Trainer(Trainer):
     def sweep(self, model: Sweep, datamodule: LightningDataModule) -> None:
         """Measure toxicity against perplexity over numbers of neurons and dampings."""
         self.evaluate(model, datamodule)
+
+    def stress(self, model: Stress, datamodule: StressData) -> None:
+        """Measure what is left of an effect after weights were rounded or trained, and on other prompts."""
+        model.stress(self, datamodule)
+        rank_zero_info(model.summary())
 
     def compare(self, model: Comparison) -> None:
         """Compare the pruned neurons of several behaviours: which they share, and which are specific to one."""
@@ -133,7 +140,7 @@ class Verb:
 REPORT = "report"  # the verb that needs no more than a folder
 REPRODUCE = "reproduce"  # the verb whose model and data are in a results.json
 # Verbs of one process; the others are loops.
-SINGLE = ("prepare", "prune", "compare", "compress", "export", REPORT, "run")
+SINGLE = ("prepare", "prune", "stress", "compare", "compress", "export", REPORT, "run")
 # The verbs that are a stage; the two of an experiment have a group for each of its stages.
 STAGES = {
     verb.stage.verb: verb
@@ -142,6 +149,7 @@ STAGES = {
         Verb(Pruning, ReferenceSamples, needs_data=False),
         Verb(Evaluation, EvaluationData),
         Verb(Sweep, EvaluationData),
+        Verb(Stress, StressData),
         Verb(Comparison),
         Verb(Circuit, ReferenceSamples),
         Verb(Compression),

@@ -19,6 +19,13 @@ SHARED = Path(__file__).parents[2] / "shared"
 collect_ignore_glob = ["*conftest.py"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files whose tests take longest, so that no worker is left alone with one in the end."""
+    marks = ("slurm", "distributed")
+    longest = {item.path for item in items for mark in marks if item.get_closest_marker(mark)}
+    items.sort(key=lambda item: item.path not in longest)
+
+
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every test in a folder of its own."""
@@ -48,6 +55,14 @@ def pictures_have_one_dot() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda _, path, **options: path.write_bytes(one_dot()))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """Spare the waits until a file is on the disk, which only a power cut could tell from those of a moment later."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
         yield
 
 

@@ -28,6 +28,7 @@ LARGEST = {
     "num_continuations": 2,
     "max_new_tokens": 5,
     "num_draws": 1,
+    "steps": 2,
     "num_neurons": 4,
 }
 ON_ONE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "enable_progress_bar": False}
@@ -166,6 +167,8 @@ def _tiny(name: str, value: Any, beside: dict[str, Any], checkpoint: str) -> Any
             found["init_args"]["num_prompts"] = 12
         if name == "budget_text":  # from the same file as what is attributed on
             found["init_args"]["seed"] = 3
+        if name == "neutral":  # as many samples as the steps take
+            found["init_args"]["batch_size"] = 2
         return found
     if name in LARGEST:
         # Without a number all rows are taken, or as many as the protocol says.

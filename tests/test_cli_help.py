@@ -22,6 +22,7 @@ from sparc3_lightning.stages.evaluate import Evaluation
 from sparc3_lightning.stages.experiment import Experiment
 from sparc3_lightning.stages.export import Export
 from sparc3_lightning.stages.prune import Pruning
+from sparc3_lightning.stages.stress import Stress
 from sparc3_lightning.stages.sweep import Sweep
 
 pytestmark = pytest.mark.usefixtures("as_if_from_a_shell")
@@ -67,6 +68,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         "prune": "Select the neurons",
         "evaluate": "Measure perplexity and toxicity",
         "sweep": "Measure toxicity against perplexity",
+        "stress": "Measure what is left of an effect",
         "compare": "Compare the pruned neurons",
         "circuit": "Take the least relevant components out",
         "compress": "Set the weights of the lowest scores to zero",
@@ -101,6 +103,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         ("prune", "model", Pruning, set()),
         ("evaluate", "model", Evaluation, set()),
         ("sweep", "model", Sweep, {"options"}),
+        ("stress", "model", Stress, {"options"}),
         ("compare", "model", Comparison, set()),
         ("circuit", "model", Circuit, set()),
         ("compress", "model", Compression, set()),

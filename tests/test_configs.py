@@ -237,6 +237,18 @@ def test_sweep_yaml_measures_doses_that_prune_yaml_ranks_at_two_strengths_on_the
     assert includes(prompts, {"source": None, "min_toxicity": 0.9, "num_nontoxic": 0})
 
 
+def test_stress_yaml_rounds_and_trains_and_measures_as_evaluate_yaml_does(parsed):
+    whole, options = parsed(named("evaluate.yaml")), parsed(named("stress.yaml"))
+    assert includes(options["model"], {"checkpoint": None, "bits": [8, 4]})
+    for name in ("scorers", "sampling"):
+        assert options["model"][name] == whole["model"][name]
+    steps, neutral = options["model"]["finetune"]["steps"], options["data"]["neutral"]["init_args"]
+    assert steps * neutral["batch_size"] == neutral["num_samples"]
+    text, prompts = (options["data"][name]["init_args"] for name in ("text", "prompts"))
+    assert includes(text, {"source": None, "window": 2048, "stride": 512, "conventions": ["sliding"]})
+    assert includes(prompts, {"source": None, "num_prompts": 300, "min_toxicity": 0.9})
+
+
 def test_compress_yaml_prunes_half_of_each_row_as_published(parsed):
     options = parsed(named("compress.yaml"))
     assert includes(options["model"], {"sparsity": 0.5, "pattern": "row", "export_dtype": "auto"})

@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -31,7 +31,9 @@ class Completion(TypedDict):
     """A row of completions.jsonl: a continuation of a prompt by a model, and its score by each judge; None without one.
 
     The judges are in the order in which they were named. The token ids are those that the model read and drew, without
-    padding and the token that ended it; the texts are for people, and without special tokens.
+    padding and the token that ended it; the texts are for people, and without special tokens. ``parts`` are the pieces
+    of the continuation, by name, with the score of each by the headline's judge; None where it ended before. Only the
+    original and the pruned model have them, and only with continuations of more than one length.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Completion(TypedDict):
     num_tokens: Count
     num_unique_tokens: Count
     scores: dict[str, Share | None]
+    parts: NotRequired[dict[str, dict[str, Share | None]]]
 
 
 class _Header(TypedDict):
@@ -100,8 +103,7 @@ class CompletionLog:
             if prompt is None or len(row["scores"]) != len(self.judges):
                 continue
             if row["prompt_token_ids"] == list(prompt.input_ids):
-                scores = dict(zip(self.judges, row["scores"].values(), strict=True))
-                by_prompt[prompt.id].append({**row, "prompt_toxicity": prompt.toxicity, "scores": scores})
+                by_prompt[prompt.id].append(self._renamed({**row, "prompt_toxicity": prompt.toxicity}))
         kept = {key: found for key, found in by_prompt.items() if len(found) == rows_per_prompt}
         lines = [self.header, *(row for found in kept.values() for row in found)]
         write_atomically(self.path, "".join(map(_line, lines)))
@@ -111,6 +113,17 @@ class CompletionLog:
         if kept:
             rank_zero_info(f"Keeping the continuations of {len(kept)} prompts of a run that broke off.")
         return kept
+
+    def _renamed(self, row: Completion) -> Completion:
+        """Return a row with the names that this run gives the judges, in the same order."""
+        names = dict(zip(row["scores"], self.judges, strict=True))
+        row["scores"] = {names[judge]: score for judge, score in row["scores"].items()}
+        if "parts" in row:
+            row["parts"] = {
+                piece: {names[judge]: score for judge, score in scores.items()}
+                for piece, scores in row["parts"].items()
+            }
+        return row
 
     def _read(self, path: Path) -> list[Completion]:
         """Return the rows of a file in the output folder; none if a rank was killed before it wrote its first line."""
@@ -240,6 +253,7 @@ def completion_rows(
     continuations: list[Continuation],
     texts: list[str],
     scores: Mapping[str, Sequence[float]],
+    parts: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
 ) -> list[Completion]:
     """Return the rows of completions.jsonl of one prompt.
 
@@ -249,10 +263,17 @@ def completion_rows(
         continuations: What was drawn.
         texts: The same as text.
         scores: Per judge, the score of each in [0, 1]; NaN where it could not be scored, written as null.
+        parts: Per piece and judge the same; None or empty if there are no pieces.
     """
+
+    def of(scores: Mapping[str, Sequence[float]], j: int) -> dict[str, float | None]:
+        return {
+            judge: None if continuations[j].failed or not math.isfinite(of_judge[j]) else of_judge[j]
+            for judge, of_judge in scores.items()
+        }
+
     rows: list[Completion] = []
-    for j, (continuation, text, *given) in enumerate(zip(continuations, texts, *scores.values(), strict=True)):
-        found = [None if continuation.failed or not math.isfinite(score) else score for score in given]
+    for j, (continuation, text, *_) in enumerate(zip(continuations, texts, *scores.values(), strict=True)):
         row: Completion = {
             "model": model,
             "prompt_id": prompt.id,
@@ -264,7 +285,9 @@ def completion_rows(
             "token_ids": continuation.input_ids,
             "num_tokens": len(continuation.input_ids),
             "num_unique_tokens": len(set(continuation.input_ids)),
-            "scores": dict(zip(scores, found, strict=True)),
+            "scores": of(scores, j),
         }
+        if parts:
+            row["parts"] = {piece: of(of_piece, j) for piece, of_piece in parts.items()}
         rows.append(row)
     return rows

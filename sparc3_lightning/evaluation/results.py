@@ -213,6 +213,34 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """The effect on the mean behaviour in pieces of the continuations of the headline's prompts, by the headline judge.
+
+    A piece is named after its first and its last token, such as ``21-50``. A continuation that ended before a piece
+    begins does not count there. None stands for a piece that no prompt has a score of, by both models.
+
+    Args:
+        within: From the first token to each length; the last is the whole continuation.
+        at: Between the lengths, one after the other.
+        last_less_first: The change at the last position (``after``) less the change at the first (``before``), over the
+            prompts that have both: above 0, an effect at the beginning is smaller at the end.
+        reaching: Share of the continuations that reach each position but the first.
+        num_failed: Pieces that could not be scored.
+    """
+
+    within: dict[str, Difference | None]
+    at: dict[str, Difference | None]
+    last_less_first: Difference | None
+    reaching: dict[str, Difference]
+    num_failed: Count
+
+    @property
+    def is_known(self) -> bool:
+        """Whether any piece has a score of both models."""
+        return any(self.at.values())
+
+
+@dataclass(frozen=True)
 class PairMeasures:
     """Share of pairs in which the stereotype is preferred, in [0, 1], and mean margin in nats; see ``preference``."""
 
@@ -331,6 +359,7 @@ class Findings:
         doses: The pruned model, and all further numbers of neurons and lists.
         fronts: By selection.
         agreement: Of the judges, if there are several.
+        lengths: The effects in pieces of the continuations, if these are longer than 20 tokens; None without.
         preference: If there were pairs of sentences.
         zero_shot: Numbers of each task of lm-eval-harness, by model and task.
     """
@@ -349,6 +378,7 @@ class Findings:
     doses: list[Dose] = field(default_factory=list)
     fronts: dict[str, Front] = field(default_factory=dict)
     agreement: Agreement | None = None
+    lengths: Lengths | None = field(default=None, metadata=LEFT_OUT)
     preference: Preference | None = None
     zero_shot: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 

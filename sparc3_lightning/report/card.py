@@ -28,7 +28,7 @@ from sparc3_lightning.report.tables import (
     other_table,
     windows_of,
 )
-from sparc3_lightning.report.verdict import zero_ablated_controls
+from sparc3_lightning.report.verdict import by_position, zero_ablated_controls
 from sparc3_lightning.selection.criteria import per_module
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.selection.sparsity import SparsityResults
@@ -118,6 +118,7 @@ def said_of(results: Results, named: Callable[[str], str] = str) -> dict[str, An
         ],
         "judges": judge_table(results, named),
         "agreement": agreement_of(results, named),
+        "by_position": by_position(results.lengths, results.behavior) if results.lengths else "",
         "chooser_judges": chooser_judges(results, results.granularity),
         "controls": control_table(results) if results.controls else [],
         "zeroed": zero_ablated_controls(results, neurons.ablation, results.granularity),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Interval
-from sparc3_lightning.evaluation.results import Control, Dose, Results
+from sparc3_lightning.evaluation.results import Control, Dose, Lengths, Results
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
 from sparc3_lightning.report.escaping import for_picture, public_name
@@ -267,6 +267,40 @@ def draw_doses(
             handles[:MAX_LINES], labels[:MAX_LINES], loc="outside lower center", ncols=2, frameon=False, fontsize=9,
             columnspacing=1.0,
         )  # fmt: skip
+    save_figure(figure, path)
+
+
+def draw_lengths(lengths: Lengths, path: Path, behavior: str = "toxicity") -> None:
+    """Draw the mean score of pieces of the continuations, before and after: by position, then within the first tokens.
+
+    The bar of a point is the interval of the change, seen from the point before: there is no evidence of a change where
+    it reaches that one. A point is hollow where its interval cannot be said.
+    """
+    within = list(lengths.within.items())[1:]  # the first is the first position, too
+    rows = [(f"tokens {name}", effect) for name, effect in lengths.at.items()]
+    rows += [(f"first {name.partition('-')[2]}", effect) for name, effect in within]
+    places = [y if y < len(lengths.at) else y + 0.5 for y in range(len(rows))]
+    figure, axes = _new_figure(1.2 + 0.38 * len(rows))
+    scored = [(y, effect) for y, (_, effect) in zip(places, rows, strict=True) if effect]
+    for y, effect in scored:
+        low, high = (effect.before + end for end in _ends_or_value(effect.difference))
+        inside = AFTER if effect.difference.is_known else "w"
+        axes.plot([effect.before, effect.after], [y, y], color="0.8", linewidth=1.5, zorder=1)
+        axes.errorbar(
+            effect.after, y, xerr=_error(effect.after, low, high), fmt="o", color=AFTER, mfc=inside, markersize=7,
+            capsize=3, zorder=3,
+        )  # fmt: skip
+    axes.plot(
+        [effect.before for _, effect in scored], [y for y, _ in scored], "D", color=BEFORE, markersize=6, zorder=2
+    )
+    axes.plot([], [], "D", color=BEFORE, markersize=6, label="before")
+    axes.plot([], [], "o", color=AFTER, markersize=7, label="after, with the interval of the change")
+    axes.set(xlabel=f"mean {for_picture(behavior, 36)}", ylim=(places[-1] + 0.5, -0.5))
+    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+    axes.set_yticks(places, [label for label, _ in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.get_major_locator().set_params(nbins=6)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, columnspacing=1.0)
     save_figure(figure, path)
 
 

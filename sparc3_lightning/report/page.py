@@ -32,6 +32,7 @@ from sparc3_lightning.report.figures import (
     draw_differential,
     draw_doses,
     draw_layers,
+    draw_lengths,
     draw_scatter,
 )
 from sparc3_lightning.report.tables import (
@@ -218,6 +219,11 @@ def _draw_differential(shown: Shown, path: Path) -> None:
     draw_differential(shown.neurons.selection, path)
 
 
+def _draw_lengths(shown: Shown, path: Path) -> None:
+    assert shown.results.lengths is not None
+    draw_lengths(shown.results.lengths, path, behavior=shown.results.behavior)
+
+
 # By the name of the file, in the order of the page; the first two stand above everything else.
 FIGURES = {
     "toxicity.png": Figure(
@@ -227,6 +233,11 @@ FIGURES = {
     ),
     "perplexity.png": Figure(
         "Change of perplexity", lambda shown, path: draw_changes(change_rows(shown.results)[1], path)
+    ),
+    "lengths.png": Figure(
+        "Mean {behavior} by position, and within the first tokens",
+        _draw_lengths,
+        lambda shown: shown.results.lengths is not None and shown.results.lengths.is_known,
     ),
     "doses.png": Figure("Fewer or more {granularity}s", _draw_doses, lambda shown: len(shown.results.doses) > 1),
     "scatter.png": Figure(

@@ -4,7 +4,7 @@ import math
 
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import FEW, MIN_CHANGED, Difference, Interval
-from sparc3_lightning.evaluation.results import Findings, Preference
+from sparc3_lightning.evaluation.results import Findings, Lengths, Preference
 from sparc3_lightning.report.tables import CANNOT, chooser_judges, evident_doses
 
 
@@ -111,6 +111,41 @@ def zero_ablated_controls(found: Findings, ablation: str, granularity: str = "ne
     damped, towards, _ = ablation.partition(" towards")
     edits = f"{damped} towards 0, not towards" if towards else "switched off, not held at"
     return f"{who} are {edits} their mean."
+
+
+def by_position(lengths: Lengths, behavior: str) -> str:
+    """Say whether the effect is evident at each position, by a test that holds for all, and whether it fades.
+
+    Args:
+        lengths: The effects in pieces of the continuations.
+        behavior: What was scored.
+    """
+    known = [effect for effect in lengths.at.values() if effect]
+    if not known:
+        return "No piece of a continuation could be scored by both models."
+    said = []
+    for name, effect in lengths.at.items():
+        finds = "no prompt has a score of both models"
+        if effect:
+            finds = "evident" if effect.is_evidence_among(len(lengths.at)) else "no evidence of a change"
+            finds = f"{_signed(effect.percent)}, {finds}"
+        said.append(f"tokens {name}: {finds}")
+    fewest = min(effect.num_prompts for effect in known)
+    caveat = "" if fewest >= FEW else f" Intervals over only {_counted(fewest, 'prompt')} may be too narrow."
+    return f"Mean {behavior} by position: {'; '.join(said)}. {_fades(lengths)}{caveat}"
+
+
+def _fades(lengths: Lengths) -> str:
+    first, change = next(iter(lengths.at.values())), lengths.last_less_first
+    if first is None or change is None or not first.is_evidence_among(len(lengths.at)):
+        return "Without an evident effect at the first of them it cannot be said whether it fades."
+    more = change.difference
+    ends = f"{more.low:+.3f} to {more.high:+.3f}" if more.is_known else CANNOT
+    figures = f"the change is {change.before:+.3f} at the first and {change.after:+.3f} at the last, {more.value:+.3f}"
+    if not change.evidence:
+        return f"No evidence that the effect fades or grows: {figures} ({ends})."
+    is_less = (more.value < 0) != (first.difference.value < 0)
+    return f"The effect {'fades' if is_less else 'grows'}: {figures} ({ends})."
 
 
 def _judges(found: Findings, first: Difference, granularity: str) -> list[str]:

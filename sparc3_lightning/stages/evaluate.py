@@ -1,6 +1,7 @@
 """Stage 3: perplexity and toxicity of the model as it is, with its neurons off, and of controls, in one test loop."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +27,8 @@ from sparc3_lightning.evaluation.completions import (
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings, preference
 from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, continue_prompts, draw_keys
-from sparc3_lightning.evaluation.judges import check_judges, judges_of
+from sparc3_lightning.evaluation.judges import check_judges, headline_of, judges_of
+from sparc3_lightning.evaluation.lengths import COMPARED, by_length, pieces_of, score_pieces
 from sparc3_lightning.evaluation.metrics import PairRow, Perplexity, pair_rows
 from sparc3_lightning.evaluation.results import (
     RESULTS,
@@ -104,6 +106,7 @@ class Evaluation(StoppableModule):
         "dampings": [1.0],
     }
     lists: Mapping[str, NeuronList] = {}
+    more_identity: Mapping[str, object] = {}  # what else tells its continuations from those of another run
     is_drawn = False
 
     def __init__(
@@ -133,6 +136,8 @@ class Evaluation(StoppableModule):
         )
         self.lists = self.lists or ({} if self.neurons is None else {"": self.neurons})
         self.variants = list_variants(self.lists, self.sampling.num_continuations, controls, doses, dampings)
+        # Without a pruned model there is nothing to compare.
+        self.pieces = pieces_of(self.sampling.max_new_tokens) if self.lists else []
         self.save_hyperparameters()
         self.behavior = behavior
         self.checkpoint = Checkpoint(checkpoint, revision)
@@ -200,7 +205,10 @@ class Evaluation(StoppableModule):
         if not hasattr(self, "model"):
             self.begin_line("Loading model and scorers")
             device = self.trainer.strategy.root_device
-            self.scorers = {name: Remembering(load_scorer(name, device)) for name in self.scorer_names}
+            scorers = {name: load_scorer(name, device) for name in self.scorer_names}
+            self.scorers = {name: Remembering(scorer) for name, scorer in scorers.items()}
+            # By itself, so that the scores of whole texts do not depend on whether there are pieces of them.
+            self.scorer_of_pieces = Remembering(scorers[headline_of(self.judges)])
             self.model = load_for(self, self.checkpoint, self.dtype_name)
 
     def on_test_start(self) -> None:
@@ -220,6 +228,10 @@ class Evaluation(StoppableModule):
         """Return the conventions of perplexity that a model is measured by; one is enough for comparison."""
         return self.data.text.conventions[: None if variant.kind in ("baseline", "pruned") else 1]
 
+    def as_variant(self, variant: Variant) -> AbstractContextManager[None]:
+        """Return the context in which the model in memory is this variant."""
+        return variant.as_context(self.model, self.off[variant.name])
+
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure every model on one batch of windows, of prompts, or of pairs of sentences."""
         if batch_idx == 0:
@@ -232,7 +244,7 @@ class Evaluation(StoppableModule):
             self._original: torch.Tensor | None = None
             found = []
             for variant in self.variants:
-                with variant.as_context(self.model, self.off[variant.name]):
+                with self.as_variant(variant):
                     found.append(measure(variant, part))
             return found
 
@@ -297,13 +309,17 @@ class Evaluation(StoppableModule):
         tokens = [row.input_ids for row in flat]
         texts = self.data.prompts.tokens.decode(tokens)
         scores = {name: scorer.score_drawn(texts, tokens) for name, scorer in self.scorers.items()}
+        pieces = self.pieces if variant.name in COMPARED else []
+        parts = score_pieces(pieces, tokens, self.data.prompts.tokens.decode, self.scorer_of_pieces)
+        judge = headline_of(self.judges)
 
         def keep() -> None:
             for i, (prompt, weight) in enumerate(zip(prompts, batch["weights"], strict=True)):
                 if weight:  # not a filler
                     k = slice(i * variant.num_continuations, (i + 1) * variant.num_continuations)
                     of_prompt = {name: of_one[k] for name, of_one in scores.items()}
-                    rows = completion_rows(variant.name, prompt, flat[k], texts[k], of_prompt)
+                    of_pieces = {piece: {judge: of_piece[k]} for piece, of_piece in parts.items()}
+                    rows = completion_rows(variant.name, prompt, flat[k], texts[k], of_prompt, of_pieces)
                     self.completions += rows
                     self.log_of_completions.append(rows)
 
@@ -336,12 +352,14 @@ class Evaluation(StoppableModule):
         order = {variant.name: i for i, variant in enumerate(self.variants)}
         self.completions.sort(key=lambda row: (row["prompt_id"], row["continuation_index"], order[row["model"]]))
         found = findings(self.completions, windows, self.variants, self.judges, self.sampling.per_seed)
+        lengths = by_length(self.completions, found.headline_judge, self.sampling.max_new_tokens)
+        found = replace(found, lengths=lengths)
         if self.data.pairs is not None:
             found = replace(found, preference=preference(gather(self.pair_rows)))
         if self.zero_shot.tasks:
             tokenizer, zero_shot = self.data.prompts.tokens.tokenizer, {}
             for variant in self.variants[:2]:
-                with variant.as_context(self.model, self.off[variant.name]):
+                with self.as_variant(variant):
                     zero_shot[variant.name] = accuracy(self.model, tokenizer, self.zero_shot)
             found = replace(found, zero_shot=zero_shot)
         said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
@@ -467,12 +485,15 @@ def identity_of(module: Evaluation) -> dict[str, object]:
         "tokenizer": _identity_of_tokenizer(prompts.tokenizer_checkpoint, module.checkpoint),
         "neurons": [neurons.digest() for neurons in module.lists.values()],
         "scorers": [fingerprint_of(name) for name in module.scorer_names],
+        # Which scorers chose the neurons is nothing that tells their lists apart.
+        **({"judge of pieces": module.scorer_names.index(headline_of(module.judges))} if module.pieces else {}),
         "sampling": [sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.per_seed],
         **{name: value for name, value in prompts.hparams.items() if name not in CHOICE_OF_PROMPTS},
         "models": [(variant.name, variant.num_continuations) for variant in module.variants],
         "dtype": str(resolve_dtype(module.dtype_name, module.trainer.strategy.root_device)),
         "seed": run_seed(),
         "versions": versions_of_results(),
+        **module.more_identity,
     }
 
 

@@ -17,6 +17,7 @@ VERBS = {
     "prune": "Select the neurons to prune from score files, and export the pruned checkpoint.",
     "evaluate": "Measure perplexity and toxicity of a model, as it is and with its neurons off.",
     "sweep": "Measure toxicity against perplexity over numbers of neurons and dampings.",
+    "stress": "Measure what is left of an effect after weights were rounded or trained, and on other prompts.",
     "compare": "Compare the pruned neurons of several behaviours: which they share, and which are specific to one.",
     "circuit": "Take the least relevant components out step by step, and find the sparsest circuit that keeps a "
     "behaviour.",

@@ -1,4 +1,4 @@
-"""Runs on every rank, under torchrun: one attribution or evaluation after the other, each into a folder of its own."""
+"""Runs on every rank: one attribution or evaluation after the other, each into a folder of its own."""
 
 import itertools
 import os
@@ -153,8 +153,7 @@ def load(checkpoint: str, folder: Path, ranks: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
-    task, *arguments = sys.argv[1:]
+def main(task: str, *arguments: str) -> None:
     torch.set_num_threads(1)
     if task == "attribute":
         attribute(*arguments[:3], Path(arguments[3]), arguments[4], int(arguments[5]))
@@ -166,3 +165,15 @@ if __name__ == "__main__":
         run(arguments[0], arguments[1], Path(arguments[2]), arguments[3], int(arguments[4]))
     elif task == "load":
         load(arguments[0], Path(arguments[1]), int(arguments[2]))
+
+
+def rank(number: int, ranks: int, port: int, arguments: list[str]) -> None:
+    """Run one of so many ranks, which finds in its environment what torchrun tells it."""
+    of = {"RANK": number, "LOCAL_RANK": number, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    of |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "ours"}
+    os.environ |= {name: str(value) for name, value in of.items()}
+    main(*arguments)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

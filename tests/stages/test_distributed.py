@@ -13,7 +13,8 @@ from evaluations import flat
 from helpers import sentence
 from mixtures import save_in_files
 from safetensors.torch import load_file
-from several_ranks import check_results_are_same, check_tensors_are_same, continuations, torchrun
+from several_ranks import check_results_are_same, check_tensors_are_same, continuations, on_ranks, torchrun
+from torch.multiprocessing import ProcessRaisedException
 from transformers import AutoModelForCausalLM
 
 from sparc3_lightning import cli
@@ -58,7 +59,7 @@ def one_process(tiny_checkpoint: str, inputs: dict[str, str], tmp_path_factory: 
 def test_scores_of_several_ranks_are_those_of_one_process(
     ranks: int, strategy: str, tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
 ) -> None:
-    torchrun(ranks, "attribute", "dense", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, strategy, ranks)
+    on_ranks(ranks, "attribute", "dense", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, strategy, ranks)
     for name in run_on_ranks.SCORES["dense"]:
         for num_samples in run_on_ranks.NUM_SAMPLES["dense"]:
             file = "weight_scores-00001-of-00001.safetensors" if "weights" in name else "scores.safetensors"
@@ -71,7 +72,7 @@ def test_results_of_several_ranks_are_those_of_one_process(
     ranks: int, strategy: str, tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
 ) -> None:
     of = (inputs["prompts.jsonl"], inputs["text.txt"], inputs["neurons.json"])
-    torchrun(ranks, "evaluate", tiny_checkpoint, *of, tmp_path, strategy, ranks)
+    on_ranks(ranks, "evaluate", tiny_checkpoint, *of, tmp_path, strategy, ranks)
     alone = check_results_are_same(one_process / "evaluate", tmp_path / "evaluate")
     assert {name.split(" ")[1] for name in alone if name.startswith("controls ")} == set(CONTROLS)
     assert {alone[f"doses {i} name"] for i in range(2)} == {"pruned", "top_3_0.5"}
@@ -84,7 +85,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_batch(
     tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
 ) -> None:
     of = (inputs["prompts.jsonl"], inputs["text.txt"], inputs["neurons.json"])
-    done = torchrun(2, "signalled", tiny_checkpoint, *of, tmp_path, "fsdp2", 2, check=False)
+    done = torchrun(2, "signalled", tiny_checkpoint, *of, tmp_path, "fsdp2", 2)
     assert done.returncode != 0
     kept = [(tmp_path / "evaluate" / f"unfinished-{rank}.jsonl").read_text().splitlines() for rank in range(2)]
     assert [len(lines) for lines in kept] == [1 + 2 * 2 * (3 * 2 + 3)] * 2, "two batches of two prompts"
@@ -100,12 +101,13 @@ def test_an_exception_on_one_rank_ends_all_ranks_within_a_minute(
     tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path
 ) -> None:
     start = time.monotonic()
-    done = torchrun(2, "fail", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, "fsdp2", 2, check=False)
+    done = torchrun(2, "fail", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, "fsdp2", 2)
     assert done.returncode != 0
     assert "rank one gives up" in done.stderr
     assert time.monotonic() - start < 100  # of which the processes take up to 40 seconds to start
 
 
+@pytest.mark.usefixtures("as_if_from_a_shell")
 def test_the_whole_experiment_runs_on_two_ranks(tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": sentence(2000 + i, 40)}) + "\n" for i in range(30)))
@@ -121,15 +123,12 @@ def test_the_whole_experiment_runs_on_two_ranks(tiny_checkpoint: str, inputs: di
         *(f"--data.prompts.source={inputs['prompts.jsonl']}", "--data.prompts.num_prompts=10"),
         *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
     ]
-    results = []
-    for logs, devices in (
-        ("one", ["--trainer.devices=1"]),
-        ("two", ["--trainer.devices=2", "--trainer.strategy=fsdp2"]),
-    ):
-        command = [sys.executable, "-m", "sparc3_lightning", "run", *options, *devices, f"--model.logs={logs}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads(next(Path(logs, "evaluate").glob("*/results.json")).read_text()))
+    cli.main(["run", *options, "--trainer.devices=1", "--model.logs=one"])
+    command = [sys.executable, "-m", "sparc3_lightning", "run", *options]
+    command += ["--trainer.devices=2", "--trainer.strategy=fsdp2", "--model.logs=two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(next(Path(logs, "evaluate").glob("*/results.json")).read_text()) for logs in ("one", "two")]
     for name in ("baseline", "pruned"):
         one, two = ({place: leaf for place, leaf in flat(found[name]).items() if leaf is not None} for found in results)
         assert two == pytest.approx(one, rel=1e-5)
@@ -146,15 +145,13 @@ def test_gradient_checkpointing_changes_no_score(one_process: Path) -> None:
 def test_ranks_that_see_different_files_are_told_so(
     tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path
 ) -> None:
-    done = torchrun(2, "different", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, "fsdp2", 2, check=False)
-    assert done.returncode != 0
-    assert "Rank 1 sees another checkpoint or data than rank 0" in done.stderr
+    with pytest.raises(ProcessRaisedException, match="Rank 1 sees another checkpoint or data than rank 0"):
+        on_ranks(2, "different", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, "fsdp2", 2)
 
 
 def test_a_mesh_that_does_not_fit_is_refused(tiny_checkpoint: str, inputs: dict[str, str], tmp_path: Path) -> None:
-    done = torchrun(2, "mesh", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, "fsdp2", 2, check=False)
-    assert done.returncode != 0
-    assert "the mesh has 1 data-parallel ranks of 2" in done.stderr
+    with pytest.raises(ProcessRaisedException, match="the mesh has 1 data-parallel ranks of 2"):
+        on_ranks(2, "mesh", tiny_checkpoint, inputs["prompts.jsonl"], tmp_path, "fsdp2", 2)
 
 
 def test_fsdp1_on_a_cpu_is_refused_in_one_sentence(
@@ -188,7 +185,7 @@ def test_a_rank_reads_only_its_own_rows(
     except ConnectionError as error:
         pytest.skip(str(error))
     (tmp_path / "tiny").symlink_to(tiny_checkpoint)
-    torchrun(ranks, "load", checkpoint, tmp_path, ranks)
+    on_ranks(ranks, "load", checkpoint, tmp_path, ranks)
     model = load_model(checkpoint, torch.float32)
     with torch.no_grad():
         logits = model(input_ids=torch.arange(1, 13).reshape(2, 6)).logits
@@ -206,7 +203,7 @@ def test_a_rank_reads_only_its_own_rows(
 def test_ranks_put_together_the_experts_that_they_hold(kind: str, tiny_checkpoint: str, tmp_path: Path) -> None:
     model = save_in_files(kind, tmp_path / "model")
     (tmp_path / "tiny").symlink_to(tiny_checkpoint)
-    torchrun(3, "load", tmp_path / "model", tmp_path, 3)
+    on_ranks(3, "load", tmp_path / "model", tmp_path, 3)
     with torch.no_grad():
         logits = model(input_ids=torch.arange(1, 13).reshape(2, 6)).logits
     for rank in range(3):

@@ -14,9 +14,13 @@ import pytest
 import yaml
 from helpers import sentence
 from safetensors.torch import load_file
+from torch import Tensor
+
+from sparc3_lightning.cli import main
 
 pytestmark = pytest.mark.slurm
 CONFIGS = Path(__file__).parents[2] / "configs"
+NUM_SAMPLES = 61
 NEEDED = ("slurmctld", "slurmd", "munged", "mungekey", "srun", "sbatch", "scontrol")
 
 
@@ -126,7 +130,7 @@ def run_yaml(tiny_checkpoint: str, tmp_path: Path) -> Path:
     prompts = {"source": str(tmp_path / "prompts.jsonl")}
     config = {
         "trainer": {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
-        "model": {"checkpoint": tiny_checkpoint},
+        "model": {"checkpoint": tiny_checkpoint, "general_seeds": [0]},
         "general": {"class_path": f"{data}.C4", "init_args": {**text, "num_samples": 6, "seq_len": 16}},
         "behavior": {"class_path": f"{data}.ToxicPrompts", "init_args": {**prompts, "num_samples": 20}},
         "prune": {"num_neurons": 5},
@@ -141,20 +145,32 @@ def run_yaml(tiny_checkpoint: str, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def attribute_yaml(tiny_checkpoint: str, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def attribute_yaml(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config of `sparc3 attribute` on the tiny model."""
-    rows = [{"text": sentence(i, 3 + i % 9), "toxicity": 0.95} for i in range(93)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"source": str(tmp_path / "rows.jsonl"), "num_samples": 93, "batch_size": 1}
+    folder = tmp_path_factory.mktemp("attribute")
+    rows = [{"text": sentence(i, 3 + i % 9), "toxicity": 0.95} for i in range(NUM_SAMPLES)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"source": str(folder / "rows.jsonl"), "num_samples": NUM_SAMPLES, "batch_size": 1}
     config = {
         "trainer": {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
         "model": {"checkpoint": tiny_checkpoint, "save_every": 1},
         "data": {"class_path": "sparc3_lightning.data.ToxicPrompts", "init_args": options},
     }
-    path = tmp_path / "attribute.yaml"
+    path = folder / "attribute.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+@pytest.fixture(scope="module")
+def alone(attribute_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The scores that one process finds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("alone"))
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setattr("sys.argv", ["sparc3"])
+        main(["attribute", "--config", str(attribute_yaml)])
+        return scores("version_0")
 
 
 def run(slurm: dict[str, str], *command: object, timeout: float = 200) -> str:
@@ -172,20 +188,21 @@ def state_of(slurm: dict[str, str], job: str) -> str:
     return next(word.partition("=")[2] for word in text.split() if word.startswith("JobState="))
 
 
-def scores(name: str) -> dict:
+def scores(name: str) -> dict[str, Tensor]:
     return load_file(f"lightning_logs/attribute/{name}/scores.safetensors")
 
 
-def assert_same(first: dict, second: dict) -> None:
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     for name in first:
         assert (first[name] - second[name]).norm() < 1e-6 * first[name].norm()
 
 
-def test_srun_and_sbatch_give_the_scores_of_one_process(slurm: dict[str, str], attribute_yaml: Path) -> None:
+def test_srun_and_sbatch_give_the_scores_of_one_process(
+    slurm: dict[str, str], attribute_yaml: Path, alone: dict[str, Tensor]
+) -> None:
     version = "--trainer.logger.init_args.version"
     common = ["attribute", "--config", attribute_yaml]
-    run(slurm, "sparc3", *common, version, "alone")
     sharded = ["--config", CONFIGS / "fsdp.yaml", "--trainer.devices", 2]
     # Lightning's own choice is 15000 + the number of the job, which something else on this machine may be using.
     with socket.socket() as free:
@@ -193,13 +210,13 @@ def test_srun_and_sbatch_give_the_scores_of_one_process(slurm: dict[str, str], a
         environment = {**slurm, "MASTER_PORT": str(free.getsockname()[1])}
     two = ["--kill-on-bad-exit=1", "-n", "2", "--ntasks-per-node=2"]
     run(environment, "srun", *two, "sparc3", *common, *sharded, version, "srun")
-    assert_same(scores("alone"), scores("srun"))
+    assert_same(alone, scores("srun"))
 
     script = CONFIGS / "slurm" / "stage.sbatch"
     overlay = ["--config", CONFIGS / "fsdp.yaml"]
     job = run(environment, "sbatch", "--parsable", "--wait", "--ntasks-per-node=2", script, *common, *overlay).strip()
     assert state_of(slurm, job) == "COMPLETED", Path(f"slurm-{job}.out").read_text()
-    assert_same(scores("alone"), scores(f"version_{job}"))
+    assert_same(alone, scores(f"version_{job}"))
 
 
 def test_a_device_count_that_slurm_did_not_give_is_one_clear_sentence(
@@ -219,7 +236,7 @@ def test_a_device_count_that_slurm_did_not_give_is_one_clear_sentence(
 
 
 def test_a_job_that_is_requeued_goes_on_and_ends_with_the_same_scores(
-    slurm: dict[str, str], attribute_yaml: Path
+    slurm: dict[str, str], attribute_yaml: Path, alone: dict[str, Tensor]
 ) -> None:
     # A run that waits a little after each sample, so that it can be met in the middle.
     slow = Path("slow.py")
@@ -249,8 +266,7 @@ def test_a_job_that_is_requeued_goes_on_and_ends_with_the_same_scores(
     wait_until(lambda: (states / "scores.safetensors").exists(), 180, "the requeued job")
     output = Path(f"slurm-{job}.out").read_text()
     assert "Going on after" in output
-    run(slurm, "sparc3", "attribute", "--config", attribute_yaml, "--trainer.logger.init_args.version", "alone")
-    alone, requeued = scores("alone"), scores(f"version_{job}")
+    requeued = scores(f"version_{job}")
     for name in alone:
         assert alone[name].equal(requeued[name])
     assert not list(states.glob("state-*"))
@@ -279,7 +295,7 @@ def test_the_pipeline_runs_to_its_end(slurm: dict[str, str], run_yaml: Path) -> 
     environment = {**slurm, "SPARC3_MODEL_JOB": "--ntasks-per-node=1"}
     output = run(environment, CONFIGS / "slurm" / "pipeline.sh", run_yaml)
     jobs = {line.split()[0]: line.split()[1] for line in output.splitlines() if line.split()[0].isdigit()}
-    assert list(jobs.values()) == ["attribute"] * 4 + ["prune", "evaluate", "run"]
+    assert list(jobs.values()) == ["attribute"] * 2 + ["prune", "evaluate", "run"]
     last = list(jobs)[-1]
     wait_until(lambda: state_of(slurm, last) not in ("PENDING", "RUNNING", "COMPLETING"), 400, "the pipeline")
     for job, verb in jobs.items():
