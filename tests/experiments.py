@@ -41,7 +41,7 @@ def write_experiment(folder: Path, checkpoint: str) -> Path:
         },
         "prune": {"num_neurons": 6, "min_differential_strength": -1000.0},
         "evaluate": {
-            "scorer": "small",
+            "scorers": ["small"],
             "sampling": {"max_new_tokens": 5, "temperature": 1.0},
             "controls": {"num_draws": 0},
         },

@@ -149,7 +149,7 @@ def settings(scorers: list[str]) -> Settings:
         num_neurons=2,
         granularity="neuron",
         inputs={"dtype": "float32", "device": "cpu"},
-        config={"verb": "evaluate", "model": {"scorer": "small"}},
+        config={"verb": "evaluate", "model": {"scorers": ["small"]}},
         versions={"torch": "2"},
         git_hash=None,
     )

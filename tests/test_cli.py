@@ -284,7 +284,7 @@ def test_prepare_and_run_save_their_config_too(tiny_checkpoint, monkeypatch):
         "general": general,
         "behavior": behavior,
         "prune": {"num_neurons": 3, "min_differential_strength": -1000.0},
-        "evaluate": {"scorer": "small", "sampling": {"max_new_tokens": 4}, "controls": {"num_draws": 0}},
+        "evaluate": {"scorers": ["small"], "sampling": {"max_new_tokens": 4}, "controls": {"num_draws": 0}},
         "data": {"text": TEXT, "prompts": PROMPTS},
     }
     Path("all.yaml").write_text(yaml.safe_dump(options))

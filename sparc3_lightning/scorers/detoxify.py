@@ -36,6 +36,7 @@ class DetoxifyScorer(Scorer):
     """
 
     words = ("small", *DETOXIFY_MODELS)
+    what = "a Detoxify checkpoint"
 
     def __init__(self, name: str, device: torch.device | str = "cpu", batch_size: int = 64) -> None:
         super().__init__(name)

@@ -46,7 +46,7 @@ def fetch_scorer(name: str) -> list[Path]:
 
 
 def fingerprint_of(name: str) -> str:
-    """Return what tells a scorer from another of the same name; what it needs is fetched first."""
+    """Return what tells a scorer from every other; what it needs is fetched first."""
     return kind_of(name).fingerprint(name)
 
 

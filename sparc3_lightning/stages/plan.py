@@ -363,7 +363,13 @@ def screening(options: Config, model: Config) -> Config:
     # An evaluation has a text for perplexity too: here its first window, which costs next to nothing.
     one_window = {"num_tokens": text["init_args"]["window"], "conventions": ["disjoint"]}
     return {
-        "model": {**options["evaluate"], **model, **Evaluation.SCREENING},
+        # By the first scorer alone, whose scores choose the prompts.
+        "model": {
+            **options["evaluate"],
+            **model,
+            **Evaluation.SCREENING,
+            "scorers": options["evaluate"]["scorers"][:1],
+        },
         "data": {
             "text": {**text, "init_args": {**text["init_args"], **one_window}},
             "prompts": options["screen"],
@@ -398,7 +404,7 @@ def from_screening(data: Config, completions: Path | None) -> Config:
 
 
 def named_by(reads: dict[str, Kind], options: Config) -> list[tuple[str, Kind, str]]:
-    """Return the options that may name local files: the option, the kind of file, and the value.
+    """Return the options that may name local files: the option, the kind of file, and each of its values.
 
     Args:
         reads: What an option names; an option of a group is written with a dot, such as ``zero_shot.folder``.
@@ -408,8 +414,8 @@ def named_by(reads: dict[str, Kind], options: Config) -> list[tuple[str, Kind, s
     for option, kind in reads.items():
         group, _, name = option.rpartition(".")
         value = (options[group] if group else options).get(name)
-        if value is not None:
-            found.append((option, kind, value))
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        found += [(option, kind, one) for one in values]
     return found
 
 

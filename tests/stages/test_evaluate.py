@@ -372,11 +372,11 @@ def test_a_mask_without_effect_has_no_divergence_no_effect_and_the_same_continua
 
 def test_the_protocol_is_that_of_the_reproduction_or_of_real_toxicity_prompts(tiny_checkpoint):
     short, rtp = (
-        Evaluation(tiny_checkpoint, scorer="small", sampling=SamplingOptions(name)) for name in ("short", "rtp")
+        Evaluation(tiny_checkpoint, scorers=["small"], sampling=SamplingOptions(name)) for name in ("short", "rtp")
     )
     assert short.sampling == Sampling(50, 0.7, 0.9, num_continuations=1)
     assert rtp.sampling == Sampling(20, 1.0, 0.9, num_continuations=25)
-    default = Evaluation(tiny_checkpoint, scorer="small")
+    default = Evaluation(tiny_checkpoint, scorers=["small"])
     assert default.sampling == short.sampling
     assert [variant.num_continuations for variant in rtp.variants] == [25]
 
@@ -388,7 +388,7 @@ def test_the_protocol_is_that_of_the_reproduction_or_of_real_toxicity_prompts(ti
 def test_a_single_option_overrides_the_protocol_and_leaves_the_rest_of_it(tiny_checkpoint, protocol, option, value):
     def settings(**options: Any) -> dict[str, Any]:
         return asdict(
-            Evaluation(tiny_checkpoint, scorer="small", sampling=SamplingOptions(protocol, **options)).sampling
+            Evaluation(tiny_checkpoint, scorers=["small"], sampling=SamplingOptions(protocol, **options)).sampling
         )
 
     assert settings(**{option: value}) == settings() | {option: value}

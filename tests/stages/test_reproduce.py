@@ -40,7 +40,7 @@ def measured(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> 
         patch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
         neurons = save_neurons("./model", PRUNED, next=NEXT, least_relevant=LEAST)
         of = data(num_nontoxic=2, nontoxic_source="mild.jsonl", conventions=["disjoint"])
-        run(evaluation("./model", neurons, max_new_tokens=2, scorer="toy_scorers:letters"), of)
+        run(evaluation("./model", neurons, max_new_tokens=2, scorers=["toy_scorers:letters"]), of)
     return home
 
 
@@ -217,7 +217,7 @@ def test_the_results_of_an_experiment_are_reproduced(done):
 
 @pytest.mark.slow
 def test_an_evaluation_without_neurons_is_reproduced(there):
-    run(evaluation("./model", max_new_tokens=2, scorer="toy_scorers:letters"), folder="alone")
+    run(evaluation("./model", max_new_tokens=2, scorers=["toy_scorers:letters"]), folder="alone")
     found = reproduce("alone/results.json")
     assert {figure.outcome for figure in found.figures} == {"equal"}
     assert Results.load(FOLDER / "results.json").neurons is None

@@ -48,7 +48,7 @@ def config(tmp_path, tiny_checkpoint) -> None:
         "behavior": {"class_path": f"{data}ToxicPrompts", "init_args": {**chosen, "num_samples": 6}},
         "prune": {"num_neurons": 6, "min_differential_strength": -1000.0},
         "evaluate": {
-            "scorer": "repetition",
+            "scorers": ["repetition"],
             "behavior": "repetition",
             "sampling": {"protocol": "greedy", "max_new_tokens": 12},
             "controls": {"num_draws": 1},
@@ -131,7 +131,7 @@ def test_the_stage_is_planned_first_and_another_choice_of_prompts_gives_other_la
 def test_screening_measures_the_model_as_it_is_by_the_first_scorer_and_one_window():
     text = {"class_path": "T", "init_args": {"window": 32, "num_tokens": None, "conventions": ["sliding", "disjoint"]}}
     evaluate = {
-        "scorer": "small",
+        "scorers": ["small"],
         "second_scorer": "other",
         "controls": {"num_draws": 5, "num_continuations": 5},
         "zero_shot": {"tasks": ["piqa"], "limit": 7},
@@ -140,7 +140,7 @@ def test_screening_measures_the_model_as_it_is_by_the_first_scorer_and_one_windo
     options = {"evaluate": evaluate, "data": {"text": text, "prompts": "P", "pairs": "Q"}, "screen": "S"}
     found = screening(options, {"checkpoint": "c"})
     assert found["model"] == {
-        "scorer": "small",
+        "scorers": ["small"],
         "second_scorer": None,
         "controls": {"num_draws": 0},
         "doses": [],
