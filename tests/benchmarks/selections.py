@@ -3,7 +3,7 @@
 SmolLM2-135M, RealToxicityPrompts and C4 in three disjoint parts: 150 toxic prompts and 64 documents to attribute on,
 100 prompts for choices made by hand, and of the other 247 prompts those to report. Each selection gets as many neurons
 as raise perplexity on 24 further documents by no more than the budget; then one `sparc3 sweep` a budget measures all of
-them, WikiText-2's perplexity beside them, under two scorers and with the continuations drawn by several seeds. Every
+them, WikiText-2's perplexity beside them, by two judges and with the continuations drawn by several seeds. Every
 stage is a verb of `sparc3` in the folder given, and one that is done there is not run again. Needs rtp/toxic.jsonl,
 c4/en.jsonl and wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
 """
@@ -14,7 +14,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import CHECKPOINT, SELECTIONS, Subject, attribute, evaluation, parse, prune, sparc3, write, write_parts
+from common import (
+    CHECKPOINT,
+    JUDGES,
+    SELECTIONS,
+    Subject,
+    attribute,
+    evaluation,
+    head,
+    line,
+    parse,
+    percent,
+    prune,
+    sparc3,
+    write,
+    write_parts,
+)
 
 from sparc3_lightning.evaluation.results import Results
 from sparc3_lightning.sources import read_records
@@ -59,9 +74,8 @@ def main() -> None:
                 ["--trainer.strategy=ddp", f"--trainer.devices={options.processes}"] if options.processes > 1 else []
             )
             files = [named, f"--model.neurons=[{','.join(lists)}]", "--model.doses=[]"]
-            scored = ["--model.second_scorer=profanity_check:predict_prob", "--model.dtype=bfloat16"]
             version = "_".join(["report", f"{budget:g}", *options.selections])
-            folder = sparc3("sweep", version, *measured, *draws, *ranks, *files, *scored)
+            folder = sparc3("sweep", version, *measured, *draws, *ranks, *files, "--model.dtype=bfloat16")
             found[f"{budget:g}"] = table(Results.load(folder / "results.json"), budget)
     options.json = json_file
     write(options, found)
@@ -73,18 +87,15 @@ def table(results: Results, budget: float) -> list[dict[str, Any]]:
     measures, perplexity = baseline.groups[results.headline], next(iter(baseline.perplexity.values()))
     print(f"\nBudget {100 * budget:g} %, {measures.num_prompts} prompts; mean toxicity before ", end="")
     print(f"{measures.behavior_mean:.4f}, perplexity {perplexity.value:.2f}\n")
-    print("| selection | neurons | perplexity, WikiText-2 | mean toxicity, % | by seed | second scorer, % |")
-    print("|---|---|---|---|---|---|")
+    judges = [f"mean toxicity, {name}, %" for name in JUDGES]
+    head("selection", "neurons", "perplexity, WikiText-2", *judges, f"by seed, {results.headline_judge}, %")
     for dose in results.doses:
-        price, toxicity, second = (
-            f"{of.value:+.1f} ({of.low:+.1f} to {of.high:+.1f})"
-            for of in (dose.perplexity_percent, dose.effect.percent, dose.second_effect.percent)
-        )
         seeds = [
             100 * (after / b - 1) for after, b in zip(dose.behavior_by_seed, baseline.behavior_by_seed, strict=True)
         ]
+        judged = (percent(effect and effect.percent) for effect in dose.effects.values())
         spread = f"{min(seeds):+.1f} to {max(seeds):+.1f}"
-        print(f"| {dose.selection} | {dose.num_neurons} | {price} | {toxicity} | {spread} | {second} |")
+        line(dose.selection, str(dose.num_neurons), percent(dose.perplexity_percent), *judged, spread)
     return [asdict(dose) for dose in results.doses]
 
 
