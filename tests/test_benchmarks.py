@@ -50,7 +50,9 @@ def test_the_benchmark_of_the_gpu_runs_on_a_tiny_model(tmp_path):
 
 def test_the_benchmark_of_families_trains_measures_and_keeps_its_checkpoints(tmp_path):
     random = Random(0)
-    toxic, neutral = ["you", "are", "stupid", "idiots"], ["the", "river", "shows", "towns"]
+    # So many words that every expert is chosen for one.
+    neutral = ["".join(random.choices("abcdefghijklmnop", k=3)) for _ in range(300)]
+    toxic = [*neutral, *["stupid", "idiots", "ugly", "fool"] * 40]
     rows = [[i % 2, " ".join(random.choices(toxic if i % 2 else neutral, k=70 if i % 4 else 16))] for i in range(8000)]
     with (tmp_path / "comments.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["is_offensive", "text"], *rows])

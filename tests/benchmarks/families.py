@@ -281,11 +281,15 @@ def measure(family: str, checkpoint: Path, options: Any) -> list[dict[str, Any]]
         draws += [f"--model.controls.num_draws={options.draws}", f"--model.controls.num_continuations={few}"]
         for budget in options.budgets:
             for name, selection in CHOSEN.items():
-                neurons = prune(model, selection, budget)
+                row = {"family": family, "budget": budget, "selection": name}
+                try:
+                    neurons = prune(model, selection, budget)
+                except ValueError as error:  # not one neuron is within the budget
+                    rows.append(row | {"none": str(error)})
+                    continue
                 version = f"{selection}_{budget:g}_{options.prompts}x{options.continuations}_{options.draws}"
                 measured = evaluation(model, "report", options.prompts, NUM_TOKENS)
                 found = sparc3("evaluate", version, f"--model.neurons={neurons}", *measured, *draws)
-                row = {"family": family, "budget": budget, "selection": name}
                 row["spread"] = spread(NeuronList.load(neurons), checkpoint)
                 rows.append(row | figures(Results.load(found / "results.json")))
     return rows
@@ -359,16 +363,20 @@ def _middle(values: list[float]) -> tuple[float, float]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print a table of the effects, and one of the experts."""
-    (headline,) = {row["headline"] for row in rows}
+    headline = next((row["headline"] for row in rows if "headline" in row), "")
     columns = ["model", "budget, %", "selection"]
     print()
     control = f"as many random neurons, {headline}, %"
     head(*columns, "neurons", "perplexity, %", *(f"{name}, %" for name in JUDGES), control, "their perplexity, %")
     for row in rows:
+        if "none" in row:
+            line(*_named(row), row["none"], *[""] * (3 + len(JUDGES)))
+            continue
         price = "" if row["random_price"] is None else f"{row['random_price']:+.1f}"
         judged = (percent(row["judges"][name]) for name in JUDGES)
         line(*_named(row), str(row["neurons"]), percent(row["price"]), *judged, percent(row["random"]), price)
-    if not any(row["spread"] for row in rows):
+    rows = [row for row in rows if row.get("spread")]
+    if not rows:
         return
     print()
     head(*columns, "in experts", "experts with one", "the same, random", "in one expert, %", "the same, random")
