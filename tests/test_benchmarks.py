@@ -1,10 +1,12 @@
 """The benchmarks run; that of the GPU on a tiny model, so that it works where there is one."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -44,3 +46,39 @@ def test_the_benchmark_of_the_gpu_runs_on_a_tiny_model(tmp_path):
         "naive",
     }
     assert all(f"| {name} |" in said for name in found if name not in ("device", "rate"))
+
+
+def test_the_benchmark_of_families_trains_measures_and_keeps_its_checkpoints(tmp_path):
+    random = Random(0)
+    # So many words that every expert is chosen for one.
+    neutral = ["".join(random.choices("abcdefghijklmnop", k=3)) for _ in range(300)]
+    toxic = [*neutral, *["stupid", "idiots", "ugly", "fool"] * 40]
+    rows = [[i % 2, " ".join(random.choices(toxic if i % 2 else neutral, k=70 if i % 4 else 16))] for i in range(8000)]
+    with (tmp_path / "comments.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["is_offensive", "text"], *rows])
+    passages = [{"passage": " ".join(random.choices(neutral, k=90))} for _ in range(4000)]
+    (tmp_path / "passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
+    options = {
+        "models": "mixtral",
+        "minutes": "0.02",
+        "budgets": "0.1",
+        "prompts": "4",
+        "continuations": "2",
+        "draws": "1",
+        "cache": str(tmp_path / "cache"),
+        "folder": str(tmp_path / "stages"),
+        "comments": str(tmp_path / "comments.csv"),
+        "passages": str(tmp_path / "passages.jsonl"),
+        "json": str(tmp_path / "found.json"),
+    }
+    command = [str(BENCHMARKS / "families.py"), *(part for name, of in options.items() for part in (f"--{name}", of))]
+    said = run(*command)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["selection"] for row in found] == ["published", "best"]
+    assert all(row["spread"]["neurons"] == row["neurons"] for row in found)
+    assert "| mixtral | 10 | published |" in said
+    assert "perplexity" in said.partition("steps")[2]
+    (checkpoint,) = (tmp_path / "cache").iterdir()
+    before = (checkpoint / "model.safetensors").stat().st_mtime_ns
+    assert "steps: perplexity" not in run(*command)
+    assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
