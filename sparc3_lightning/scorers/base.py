@@ -34,7 +34,7 @@ class Scorer(ABC):
         return False
 
     @classmethod
-    def source(cls, name: str) -> str:
+    def place(cls, name: str) -> str:
         """Return what a scorer's name says is read: a folder, a file or an id of the hub."""
         return split_label(name)[0]
 

@@ -18,6 +18,7 @@ from sparc3_lightning.files import LEFT_OUT, at_home, read_as
 from sparc3_lightning.models.architectures import is_recurrent
 from sparc3_lightning.models.checkpoints import Checkpoint, resolve_dtype
 from sparc3_lightning.models.loading import in_short
+from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.scorers.base import Scorer, score_by_length
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class GuardScorer(Scorer):
     """
 
     form = "guard:<name, or path of a YAML>"
+    what = "a guard"
 
     def __init__(self, name: str, device: torch.device | str = "cpu", batch_size: int = 16) -> None:
         super().__init__(name)
@@ -106,7 +108,7 @@ class GuardScorer(Scorer):
         return name.startswith(PREFIX)
 
     @classmethod
-    def source(cls, name: str) -> str:
+    def place(cls, name: str) -> str:
         """Return the path of the YAML, or the name of a shipped guard."""
         return name.removeprefix(PREFIX)
 
@@ -129,9 +131,19 @@ class GuardScorer(Scorer):
 
     @classmethod
     def fingerprint(cls, name: str) -> str:
-        """Return what tells a guard from another of the same name: its checkpoint, the contents of that, its YAML."""
+        """Return what tells a guard from every other scorer: its checkpoint, and behind a blank its YAML."""
         checkpoint = cls._checkpoint_of(read_guard(name))
-        return f"{checkpoint.name} {checkpoint.fingerprint} {sha256(path_of(name).read_bytes()).hexdigest()[:16]}"
+        return f"{checkpoint.fingerprint} {sha256(path_of(name).read_bytes()).hexdigest()[:16]}"
+
+    @classmethod
+    def source(cls, name: str) -> str:
+        """Return what a guard is, and where it is from."""
+        return f"{cls.what}: {cls._checkpoint_of(read_guard(name)).name}"
+
+    @classmethod
+    def revision(cls, name: str) -> str | None:
+        """Return the commit of a guard at the hub; None of a local one."""
+        return revision_of(cls._checkpoint_of(read_guard(name)).fingerprint)
 
     @staticmethod
     def _checkpoint_of(guard: Guard) -> Checkpoint:
@@ -250,7 +262,7 @@ def path_of(name: str) -> Path:
     Raises:
         FileNotFoundError: If there is none.
     """
-    own = GuardScorer.source(name)
+    own = GuardScorer.place(name)
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     if own in shipped:
         return shipped[own]

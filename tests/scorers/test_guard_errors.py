@@ -193,8 +193,8 @@ def test_an_encoder_and_a_decoder_is_refused_before_anything_is_loaded() -> None
     Path("model/config.json").write_text(CONFIG_MAPPING["bart"](d_model=16).to_json_string())
     save_file({}, "model/model.safetensors", {"format": "pt"})
     name = write_yaml("own.yaml", "./model", **QWEN)
-    with pytest.raises(OptionError, match=r"^--model.scorer: './model' \(bart\) is an encoder and a decoder"):
-        Evaluation("x", scorer=name)
+    with pytest.raises(OptionError, match=r"^--model.scorers: './model' \(bart\) is an encoder and a decoder"):
+        Evaluation("x", scorers=[name])
 
 
 @pytest.mark.parametrize(
