@@ -245,21 +245,21 @@ def bootstrap(values: Tensor, seed: int = 0) -> Tensor:
         Shape ``[resamples, columns]``, float64.
     """
     resamples = _kept_resamples if len(values) <= _KEPT else _resamples
-    return torch.cat([counts @ values.double() for counts in resamples(len(values), seed)]) / len(values)
+    return torch.cat([counts @ values.double() for counts in resamples(len(values), seed, NUM_RESAMPLES)]) / len(values)
 
 
-def _resamples(number: int, seed: int) -> Iterator[Tensor]:
+def _resamples(number: int, seed: int, num_resamples: int) -> Iterator[Tensor]:
     """Yield how often each of ``number`` rows is drawn in each resample, shape ``[_CHUNK, number]``."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(NUM_RESAMPLES // _CHUNK):
+    for _ in range(num_resamples // _CHUNK):
         drawn = torch.randint(number, (_CHUNK, number), generator=generator)
         counts = torch.zeros(_CHUNK, number, dtype=torch.float64)
         yield counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
 
 
 @functools.lru_cache(maxsize=2)  # of two groups of prompts
-def _kept_resamples(number: int, seed: int) -> tuple[Tensor, ...]:
-    return tuple(_resamples(number, seed))
+def _kept_resamples(number: int, seed: int, num_resamples: int) -> tuple[Tensor, ...]:
+    return tuple(_resamples(number, seed, num_resamples))
 
 
 def in_percent(value: float, ratio: Interval, least: float) -> Interval:
@@ -317,21 +317,23 @@ def permutation_test(change: Tensor, seed: int = 0) -> float:
         every = torch.arange(2**number).unsqueeze(1) >> torch.arange(number) & 1
         return ((every.double() * 2 - 1) @ change).abs().ge(observed).double().mean().item()
     # Of a number that is rounded up, since in each model another number of prompts changed.
-    signs = _kept_signs(-(-number // 128) * 128, seed) if number <= _KEPT else _signs(number, seed)
+    rounded = -(-number // 128) * 128
+    kept = number <= _KEPT
+    signs = _kept_signs(rounded, seed, NUM_RESAMPLES) if kept else _signs(number, seed, NUM_RESAMPLES)
     extreme = sum(int(((some[:, :number] @ change.float()).abs() >= observed).sum()) for some in signs)
     return (1 + extreme) / (1 + NUM_RESAMPLES)
 
 
-def _signs(number: int, seed: int) -> Iterator[Tensor]:
+def _signs(number: int, seed: int, num_exchanges: int) -> Iterator[Tensor]:
     """Yield 1 or -1 at random for each of ``number`` changes in each exchange, shape ``[_CHUNK, number]``, float32."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(NUM_RESAMPLES // _CHUNK):
+    for _ in range(num_exchanges // _CHUNK):
         yield torch.empty(_CHUNK, number, dtype=torch.bool).random_(generator=generator).float() * 2 - 1
 
 
 @functools.lru_cache(maxsize=2)
-def _kept_signs(number: int, seed: int) -> tuple[Tensor, ...]:
-    return tuple(_signs(number, seed))
+def _kept_signs(number: int, seed: int, num_exchanges: int) -> tuple[Tensor, ...]:
+    return tuple(_signs(number, seed, num_exchanges))
 
 
 def variance_factor(before: Tensor, after: Tensor) -> float:

@@ -1,7 +1,7 @@
 """What tests of several stages need: inputs of an evaluation, an experiment that was run, and what takes no time."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,23 @@ from torch import Tensor
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ShardWriter
 from sparc3_lightning.attribution.spec import ScoreSpec
+from sparc3_lightning.evaluation import intervals
 from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.scorers.detoxify import SHIPPED
 from sparc3_lightning.stages import evaluate
 from sparc3_lightning.stages.experiment import Experiment
+
+FEW = 1000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Spare most of the resamples, on which an evaluation spends its time; other processes would not know of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("distributed"):
+            patch.setattr(intervals, "NUM_RESAMPLES", FEW)
+        yield
 
 
 @pytest.fixture
@@ -118,6 +130,7 @@ def shared_run(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -
         patch.chdir(home)
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setattr("sys.argv", ["sparc3"])
+        patch.setattr(intervals, "NUM_RESAMPLES", FEW)
         verbs = remember_verbs(patch)
         return Done(home, verbs, *run())
 
