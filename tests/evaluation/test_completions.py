@@ -120,6 +120,16 @@ def test_a_neighbouring_folder_of_the_same_run_is_used_and_of_another_run_passed
     assert (tmp_path / "version_0" / "unfinished-0.jsonl").is_file()
 
 
+def test_what_is_kept_has_the_names_that_this_run_gives_the_judges(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    before = [{**row, "scores": {"small": 0.25, "b": None}} for row in rows_of("a")]
+    log_with(tmp_path / "version_0", before)
+    prompts = [Prompt("a", "the text of a", 0.95)]
+    kept = CompletionLog(tmp_path / "new", 0, IDENTITY, ["./copy", "other"]).begin(prompts, 5)
+    assert kept == {"a": [{**row, "scores": {"./copy": 0.25, "other": None}} for row in rows_of("a")]}
+    assert CompletionLog(tmp_path / "new", 0, IDENTITY, ["./copy"]).begin(prompts, 5) == {}, "of two judges, not of one"
+
+
 @pytest.mark.parametrize("toxicity", [None, 0.3])
 def test_what_is_kept_has_the_toxicity_that_this_run_gives_its_prompt(tmp_path: Path, toxicity: float | None) -> None:
     (tmp_path / "new").mkdir()
@@ -230,7 +240,7 @@ def test_a_prompt_of_other_white_space_is_continued_anew(tmp_path: Path) -> None
 def test_a_row_of_another_form_is_refused_with_its_line(tmp_path: Path) -> None:
     for wrong in ({"scores": {"small": 1.5}}, {"num_tokens": -1}, {"continuation_index": "1"}, {"prompt": None}):
         path = log_with(tmp_path / "out", [{**rows_of("a")[0], **wrong}])
-        with pytest.raises(ValueError, match=rf"holds no continuations of this version: line 2.{next(iter(wrong))} "):
+        with pytest.raises(ValueError, match=rf"holds no continuations of this version: line 2.{next(iter(wrong))}\b"):
             begin(tmp_path / "out", ["a"])
         path.unlink()
 

@@ -337,6 +337,6 @@ def test_a_score_does_not_depend_on_which_model_wrote_the_text(whole):
     """A text that two models wrote is neither better nor worse, whatever it was padded with."""
     scores: dict[tuple[str, str], set[float]] = {}
     for row in whole.rows:
-        scores.setdefault((row["prompt_id"], row["continuation"]), set()).add(row["toxicity"])
+        scores.setdefault((row["prompt_id"], row["continuation"]), set()).add(row["scores"]["small"])
     assert len(scores) < len(whole.rows), "no text occurs twice, so the test shows nothing"
     assert {len(found) for found in scores.values()} == {1}
