@@ -290,10 +290,8 @@ def draw_lengths(lengths: Lengths, path: Path, behavior: str = "toxicity") -> No
             effect.after, y, xerr=_error(effect.after, low, high), fmt="o", color=AFTER, mfc=inside, markersize=7,
             capsize=3, zorder=3,
         )  # fmt: skip
-    axes.plot(
-        [effect.before for _, effect in scored], [y for y, _ in scored], "D", color=BEFORE, markersize=6, zorder=2
-    )
-    axes.plot([], [], "D", color=BEFORE, markersize=6, label="before")
+    before = [effect.before for _, effect in scored]
+    axes.plot(before, [y for y, _ in scored], "D", color=BEFORE, markersize=6, zorder=2, label="before")
     axes.plot([], [], "o", color=AFTER, markersize=7, label="after, with the interval of the change")
     axes.set(xlabel=f"mean {for_picture(behavior, 36)}", ylim=(places[-1] + 0.5, -0.5))
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
