@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,12 @@ def test_what_is_left_is_the_ratio_of_both_effects_over_the_same_prompts(neurons
     means = {key: {p: torch.tensor(of).double().mean() for p, of in rows.items()} for key, rows in values.items()}
     shared = sorted(set.intersection(*map(set, means.values())))
     effects = {
-        folder: torch.tensor([means[folder, "pruned"][p] - means[folder, "baseline"][p] for p in shared])
+        folder: torch.stack([means[folder, "pruned"][p] - means[folder, "baseline"][p] for p in shared])
         for folder in ("as-it-is", "2-bits")
     }
     left = found.stressed[1].left["toy_scorers:letters"]
-    assert left == pytest.approx(Resampled(effects["2-bits"], effects["as-it-is"]).ratio(), nan_ok=True)
+    expected = Resampled(effects["2-bits"], effects["as-it-is"]).ratio()
+    assert asdict(left) == pytest.approx(asdict(expected), nan_ok=True)
     assert left.value == pytest.approx((effects["2-bits"].mean() / effects["as-it-is"].mean()).item())
     assert found.stressed[0].left == {}
 
