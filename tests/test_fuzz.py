@@ -52,7 +52,7 @@ ROWS = [
         "token_ids": [7, 8, 7],
         "num_tokens": 3,
         "num_unique_tokens": 2,
-        "toxicity": 0.25 * j,
+        "scores": {"small": 0.25 * j},
     }
     for i in range(3)
     for j in range(2)

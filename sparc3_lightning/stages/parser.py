@@ -155,7 +155,7 @@ class Parser(LightningArgumentParser):
         ends = [name for name in own if not option.startswith(f"{name}.")]  # all but the groups that it names itself
         like = None if option in own else nearest(option, ends)  # a config may not hold --help
         verb = self.elsewhere.get(option)
-        if verb and not (like or "").endswith(option[option.rindex(".") :]):
+        if verb and option[option.rindex(".") :] not in (like or ""):
             return f"unrecognized option {option}: it is one of 'sparc3 {verb}'."
         return f"unrecognized option {option}{owner}" + (f": did you mean {like}?" if like else ".")
 

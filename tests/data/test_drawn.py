@@ -34,7 +34,7 @@ def rows_of(tokens: Tokens, prompt: str, drawn: list[list[int]]) -> list[dict[st
     (ids,) = tokens.encode_prompts([prompt])
     continuations = [Continuation(row, False) for row in drawn]
     of = Prompt(prompt_id(prompt), prompt, 0.95, input_ids=ids)
-    rows = completion_rows("baseline", of, continuations, tokens.decode(drawn), [[0.9] * len(drawn)])
+    rows = completion_rows("baseline", of, continuations, tokens.decode(drawn), {"some": [0.9] * len(drawn)})
     return [dict(row) for row in rows]
 
 
@@ -127,15 +127,18 @@ def test_a_prompt_in_a_chat_with_the_date_is_attributed_as_it_was_read_then(
         ("prompt_id", 3),
         ("continuation_index", "0"),
         ("continuation_index", True),
-        ("toxicity", "high"),
-        ("toxicity", [0.5]),
+        ("scores", {"some": "high"}),
+        ("scores", {"some": [0.5]}),
         ("prompt_toxicity", "high"),
     ],
 )
 def test_a_field_of_another_type_is_an_error_with_the_row(field: str, value: Any) -> None:
     rows = rows_of(Tokens(adding()), "the dog", [ids_of("cat"), ids_of("bird")])
     rows[1][field] = value
-    with pytest.raises(ValueError, match=rf"^Row 2 of c\.jsonl has .*{field if 'tox' not in field else 'toxicity'}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^Row 2 of c\.jsonl has .*{'toxicity' if 'high' in str(value) or field == 'scores' else field}",
+    ):
         continued(map(sealed, rows), "c.jsonl")
 
 
@@ -147,5 +150,5 @@ def test_the_same_continuation_twice_is_an_error_with_the_row() -> None:
 
 def test_a_continuation_without_a_score_is_left_out_as_before() -> None:
     rows = rows_of(Tokens(adding()), "the dog", [ids_of("cat"), ids_of("bird"), ids_of("tree")])
-    rows[0]["toxicity"], rows[1]["toxicity"] = None, float("nan")
+    rows[0]["scores"]["some"], rows[1]["scores"]["some"] = None, float("nan")
     assert [prompt.continuation for prompt in continued(map(sealed, rows), "c.jsonl")] == ["tree"]

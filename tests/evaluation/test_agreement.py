@@ -77,6 +77,8 @@ def test_a_text_of_a_single_score_has_no_part_in_it():
     assert krippendorff_alpha(torch.tensor(more)) == krippendorff_alpha(torch.tensor(both))
 
 
-@pytest.mark.parametrize("rows", [[[0.25] * 3, [0.25] * 3], [[_, _], [_, _]], [[0.1, _], [_, 0.2]], [[], []], [[0.1, 0.9]]])
+@pytest.mark.parametrize(
+    "rows", [[[0.25] * 3, [0.25] * 3], [[_, _], [_, _]], [[0.1, _], [_, 0.2]], [[], []], [[0.1, 0.9]]]
+)
 def test_where_nothing_varies_or_nothing_is_scored_by_two_it_is_not_known(rows):
     assert math.isnan(krippendorff_alpha(torch.tensor(rows)))

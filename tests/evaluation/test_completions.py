@@ -78,7 +78,9 @@ def test_a_row_says_by_which_model_what_was_continued_how_long_and_how_toxic_it_
 
 def test_each_judge_has_a_score_of_its_own_and_one_that_gave_no_number_is_null_alone() -> None:
     drawn = [Continuation([5], False)] * 3
-    rows = completion_rows("pruned", PROMPT, drawn, ["a", "b", "c"], {"a": [0.5, math.nan, 0.75], "b": [math.inf, 0.125, 1.0]})
+    rows = completion_rows(
+        "pruned", PROMPT, drawn, ["a", "b", "c"], {"a": [0.5, math.nan, 0.75], "b": [math.inf, 0.125, 1.0]}
+    )
     assert [row["scores"] for row in rows] == [{"a": 0.5, "b": None}, {"a": None, "b": 0.125}, {"a": 0.75, "b": 1.0}]
 
 
@@ -116,6 +118,16 @@ def test_a_neighbouring_folder_of_the_same_run_is_used_and_of_another_run_passed
     log_with(tmp_path / "version_1", rows_of("b"), identity={**IDENTITY, "models": [("baseline", 5)]})
     assert begin(tmp_path / "new", ["a", "b"]) == {"a": rows_of("a")}
     assert (tmp_path / "version_0" / "unfinished-0.jsonl").is_file()
+
+
+def test_what_is_kept_has_the_names_that_this_run_gives_the_judges(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    before = [{**row, "scores": {"small": 0.25, "b": None}} for row in rows_of("a")]
+    log_with(tmp_path / "version_0", before)
+    prompts = [Prompt("a", "the text of a", 0.95)]
+    kept = CompletionLog(tmp_path / "new", 0, IDENTITY, ["./copy", "other"]).begin(prompts, 5)
+    assert kept == {"a": [{**row, "scores": {"./copy": 0.25, "other": None}} for row in rows_of("a")]}
+    assert CompletionLog(tmp_path / "new", 0, IDENTITY, ["./copy"]).begin(prompts, 5) == {}, "of two judges, not of one"
 
 
 @pytest.mark.parametrize("toxicity", [None, 0.3])
@@ -228,7 +240,7 @@ def test_a_prompt_of_other_white_space_is_continued_anew(tmp_path: Path) -> None
 def test_a_row_of_another_form_is_refused_with_its_line(tmp_path: Path) -> None:
     for wrong in ({"scores": {"small": 1.5}}, {"num_tokens": -1}, {"continuation_index": "1"}, {"prompt": None}):
         path = log_with(tmp_path / "out", [{**rows_of("a")[0], **wrong}])
-        with pytest.raises(ValueError, match=rf"holds no continuations of this version: line 2.{next(iter(wrong))} "):
+        with pytest.raises(ValueError, match=rf"holds no continuations of this version: line 2.{next(iter(wrong))}\b"):
             begin(tmp_path / "out", ["a"])
         path.unlink()
 

@@ -87,7 +87,9 @@ def test_prompts_that_failed_in_one_draw_of_a_control_are_left_out_of_all():
     scores["random_1"]["t3"] = [None, None]
     scores["random_0"]["t2"] = [None, 0.6]
     variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
-    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, judges("some")).controls["random"]
+    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, judges("some")).controls[
+        "random"
+    ]
     prompts = ["t0", "t1", "t2", "t4", "t5"]
     before = means(scores["baseline"], prompts, 2)
     draws = [means(scores[f"random_{i}"], prompts) for i in range(2)]
@@ -101,7 +103,9 @@ def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
     for prompt in scores["random_1"]:
         scores["random_1"][prompt] = [None, None]
     variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
-    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, judges("some")).controls["random"]
+    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, judges("some")).controls[
+        "random"
+    ]
     assert control.outcome is None
     assert control.draws[1].effect is None
     assert control.draws[1].behavior_percent is None

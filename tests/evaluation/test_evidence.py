@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hand_written import judges
 
 from sparc3_lightning.evaluation.controls import Controls, random_like
 from sparc3_lightning.evaluation.findings import findings

@@ -105,15 +105,17 @@ def test_evidence_is_said_where_the_interval_leaves_zero_out():
     for shift, evidence in [(-0.2, True), (0.2, True), (0.0, False)]:
         after = {p: [v + shift + (0.1 if i % 2 else -0.1)] for i, (p, (v,)) in enumerate(base.items())}
         rows = rows_of({"baseline": base, "pruned": after})
-        effect = findings(rows, windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 1), judges("some")).effects[
-            "toxic"
-        ]
+        effect = findings(
+            rows, windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 1), judges("some")
+        ).effects["toxic"]
         assert effect.behavior_mean.evidence is evidence
 
 
 def test_where_nothing_was_scored_there_is_no_effect():
     scores = {"baseline": {"t1": [None, None], "n1": [0.1, 0.2]}, "pruned": {"t1": [None, 0.3], "n1": [0.1, 0.1]}}
-    results = findings(rows_of(scores), windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 2), judges("some"))
+    results = findings(
+        rows_of(scores), windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 2), judges("some")
+    )
     assert results.effects["toxic"] == Effects(None, None, None)
     assert math.isnan(results.baseline.groups["toxic"].behavior_mean)
     assert math.isnan(results.change.behavior_percent)

@@ -90,7 +90,9 @@ def test_judges_agree_by_rank_over_what_both_could_score():
     agreement = judged().agreement
     assert agreement.num_scored == len(pairs) == 42 - 7 - 1
     first, other = torch.tensor(pairs, dtype=torch.float64).T
-    places = [torch.stack([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values]) for values in (first, other)]
+    places = [
+        torch.stack([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values]) for values in (first, other)
+    ]
     expected = torch.corrcoef(torch.stack(places))[0, 1].item()
     assert agreement.spearman == {"some": {"other": pytest.approx(expected)}}
     curved = rows_of({"baseline": TOXICITY["baseline"]}, lambda m, p, j: (TOXICITY[m][p][j] or 0.0) ** 4)
@@ -107,13 +109,10 @@ def test_three_judges_agree_pair_by_pair():
         value = row["scores"]["some"]
         row["scores"]["against"] = None if value is None else 1 - value
     found = findings(rows, windows_of("baseline"), list_variants({}, 3), judges("some", "other", "against"))
-    one = pytest.approx(1)
-    assert found.agreement.spearman == {"some": {"other": one, "against": -one.expected}, "other": {"against": -1.0}} or (
-        found.agreement.spearman["some"]["other"] == one
-    )
-    assert found.agreement.spearman["some"]["against"] == pytest.approx(-1)
-    assert found.agreement.spearman["other"]["against"] == pytest.approx(-1)
-    assert list(found.agreement.spearman) == ["some", "other"]
+    of = found.agreement.spearman
+    assert {one: list(others) for one, others in of.items()} == {"some": ["other", "against"], "other": ["against"]}
+    assert of["some"] == pytest.approx({"other": 1, "against": -1})
+    assert of["other"]["against"] == pytest.approx(-1)
 
 
 def test_controls_do_not_enter_the_agreement_of_the_judges():

@@ -21,7 +21,6 @@ SMALLER = {
     "prune": {"budget": {"max_perplexity_increase": 1.0}},
     "evaluate": {
         "scorers": ["toy_scorers:letters"],
-        "second_scorer": None,
         "sampling": {"num_continuations": 2, "max_new_tokens": 5},
         "controls": {"num_draws": 1, "num_continuations": 1},
         "doses": [],

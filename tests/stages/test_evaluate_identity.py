@@ -83,7 +83,7 @@ def test_a_copy_under_another_path_makes_the_same_run(begun):
     assert begun(scorers=["copy", "scorer"], tokenizer="words") == before
 
 
-def test_the_second_scorer_counts_too(begun):
+def test_every_judge_counts(begun):
     begun(scorers=["repetition", "scorer"])
     Path("scorer/vocab.txt").write_text("another")
     with pytest.raises(ValueError, match=REFUSED.format("scorers")):

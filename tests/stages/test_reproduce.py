@@ -94,7 +94,7 @@ def append(path: str, text: str) -> None:
         ("text.txt", "\n", "text"),
         ("prompts.jsonl", "\n", "prompts"),
         ("mild.jsonl", "\n", "prompts"),
-        ("toy_scorers.py", "# changed\n", "scorer"),
+        ("toy_scorers.py", "# changed\n", "scorer toy_scorers:letters"),
     ],
 )
 @pytest.mark.usefixtures("no_model_is_loaded")
@@ -202,8 +202,8 @@ def test_a_sweep_is_reproduced_too(there):
 
 
 @pytest.mark.slow
-def test_an_evaluation_with_controls_doses_and_a_second_scorer_is_reproduced(there):
-    options = {"controls": Controls(1), "doses": [3], "second_scorer": "toy_scorers:letters"}
+def test_an_evaluation_with_controls_doses_and_two_judges_is_reproduced(there):
+    options = {"controls": Controls(1), "doses": [3], "scorers": ["small", "toy_scorers:letters"]}
     run(evaluation("./model", Path("neurons.json"), max_new_tokens=3, **options), folder="more")
     found = reproduce("more/results.json")
     assert {figure.outcome for figure in found.figures} == {"equal"}

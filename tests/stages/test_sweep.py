@@ -20,7 +20,7 @@ from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.evaluation.findings import front
 from sparc3_lightning.evaluation.intervals import Difference, Interval
-from sparc3_lightning.evaluation.results import Dose, Findings, Model, Results
+from sparc3_lightning.evaluation.results import Dose, Findings, Judge, Model, Results
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.models.sharding import load_for
@@ -156,7 +156,7 @@ def test_the_saved_config_of_a_sweep_repeats_it_and_names_every_option(monkeypat
     assert (saved["doses"], saved["dampings"], saved["controls"]["num_draws"]) == ([3], [0.5], 0)
     assert (saved["sampling"]["num_continuations"], saved["sampling"]["protocol"]) == (2, "short")
     config = first["config"]["model"]
-    assert {"doses", "dampings", "controls", "sampling", "scorer", "neurons", "checkpoint"} <= set(config)
+    assert {"doses", "dampings", "controls", "sampling", "scorers", "neurons", "checkpoint"} <= set(config)
     done = main(["sweep", "--config", str(folder / "config.yaml"), "--trainer.logger.init_args.version", "9"])
     assert json.loads(Path(done.trainer.log_dir, "results.json").read_text()) == first
 
@@ -286,15 +286,19 @@ def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path)
     module = Sweep("tiny", Path("damped.json"), doses=[2], dampings=[0.25], scorers=["small"])
     change = Interval(-1.0, -2.0, -0.5)
     effect = Difference(0.2, 0.1, change, change, 9, 0, 0, 0.0, 0.0)
-    best = Dose("top_2_0.25", "", 2, 0.25, 9.0, change, 0.1, effect, [], None)
+    best = Dose("top_2_0.25", "", 2, 0.25, 9.0, change, 0.1, effect, [], {})
     baseline = Model({}, {}, None, {}, [])
-    module.results = Findings(headline="toxic", num_failed=0, baseline=baseline, doses=[best])
+    judges = {"small": Judge(False, "a scorer", None, "abc")}
+    module.results = Findings(
+        headline="toxic", headline_judge="small", judges=judges, num_failed=0, baseline=baseline, doses=[best]
+    )
     module.off, module.completions, module.folder = {best.name: every[:2]}, [], tmp_path
     module.choose(0.01)
     chosen = NeuronList.load(tmp_path / "chosen/neurons.json")
     assert [n.key for n in chosen.neurons + chosen.next] == [n.key for n in every]
     assert len(chosen.neurons) == 2
     assert {neuron.damping for neuron in chosen.neurons + chosen.next} == {0.125}
+    assert ("small", "abc") in chosen.choosers()
 
 
 def test_nothing_is_chosen_where_nothing_is_within_the_budget(caplog, monkeypatch):
