@@ -381,13 +381,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     print()
     head(*columns, "in experts", "experts with one", "the same, random", "in one expert, %", "the same, random")
     for row in rows:
-        if found := row["spread"]:
-            held = "{:g} to {:g}".format(*found.random_held)
-            most, random_most = (
-                f"{100 * found.most:.1f}",
-                "{:.1f} to {:.1f}".format(*(100 * x for x in found.random_most)),
-            )
-            line(*_named(row), f"{found.neurons}", f"{found.held} of {found.experts}", held, most, random_most)
+        found = row["spread"]
+        held, random_held = f"{found.held} of {found.experts}", "{:g} to {:g}".format(*found.random_held)
+        most, least, greatest = (f"{100 * share:.1f}" for share in (found.most, *found.random_most))
+        line(*_named(row), str(found.neurons), held, random_held, most, f"{least} to {greatest}")
 
 
 def _named(row: dict[str, Any]) -> list[str]:
