@@ -22,7 +22,7 @@ class Scorer(ABC):
 
     words: ClassVar[tuple[str, ...]] = ()  # names that are this kind's own, whatever folder is called so
     form: ClassVar[str] = ""  # what its other names look like, for the error about an unknown one
-    counts_tokens: ClassVar[bool] = False  # whether score_drawn looks at the tokens, and not at the texts
+    counts_tokens: bool = False  # whether score_drawn looks at the tokens, and not at the texts
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         self.name = name
@@ -31,6 +31,11 @@ class Scorer(ABC):
     def takes(cls, name: str) -> bool:
         """Return whether this kind can read a scorer's name that no kind has among its own words."""
         return False
+
+    @classmethod
+    def source(cls, name: str) -> str:
+        """Return what a scorer's name says is read: a folder, a file or an id of the hub."""
+        return split_label(name)[0]
 
     @classmethod  # noqa: B027
     def check(cls, name: str, option: str) -> None:

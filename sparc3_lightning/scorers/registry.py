@@ -10,9 +10,10 @@ from sparc3_lightning.scorers.classifiers import ClassifierScorer
 from sparc3_lightning.scorers.detoxify import DetoxifyScorer
 from sparc3_lightning.scorers.functions import FunctionScorer
 from sparc3_lightning.scorers.repetition import RepetitionScorer
+from sparc3_lightning.scorers.words import WordsScorer
 
 # A name is of the first kind that has it for a word of its own, else of the first kind that takes it.
-KINDS: list[type[Scorer]] = [DetoxifyScorer, RepetitionScorer, ClassifierScorer, FunctionScorer]
+KINDS: list[type[Scorer]] = [DetoxifyScorer, RepetitionScorer, WordsScorer, ClassifierScorer, FunctionScorer]
 
 
 def kind_of(name: str, option: str = "scorer") -> type[Scorer]:
@@ -27,6 +28,11 @@ def kind_of(name: str, option: str = "scorer") -> type[Scorer]:
     small, *words = (word for kind in KINDS for word in kind.words)
     forms = "".join(f", nor {kind.form}" for kind in KINDS if kind.form)
     raise OptionError(option, f": {name!r} is neither {small!r}, {', '.join(words)}{forms}.")
+
+
+def source_of(name: str) -> str:
+    """Return what a scorer's name says is read, a path or an id of the hub; the name itself if it is of no kind."""
+    return next((kind.source(name) for kind in KINDS if kind.takes(name)), name)
 
 
 def check_scorer(name: str, option: str = "scorer") -> None:
@@ -56,7 +62,7 @@ def load_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
     Args:
         name: One of Detoxify's models; ``small``; ``repetition``; a folder with a Detoxify checkpoint; a folder or
             Hugging Face id of a text-classification checkpoint, if need be with ``#`` and the label that means toxic;
-            or ``package.module:function``.
+            ``words:<file>``, if need be with ``#rate``; or ``package.module:function``.
         device: Where to score.
     """
     return kind_of(name)(name, device)
