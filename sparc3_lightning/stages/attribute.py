@@ -143,7 +143,7 @@ class Attribution(StoppableModule):
         super().__init__()
         named = None if layers is None else list(layers)
         name, self.words_listed = words_of(lexicon) if target in LEXICAL else (str(lexicon), None)
-        digest = self.words_listed and digest_of(self.words_listed)
+        digest = None if self.words_listed is None else digest_of(self.words_listed)
         # As given; from setup on with what was left open.
         self.spec = ScoreSpec(
             method, rule, relevance, target, name, digest, named, dtype, granularity, nonfinite, activations
@@ -339,8 +339,11 @@ class Attribution(StoppableModule):
             raise OptionError("lexicon", f": {error}") from None
         if split and self.spec.target == "lexicon":
             named = ", ".join(map(repr, split[:10]))
-            what = f"lexicon is about words of one token, and the tokenizer splits {named}"
-            raise OptionError("target", f"{what}: take --.target lexicon_probability, or leave these words out.")
+            raise OptionError(
+                "target",
+                f"--.target lexicon is about words of one token, and the tokenizer splits {named}: take "
+                "lexicon_probability, or leave these words out.",
+            )
         data.notes |= {"num_lexicon": len(words), "num_split": len(split)}
         if len(split) == len(words) and not any(
             next(lexicon.places(sample.input_ids, sample.start), None) for sample in data.samples
