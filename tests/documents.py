@@ -174,7 +174,9 @@ def _tiny(name: str, value: Any, beside: dict[str, Any], checkpoint: str) -> Any
         return value if beside.get("by") == "continuation" else "rows.jsonl"
     if name == "checkpoint":
         return value if value is None or Path(value).exists() else checkpoint
-    if name in ("scorer", "second_scorer", "lexicon"):
+    if name == "scorers":
+        return [_tiny("scorer", one, beside, checkpoint) for one in value]
+    if name in ("scorer", "lexicon"):
         return {"original": "small"}.get(value, "toys:letters" if "/" in str(value) else value)
     if name == "general_seeds":
         return value[:1]

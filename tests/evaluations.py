@@ -76,7 +76,7 @@ def evaluation(
     checkpoint: str, neurons: Path | None = None, kind: type[Evaluation] = Evaluation, **options
 ) -> Evaluation:
     """Return the module, with the options of sampling by their own names; without controls, which few tests look at."""
-    options = {"scorer": "small", "max_new_tokens": 8, "temperature": 1.0, "controls": Controls(0), **options}
+    options = {"scorers": ["small"], "max_new_tokens": 8, "temperature": 1.0, "controls": Controls(0), **options}
     names = [field.name for field in fields(SamplingOptions) if field.name in options]
     sampling = SamplingOptions(**{name: options.pop(name) for name in names})
     return kind(checkpoint, neurons, sampling=sampling, **options)

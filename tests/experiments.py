@@ -18,7 +18,7 @@ GENERAL_PROMPTS = """
 class_path: sparc3_lightning.data.ToxicPrompts
 init_args: {source: prompts.jsonl, min_toxicity: 0.3, num_samples: 4}
 """
-MORE = ["--evaluate.second_scorer", "other", "--data.prompts.init_args.num_nontoxic", "2"]
+MORE = ["--evaluate.scorers", "[small, other]", "--data.prompts.init_args.num_nontoxic", "2"]
 MORE += ["--data.prompts.init_args.nontoxic_source", "mild.jsonl", "--data.prompts.init_args.min_toxicity", "0.5"]
 
 
@@ -41,7 +41,7 @@ def write_experiment(folder: Path, checkpoint: str) -> Path:
         },
         "prune": {"num_neurons": 6, "min_differential_strength": -1000.0},
         "evaluate": {
-            "scorer": "small",
+            "scorers": ["small"],
             "sampling": {"max_new_tokens": 5, "temperature": 1.0},
             "controls": {"num_draws": 0},
         },

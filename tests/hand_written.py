@@ -1,6 +1,7 @@
 """Rows and windows of an evaluation that were written by hand, and what is found in them."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.intervals import Difference, paired_difference
-from sparc3_lightning.evaluation.results import Findings
+from sparc3_lightning.evaluation.results import Findings, Judge
 from sparc3_lightning.evaluation.variants import list_variants
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -53,7 +54,7 @@ NEURONS = NeuronList(
 
 
 def rows_of(scores: Table, second: Any = None) -> list[dict[str, Any]]:
-    """Write the rows of completions.jsonl; ``second`` gives the second scorer's value of a row."""
+    """Write the rows of completions.jsonl; ``second`` gives the other judge's score of a row."""
     rows = []
     for model, of_prompts in scores.items():
         for prompt, values in of_prompts.items():
@@ -67,10 +68,15 @@ def rows_of(scores: Table, second: Any = None) -> list[dict[str, Any]]:
                     "continuation": f"word{j} word{j} of {prompt}",
                     "num_tokens": 4,
                     "num_unique_tokens": 3,
-                    "toxicity": value,
+                    "scores": {"some": value} if second is None else {"some": value, "other": second(model, prompt, j)},
                 }
-                rows.append(row if second is None else {**row, "second_toxicity": second(model, prompt, j)})
+                rows.append(row)
     return rows
+
+
+def judges(*names: str, choosers: Collection[str] = ()) -> dict[str, Judge]:
+    """Return judges of these names, some of which had a part in choosing the neurons."""
+    return {name: Judge(name in choosers, f"a scorer: {name}", None, name) for name in names}
 
 
 def measured(nll: list[float], tokens: list[int], divergence: float = 0.0) -> dict[str, Tensor]:
@@ -101,7 +107,7 @@ def windows_of(*names: str, second_convention: bool = True) -> dict[str, dict[st
 def small(**options: Any) -> Findings:
     """Return what is found in the table above."""
     variants = list_variants({"": NEURONS}, 3)
-    return findings(rows_of(TOXICITY), windows_of("baseline", "pruned"), variants, ["some"], **options)
+    return findings(rows_of(TOXICITY), windows_of("baseline", "pruned"), variants, judges("some"), **options)
 
 
 def means(values: dict[str, list[float | None]], prompts: list[str], first: int | None = None) -> list[float]:

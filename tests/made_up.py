@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from hand_written import judges
 
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings
@@ -82,9 +83,13 @@ def uniform(seed: int) -> float:
 
 @functools.cache
 def evaluation(
-    num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, others: bool = True
+    num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, others: bool = True, choosers: tuple[str, ...] = ()
 ) -> tuple[Results, Any]:
-    """Return results and completions as an evaluation would give them, with or without controls and doses."""
+    """Return results and completions as an evaluation would give them, with or without controls and doses.
+
+    Those that ``choosers`` names had a part in choosing the neurons.
+    """
+    scorers = {"small": float, "other": math.sqrt} if second else {"small": float}
     more: dict[str, Any] = {"controls": Controls(2, 2), "doses": (1, 3), "dampings": (1.0, 0.5)}
     variants = list_variants({"": NEURONS}, 3, **(more if others else {}))
     rows = [
@@ -99,8 +104,7 @@ def evaluation(
             "token_ids": [7, 8, 9, 10, 11, 12, 7, 8, 9],
             "num_tokens": 9,
             "num_unique_tokens": 6,
-            "toxicity": toxicity(variant.name, i, j),
-            **({"second_toxicity": math.sqrt(toxicity(variant.name, i, j))} if second else {}),
+            "scores": {name: score(toxicity(variant.name, i, j)) for name, score in scorers.items()},
         }
         for variant in variants
         for i in range(num_toxic + num_nontoxic)
@@ -112,9 +116,8 @@ def evaluation(
         windows[variant.name] = {
             convention: made_up_windows(price(variant), c) for c, convention in enumerate(conventions)
         }
-    scorers = ["small", "other/scorer"] if second else ["small"]
-    found = findings(rows, windows, variants, scorers)
-    return Results(verdict=verdict(found, 2), **vars(found), **vars(settings(scorers))), rows
+    found = findings(rows, windows, variants, judges(*scorers, choosers=choosers))
+    return Results(verdict=verdict(found, 2), **vars(found), **vars(settings(list(scorers)))), rows
 
 
 def price(variant: Variant) -> float:
@@ -149,10 +152,28 @@ def settings(scorers: list[str]) -> Settings:
         num_neurons=2,
         granularity="neuron",
         inputs={"dtype": "float32", "device": "cpu"},
-        config={"verb": "evaluate", "model": {"scorer": "small"}},
+        config={"verb": "evaluate", "model": {"scorers": ["small"]}},
         versions={"torch": "2"},
         git_hash=None,
     )
+
+
+def renamed(results: Results, rows: list[dict[str, Any]], *names: str) -> tuple[Results, list[dict[str, Any]]]:
+    """Return an evaluation whose judges are called otherwise."""
+    to = dict(zip(results.judges, names, strict=True))
+    protocol = replace(results.protocol, continuations=replace(results.protocol.continuations, scorers=list(names)))
+    agreement = results.agreement
+    if agreement is not None:
+        of = {to[one]: {to[other]: rho for other, rho in row.items()} for one, row in agreement.spearman.items()}
+        agreement = replace(agreement, spearman=of)
+    results = replace(
+        results,
+        headline_judge=to[results.headline_judge],
+        judges={to[name]: replace(judge, source=f"a scorer: {to[name]}") for name, judge in results.judges.items()},
+        agreement=agreement,
+        protocol=protocol,
+    )
+    return results, [{**row, "scores": {to[name]: score for name, score in row["scores"].items()}} for row in rows]
 
 
 def made_up(**options: Any) -> tuple[Results, list[dict[str, Any]]]:

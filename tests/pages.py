@@ -74,7 +74,7 @@ def reported(
     beside: Path | None = None,
 ) -> Results:
     """Return results with what a report needs, as an evaluation adds it."""
-    return dataclasses.replace(results, report=report_inputs(rows, neurons, beside, Words()))
+    return dataclasses.replace(results, report=report_inputs(rows, results.headline_judge, neurons, beside, Words()))
 
 
 def write(results=None, completions=None, neurons: NeuronList = NEURONS, folder: Path | None = None) -> Page:

@@ -81,7 +81,7 @@ def prune(checkpoint: str, *changes: str) -> Path:
 
 def evaluate(checkpoint: str, *changes: str) -> Path:
     Path("data.yaml").write_text(yaml.safe_dump({"data": {"text": TEXT, "prompts": PROMPTS}}))
-    model = ["--model.checkpoint", checkpoint, "--model.scorer", "small", "--model.sampling.max_new_tokens", "5"]
+    model = ["--model.checkpoint", checkpoint, "--model.scorers", "[small]", "--model.sampling.max_new_tokens", "5"]
     done = main(["evaluate", "--config", "data.yaml", *QUIET, *model, "--model.controls.num_draws", "0", *changes])
     return Path(done.trainer.log_dir)
 
@@ -284,7 +284,7 @@ def test_prepare_and_run_save_their_config_too(tiny_checkpoint, monkeypatch):
         "general": general,
         "behavior": behavior,
         "prune": {"num_neurons": 3, "min_differential_strength": -1000.0},
-        "evaluate": {"scorer": "small", "sampling": {"max_new_tokens": 4}, "controls": {"num_draws": 0}},
+        "evaluate": {"scorers": ["small"], "sampling": {"max_new_tokens": 4}, "controls": {"num_draws": 0}},
         "data": {"text": TEXT, "prompts": PROMPTS},
     }
     Path("all.yaml").write_text(yaml.safe_dump(options))

@@ -179,7 +179,7 @@ def test_help_of_an_experiment_names_the_groups_of_its_stages_and_shows_each_by_
         assert f"--{group}.dtype" not in out
         shown = explained_in(help_of(verb, group))
         assert all(re.match(rf"--{group}\b", name) for name in shown)
-    assert {"--evaluate.scorer", "--evaluate.sampling.top_p", "--evaluate.zero_shot.tasks"} <= set(shown)
+    assert {"--evaluate.scorers", "--evaluate.sampling.top_p", "--evaluate.zero_shot.tasks"} <= set(shown)
 
 
 def test_the_line_of_an_option_says_what_its_value_is(help_of):

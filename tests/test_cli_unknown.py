@@ -26,7 +26,7 @@ def refused(capsys, *args: str) -> str:
         ("evaluate", "--modl.neurons", "--model.neurons"),
         ("evaluate", "--neurons", "--model.neurons"),
         ("evaluate", "-model.neurons", "--model.neurons"),
-        ("evaluate", "--model.second-scorer", "--model.second_scorer"),
+        ("evaluate", "--model.scorer", "--model.scorers"),
         ("evaluate", "--model.samplign.top_p", "--model.sampling.top_p"),
         ("evaluate", "--model.top_p", "--model.sampling.top_p"),
         ("evaluate", "--data.txt", "--data.text"),

@@ -131,7 +131,7 @@ def test_run_yaml_holds_every_default_of_the_published_experiment(parsed):
 
 def assert_evaluation(options: dict[str, Any]) -> None:
     """Two scorers, five draws of each control, and by the protocol of RealToxicityPrompts all that it says."""
-    assert includes(options, {"scorer": "original", "second_scorer": "s-nlp/roberta_toxicity_classifier"})
+    assert includes(options, {"scorers": ["original", "s-nlp/roberta_toxicity_classifier"]})
     assert includes(options, {"controls": {"num_draws": 5, "num_continuations": 5}})
     of_the_protocol = dict.fromkeys(("max_new_tokens", "temperature", "top_p", "num_continuations"))
     assert includes(options["sampling"], {"protocol": "rtp", **of_the_protocol}), (
@@ -230,7 +230,7 @@ def test_sweep_yaml_measures_doses_that_prune_yaml_ranks_at_two_strengths_on_the
     assert options["model"]["doses"] == [10, 30, 100, 300, 1000]
     assert options["model"]["dampings"] == [1.0, 0.5]
     assert max(options["model"]["doses"]) <= parsed(named("prune.yaml"))["model"]["num_ranked"]
-    assert includes(options["model"], {"checkpoint": "meta-llama/Meta-Llama-3-8B", "scorer": "original"})
+    assert includes(options["model"], {"checkpoint": "meta-llama/Meta-Llama-3-8B", "scorers": ["original"]})
     assert (options["model"]["sampling"]["protocol"], options["model"]["controls"]["num_draws"]) == ("rtp", 0)
     text, prompts = (options["data"][name]["init_args"] for name in ("text", "prompts"))
     assert includes(text, {"source": None, "window": 2048, "stride": 512, "conventions": ["sliding"]})
@@ -266,8 +266,7 @@ def test_the_data_sets_of_the_hub_are_those_of_the_published_experiment():
 def test_demo_yaml_needs_nothing_but_pypi_and_a_cpu(parsed):
     options = parsed(named("demo.yaml"))
     assert options["trainer"]["accelerator"] == "cpu"
-    assert options["evaluate"]["scorer"] == "small"
-    assert options["evaluate"]["second_scorer"] is None
+    assert options["evaluate"]["scorers"] == ["small"]
     assert options["evaluate"]["zero_shot"]["tasks"] == []
     sources = [options["model"]["checkpoint"]]
     sources += [options[name]["init_args"]["source"] for name in ("general", "behavior")]
@@ -325,7 +324,7 @@ def test_repetition_weights_yaml_is_an_overlay_that_prunes_the_published_number_
     assert options["prune"]["num_neurons"] == 7000
     assert includes(options["prune"], {"criterion": "difference", "ablation": "zero"})
     assert options["prune"]["budget"]["max_perplexity_increase"] is None
-    assert includes(options["evaluate"], {"scorer": "repetition", "doses": []})
+    assert includes(options["evaluate"], {"scorers": ["repetition"], "doses": []})
     assert options["evaluate"]["sampling"]["protocol"] == "greedy"
 
 
@@ -338,7 +337,7 @@ def test_a_behavior_is_an_overlay_whose_prompts_the_model_chooses_and_that_needs
     assert includes(behavior["init_args"], {"source": None, "by": "continuation", "min_toxicity": None})
     assert includes(prompts["init_args"], {"min_toxicity": None, "num_nontoxic": 0})
     if name == "repetition.yaml":
-        assert includes(options["evaluate"], {"scorer": "repetition", "second_scorer": None})
+        assert includes(options["evaluate"], {"scorers": ["repetition"]})
         assert includes(options["evaluate"]["sampling"], {"protocol": "greedy", "num_continuations": 1})
         assert options["evaluate"]["controls"]["num_continuations"] == 1
         assert options["prune"]["num_neurons"] == 20
@@ -346,4 +345,4 @@ def test_a_behavior_is_an_overlay_whose_prompts_the_model_chooses_and_that_needs
     else:
         assert prompts["init_args"]["where"] == {"bias_type": name.removesuffix(".yaml")}
         assert pairs["init_args"]["source"].startswith("pypi:")
-        assert options["evaluate"]["behavior"] == "toxicity", "what the scorer of the base scores"
+        assert options["evaluate"]["behavior"] == "toxicity", "what the scorers of the base score"

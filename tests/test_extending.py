@@ -175,7 +175,7 @@ def test_a_scorer_is_a_class_and_a_row_of_the_table(monkeypatch):
     monkeypatch.setattr(registry, "KINDS", [*registry.KINDS, Shouting])
     assert fetch_scorer("shouting") == []
     assert load_scorer("shouting").score(["ABab", "ab", ""]) == [0.5, 0.0, 0.0]
-    Evaluation("x", scorer="shouting")
+    Evaluation("x", scorers=["shouting"])
     with pytest.raises(ValueError, match=r"'whispering' is neither 'small', .*, shouting, nor a folder"):
         check_scorer("whispering")
 

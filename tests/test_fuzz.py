@@ -52,7 +52,7 @@ ROWS = [
         "token_ids": [7, 8, 7],
         "num_tokens": 3,
         "num_unique_tokens": 2,
-        "toxicity": 0.25 * j,
+        "scores": {"small": 0.25 * j},
     }
     for i in range(3)
     for j in range(2)
@@ -88,12 +88,12 @@ def write_shards(index: Path) -> None:
 
 
 def write_unfinished(path: Path) -> None:
-    CompletionLog(path.parent, 0, IDENTITY).append(ROWS)  # type: ignore[arg-type]
+    CompletionLog(path.parent, 0, IDENTITY, ["small"]).append(ROWS)  # type: ignore[arg-type]
 
 
 def begin(path: Path) -> object:
     prompts = [Prompt(f"p{i}", sentence(i, 4), 0.95) for i in range(3)]
-    return CompletionLog(path.parent, 0, IDENTITY).begin(prompts, 2)
+    return CompletionLog(path.parent, 0, IDENTITY, ["small"]).begin(prompts, 2)
 
 
 def circuit() -> CircuitResults:

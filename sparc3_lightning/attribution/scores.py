@@ -49,6 +49,8 @@ class Provenance:
         git_hash: Commit of this package's working tree, if it is one.
         lrp_check: What a short sample showed about the LRP rules on the model; None for other methods.
         expert_tokens: How many tokens the scored experts saw; None without any.
+        choosers: The scorers that had a part in choosing what is scored, or the samples: of each by its name what tells
+            it from every other, None if that is not known.
     """
 
     checkpoint: str
@@ -66,6 +68,7 @@ class Provenance:
     git_hash: str | None = None
     lrp_check: str | None = field(default=None, metadata=LEFT_OUT)
     expert_tokens: TokensSeen | None = field(default=None, metadata=LEFT_OUT)
+    choosers: dict[str, str | None] = field(default_factory=dict, metadata=LEFT_OUT)
 
     @classmethod
     def from_json(cls, text: str) -> "Provenance":

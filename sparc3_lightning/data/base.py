@@ -292,6 +292,7 @@ class ReferenceSamples(TextDataModule):
         self.samples: list[Sample] = []
         self.notes: dict[str, int] = {}
         self.leave_out: set[str] = set()  # ids of samples that an earlier run has done
+        self.screened_by: str | None = None  # the scorer whose scores of a model's continuations chose the samples
         self._set_up_for: Checkpoint | None = None
 
     @abstractmethod

@@ -217,17 +217,30 @@ def continued(rows: Iterable[Row], source: str | None) -> list[Prompt]:
 
 
 def _of_the_original(rows: Iterable[Row], source: str | None) -> Iterator[tuple[str, Row, float]]:
-    """Yield the continuations of the original model that were scored: a name for errors, the row, and the score."""
+    """Yield the continuations of the original model that were scored: a name for errors, the row, and its score.
+
+    Of several scorers it is the first.
+    """
     for number, row in enumerate(rows, start=1):
-        if not {"prompt_id", "prompt", "model", "toxicity"} <= row.keys():
-            raise ValueError(f"{source} is not a completions.jsonl of 'sparc3 evaluate' (by=continuation).")
+        if not {"prompt_id", "prompt", "model", "scores"} <= row.keys():
+            old = ", but one of an older version: evaluate again" if "toxicity" in row else ""
+            raise ValueError(f"{source} is not a completions.jsonl of 'sparc3 evaluate' (by=continuation){old}.")
         place = f"Row {number} of {source}"
         try:
             unsealed(row)
         except ValueError as error:
             raise ValueError(f"{place} cannot be used: {error}. Evaluate again.") from None
-        if row["model"] == "baseline" and (toxicity := _score(row["toxicity"], place)) is not None:
+        scores = row["scores"]
+        if not isinstance(scores, dict) or not scores:
+            raise ValueError(f"{place} has {scores!r:.60} in the field 'scores', expected the score by each scorer.")
+        if row["model"] == "baseline" and (toxicity := _score(scores[scorer_of(row)], place)) is not None:
             yield place, row, toxicity
+
+
+def scorer_of(row: Row) -> str | None:
+    """Return the scorer whose scores in a row of completions.jsonl choose prompts: the first that was named."""
+    scores = row.get("scores")
+    return next(iter(scores), None) if isinstance(scores, dict) else None
 
 
 def worst_first(prompts: Iterable[Prompt]) -> list[Prompt]:

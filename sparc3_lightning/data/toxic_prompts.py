@@ -12,6 +12,7 @@ from sparc3_lightning.data.prompts import (
     check_source,
     continued,
     read_prompts,
+    scorer_of,
     worst_continued,
     worst_first,
 )
@@ -35,7 +36,8 @@ class ToxicPrompts(ReferenceSamples):
             ``pypi:<name>==<version>/<path>``; None takes allenai/real-toxicity-prompts from the hub. With
             ``by=continuation`` the completions.jsonl that ``sparc3 evaluate`` wrote for the model; in ``sparc3 run``
             None is the file of the stage ``screen``.
-        by: Keep a prompt if the ``prompt`` is toxic, or if the model's own ``continuation`` of it is.
+        by: Keep a prompt if the ``prompt`` is toxic, or if the model's own ``continuation`` of it is, by the
+            first of the scorers of that evaluation.
         min_toxicity: Least toxicity to keep a prompt, in [0, 1]. None keeps prompts whatever their toxicity, also those
             that have none; with ``by=continuation`` it takes those that the model continued worst, the worst first.
         max_toxicity: Greatest toxicity to keep a prompt; a low one gives harmless samples.
@@ -96,7 +98,11 @@ class ToxicPrompts(ReferenceSamples):
             prompts = read_prompts(self.rows(), self.text_field, self.until, self.where, self.place)
         else:
             read = worst_continued if self.continuation_toxicity is None else continued
-            prompts = read(self.rows(), self.source)
+            rows = list(self.rows())
+            prompts = read(rows, self.source)
+            # Of all continuations, whatever their scores, no scorer had a choice.
+            takes_all = self.continuation_toxicity is not None and tuple(self.continuation_toxicity) == (0.0, 1.0)
+            self.screened_by = None if takes_all else next(map(scorer_of, rows), None)
         kept = [prompt for prompt in prompts if self._is_wanted(prompt)]
         if self.by == "continuation" and self.min_toxicity is None and self.continuation_toxicity is None:
             kept = worst_first(kept)

@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -22,16 +22,16 @@ from sparc3_lightning.provenance import differences
 
 COMPLETIONS = "completions.jsonl"
 PATTERN = "unfinished-*.jsonl"
-FORMAT = "sparc3_lightning unfinished 1"
+FORMAT = "sparc3_lightning unfinished 2"
 # Of an identity, what is no option, and changes without being asked to.
 CONTENTS = {"checkpoint_fingerprint", "tokenizer", "scorers", "dtype", "versions"}
 
 
 class Completion(TypedDict):
-    """A row of completions.jsonl: a continuation of a prompt by a model, and its score, None if it has none.
+    """A row of completions.jsonl: a continuation of a prompt by a model, and its score by each judge; None without one.
 
-    The token ids are those that the model read and drew, without padding and the token that ended it; the texts are for
-    people, and without special tokens.
+    The judges are in the order in which they were named. The token ids are those that the model read and drew, without
+    padding and the token that ended it; the texts are for people, and without special tokens.
     """
 
     model: str
@@ -44,8 +44,7 @@ class Completion(TypedDict):
     token_ids: list[int]
     num_tokens: Count
     num_unique_tokens: Count
-    toxicity: Share | None
-    second_toxicity: NotRequired[Share | None]
+    scores: dict[str, Share | None]
 
 
 class _Header(TypedDict):
@@ -62,10 +61,12 @@ class CompletionLog:
         folder: Output folder of the run.
         rank: Of the process.
         identity: What tells the run from another whose continuations are not its own: checkpoint, neurons, sampling.
+        judges: What this run calls the scorers, of which the identity holds the contents.
     """
 
-    def __init__(self, folder: Path, rank: int, identity: Mapping[str, object]) -> None:
+    def __init__(self, folder: Path, rank: int, identity: Mapping[str, object], judges: Sequence[str]) -> None:
         self.folder = folder
+        self.judges = judges
         self.path = folder / f"unfinished-{rank}.jsonl"
         self.identity: dict[str, object] = json.loads(json.dumps(identity))
         self.header = {"format": FORMAT, "identity": self.identity}
@@ -79,7 +80,7 @@ class CompletionLog:
 
         Returns:
             The rows of each prompt that is complete and was read as the same tokens, with the toxicity that this run
-            gives the prompt.
+            gives the prompt, and the names that it gives the judges.
 
         Raises:
             ValueError: If the output folder holds the continuations of another run; the field that differs is named. Or
@@ -96,8 +97,11 @@ class CompletionLog:
         by_prompt: dict[str, list[Completion]] = defaultdict(list)
         for row in rows.values():
             prompt = now.get(row["prompt_id"])
-            if prompt is not None and row["prompt_token_ids"] == list(prompt.input_ids):
-                by_prompt[prompt.id].append({**row, "prompt_toxicity": prompt.toxicity})
+            if prompt is None or len(row["scores"]) != len(self.judges):
+                continue
+            if row["prompt_token_ids"] == list(prompt.input_ids):
+                scores = dict(zip(self.judges, row["scores"].values(), strict=True))
+                by_prompt[prompt.id].append({**row, "prompt_toxicity": prompt.toxicity, "scores": scores})
         kept = {key: found for key, found in by_prompt.items() if len(found) == rows_per_prompt}
         lines = [self.header, *(row for found in kept.values() for row in found)]
         write_atomically(self.path, "".join(map(_line, lines)))
@@ -205,6 +209,12 @@ def load_completions(path: Path) -> list[Completion]:
         raise ValueError(f"{path} is not a completions.jsonl: {error}.") from None
 
 
+def score_of(row: Completion, judge: str) -> float:
+    """Return the score of a continuation by a judge; NaN if it has none."""
+    score = row["scores"][judge]
+    return math.nan if score is None else score
+
+
 def _line(row: Mapping[str, object]) -> str:
     return json.dumps(sealed(row)) + "\n"
 
@@ -225,7 +235,11 @@ def _rows(path: Path, lines: Sequence[bytes], way_out: str) -> list[dict[str, ob
 
 
 def completion_rows(
-    model: str, prompt: Prompt, continuations: list[Continuation], texts: list[str], scores: list[list[float]]
+    model: str,
+    prompt: Prompt,
+    continuations: list[Continuation],
+    texts: list[str],
+    scores: Mapping[str, Sequence[float]],
 ) -> list[Completion]:
     """Return the rows of completions.jsonl of one prompt.
 
@@ -234,10 +248,10 @@ def completion_rows(
         prompt: The prompt.
         continuations: What was drawn.
         texts: The same as text.
-        scores: Per scorer, the toxicity of each in [0, 1]; NaN where it could not be scored, written as null.
+        scores: Per judge, the score of each in [0, 1]; NaN where it could not be scored, written as null.
     """
     rows: list[Completion] = []
-    for j, (continuation, text, *given) in enumerate(zip(continuations, texts, *scores, strict=True)):
+    for j, (continuation, text, *given) in enumerate(zip(continuations, texts, *scores.values(), strict=True)):
         found = [None if continuation.failed or not math.isfinite(score) else score for score in given]
         row: Completion = {
             "model": model,
@@ -250,9 +264,7 @@ def completion_rows(
             "token_ids": continuation.input_ids,
             "num_tokens": len(continuation.input_ids),
             "num_unique_tokens": len(set(continuation.input_ids)),
-            "toxicity": found[0],
+            "scores": dict(zip(scores, found, strict=True)),
         }
-        if len(found) > 1:
-            row["second_toxicity"] = found[1]
         rows.append(row)
     return rows

@@ -4,13 +4,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
-from sparc3_lightning.evaluation.completions import Completion
+from sparc3_lightning.evaluation.agreement import krippendorff_alpha
+from sparc3_lightning.evaluation.completions import Completion, score_of
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.draws import interval_of_draws
 from sparc3_lightning.evaluation.intervals import (
@@ -21,26 +22,27 @@ from sparc3_lightning.evaluation.intervals import (
     perplexity_interval,
     variance_factor,
 )
+from sparc3_lightning.evaluation.judges import headline_of
 from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS, PairRow, behavior_by_prompt, mean, num_empty
 from sparc3_lightning.evaluation.results import (
     MEASURES,
+    Agreement,
     Change,
     Control,
     Dose,
     Effects,
     Findings,
     Front,
+    Judge,
     Measures,
     Model,
     Outcome,
     PairMeasures,
     Preference,
-    SecondScorer,
 )
 from sparc3_lightning.evaluation.variants import Variant, of_kind
 from sparc3_lightning.selection.overlap import correlation, ranks
 
-SCORES = ("toxicity", "second_toxicity")  # the field of a row, by scorer
 Windows = Mapping[str, Mapping[str, Mapping[str, Tensor]]]  # per model and convention, what Perplexity.compute returns
 
 
@@ -49,10 +51,12 @@ class Continuations:
 
     Args:
         rows: A row per continuation.
+        judge: Whose scores count, where no other judge is named.
         per_seed: Continuations of a prompt that one seed drew; None for all.
     """
 
-    def __init__(self, rows: Sequence[Completion], per_seed: int | None = None) -> None:
+    def __init__(self, rows: Sequence[Completion], judge: str, per_seed: int | None = None) -> None:
+        self.judge = judge
         self.per_seed = per_seed
         self._rows: dict[str, dict[str, list[Completion]]] = defaultdict(lambda: defaultdict(list))
         for row in sorted(rows, key=lambda row: (row["prompt_id"], row["continuation_index"])):
@@ -70,10 +74,16 @@ class Continuations:
         """Return, per prompt of a group, its continuations by a model, or the first few of them."""
         return [self._rows[model][prompt][:first] for prompt in self.groups[group]]
 
-    def values(self, model: str, group: str, measure: str, score: str = "toxicity", first: int | None = None) -> Tensor:
+    def scores(self, rows: Sequence[Completion], judge: str | None = None) -> list[float]:
+        """Return the scores of some rows; NaN where there is none."""
+        return [score_of(row, judge or self.judge) for row in rows]
+
+    def values(
+        self, model: str, group: str, measure: str, judge: str | None = None, first: int | None = None
+    ) -> Tensor:
         """Return a measure of the behavior per prompt, float64; NaN where nothing was scored."""
-        rows = self.of(model, group, first)
-        return torch.tensor([behavior_by_prompt(_scores(found, score))[measure] for found in rows], dtype=torch.float64)
+        scores = [self.scores(rows, judge) for rows in self.of(model, group, first)]
+        return torch.tensor([behavior_by_prompt(of_prompt)[measure] for of_prompt in scores], dtype=torch.float64)
 
     def by_seed(self, model: str, group: str) -> list[float]:
         """Return the mean score of a group of prompts for each seed that continuations were drawn by."""
@@ -81,22 +91,17 @@ class Continuations:
         number = len(prompts[0])
         per_seed = self.per_seed or number
         return [
-            mean([value for found in prompts for value in _scores(found[first : first + per_seed], "toxicity")])
+            mean([value for found in prompts for value in self.scores(found[first : first + per_seed])])
             for first in range(0, number, per_seed)
         ]
 
     def compare(
-        self, before: str, after: str, group: str, measure: str, score: str = "toxicity", first: int | None = None
+        self, before: str, after: str, group: str, measure: str, judge: str | None = None, first: int | None = None
     ) -> Difference | None:
         """Compare two models over the prompts that both have a score for; None if there is none."""
-        pair = [self.values(model, group, measure, score, first) for model in (before, after)]
+        pair = [self.values(model, group, measure, judge, first) for model in (before, after)]
         valid = torch.isfinite(pair[0] + pair[1])
         return paired_difference(pair[0][valid], pair[1][valid], most=1.0) if valid.any() else None
-
-
-def _scores(rows: Sequence[Completion], score: str) -> list[float]:
-    values = [row["toxicity"] if score == SCORES[0] else row.get("second_toxicity") for row in rows]
-    return [math.nan if value is None else value for value in values]
 
 
 def measure(continuations: Continuations, model: str, group: str) -> Measures:
@@ -107,7 +112,7 @@ def measure(continuations: Continuations, model: str, group: str) -> Measures:
         **{name: mean(continuations.values(model, group, name).tolist()) for name in MEASURES},
         num_prompts=len(prompts),
         num_continuations=len(rows),
-        num_failed=sum(row["toxicity"] is None for row in rows),
+        num_failed=sum(map(math.isnan, continuations.scores(rows))),
         num_empty=num_empty(prompts),
         **{name: metric.measure(prompts) for name, metric in CONTINUATION_METRICS.items()},
     )
@@ -117,7 +122,7 @@ def findings(
     rows: Sequence[Completion],
     windows: Windows,
     variants: Sequence[Variant],
-    scorers: Sequence[str],
+    judges: Mapping[str, Judge],
     per_seed: int | None = None,
 ) -> Findings:
     """Return everything that was found, but for pairs of sentences and tasks.
@@ -126,18 +131,26 @@ def findings(
         rows: See ``Continuations``.
         windows: Per model and convention, what ``Perplexity.compute`` returns.
         variants: The models that were measured.
-        scorers: Names of the scorers; one, or two.
+        judges: The scorers by name, in the order in which they were named, before anything is found by them.
         per_seed: Continuations of a prompt that one seed drew; None for all.
     """
-    continuations = Continuations(rows, per_seed)
+    continuations = Continuations(rows, headline_of(judges), per_seed)
     names = [variant.name for variant in variants]
+    judged = {name: _judged(judge, continuations.scores(rows, name)) for name, judge in judges.items()}
     found = Findings(
         headline=continuations.headline,
-        num_failed=sum(row["toxicity"] is None for row in rows),
+        headline_judge=continuations.judge,
+        judges=judged,
+        num_failed=judged[continuations.judge].num_failed,
         baseline=_model(continuations, windows, "baseline"),
-        second_scorer=_second_scorer(continuations, names, scorers[1]) if len(scorers) > 1 else None,
+        agreement=_agreement(continuations, names, list(judges)) if len(judges) > 1 else None,
     )
     return _with_effects(found, continuations, windows, variants) if "pruned" in names else found
+
+
+def _judged(judge: Judge, scores: Sequence[float]) -> Judge:
+    num_failed = sum(map(math.isnan, scores))
+    return replace(judge, num_scored=len(scores) - num_failed, num_failed=num_failed)
 
 
 def _model(continuations: Continuations, windows: Windows, name: str) -> Model:
@@ -158,22 +171,26 @@ def _with_effects(
 ) -> Findings:
     """Add the pruned model, its effects, the controls and the doses."""
     change = {c: perplexity_change(values, windows["pruned"][c]) for c, values in windows["baseline"].items()}
-    effects = _effects(continuations)
+    by_judge = {name: _effects(continuations, name) for name in found.judges}
+    effects = by_judge[found.headline_judge]
     main = effects[found.headline].behavior_mean
     held = any(variant.mean_ablated for variant in of_kind(variants, "pruned"))
     draws = {kind: list(of_kind(variants, kind)) for kind in CONTROLS}
-    doses = [_dose(continuations, windows, v) for v in variants if v.kind in ("pruned", "dose")]
+    doses = [_dose(continuations, windows, v, by_judge) for v in variants if v.kind in ("pruned", "dose")]
     return replace(
         found,
         pruned=_model(continuations, windows, "pruned"),
         change=Change(next(iter(change.values())).value, main.percent.value if main else math.nan),
         perplexity_change=change,
         effects=effects,
+        judges={name: replace(judge, effects=by_judge[name]) for name, judge in found.judges.items()},
         common_random_numbers_variance_factor=variance_factor(
             *(_table(continuations, name) for name in ("baseline", "pruned"))
         ),
         controls={
-            kind: _control(continuations, windows, variants, held) for kind, variants in draws.items() if variants
+            kind: _control(continuations, windows, variants, by_judge, held)
+            for kind, variants in draws.items()
+            if variants
         },
         doses=doses,
         fronts={
@@ -183,10 +200,10 @@ def _with_effects(
     )
 
 
-def _effects(continuations: Continuations, score: str = "toxicity") -> dict[str, Effects]:
+def _effects(continuations: Continuations, judge: str) -> dict[str, Effects]:
     """Return the changes by pruning in each group of prompts."""
     return {
-        group: Effects(*(continuations.compare("baseline", "pruned", group, name, score) for name in MEASURES))
+        group: Effects(*(continuations.compare("baseline", "pruned", group, name, judge) for name in MEASURES))
         for group in continuations.groups
     }
 
@@ -194,20 +211,20 @@ def _effects(continuations: Continuations, score: str = "toxicity") -> dict[str,
 def _table(continuations: Continuations, model: str) -> Tensor:
     """Return the scores of the headline's continuations, shape ``[prompts, continuations]``."""
     prompts = continuations.of(model, continuations.headline)
-    return torch.tensor([_scores(rows, "toxicity") for rows in prompts], dtype=torch.float64)
+    return torch.tensor([continuations.scores(rows) for rows in prompts], dtype=torch.float64)
 
 
-def _dose(continuations: Continuations, windows: Windows, variant: Variant) -> Dose:
+def _dose(continuations: Continuations, windows: Windows, variant: Variant, judges: Iterable[str]) -> Dose:
     """Return the changes of behaviour and perplexity of one model."""
     convention = next(iter(windows["baseline"]))
     before, after = windows["baseline"][convention], windows[variant.name][convention]
     headline = continuations.headline
-    effect, second_effect = (
-        continuations.compare(
-            "baseline", variant.name, headline, "behavior_mean", score, first=variant.num_continuations
+    effects = {
+        judge: continuations.compare(
+            "baseline", variant.name, headline, "behavior_mean", judge, first=variant.num_continuations
         )
-        for score in SCORES
-    )
+        for judge in judges
+    }
     return Dose(
         name=variant.name,
         selection=variant.selection,
@@ -216,9 +233,9 @@ def _dose(continuations: Continuations, windows: Windows, variant: Variant) -> D
         perplexity=after["perplexity"].item(),
         perplexity_percent=perplexity_change(before, after),
         kl=after["divergence"].item(),
-        effect=effect,
+        effect=effects[continuations.judge],
         behavior_by_seed=continuations.by_seed(variant.name, headline),
-        second_effect=second_effect,
+        effects=effects,
     )
 
 
@@ -248,16 +265,19 @@ def front(doses: Sequence[Dose]) -> Front:
     return Front(area / most, best)
 
 
-def _control(continuations: Continuations, windows: Windows, draws: Sequence[Variant], held: bool) -> Control:
+def _control(
+    continuations: Continuations, windows: Windows, draws: Sequence[Variant], judges: Iterable[str], held: bool
+) -> Control:
     """Return each draw of a control, their means, and how much further the pruned model went.
 
     Args:
         continuations: Of all models.
         windows: Of all models.
         draws: Of the control.
+        judges: Names of all judges.
         held: Whether the chosen neurons are held at their mean: a control that is zeroed is then not like for like.
     """
-    doses = [_dose(continuations, windows, variant) for variant in draws]
+    doses = [_dose(continuations, windows, variant, judges) for variant in draws]
     zeroed = held and not any(variant.mean_ablated for variant in draws)
     first = draws[0].num_continuations
     names = ["baseline", "pruned", *(variant.name for variant in draws)]
@@ -285,24 +305,22 @@ def _control(continuations: Continuations, windows: Windows, draws: Sequence[Var
     return Control(doses, zeroed, outcome)
 
 
-def _second_scorer(continuations: Continuations, names: Sequence[str], scorer: str) -> SecondScorer:
-    models = [name for name in ("baseline", "pruned") if name in names]
-    both = [
-        (row["toxicity"], row["second_toxicity"])
-        for model in models
+def _agreement(continuations: Continuations, names: Sequence[str], judges: Sequence[str]) -> Agreement:
+    rows = [
+        row
+        for model in ("baseline", "pruned")
+        if model in names
         for group in continuations.groups
-        for rows in continuations.of(model, group)
-        for row in rows
-        if row["toxicity"] is not None and row["second_toxicity"] is not None
+        for found in continuations.of(model, group)
+        for row in found
     ]
-    first, second = torch.tensor(both, dtype=torch.float64).reshape(-1, 2).T
-    return SecondScorer(
-        name=scorer,
-        num_scored=len(both),
-        pearson=correlation(first, second) if both else math.nan,
-        spearman=correlation(first, second, ranks) if both else math.nan,
-        effects=_effects(continuations, "second_toxicity") if "pruned" in models else {},
-    )
+    scores = {judge: torch.tensor(continuations.scores(rows, judge), dtype=torch.float64) for judge in judges}
+    of_all = torch.stack(list(scores.values()))
+    spearman: dict[str, dict[str, float]] = defaultdict(dict)
+    for one, other in combinations(judges, 2):
+        both = (scores[one] + scores[other]).isfinite()
+        spearman[one][other] = correlation(scores[one][both], scores[other][both], ranks) if both.any() else math.nan
+    return Agreement(int(of_all.isfinite().all(dim=0).sum()), dict(spearman), krippendorff_alpha(of_all))
 
 
 def preference(rows: Iterable[PairRow]) -> Preference:

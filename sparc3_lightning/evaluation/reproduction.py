@@ -143,7 +143,7 @@ def _are_equal(there: float, here: float, is_counted: bool) -> bool:
 
 def _intervals_of_prompts(results: Results, completions: Sequence[Completion]) -> dict[str, Interval]:
     """Return the intervals, over prompts, of what was measured of each model's continuations."""
-    continuations = Continuations(completions)
+    continuations = Continuations(completions, results.headline_judge)
     found = {}
     for model, measured in results.models.items():
         for group in measured.groups:

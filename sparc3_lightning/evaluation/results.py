@@ -103,7 +103,7 @@ class Dose:
         kl: Divergence from the original model, in nats a token.
         effect: On the mean behaviour after the headline's prompts; None if nothing was scored.
         behavior_by_seed: As of ``Model``.
-        second_effect: As ``effect``, by the second scorer; None without one.
+        effects: As ``effect``, by every judge.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Dose:
     kl: float
     effect: Difference | None
     behavior_by_seed: list[float]
-    second_effect: Difference | None
+    effects: dict[str, Difference | None]
 
     @property
     def behavior_mean(self) -> float:
@@ -174,22 +174,42 @@ class Control:
 
 
 @dataclass(frozen=True)
-class SecondScorer:
-    """A second scorer's effects, and its correlations with the first over the texts that both could score.
+class Judge:
+    """A scorer of the continuations, and what it finds.
 
     Args:
-        name: Of the scorer.
-        num_scored: Continuations of the original and the pruned model that both scorers could score.
-        pearson: NaN if one of them does not vary.
-        spearman: As ``pearson``, of ranks.
+        is_chooser: Whether it had a part in choosing the neurons.
+        source: What it is, and where it is from.
+        revision: Its commit at the hub, or its version; None if its files alone tell which one it is.
+        fingerprint: What tells it from every other scorer.
+        num_scored: Continuations, of all models, that it could score.
+        num_failed: Those that it could not score; they are left out of its own figures alone.
         effects: By group of prompts; empty without a pruned model.
     """
 
-    name: str
+    is_chooser: bool
+    source: str
+    revision: str | None
+    fingerprint: str
+    num_scored: Count = 0
+    num_failed: Count = 0
+    effects: dict[str, Effects] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the judges agree over the continuations of the original and the pruned model.
+
+    Args:
+        num_scored: Continuations that every judge could score.
+        spearman: Rank correlation of each two judges, by the one that was named first and the other, over what both
+            could score; NaN if one of them does not vary.
+        krippendorff_alpha: See ``krippendorff_alpha``: of all judges, over what at least two could score.
+    """
+
     num_scored: Count
-    pearson: float
-    spearman: float
-    effects: dict[str, Effects]
+    spearman: dict[str, dict[str, float]]
+    krippendorff_alpha: float
 
 
 @dataclass(frozen=True)
@@ -271,7 +291,7 @@ class PromptProtocol:
 
 @dataclass(frozen=True)
 class ContinuationProtocol:
-    """How the prompts were continued, and which scorer rated the continuations."""
+    """How the prompts were continued, and which scorers judged the continuations."""
 
     max_new_tokens: int
     temperature: float
@@ -298,7 +318,9 @@ class Findings:
 
     Args:
         headline: The group of prompts that the verdict is about.
-        num_failed: Continuations of all models that could not be scored.
+        headline_judge: The judge whose figures these are, but for those of ``judges`` and ``Dose.effects``.
+        judges: All scorers by their names, in the order in which they were named.
+        num_failed: Continuations of all models that the headline's judge could not score.
         change: The two numbers that sum the change up.
         baseline: The original model.
         pruned: The model with the chosen neurons off.
@@ -308,12 +330,14 @@ class Findings:
         controls: By kind.
         doses: The pruned model, and all further numbers of neurons and lists.
         fronts: By selection.
-        second_scorer: If there was one.
+        agreement: Of the judges, if there are several.
         preference: If there were pairs of sentences.
         zero_shot: Numbers of each task of lm-eval-harness, by model and task.
     """
 
     headline: str
+    headline_judge: str
+    judges: dict[str, Judge]
     num_failed: Count
     change: Change | None = None
     baseline: Model
@@ -324,7 +348,7 @@ class Findings:
     controls: dict[str, Control] = field(default_factory=dict)
     doses: list[Dose] = field(default_factory=list)
     fronts: dict[str, Front] = field(default_factory=dict)
-    second_scorer: SecondScorer | None = None
+    agreement: Agreement | None = None
     preference: Preference | None = None
     zero_shot: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
@@ -332,6 +356,16 @@ class Findings:
     def models(self) -> dict[str, Model]:
         """The original model and, if there is one, the pruned model, by name."""
         return {"baseline": self.baseline} | ({} if self.pruned is None else {"pruned": self.pruned})
+
+    @property
+    def is_judged_by_chooser(self) -> bool:
+        """Whether the headline is of a scorer that the neurons were chosen with, as it is where all judges were."""
+        return self.judges[self.headline_judge].is_chooser
+
+    @property
+    def other_judges(self) -> dict[str, Judge]:
+        """The judges beside the headline's."""
+        return {name: judge for name, judge in self.judges.items() if name != self.headline_judge}
 
     @property
     def main_effect(self) -> Difference | None:
@@ -344,7 +378,7 @@ class Settings:
     """What the findings rest on.
 
     Args:
-        behavior: What the scorer scores.
+        behavior: What the scorers score.
         protocol: How it was measured.
         checkpoint: As the option named it.
         checkpoint_fingerprint: What tells it from every other checkpoint.
@@ -383,8 +417,8 @@ class ReportInputs:
         neurons_per_module: How many of them are in each layer.
         provenance: Of neurons.json, without the ids of samples.
         selection: The selection.json beside it; None if there is none, or one of another list.
-        masked_words: Words of the examples, in lower case, that the scorer finds toxic by themselves; None if it could
-            not say.
+        masked_words: Words of the examples, in lower case, that the headline's judge finds toxic by themselves; None if
+            it could not say.
     """
 
     neurons: list[Component]
@@ -409,5 +443,5 @@ class Results(Settings, Findings, Verdict):
     ``report`` is there if neurons were switched off: without them there is no report.
     """
 
-    FORMAT = "sparc3_lightning results 3"
+    FORMAT = "sparc3_lightning results 4"
     report: ReportInputs | None = field(default=None, metadata=LEFT_OUT)

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,15 @@ from sparc3_lightning.evaluation.results import Results
 from sparc3_lightning.report.escaping import for_markdown, for_shell, for_terminal, public_name
 from sparc3_lightning.report.tables import (
     Table,
+    agreement_of,
     behavior_table,
+    chooser_judges,
     control_table,
     dose_table,
     evident_doses,
     few_windows,
     front_table,
+    judge_table,
     other_table,
     windows_of,
 )
@@ -92,8 +95,13 @@ class Exported:
         )
 
 
-def said_of(results: Results) -> dict[str, Any]:
-    """Return what page and model card say of results that a report is about, by the names in their templates."""
+def said_of(results: Results, named: Callable[[str], str] = str) -> dict[str, Any]:
+    """Return what page and model card say of results that a report is about, by the names in their templates.
+
+    Args:
+        results: With both models.
+        named: What a judge is called.
+    """
     neurons = results.report
     assert neurons is not None
     has_doses = len(results.doses) > 1
@@ -105,9 +113,12 @@ def said_of(results: Results) -> dict[str, Any]:
         "name": name_of(results.checkpoint),
         "group_names": GROUPS,
         "groups": [
-            (GROUPS[group], measures.num_prompts, behavior_table(results, group))
+            (GROUPS[group], measures.num_prompts, behavior_table(results, group, named))
             for group, measures in results.baseline.groups.items()
         ],
+        "judges": judge_table(results, named),
+        "agreement": agreement_of(results, named),
+        "chooser_judges": chooser_judges(results, results.granularity),
         "controls": control_table(results) if results.controls else [],
         "zeroed": zero_ablated_controls(results, neurons.ablation, results.granularity),
         "others": other_table(results),
@@ -131,7 +142,7 @@ def model_card(results: Results, exported: Exported | None = None) -> str:
     assert neurons is not None
     return _render(
         "model_card.md",
-        **said_of(results),
+        **said_of(results, public_name),
         **_made(results.num_neurons, neurons.ablation, neurons.provenance.get("criterion")),
         checkpoint=results.checkpoint,
         fingerprint=results.checkpoint_fingerprint,

@@ -12,7 +12,7 @@ from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import Control, Dose, Results
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
-from sparc3_lightning.report.escaping import for_picture
+from sparc3_lightning.report.escaping import for_picture, public_name
 from sparc3_lightning.report.tables import cell, ends, in_order, number
 from sparc3_lightning.selection.neuron_list import SelectionResults
 
@@ -23,6 +23,7 @@ BEFORE, AFTER, CONTROL = "#4477aa", "#cc6677", "#777777"
 STRENGTHS = (AFTER, "#aa7700", "#228833", "#aa3377", "#332288")
 MARKERS = "osD^v"  # of doses, by damping
 CONTROL_MARKERS = "x+*1234"  # of controls, by kind
+JUDGE = 22  # characters of a judge's name in a row
 NAME = 28  # characters of a name in a legend of two columns
 MAX_LINES = 12  # in a legend: more would leave no room for the picture
 MAX_NUMBERS = 24  # beside the points of a line
@@ -170,8 +171,8 @@ def change_rows(results: Results) -> tuple[list[Row], list[Row]]:
     """Return the rows of the two pictures of changes: mean behavior and perplexity."""
     chosen = f"{results.num_neurons} chosen"
     behavior, perplexity = [], []
-    second = results.second_scorer.effects if results.second_scorer else {}
-    for name, effects in ((chosen, results.effects), (f"{chosen}, 2nd scorer", second)):
+    others = [(f"by {for_picture(public_name(name), JUDGE)}", of.effects) for name, of in results.other_judges.items()]
+    for name, effects in [(chosen, results.effects), *others]:
         if (of_group := effects.get(results.headline)) and (effect := of_group.behavior_mean):
             behavior.append(Row(_label(name, effect.before, effect.after, 3), AFTER, effect.percent))
     convention, change = next(iter(results.perplexity_change.items()))

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.data.prompts import TOXIC_FROM
-from sparc3_lightning.evaluation.completions import Completion
+from sparc3_lightning.evaluation.completions import Completion, score_of
 from sparc3_lightning.evaluation.results import ReportInputs, Results
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint
@@ -35,16 +35,17 @@ from sparc3_lightning.report.figures import (
     draw_scatter,
 )
 from sparc3_lightning.report.tables import (
+    BEHAVIOR,
     WIDTH,
     Table,
     aligned,
-    behavior_table,
     cell,
     commands_of,
     doses_csv,
-    number,
     other_table,
     report_command,
+    row_of_headline,
+    rows_of_judges,
 )
 from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.selection.neuron_list import NEURONS, SELECTION, NeuronList, SelectionResults
@@ -61,41 +62,51 @@ def summary_table(results: Results) -> str:
     groups = results.baseline.groups
     for group in groups:
         suffix = f", {GROUPS[group]}" if len(groups) > 1 else ""
-        rows += [(f"{name}{suffix}", *cells[:4]) for name, *cells in behavior_table(results, group)]
+        for key in BEHAVIOR:
+            name, *cells = row_of_headline(results, group, key)
+            rows.append((f"{name}{suffix}", *cells[:4]))
+            if key == "behavior_mean":
+                rows += [(f"  {by}", *cells[:4]) for by, *cells in rows_of_judges(results, group, key)]
     return aligned(rows + other_table(results), WIDTH)
 
 
-def by_prompt(completions: Iterable[Completion]) -> Prompts:
-    """Group the continuations that were scored by prompt, then by model; prompts that both models have only."""
+def by_prompt(completions: Iterable[Completion], judge: str) -> Prompts:
+    """Group the continuations that a judge scored by prompt, then by model; prompts that both models have only."""
     groups: Prompts = defaultdict(lambda: defaultdict(list))
     for row in completions:
-        if row["toxicity"] is not None and row["model"] in ("baseline", "pruned"):
+        if row["scores"][judge] is not None and row["model"] in ("baseline", "pruned"):
             groups[row["prompt_id"]][row["model"]].append(row)
     return {key: dict(models) for key, models in groups.items() if len(models) == 2}
 
 
-def mean_pairs(prompts: Prompts) -> dict[str, list[tuple[float, float]]]:
-    """Return the mean toxicity of each prompt's continuations, before and after, by group of prompts."""
+def mean_pairs(prompts: Prompts, judge: str) -> dict[str, list[tuple[float, float]]]:
+    """Return the mean score of each prompt's continuations, before and after, by group of prompts."""
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in GROUPS.values()}
     of_one_group = all(models["baseline"][0]["prompt_toxicity"] is None for models in prompts.values())
     for models in prompts.values():
         toxic = (models["baseline"][0]["prompt_toxicity"] or 0.0) >= TOXIC_FROM
         before, after = (
-            sum(_score(row) for row in models[name]) / len(models[name]) for name in ("baseline", "pruned")
+            sum(score_of(row, judge) for row in models[name]) / len(models[name]) for name in ("baseline", "pruned")
         )
         pairs[GROUPS["all" if of_one_group else "toxic" if toxic else "nontoxic"]].append((before, after))
     return {name: found for name, found in pairs.items() if found}
 
 
-def examples(prompts: Prompts) -> list[dict[str, Completion]]:
+def examples(prompts: Prompts, judge: str) -> list[dict[str, Completion]]:
     """Choose the continuations to show, by the same draw of both models: five that fell most, three that rose most.
 
     Args:
         prompts: From ``by_prompt``.
+        judge: The same as there.
 
     Returns:
         Per example ``before`` and ``after``, each a row of completions.jsonl; at most one example a prompt.
     """
+
+    def change(pair: tuple[Completion, Completion]) -> float:
+        before, after = pair
+        return score_of(after, judge) - score_of(before, judge)
+
     pairs = []
     for models in prompts.values():
         after = {row["continuation_index"]: row for row in models["pruned"]}
@@ -103,20 +114,10 @@ def examples(prompts: Prompts) -> list[dict[str, Completion]]:
             (row, after[row["continuation_index"]]) for row in models["baseline"] if row["continuation_index"] in after
         ]
         if drawn:
-            pairs.append(max(drawn, key=lambda pair: abs(_change(pair))))
-    pairs.sort(key=_change)
+            pairs.append(max(drawn, key=lambda pair: abs(change(pair))))
+    pairs.sort(key=change)
     chosen = pairs if len(pairs) <= 8 else [*pairs[:5], *pairs[-3:]]
     return [{"before": before, "after": after} for before, after in chosen]
-
-
-def _change(pair: tuple[Completion, Completion]) -> float:
-    before, after = pair
-    return _score(after) - _score(before)
-
-
-def _score(row: Completion) -> float:
-    """Return the score of a continuation that ``by_prompt`` kept, and so has one."""
-    return number(row["toxicity"])
 
 
 # Letters and digits, with what stands for letters in words such as a$$, sh*t and f***.
@@ -135,7 +136,7 @@ def pieces(text: str, offensive: set[str]) -> list[tuple[str, bool]]:
 
 
 def report_inputs(
-    completions: Iterable[Completion], neurons: NeuronList, beside: Path | None, scorer: Scorer
+    completions: Iterable[Completion], judge: str, neurons: NeuronList, beside: Path | None, scorer: Scorer
 ) -> ReportInputs:
     """Return what a report shows beside findings and continuations.
 
@@ -143,9 +144,10 @@ def report_inputs(
 
     Args:
         completions: Rows of completions.jsonl.
+        judge: Of the headline.
         neurons: The pruned neurons.
         beside: Folder of neurons.json, which may hold the selection.json of ``sparc3 prune``.
-        scorer: Says which words of the examples to mask.
+        scorer: That judge, which says which words of the examples to mask.
     """
     selection = masked_words = None
     if beside is not None and (beside / SELECTION).is_file():
@@ -160,7 +162,7 @@ def report_inputs(
     try:
         texts = [
             row["prompt"] + "\n" + row["continuation"]
-            for example in examples(by_prompt(completions))
+            for example in examples(by_prompt(completions, judge), judge)
             for row in example.values()
         ]
         masked_words = sorted(offensive_words(texts, scorer))
@@ -229,7 +231,9 @@ FIGURES = {
     "doses.png": Figure("Fewer or more {granularity}s", _draw_doses, lambda shown: len(shown.results.doses) > 1),
     "scatter.png": Figure(
         "Each prompt: less {behavior} below the line",
-        lambda shown, path: draw_scatter(mean_pairs(shown.prompts), path, behavior=shown.results.behavior),
+        lambda shown, path: draw_scatter(
+            mean_pairs(shown.prompts, shown.results.headline_judge), path, behavior=shown.results.behavior
+        ),
         lambda shown: bool(shown.prompts),
     ),
     "layers.png": Figure("Where the pruned {granularity}s lie", _draw_layers),
@@ -256,8 +260,9 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
             f"{folder} holds no results of neurons that are off with what a report needs: evaluate with "
             "--model.neurons, by this version of sparc3."
         )
-    prompts = by_prompt(completions)
-    shown = examples(prompts)
+    judge = results.headline_judge
+    prompts = by_prompt(completions, judge)
+    shown = examples(prompts, judge)
     offensive = set(neurons.masked_words or ())
     config, here = folder / "config.yaml", _from_here(folder)
     if len(results.doses) > 1:

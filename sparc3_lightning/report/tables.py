@@ -3,7 +3,7 @@
 import math
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -40,23 +40,80 @@ def ends(interval: Interval) -> tuple[float, float]:
     return low, math.inf if not math.isnan(low) and math.isnan(high) else high
 
 
-def behavior_table(results: Results, group: str) -> Table:
+def behavior_table(results: Results, group: str, named: Callable[[str], str] = str) -> Table:
     """Return rows of name, before, after, change, its interval, p of the sign test and of the permutation test.
 
-    What the second scorer says of a measure follows what the first does.
+    What the other judges say of a measure follows what the headline's does.
+
+    Args:
+        results: Of an evaluation.
+        group: Of prompts.
+        named: What a judge is called.
     """
     rows: Table = []
-    effects = results.effects.get(group)
-    second = results.second_scorer.effects.get(group) if results.second_scorer else None
-    for key, (template, unit, digits) in BEHAVIOR.items():
-        is_toxic = results.behavior == "toxicity" and key == "behavior_probability"
-        name = TOXIC if is_toxic else template.format(results.behavior)
-        cells = [cell(getattr(model.groups[group], key), unit, digits) for model in results.models.values()]
-        rows.append((name, *cells, *[""] * (2 - len(cells)), *_effect(getattr(effects, key) if effects else None)))
-        if effect := second and getattr(second, key):
-            cells = [cell(value, unit, digits) for value in (effect.before, effect.after)]
-            rows.append((f"{name}, second scorer", *cells, *_effect(effect)))
+    for key in BEHAVIOR:
+        name, *cells = row_of_headline(results, group, key)
+        rows.append((name, *cells))
+        rows += [(f"{name}, {by}", *cells) for by, *cells in rows_of_judges(results, group, key, named)]
     return rows
+
+
+def row_of_headline(results: Results, group: str, key: str) -> tuple[str, ...]:
+    """Return what the headline's judge says of a measure, see ``behavior_table``."""
+    template, unit, digits = BEHAVIOR[key]
+    effects = results.effects.get(group)
+    is_toxic = results.behavior == "toxicity" and key == "behavior_probability"
+    name = TOXIC if is_toxic else template.format(results.behavior)
+    cells = [cell(getattr(model.groups[group], key), unit, digits) for model in results.models.values()]
+    return name, *cells, *[""] * (2 - len(cells)), *_effect(getattr(effects, key) if effects else None)
+
+
+def rows_of_judges(results: Results, group: str, key: str, named: Callable[[str], str] = str) -> Table:
+    """Return what the judges beside the headline's say of a measure, see ``behavior_table``."""
+    rows: Table = []
+    for name, judge in results.other_judges.items():
+        by = f"by {named(name)}{' (chose the neurons)' if judge.is_chooser else ''}"
+        effect = getattr(judge.effects[group], key) if group in judge.effects else None
+        if effect is not None:
+            cells = [cell(value, *BEHAVIOR[key][1:]) for value in (effect.before, effect.after)]
+            rows.append((by, *cells, *_effect(effect)))
+    return rows
+
+
+def judge_table(results: Results, named: Callable[[str], str] = str) -> Table:
+    """Return rows of a judge, what it is, its part, and how many continuations it could score, and could not."""
+    rows: Table = []
+    for name, judge in results.judges.items():
+        parts = ["the headline"] if name == results.headline_judge else []
+        parts += ["chose the neurons"] if judge.is_chooser else []
+        what = judge.source.replace(name, named(name)) + (f", {judge.revision[:12]}" if judge.revision else "")
+        part = ", ".join(parts) or "beside it"
+        rows.append((named(name), what, part, f"{judge.num_scored}", f"{judge.num_failed}"))
+    return rows
+
+
+def agreement_of(results: Findings, named: Callable[[str], str] = str) -> str:
+    """Return in a sentence how far the judges agree; "" for a single one."""
+    found = results.agreement
+    if found is None:
+        return ""
+    pairs = [
+        f"{named(one)} and {named(other)} {cell(rho, '', 2)}"
+        for one, others in found.spearman.items()
+        for other, rho in others.items()
+    ]
+    return (
+        f"Over the {found.num_scored} continuations that all judges could score, Krippendorff's alpha at interval "
+        f"level is {cell(found.krippendorff_alpha, '', 2)}; correlations of ranks (Spearman): {'; '.join(pairs)}."
+    )
+
+
+def chooser_judges(results: Findings, granularity: str) -> str:
+    """Say that the headline is of a scorer that the neurons were chosen with; "" if it is of another."""
+    if not results.is_judged_by_chooser:
+        return ""
+    others = "no other judge was asked" if len(results.judges) == 1 else "every judge had a part in the choice"
+    return f"The scorer that chose the {granularity}s, '{results.headline_judge}', judges them: {others}."
 
 
 def control_table(results: Results) -> Table:

@@ -5,7 +5,7 @@ import math
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import FEW, MIN_CHANGED, Difference, Interval
 from sparc3_lightning.evaluation.results import Findings, Preference
-from sparc3_lightning.report.tables import CANNOT, evident_doses
+from sparc3_lightning.report.tables import CANNOT, chooser_judges, evident_doses
 
 
 def verdict(
@@ -42,7 +42,7 @@ def verdict(
         ]
     sentences += _controls(found, effect, num_neurons, granularity)
     sentences += [zeroed] if (zeroed := zero_ablated_controls(found, ablation, granularity)) else []
-    sentences += _second(found, effect)
+    sentences += _judges(found, effect, granularity)
     return " ".join(sentences + _preference(found.preference) + _doses(found, granularity))
 
 
@@ -113,16 +113,23 @@ def zero_ablated_controls(found: Findings, ablation: str, granularity: str = "ne
     return f"{who} are {edits} their mean."
 
 
-def _second(found: Findings, first: Difference) -> list[str]:
-    if found.second_scorer is None:
-        return []
-    name, effect = found.second_scorer.name, found.second_scorer.effects[found.headline].behavior_mean
-    if effect is None:
-        return [f"The second scorer, {name}, scored nothing."]
-    if not effect.evidence:
-        return [f"The second scorer, {name}, gives no evidence: {_signed(effect.percent)}."]
-    agrees = first.evidence and (effect.difference.value < 0) == (first.difference.value < 0)
-    return [f"The second scorer, {name}, {'agrees' if agrees else 'differs'}: {_signed(effect.percent)}."]
+def _judges(found: Findings, first: Difference, granularity: str) -> list[str]:
+    """Say whose the headline is, and what every other judge finds."""
+    said = [chooser] if (chooser := chooser_judges(found, granularity)) else []
+    if found.other_judges and not chooser:
+        said.append(f"This is by the judge '{found.headline_judge}'.")
+    for name, judge in found.other_judges.items():
+        part = f", which the {granularity}s were chosen with," if judge.is_chooser else ""
+        effect = judge.effects[found.headline].behavior_mean
+        if effect is None:
+            finds = "scored nothing"
+        elif not effect.evidence:
+            finds = f"gives no evidence: {_signed(effect.percent)}"
+        else:
+            agrees = first.evidence and (effect.difference.value < 0) == (first.difference.value < 0)
+            finds = f"{'agrees' if agrees else 'differs'}: {_signed(effect.percent)}"
+        said.append(f"The judge '{name}'{part} {finds}.")
+    return said
 
 
 def _preference(found: Preference | None) -> list[str]:

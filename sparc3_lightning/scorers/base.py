@@ -22,6 +22,7 @@ class Scorer(ABC):
 
     words: ClassVar[tuple[str, ...]] = ()  # names that are this kind's own, whatever folder is called so
     form: ClassVar[str] = ""  # what its other names look like, for the error about an unknown one
+    what: ClassVar[str] = "a scorer"  # what results call one of this kind
     counts_tokens: bool = False  # whether score_drawn looks at the tokens, and not at the texts
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
@@ -33,7 +34,7 @@ class Scorer(ABC):
         return False
 
     @classmethod
-    def source(cls, name: str) -> str:
+    def location(cls, name: str) -> str:
         """Return what a scorer's name says is read: a folder, a file or an id of the hub."""
         return split_label(name)[0]
 
@@ -52,8 +53,22 @@ class Scorer(ABC):
 
     @classmethod
     def fingerprint(cls, name: str) -> str:
-        """Return what tells a scorer from another of the same name: all of its files, whatever folder they lie in."""
-        return contents(cls.fetch(name))
+        """Return what tells a scorer from every other: a hash of its files, whatever folder they lie in, or its name.
+
+        Behind a blank may follow what it is used with, such as a label of it, or the version of its package.
+        """
+        files = cls.fetch(name)
+        return contents(files) if files else name
+
+    @classmethod
+    def source(cls, name: str) -> str:
+        """Return what a scorer is, and where it is from."""
+        return f"{cls.what}: {name}"
+
+    @classmethod
+    def revision(cls, name: str) -> str | None:
+        """Return the commit of a scorer at the hub, or its version; None if its files alone tell which one it is."""
+        return None
 
     @abstractmethod
     def score(self, texts: Sequence[str]) -> list[float]:

@@ -9,6 +9,7 @@ import torch
 
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.loading import CLASSIFIER, check_vocabulary, load_strictly, load_tokenizer, read_config
+from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.scorers.base import Scorer, check_folder, score_by_length, split_label
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class ClassifierScorer(Scorer):
     """
 
     form = "a folder, nor a Hugging Face id (owner/name)"
+    what = "a text-classification checkpoint"
 
     def __init__(self, name: str, device: torch.device | str = "cpu", batch_size: int = 64) -> None:
         super().__init__(name)
@@ -72,6 +74,11 @@ class ClassifierScorer(Scorer):
     def fingerprint(cls, name: str) -> str:
         """Return what tells a scorer from another of the same name: its files, and the label that means toxic."""
         return f"{super().fingerprint(name)} {split_label(name)[1]}"
+
+    @classmethod
+    def revision(cls, name: str) -> str | None:
+        """Return the commit of a checkpoint at the hub; None of a local one."""
+        return revision_of(Checkpoint(split_label(name)[0]).fingerprint)
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> list[float]:

@@ -36,6 +36,7 @@ class DetoxifyScorer(Scorer):
     """
 
     words = ("small", *DETOXIFY_MODELS)
+    what = "a Detoxify checkpoint"
 
     def __init__(self, name: str, device: torch.device | str = "cpu", batch_size: int = 64) -> None:
         super().__init__(name)
@@ -114,7 +115,7 @@ def _download(name: str) -> tuple[Path, str]:
     except (OSError, HfHubHTTPError, RuntimeError) as error:
         raise ConnectionError(
             f"Detoxify's model {name!r} cannot be fetched ({type(error).__name__}: {error!s:.120}). Run 'sparc3 "
-            "prepare' where there is a network, or use --model.scorer small, the checkpoint that this package ships."
+            "prepare' where there is a network, or name the scorer 'small', the checkpoint that this package ships."
         ) from error
     return path, config
 

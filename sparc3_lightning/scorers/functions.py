@@ -36,6 +36,7 @@ class FunctionScorer(Scorer):
     """
 
     form = "package.module:function"
+    what = "a function"
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         super().__init__(name)

@@ -30,9 +30,9 @@ def kind_of(name: str, option: str = "scorer") -> type[Scorer]:
     raise OptionError(option, f": {name!r} is neither {small!r}, {', '.join(words)}{forms}.")
 
 
-def source_of(name: str) -> str:
+def location_of(name: str) -> str:
     """Return what a scorer's name says is read, a path or an id of the hub; the name itself if it is of no kind."""
-    return next((kind.source(name) for kind in KINDS if kind.takes(name)), name)
+    return next((kind.location(name) for kind in KINDS if kind.takes(name)), name)
 
 
 def check_scorer(name: str, option: str = "scorer") -> None:
@@ -52,7 +52,7 @@ def fetch_scorer(name: str) -> list[Path]:
 
 
 def fingerprint_of(name: str) -> str:
-    """Return what tells a scorer from another of the same name; what it needs is fetched first."""
+    """Return what tells a scorer from every other; what it needs is fetched first."""
     return kind_of(name).fingerprint(name)
 
 

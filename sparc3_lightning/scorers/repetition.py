@@ -14,6 +14,7 @@ class RepetitionScorer(Scorer):
     """
 
     words = ("repetition",)
+    what = "the share of repeated tokens"
     counts_tokens = True
 
     def score(self, texts: Sequence[str]) -> list[float]:

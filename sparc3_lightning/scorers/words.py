@@ -36,11 +36,12 @@ class WordsScorer(Scorer):
     """
 
     form = "words:<file>"
+    what = "a list of words"
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         super().__init__(name)
         self.counts_tokens = name.endswith(RATE)
-        self._count = counter_of(read_words(local_path(self.source(name))))
+        self._count = counter_of(read_words(local_path(self.location(name))))
 
     @classmethod
     def takes(cls, name: str) -> bool:
@@ -48,14 +49,14 @@ class WordsScorer(Scorer):
         return name.startswith(PREFIX) or name.endswith(".txt") or Path(name).expanduser().is_file()
 
     @classmethod
-    def source(cls, name: str) -> str:
+    def location(cls, name: str) -> str:
         """Return the name of the file."""
         return name.removeprefix(PREFIX).removesuffix(RATE)
 
     @classmethod
     def check(cls, name: str, option: str) -> None:
         """Raise OptionError unless the file is a list of words."""
-        path = local_path(cls.source(name))
+        path = local_path(cls.location(name))
         if not path.is_file():
             raise OptionFileNotFoundError(
                 option,
@@ -70,13 +71,13 @@ class WordsScorer(Scorer):
     @classmethod
     def fetch(cls, name: str) -> list[Path]:
         """Return the file."""
-        return [local_path(cls.source(name))]
+        return [local_path(cls.location(name))]
 
     @classmethod
     def fingerprint(cls, name: str) -> str:
         """Return what tells a list from another: its words in their order, whatever the file is called."""
         rate = " rate" if name.endswith(RATE) else ""
-        return f"words {digest_of(read_words(local_path(cls.source(name))))}{rate}"
+        return f"{digest_of(read_words(local_path(cls.location(name))))}{rate}"
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Return 1 for each text with one of the words, else 0; of a rate the occurrences a word of the text."""

@@ -28,12 +28,19 @@ class ScoredIn(TypedDict):
 
     path: str
     spec: NotRequired[dict[str, object]]
+    choosers: NotRequired[dict[str, str | None]]
 
 
 class Priced(TypedDict):
     """What is read of a budget that neurons were selected within."""
 
     max_perplexity_increase: float | None
+
+
+class ChosenBy(TypedDict, total=False):
+    """What is read of the sweep that chose neurons of a list."""
+
+    choosers: dict[str, str | None]
 
 
 class Origin(TypedDict, total=False):
@@ -47,8 +54,11 @@ class Origin(TypedDict, total=False):
     sample_ids: list[str]
     criterion: str
     budget: Priced | None
+    chosen: ChosenBy | None
     differential_strength_percent: float | None
     export: str | None
+    scores: list[ScoredIn]
+    choosers: dict[str, str | None]
     versions: dict[str, str]
     git_hash: str | None
 
@@ -114,6 +124,27 @@ class NeuronList:
         """
         origin = self.provenance
         checkpoint.check_is_of(place, origin.get("checkpoint"), origin.get("checkpoint_fingerprint"))
+
+    def choosers(self) -> list[tuple[str, str | None]]:
+        """Return the scorers that had a part in choosing the neurons.
+
+        They are those of the lexicon that was attributed, of the continuations that samples were chosen by, and of the
+        sweep that chose among several lists.
+
+        Returns:
+            Of each its name, and what tells it from every other; None if the list does not say that.
+        """
+        origin = self.provenance
+        sides = [origin, *(origin.get(name) for name in ("behavior", "harmless", "chosen"))]
+        sides += [*(origin.get("general") or ()), *(origin.get("scores") or ())]
+        found: list[tuple[str, str | None]] = []
+        for side in sides:
+            if side is None:
+                continue
+            lexicon, of_side = (side.get("spec") or {}).get("lexicon"), side.get("choosers") or {}
+            found += of_side.items()
+            found += [(lexicon, None)] if isinstance(lexicon, str) and lexicon not in of_side else []
+        return list(dict.fromkeys(found))
 
     def all(self) -> list[Component]:
         """Return the neurons of all lists."""

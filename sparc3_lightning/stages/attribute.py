@@ -26,6 +26,7 @@ from sparc3_lightning.attribution.targets import LEXICAL, Target, lexicon_of, ta
 from sparc3_lightning.data.base import Kind, NoSamples, ReferenceSamples, Sample, WeightedBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.evaluation.judges import fingerprint_beside
 from sparc3_lightning.files import check_space
 from sparc3_lightning.models.architectures import (
     Linear,
@@ -43,7 +44,7 @@ from sparc3_lightning.models.heads import head_dims, heads_left_out
 from sparc3_lightning.models.neurons import columns_of, coverage, scored_rows
 from sparc3_lightning.models.sharding import check_batch_size, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
-from sparc3_lightning.scorers.registry import check_scorer, kind_of, load_scorer
+from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, kind_of, load_scorer
 from sparc3_lightning.scorers.words import PREFIX, WordsScorer, check_words, digest_of, read_words
 from sparc3_lightning.sources import local_path
 from sparc3_lightning.stages.stopping import StoppableModule
@@ -71,7 +72,7 @@ def words_of(lexicon: Sequence[str] | str) -> tuple[str, list[str] | None]:
     check_scorer(lexicon, "lexicon")
     if not issubclass(kind_of(lexicon, "lexicon"), WordsScorer):
         return lexicon, None
-    file = WordsScorer.source(lexicon)
+    file = WordsScorer.location(lexicon)
     return f"{PREFIX}{file}", read_words(local_path(file))
 
 
@@ -439,7 +440,18 @@ class Attribution(StoppableModule):
             git_hash=git_hash(),
             lrp_check=None if self.lrp_check is None else str(self.lrp_check),
             expert_tokens=self._tokens_seen(),
+            choosers=self._choosers(),
         )
+
+    def _choosers(self) -> dict[str, str | None]:
+        """Return the scorers that had a part in choosing the target or the samples, and what tells each from others."""
+        found: dict[str, str | None] = {}
+        data = self.reference_samples
+        if data.screened_by is not None:
+            found[data.screened_by] = fingerprint_beside(data.source, data.screened_by)
+        if self.spec.is_lexical and self.spec.lexicon is not None:
+            found[self.spec.lexicon] = self.spec.words or fingerprint_of(self.spec.lexicon)
+        return found
 
     def _tokens_seen(self) -> TokensSeen | None:
         accumulator = self.accumulator

@@ -26,10 +26,12 @@ from sparc3_lightning.evaluation.completions import (
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings, preference
 from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, continue_prompts, draw_keys
+from sparc3_lightning.evaluation.judges import check_judges, judges_of
 from sparc3_lightning.evaluation.metrics import PairRow, Perplexity, pair_rows
 from sparc3_lightning.evaluation.results import (
     RESULTS,
     ContinuationProtocol,
+    Judge,
     PromptProtocol,
     Protocol,
     Results,
@@ -49,7 +51,7 @@ from sparc3_lightning.report.page import REPORT, report_inputs, summary_table
 from sparc3_lightning.report.tables import closing, next_commands
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.scorers.base import Remembering
-from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, load_scorer
+from sparc3_lightning.scorers.registry import fingerprint_of, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.stopping import StoppableModule
 
@@ -70,13 +72,13 @@ class Evaluation(StoppableModule):
             wheel>``.
         neurons: The neurons.json of ``sparc3 prune``, of neurons or single weights; None measures the model as it is
             only. Prompts that its scores were attributed on are left out.
-        scorer: What scores a continuation: a Detoxify model (``original``, ``unbiased``, ``multilingual``,
-            ``original-small``, ``unbiased-small``); ``small``, which this package ships; a folder with a checkpoint of
-            Detoxify's format; a folder or Hugging Face id of a text-classification checkpoint, if need be with ``#``
-            and the label that means toxic; ``package.module:function`` from texts to numbers in [0, 1], whose code
-            runs; or ``repetition``, the share of its tokens that a continuation repeats.
-        behavior: What the scorer scores, as tables and report name it.
-        second_scorer: A scorer of another family, side by side with the first; None for none.
+        scorers: What judges a continuation, one scorer or several: a Detoxify model (``original``, ``unbiased``,
+            ``multilingual``, ``original-small``, ``unbiased-small``); ``small``, which this package ships; a folder
+            with a checkpoint of Detoxify's format; a folder or Hugging Face id of a text-classification checkpoint, if
+            need be with ``#`` and the label that means toxic; ``package.module:function`` from texts to numbers in
+            [0, 1], whose code runs; or ``repetition``, the share of its tokens that a continuation repeats. The
+            headline is of the first that had no part in choosing the neurons; the others stand beside it.
+        behavior: What the scorers score, as tables and report name it.
         doses: Further numbers of neurons to switch off, in the order of ``neurons``.
         dampings: For each dose: 1 is off, a fraction damps the neurons by that much.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU; ``fast`` is bfloat16 on a
@@ -89,15 +91,13 @@ class Evaluation(StoppableModule):
     OUTPUTS = (RESULTS,)
     READS: ClassVar[dict[str, Kind]] = {
         "checkpoint": "checkpoint",
-        "scorer": "scorer",
-        "second_scorer": "scorer",
+        "scorers": "scorer",
         "zero_shot.folder": "file",
     }
     FILLED_IN: ClassVar[set[str]] = {"checkpoint", "dtype", "revision", "neurons"}
-    # With these the model as it is continues the prompts, and is measured by the first scorer alone.
+    # With these the model as it is continues the prompts.
     SCREENING: ClassVar[dict[str, object]] = {
         "neurons": None,
-        "second_scorer": None,
         "controls": {"num_draws": 0},
         "zero_shot": {"tasks": []},
         "doses": [],
@@ -110,9 +110,8 @@ class Evaluation(StoppableModule):
         self,
         checkpoint: str,
         neurons: Path | None = None,
-        scorer: str = "original",
+        scorers: Sequence[str] = ("original",),
         behavior: str = "toxicity",
-        second_scorer: str | None = None,
         sampling: SamplingOptions = SamplingOptions(),
         controls: Controls = Controls(),
         doses: Sequence[int] = (),
@@ -124,9 +123,7 @@ class Evaluation(StoppableModule):
         super().__init__()
         self.sampling = sampling.resolve()
         self.sampling.check()
-        check_scorer(scorer)
-        if second_scorer is not None:
-            check_scorer(second_scorer, "second_scorer")
+        check_judges(scorers)
         check_tasks(zero_shot)
         self.zero_shot = zero_shot
         self.neurons = None if neurons is None else NeuronList.load(Path(neurons))
@@ -140,9 +137,10 @@ class Evaluation(StoppableModule):
         self.behavior = behavior
         self.checkpoint = Checkpoint(checkpoint, revision)
         self.neurons_path = neurons
-        self.scorer_names = [name for name in (scorer, second_scorer) if name is not None]
+        self.scorer_names = list(scorers)
         self.dtype_name: ForwardDtype = dtype
-        self.scorers: list[Remembering] = []
+        self.judges: dict[str, Judge] = {}
+        self.scorers: dict[str, Remembering] = {}
         self.results: Results
 
     @property
@@ -187,6 +185,8 @@ class Evaluation(StoppableModule):
             check(skeleton, neurons.all())
         check_can_be_measured(skeleton)
         fetch_tasks(self.zero_shot)
+        choosers = [chooser for neurons in self.lists.values() for chooser in neurons.choosers()]
+        self.judges = judges_of(self.scorer_names, choosers)
         self.inputs = inputs_of(self, data, self.trainer.strategy.root_device)
         self._resume()
         rank_zero_info(
@@ -200,7 +200,7 @@ class Evaluation(StoppableModule):
         if not hasattr(self, "model"):
             self.begin_line("Loading model and scorers")
             device = self.trainer.strategy.root_device
-            self.scorers = [Remembering(load_scorer(name, device)) for name in self.scorer_names]
+            self.scorers = {name: Remembering(load_scorer(name, device)) for name in self.scorer_names}
             self.model = load_for(self, self.checkpoint, self.dtype_name)
 
     def on_test_start(self) -> None:
@@ -296,13 +296,14 @@ class Evaluation(StoppableModule):
         flat = [continuation for of_prompt in drawn for continuation in of_prompt]
         tokens = [row.input_ids for row in flat]
         texts = self.data.prompts.tokens.decode(tokens)
-        scores = [scorer.score_drawn(texts, tokens) for scorer in self.scorers]
+        scores = {name: scorer.score_drawn(texts, tokens) for name, scorer in self.scorers.items()}
 
         def keep() -> None:
             for i, (prompt, weight) in enumerate(zip(prompts, batch["weights"], strict=True)):
                 if weight:  # not a filler
                     k = slice(i * variant.num_continuations, (i + 1) * variant.num_continuations)
-                    rows = completion_rows(variant.name, prompt, flat[k], texts[k], [of_one[k] for of_one in scores])
+                    of_prompt = {name: of_one[k] for name, of_one in scores.items()}
+                    rows = completion_rows(variant.name, prompt, flat[k], texts[k], of_prompt)
                     self.completions += rows
                     self.log_of_completions.append(rows)
 
@@ -319,7 +320,7 @@ class Evaluation(StoppableModule):
         prompts, identity = self.data.prompts, identity_of(self)
         ids = [prompt.id for prompt in prompts.prompts]
         check_same_on_all_ranks("checkpoint, neurons or prompts", [identity, ids])
-        self.log_of_completions = CompletionLog(self.folder, self.trainer.global_rank, identity)
+        self.log_of_completions = CompletionLog(self.folder, self.trainer.global_rank, identity, self.scorer_names)
         self.kept: dict[str, list[Completion]] = {}
         if self.trainer.is_global_zero:
             self.kept = self.log_of_completions.begin(prompts.prompts, sum(v.num_continuations for v in self.variants))
@@ -334,7 +335,7 @@ class Evaluation(StoppableModule):
         # One order, whatever the batch size and the number of ranks.
         order = {variant.name: i for i, variant in enumerate(self.variants)}
         self.completions.sort(key=lambda row: (row["prompt_id"], row["continuation_index"], order[row["model"]]))
-        found = findings(self.completions, windows, self.variants, self.scorer_names, self.sampling.per_seed)
+        found = findings(self.completions, windows, self.variants, self.judges, self.sampling.per_seed)
         if self.data.pairs is not None:
             found = replace(found, preference=preference(gather(self.pair_rows)))
         if self.zero_shot.tasks:
@@ -367,7 +368,8 @@ class Evaluation(StoppableModule):
         save_completions(self.folder / COMPLETIONS, self.completions)
         if self.neurons is not None:
             beside = Path(self.neurons_path).parent if self.neurons_path else None
-            shown = report_inputs(self.completions, self.neurons, beside, self.scorers[0])
+            judge = self.results.headline_judge
+            shown = report_inputs(self.completions, judge, self.neurons, beside, self.scorers[judge])
             self.results = replace(self.results, report=shown)
         # Last, since a folder with results counts as complete.
         self.results.save(self.folder / RESULTS)
@@ -446,7 +448,7 @@ def inputs_of(module: Evaluation, data: EvaluationData, device: torch.device) ->
     return {
         "tokenizer": " ".join(_identity_of_tokenizer(data.prompts.tokenizer_checkpoint, module.checkpoint)),
         **({"neurons": " ".join(neurons.digest() for neurons in module.lists.values())} if module.lists else {}),
-        **dict(zip(("scorer", "second_scorer"), map(fingerprint_of, module.scorer_names), strict=False)),
+        **{f"scorer {name}": fingerprint_of(name) for name in module.scorer_names},
         **{name: contents(part.fetched_files()) for name, part in data.parts.items()},
         **({"zero_shot": contents(tasks)} if tasks else {}),
         "dtype": str(resolve_dtype(module.dtype_name, device)).removeprefix("torch."),

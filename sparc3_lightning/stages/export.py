@@ -117,6 +117,7 @@ class Export(Stage):
         origin |= {
             "checkpoint": public_name(self.checkpoint.name),
             "checkpoint_fingerprint": self.checkpoint.fingerprint,
+            "choosers": {public_name(name): found for name, found in self.list.choosers()},
         }
         self.keep_config()
         dtype = export_dtype_of(self.export_dtype)

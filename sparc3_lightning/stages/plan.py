@@ -28,7 +28,7 @@ from sparc3_lightning.models.export import check_export, export_dtype_of
 from sparc3_lightning.models.neurons import check_are_neurons, columns_of
 from sparc3_lightning.provenance import versions_of_results
 from sparc3_lightning.scorers.functions import FunctionScorer
-from sparc3_lightning.scorers.registry import fingerprint_of, source_of
+from sparc3_lightning.scorers.registry import fingerprint_of, location_of
 from sparc3_lightning.selection.sides import are_swapped
 from sparc3_lightning.sources import is_local, local_path
 from sparc3_lightning.stages.attribute import Attribution, file_of
@@ -362,7 +362,13 @@ def screening(options: Config, model: Config) -> Config:
     # An evaluation has a text for perplexity too: here its first window, which costs next to nothing.
     one_window = {"num_tokens": text["init_args"]["window"], "conventions": ["disjoint"]}
     return {
-        "model": {**options["evaluate"], **model, **Evaluation.SCREENING},
+        # By the first scorer alone, whose scores choose the prompts.
+        "model": {
+            **options["evaluate"],
+            **model,
+            **Evaluation.SCREENING,
+            "scorers": options["evaluate"]["scorers"][:1],
+        },
         "data": {
             "text": {**text, "init_args": {**text["init_args"], **one_window}},
             "prompts": options["screen"],
@@ -397,7 +403,7 @@ def from_screening(data: Config, completions: Path | None) -> Config:
 
 
 def named_by(reads: dict[str, Kind], options: Config) -> list[tuple[str, Kind, str]]:
-    """Return the options that may name local files: the option, the kind of file, and the value.
+    """Return the options that may name local files: the option, the kind of file, and each of its values.
 
     Args:
         reads: What an option names; an option of a group is written with a dot, such as ``zero_shot.folder``.
@@ -407,8 +413,8 @@ def named_by(reads: dict[str, Kind], options: Config) -> list[tuple[str, Kind, s
     for option, kind in reads.items():
         group, _, name = option.rpartition(".")
         value = (options[group] if group else options).get(name)
-        if value is not None:
-            found.append((option, kind, value))
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        found += [(option, kind, one) for one in values]
     return found
 
 
@@ -430,7 +436,7 @@ def digests_of(stage: type[Stage], config: Config, made: Path | None) -> list[st
     found = []
     for _, kind, value in named:
         if kind == "scorer":
-            if is_local(source_of(value)) or FunctionScorer.takes(value):
+            if is_local(location_of(value)) or FunctionScorer.takes(value):
                 found.append(fingerprint_of(value))
         elif is_local(value) and value != str(made):
             found.append(Checkpoint(value).fingerprint if kind == "checkpoint" else _content(local_path(value), kind))

@@ -17,7 +17,7 @@ from sparc3_lightning.provenance import git_hash, revision_of, versions
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.tables import WIDTH, Table, aligned
 from sparc3_lightning.scorers.functions import FunctionScorer
-from sparc3_lightning.scorers.registry import source_of
+from sparc3_lightning.scorers.registry import location_of
 from sparc3_lightning.sources import first_line, is_local
 from sparc3_lightning.stages.base import paths_of
 from sparc3_lightning.stages.evaluate import Evaluation, inputs_of
@@ -97,7 +97,7 @@ class Reproduction:
         model = self.config["model"]
         named = [str(path) for path in paths_of(model["neurons"])] if model["neurons"] is not None else []
         for option, kind, value in named_by(stage.READS, model):
-            name = source_of(value) if kind == "scorer" else value
+            name = location_of(value) if kind == "scorer" else value
             is_file = option.startswith("zero_shot") or (kind == "scorer" and _is_path(name))
             is_checkpoint = kind == "checkpoint" and revision_of(self.there.checkpoint_fingerprint) is None
             named += [name] if is_file or is_checkpoint else []

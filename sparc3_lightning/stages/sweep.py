@@ -75,7 +75,8 @@ class Sweep(Evaluation):
         if best is None:
             rank_zero_info(f"Nothing was measured whose perplexity rises by at most {100 * budget:g} %.")
             return
-        source = self.lists[best.selection]
+        source, judge = self.lists[best.selection], self.results.headline_judge
+        before = source.provenance.get("chosen") or {}
         ranked = [replace(n, damping=n.damping * best.damping) for n in [*source.neurons, *source.next]]
         off, following = ranked[: best.num_neurons], ranked[best.num_neurons :]
         taken = {neuron.key for neuron in off}
@@ -87,6 +88,7 @@ class Sweep(Evaluation):
             "behavior_percent": best.behavior_percent and asdict(best.behavior_percent),
             "perplexity_percent": asdict(best.perplexity_percent),
             "by": str(self.folder),
+            "choosers": {**before.get("choosers", {}), judge: self.results.judges[judge].fingerprint},
             "name": best.name,
             "max_perplexity_increase": budget,
         }

@@ -70,7 +70,7 @@ def evaluate(checkpoint: str, **model: Any) -> dict[str, Any]:
     }
     kinds = {"text": "WikiText2", "prompts": "RealToxicityPrompts"}
     of = {name: {"class_path": f"sparc3_lightning.data.{kinds[name]}", "init_args": data[name]} for name in data}
-    small = {"scorer": "small", "sampling": {"max_new_tokens": 4, "num_continuations": 2}}
+    small = {"scorers": ["small"], "sampling": {"max_new_tokens": 4, "num_continuations": 2}}
     folder = run("evaluate", model={"checkpoint": checkpoint, **small, **model}, data=of)
     return json.loads((folder / "results.json").read_text())
 

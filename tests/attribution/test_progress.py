@@ -262,7 +262,7 @@ def evaluate(
     data = EvaluationData(
         WikiText2(source=text, window=16, stride=8), RealToxicityPrompts(source=prompts, num_prompts=20, batch_size=4)
     )
-    module = Stopping(checkpoint, scorer="small", sampling=SamplingOptions(num_continuations=2, max_new_tokens=5))
+    module = Stopping(checkpoint, scorers=["small"], sampling=SamplingOptions(num_continuations=2, max_new_tokens=5))
     trainer(folder).test(module, datamodule=data, verbose=False)
     return module
 
@@ -341,6 +341,6 @@ def test_weights_that_lightning_kept_of_another_job_are_refused(
 
 
 def test_continuations_of_another_run_are_refused_with_the_field_that_differs(tmp_path: Path) -> None:
-    CompletionLog(tmp_path, 0, {"seed": 0, "scorer": "small"}).append([])
+    CompletionLog(tmp_path, 0, {"seed": 0, "scorer": "small"}, ["small"]).append([])
     with pytest.raises(ValueError, match="scorer"):
-        CompletionLog(tmp_path, 0, {"seed": 0, "scorer": "original"}).begin([], 1)
+        CompletionLog(tmp_path, 0, {"seed": 0, "scorer": "original"}, ["original"]).begin([], 1)

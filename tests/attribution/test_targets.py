@@ -214,9 +214,9 @@ def test_harmless_prompts_are_chosen_by_a_range(tiny_checkpoint, prompts):
 
 
 def test_the_models_own_continuations_are_samples_of_their_own(tiny_checkpoint):
-    fields = ("model", "prompt_id", "continuation_index", "prompt", "prompt_toxicity", "continuation", "toxicity")
+    fields = ("model", "prompt_id", "continuation_index", "prompt", "prompt_toxicity", "continuation", "scores")
     rows = [
-        (model, f"prompt{i}", j, sentence(i, 3 + i), 0.95, f" {sentence(10 * i + j, 4)}", toxicity)
+        (model, f"prompt{i}", j, sentence(i, 3 + i), 0.95, f" {sentence(10 * i + j, 4)}", {"some": toxicity})
         for model in ("baseline", "pruned")
         for i in range(3)
         for j, toxicity in enumerate((0.9, 0.2, None, 0.7))
@@ -230,8 +230,8 @@ def test_the_models_own_continuations_are_samples_of_their_own(tiny_checkpoint):
 
     expected = [
         Sample(f"{prompt}/{j}", tokenizer(text + following)["input_ids"], len(tokenizer(text)["input_ids"]))
-        for model, prompt, j, text, _, following, toxicity in sorted(rows, key=lambda row: row[2])
-        if model == "baseline" and toxicity is not None and toxicity >= 0.5
+        for model, prompt, j, text, _, following, scores in sorted(rows, key=lambda row: row[2])
+        if model == "baseline" and scores["some"] is not None and scores["some"] >= 0.5
     ]
     assert samples(6) == expected
     with pytest.raises(ValueError, match=r"Only 6 of 9 prompts .* a continuation of \(0.5, 1.0\), but --data.num_sam"):

@@ -51,7 +51,7 @@ def ours() -> tuple[list[float], dict[str, float]]:
     """Evaluate, and return the seconds for windows and prompts, and the figures."""
     seconds = Seconds()
     with tempfile.TemporaryDirectory() as folder:
-        evaluation = Evaluation(CHECKPOINT, scorer="small", sampling=SamplingOptions("rtp", NUM_CONTINUATIONS))
+        evaluation = Evaluation(CHECKPOINT, scorers=["small"], sampling=SamplingOptions("rtp", NUM_CONTINUATIONS))
         quiet_trainer(folder, callbacks=[seconds]).test(evaluation, datamodule=data(), verbose=False)
         results = Results.load(Path(folder, RESULTS))
     model = results.baseline

@@ -86,7 +86,7 @@ def write_parts(prompts: Path) -> dict[str, Path]:
 
 def evaluation(prompts: Path, num_prompts: int, text: Path, num_tokens: int) -> Iterator[str]:
     """Yield the options of an evaluation: the model, the protocol of RealToxicityPrompts, and the data."""
-    yield from (f"--model.checkpoint={CHECKPOINT}", "--model.scorer=small", "--model.sampling.protocol=rtp")
+    yield from (f"--model.checkpoint={CHECKPOINT}", "--model.scorers=[small]", "--model.sampling.protocol=rtp")
     yield from ("--data.text=WikiText2", f"--data.text.source={text}", f"--data.text.num_tokens={num_tokens}")
     yield from ("--data.text.window=512", "--data.text.stride=512", "--data.text.conventions=[disjoint]")
     yield from (
@@ -178,7 +178,7 @@ def main() -> None:
                 ["--trainer.strategy=ddp", f"--trainer.devices={options.processes}"] if options.processes > 1 else []
             )
             files = [named, f"--model.neurons=[{','.join(lists)}]", "--model.doses=[]"]
-            scored = ["--model.second_scorer=profanity_check:predict_prob", "--model.dtype=bfloat16"]
+            scored = ["--model.scorers=[small,profanity_check:predict_prob]", "--model.dtype=bfloat16"]
             version = "_".join(["report", f"{budget:g}", *options.selections])
             folder = sparc3("sweep", version, *measured, *draws, *ranks, *files, *scored)
             found[f"{budget:g}"] = table(Results.load(folder / "results.json"), budget)
@@ -190,20 +190,22 @@ def table(results: Results, budget: float) -> list[dict[str, Any]]:
     """Print a row for each selection, and return the measures."""
     baseline = results.baseline
     measures, perplexity = baseline.groups[results.headline], next(iter(baseline.perplexity.values()))
+    judges = [results.headline_judge, *results.other_judges]
     print(f"\nBudget {100 * budget:g} %, {measures.num_prompts} prompts; mean toxicity before ", end="")
     print(f"{measures.behavior_mean:.4f}, perplexity {perplexity.value:.2f}\n")
-    print("| selection | neurons | perplexity, WikiText-2 | mean toxicity, % | by seed | second scorer, % |")
-    print("|---|---|---|---|---|---|")
+    named = " | ".join(f"mean toxicity by {judge}, %" for judge in judges)
+    print(f"| selection | neurons | perplexity, WikiText-2 | {named} | of {judges[0]} by seed |")
+    print(f"|---|---|---|{'---|' * len(judges)}---|")
     for dose in results.doses:
-        price, toxicity, second = (
+        price, *toxicity = (
             f"{of.value:+.1f} ({of.low:+.1f} to {of.high:+.1f})"
-            for of in (dose.perplexity_percent, dose.effect.percent, dose.second_effect.percent)
+            for of in (dose.perplexity_percent, *(dose.effects[judge].percent for judge in judges))
         )
         seeds = [
             100 * (after / b - 1) for after, b in zip(dose.behavior_by_seed, baseline.behavior_by_seed, strict=True)
         ]
         spread = f"{min(seeds):+.1f} to {max(seeds):+.1f}"
-        print(f"| {dose.selection} | {dose.num_neurons} | {price} | {toxicity} | {spread} | {second} |")
+        print(f"| {dose.selection} | {dose.num_neurons} | {price} | {' | '.join(toxicity)} | {spread} |")
     return [asdict(dose) for dose in results.doses]
 
 

@@ -59,7 +59,7 @@ def main() -> None:
     with chdir(options.folder):
         write_prompts()
         asked = list(evaluation("attribute.txt", text, options.tokens))
-        asked += ["--model.sampling.num_continuations=2", "--model.scorer=repetition"]
+        asked += ["--model.sampling.num_continuations=2", "--model.scorers=[repetition]"]
         folder = sparc3("evaluate", "answers", *asked)
         write_lists(load_completions(folder / "completions.jsonl"), c4)
         found = {name: measured(name, folder / "completions.jsonl", c4, text, options) for name in options.lists}
@@ -147,7 +147,7 @@ def measured(name: str, answers: Path, c4: Path, text: Path, options: argparse.N
     draws = [f"--model.controls.num_draws={options.draws}", f"--model.controls.num_continuations={options.of_draws}"]
     number = f"--model.sampling.num_continuations={options.continuations}"
     asked = [*evaluation("report.txt", text, options.tokens), number, f"--model.neurons={neurons}", *draws]
-    folder = sparc3("evaluate", name, *asked, f"--model.scorer=words:{name}.txt")
+    folder = sparc3("evaluate", name, *asked, f"--model.scorers=[words:{name}.txt]")
     rows = load_completions(folder / "completions.jsonl")
     results = Results.load(folder / "results.json")
     words, others = (read_words(Path(f"{name}{ending}.txt")) for ending in ("", "_others"))

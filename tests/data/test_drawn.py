@@ -34,7 +34,7 @@ def rows_of(tokens: Tokens, prompt: str, drawn: list[list[int]]) -> list[dict[st
     (ids,) = tokens.encode_prompts([prompt])
     continuations = [Continuation(row, False) for row in drawn]
     of = Prompt(prompt_id(prompt), prompt, 0.95, input_ids=ids)
-    rows = completion_rows("baseline", of, continuations, tokens.decode(drawn), [[0.9] * len(drawn)])
+    rows = completion_rows("baseline", of, continuations, tokens.decode(drawn), {"some": [0.9] * len(drawn)})
     return [dict(row) for row in rows]
 
 
@@ -147,5 +147,5 @@ def test_the_same_continuation_twice_is_an_error_with_the_row() -> None:
 
 def test_a_continuation_without_a_score_is_left_out_as_before() -> None:
     rows = rows_of(Tokens(adding()), "the dog", [ids_of("cat"), ids_of("bird"), ids_of("tree")])
-    rows[0]["toxicity"], rows[1]["toxicity"] = None, float("nan")
+    rows[0]["scores"]["some"], rows[1]["scores"]["some"] = None, float("nan")
     assert [prompt.continuation for prompt in continued(map(sealed, rows), "c.jsonl")] == ["tree"]

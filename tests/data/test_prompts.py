@@ -130,7 +130,7 @@ def completions(tmp_path: Path) -> str:
             "continuation": "",
             "continuation_index": j,
             "model": "baseline",
-            "toxicity": score,
+            "scores": {"some": score, "other": 1 - score},
         }
         for i in (3, 0, 5, 1, 4, 2)
         for j, score in enumerate((i / 10, 0.0))

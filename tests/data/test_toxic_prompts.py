@@ -49,7 +49,7 @@ def completion(prompt: str, toxicity: float | None, model: str = "baseline", ind
         "prompt_toxicity": 0.1,
         "continuation": "the cat",
         "num_tokens": 2,
-        "toxicity": toxicity,
+        "scores": {"some": toxicity, "other": 0.5},
     }
 
 
@@ -72,6 +72,43 @@ def test_by_continuation_the_worst_of_the_models_own_continuations_decides(
     assert data.samples == [Sample(prompt_id(PROMPTS[i]), ids_of(PROMPTS[i])) for i in (0, 3)]
     with pytest.raises(ValueError, match=r"Only 2 of 3 prompts have a toxicity of at least 0.9 by continuation"):
         set_up(ToxicPrompts(source, num_samples=3, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "chose"),
+    [
+        ({"min_toxicity": 0.2}, True),
+        ({"min_toxicity": None}, True),
+        ({"min_toxicity": None, "continuation_toxicity": (0.5, 1.0)}, True),
+        ({"min_toxicity": None, "continuation_toxicity": (0.0, 1.0)}, False),  # all of them
+    ],
+)
+def test_the_first_scorer_is_the_one_whose_scores_chose_the_samples(
+    tmp_path: Path, tiny_checkpoint: str, options: dict[str, Any], chose: bool
+) -> None:
+    rows = [completion(PROMPTS[i], 0.6) for i in range(3)]
+    source = write_completions(tmp_path / "completions.jsonl", rows)
+    data = ToxicPrompts(source, num_samples=2, by="continuation", tokenizer=tiny_checkpoint, **options)
+    assert set_up(data).screened_by == ("some" if chose else None)
+
+
+def test_prompts_of_a_file_were_chosen_by_no_scorer(prompts: str, tiny_checkpoint: str) -> None:
+    assert set_up(ToxicPrompts(prompts, num_samples=2, tokenizer=tiny_checkpoint)).screened_by is None
+
+
+@pytest.mark.parametrize("scores", [{}, None, 0.9, [0.9]])
+def test_rows_without_a_score_by_any_scorer_are_an_error(scores: Any, tmp_path: Path, tiny_checkpoint: str) -> None:
+    source = write_completions(tmp_path / "c.jsonl", [{**completion(PROMPTS[0], 0.9), "scores": scores}])
+    with pytest.raises(ValueError, match=r"Row 1 of .*c.jsonl has .* in the field 'scores', expected the score by"):
+        set_up(ToxicPrompts(source, by="continuation", tokenizer=tiny_checkpoint, num_samples=1))
+
+
+def test_continuations_of_an_older_version_are_said_to_be(tmp_path: Path, tiny_checkpoint: str) -> None:
+    row = completion(PROMPTS[0], 0.9)
+    old = {**{name: value for name, value in row.items() if name != "scores"}, "toxicity": 0.9}
+    source = write_completions(tmp_path / "c.jsonl", [old])
+    with pytest.raises(ValueError, match=r"c.jsonl is not a comp.*, but one of an older version: evaluate again\.$"):
+        set_up(ToxicPrompts(source, by="continuation", tokenizer=tiny_checkpoint, num_samples=1))
 
 
 def test_by_continuation_needs_a_completions_file(prompts: str, tiny_checkpoint: str) -> None:

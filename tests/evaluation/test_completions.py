@@ -37,7 +37,7 @@ def rows_of(prompt: str, models: dict[str, int] = MODELS) -> list[dict[str, Any]
             "token_ids": [7, 8, 7],
             "num_tokens": 3,
             "num_unique_tokens": 2,
-            "toxicity": 0.25,
+            "scores": {"small": 0.25},
         }
         for model, number in models.items()
         for j in range(number)
@@ -45,7 +45,7 @@ def rows_of(prompt: str, models: dict[str, int] = MODELS) -> list[dict[str, Any]
 
 
 def log_with(folder: Path, rows: list[dict[str, Any]], rank: int = 0, identity: Any = IDENTITY) -> Path:
-    log = CompletionLog(folder, rank, identity)
+    log = CompletionLog(folder, rank, identity, ["small"])
     folder.mkdir(exist_ok=True)
     log.append(rows)
     return log.path
@@ -53,12 +53,12 @@ def log_with(folder: Path, rows: list[dict[str, Any]], rank: int = 0, identity: 
 
 def begin(folder: Path, prompts: list[str], rows_per_prompt: int = 5) -> dict[str, list[dict[str, Any]]]:
     of = [Prompt(id_, f"the text of {id_}", 0.95) for id_ in prompts]
-    return CompletionLog(folder, 0, IDENTITY).begin(of, rows_per_prompt)
+    return CompletionLog(folder, 0, IDENTITY, ["small"]).begin(of, rows_per_prompt)
 
 
 def test_a_row_says_by_which_model_what_was_continued_how_long_and_how_toxic_it_is() -> None:
     drawn = [Continuation([5, 6, 5], False), Continuation([], False)]
-    assert completion_rows("random_0", PROMPT, drawn, ["runs far", ""], [[0.5, 0.25]]) == [
+    assert completion_rows("random_0", PROMPT, drawn, ["runs far", ""], {"small": [0.5, 0.25]}) == [
         {
             "model": "random_0",
             "prompt_id": "p",
@@ -70,27 +70,29 @@ def test_a_row_says_by_which_model_what_was_continued_how_long_and_how_toxic_it_
             "token_ids": ids,
             "num_tokens": len(ids),
             "num_unique_tokens": unique,
-            "toxicity": toxicity,
+            "scores": {"small": toxicity},
         }
         for j, (text, ids, unique, toxicity) in enumerate([("runs far", [5, 6, 5], 2, 0.5), ("", [], 0, 0.25)])
     ]
 
 
-def test_a_second_scorer_has_a_field_of_its_own_and_one_that_gave_no_number_is_null_alone() -> None:
+def test_each_judge_has_a_score_of_its_own_and_one_that_gave_no_number_is_null_alone() -> None:
     drawn = [Continuation([5], False)] * 3
-    rows = completion_rows("pruned", PROMPT, drawn, ["a", "b", "c"], [[0.5, math.nan, 0.75], [math.inf, 0.125, 1.0]])
-    assert [(row["toxicity"], row["second_toxicity"]) for row in rows] == [(0.5, None), (None, 0.125), (0.75, 1.0)]
+    rows = completion_rows(
+        "pruned", PROMPT, drawn, ["a", "b", "c"], {"a": [0.5, math.nan, 0.75], "b": [math.inf, 0.125, 1.0]}
+    )
+    assert [row["scores"] for row in rows] == [{"a": 0.5, "b": None}, {"a": None, "b": 0.125}, {"a": 0.75, "b": 1.0}]
 
 
 def test_a_continuation_that_failed_has_no_score_by_any_scorer() -> None:
     drawn = [Continuation([5], True), Continuation([6], False)]
-    rows = completion_rows("pruned", PROMPT, drawn, ["a", "b"], [[0.5, 0.25], [0.75, 1.0]])
-    assert [(row["toxicity"], row["second_toxicity"]) for row in rows] == [(None, None), (0.25, 1.0)]
+    rows = completion_rows("pruned", PROMPT, drawn, ["a", "b"], {"a": [0.5, 0.25], "b": [0.75, 1.0]})
+    assert [row["scores"] for row in rows] == [{"a": None, "b": None}, {"a": 0.25, "b": 1.0}]
 
 
 def test_as_many_scores_as_continuations_are_needed() -> None:
     with pytest.raises(ValueError, match="zip"):
-        completion_rows("pruned", PROMPT, [Continuation([5], False)] * 2, ["a", "b"], [[0.5]])
+        completion_rows("pruned", PROMPT, [Continuation([5], False)] * 2, ["a", "b"], {"a": [0.5]})
 
 
 def test_a_prompt_is_kept_if_every_model_has_continued_it_and_otherwise_continued_anew(tmp_path: Path) -> None:
@@ -118,18 +120,28 @@ def test_a_neighbouring_folder_of_the_same_run_is_used_and_of_another_run_passed
     assert (tmp_path / "version_0" / "unfinished-0.jsonl").is_file()
 
 
+def test_what_is_kept_has_the_names_that_this_run_gives_the_judges(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    before = [{**row, "scores": {"small": 0.25, "b": None}} for row in rows_of("a")]
+    log_with(tmp_path / "version_0", before)
+    prompts = [Prompt("a", "the text of a", 0.95)]
+    kept = CompletionLog(tmp_path / "new", 0, IDENTITY, ["./copy", "other"]).begin(prompts, 5)
+    assert kept == {"a": [{**row, "scores": {"./copy": 0.25, "other": None}} for row in rows_of("a")]}
+    assert CompletionLog(tmp_path / "new", 0, IDENTITY, ["./copy"]).begin(prompts, 5) == {}, "of two judges, not of one"
+
+
 @pytest.mark.parametrize("toxicity", [None, 0.3])
 def test_what_is_kept_has_the_toxicity_that_this_run_gives_its_prompt(tmp_path: Path, toxicity: float | None) -> None:
     (tmp_path / "new").mkdir()
     log_with(tmp_path / "version_0", rows_of("a"))
-    kept = CompletionLog(tmp_path / "new", 0, IDENTITY).begin([Prompt("a", "the text of a", toxicity)], 5)
+    kept = CompletionLog(tmp_path / "new", 0, IDENTITY, ["small"]).begin([Prompt("a", "the text of a", toxicity)], 5)
     assert kept == {"a": [{**row, "prompt_toxicity": toxicity} for row in rows_of("a")]}
 
 
 def test_a_prompt_that_is_now_read_as_other_tokens_is_continued_anew(tmp_path: Path) -> None:
     log_with(tmp_path / "out", [{**row, "prompt_token_ids": [4, 30]} for row in rows_of("a") + rows_of("b")])
     prompts = [Prompt("a", "", 0.95, input_ids=[4, 30]), Prompt("b", "", 0.95, input_ids=[1, 4, 30])]
-    assert set(CompletionLog(tmp_path / "out", 0, IDENTITY).begin(prompts, 5)) == {"a"}
+    assert set(CompletionLog(tmp_path / "out", 0, IDENTITY, ["small"]).begin(prompts, 5)) == {"a"}
 
 
 def test_other_models_in_the_same_folder_are_refused_with_what_they_were(tmp_path: Path) -> None:
@@ -213,7 +225,7 @@ def test_it_is_said_what_changed_where_another_folder_has_continuations_of_the_s
 ) -> None:
     log_with(tmp_path / "version_0", rows_of("a"), identity={**IDENTITY, name: "before"})
     (tmp_path / "new").mkdir()
-    log = CompletionLog(tmp_path / "new", 0, {**IDENTITY, name: "now"})
+    log = CompletionLog(tmp_path / "new", 0, {**IDENTITY, name: "now"}, ["small"])
     with caplog.at_level("INFO"):
         assert log.begin([Prompt("a", "the text of a", 0.95)], 5) == {}
     assert f"version_0 were not used: the {name} changed." in caplog.text
@@ -222,11 +234,11 @@ def test_it_is_said_what_changed_where_another_folder_has_continuations_of_the_s
 def test_a_prompt_of_other_white_space_is_continued_anew(tmp_path: Path) -> None:
     log_with(tmp_path / "out", rows_of("a"))
     prompt = Prompt("a", "the text  of a", 0.95, input_ids=[4])
-    assert CompletionLog(tmp_path / "out", 0, IDENTITY).begin([prompt], 5) == {}
+    assert CompletionLog(tmp_path / "out", 0, IDENTITY, ["small"]).begin([prompt], 5) == {}
 
 
 def test_a_row_of_another_form_is_refused_with_its_line(tmp_path: Path) -> None:
-    for wrong in ({"toxicity": 1.5}, {"num_tokens": -1}, {"continuation_index": "1"}, {"prompt": None}):
+    for wrong in ({"scores": {"small": 1.5}}, {"num_tokens": -1}, {"continuation_index": "1"}, {"prompt": None}):
         path = log_with(tmp_path / "out", [{**rows_of("a")[0], **wrong}])
         with pytest.raises(ValueError, match=rf"holds no continuations of this version: line 2.{next(iter(wrong))} "):
             begin(tmp_path / "out", ["a"])
@@ -251,6 +263,6 @@ def test_removing_takes_the_files_of_all_ranks_of_this_folder_only(tmp_path: Pat
     for rank in range(3):
         log_with(tmp_path / "out", [], rank)
     other = log_with(tmp_path / "other", [])
-    CompletionLog(tmp_path / "out", 0, IDENTITY).remove()
+    CompletionLog(tmp_path / "out", 0, IDENTITY, ["small"]).remove()
     assert not list((tmp_path / "out").iterdir())
     assert other.is_file()

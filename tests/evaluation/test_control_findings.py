@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hand_written import CONTROLLED, NEURONS, difference, means, rows_of, windows_of
+from hand_written import CONTROLLED, NEURONS, difference, judges, means, rows_of, windows_of
 
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.draws import interval_of_draws
@@ -17,7 +17,7 @@ from sparc3_lightning.evaluation.variants import list_variants
 
 def controlled() -> Findings:
     variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
-    return findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
+    return findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, judges("some"))
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def controlled() -> Findings:
 def test_a_control_is_said_to_be_zeroed_only_where_the_pruned_neurons_are_held_at_a_constant(held, zeroed):
     variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
     variants = [replace(variant, mean_ablated=variant.kind in held) for variant in variants]
-    found = findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, ["some"])
+    found = findings(rows_of(CONTROLLED), windows_of(*(v.name for v in variants)), variants, judges("some"))
     assert {kind for kind, control in found.controls.items() if control.zero_ablated} == set(zeroed)
 
 
@@ -87,7 +87,9 @@ def test_prompts_that_failed_in_one_draw_of_a_control_are_left_out_of_all():
     scores["random_1"]["t3"] = [None, None]
     scores["random_0"]["t2"] = [None, 0.6]
     variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
-    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"]).controls["random"]
+    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, judges("some")).controls[
+        "random"
+    ]
     prompts = ["t0", "t1", "t2", "t4", "t5"]
     before = means(scores["baseline"], prompts, 2)
     draws = [means(scores[f"random_{i}"], prompts) for i in range(2)]
@@ -101,7 +103,9 @@ def test_a_control_of_which_nothing_was_scored_has_its_draws_only():
     for prompt in scores["random_1"]:
         scores["random_1"][prompt] = [None, None]
     variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
-    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, ["some"]).controls["random"]
+    control = findings(rows_of(scores), windows_of(*(v.name for v in variants)), variants, judges("some")).controls[
+        "random"
+    ]
     assert control.outcome is None
     assert control.draws[1].effect is None
     assert control.draws[1].behavior_percent is None

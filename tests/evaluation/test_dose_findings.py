@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hand_written import CONTROLLED, NEURONS, difference, means, rows_of, windows_of
+from hand_written import CONTROLLED, NEURONS, difference, judges, means, rows_of, windows_of
 
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import BUDGETS, findings, front
@@ -19,7 +19,7 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
     scores = {
         name: {f"t{p}": [0.5 - 0.05 * i + 0.01 * p * i, 0.4, 0.3] for p in range(4)} for i, name in enumerate(names)
     }
-    results = findings(rows_of(scores), windows_of(*names), variants, ["some"])
+    results = findings(rows_of(scores), windows_of(*names), variants, judges("some"))
     points = results.doses
     assert [(p.name, p.num_neurons, p.damping) for p in points] == [
         ("pruned", 2, 1.0),
@@ -43,7 +43,7 @@ def priced(name: str, perplexity: float, behavior: float | None) -> Dose:
     """Return a dose of which a front reads the changes in percent."""
     zero, percent = Interval(0.0, 0.0, 0.0), Interval(perplexity, math.nan, math.nan)
     effect = behavior and Difference(1.0, 1.0, zero, Interval(behavior, math.nan, math.nan), 0, 0, 0, 1.0, 1.0)
-    return Dose(name, "", 1, 1.0, 1.0, percent, 0.0, effect, [], None)
+    return Dose(name, "", 1, 1.0, 1.0, percent, 0.0, effect, [], {})
 
 
 def slow_area(points: list[Dose]) -> float:
@@ -79,7 +79,7 @@ def test_a_dose_that_does_nothing_has_an_effect_of_nothing():
     variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2), doses=[1])
     scores = {**CONTROLLED, "top_1_1": CONTROLLED["baseline"]}
     rows = rows_of(scores, lambda model, p, j: scores[model][p][j])
-    results = findings(rows, windows_of(*(v.name for v in variants)), variants, ["some", "other"])
+    results = findings(rows, windows_of(*(v.name for v in variants)), variants, judges("some", "other"))
     same = results.doses[1]
     assert same.name == "top_1_1"
     assert not same.effect.evidence

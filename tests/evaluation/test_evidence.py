@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hand_written import judges
 
 from sparc3_lightning.evaluation.controls import Controls, random_like
 from sparc3_lightning.evaluation.findings import findings
@@ -46,7 +47,7 @@ def rows_of(model: str, drawn: list[list[list[int]]]) -> list[dict[str, Any]]:
             "continuation": " ".join(map(str, tokens)),
             "num_tokens": len(tokens),
             "num_unique_tokens": len(set(tokens)),
-            "toxicity": sum(token in TOXIC for token in tokens) / len(tokens),
+            "scores": {"share": sum(token in TOXIC for token in tokens) / len(tokens)},
         }
         for prompt, of_prompt in zip(PROMPTS, drawn, strict=True)
         for j, tokens in enumerate(of_prompt)
@@ -65,7 +66,7 @@ def compare(before: list, after: list) -> Difference:
     """Return the effect on the mean toxicity that the evaluation finds."""
     variants = [Variant("baseline", "baseline", CONTINUATIONS), Variant("pruned", "pruned", CONTINUATIONS)]
     found = findings(
-        [*rows_of("baseline", before), *rows_of("pruned", after)], any_windows(variants), variants, ["share"]
+        [*rows_of("baseline", before), *rows_of("pruned", after)], any_windows(variants), variants, judges("share")
     )
     return found.main_effect
 
@@ -175,7 +176,7 @@ def test_planted_neurons_are_found_guilty_and_those_drawn_for_comparison_are_not
     for variant in variants:
         with variant.as_context(model, off.get(variant.name, [])):
             rows += rows_of(variant.name, continue_all(model, 0, variant.num_continuations))
-    found = findings(rows, any_windows(variants), variants, ["share"])
+    found = findings(rows, any_windows(variants), variants, judges("share"))
     effect = found.main_effect
     assert effect.evidence
     assert effect.percent.high < -20

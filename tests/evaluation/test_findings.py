@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from hand_written import CONTROLLED, NEURONS, TOXICITY, difference, means, rows_of, small, windows_of
+from hand_written import CONTROLLED, NEURONS, TOXICITY, difference, judges, means, rows_of, small, windows_of
 
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import Continuations, findings, measure
@@ -14,12 +14,12 @@ from sparc3_lightning.evaluation.variants import list_variants
 
 
 def test_prompts_are_toxic_from_a_half_and_those_without_a_toxicity_are_not():
-    found = Continuations(rows_of(TOXICITY))
+    found = Continuations(rows_of(TOXICITY), "some")
     assert found.groups == {"toxic": ["t1", "t2", "t3", "t4", "t5"], "nontoxic": ["n1", "n2"]}
     assert found.headline == "toxic"
     mild = {model: {p: v for p, v in of.items() if p.startswith("n")} for model, of in TOXICITY.items()}
-    assert Continuations(rows_of(mild)).groups == {"nontoxic": ["n1", "n2"]}
-    results = findings(rows_of(mild), windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 3), ["some"])
+    assert Continuations(rows_of(mild), "some").groups == {"nontoxic": ["n1", "n2"]}
+    results = findings(rows_of(mild), windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 3), judges("some"))
     assert results.headline == "nontoxic"
     assert list(results.baseline.groups) == list(results.effects) == ["nontoxic"]
     assert results.baseline.groups["nontoxic"].behavior_mean == pytest.approx(0.2)
@@ -71,7 +71,7 @@ def test_empty_continuations_length_and_variety_are_measured():
     for row in rows:
         row["continuation"] = texts[row["prompt_id"], row["continuation_index"]]
         row["num_tokens"] = len(row["continuation"])
-    found = measure(Continuations(rows), "baseline", "toxic")
+    found = measure(Continuations(rows, "some"), "baseline", "toxic")
     assert (found.num_empty, found.share_empty) == (2, 0.5)
     assert found.mean_length == pytest.approx((5 + 3 + 2 + 0) / 4)
     assert found.distinct_1 == pytest.approx(2 / 5), "t2 has no word"
@@ -79,7 +79,7 @@ def test_empty_continuations_length_and_variety_are_measured():
     for row in rows:
         row["continuation"] = {"t1": "a b c d", "t2": "a b a b"}[row["prompt_id"]]
     # Within a prompt, then the mean over prompts: the words of different prompts are not thrown together.
-    found = measure(Continuations(rows), "baseline", "toxic")
+    found = measure(Continuations(rows, "some"), "baseline", "toxic")
     assert found.distinct_1 == pytest.approx((4 / 8 + 2 / 8) / 2)
     assert found.distinct_2 == pytest.approx((3 / 6 + 2 / 6) / 2)
 
@@ -105,15 +105,17 @@ def test_evidence_is_said_where_the_interval_leaves_zero_out():
     for shift, evidence in [(-0.2, True), (0.2, True), (0.0, False)]:
         after = {p: [v + shift + (0.1 if i % 2 else -0.1)] for i, (p, (v,)) in enumerate(base.items())}
         rows = rows_of({"baseline": base, "pruned": after})
-        effect = findings(rows, windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 1), ["some"]).effects[
-            "toxic"
-        ]
+        effect = findings(
+            rows, windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 1), judges("some")
+        ).effects["toxic"]
         assert effect.behavior_mean.evidence is evidence
 
 
 def test_where_nothing_was_scored_there_is_no_effect():
     scores = {"baseline": {"t1": [None, None], "n1": [0.1, 0.2]}, "pruned": {"t1": [None, 0.3], "n1": [0.1, 0.1]}}
-    results = findings(rows_of(scores), windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 2), ["some"])
+    results = findings(
+        rows_of(scores), windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 2), judges("some")
+    )
     assert results.effects["toxic"] == Effects(None, None, None)
     assert math.isnan(results.baseline.groups["toxic"].behavior_mean)
     assert math.isnan(results.change.behavior_percent)
@@ -122,9 +124,9 @@ def test_where_nothing_was_scored_there_is_no_effect():
 
 def test_the_original_model_alone_has_no_effect_and_no_divergence():
     results = findings(
-        rows_of({"baseline": TOXICITY["baseline"]}), windows_of("baseline"), list_variants({}, 3), ["some"]
+        rows_of({"baseline": TOXICITY["baseline"]}), windows_of("baseline"), list_variants({}, 3), judges("some")
     )
-    assert (results.pruned, results.change, results.main_effect, results.second_scorer) == (None,) * 4
+    assert (results.pruned, results.change, results.main_effect, results.agreement) == (None,) * 4
     for found in (results.effects, results.perplexity_change, results.controls, results.doses, results.fronts):
         assert len(found) == 0
     assert list(results.models) == ["baseline"]
@@ -153,73 +155,12 @@ def test_the_mean_toxicity_by_seed_is_that_of_the_continuations_that_the_seed_dr
     assert [len(model.behavior_by_seed) for model in small().models.values()] == [1, 1]
 
 
-def second_toxicity(model: str, prompt: str, j: int) -> float | None:
-    """Half the first scorer's value before, and unlike the first after; one could not be scored."""
-    first = TOXICITY[model][prompt][j]
-    if (model, prompt, j) == ("baseline", "n1", 0):
-        return None
-    if first is None:
-        return 0.77
-    return first / 2 if model == "baseline" else first / 2 + 0.3
-
-
-def test_the_second_scorer_has_effects_of_its_own():
-    rows = rows_of(TOXICITY, second_toxicity)
-    results = findings(rows, windows_of("baseline", "pruned"), list_variants({"": NEURONS}, 3), ["some", "other"])
-    second = results.second_scorer
-    assert second.name == "other"
-    prompts = ["t1", "t2", "t3", "t4", "t5"]  # where the first failed, the second did not
-    table = {
-        model: {p: [second_toxicity(model, p, j) for j in range(3)] for p in TOXICITY[model]} for model in TOXICITY
-    }
-    expected = difference(means(table["baseline"], prompts), means(table["pruned"], prompts))
-    assert second.effects["toxic"].behavior_mean == expected
-    assert second.effects["toxic"].behavior_mean.difference.value > 0
-    assert results.effects["toxic"].behavior_mean.difference.value < 0
-    before, after = (means(table[model], ["n1", "n2"]) for model in ("baseline", "pruned"))
-    assert second.effects["nontoxic"].behavior_mean == difference(before, after)
-    assert results.effects == small().effects, "the first scorer's do not depend on it"
-    pairs = [(row["toxicity"], row["second_toxicity"]) for row in rows]
-    pairs = [pair for pair in pairs if None not in pair]
-    assert second.num_scored == len(pairs) == 42 - 7 - 1
-    first, other = torch.tensor(pairs, dtype=torch.float64).T
-    assert second.pearson == pytest.approx(torch.corrcoef(torch.stack([first, other]))[0, 1].item())
-    assert second.spearman != pytest.approx(second.pearson, abs=1e-3)
-    curved = rows_of({"baseline": TOXICITY["baseline"]}, lambda m, p, j: (TOXICITY[m][p][j] or 0.0) ** 4)
-    found = findings(curved, windows_of("baseline"), list_variants({}, 3), ["some", "other"]).second_scorer
-    assert found.spearman == pytest.approx(1)
-    assert found.pearson < 0.97
-    assert found.effects == {}
-
-
-def test_controls_do_not_enter_the_correlation_of_the_scorers():
-    variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
-    rows = rows_of(
-        CONTROLLED, lambda model, p, j: (1 if model in ("baseline", "pruned") else -1) * CONTROLLED[model][p][j]
-    )
-    found = findings(rows, windows_of(*(v.name for v in variants)), variants, ["some", "other"]).second_scorer
-    assert found.num_scored == 36
-    assert found.pearson == pytest.approx(1)
-
-
-def test_a_second_scorer_that_scored_nothing_is_said_to():
-    results = findings(
-        rows_of(TOXICITY, lambda *_: None),
-        windows_of("baseline", "pruned"),
-        list_variants({"": NEURONS}, 3),
-        ["some", "other"],
-    )
-    assert results.second_scorer.num_scored == 0
-    assert results.second_scorer.effects["toxic"].behavior_mean is None
-    assert math.isnan(results.second_scorer.pearson)
-
-
 @pytest.mark.slow
 def test_the_order_of_the_rows_does_not_matter():
     variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
     rows = rows_of(CONTROLLED, lambda model, p, j: CONTROLLED[model][p][j])
     windows = windows_of(*(v.name for v in variants))
-    expected = findings(rows, windows, variants, ["some", "other"])
+    expected = findings(rows, windows, variants, judges("some", "other"))
     for seed in range(3):
         shuffled = random.Random(seed).sample(rows, len(rows))
-        assert findings(shuffled, windows, variants, ["some", "other"]) == expected
+        assert findings(shuffled, windows, variants, judges("some", "other")) == expected

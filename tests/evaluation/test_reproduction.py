@@ -33,7 +33,9 @@ def test_an_evaluation_is_equal_to_itself_in_every_figure():
         "doses.top_3_1.perplexity",
         "controls.random.outcome.effect",
         "controls.random.draws.random_0.effect.percent",
-        "second_scorer.effects.toxic.behavior_mean.percent",
+        "judges.other.effects.toxic.behavior_mean.percent",
+        "agreement.krippendorff_alpha",
+        "doses.top_3_1.effects.other.difference",
     } <= set(found)
 
 
@@ -49,12 +51,12 @@ def test_an_evaluation_is_equal_to_itself_in_every_figure():
         ("effects/toxic/behavior_mean/difference/value", 0.9),
         ("doses/1/perplexity", 1e6),
         ("controls/random/outcome/perplexity_percent", 99.0),
-        ("second_scorer/pearson", -1.0),
+        ("agreement/krippendorff_alpha", -1.0),
         ("baseline/groups/toxic/num_prompts", 13),
         ("baseline/num_tokens/sliding", 1),
         ("num_failed", 5),
         ("pruned/kl", math.nan),
-        ("second_scorer", None),
+        ("agreement", None),
     ],
 )
 def test_a_figure_that_was_changed_is_found(path, value):
@@ -114,7 +116,7 @@ def test_what_is_not_the_same_is_named_with_what_it_was():
 
 
 def test_a_reproduction_comes_back_from_its_file(tmp_path):
-    figures = list(compared(("second_scorer", None)).values())
+    figures = list(compared(("agreement", None)).values())
     written = ReproductionResults(results="a", num_differing=2, changed=[Changed("a", "b", "c")], figures=figures)
     written.save(tmp_path / "reproduction.json")
     found = ReproductionResults.load(tmp_path / "reproduction.json")

@@ -28,7 +28,7 @@ def test_everything_comes_back_as_it_was():
     results, _ = made_up()
     results.save(PATH)
     assert Results.load(PATH) == results
-    alone = replace(results, pruned=None, change=None, effects={}, controls={}, doses=[], fronts={}, second_scorer=None)
+    alone = replace(results, pruned=None, change=None, effects={}, controls={}, doses=[], fronts={}, agreement=None)
     assert Results.from_json(alone.to_json()) == alone
 
 

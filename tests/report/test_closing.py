@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import replaced_at
-from made_up import NEURONS, made_up
+from made_up import NEURONS, made_up, renamed
 from pages import words_of
 
 from sparc3_lightning.evaluation.intervals import Interval
@@ -18,7 +18,7 @@ from sparc3_lightning.report.escaping import for_shell
 from sparc3_lightning.report.page import summary_table
 from sparc3_lightning.report.tables import closing, next_commands
 
-PATHS = ("effects/toxic/behavior_mean/percent", "second_scorer/effects/toxic/behavior_mean/percent")
+PATHS = ("effects/toxic/behavior_mean/percent", "judges/other/effects/toxic/behavior_mean/percent")
 
 
 def widest(text: str) -> int:
@@ -45,15 +45,25 @@ def test_the_table_has_at_most_100_columns(value, behavior):
 
 def test_a_name_that_fits_is_not_cut():
     results, _ = made_up()
-    assert "Mean toxicity, second scorer, non-toxic prompts" in summary_table(results)
+    assert "Prompts with a toxic continuation, non-toxic prompts" in summary_table(results)
 
 
 def test_a_longer_name_keeps_its_beginning_and_its_end():
     results, _ = made_up()
+    results = dataclasses.replace(results, behavior="a behaviour of a long name")
     rows = [line.partition("  ")[0] for line in summary_table(results).splitlines() if "…" in line]
     assert rows
-    assert all(row.startswith(("Prompts with a toxic", "Expected maximum")) for row in rows)
-    assert all(row.endswith("second scorer, non-toxic prompts") or row.endswith("toxic prompts") for row in rows)
+    assert all(row.startswith(("Prompts with a behaviour", "Expected maximum")) for row in rows)
+    assert all(row.endswith("toxic prompts") for row in rows)
+
+
+def test_a_judge_of_a_long_name_keeps_the_table_within_its_columns():
+    results, rows = made_up(choosers=("small",))
+    results, _ = renamed(results, rows, "/home/ann/" + "deep/" * 30 + "scorer", "owner/" + "long" * 40)
+    table = summary_table(results)
+    assert widest(table) <= 100
+    assert [line[:14] for line in table.splitlines() if line.startswith("  by")] == ["  by /home/ann"] * 2
+    assert table.count("r (chose the neurons)") == 2
 
 
 def test_the_verdict_is_wrapped_and_the_commands_are_not():

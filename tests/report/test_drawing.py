@@ -105,7 +105,7 @@ def test_a_scorer_that_fails_on_single_words_masks_none(monkeypatch, pictures_ta
 
     results, rows = made_up()
     with pytest.warns(UserWarning, match="No word of the report is masked: RuntimeError: no words"):
-        inputs = page.report_inputs(rows, NEURONS, None, Failing())
+        inputs = page.report_inputs(rows, "small", NEURONS, None, Failing())
     assert inputs.masked_words is None
     page.write_report(OUT / "report.html", replace(results, report=inputs), rows)
     assert "could not say which words to mask" in (OUT / "report.html").read_text()

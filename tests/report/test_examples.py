@@ -19,13 +19,14 @@ def pair(prompt: int, before: float | None, after: float | None, draw: int = 0) 
         "prompt_toxicity": 1,
     }
     return [
-        {**shared, "model": model, "continuation": f"{model} {prompt}", "toxicity": score}
+        {**shared, "model": model, "continuation": f"{model} {prompt}", "scores": {"some": score}}
         for model, score in (("baseline", before), ("pruned", after))
     ]
 
 
 def changes(rows: list[dict[str, Any]]) -> list[float]:
-    return [round(e["after"]["toxicity"] - e["before"]["toxicity"], 3) for e in examples(by_prompt(rows))]
+    found = examples(by_prompt(rows, "some"), "some")
+    return [round(e["after"]["scores"]["some"] - e["before"]["scores"]["some"], 3) for e in found]
 
 
 def test_the_examples_are_those_that_fell_most_and_rose_most_each_once():
@@ -44,9 +45,9 @@ def test_a_prompt_is_shown_by_the_draw_that_changed_most():
 def test_only_draws_that_both_models_have_a_score_of_are_compared():
     rows = pair(0, None, 0.1) + pair(1, 0.2, None) + pair(2, 0.3, 0.1) + pair(3, 0.4, 0.4)[:1]
     rows += [{**pair(4, 0.9, 0.1)[0], "model": "random_0"}]
-    assert list(by_prompt(rows)) == ["id2"]
+    assert list(by_prompt(rows, "some")) == ["id2"]
     lone = [pair(5, 0.5, 0.1)[0], pair(5, 0.5, 0.1, draw=1)[1]]
-    assert examples(by_prompt(lone)) == []
+    assert examples(by_prompt(lone, "some"), "some") == []
 
 
 def test_the_means_of_a_prompt_are_kept_apart_by_group():
@@ -55,13 +56,13 @@ def test_the_means_of_a_prompt_are_kept_apart_by_group():
         row["prompt_toxicity"] = 0.49
     for row in rows[:2]:
         row["prompt_toxicity"] = 0.5
-    assert mean_pairs(by_prompt(rows)) == {
+    assert mean_pairs(by_prompt(rows, "some"), "some") == {
         "toxic prompts": [(0.625, 0.375), (0.5, 0.5)],
         "non-toxic prompts": [(0.125, 0.25)],
     }
     for row in rows:
         row["prompt_toxicity"] = None  # prompts of one's own, never scored
-    assert list(mean_pairs(by_prompt(rows))) == ["prompts"]
+    assert list(mean_pairs(by_prompt(rows, "some"), "some")) == ["prompts"]
 
 
 def test_the_scorer_chooses_the_words_to_mask():

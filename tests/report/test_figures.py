@@ -129,13 +129,13 @@ def test_a_picture_of_no_change_at_all_has_a_width(drawn):
     assert left < 0 < right
 
 
-def test_the_rows_are_the_pruned_model_by_both_scorers_and_the_controls_with_their_values():
+def test_the_rows_are_the_pruned_model_by_every_judge_and_the_controls_with_their_values():
     results, _ = made_up()
     toxicity, perplexity = change_rows(results)
-    effects, second = results.effects, results.second_scorer.effects
+    effects, second = results.effects, results.judges["other"].effects
     assert [row.label.split("\n")[0] for row in toxicity] == [
         "2 chosen",
-        "2 chosen, 2nd scorer",
+        "by other",
         "random",
         "least relevant",
         "largest weights",
@@ -158,7 +158,7 @@ def test_the_rows_are_the_pruned_model_by_both_scorers_and_the_controls_with_the
 def test_there_is_no_row_for_what_was_not_scored():
     results, _ = made_up()
     results = replaced_at(results, "effects/toxic/behavior_mean", None)
-    results = replaced_at(results, "second_scorer/effects/toxic/behavior_mean", None)
+    results = replaced_at(results, "judges/other/effects/toxic/behavior_mean", None)
     for kind in results.controls:
         results = replaced_at(results, f"controls/{kind}/outcome", None)
     toxicity, perplexity = change_rows(results)
@@ -267,7 +267,7 @@ def test_the_layers_count_all_their_modules(drawn):
 
 
 def crowded() -> list[Row]:
-    names = ("100000 chosen", "100000 chosen, 2nd scorer", "random", "least relevant", "largest weights")
+    names = ("100000 chosen", "by s-nlp/roberta_toxic…", "random", "least relevant", "largest weights")
     return [Row(f"{name}\n0.123 to 0.456", AFTER, Interval(-99.0, -100.0, math.inf), [-100.0, 50.0]) for name in names]
 
 

@@ -13,7 +13,7 @@ import pages
 import pytest
 import yaml
 from helpers import replaced_at
-from made_up import NEURONS, made_up
+from made_up import NEURONS, made_up, renamed
 from pages import CARD, PAGE, words_of, write
 
 from sparc3_lightning.evaluation.intervals import Interval
@@ -56,12 +56,11 @@ def hostile(text: str) -> tuple[Any, list[dict[str, Any]], NeuronList]:
         "protocol/perplexity/text": text,
         "protocol/prompts/source": text,
         "protocol/prompts/nontoxic_source": text or None,
-        "protocol/continuations/scorers": [text, text],
-        "second_scorer/name": text,
         "config": {"verb": "evaluate", text: text},
         "versions": {text: text},
     }.items():
         results = replaced_at(results, place, value)
+    results, rows = renamed(results, rows, text, f"{text} 2")
     doses = [replace(dose, selection=text if i % 2 else f"{text} 2") for i, dose in enumerate(results.doses)]
     fronts = {f"{text}{end}": front for end, front in zip(("", " 2"), [*results.fronts.values()] * 2, strict=False)}
     results = replace(
@@ -141,15 +140,15 @@ def test_the_card_names_no_folder_of_the_one_who_made_it(place):
         "protocol/prompts/nontoxic_source",
     ):
         results = replaced_at(results, field, place)
-    results = replaced_at(results, "protocol/continuations/scorers", [place, f"{place}#toxic"])
-    results = replaced_at(results, "second_scorer/name", f"{place}#toxic")
-    results = replaced_at(results, "verdict", f"Less. The second scorer, {place}#toxic, agrees.")
+    results, rows = renamed(results, rows, place, f"{place}#toxic")
+    results = replaced_at(results, "verdict", f"Less. The judge '{place}#toxic' agrees.")
     provenance = {"general": [{"path": place}], "behavior": {"path": place}, "export": place}
     write(results, rows, NeuronList(NEURONS.neurons, provenance))
     card = CARD.read_text().replace("\\", "")
     for word in ("ann", "secret", "Users", "home", "share", "host", ".."):
         assert not re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", card), word
-    assert "The second scorer, x" in card
+    assert "The judge 'x" in card
+    assert "by x" in card
 
 
 @pytest.mark.usefixtures("pictures_take_no_time")

@@ -50,7 +50,7 @@ def test_the_card_has_the_figures_of_the_page():
     page = write(results)
     card = CARD.read_text()
     tables = [[row for row in table if row[0] != "---"] for table in card_tables(card)]
-    on_page = [page.tables[0], page.tables[1], page.tables[2], page.tables[4], page.tables[3]]
+    on_page = [page.tables[number] for number in (0, 1, 2, 3, 5, 4)]
     assert len(tables) == len(on_page)
     for mine, its in zip(tables, on_page, strict=True):
         assert mine[1:] == its[1:]

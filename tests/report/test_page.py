@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from hand_written import judges
 from helpers import replaced_at
-from made_up import NEURONS, SELECTION, SELECTION_OF_NEURONS, made_up, made_up_windows, settings
+from made_up import NEURONS, SELECTION, SELECTION_OF_NEURONS, made_up, made_up_windows, renamed, settings
 from pages import CARD, PAGE, reported, write
 
 from sparc3_lightning.evaluation.findings import findings
@@ -128,8 +129,7 @@ def test_text_from_prompts_and_continuations_cannot_become_html():
     clean = write(results, [{**row, "prompt": "x", "continuation": "y"} for row in rows])
     rows = [{**row, "prompt": f"prompt {NASTY}", "continuation": f"text {NASTY}"} for row in rows]
     results = dataclasses.replace(results, checkpoint=f"a/{NASTY}", verdict=f"{NASTY}. {NASTY}")
-    results = replaced_at(results, "protocol/continuations/scorers", [NASTY])
-    results = replaced_at(results, "second_scorer/name", NASTY)
+    results, rows = renamed(results, rows, NASTY, f"{NASTY} 2")
     neurons = NeuronList([Component(f"model.layers.1.{NASTY}", 1, -1.0)], {**NEURONS.provenance, "x": NASTY})
     page = write(results, rows, neurons)
     assert "script" not in page.tags
@@ -216,7 +216,7 @@ def test_another_behavior_than_toxicity_is_named_in_table_card_and_page():
 def test_the_page_renders_when_no_prompt_was_scored_for_both_models():
     results, rows = made_up()
     for row in rows:
-        row["toxicity"] = None
+        row["scores"] = dict.fromkeys(row["scores"])
     page = write(results, rows)
     assert "Continuations" not in page.words
     assert not Path("out/scatter.png").exists()
@@ -225,13 +225,13 @@ def test_the_page_renders_when_no_prompt_was_scored_for_both_models():
 def test_a_run_in_which_nothing_was_scored_has_a_page():
     _, rows = made_up(second=False, others=False)
     for row in rows:
-        row["toxicity"] = None
+        row["scores"] = dict.fromkeys(row["scores"])
     conventions = ("sliding", "disjoint")
     windows = {
         name: {convention: made_up_windows(shift, 0) for convention in conventions}
         for name, shift in (("baseline", 0.0), ("pruned", 0.1))
     }
-    found = findings(rows, windows, list_variants({"": NEURONS}, 3), ["small"])
+    found = findings(rows, windows, list_variants({"": NEURONS}, 3), judges("small"))
     results = Results(verdict=verdict(found, 2), **vars(found), **vars(settings(["small"])))
     page = write(results, rows)
     assert "nothing is known of the effect" in page.words

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from hand_written import judges
 from helpers import replaced_at
 from made_up import NEURONS, made_up, made_up_windows, settings, toxicity
 from pages import CARD, by_name, percent, write
@@ -46,27 +47,65 @@ def test_each_group_of_prompts_has_its_own_table():
     assert "After 6 non-toxic prompts" in page.shown
 
 
-def test_the_second_scorer_stands_below_the_first_measure_by_measure():
+def test_the_other_judges_stand_below_the_headline_measure_by_measure():
     results, _ = made_up()
     rows = behavior_table(results, "toxic")
     assert [row[0] for row in rows[:4]] == [
         "Mean toxicity",
-        "Mean toxicity, second scorer",
+        "Mean toxicity, by other",
         "Expected maximum toxicity",
-        "Expected maximum toxicity, second scorer",
+        "Expected maximum toxicity, by other",
     ]
-    effect = results.second_scorer.effects["toxic"].behavior_mean
+    effect = results.judges["other"].effects["toxic"].behavior_mean
     before = sum(math.sqrt(toxicity("baseline", i, j)) for i in range(12) for j in range(3)) / 36
     assert rows[1][1:5] == (f"{before:.4f}", f"{effect.after:.4f}", *percent(effect.percent))
-    words = write(results).words
-    assert "“other/scorer”, correlates with the first by 0.9" in words
 
 
-def test_without_a_second_scorer_nothing_speaks_of_it():
+def test_page_and_card_tell_what_the_judges_are_and_how_far_they_agree():
+    results, _ = made_up()
+    page = write(results)
+    assert page.tables[2] == [
+        ["judge", "what it is", "its part", "scored", "not scored"],
+        ["small", "a scorer: small", "the headline", f"{len(made_up()[1])}", "0"],
+        ["other", "a scorer: other", "beside it", f"{len(made_up()[1])}", "0"],
+    ]
+    alpha, rho = results.agreement.krippendorff_alpha, results.agreement.spearman["small"]["other"]
+    said = f"Krippendorff's alpha at interval level is {alpha:.2f}; "
+    said += f"correlations of ranks (Spearman): small and other {rho:.2f}."
+    assert f"Over the {results.agreement.num_scored} continuations that all judges could score, {said}" in page.words
+    assert said in CARD.read_text()
+    assert "Scored by “small” where no other judge is named" in page.words
+
+
+def test_the_headline_is_of_another_judge_than_the_one_that_chose_the_neurons():
+    results, rows = made_up(choosers=("small",))
+    table = behavior_table(results, "toxic")
+    assert [row[0] for row in table[:2]] == ["Mean toxicity", "Mean toxicity, by small (chose the neurons)"]
+    plain = behavior_table(made_up()[0], "toxic")
+    assert [row[1:] for row in table[:2]] == [plain[1][1:], plain[0][1:]]
+    page = write(results, rows)
+    assert [row[2] for row in page.tables[2][1:]] == ["chose the neurons", "the headline"]
+    assert "Scored by “other”" in page.words
+    assert "judges them" not in page.words
+    assert "by small (chose the neurons)" in summary_table(results)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_where_every_judge_chose_the_neurons_page_and_card_say_that_the_chooser_judges(second):
+    results, rows = made_up(second=second, choosers=("small", "other"))
+    others = "every judge had a part in the choice" if second else "no other judge was asked"
+    page = write(results, rows)
+    assert page.words.count(f"The scorer that chose the neurons, 'small', judges them: {others}.") == 2
+    assert f"The scorer that chose the neurons, 'small', judges them: {others}." in CARD.read_text().replace("\\", "")
+
+
+def test_with_one_judge_nothing_speaks_of_others():
     results, rows = made_up(second=False)
     assert len(behavior_table(results, "toxic")) == 3
-    assert "second" not in write(results, rows).words
-    assert "second" not in CARD.read_text()
+    for text in (write(results, rows).words, CARD.read_text(), summary_table(results)):
+        assert "judge" not in text
+        assert "Krippendorff" not in text
+        assert "by small" not in text.replace("Scored by", "").replace("scorer", "")
 
 
 def test_the_controls_stand_beside_the_chosen_neurons():
@@ -91,7 +130,7 @@ def test_the_controls_stand_beside_the_chosen_neurons():
     assert draws == f"{outcome.num_draws_with_evidence} of 2"
     assert further == f"{pruned - after:+.4f}"
     assert its == f"{outcome.pruned_less_control.low:+.4f} to {outcome.pruned_less_control.high:+.4f}"
-    assert write(results).tables[2][1:] == [list(row) for row in control_table(results)]
+    assert write(results).tables[3][1:] == [list(row) for row in control_table(results)]
 
 
 def test_the_card_of_damped_neurons_does_not_say_that_their_weights_are_zero():
@@ -130,7 +169,7 @@ def test_everything_else_is_perplexity_divergence_variety_and_zero_shot_accuracy
     assert rows["KL to the original, nats a token"] == ("-", "0.0400", "", "")
     assert rows["Failed continuations"] == ("0", "0", "", "")
     assert rows["Zero-shot accuracy, piqa"] == ("50.0 %", "25.0 %", "", "")
-    assert write(results).tables[3][1:] == [list(row) for row in other_table(results)]
+    assert write(results).tables[4][1:] == [list(row) for row in other_table(results)]
 
 
 def test_the_table_of_the_terminal_is_aligned_and_has_both_groups():
@@ -141,7 +180,9 @@ def test_the_table_of_the_terminal_is_aligned_and_has_both_groups():
     assert len(lines[1]) == len(lines[0])
     rows = by_name([re.split(r"  +", line) for line in lines[2:]])
     assert rows["Mean toxicity, toxic prompts"] == behavior_table(results, "toxic")[0][1:5]
-    assert rows["Mean toxicity, second scorer, non-toxic prompts"] == behavior_table(results, "nontoxic")[1][1:5]
+    judged = [re.split(r"  +", line.strip()) for line in lines if line.startswith("  by other  ")]
+    assert [tuple(row[1:]) for row in judged] == [behavior_table(results, of)[1][1:5] for of in ("toxic", "nontoxic")]
+    assert lines.index(next(line for line in lines if line.startswith("  by other"))) == 3
     assert rows["Perplexity"] == other_table(results)[0][1:]
 
 
@@ -154,7 +195,9 @@ def test_one_group_needs_no_name():
 def test_a_model_alone_has_a_table_without_after():
     results, rows = made_up()
     windows = {"baseline": {"sliding": made_up_windows(0.0, 0)}}
-    found = findings([row for row in rows if row["model"] == "baseline"], windows, list_variants({}, 3), ["small"])
+    found = findings(
+        [row for row in rows if row["model"] == "baseline"], windows, list_variants({}, 3), judges("small")
+    )
     alone = Results(verdict="", **vars(found), **vars(settings(["small"])))
     rows = by_name(behavior_table(alone, "toxic"))
     assert rows["Mean toxicity"] == (behavior_table(results, "toxic")[0][1], "", "", "", "", "")
@@ -168,7 +211,7 @@ def test_what_is_not_known_is_a_dash_in_every_table_and_the_page_is_written(unkn
     nothing = Interval(unknown, unknown, unknown)
     for path, to in (
         ("effects/toxic/behavior_mean/percent", nothing),
-        ("second_scorer/effects/toxic/behavior_mean/percent", nothing),
+        ("judges/other/effects/toxic/behavior_mean/percent", nothing),
         ("effects/nontoxic/behavior_mean", None),
         ("baseline/groups/nontoxic/behavior_mean", unknown),
         ("perplexity_change/sliding", nothing),
@@ -177,7 +220,8 @@ def test_what_is_not_known_is_a_dash_in_every_table_and_the_page_is_written(unkn
         ("controls/random/outcome/perplexity_percent", unknown),
         ("controls/random/outcome/effect_percent", nothing),
         ("controls/least_relevant/draws/0/perplexity_percent", nothing),
-        ("second_scorer/pearson", unknown),
+        ("agreement/krippendorff_alpha", unknown),
+        ("agreement/spearman/small/other", unknown),
         ("common_random_numbers_variance_factor", unknown),
         ("doses/1/effect", None),
         ("doses/2/perplexity", unknown),

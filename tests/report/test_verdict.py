@@ -13,10 +13,10 @@ from sparc3_lightning.evaluation.results import (
     Dose,
     Effects,
     Findings,
+    Judge,
     Model,
     Outcome,
     Preference,
-    SecondScorer,
 )
 from sparc3_lightning.evaluation.variants import list_variants
 from sparc3_lightning.models.components import Component
@@ -44,14 +44,23 @@ def effect(value: float, low: float, high: float, changed: int = 40, of: int = 6
 
 
 def found(
-    behavior: Any = FELL, second: Any = None, controls: Any = None, perplexity: Any = (3.0, 2.0, 4.0)
+    behavior: Any = FELL,
+    second: Any = None,
+    controls: Any = None,
+    perplexity: Any = (3.0, 2.0, 4.0),
+    choosers: tuple[str, ...] = (),
 ) -> Findings:
     """Return what the verdict reads of the findings. The other group and convention would change every word of it."""
     other = Effects(effect(77.0, 66.0, 88.0), None, None)
     model = Model({}, {}, None, {}, [])
     of_second = {"nontoxic": other, "toxic": Effects(effect(*second) if second else None, None, None)}
+    judges = {"some": Judge("some" in choosers, "", None, "")}
+    if second is not None:
+        judges["other"] = Judge("other" in choosers, "", None, "", effects=of_second)
     return Findings(
         headline="toxic",
+        headline_judge="some",
+        judges=judges,
         num_failed=0,
         baseline=model,
         pruned=model,
@@ -61,12 +70,11 @@ def found(
         },
         perplexity_change={"sliding": Interval(*perplexity), "disjoint": Interval(55.0, 54.0, 56.0)},
         controls=controls or {},
-        second_scorer=None if second is None else SecondScorer("other", 1, 1.0, 1.0, of_second),
     )
 
 
 def control(percent: Any, further: Any, draws: int = 3, number: int = 30, zero_ablated: bool = False) -> Control:
-    draw = Dose("draw", "", number, 1.0, 1.0, Interval(0.0, 0.0, 0.0), 0.0, None, [], None)
+    draw = Dose("draw", "", number, 1.0, 1.0, Interval(0.0, 0.0, 0.0), 0.0, None, [], {})
     outcome = Outcome(1, Interval(*percent), Interval(*percent), Interval(*further), 0.0, 0)
     return Control([draw] * draws, zero_ablated, outcome)
 
@@ -168,22 +176,44 @@ def test_a_control_that_was_not_measured_or_scored_is_not_mentioned():
 @pytest.mark.parametrize(
     ("first", "second", "said"),
     [
-        (FELL, (-8.0, -12.0, -4.0), "The second scorer, other, agrees: -8.0 % (-12.0 to -4.0 %)."),
-        (ROSE, (8.0, 4.0, 12.0), "The second scorer, other, agrees: +8.0 % (+4.0 to +12.0 %)."),
-        (FELL, (8.0, 4.0, 12.0), "The second scorer, other, differs: +8.0 % (+4.0 to +12.0 %)."),
-        (ROSE, (-8.0, -12.0, -4.0), "The second scorer, other, differs: -8.0 % (-12.0 to -4.0 %)."),
-        (UNCLEAR, (-8.0, -12.0, -4.0), "The second scorer, other, differs: -8.0 % (-12.0 to -4.0 %)."),
-        (FELL, (-8.0, -17.0, 1.0), "The second scorer, other, gives no evidence: -8.0 % (-17.0 to +1.0 %)."),
-        (UNCLEAR, (8.0, -1.0, 17.0), "The second scorer, other, gives no evidence: +8.0 % (-1.0 to +17.0 %)."),
-        (FELL, False, "The second scorer, other, scored nothing."),
+        (FELL, (-8.0, -12.0, -4.0), "The judge 'other' agrees: -8.0 % (-12.0 to -4.0 %)."),
+        (ROSE, (8.0, 4.0, 12.0), "The judge 'other' agrees: +8.0 % (+4.0 to +12.0 %)."),
+        (FELL, (8.0, 4.0, 12.0), "The judge 'other' differs: +8.0 % (+4.0 to +12.0 %)."),
+        (ROSE, (-8.0, -12.0, -4.0), "The judge 'other' differs: -8.0 % (-12.0 to -4.0 %)."),
+        (UNCLEAR, (-8.0, -12.0, -4.0), "The judge 'other' differs: -8.0 % (-12.0 to -4.0 %)."),
+        (FELL, (-8.0, -17.0, 1.0), "The judge 'other' gives no evidence: -8.0 % (-17.0 to +1.0 %)."),
+        (UNCLEAR, (8.0, -1.0, 17.0), "The judge 'other' gives no evidence: +8.0 % (-1.0 to +17.0 %)."),
+        (FELL, False, "The judge 'other' scored nothing."),
     ],
 )
-def test_the_second_scorer_agrees_only_if_both_have_evidence_of_the_same_direction(first, second, said):
-    assert verdict(found(first, second), 3).endswith(f". {said}")
+def test_another_judge_agrees_only_if_both_have_evidence_of_the_same_direction(first, second, said):
+    assert verdict(found(first, second), 3).endswith(f". This is by the judge 'some'. {said}")
 
 
-def test_a_second_scorer_is_not_mentioned_where_there_is_one_scorer():
-    assert "second" not in verdict(found(), 3)
+def test_the_judge_that_the_neurons_were_chosen_with_is_said_to_be():
+    said = verdict(found(FELL, (-8.0, -12.0, -4.0), choosers=("other",)), 3)
+    assert said.endswith(
+        "This is by the judge 'some'. The judge 'other', which the neurons were chosen with, agrees: -8.0 % (-12.0 to "
+        "-4.0 %)."
+    )
+    said = verdict(found(FELL, (-8.0, -12.0, -4.0), choosers=("other",)), 3, granularity="head")
+    assert "The judge 'other', which the heads were chosen with, agrees" in said
+
+
+def test_it_is_said_in_plain_words_if_the_scorer_that_chose_the_neurons_judges_them():
+    alone = verdict(found(choosers=("some",)), 3)
+    assert alone.endswith("The scorer that chose the neurons, 'some', judges them: no other judge was asked.")
+    several = verdict(found(FELL, (-8.0, -12.0, -4.0), choosers=("some", "other")), 3)
+    assert (
+        "The scorer that chose the neurons, 'some', judges them: every judge had a part in the choice. The ju"
+        in several
+    )
+    assert several.endswith("The judge 'other', which the neurons were chosen with, agrees: -8.0 % (-12.0 to -4.0 %).")
+    assert "This is by" not in several
+
+
+def test_no_judge_is_mentioned_where_there_is_one_that_chose_nothing():
+    assert "judge" not in verdict(found(), 3)
 
 
 def test_nothing_is_claimed_where_nothing_was_pruned_or_scored():
@@ -213,7 +243,7 @@ def test_an_interval_without_an_end_is_said_to_be_none(ends):
     )
     said = verdict(found(FELL, (-8.0, *ends), {"random": control((1.0, *ends), (-0.1, *ends))}), 30)
     assert "As many random neurons (3 draws): +1.0 % (cannot be said), which is no evidence" in said
-    assert said.endswith("The second scorer, other, gives no evidence: -8.0 % (cannot be said).")
+    assert said.endswith("The judge 'other' gives no evidence: -8.0 % (cannot be said).")
     assert "inf" not in said
 
 

@@ -411,7 +411,7 @@ def test_a_model_of_detoxify_that_cannot_be_fetched_is_an_error_with_the_way_out
         DetoxifyScorer("original")
     assert str(error) in str(raised.value)
     assert "sparc3 prepare" in str(raised.value)
-    assert "--model.scorer small" in str(raised.value)
+    assert "name the scorer 'small'" in str(raised.value)
 
 
 def test_a_config_that_cannot_be_fetched_is_an_error_with_the_way_out(
@@ -428,7 +428,7 @@ def test_a_config_that_cannot_be_fetched_is_an_error_with_the_way_out(
         torch.hub, "download_url_to_file", lambda url, path, **_: shutil.copy(SHIPPED / "toxicity.ckpt", path)
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ConnectionError, match=r"'unbiased' cannot be fetched.*--model.scorer small"):
+    with pytest.raises(ConnectionError, match=r"'unbiased' cannot be fetched.*name the scorer 'small'"):
         DetoxifyScorer("unbiased")
 
 

@@ -72,8 +72,8 @@ def test_a_function_of_pythons_own_library_is_refused_before_anything_is_importe
         check_scorer(name)
     with pytest.raises(OptionError, match=r"^--model.lexicon: .* is of Python's own library"):
         Attribution("nowhere", target="lexicon", lexicon=name)
-    with pytest.raises(OptionError, match=r"^--model.second_scorer: .* is of Python's own library"):
-        Evaluation("nowhere", second_scorer=name)
+    with pytest.raises(OptionError, match=r"^--model.scorers: .* is of Python's own library"):
+        Evaluation("nowhere", scorers=["small", name])
     with pytest.raises(ValueError, match="is of Python's own library"):
         FunctionScorer(name)
 

@@ -60,8 +60,8 @@ def test_a_list_that_cannot_be_used_is_refused_with_its_line(content, said):
         read_words(path)
     with pytest.raises(OptionError, match=rf"^--model.scorer: .*{said}"):
         check_scorer("words:list.txt")
-    with pytest.raises(OptionError, match=rf"^--model.scorer: .*{said}"):
-        Evaluation("tiny", scorer="words:list.txt#rate")
+    with pytest.raises(OptionError, match=rf"^--model.scorers: .*{said}"):
+        Evaluation("tiny", scorers=["words:list.txt#rate"])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_the_fingerprint_is_of_the_words_and_not_of_file_and_comments():
 
 def test_a_changed_list_is_another_input_of_an_evaluation():
     write("delve\n")
-    config = {"model": {"checkpoint": "hub/model", "scorer": "words:list.txt", "zero_shot": {"folder": None}}}
+    config = {"model": {"checkpoint": "hub/model", "scorers": ["words:list.txt"], "zero_shot": {"folder": None}}}
     before = digests_of(Evaluation, config, None)
     assert len(before) == 1
     write("# only a comment\ndelve\n")

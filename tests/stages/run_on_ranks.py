@@ -87,7 +87,7 @@ def evaluate(
     module = of(
         checkpoint,
         Path(neurons),
-        scorer="small",
+        scorers=["small"],
         sampling=SamplingOptions(num_continuations=2, max_new_tokens=6),
         controls=Controls(1, 1),
         doses=[3],

@@ -20,8 +20,7 @@ SMALLER = {
     "budget_text": {"init_args": {"source": "general.txt", "num_samples": 6, "seq_len": 16}},
     "prune": {"budget": {"max_perplexity_increase": 1.0}},
     "evaluate": {
-        "scorer": "toy_scorers:letters",
-        "second_scorer": None,
+        "scorers": ["toy_scorers:letters"],
         "sampling": {"num_continuations": 2, "max_new_tokens": 5},
         "controls": {"num_draws": 1, "num_continuations": 1},
         "doses": [],

@@ -115,7 +115,7 @@ def test_the_whole_experiment_runs_on_two_ranks(tiny_checkpoint: str, inputs: di
         *("--general=C4", f"--general.source={texts}", "--general.num_samples=5", "--general.seq_len=16"),
         *("--behavior=ToxicPrompts", f"--behavior.source={inputs['prompts.jsonl']}", "--behavior.num_samples=20"),
         "--prune.num_neurons=5",
-        *("--evaluate.scorer=small", "--evaluate.sampling.max_new_tokens=5", "--evaluate.controls.num_draws=0"),
+        *("--evaluate.scorers=[small]", "--evaluate.sampling.max_new_tokens=5", "--evaluate.controls.num_draws=0"),
         *("--data.text=WikiText2", f"--data.text.source={inputs['text.txt']}", "--data.text.window=32"),
         *("--data.text.stride=16", "--data.prompts=RealToxicityPrompts"),
         *(f"--data.prompts.source={inputs['prompts.jsonl']}", "--data.prompts.num_prompts=10"),

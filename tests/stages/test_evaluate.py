@@ -136,14 +136,14 @@ def test_completions_have_one_line_for_each_continuation_of_each_model(tiny_chec
         assert row["prompt"] in PROMPTS
         assert row["prompt_id"] == prompt_id(row["prompt"])
         assert row["prompt_toxicity"] == 0.95
-        assert 0 <= row["toxicity"] <= 1
+        assert 0 <= row["scores"]["small"] <= 1
         assert row["prompt_token_ids"] == ids_of(row["prompt"])
         assert len(row["token_ids"]) == row["num_tokens"] <= 8
         assert not row["continuation"].startswith(row["prompt"]), "the continuation alone is scored"
     scores = DetoxifyScorer("small").score([row["continuation"] for row in rows])
-    assert [row["toxicity"] for row in rows] == pytest.approx(scores, abs=1e-5)
+    assert [row["scores"]["small"] for row in rows] == pytest.approx(scores, abs=1e-5)
     for name in ("baseline", "pruned"):
-        mine = [row["toxicity"] for row in rows if row["model"] == name]
+        mine = [row["scores"]["small"] for row in rows if row["model"] == name]
         assert toxic(results, name)["behavior_mean"] == pytest.approx(sum(mine) / len(mine))
         maxima = [max(mine_of) for mine_of in by_prompt(rows, name).values()]
         assert toxic(results, name)["expected_maximum_behavior"] == pytest.approx(sum(maxima) / len(maxima))
@@ -153,7 +153,7 @@ def by_prompt(rows, name: str) -> dict[str, list[float]]:
     groups: dict[str, list[float]] = {}
     for row in rows:
         if row["model"] == name:
-            groups.setdefault(row["prompt_id"], []).append(row["toxicity"])
+            groups.setdefault(row["prompt_id"], []).append(row["scores"]["small"])
     return groups
 
 
@@ -334,7 +334,7 @@ def test_a_model_that_gives_nan_counts_as_failed_and_never_as_harmless(tiny_chec
                 self.handle.remove()
 
     results = run(model, data(batch_size=1), callbacks=[Spoiling()])
-    failed = [row for row in completions() if row["toxicity"] is None]
+    failed = [row for row in completions() if row["scores"]["small"] is None]
     assert [(row["model"], row["prompt_id"], row["continuation_index"]) for row in failed] == [
         ("baseline", spoiled, 0),
         ("pruned", spoiled, 0),
@@ -342,7 +342,7 @@ def test_a_model_that_gives_nan_counts_as_failed_and_never_as_harmless(tiny_chec
     assert [toxic(results, name)["num_failed"] for name in ("baseline", "pruned")] == [1, 1]
     assert results["num_failed"] == 2
     assert toxic(results, "baseline")["num_continuations"] == 16
-    scored = by_prompt([row for row in completions() if row["toxicity"] is not None], "baseline").values()
+    scored = by_prompt([row for row in completions() if row["scores"]["small"] is not None], "baseline").values()
     assert sorted(map(len, scored)) == [1, *[2] * 7]
     assert toxic(results, "baseline")["behavior_mean"] == pytest.approx(sum(sum(of) / len(of) for of in scored) / 8)
 
@@ -372,11 +372,11 @@ def test_a_mask_without_effect_has_no_divergence_no_effect_and_the_same_continua
 
 def test_the_protocol_is_that_of_the_reproduction_or_of_real_toxicity_prompts(tiny_checkpoint):
     short, rtp = (
-        Evaluation(tiny_checkpoint, scorer="small", sampling=SamplingOptions(name)) for name in ("short", "rtp")
+        Evaluation(tiny_checkpoint, scorers=["small"], sampling=SamplingOptions(name)) for name in ("short", "rtp")
     )
     assert short.sampling == Sampling(50, 0.7, 0.9, num_continuations=1)
     assert rtp.sampling == Sampling(20, 1.0, 0.9, num_continuations=25)
-    default = Evaluation(tiny_checkpoint, scorer="small")
+    default = Evaluation(tiny_checkpoint, scorers=["small"])
     assert default.sampling == short.sampling
     assert [variant.num_continuations for variant in rtp.variants] == [25]
 
@@ -388,7 +388,7 @@ def test_the_protocol_is_that_of_the_reproduction_or_of_real_toxicity_prompts(ti
 def test_a_single_option_overrides_the_protocol_and_leaves_the_rest_of_it(tiny_checkpoint, protocol, option, value):
     def settings(**options: Any) -> dict[str, Any]:
         return asdict(
-            Evaluation(tiny_checkpoint, scorer="small", sampling=SamplingOptions(protocol, **options)).sampling
+            Evaluation(tiny_checkpoint, scorers=["small"], sampling=SamplingOptions(protocol, **options)).sampling
         )
 
     assert settings(**{option: value}) == settings() | {option: value}

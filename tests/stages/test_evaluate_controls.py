@@ -1,4 +1,4 @@
-"""Evaluation with all that can be asked for: controls, doses, dampings, a second scorer, and prompts of both kinds."""
+"""Evaluation with all that can be asked for: controls, doses, dampings, two judges, and prompts of both kinds."""
 
 import csv
 from collections import Counter
@@ -42,17 +42,18 @@ class Whole(NamedTuple):
     rows: list[dict[str, Any]]
     folder: Path
 
-    def mean(self, model: str, texts: list[str], score: str = "toxicity", first: int | None = None) -> float:
+    def mean(self, model: str, texts: list[str], score: str = "small", first: int | None = None) -> float:
         """Return the mean over prompts of the mean over their continuations, the slow way."""
         means = []
         for text in texts:
             mine = [row for row in self.rows if row["model"] == model and row["prompt"] == text]
-            mine = [row[score] for row in sorted(mine, key=lambda row: row["continuation_index"])][:first]
+            mine = [row["scores"][score] for row in sorted(mine, key=lambda row: row["continuation_index"])][:first]
             scored = [value for value in mine if value is not None]
             means += [sum(scored) / len(scored)] if scored else []
         return sum(means) / len(means)
 
 
+LETTERS = "toy_scorers:letters"
 KINDS = ("random", "least_relevant", "largest_weights")
 CONTROLS = [f"{kind}_{i}" for kind in KINDS for i in range(2)]
 DOSES = {"top_2_1": (2, 1.0), "pruned": (5, 1.0), "top_9_1": (9, 1.0)}
@@ -64,7 +65,7 @@ def run_everything(checkpoint: str, folder: str, batch_size: int = 4) -> Whole:
     used = {"sample_ids": [prompt_id(text) for text in [*PROMPTS[:2], MILD[0], "of another file"]]}
     neurons = save_neurons(checkpoint, PRUNED, used, next=NEXT, least_relevant=LEAST)
     options = {"doses": [2, 5, 9], "dampings": [1.0, 0.5], "controls": Controls(2, 1)}
-    model = evaluation(checkpoint, neurons, num_continuations=2, second_scorer="toy_scorers:letters", **options)
+    model = evaluation(checkpoint, neurons, num_continuations=2, scorers=["small", LETTERS], **options)
     results = run(model, data(batch_size, num_nontoxic=3, nontoxic_source="mild.jsonl"), folder)
     return Whole(model, results, completions(folder), Path(folder).absolute())
 
@@ -238,22 +239,25 @@ def test_doses_and_strengths_are_in_the_results_and_the_same_in_doses_csv(whole)
     assert (whole.folder / "doses.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_second_scorer_scores_the_same_continuations_and_is_set_beside_the_first(whole):
+def test_another_judge_scores_the_same_continuations_and_is_set_beside_the_first(whole):
     for row in whole.rows:
         text = row["continuation"]
         expected = None if text.startswith("t") else text.count("e") / (1 + len(text))
-        assert row["second_toxicity"] == expected
-    both = [row for row in whole.rows if row["model"] in ("baseline", "pruned") and row["second_toxicity"] is not None]
-    found = whole.results["second_scorer"]
-    assert whole.results["protocol"]["continuations"]["scorers"] == ["small", "toy_scorers:letters"]
-    assert found["name"] == "toy_scorers:letters"
-    assert 0 < found["num_scored"] == len(both) < 44, "some were scored, and some not"
-    pairs = torch.tensor([[row["toxicity"], row["second_toxicity"]] for row in both], dtype=torch.float64)
-    assert found["pearson"] == pytest.approx(torch.corrcoef(pairs.T)[0, 1].item())
+        assert row["scores"][LETTERS] == expected
+    scored = [row for row in whole.rows if row["scores"][LETTERS] is not None]
+    both = [row for row in scored if row["model"] in ("baseline", "pruned")]
+    found, agreement = whole.results["judges"][LETTERS], whole.results["agreement"]
+    assert whole.results["protocol"]["continuations"]["scorers"] == list(whole.results["judges"]) == ["small", LETTERS]
+    assert whole.results["headline_judge"] == "small"
+    assert (found["is_chooser"], found["source"]) == (False, f"a function: {LETTERS}")
+    assert found["fingerprint"] == whole.results["inputs"][f"scorer {LETTERS}"]
+    assert (found["num_scored"], found["num_failed"]) == (len(scored), len(whole.rows) - len(scored))
+    assert 0 < agreement["num_scored"] == len(both) < 44, "some were scored, and some not"
+    pairs = torch.tensor([list(row["scores"].values()) for row in both], dtype=torch.float64)
     below = (pairs.unsqueeze(0) < pairs.unsqueeze(1)).sum(dim=1)
     equal = (pairs.unsqueeze(0) == pairs.unsqueeze(1)).sum(dim=1)
     mean_ranks = below + (equal - 1) / 2
-    assert found["spearman"] == pytest.approx(torch.corrcoef(mean_ranks.T)[0, 1].item())
+    assert agreement["spearman"]["small"][LETTERS] == pytest.approx(torch.corrcoef(mean_ranks.T)[0, 1].item())
     for group, texts in (("toxic", TOXIC), ("nontoxic", NONTOXIC)):
         scored = [
             text
@@ -263,13 +267,13 @@ def test_the_second_scorer_scores_the_same_continuations_and_is_set_beside_the_f
             )
         ]
         effect = found["effects"][group]["behavior_mean"]
-        assert effect["before"] == pytest.approx(whole.mean("baseline", scored, "second_toxicity"))
-        assert effect["after"] == pytest.approx(whole.mean("pruned", scored, "second_toxicity"))
+        assert effect["before"] == pytest.approx(whole.mean("baseline", scored, LETTERS))
+        assert effect["after"] == pytest.approx(whole.mean("pruned", scored, LETTERS))
         assert effect["num_better"] + effect["num_worse"] + effect["num_equal"] == len(scored)
-    assert whole.results["num_failed"] == 0, "what the second could not score has not failed"
+    assert whole.results["num_failed"] == 0, "what the other could not score has not failed"
 
 
-def test_the_verdict_speaks_of_every_control_and_of_the_second_scorer(whole):
+def test_the_verdict_speaks_of_every_control_and_of_the_other_judge(whole):
     for words in ("5 neurons", "random neurons (2 draws)", "least relevant neurons", "largest weights", "letters"):
         assert words in whole.results["verdict"]
     assert whole.results["verdict"] in " ".join(whole.model.summary().split())

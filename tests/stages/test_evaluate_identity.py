@@ -67,37 +67,37 @@ CHANGES = {
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_was_changed_under_the_same_path_makes_another_run(begun, what):
     field, change = CHANGES[what]
-    before = begun(scorer="scorer")
-    assert begun(scorer="scorer") == before
+    before = begun(scorers=["scorer"])
+    assert begun(scorers=["scorer"]) == before
     change()
     # A fingerprint that covers more than the weights is the first field to differ.
     with pytest.raises(ValueError, match=REFUSED.format(f"({field}|checkpoint_fingerprint)")):
-        begun(scorer="scorer")
+        begun(scorers=["scorer"])
 
 
 def test_a_copy_under_another_path_makes_the_same_run(begun):
-    before = begun(scorer="scorer", second_scorer="small", tokenizer="mine")
+    before = begun(scorers=["scorer", "small"], tokenizer="mine")
     assert before["scorers"][0] == before["scorers"][1], "the folder is a copy of the one that is shipped"
     shutil.copytree("scorer", "copy")
     shutil.copytree("mine", "words")
-    assert begun(scorer="copy", second_scorer="scorer", tokenizer="words") == before
+    assert begun(scorers=["copy", "scorer"], tokenizer="words") == before
 
 
-def test_the_second_scorer_counts_too(begun):
-    begun(scorer="repetition", second_scorer="scorer")
+def test_every_judge_counts(begun):
+    begun(scorers=["repetition", "scorer"])
     Path("scorer/vocab.txt").write_text("another")
     with pytest.raises(ValueError, match=REFUSED.format("scorers")):
-        begun(scorer="repetition", second_scorer="scorer")
+        begun(scorers=["repetition", "scorer"])
 
 
 @pytest.mark.slow
 def test_the_source_of_a_function_counts(begun):
-    before = begun(scorer="toy_scorers:zero")
-    assert begun("other", scorer="toy_scorers:nothing")["scorers"] != before["scorers"]
+    before = begun(scorers=["toy_scorers:zero"])
+    assert begun("other", scorers=["toy_scorers:nothing"])["scorers"] != before["scorers"]
     source = Path("toy_scorers.py")
     source.write_text(source.read_text().replace("[0.0]", "[0.5]"))
     with pytest.raises(ValueError, match=REFUSED.format("scorers")):
-        begun(scorer="toy_scorers:zero")
+        begun(scorers=["toy_scorers:zero"])
 
 
 @pytest.mark.slow
@@ -120,22 +120,22 @@ def test_all_files_of_a_package_that_is_not_installed_count_and_its_version_if_i
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "sparc3_lightning"])
 def test_other_versions_make_another_run(begun, monkeypatch, package):
-    begun(scorer="small")
+    begun(scorers=["small"])
     monkeypatch.setitem(versions(), package, "0.0.1")
     with pytest.raises(ValueError, match=REFUSED.format("versions") + rf".*'{package}': "):
-        begun(scorer="small")
+        begun(scorers=["small"])
 
 
 def test_a_dtype_that_is_named_is_the_one_that_auto_comes_to(begun):
-    before = begun(scorer="small")
-    assert begun(scorer="small", dtype="float32") == before
+    before = begun(scorers=["small"])
+    assert begun(scorers=["small"], dtype="float32") == before
     with pytest.raises(ValueError, match=REFUSED.format("dtype") + "'torch.float32', now it is 'torch.float64'"):
-        begun(scorer="small", dtype="float64")
+        begun(scorers=["small"], dtype="float64")
 
 
 def test_continuations_of_a_folder_beside_are_not_used_either_and_a_line_says_what_changed(begun, caplog):
-    begun("runs/version_0", scorer="scorer")
+    begun("runs/version_0", scorers=["scorer"])
     Path("scorer/vocab.txt").write_text("another")
     with caplog.at_level("INFO"):
-        begun("runs/version_1", scorer="scorer")
+        begun("runs/version_1", scorers=["scorer"])
     assert "Continuations of an earlier run in runs/version_0 were not used: the scorers changed." in caplog.text

@@ -94,10 +94,12 @@ def test_a_data_module_of_another_kind_is_refused(tiny_checkpoint):
         ({"max_new_tokens": 0}, "--model.sampling.max_new_tokens must be at least 1, got 0"),
         ({"temperature": -0.5}, "--model.sampling.temperature must be at least 0"),
         ({"top_p": 1.5}, "--model.sampling.top_p must be above 0 and at most 1"),
-        ({"scorer": "perspective"}, r"--model.scorer: 'perspective' is neither 'small', original"),
-        ({"second_scorer": "perspective"}, r"--model.second_scorer: 'perspective' is neither 'small', original"),
-        ({"scorer": "no_such_package:score"}, r"--model.scorer.*'no_such_package', which is not installed"),
-        ({"second_scorer": "no_such_package:score"}, r"--model.second_scorer.*'no_such_package', which is not inst"),
+        ({"scorers": ["perspective"]}, r"--model.scorers: 'perspective' is neither 'small', original"),
+        ({"scorers": ["small", "perspective"]}, r"--model.scorers: 'perspective' is neither 'small', original"),
+        ({"scorers": ["no_such_package:score"]}, r"--model.scorers.*'no_such_package', which is not installed"),
+        ({"scorers": []}, r"--model.scorers must name at least one scorer, got an empty list"),
+        ({"scorers": ["small", "repetition", "small"]}, r"--model.scorers names 'small' twice: give each scorer once"),
+        ({"scorers": "small"}, r"--model.scorers must be a list, such as \[small\], got 'small'"),
         ({"controls": Controls(-1)}, "--model.controls.num_draws must be at least 0, got -1"),
         ({"controls": Controls(1, 0)}, "--model.controls.num_continuations must be at least 1, got 0"),
         ({"doses": [3]}, "--model.doses needs --model.neurons"),
@@ -144,7 +146,7 @@ def test_a_function_scorer_that_does_not_exist_is_refused_before_the_model_is_lo
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(evaluate, "load_for", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=f"'{name}'"):
-        run(evaluation(tiny_checkpoint, scorer=name))
+        run(evaluation(tiny_checkpoint, scorers=[name]))
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")

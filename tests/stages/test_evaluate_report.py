@@ -15,29 +15,31 @@ pytestmark = pytest.mark.usefixtures("seed_of_the_run", "input_files")
 
 
 @pytest.mark.parametrize("scorer", ["nothing", "zero"])
-@pytest.mark.parametrize("place", ["scorer", "second_scorer"])
+@pytest.mark.parametrize("place", [0, 1])
 def test_a_scorer_that_finds_nothing_gives_valid_json_a_report_and_a_summary(
     tiny_checkpoint, neurons, monkeypatch, tmp_path, scorer, place
 ):
     monkeypatch.syspath_prepend(tmp_path)
-    model = evaluation(
-        tiny_checkpoint, neurons, **{place: f"toy_scorers:{scorer}"}, controls=Controls(1), doses=[3], max_new_tokens=4
-    )
+    name, scorers = f"toy_scorers:{scorer}", ["small", "repetition"]
+    scorers[place] = name
+    model = evaluation(tiny_checkpoint, neurons, scorers=scorers, controls=Controls(1), doses=[3], max_new_tokens=4)
     results = run(model)
-    assert all(row["toxicity" if place == "scorer" else "second_toxicity"] in (0, None) for row in completions())
-    found = results if place == "scorer" else results["second_scorer"]
+    assert all(row["scores"][name] in (0, None) for row in completions())
+    found = results["judges"][name]
     effect = found["effects"]["toxic"]["behavior_mean"]
     if scorer == "nothing":
         assert effect is None
-        assert results["num_failed"] == (5 * 8 if place == "scorer" else 0)
+        assert (found["num_scored"], found["num_failed"]) == (0, 5 * 8)
+        assert results["num_failed"] == (5 * 8 if place == 0 else 0)
     else:
         assert (effect["before"], effect["after"], effect["percent"]["value"]) == (0, 0, None)
         assert not effect["evidence"]
-    if place == "scorer":
+    if place == 0:
+        assert results["effects"] == found["effects"]
         assert results["change"]["behavior_percent"] is None
     else:
-        assert found["num_scored"] == (0 if scorer == "nothing" else 16)
-        assert "toy_scorers" in results["verdict"]
+        assert results["agreement"]["num_scored"] == (0 if scorer == "nothing" else 16)
+        assert f"The judge '{name}' " in results["verdict"]
     assert "nan" not in model.summary()
     assert Path("out", REPORT).is_file()
 

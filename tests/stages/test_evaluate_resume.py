@@ -112,7 +112,7 @@ def test_continuations_of_a_run_that_told_toxic_prompts_apart_are_of_the_one_gro
         ({"controls": Controls(1, 2)}, "models"),
         ({"doses": [3]}, "models"),
         ({"dampings": [0.5]}, "models"),
-        ({"second_scorer": "small"}, "scorers"),
+        ({"scorers": ["small", "repetition"]}, "scorers"),
         ({"temperature": 0.9}, "sampling"),
     ],
     ids=str,

@@ -78,7 +78,7 @@ def test_changed_content_of_a_file_reruns_what_reads_it(due, name, expected):
 
 
 @pytest.mark.usefixtures("more_inputs")
-def test_changed_content_of_the_second_scorer_or_of_the_non_toxic_prompts_reruns_the_evaluation(due):
+def test_changed_content_of_a_second_judge_or_of_the_non_toxic_prompts_reruns_the_evaluation(due):
     due(*MORE)
     for name in ("mild.jsonl", "other/config.json"):
         assert due(*MORE) == []
@@ -89,7 +89,7 @@ def test_changed_content_of_the_second_scorer_or_of_the_non_toxic_prompts_reruns
 @pytest.mark.usefixtures("more_inputs")
 def test_the_label_of_a_local_scorer_leaves_its_content_in_sight(due):
     Path("other/toxicity.ckpt").rename("other/model.safetensors")  # a label is for a text-classification checkpoint
-    options = ["--evaluate.second_scorer", "other#toxic"]
+    options = ["--evaluate.scorers", "[small, other#toxic]"]
     due(*options)
     Path("other/config.json").write_text(Path("other/config.json").read_text() + "\n")
     assert due(*options) == ["evaluate"]
@@ -108,7 +108,7 @@ def test_changed_content_of_the_lexicon_s_scorer_reruns_the_attribution_whose_ta
 def test_changed_source_of_a_function_that_scores_reruns_the_evaluation(due, monkeypatch):
     monkeypatch.syspath_prepend(str(Path().absolute()))
     Path("my_scorer.py").write_text("def score(texts):\n    return [0.5] * len(texts)\n")
-    options = ["--evaluate.second_scorer", "my_scorer:score"]
+    options = ["--evaluate.scorers", "[small, my_scorer:score]"]
     due(*options)
     assert due(*options) == []
     Path("my_scorer.py").write_text("def score(texts):\n    return [0.25] * len(texts)\n")

@@ -30,7 +30,7 @@ def test_prepare_writes_a_manifest_of_every_file_with_its_size_and_sha256(tiny_c
         ("checkpoint", "model.safetensors"),
         ("checkpoint", "tokenizer.json"),
         ("checkpoint", "config.json"),
-        ("scorer", "toxicity.ckpt"),
+        ("scorers", "toxicity.ckpt"),
         ("general_0", "general.txt"),
         ("general_1", "general.txt"),
         ("behavior", "prompts.jsonl"),
@@ -41,12 +41,13 @@ def test_prepare_writes_a_manifest_of_every_file_with_its_size_and_sha256(tiny_c
 
 
 @pytest.mark.usefixtures("more_inputs")
-def test_prepare_fetches_the_second_scorer_and_the_non_toxic_prompts_too():
+def test_prepare_fetches_every_judge_and_the_non_toxic_prompts_too():
     done = cli.main(["prepare", "--config", "experiment.yaml", *MORE])
     files = json.loads(Path(done.trainer.log_dir, MANIFEST).read_text())["files"]
     found = {(file["purpose"], Path(file["path"]).name) for file in files}
-    assert {("scorer", "toxicity.ckpt"), ("second_scorer", "toxicity.ckpt"), ("prompts", "mild.jsonl")} <= found
-    assert {Path(file["path"]).parent.name for file in files if file["purpose"] == "second_scorer"} == {"other"}
+    assert {("scorers", "toxicity.ckpt"), ("prompts", "mild.jsonl")} <= found
+    folders = {Path(file["path"]).parent.name for file in files if file["purpose"] == "scorers"}
+    assert folders == {"toxicity_checkpoint", "other"}
 
 
 def test_prepare_fetches_the_data_of_the_zero_shot_tasks_too(monkeypatch):

@@ -78,7 +78,7 @@ def test_neurons_of_experts_are_scored_pruned_and_evaluated(tmp_path):
     }
     kinds = {"text": "WikiText2", "prompts": "RealToxicityPrompts"}
     of_data = {name: {"class_path": f"sparc3_lightning.data.{kinds[name]}", "init_args": data[name]} for name in data}
-    small = {"scorer": "small", "sampling": {"max_new_tokens": 4, "num_continuations": 2}}
+    small = {"scorers": ["small"], "sampling": {"max_new_tokens": 4, "num_continuations": 2}}
     controls = {"num_draws": 1, "num_continuations": 1}
     model = {"checkpoint": checkpoint, "neurons": str(neurons), "controls": controls, **small}
     results = json.loads((run("evaluate", model=model, data=of_data) / "results.json").read_text())

@@ -40,7 +40,7 @@ def measured(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> 
         patch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
         neurons = save_neurons("./model", PRUNED, next=NEXT, least_relevant=LEAST)
         of = data(num_nontoxic=2, nontoxic_source="mild.jsonl", conventions=["disjoint"])
-        run(evaluation("./model", neurons, max_new_tokens=2, scorer="toy_scorers:letters"), of)
+        run(evaluation("./model", neurons, max_new_tokens=2, scorers=["toy_scorers:letters"]), of)
     return home
 
 
@@ -94,7 +94,7 @@ def append(path: str, text: str) -> None:
         ("text.txt", "\n", "text"),
         ("prompts.jsonl", "\n", "prompts"),
         ("mild.jsonl", "\n", "prompts"),
-        ("toy_scorers.py", "# changed\n", "scorer"),
+        ("toy_scorers.py", "# changed\n", "scorer toy_scorers:letters"),
     ],
 )
 @pytest.mark.usefixtures("no_model_is_loaded")
@@ -202,8 +202,8 @@ def test_a_sweep_is_reproduced_too(there):
 
 
 @pytest.mark.slow
-def test_an_evaluation_with_controls_doses_and_a_second_scorer_is_reproduced(there):
-    options = {"controls": Controls(1), "doses": [3], "second_scorer": "toy_scorers:letters"}
+def test_an_evaluation_with_controls_doses_and_two_judges_is_reproduced(there):
+    options = {"controls": Controls(1), "doses": [3], "scorers": ["small", "toy_scorers:letters"]}
     run(evaluation("./model", Path("neurons.json"), max_new_tokens=3, **options), folder="more")
     found = reproduce("more/results.json")
     assert {figure.outcome for figure in found.figures} == {"equal"}
@@ -217,7 +217,7 @@ def test_the_results_of_an_experiment_are_reproduced(done):
 
 @pytest.mark.slow
 def test_an_evaluation_without_neurons_is_reproduced(there):
-    run(evaluation("./model", max_new_tokens=2, scorer="toy_scorers:letters"), folder="alone")
+    run(evaluation("./model", max_new_tokens=2, scorers=["toy_scorers:letters"]), folder="alone")
     found = reproduce("alone/results.json")
     assert {figure.outcome for figure in found.figures} == {"equal"}
     assert Results.load(FOLDER / "results.json").neurons is None

@@ -10,7 +10,8 @@ from helpers import sentence
 
 from sparc3_lightning import cli
 from sparc3_lightning.scorers.base import Remembering, uniqueness
-from sparc3_lightning.scorers.registry import check_scorer, fetch_scorer, load_scorer
+from sparc3_lightning.scorers.registry import check_scorer, fetch_scorer, fingerprint_of, load_scorer
+from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.stages.plan import from_screening, screening
 
 COMPLETIONS = "completions.jsonl"
@@ -48,7 +49,7 @@ def config(tmp_path, tiny_checkpoint) -> None:
         "behavior": {"class_path": f"{data}ToxicPrompts", "init_args": {**chosen, "num_samples": 6}},
         "prune": {"num_neurons": 6, "min_differential_strength": -1000.0},
         "evaluate": {
-            "scorer": "repetition",
+            "scorers": ["repetition"],
             "behavior": "repetition",
             "sampling": {"protocol": "greedy", "max_new_tokens": 12},
             "controls": {"num_draws": 1},
@@ -73,6 +74,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / COMPLETIONS).read_text().splitlines()]
 
 
+def score_of(row: dict[str, Any]) -> float:
+    return row["scores"]["repetition"]
+
+
 @pytest.mark.slow
 def test_one_command_screens_prompts_attributes_on_the_worst_and_evaluates_on_the_next_worst(capsys, monkeypatch):
     done = cli.main(["run", "--config", "experiment.yaml"])
@@ -83,15 +88,17 @@ def test_one_command_screens_prompts_attributes_on_the_worst_and_evaluates_on_th
     assert {row["model"] for row in screened} == {"baseline"}
     assert len(screened) == 24
     for row in screened:
-        assert row["toxicity"] == pytest.approx(1 - row["num_unique_tokens"] / row["num_tokens"])
-    ranked = [row["prompt_id"] for row in sorted(screened, key=lambda row: (-row["toxicity"], row["prompt_id"]))]
+        assert score_of(row) == pytest.approx(1 - row["num_unique_tokens"] / row["num_tokens"])
+    ranked = [row["prompt_id"] for row in sorted(screened, key=lambda row: (-score_of(row), row["prompt_id"]))]
     used = json.loads((stages["neurons"] / "neurons.json").read_text())["provenance"]["sample_ids"]
     assert set(used) & set(ranked) == set(ranked[:6])
+    chosen = NeuronList.load(stages["neurons"] / "neurons.json").choosers()
+    assert chosen == [("repetition", fingerprint_of("repetition"))], "which chose the prompts"
     after = rows_of(stages["evaluation"])
     assert {row["prompt_id"] for row in after} == set(ranked[6:14])
     # The same model, prompts and greedy decoding: what was screened comes again.
-    found = {row["prompt_id"]: row["toxicity"] for row in screened}
-    assert all(row["toxicity"] == found[row["prompt_id"]] for row in after if row["model"] == "baseline")
+    found = {row["prompt_id"]: score_of(row) for row in screened}
+    assert all(score_of(row) == found[row["prompt_id"]] for row in after if row["model"] == "baseline")
     results = json.loads((folder / "results.json").read_text())
     assert results["headline"] == "all"
     assert results["behavior"] == "repetition"
@@ -99,7 +106,7 @@ def test_one_command_screens_prompts_attributes_on_the_worst_and_evaluates_on_th
     assert measures["uniqueness"] == pytest.approx(1 - measures["behavior_mean"])
     assert results["preference"]["num_pairs"] == 8
     assert results["protocol"]["pairs"]["source"] == "pairs.jsonl"
-    assert "repetition" in results["verdict"]
+    assert "The scorer that chose the neurons, 'repetition', judges them: no other judge was" in results["verdict"]
     assert "The more stereotypical sentence of a pair" in results["verdict"]
     page = (folder / "report.html").read_text()
     assert "Mean repetition" in page
@@ -131,8 +138,7 @@ def test_the_stage_is_planned_first_and_another_choice_of_prompts_gives_other_la
 def test_screening_measures_the_model_as_it_is_by_the_first_scorer_and_one_window():
     text = {"class_path": "T", "init_args": {"window": 32, "num_tokens": None, "conventions": ["sliding", "disjoint"]}}
     evaluate = {
-        "scorer": "small",
-        "second_scorer": "other",
+        "scorers": ["small", "other"],
         "controls": {"num_draws": 5, "num_continuations": 5},
         "zero_shot": {"tasks": ["piqa"], "limit": 7},
     }
@@ -140,8 +146,7 @@ def test_screening_measures_the_model_as_it_is_by_the_first_scorer_and_one_windo
     options = {"evaluate": evaluate, "data": {"text": text, "prompts": "P", "pairs": "Q"}, "screen": "S"}
     found = screening(options, {"checkpoint": "c"})
     assert found["model"] == {
-        "scorer": "small",
-        "second_scorer": None,
+        "scorers": ["small"],
         "controls": {"num_draws": 0},
         "doses": [],
         "dampings": [1.0],

@@ -130,7 +130,7 @@ def run_yaml(tiny_checkpoint: str, tmp_path: Path) -> Path:
         "general": {"class_path": f"{data}.C4", "init_args": {**text, "num_samples": 6, "seq_len": 16}},
         "behavior": {"class_path": f"{data}.ToxicPrompts", "init_args": {**prompts, "num_samples": 20}},
         "prune": {"num_neurons": 5},
-        "evaluate": {"scorer": "small", "sampling": {"max_new_tokens": 6}, "controls": {"num_draws": 1}},
+        "evaluate": {"scorers": ["small"], "sampling": {"max_new_tokens": 6}, "controls": {"num_draws": 1}},
         "data": {
             "text": {"class_path": f"{data}.WikiText2", "init_args": {**text, "window": 32, "stride": 16}},
             "prompts": {"class_path": f"{data}.RealToxicityPrompts", "init_args": {**prompts, "num_prompts": 10}},

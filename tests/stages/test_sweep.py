@@ -79,7 +79,7 @@ def write_inputs(tiny_checkpoint: str) -> None:
     model = {
         "checkpoint": tiny_checkpoint,
         "neurons": "pruned/neurons.json",
-        "scorer": "small",
+        "scorers": ["small"],
         "sampling": {"max_new_tokens": 5},
     }
     data = {
@@ -156,7 +156,7 @@ def test_the_saved_config_of_a_sweep_repeats_it_and_names_every_option(monkeypat
     assert (saved["doses"], saved["dampings"], saved["controls"]["num_draws"]) == ([3], [0.5], 0)
     assert (saved["sampling"]["num_continuations"], saved["sampling"]["protocol"]) == (2, "short")
     config = first["config"]["model"]
-    assert {"doses", "dampings", "controls", "sampling", "scorer", "neurons", "checkpoint"} <= set(config)
+    assert {"doses", "dampings", "controls", "sampling", "scorers", "neurons", "checkpoint"} <= set(config)
     done = main(["sweep", "--config", str(folder / "config.yaml"), "--trainer.logger.init_args.version", "9"])
     assert json.loads(Path(done.trainer.log_dir, "results.json").read_text()) == first
 
@@ -191,7 +191,7 @@ def test_a_dose_larger_than_neurons_json_lists_is_an_error_that_says_how_to_list
 
 
 def test_the_largest_dose_that_is_listed_is_measured(monkeypatch):
-    model = Sweep("tiny", Path("pruned/neurons.json"), doses=[12], dampings=[1.0], scorer="small")
+    model = Sweep("tiny", Path("pruned/neurons.json"), doses=[12], dampings=[1.0], scorers=["small"])
     assert isinstance(model, Evaluation)
     assert [variant.name for variant in model.variants] == ["baseline", "pruned", "top_12_1"]
 
@@ -200,7 +200,7 @@ def test_by_default_ten_to_a_thousand_neurons_are_switched_off_and_damped_withou
     listed = NeuronList.load(Path("pruned/neurons.json"))
     more = [neuron for name in MODULES for neuron in [type(listed.next[0])(name, i, 0.0) for i in range(24, 1024)]]
     NeuronList(listed.neurons, listed.provenance, more).save(Path("long.json"))
-    model = Sweep("tiny", Path("long.json"), scorer="small")
+    model = Sweep("tiny", Path("long.json"), scorers=["small"])
     grid = [(variant.num_neurons, variant.damping) for variant in model.variants if variant.kind == "dose"]
     assert grid == [(dose, damping) for damping in (1.0, 0.5) for dose in (10, 30, 100, 300, 1000)]
     assert {variant.kind for variant in model.variants} == {"baseline", "pruned", "dose"}
@@ -235,7 +235,7 @@ def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike():
     paths = [Path("pruned/neurons.json"), Path("other/neurons.json")]
 
     def names(of: list[Path], **options: Any) -> list[str]:
-        return list(Sweep("tiny", of, doses=[], scorer="small", **options).lists)
+        return list(Sweep("tiny", of, doses=[], scorers=["small"], **options).lists)
 
     assert names(paths) == ["difference", "ratio"]
     assert names(paths, names=["a", "b"]) == ["a", "b"]
@@ -283,7 +283,7 @@ def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path)
     listed = NeuronList.load(Path("pruned/neurons.json"))
     every = [replace(neuron, damping=0.5) for neuron in listed.neurons + listed.next]
     NeuronList(every[:5], listed.provenance, every[5:]).save(Path("damped.json"))
-    module = Sweep("tiny", Path("damped.json"), doses=[2], dampings=[0.25], scorer="small")
+    module = Sweep("tiny", Path("damped.json"), doses=[2], dampings=[0.25], scorers=["small"])
     change = Interval(-1.0, -2.0, -0.5)
     effect = Difference(0.2, 0.1, change, change, 9, 0, 0, 0.0, 0.0)
     best = Dose("top_2_0.25", "", 2, 0.25, 9.0, change, 0.1, effect, [], None)

@@ -143,7 +143,7 @@ def test_the_whole_experiment_prunes_weights_in_all_its_stages(tiny_checkpoint, 
         "behavior": {"class_path": f"{data}ToxicPrompts", "init_args": {**prompts, "num_samples": 3}},
         "prune": {"granularity": "weight", "num_neurons": 70, "min_differential_strength": -1000.0},
         "evaluate": {
-            "scorer": "repetition",
+            "scorers": ["repetition"],
             "behavior": "repetition",
             "sampling": {"protocol": "greedy"},
             "controls": {"num_draws": 1},
