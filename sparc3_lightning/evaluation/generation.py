@@ -6,6 +6,7 @@ softmax (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from inspect import signature
@@ -140,7 +141,8 @@ def _signed(x: int) -> int:
 def draw_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> Tensor:
     """Draw a token per row: temperature, nucleus, then the largest of logit plus keyed noise.
 
-    Only the largest logits are sorted: the nucleus nearly always lies among them, and where it does not, more are.
+    Only the likely tokens are sorted: the nucleus nearly always lies among them, and where it does not, more are. Of
+    tokens that are equally likely the one of the lower id comes first.
 
     Args:
         logits: Finite, shape ``[rows, vocabulary]``.
@@ -153,15 +155,15 @@ def draw_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> 
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=1)
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     normalizer = logits.logsumexp(dim=1, keepdim=True)
     drawn = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     left = torch.arange(len(logits), device=logits.device)
-    vocabulary = logits.shape[1]
-    for size in (1024, 8192, vocabulary):
-        size = min(size, vocabulary)
-        values, tokens = logits[left].topk(size)
-        probabilities = (values - normalizer[left]).exp()
+    for least in (1e-4, 1e-5, 0.0):  # the probability from which a token is sorted
+        values, tokens = _sorted_from(logits, normalizer + math.log(least) if least else None)
+        probabilities = (values - normalizer).exp()
         cumulative = probabilities.cumsum(dim=1)
         # A token is in the nucleus if those more likely than it do not make up the mass yet; the first always is.
         rows, ranks = ((cumulative - probabilities) < sampling.top_p).nonzero(as_tuple=True)
@@ -169,10 +171,30 @@ def draw_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> 
         perturbed = torch.full_like(values, -torch.inf, dtype=torch.float64)
         perturbed[rows, ranks] = values[rows, ranks].double() + noise
         drawn[left] = tokens.gather(1, perturbed.argmax(dim=1, keepdim=True)).squeeze(1)
-        left = left[cumulative[:, -1] < sampling.top_p]
-        if size == vocabulary or not len(left):
+        is_short = cumulative[:, -1] < sampling.top_p
+        if not is_short.any():
             break
+        left, logits, normalizer = left[is_short], logits[is_short], normalizer[is_short]
     return drawn
+
+
+def _sorted_from(logits: Tensor, least: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the logits of each row from a least one on, from the largest, filled up with -inf; and their tokens.
+
+    Args:
+        logits: Shape ``[rows, vocabulary]``.
+        least: Shape ``[rows, 1]``; None for all of them.
+    """
+    if least is None:
+        return logits.sort(dim=1, descending=True, stable=True)
+    rows, tokens = (logits >= least).nonzero(as_tuple=True)
+    counts = rows.bincount(minlength=len(logits))
+    places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    shape = (len(logits), max(int(counts.max()), 1))
+    values, found = logits.new_full(shape, -torch.inf), tokens.new_zeros(shape)
+    values[rows, places], found[rows, places] = logits[rows, tokens], tokens
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values, found.gather(1, order)
 
 
 ROWS = 512  # continuations that grow together
@@ -313,9 +335,11 @@ def _steps(
     failed = torch.zeros(len(row_keys), dtype=torch.bool, device=input_ids.device)
     ended = failed.clone()
     for step in range(sampling.max_new_tokens):
-        bad = ~torch.isfinite(logits).all(dim=1)
+        bad = ~torch.isfinite(torch.stack(logits.aminmax(dim=1))).all(dim=0)
         failed = failed | bad & ~ended
-        drawn = draw_tokens(logits.masked_fill(bad.unsqueeze(1), 0.0), row_keys, step, sampling)
+        if bad.any():
+            logits = logits.masked_fill(bad.unsqueeze(1), 0.0)
+        drawn = draw_tokens(logits, row_keys, step, sampling)
         yield drawn, failed
         ended |= torch.isin(drawn, end_tokens)
         if step + 1 == sampling.max_new_tokens or (not all_ranks_step_together and bool(ended.all())):

@@ -418,7 +418,7 @@ def check_is_text(name: str, config: PreTrainedConfig) -> None:
     if parts or config.is_encoder_decoder:
         kind = f"multimodal (it has {' and '.join(parts)})" if parts else "an encoder and a decoder"
         raise ValueError(
-            f"{name!r} ({config.model_type}) is {kind}, and its decoder of text cannot be pruned by itself: give a "
+            f"{name!r} ({config.model_type}) is {kind}, and its decoder of text cannot be taken by itself: give a "
             "checkpoint of that alone."
         )
 

@@ -46,7 +46,7 @@ def score_windows(
     input_ids: Tensor,
     spans: Tensor,
     reference: Tensor | None = None,
-    chunk: int = 128,
+    chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Return the negative log-likelihood of the last tokens of each window, and their divergence from another model.
 

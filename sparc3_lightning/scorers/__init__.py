@@ -1,1 +1,1 @@
-"""From a text to a number in [0, 1]: Detoxify's models, other classifiers, repetition, functions of packages."""
+"""From a text to a number in [0, 1]: Detoxify, other classifiers, guards, repetition, functions of packages."""

@@ -9,11 +9,19 @@ from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.scorers.classifiers import ClassifierScorer
 from sparc3_lightning.scorers.detoxify import DetoxifyScorer
 from sparc3_lightning.scorers.functions import FunctionScorer
+from sparc3_lightning.scorers.guards import GuardScorer
 from sparc3_lightning.scorers.repetition import RepetitionScorer
 from sparc3_lightning.scorers.words import WordsScorer
 
 # A name is of the first kind that has it for a word of its own, else of the first kind that takes it.
-KINDS: list[type[Scorer]] = [DetoxifyScorer, RepetitionScorer, WordsScorer, ClassifierScorer, FunctionScorer]
+KINDS: list[type[Scorer]] = [
+    DetoxifyScorer,
+    RepetitionScorer,
+    WordsScorer,
+    ClassifierScorer,
+    GuardScorer,
+    FunctionScorer,
+]
 
 
 def kind_of(name: str, option: str = "scorer") -> type[Scorer]:
@@ -62,7 +70,8 @@ def load_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
     Args:
         name: One of Detoxify's models; ``small``; ``repetition``; a folder with a Detoxify checkpoint; a folder or
             Hugging Face id of a text-classification checkpoint, if need be with ``#`` and the label that means toxic;
-            ``words:<file>``, if need be with ``#rate``; or ``package.module:function``.
+            ``guard:`` and the name of a guard or the path of its YAML; ``words:<file>``, if need be with ``#rate``; or
+            ``package.module:function``.
         device: Where to score.
     """
     return kind_of(name)(name, device)

@@ -244,6 +244,16 @@ def test_draws_equal_those_of_the_warpers_at_every_size_of_the_vocabulary(vocabu
     assert torch.equal(draw_tokens(logits, keys(4), 2, sampling), oracle(logits, keys(4), 2, sampling))
 
 
+@pytest.mark.parametrize("vocabulary", [10, 20_000])
+def test_of_equally_likely_tokens_the_lower_ids_are_in_the_nucleus(vocabulary):
+    # In bfloat16 many logits are equal; here those of 10 tokens, of which each has a tenth of the probability.
+    logits = torch.full((200, vocabulary), -30.0, dtype=torch.bfloat16)
+    likely = torch.arange(0, vocabulary, vocabulary // 10)[:10]
+    logits[:, likely] = 5.0
+    drawn = draw_tokens(logits, keys(200), 0, Sampling(1, 1.0, 0.45))
+    assert set(drawn.tolist()) == set(likely[:5].tolist())
+
+
 def test_the_rows_of_a_draw_do_not_depend_on_each_other():
     spread = torch.tensor([0.3, 4.0, 2.0, 0.3, 2.0, 4.0]).unsqueeze(1)
     logits = spread * torch.randn(6, 10_000, generator=torch.Generator().manual_seed(6))

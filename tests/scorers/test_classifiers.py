@@ -106,6 +106,12 @@ def test_scores_are_the_probabilities_of_the_toxic_label_of_each_text_alone(
     assert scorer.score([]) == []
 
 
+@pytest.mark.parametrize("label", ["toxic", "LABEL_1"])  # of s-nlp/roberta_toxicity_classifier and granite-guardian-hap
+def test_the_label_of_a_roberta_is_chosen_by_its_name(make_classifier: Callable[..., Path], label: str) -> None:
+    folder = make_classifier(("neutral" if label == "toxic" else "LABEL_0", label), "roberta", type_vocab_size=1)
+    assert ClassifierScorer(f"{folder}#{label}").score(TEXTS) == pytest.approx(one_by_one(folder, 1, TEXTS), abs=1e-5)
+
+
 def test_a_label_is_chosen_by_its_name(two: Path) -> None:
     toxic, neutral = (ClassifierScorer(f"{two}#{label}").score(TEXTS) for label in ("toxic", "neutral"))
     assert ClassifierScorer(str(two)).score(TEXTS) == toxic

@@ -84,7 +84,7 @@ def test_a_multimodal_checkpoint_is_refused_at_once_by_the_experiment_and_by_eac
     Path("model", "config.json").write_text(config.to_json_string())
     save_file(NOTHING, "model/model.safetensors", {"format": "pt"})
     message = (
-        rf"'model' \({model_type}\) is multimodal \(it has .*text_config.*\), and its decoder of text cannot be pruned"
+        rf"'model' \({model_type}\) is multimodal \(it has .*text_config.*\), and its decoder of text cannot be taken"
     )
     with pytest.raises(ValueError, match=message) as raised:
         due("--model.checkpoint", "model", "--attribute.method", method, run_stage=must_not_run)
