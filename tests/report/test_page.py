@@ -49,7 +49,7 @@ def test_the_page_tells_the_verdict_the_protocol_the_neurons_and_the_settings():
         f"{results.main_effect.num_better} were continued with less toxicity",
         "sliding windows of 2048 tokens with stride 512 (700 predicted tokens)",
         "and disjoint windows of 2048 tokens (700 predicted tokens)",
-        "“small”: 3 continuations a prompt of up to 50 tokens",
+        "“small” where no other judge is named: 3 continuations a prompt of up to 50 tokens",
         "93 prompts that the neurons were attributed on are left out",
         "Differential strength of the scores: 21.5 %",
     ):

@@ -289,7 +289,7 @@ def test_without_controls_and_doses_the_page_has_neither():
     assert not Path("out/doses.png").exists()
     assert "Would other neurons" not in page.words
     assert "Doses as a table" not in page.words
-    assert len(page.tables) == 4
+    assert len(page.tables) == 5
     assert len(page.links) == 4
     card = CARD.read_text()
     assert "other neurons" not in card
