@@ -190,9 +190,9 @@ def test_padding_and_the_samples_beside_change_nothing(make_model):
 @pytest.fixture
 def attribute(tiny_checkpoint) -> Callable[..., Attribution]:
     """Return what attributes a few continuations with a lexicon."""
-    fields = ("model", "prompt_id", "continuation_index", "prompt", "prompt_toxicity", "continuation", "toxicity")
+    fields = ("model", "prompt_id", "continuation_index", "prompt", "prompt_toxicity", "continuation", "scores")
     rows = [
-        ("baseline", f"p{i}", 0, sentence(i, 4), 0.9, f" {text}", 0.5)
+        ("baseline", f"p{i}", 0, sentence(i, 4), 0.9, f" {text}", {"some": 0.5})
         for i, text in enumerate(("a good dog", "the bad house", "wind and rain", "a bird"))
     ]
     write_completions(Path("completions.jsonl"), [dict(zip(fields, row, strict=True)) for row in rows])

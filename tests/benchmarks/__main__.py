@@ -21,6 +21,7 @@ PARTS = (
     "ranks",
     "compression",
     "selections",
+    "words",
     "gpu",
 )
 

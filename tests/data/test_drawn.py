@@ -135,7 +135,10 @@ def test_a_prompt_in_a_chat_with_the_date_is_attributed_as_it_was_read_then(
 def test_a_field_of_another_type_is_an_error_with_the_row(field: str, value: Any) -> None:
     rows = rows_of(Tokens(adding()), "the dog", [ids_of("cat"), ids_of("bird")])
     rows[1][field] = value
-    with pytest.raises(ValueError, match=rf"^Row 2 of c\.jsonl has .*{'toxicity' if 'high' in str(value) or field == 'scores' else field}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^Row 2 of c\.jsonl has .*{'toxicity' if 'high' in str(value) or field == 'scores' else field}",
+    ):
         continued(map(sealed, rows), "c.jsonl")
 
 
