@@ -45,6 +45,9 @@ def main() -> None:
         folder={"type": Path, "default": Path("words")},
         data={"type": Path, "default": DATA},
         lists={"nargs": "+", "choices": LISTS, "default": list(LISTS)},
+        samples={"type": int, "default": 300, "help": "answers to attribute on"},
+        documents={"type": int, "default": 28, "help": "of the text of the budget"},
+        text={"type": int, "default": 16384, "help": "tokens to measure perplexity on"},
         continuations={"type": int, "default": 25},
         tokens={"type": int, "default": 40},
         draws={"type": int, "default": 5},
@@ -58,7 +61,7 @@ def main() -> None:
     json_file = options.json and options.json.resolve()
     with chdir(options.folder):
         write_prompts()
-        asked = list(evaluation("attribute.txt", text, options.tokens))
+        asked = list(evaluation("attribute.txt", text, 1024, options.tokens))
         asked += ["--model.sampling.num_continuations=2", "--model.scorers=[repetition]"]
         folder = sparc3("evaluate", "answers", *asked)
         write_lists(load_completions(folder / "completions.jsonl"), c4)
@@ -77,12 +80,16 @@ def write_prompts() -> None:
         Path(f"{name}.txt").write_text("".join(f"{prompts[i]}\n" for i in part))
 
 
-def evaluation(prompts: str, text: Path, tokens: int) -> Iterable[str]:
+def evaluation(prompts: str, text: Path, num_tokens: int, max_new_tokens: int) -> Iterable[str]:
     """Yield the options of an evaluation: the model, the prompts as turns of a user, and a text for perplexity."""
-    yield from (f"--model.checkpoint={CHECKPOINT}", "--model.dtype=fast", f"--model.sampling.max_new_tokens={tokens}")
+    yield from (
+        f"--model.checkpoint={CHECKPOINT}",
+        "--model.dtype=fast",
+        f"--model.sampling.max_new_tokens={max_new_tokens}",
+    )
     yield from ("--data.prompts=RealToxicityPrompts", f"--data.prompts.source={prompts}", "--data.prompts.chat=true")
     yield from ("--data.prompts.min_toxicity=null", "--data.prompts.num_prompts=null", "--data.prompts.batch_size=30")
-    yield from ("--data.text=WikiText2", f"--data.text.source={text}", "--data.text.num_tokens=16384")
+    yield from ("--data.text=WikiText2", f"--data.text.source={text}", f"--data.text.num_tokens={num_tokens}")
     yield from ("--data.text.window=512", "--data.text.stride=512", "--data.text.conventions=[disjoint]")
 
 
@@ -137,16 +144,24 @@ def measured(name: str, answers: Path, c4: Path, text: Path, options: argparse.N
     general = [*documents, "--data.num_samples=64", "--data.batch_size=4"]
     sparc3("attribute", "general", *of, *general, "--model.relevance=absolute", "--model.target=text")
     own = ["--data=ToxicPrompts", "--data.by=continuation", f"--data.source={answers}", "--data.chat=true"]
-    own += ["--data.continuation_toxicity=[0,1]", "--data.min_toxicity=null", "--data.num_samples=300"]
+    own += ["--data.continuation_toxicity=[0,1]", "--data.min_toxicity=null", f"--data.num_samples={options.samples}"]
     lexical = ["--model.relevance=signed", "--model.target=lexicon_probability", f"--model.lexicon={name}.txt"]
     sparc3("attribute", name, *of, *own, "--data.batch_size=15", *lexical)
     chosen = [f"--model.general=[{scores('general')}]", f"--model.behavior={scores(name)}"]
     chosen += ["--model.criterion=set_difference", "--model.top_behavior=1", "--model.top_general=0.5"]
-    chosen += ["--model.budget.max_perplexity_increase=0.01", *documents, "--data.num_samples=28", "--data.seed=7"]
-    neurons = sparc3("prune", name, *chosen, "--data.batch_size=4") / "neurons.json"
+    chosen += ["--model.budget.max_perplexity_increase=0.01", *documents, "--data.seed=7"]
+    neurons = (
+        sparc3("prune", name, *chosen, f"--data.num_samples={options.documents}", "--data.batch_size=4")
+        / "neurons.json"
+    )
     draws = [f"--model.controls.num_draws={options.draws}", f"--model.controls.num_continuations={options.of_draws}"]
     number = f"--model.sampling.num_continuations={options.continuations}"
-    asked = [*evaluation("report.txt", text, options.tokens), number, f"--model.neurons={neurons}", *draws]
+    asked = [
+        *evaluation("report.txt", text, options.text, options.tokens),
+        number,
+        f"--model.neurons={neurons}",
+        *draws,
+    ]
     folder = sparc3("evaluate", name, *asked, f"--model.scorers=[words:{name}.txt]")
     rows = load_completions(folder / "completions.jsonl")
     results = Results.load(folder / "results.json")
