@@ -28,6 +28,7 @@ from sparc3_lightning.files import at_home, check_absent, check_writable
 from sparc3_lightning.report.drawing import draw
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.signals import ending_on_signals, run_process
+from sparc3_lightning.sources import CONFIGS
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.chat import Chat
@@ -47,9 +48,6 @@ from sparc3_lightning.stages.sweep import Sweep
 from sparc3_lightning.stages.terminal import is_verbose, speak
 from sparc3_lightning.stages.trainer_options import check_trainer_options
 from sparc3_lightning.stages.verbs import OPTIONS_USAGE, VERBS, answer
-
-# The shipped configs: beside the package in a checkout, inside it in a wheel.
-CONFIGS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
 
 
 class SparC3Trainer(Trainer):

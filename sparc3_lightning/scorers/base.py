@@ -23,7 +23,7 @@ class Scorer(ABC):
     words: ClassVar[tuple[str, ...]] = ()  # names that are this kind's own, whatever folder is called so
     form: ClassVar[str] = ""  # what its other names look like, for the error about an unknown one
     what: ClassVar[str] = "a scorer"  # what results call one of this kind
-    counts_tokens: ClassVar[bool] = False  # whether score_drawn looks at the tokens, and not at the texts
+    counts_tokens: bool = False  # whether score_drawn looks at the tokens, and not at the texts
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         self.name = name
@@ -34,7 +34,7 @@ class Scorer(ABC):
         return False
 
     @classmethod
-    def place(cls, name: str) -> str:
+    def location(cls, name: str) -> str:
         """Return what a scorer's name says is read: a folder, a file or an id of the hub."""
         return split_label(name)[0]
 

@@ -108,7 +108,7 @@ class GuardScorer(Scorer):
         return name.startswith(PREFIX)
 
     @classmethod
-    def place(cls, name: str) -> str:
+    def location(cls, name: str) -> str:
         """Return the path of the YAML, or the name of a shipped guard."""
         return name.removeprefix(PREFIX)
 
@@ -262,7 +262,7 @@ def path_of(name: str) -> Path:
     Raises:
         FileNotFoundError: If there is none.
     """
-    own = GuardScorer.place(name)
+    own = GuardScorer.location(name)
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     if own in shipped:
         return shipped[own]

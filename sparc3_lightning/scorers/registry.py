@@ -11,9 +11,17 @@ from sparc3_lightning.scorers.detoxify import DetoxifyScorer
 from sparc3_lightning.scorers.functions import FunctionScorer
 from sparc3_lightning.scorers.guards import GuardScorer
 from sparc3_lightning.scorers.repetition import RepetitionScorer
+from sparc3_lightning.scorers.words import WordsScorer
 
 # A name is of the first kind that has it for a word of its own, else of the first kind that takes it.
-KINDS: list[type[Scorer]] = [DetoxifyScorer, RepetitionScorer, ClassifierScorer, GuardScorer, FunctionScorer]
+KINDS: list[type[Scorer]] = [
+    DetoxifyScorer,
+    RepetitionScorer,
+    WordsScorer,
+    ClassifierScorer,
+    GuardScorer,
+    FunctionScorer,
+]
 
 
 def kind_of(name: str, option: str = "scorer") -> type[Scorer]:
@@ -30,9 +38,9 @@ def kind_of(name: str, option: str = "scorer") -> type[Scorer]:
     raise OptionError(option, f": {name!r} is neither {small!r}, {', '.join(words)}{forms}.")
 
 
-def place_of(name: str) -> str:
+def location_of(name: str) -> str:
     """Return what a scorer's name says is read, a path or an id of the hub; the name itself if it is of no kind."""
-    return next((kind.place(name) for kind in KINDS if kind.takes(name)), name)
+    return next((kind.location(name) for kind in KINDS if kind.takes(name)), name)
 
 
 def check_scorer(name: str, option: str = "scorer") -> None:
@@ -62,7 +70,8 @@ def load_scorer(name: str, device: torch.device | str = "cpu") -> Scorer:
     Args:
         name: One of Detoxify's models; ``small``; ``repetition``; a folder with a Detoxify checkpoint; a folder or
             Hugging Face id of a text-classification checkpoint, if need be with ``#`` and the label that means toxic;
-            ``guard:`` and the name of a guard or the path of its YAML; or ``package.module:function``.
+            ``guard:`` and the name of a guard or the path of its YAML; ``words:<file>``, if need be with ``#rate``; or
+            ``package.module:function``.
         device: Where to score.
     """
     return kind_of(name)(name, device)

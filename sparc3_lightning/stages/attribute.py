@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sparc3_lightning.attribution.accumulator import CHECK_EVERY, ScoreAccumulator
 from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationRecorder, Activations
+from sparc3_lightning.attribution.lexicon import Lexicon, spell
 from sparc3_lightning.attribution.lrp import check_can_have_rules, check_have_relevance, lrp
 from sparc3_lightning.attribution.lrp_check import LrpCheck, NonfiniteLogitsError, check_lrp
 from sparc3_lightning.attribution.progress import Identity, Progress, go_on, remove_progress
@@ -43,7 +44,9 @@ from sparc3_lightning.models.heads import head_dims, heads_left_out
 from sparc3_lightning.models.neurons import columns_of, coverage, scored_rows
 from sparc3_lightning.models.sharding import check_batch_size, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
-from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, load_scorer
+from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, kind_of, load_scorer
+from sparc3_lightning.scorers.words import PREFIX, WordsScorer, check_words, digest_of, read_words
+from sparc3_lightning.sources import local_path
 from sparc3_lightning.stages.stopping import StoppableModule
 
 SCORES = "scores.safetensors"
@@ -52,6 +55,25 @@ SCORES = "scores.safetensors"
 def file_of(granularity: Granularity) -> str:
     """Return the name of the file that ends an attribution: of weights it is the index of their shards."""
     return INDEX if granularity == "weight" else SCORES
+
+
+def words_of(lexicon: Sequence[str] | str) -> tuple[str, list[str] | None]:
+    """Return the name of a lexicon, and its words; None if it is a scorer, which is checked.
+
+    Raises:
+        OptionError: If there is no such lexicon.
+    """
+    if not isinstance(lexicon, str):
+        try:
+            words = check_words(lexicon)
+        except ValueError as error:
+            raise OptionError("lexicon", f": {error}") from None
+        return f"a list of {len(words)} words", words
+    check_scorer(lexicon, "lexicon")
+    if not issubclass(kind_of(lexicon, "lexicon"), WordsScorer):
+        return lexicon, None
+    file = WordsScorer.location(lexicon)
+    return f"{PREFIX}{file}", read_words(local_path(file))
 
 
 class Attribution(StoppableModule):
@@ -75,8 +97,9 @@ class Attribution(StoppableModule):
             over all positions; ``lexicon_probability``, that probability itself, averaged over the tokens of the
             sample's continuation and the one after it, or over all positions if it has none; or ``logit_difference``,
             the logit of the right next token less the logit of the wrong one.
-        lexicon: Scorer, see ``sparc3 evaluate``, that says which tokens of the vocabulary are toxic by themselves; of a
-            ``package.module:function`` the code runs.
+        lexicon: What the two targets of that name speak of: a text file of words or phrases, one a line (``#`` begins a
+            comment), or a list of them, which the model is to say less; or a scorer, see ``sparc3 evaluate``, that says
+            which tokens of the vocabulary are toxic by themselves. Of a ``package.module:function`` the code runs.
         layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
             By default it is the layer of the MLP neurons, such as ``up_proj``, ``gate_up_proj`` (Phi-3, of which the up
             rows are scored), ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads the last one of the attention: ``o_proj``,
@@ -108,7 +131,7 @@ class Attribution(StoppableModule):
         relevance: Relevance = "magnitude",
         rule: Rule = "attnlrp",
         target: Target = "argmax",
-        lexicon: str = "original",
+        lexicon: tuple[str, ...] | str = "original",
         layers: Sequence[str] | None = None,
         activations: bool = False,
         granularity: Granularity = "neuron",
@@ -120,27 +143,27 @@ class Attribution(StoppableModule):
     ) -> None:
         super().__init__()
         named = None if layers is None else list(layers)
+        name, self.words_listed = words_of(lexicon) if target in LEXICAL else (str(lexicon), None)
+        digest = None if self.words_listed is None else digest_of(self.words_listed)
         # As given; from setup on with what was left open.
         self.spec = ScoreSpec(
-            method, rule, relevance, target, lexicon, named, dtype, granularity, nonfinite, activations
+            method, rule, relevance, target, name, digest, named, dtype, granularity, nonfinite, activations
         )
         self.spec.check()
-        if self.spec.is_lexical:
-            check_scorer(lexicon, "lexicon")
         if save_every < 1:
             raise OptionError("save_every", f"must be at least 1, got {save_every}.")
         self.save_hyperparameters()
         self.save_every = save_every
         self.checkpoint = Checkpoint(checkpoint, revision)
-        self.lexicon: list[int] = []
+        self.lexicon = Lexicon.of_tokens()
         self.lrp_check: LrpCheck | None = None
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
 
     @classmethod
     def reads(cls, options: Mapping[str, object]) -> dict[str, Kind]:
-        """Return the options that name inputs: a lexicon only for a target that needs one."""
-        is_lexical = options.get("target") in LEXICAL
+        """Return the options that name inputs: a lexicon only for a target that needs one, and if it is no list."""
+        is_lexical = options.get("target") in LEXICAL and isinstance(options.get("lexicon"), str)
         return {option: kind for option, kind in cls.READS.items() if option != "lexicon" or is_lexical}
 
     def setup(self, stage: str) -> None:
@@ -168,9 +191,11 @@ class Attribution(StoppableModule):
                 "weight: ranks send tokens to other experts, so that scores of their weights are summed on one device"
             )
             raise OptionError("granularity", f"{what}: give --trainer.devices 1, or take --.method wanda.")
-        if spec.lexicon is not None and spec.is_lexical:
-            self.lexicon = lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score)
-            data.notes["num_lexicon"] = len(self.lexicon)
+        if self.words_listed is not None:
+            self.lexicon = self._spell(self.words_listed)
+        elif spec.lexicon is not None and spec.is_lexical:
+            self.lexicon = Lexicon.of_tokens(lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score))
+            data.notes["num_lexicon"] = len(self.lexicon.tokens)
         if spec.target is not None:
             data.check_target(spec.target)
         self.spec = spec.resolved(self.layers, resolve_dtype(self.dtype_name, self.trainer.strategy.root_device))
@@ -218,7 +243,7 @@ class Attribution(StoppableModule):
             self.recorder.restore(self.progress.rows)
             self.done = list(self.progress.sample_ids)
         self.num_saved = len(self.done)
-        self.words = torch.tensor(self.lexicon, device=self.device)  # once: every copy makes the host wait
+        self.words = self.lexicon.to(self.device)  # once: every copy makes the host wait
         data = self.reference_samples
         self.begin_line("Attributing", "samples", len(data.samples) - len(data.leave_out))
 
@@ -300,13 +325,44 @@ class Attribution(StoppableModule):
             check_have_relevance(layers, self.spec.rule)
         return names
 
+    def _spell(self, words: Sequence[str]) -> Lexicon:
+        """Return the tokens that spell words, and note how many words they are and how many the tokenizer splits.
+
+        Raises:
+            OptionError: If no tokens spell a word, or the target can speak of none of them.
+        """
+        data = self.reference_samples
+        tokenizer = data.load_tokenizer()
+        tokens = data.tokens_of(tokenizer)
+        try:
+            lexicon, split = spell(words, tokens.encode_bare, tokens.decode, len(tokenizer))
+        except ValueError as error:
+            raise OptionError("lexicon", f": {error}") from None
+        if split and self.spec.target == "lexicon":
+            named = ", ".join(map(repr, split[:10]))
+            raise OptionError(
+                "target",
+                f"--.target lexicon is about words of one token, and the tokenizer splits {named}: take "
+                "lexicon_probability, or leave these words out.",
+            )
+        data.notes |= {"num_lexicon": len(words), "num_split": len(split)}
+        if len(split) == len(words) and not any(
+            next(lexicon.places(sample.input_ids, sample.start), None) for sample in data.samples
+        ):
+            raise OptionError(
+                "lexicon",
+                f": the tokenizer splits each of its {len(words)} words, and none of the {len(data.samples)} samples "
+                "holds the first tokens of one, where its last token could follow: give more or longer --data.",
+            )
+        return lexicon
+
     def _identify(self) -> Identity:
         """Return the identity of this run: only sums of runs with the same identity may be added."""
         data = self.reference_samples
         return {
             "checkpoint_fingerprint": self.checkpoint.fingerprint,
             **asdict(self.spec),
-            "lexicon_tokens": hashlib.sha256(str(self.lexicon).encode()).hexdigest()[:16],
+            "lexicon_tokens": self.lexicon.digest(),
             "data_fingerprint": data.fingerprint(),
             "samples": hashlib.sha256(str([(s.id, s.start, s.contrast) for s in data.samples]).encode()).hexdigest(),
             "versions": versions_of_results(),
@@ -394,7 +450,7 @@ class Attribution(StoppableModule):
         if data.screened_by is not None:
             found[data.screened_by] = fingerprint_beside(data.source, data.screened_by)
         if self.spec.is_lexical and self.spec.lexicon is not None:
-            found[self.spec.lexicon] = fingerprint_of(self.spec.lexicon)
+            found[self.spec.lexicon] = self.spec.words or fingerprint_of(self.spec.lexicon)
         return found
 
     def _tokens_seen(self) -> TokensSeen | None:

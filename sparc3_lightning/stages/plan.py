@@ -27,11 +27,10 @@ from sparc3_lightning.models.components import KINDS
 from sparc3_lightning.models.export import check_export, export_dtype_of
 from sparc3_lightning.models.neurons import check_are_neurons, columns_of
 from sparc3_lightning.provenance import versions_of_results
-from sparc3_lightning.scorers.base import split_label
 from sparc3_lightning.scorers.functions import FunctionScorer
-from sparc3_lightning.scorers.registry import fingerprint_of
+from sparc3_lightning.scorers.registry import fingerprint_of, location_of
 from sparc3_lightning.selection.sides import are_swapped
-from sparc3_lightning.sources import is_local
+from sparc3_lightning.sources import is_local, local_path
 from sparc3_lightning.stages.attribute import Attribution, file_of
 from sparc3_lightning.stages.base import Stage
 from sparc3_lightning.stages.evaluate import COMPLETIONS, RESULTS, Evaluation, check_can_be_measured
@@ -437,15 +436,14 @@ def digests_of(stage: type[Stage], config: Config, made: Path | None) -> list[st
     found = []
     for _, kind, value in named:
         if kind == "scorer":
-            if is_local(split_label(value)[0]) or FunctionScorer.takes(value):
+            if is_local(location_of(value)) or FunctionScorer.takes(value):
                 found.append(fingerprint_of(value))
         elif is_local(value) and value != str(made):
-            found.append(Checkpoint(value).fingerprint if kind == "checkpoint" else _content(Path(value), kind))
+            found.append(Checkpoint(value).fingerprint if kind == "checkpoint" else _content(local_path(value), kind))
     return found
 
 
 def _content(path: Path, kind: Kind) -> str:
-    path = path.expanduser()
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     if kind == "tokenizer" and path.is_dir():  # a checkpoint's weights may be large, and are not read
         files = [file for file in files if file.suffix != ".safetensors"]

@@ -16,9 +16,9 @@ from sparc3_lightning.files import at_home
 from sparc3_lightning.provenance import git_hash, revision_of, versions
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.tables import WIDTH, Table, aligned
-from sparc3_lightning.scorers.base import split_label
 from sparc3_lightning.scorers.functions import FunctionScorer
-from sparc3_lightning.sources import first_line
+from sparc3_lightning.scorers.registry import location_of
+from sparc3_lightning.sources import first_line, is_local
 from sparc3_lightning.stages.base import paths_of
 from sparc3_lightning.stages.evaluate import Evaluation, inputs_of
 from sparc3_lightning.stages.plan import Config, named_by
@@ -97,7 +97,7 @@ class Reproduction:
         model = self.config["model"]
         named = [str(path) for path in paths_of(model["neurons"])] if model["neurons"] is not None else []
         for option, kind, value in named_by(stage.READS, model):
-            name = split_label(value)[0] if kind == "scorer" else value
+            name = location_of(value) if kind == "scorer" else value
             is_file = option.startswith("zero_shot") or (kind == "scorer" and _is_path(name))
             is_checkpoint = kind == "checkpoint" and revision_of(self.there.checkpoint_fingerprint) is None
             named += [name] if is_file or is_checkpoint else []
@@ -106,7 +106,7 @@ class Reproduction:
             sources = (options.get(name) for name in ("source", "nontoxic_source"))
             named += [source for source in sources if source is not None]
             named += [name] if (name := options.get("tokenizer")) is not None and _is_path(name) else []
-        gone = [name for name in dict.fromkeys(named) if not name.startswith("pypi:") and not at_home(name).exists()]
+        gone = [name for name in dict.fromkeys(named) if not name.startswith("pypi:") and not is_local(name)]
         if gone:
             raise FileNotFoundError(
                 f"{self.path} was measured from what does not exist here: {', '.join(gone)} (seen from {Path.cwd()}). "

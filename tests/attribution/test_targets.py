@@ -12,6 +12,7 @@ import torch
 from helpers import WORDS, sentence, write_completions
 from torch import Tensor
 
+from sparc3_lightning.attribution.lexicon import Lexicon
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.attribution.targets import (
     lexicon_log_probability,
@@ -58,16 +59,18 @@ def test_targets_are_means_over_positions_whatever_the_padding(make_model, sampl
     ids, mask = batch["input_ids"], batch["attention_mask"]
     found = {
         "text": text_log_probability(model, ids, mask, batch["start"]),
-        "lexicon": lexicon_log_probability(model, ids, mask, torch.tensor(LEXICON)),
-        "lexicon_probability": lexicon_probability(model, ids, mask, batch["start"], torch.tensor(LEXICON)),
+        "lexicon": lexicon_log_probability(model, ids, mask, Lexicon.of_tokens(LEXICON)),
+        "lexicon_probability": lexicon_probability(model, ids, mask, batch["start"], Lexicon.of_tokens(LEXICON)),
     }
     for target, values in found.items():
         expected = torch.stack([oracle(model, sample, target, LEXICON) for sample in samples])
         torch.testing.assert_close(values, expected)
     alone = torch.tensor([samples[0].input_ids])
     torch.testing.assert_close(text_log_probability(model, alone, None, torch.tensor([0])), found["text"][:1])
-    torch.testing.assert_close(lexicon_log_probability(model, alone, None, torch.tensor(LEXICON)), found["lexicon"][:1])
-    one = lexicon_probability(model, alone, None, torch.tensor([0]), torch.tensor(LEXICON))
+    torch.testing.assert_close(
+        lexicon_log_probability(model, alone, None, Lexicon.of_tokens(LEXICON)), found["lexicon"][:1]
+    )
+    one = lexicon_probability(model, alone, None, torch.tensor([0]), Lexicon.of_tokens(LEXICON))
     torch.testing.assert_close(one, found["lexicon_probability"][:1])
 
 
@@ -80,7 +83,7 @@ def test_the_lexicon_probability_of_own_continuations_is_the_share_expected_of_t
         chance = math.exp(sum(log[len(prompt) - 1 + i, token].item() for i, token in enumerate(drawn)))
         by_counting += chance * sum(token in lexicon for token in drawn) / (length + 1)
         ids, start = torch.tensor([prompt + list(drawn[:length])]), torch.tensor([len(prompt)])
-        by_target += chance * lexicon_probability(model, ids, None, start, torch.tensor(lexicon)).item()
+        by_target += chance * lexicon_probability(model, ids, None, start, Lexicon.of_tokens(lexicon)).item()
     assert by_target == pytest.approx(by_counting, rel=1e-4)
 
 
@@ -152,7 +155,7 @@ def oracle_scores(module: Attribution, relevance: str, target: str) -> dict[str,
             return lambda layer, given: inputs.__setitem__(name, given[0].requires_grad_())
 
         handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in downs.items()]
-        value = oracle(model, sample, target, module.lexicon)
+        value = oracle(model, sample, target, module.lexicon.tokens.tolist())
         gradients = torch.autograd.grad(value, list(inputs.values()))
         for handle in handles:
             handle.remove()
@@ -172,7 +175,7 @@ def test_the_gradient_of_a_neuron_is_its_activation_times_gradient(
     data = ToxicPrompts(prompts, num_samples=2, continuation_toxicity=(0.5, 1.0), batch_size=2)
     options = {"method": "gradient", "relevance": relevance, "target": target, "lexicon": toy_lexicon}
     found, module = run(tiny_checkpoint, data, **options)
-    assert len(module.lexicon) == (0 if target == "text" else 3)
+    assert len(module.lexicon.tokens) == (0 if target == "text" else 3)
     for name, expected in oracle_scores(module, relevance, target).items():
         torch.testing.assert_close(found[name], expected.float(), rtol=1e-4, atol=1e-12)
     spec = ScoreFile.load(module.output).provenance.spec

@@ -22,6 +22,7 @@ PARTS = (
     "compression",
     "selections",
     "families",
+    "words",
     "gpu",
 )
 

@@ -19,7 +19,7 @@ from sparc3_lightning.scorers.registry import (
     fingerprint_of,
     kind_of,
     load_scorer,
-    place_of,
+    location_of,
 )
 
 TEXTS = [sentence(seed, 1 + seed * 5 % 17) for seed in range(12)]
@@ -171,7 +171,7 @@ def test_a_guard_is_a_kind_of_scorer_and_is_found_by_its_name(tiny: str) -> None
     [("guard:a/b.yaml", "a/b.yaml"), ("guard:x#y.yaml", "x#y.yaml"), ("a/b#toxic", "a/b"), ("nowhere", "nowhere")],
 )
 def test_the_source_in_a_name_is_without_the_kind_and_without_the_label(name: str, expected: str) -> None:
-    assert place_of(name) == expected
+    assert location_of(name) == expected
 
 
 def test_a_fingerprint_changes_with_the_yaml_and_with_the_weights_and_begins_with_theirs(tmp_path: Path) -> None:
