@@ -1,4 +1,4 @@
-"""Starts tests/stages/run_on_ranks.py on several ranks, and compares what they wrote with what one process wrote."""
+"""Starts tests/run_on_ranks.py on several ranks, and compares what they wrote with what one process wrote."""
 
 import json
 import multiprocessing

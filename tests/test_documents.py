@@ -106,6 +106,7 @@ def only_prints(arguments: list[str]) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("document", "section"), [(name, of) for name in DOCUMENTS for of in sections(read(name))])
 def test_every_command_of_a_section_parses(document, section):
     for step in steps(sections(read(document))[section]):

@@ -176,7 +176,7 @@ def test_a_scorer_is_a_class_and_a_row_of_the_table(monkeypatch):
     assert fetch_scorer("shouting") == []
     assert load_scorer("shouting").score(["ABab", "ab", ""]) == [0.5, 0.0, 0.0]
     Evaluation("x", scorers=["shouting"])
-    with pytest.raises(ValueError, match=r"'whispering' is neither 'small', .*, shouting, nor a folder"):
+    with pytest.raises(ValueError, match=r"'whispering' is neither 'small', .*, shouting, nor "):
         check_scorer("whispering")
 
 

@@ -29,8 +29,8 @@ def rounded(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
         ValueError: If ``bits`` or ``group`` is out of range, or the weight is not finite.
 
     Example:
-        >>> rounded(torch.tensor([[1.0, -0.3, 0.6, 0.0]]), bits=2, group=3)
-        tensor([[ 1., -0.,  1.,  0.]])
+        >>> rounded(torch.tensor([[1.0, -0.3, 0.6, 0.0]]), bits=2, group=3).tolist()
+        [[1.0, -0.0, 1.0, 0.0]]
     """
     check_bits([bits])
     if group < 1:

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.evaluation.completions import COMPLETIONS, load_completions
 from sparc3_lightning.evaluation.results import RESULTS, Results
+from sparc3_lightning.evaluation.stress import STRESS
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.report import page
 from sparc3_lightning.report.circuits import CIRCUIT, CircuitResults, circuit_csv, draw_circuit
@@ -22,6 +23,7 @@ from sparc3_lightning.report.comparison import (
 )
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.report.figures import draw_differential, draw_layers
+from sparc3_lightning.report.stress import PAGE, write_page
 from sparc3_lightning.selection.neuron_list import SELECTION, SelectionResults
 from sparc3_lightning.sources import first_line
 
@@ -62,6 +64,11 @@ def _draw_comparison(folder: Path) -> str:
     return "overlap.png"
 
 
+def _draw_stress(folder: Path) -> str:
+    write_page(folder)
+    return PAGE
+
+
 def _draw_selection(folder: Path) -> str:
     selection = SelectionResults.load(folder / SELECTION)
     draw_layers(selection.neurons_per_module, folder / "layers.png", selection.granularity)
@@ -75,6 +82,7 @@ DRAWN: dict[str, Callable[[Path], str]] = {
     RESULTS: _draw_evaluation,
     CIRCUIT: _draw_circuit,
     COMPARISON: _draw_comparison,
+    STRESS: _draw_stress,
     SELECTION: _draw_selection,
 }
 

@@ -93,26 +93,43 @@ class FunctionScorer(Scorer):
         return f"{name} {contents(sources)} {sorted(installed)}"
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """Return the toxicity of each text, in [0, 1]; NaN where the function gave none.
+        """Return the toxicity of each text, in [0, 1]; NaN where the function gave none, or raises on that text.
 
         Raises:
-            ValueError: If the function raises, or returns anything but as many numbers in [0, 1].
+            ValueError: If the function raises on every text, or returns anything but as many numbers in [0, 1].
         """
         if not texts:
             return []
         try:
-            values = self._function(list(texts))
-            if isinstance(values, str | bytes | Mapping):
-                raise TypeError(f"it returned a {type(values).__name__}, not a list of numbers")
-            scores = [_number(value) for value in values]
-        except Exception as error:  # it is code of others
-            raise ValueError(f"{self.name} failed: {type(error).__name__}: {error!s:.200}") from error
+            scores = self._called(texts)
+        except ValueError:
+            alone = [self._called_alone(text) for text in texts] if len(texts) > 1 else [None]
+            if all(score is None for score in alone):
+                raise
+            scores = [math.nan if score is None else score for score in alone]
         if len(scores) != len(texts):
             raise ValueError(f"{self.name} returned {len(scores)} values for {len(texts)} texts.")
         outside = [score for score in scores if math.isfinite(score) and not 0 <= score <= 1]
         if outside:
             raise ValueError(f"{self.name} must return numbers in [0, 1], but returned {outside[0]}.")
         return [score if math.isfinite(score) else math.nan for score in scores]
+
+    def _called(self, texts: Sequence[str]) -> list[float]:
+        try:
+            values = self._function(list(texts))
+            if isinstance(values, str | bytes | Mapping):
+                raise TypeError(f"it returned a {type(values).__name__}, not a list of numbers")
+            return [_number(value) for value in values]
+        except Exception as error:  # it is code of others
+            raise ValueError(f"{self.name} failed: {type(error).__name__}: {error!s:.200}") from error
+
+    def _called_alone(self, text: str) -> float | None:
+        """Return the score of one text; None if the function raises on it."""
+        try:
+            (score,) = self._called([text])
+        except ValueError:
+            return None
+        return score
 
 
 def _number(value: object) -> float:

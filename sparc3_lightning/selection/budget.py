@@ -253,9 +253,8 @@ def choose_within(
     """
     most = budget.max_perplexity_increase
     assert most is not None
-    best: list[Component] = []
-    for damping in dampings:
-        best = max(best, _head(rise, [replace(n, damping=damping) for n in ranked], most), key=_benefit)
+    heads = [_head(rise, [replace(n, damping=damping) for n in ranked], most) for damping in dampings]
+    best = max(filter(None, heads), key=_benefit, default=[])
     if not best:
         raise OptionError(
             "budget.max_perplexity_increase",

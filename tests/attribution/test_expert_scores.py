@@ -131,7 +131,9 @@ def activation_of(kind: str, experts: Any, number: int, X: Tensor) -> Tensor:
 
 
 @all_kinds
-@pytest.mark.parametrize("rule", [None, "attnlrp", "cp_lrp"])
+@pytest.mark.parametrize(
+    "rule", ["attnlrp", *(pytest.param(rule, marks=pytest.mark.slow) for rule in (None, "cp_lrp"))]
+)
 @pytest.mark.parametrize("score", RELEVANCES)
 def test_relevance_is_weight_times_gradient_of_the_stock_model(kind, score, rule):
     if kind == "llama4_text" and rule is not None:
@@ -160,6 +162,7 @@ def test_signed_relevance_is_also_the_one_of_the_outgoing_weights_where_up_is_a_
 
 
 @all_kinds
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["magnitude", "signed", "squared", "wanda", "activation"])
 def test_a_padded_batch_has_the_scores_of_one_sample_at_a_time_also_when_blocks_are_computed_again(kind, score):
     model, samples = opened(kind), make_samples()

@@ -38,6 +38,7 @@ OTHER = {
     "relevance": None,
     "target": "lexicon",
     "lexicon": "small",
+    "words": "0123",
     "layers": ["gate_proj", "up_proj"],
     "dtype": "bfloat16",
     "granularity": "head",
@@ -244,6 +245,7 @@ def test_files_of_other_data_and_seeds_belong_together(tmp_path: Path) -> None:
         "git_hash": None,
         "expert_tokens": TokensSeen(8, 0, 3, 12, 2),
         "lrp_check": "LRP: logits unchanged",
+        "choosers": {"small": "files:0123"},
         "nonfinite": "zero",
         "activations": True,
     }

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CHECKPOINT, parse, write
-from selections import DATA, scores, sparc3
+from common import CHECKPOINT, parse, scores, sparc3, write
+from selections import DATA
 from torch import Tensor
 
 from sparc3_lightning.evaluation.completions import Completion, load_completions

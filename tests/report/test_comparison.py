@@ -160,6 +160,7 @@ def test_nothing_is_cut_off_or_covered(drawn, kind, num_lists):
     check_texts(figure, texts, boxes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["$x_1$ {0}", "\x1b[2J\u202e", "=1+1", "名前 שלום", "x" * 500, "a\nb", "\ud800"])
 def test_a_hostile_name_is_drawn_and_said_as_it_is(name):
     results = made_up(3, name)

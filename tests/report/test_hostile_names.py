@@ -41,6 +41,7 @@ HOSTILE = {
     "shell": "; rm -rf ~ `reboot` $(reboot)",
     "blank": "  ",
 }
+QUICK = ("html", "markdown", "escape", "template", "surrogate")
 UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -72,7 +73,10 @@ def hostile(text: str) -> tuple[Any, list[dict[str, Any]], NeuronList]:
     return results, rows, neurons
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize(
+    "kind",
+    [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in HOSTILE if kind not in QUICK)],
+)
 @pytest.mark.usefixtures("pictures_take_no_time")
 def test_a_hostile_name_does_nothing_in_page_card_tables_and_terminal(kind):
     text = HOSTILE[kind]

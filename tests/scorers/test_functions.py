@@ -1,5 +1,6 @@
 """Functions as scorers: those of Python's own library are refused, and one that fails is a sentence with its name."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def table(texts): return {name: 0.5 for name in texts}
 def words(texts): return ["0.5", "0.5"]
 def rows(texts): return [[0.5, 0.5], [0.5, 0.5]]
 def one(texts): return 0.5
+def picky(texts): return [1 / text.count("a") for text in texts]
 def breaks(texts):
     yield 0.5
     raise OSError("gone")
@@ -110,6 +112,14 @@ def test_functions_of_a_package_score_however_they_are_made(function, score):
 def test_a_function_that_fails_is_one_sentence_with_its_name(function, words):
     with pytest.raises(ValueError, match=rf"^toy_functions:{function} failed: .*{words}"):
         FunctionScorer(f"toy_functions:{function}").score(["a", "b"])
+
+
+def test_a_text_on_which_a_function_raises_has_no_score_and_the_others_keep_theirs():
+    found = FunctionScorer("toy_functions:picky").score(["a", "b", "aa"])
+    assert found[::2] == [1.0, 0.5]
+    assert math.isnan(found[1])
+    with pytest.raises(ValueError, match="failed: ZeroDivisionError"):
+        FunctionScorer("toy_functions:picky").score(["b", "c"])
 
 
 def test_a_module_that_fails_to_import_is_one_sentence_with_the_name():

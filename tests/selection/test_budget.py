@@ -209,6 +209,11 @@ def test_a_budget_that_pays_for_no_neuron_is_refused(rise):
         choose_within(rise, [costly], Budget(1e-9))
 
 
+def test_neurons_that_cost_nothing_are_taken_though_none_has_a_benefit():
+    ranked = [Component(MODULES[0], i, 0.5) for i in range(50)]
+    assert choose_within(Additive(dict.fromkeys(range(50), 0.0)), ranked, Budget(0.01), (1.0, 0.5)) == ranked
+
+
 @pytest.fixture
 def files(tiny_checkpoint) -> tuple[Path, Path, Path]:
     of = provenance(tiny_checkpoint, Checkpoint(tiny_checkpoint).fingerprint)

@@ -67,9 +67,9 @@ def attributed(module: Attribution, source: str, batch_size: Any, folder: str) -
 @pytest.mark.parametrize(
     ("where", "rows", "options"),
     [
-        ("", 100, {}),
+        pytest.param("", 100, {}, marks=pytest.mark.slow),
         ("", 3, {}),
-        ("model.layers.1", 1, {"method": "wanda", "activations": True}),
+        pytest.param("model.layers.1", 1, {"method": "wanda", "activations": True}, marks=pytest.mark.slow),
         ("model.layers.1.mlp.up_proj", 4, {"method": "gradient", "activations": True, "nonfinite": "zero"}),
         ("backward", 2, {"method": "gradient", "target": "text", "relevance": "absolute"}),
     ],
@@ -93,10 +93,9 @@ def everything(checkpoint: str, kind: type[Any], batch_size: Any, folder: str) -
     return run(evaluation(checkpoint, neurons, kind, **options), of, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("input_files")
-@pytest.mark.parametrize(
-    "rows", [2, pytest.param(7, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("rows", [2, 7, 1000])
 def test_continuations_and_perplexity_are_those_of_batch_size_1_wherever_memory_runs_out(tiny_checkpoint, rows):
     single = everything(tiny_checkpoint, Evaluation, 1, "single")
     found = everything(tiny_checkpoint, with_memory_for(Evaluation, rows), "auto", "auto")

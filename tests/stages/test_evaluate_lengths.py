@@ -80,6 +80,7 @@ def test_pieces_are_taken_over_from_a_run_that_broke_off_and_drawn_from_files(ti
     assert "Does it hold in longer texts?" in page
 
 
+@pytest.mark.slow
 def test_pieces_that_another_judge_scored_are_not_taken_over(tiny_checkpoint, monkeypatch):
     options = {**OPTIONS, "num_continuations": 1, "max_new_tokens": 24}
     neurons = chosen_by_the_small_scorer(tiny_checkpoint)

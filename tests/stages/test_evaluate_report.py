@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("seed_of_the_run", "input_files")
 
 
 @pytest.mark.parametrize("scorer", ["nothing", "zero"])
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_scorer_that_finds_nothing_gives_valid_json_a_report_and_a_summary(
     tiny_checkpoint, neurons, monkeypatch, tmp_path, scorer, place
 ):

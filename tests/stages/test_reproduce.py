@@ -73,6 +73,7 @@ def test_the_same_machine_gives_the_same_figures(there, caplog):
     assert f"All {len(found.figures)} figures are reproduced." in caplog.text
 
 
+@pytest.mark.slow
 def test_a_figure_that_was_changed_is_found_and_the_exit_code_is_1(there, capsys, caplog):
     write_sealed(THERE, replaced_at(there, "pruned/kl", 5.0))
     with caplog.at_level("INFO"):
@@ -189,6 +190,7 @@ def test_the_table_of_figures_has_at_most_100_columns_whatever_their_names():
     assert rows[1].startswith("kl  ")
 
 
+@pytest.mark.slow
 def test_a_sweep_is_reproduced_too(there):
     options = {"names": ["one"], "doses": [2], "dampings": [1.0, 0.5], "max_new_tokens": 2}
     model = evaluation("./model", Path("neurons.json"), Sweep, max_perplexity_increase=9.0, **options)

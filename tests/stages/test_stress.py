@@ -265,6 +265,9 @@ def test_the_command_line_writes_a_table_a_page_and_a_config_that_repeats_it(neu
     assert found.verdict.split(".")[0] in said
     page = (folder / "stress.html").read_text()
     assert all(cell in page for row in stress_table(found) for cell in row)
+    (folder / "stress.html").unlink()
+    main(["report", str(folder)])
+    assert (folder / "stress.html").read_text() == page
     assert not list(folder.rglob(".lock")) + list(folder.rglob("unfinished-*"))
     again = main(["stress", "--config", str(folder / "config.yaml"), "--trainer.logger.init_args.version", "9"])
     assert StressResults.load(Path(again.trainer.log_dir, "stress.json")).stressed == found.stressed
