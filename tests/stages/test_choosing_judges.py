@@ -66,11 +66,11 @@ def test_with_the_chooser_alone_verdict_and_report_say_that_it_judges_itself(tin
 
 
 def test_an_attribution_writes_which_scorer_it_had_its_lexicon_from(tiny_checkpoint):
-    Path("words.py").write_text("def all_of_them(texts):\n    return [1.0] * len(texts)\n")
-    module = Attribution(tiny_checkpoint, target="lexicon", lexicon="words:all_of_them")
+    Path("every_word.py").write_text("def all_of_them(texts):\n    return [1.0] * len(texts)\n")
+    module = Attribution(tiny_checkpoint, target="lexicon", lexicon="every_word:all_of_them")
     trainer("scored").predict(module, datamodule=ToxicPrompts("prompts.jsonl", num_samples=2))
     found = ScoreFile.load(Path("scored", SCORES)).provenance.choosers
-    assert found == {"words:all_of_them": fingerprint_of("words:all_of_them")}
+    assert found == {"every_word:all_of_them": fingerprint_of("every_word:all_of_them")}
 
 
 def test_an_attribution_writes_by_which_scorer_its_prompts_were_chosen(tiny_checkpoint):
