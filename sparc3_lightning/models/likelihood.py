@@ -1,5 +1,6 @@
 """How likely a model finds a text: the hidden states that its head gets, and sums over windows in nats."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Head = Callable[[Tensor], Tensor]  # from hidden states to what logits are made of
 
 
 def last_hidden_state(model: "PreTrainedModel", input_ids: Tensor) -> Tensor:
@@ -47,6 +50,7 @@ def score_windows(
     spans: Tensor,
     reference: Tensor | None = None,
     chunk: int = 64,
+    reference_head: Head | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the negative log-likelihood of the last tokens of each window, and their divergence from another model.
 
@@ -60,6 +64,7 @@ def score_windows(
             positions are predicted, each from all before it. ``start`` is at least 1.
         reference: Hidden states of the original model on the same windows; None for no divergence.
         chunk: Positions for which logits are held at a time.
+        reference_head: Head of the original model; None if both have the same.
 
     Returns:
         Two sums over the scored tokens of each window, in nats, float64, shape ``[windows]``: the negative
@@ -72,18 +77,18 @@ def score_windows(
             logs = _log_probabilities(model, hidden[row, low - 1 : high - 1])
             nll[row] -= logs.gather(1, input_ids[row, low:high].unsqueeze(1)).double().sum()
             if reference is not None:
-                theirs = _log_probabilities(model, reference[row, low - 1 : high - 1])
+                theirs = _log_probabilities(model, reference[row, low - 1 : high - 1], reference_head)
                 divergence[row] += (theirs.exp() * (theirs - logs)).sum(dim=1).double().sum()
     return nll, divergence
 
 
-def _log_probabilities(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
-    return _logits(model, hidden).log_softmax(dim=1)
+def _log_probabilities(model: "PreTrainedModel", hidden: Tensor, head: Head | None = None) -> Tensor:
+    return _logits(model, hidden, head).log_softmax(dim=1)
 
 
-def _logits(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
+def _logits(model: "PreTrainedModel", hidden: Tensor, head: Head | None = None) -> Tensor:
     config = model.config
-    logits = model.get_output_embeddings()(hidden).float()
+    logits = (head or model.get_output_embeddings())(hidden).float()
     # What each family calls the number that it multiplies the output of its head by.
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
         if scale := getattr(config, name, None):

@@ -45,7 +45,7 @@ from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracy, check_task
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import check
-from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, score_windows
+from sparc3_lightning.models.likelihood import Head, check_logits, last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import contents, git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.report.drawing import draw_or_warn
@@ -107,6 +107,7 @@ class Evaluation(StoppableModule):
     }
     lists: Mapping[str, NeuronList] = {}
     more_identity: Mapping[str, object] = {}  # what else tells its continuations from those of another run
+    original_head: Head | None = None  # of the original model, where the model in memory has another one
     is_drawn = False
 
     def __init__(
@@ -277,7 +278,9 @@ class Evaluation(StoppableModule):
         ends = [batch["num_before"] + w.end - w.start for w in windows]
         spans = torch.tensor([[end - w.num_scored, end] for end, w in zip(ends, windows, strict=True)])
         hidden = last_hidden_state(self.model, batch["input_ids"])
-        nll, divergence = score_windows(self.model, hidden, batch["input_ids"], spans, self._original)
+        nll, divergence = score_windows(
+            self.model, hidden, batch["input_ids"], spans, self._original, reference_head=self.original_head
+        )
         if variant.kind == "baseline":
             self._original = hidden
         self.advance(sum(window.end - window.start for window in windows))

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.stress_data import StressData
@@ -278,7 +279,19 @@ class Stress(Evaluation):
         """Return the context in which the model in memory is this variant under the condition."""
         if self.pruned_weights is None or variant.kind == "baseline":
             return super().as_variant(variant)
-        return holding(self.model, self.pruned_weights)
+        return self._as_pruned(self.pruned_weights)
+
+    @contextmanager
+    def _as_pruned(self, weights: Weights) -> Iterator[None]:
+        """Have the model hold the pruned weights; a training has changed its head, and the other one's is kept for KL."""
+        head = self.model.get_output_embeddings()
+        kept = {name: parameter.data for name, parameter in head.named_parameters()}
+        self.original_head = partial(functional_call, head, kept)
+        try:
+            with holding(self.model, weights):
+                yield
+        finally:
+            self.original_head = None
 
     def _write(self) -> None:
         save_completions(self.folder / COMPLETIONS, self.completions)

@@ -27,6 +27,7 @@ from sparc3_lightning.evaluation.results import Findings
 from sparc3_lightning.evaluation.stress import StressResults
 from sparc3_lightning.models.checkpoints import load_model
 from sparc3_lightning.models.components import Component, mask, prune_
+from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.rounding import round_
 from sparc3_lightning.report.stress import stress_table
 from sparc3_lightning.stages.finetuning import FineTuning, trained
@@ -205,6 +206,22 @@ def test_weights_are_held_for_a_block_and_put_back_even_after_an_error(make_mode
     with pytest.raises(KeyError, match="broken off"):
         break_off()
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_the_divergence_of_a_trained_model_is_from_what_the_other_one_predicts_with_its_own_head(neurons, make_model):
+    other = make_model(seed=5)
+    stress_of = Stress(neurons, finetune=FineTuning(1), scorers=["small"], sampling=SAMPLING)
+    stress_of.model = model = make_model(seed=4)
+    stress_of.pruned_weights, stress_of.off = dict(other.named_parameters()), {"baseline": []}
+    ids, spans = torch.tensor([[3, 4, 5]]), torch.tensor([[1, 3]])
+    before, after_ = (one(ids, use_cache=False).logits[:, :2].log_softmax(dim=-1) for one in (model, other))
+    original = last_hidden_state(model, ids)
+    with stress_of.as_variant(stress_of.variants[1]):
+        hidden, head = last_hidden_state(model, ids), stress_of.original_head
+        _, found = score_windows(model, hidden, ids, spans, original, reference_head=head)
+    assert found.item() == pytest.approx((before.exp() * (before - after_)).sum().item(), rel=1e-4)
+    with stress_of.as_variant(stress_of.variants[0]):
+        assert stress_of.original_head is None
 
 
 def test_what_grew_back_is_in_units_of_what_was_pruned():
