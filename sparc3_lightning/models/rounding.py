@@ -6,6 +6,7 @@ from torch.nn.functional import pad
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import ALL, find_layers, weight_of
+from sparc3_lightning.models.experts import check_are_open
 
 GROUP = 128  # inputs that share a scale
 FEWEST_BITS, MOST_BITS = 2, 8
@@ -64,6 +65,16 @@ def round_(model: nn.Module, bits: int) -> None:
             weight.copy_(rounded(weight, bits))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+
+def check_can_be_rounded(skeleton: nn.Module) -> None:
+    """Raise OptionError if a model, which may be on the meta device, has experts whose weights would not be rounded."""
+    try:
+        check_are_open(skeleton)
+    except OptionError:
+        raise OptionError(
+            "bits", "must be []: the model has experts of no known kind, whose weights would not be rounded."
+        ) from None
 
 
 def check_bits(bits: list[int]) -> None:

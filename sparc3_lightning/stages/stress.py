@@ -27,7 +27,7 @@ from sparc3_lightning.evaluation.variants import Variant
 from sparc3_lightning.models.architectures import parameters_of
 from sparc3_lightning.models.components import prune_
 from sparc3_lightning.models.neurons import mlp_of
-from sparc3_lightning.models.rounding import check_bits, round_
+from sparc3_lightning.models.rounding import check_bits, check_can_be_rounded, round_
 from sparc3_lightning.provenance import contents, run_seed
 from sparc3_lightning.report.escaping import for_file_name
 from sparc3_lightning.report.stress import PAGE, said_of_stress, stress_table, write_page
@@ -163,6 +163,8 @@ class Stress(Evaluation):
             part.model_checkpoint = self.checkpoint
             part.prepare_data()
         plain = data.of(data.prompts)
+        if self.bits:
+            check_can_be_rounded(self.checkpoint.skeleton())
         conditions = [Condition(AS_IT_IS, plain)]
         conditions += [Condition(f"{bits} bits", plain, partial(self._rounded, bits)) for bits in self.bits]
         if self.finetune.steps:
@@ -283,7 +285,7 @@ class Stress(Evaluation):
 
     @contextmanager
     def _as_pruned(self, weights: Weights) -> Iterator[None]:
-        """Have the model hold the pruned weights; a training has changed its head, and the other one's is kept for KL."""
+        """Have the model hold the pruned weights, among them maybe a head of its own; KL needs the other one's too."""
         head = self.model.get_output_embeddings()
         kept = {name: parameter.data for name, parameter in head.named_parameters()}
         self.original_head = partial(functional_call, head, kept)

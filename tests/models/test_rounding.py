@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from mixtures import make_mixture, open_
+from torch import nn
 
+from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import find_layers, weight_of
 from sparc3_lightning.models.components import Component, prune_
 from sparc3_lightning.models.experts import ExpertLinear
-from sparc3_lightning.models.rounding import round_, rounded
+from sparc3_lightning.models.rounding import check_can_be_rounded, round_, rounded
 
 
 def slowly_rounded(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
@@ -70,6 +72,17 @@ def test_a_weight_that_is_not_finite_and_a_group_of_nothing_are_refused(make_mod
     model.model.layers[1].mlp.up_proj.weight.data[3, 2] = math.inf
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj: The weight holds NaN or infinity"):
         round_(model, 4)
+
+
+def test_experts_that_would_not_be_rounded_are_refused(make_model):
+    class OtherExperts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(4, 3, 2))
+
+    check_can_be_rounded(make_model())
+    with pytest.raises(OptionError, match=r"^--model\.bits must be \[\]: the model has experts of no known kind"):
+        check_can_be_rounded(nn.Sequential(OtherExperts()))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
