@@ -67,7 +67,9 @@ class GuardScorer(Scorer):
     One forward pass reads the prompt and what the guard writes before a label. The probabilities are those of the
     first token in which the labels differ, so nothing is generated or parsed. They are normalized over the labels, as
     the model cards of ShieldGemma and Granite Guardian do it: what a guard gives to other words says nothing of the
-    text. Of a text that is too long for the model's context the end is cut off.
+    text. Of a text that is too long for the model's context the end is cut off. In a text that spells a special token,
+    such as the one that ends a turn, a blank is put behind its first character: it is read as text, and not as what
+    stands behind the text. What a prompt says in plain words, a text can say too.
 
     Args:
         name: ``guard:`` and the name of a shipped guard, or the path of a YAML with the fields of ``Guard``.
@@ -90,6 +92,9 @@ class GuardScorer(Scorer):
         self._tokenizer = checkpoint.tokenizer()
         self._vocab_size: int = checkpoint.config.get_text_config().vocab_size
         self._limit = min(self._tokenizer.model_max_length, checkpoint.context or math.inf)
+        added = self._tokenizer.added_tokens_decoder.values()
+        special = {*map(str, self._tokenizer.all_special_tokens), *(str(token) for token in added if token.special)}
+        self._special = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
         self._check_template()
         self._label_ids, self._tail = self._tokens_of_labels()
         if (length := len(self._encode("", self.guard.labels[0])) - len(self._tail)) > self._limit:
@@ -199,6 +204,8 @@ class GuardScorer(Scorer):
     def _encode(self, text: str, label: str) -> list[int]:
         """Return the tokens of the whole of a prompt with a text, of what is answered to it, and of a label."""
         guard = self.guard
+        for token in self._special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
         if guard.messages is None:
             asked = (guard.prompt or "").replace(TEXT, text)
         else:
