@@ -24,7 +24,7 @@ from typing import IO, NamedTuple
 from packaging.utils import InvalidName, canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from sparc3_lightning.files import cache_folder, kept_sha256, replacing, sha256_of, without_doubles
+from sparc3_lightning.files import at_home, cache_folder, kept_sha256, replacing, sha256_of, without_doubles
 
 # sha256 of the wheels that the shipped configs name. For any other wheel, append '#sha256=<digest>' to the source.
 KNOWN_WHEELS = {
@@ -106,7 +106,7 @@ def is_local(source: str) -> bool:
 
 def local_path(source: str) -> Path:
     """Return the path of a local source; a bare name of a text that is not here is that of one beside the configs."""
-    path = Path(source).expanduser()
+    path = at_home(source)
     is_bare = len(path.parts) == 1 and path.suffix == ".txt" and not path.exists()
     shipped = (folder / path for folder in CONFIGS if is_bare)
     return next((found for found in shipped if found.is_file()), path)

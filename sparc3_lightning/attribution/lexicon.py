@@ -84,19 +84,24 @@ def spell(
     encode: Callable[[list[str]], list[list[int]]],
     decode: Callable[[list[list[int]]], list[str]],
     num_tokens: int,
+    vocab_size: int = 0,
+    wherever: bool = False,
 ) -> tuple[Lexicon, list[str]]:
     """Return the spellings of words, and the words that the tokenizer splits in every one of them.
 
-    A word is spelled as it is, in lower case and capitalized, each as the tokenizer does behind a word and a blank, and
-    at the beginning of a line. Tokens that spell it behind a blank are the word wherever they stand. Any others, such
-    as ``art`` without a blank, are so only where no word is going on: they may be the end of ``start``. What follows is
-    not looked at: `` art`` is counted, too, where the model goes on to write ``artisan``.
+    A word is spelled as it is, in lower case and capitalized, with straight and with curly apostrophes, each as the
+    tokenizer does behind a word and a blank, and at the beginning of a line. Tokens that spell it behind a blank are
+    the word wherever they stand. Any others, such as ``art`` without a blank, are so only where no word is going on:
+    they may be the end of ``start``. What follows is not looked at: `` art`` is counted, too, where the model goes on
+    to write ``artisan``.
 
     Args:
         words: Words or phrases.
         encode: Gives the token ids of texts, with nothing before and behind them.
         decode: Gives the texts of token ids.
-        num_tokens: Size of the vocabulary.
+        num_tokens: Tokens of the tokenizer.
+        vocab_size: Tokens that the model has embeddings of: what is beyond those of the tokenizer is no text.
+        wherever: Whether a word is split, too, if a single token spells it only where no word is going on.
 
     Raises:
         ValueError: If no tokens spell a word; all such words are named.
@@ -107,13 +112,17 @@ def spell(
     unknown, whole_in_none = [], []
     for word in words:
         capital = word[:1].upper()
-        forms = list(dict.fromkeys((word, word.lower(), capital + word[1:], capital + word[1:].lower())))
+        cases = dict.fromkeys((word, word.lower(), capital + word[1:], capital + word[1:].lower()))
+        straight = [form.replace("\u2019", "'") for form in cases]
+        forms = list(dict.fromkeys((*cases, *straight, *(form.replace("'", "\u2019") for form in straight))))
         anywhere = _ids_behind(*NEXT, forms, encode, decode)
         found = dict.fromkeys(anywhere, False)
         found |= {ids: word[0].isalnum() for ids in _ids_behind(*FIRST, forms, encode, decode) - anywhere}
+        # Where the blank is a token of its own, the tokens behind it are found by themselves, and would count twice.
+        found = {ids: begins for ids, begins in found.items() if not any(ids[k:] in found for k in range(1, len(ids)))}
         if not found:
             unknown.append(word)
-        elif all(len(ids) > 1 for ids in found):
+        elif all(len(ids) > 1 or (wherever and begins) for ids, begins in found.items()):
             whole_in_none.append(word)
         for ids, begins in found.items():
             if len(ids) > 1:
@@ -127,6 +136,7 @@ def spell(
     is_inside = []
     if firsts or any(spelling.begins for spelling in spellings):
         is_inside = [_goes_on(text) for text in decode([[i] for i in range(num_tokens)])]
+        is_inside += [False] * (vocab_size - num_tokens)
     return Lexicon(
         torch.tensor(sorted(tokens), dtype=torch.long),
         torch.tensor(sorted(firsts), dtype=torch.long),

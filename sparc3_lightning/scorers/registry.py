@@ -17,9 +17,9 @@ from sparc3_lightning.scorers.words import WordsScorer
 KINDS: list[type[Scorer]] = [
     DetoxifyScorer,
     RepetitionScorer,
+    GuardScorer,
     WordsScorer,
     ClassifierScorer,
-    GuardScorer,
     FunctionScorer,
 ]
 

@@ -11,19 +11,21 @@ from pathlib import Path
 import torch
 
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
+from sparc3_lightning.files import at_home
 from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.sources import local_path, read_lines
 
 PREFIX = "words:"
 RATE = "#rate"
+_PLAIN = str.maketrans({"\u2019": "'", "\u2010": "-", "\u2011": "-"})  # the last is a hyphen at which no line breaks
 
 
 class WordsScorer(Scorer):
     """Whether a continuation has one of the words of a list: 1 or 0, so that the mean is the share of those with one.
 
     A word is found as a whole, whatever the case of its letters: no letter, digit or ``_`` stands beside it. A phrase
-    may have any white space between its words, and a curly apostrophe is a straight one. Where one word of the list
-    begins another, such as ``testament`` and ``testament to``, the longer one is found.
+    may have any white space between its words; a curly apostrophe is a straight one, and a hyphen is any hyphen. Where
+    one word of the list begins another, such as ``testament`` and ``testament to``, the longer one is found.
 
     Args:
         name: ``words:<file>``, of a text file with a word or phrase a line, see ``read_words``. With ``#rate`` behind
@@ -46,7 +48,12 @@ class WordsScorer(Scorer):
     @classmethod
     def takes(cls, name: str) -> bool:
         """Return whether a name begins with ``words:``, or is the name of a text file, as a lexicon may be."""
-        return name.startswith(PREFIX) or name.endswith(".txt") or Path(name).expanduser().is_file()
+        if name.startswith(PREFIX) or name.endswith(".txt"):
+            return True
+        try:
+            return at_home(name).is_file()
+        except (OSError, ValueError):  # too long a name, or no such home folder
+            return False
 
     @classmethod
     def location(cls, name: str) -> str:
@@ -56,7 +63,10 @@ class WordsScorer(Scorer):
     @classmethod
     def check(cls, name: str, option: str) -> None:
         """Raise OptionError unless the file is a list of words."""
-        path = local_path(cls.location(name))
+        try:
+            path = local_path(cls.location(name))
+        except ValueError as error:
+            raise OptionError(option, f": {error}") from None
         if not path.is_file():
             raise OptionFileNotFoundError(
                 option,
@@ -75,9 +85,9 @@ class WordsScorer(Scorer):
 
     @classmethod
     def fingerprint(cls, name: str) -> str:
-        """Return what tells a list from another: its words in their order, whatever the file is called."""
+        """Return what tells a list from another, see ``fingerprint_of_words``, whatever the file is called."""
         rate = " rate" if name.endswith(RATE) else ""
-        return f"{digest_of(read_words(local_path(cls.location(name))))}{rate}"
+        return f"{fingerprint_of_words(read_words(local_path(cls.location(name))))}{rate}"
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Return 1 for each text with one of the words, else 0; of a rate the occurrences a word of the text."""
@@ -129,14 +139,19 @@ def _checked(words: Iterable[tuple[str, str]], place: str) -> list[str]:
     return [word for _, word in found.values()]
 
 
-def digest_of(words: Sequence[str]) -> str:
-    """Return what identifies a list of words."""
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+def digest_of(words: Iterable[str]) -> str:
+    """Return what identifies a list of words, in whatever order they are."""
+    return hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()[:16]
+
+
+def fingerprint_of_words(words: Sequence[str]) -> str:
+    """Return what identifies the words that are found, whatever the case of their letters, and behind a blank those."""
+    return f"{digest_of(map(_plain, words))} {digest_of(words)}"
 
 
 def _plain(text: str) -> str:
-    """Return a text as it is compared: without case, accents joined to their letters, apostrophes straight."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).replace("\u2019", "'")
+    """Return a text as it is compared: without case, accents joined to their letters, apostrophes and hyphens plain."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).translate(_PLAIN)
 
 
 def counter_of(words: Sequence[str]) -> Callable[[str], int]:

@@ -45,7 +45,7 @@ from sparc3_lightning.models.neurons import columns_of, coverage, scored_rows
 from sparc3_lightning.models.sharding import check_batch_size, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, kind_of, load_scorer
-from sparc3_lightning.scorers.words import PREFIX, WordsScorer, check_words, digest_of, read_words
+from sparc3_lightning.scorers.words import PREFIX, WordsScorer, check_words, digest_of, fingerprint_of_words, read_words
 from sparc3_lightning.sources import local_path
 from sparc3_lightning.stages.stopping import StoppableModule
 
@@ -335,10 +335,13 @@ class Attribution(StoppableModule):
         tokenizer = data.load_tokenizer()
         tokens = data.tokens_of(tokenizer)
         try:
-            lexicon, split = spell(words, tokens.encode_bare, tokens.decode, len(tokenizer))
+            num_tokens = max(tokenizer.get_vocab().values()) + 1  # some numbers may be left out
+            wherever = self.spec.target == "lexicon"
+            vocab_size = tokens.vocab_size or 0
+            lexicon, split = spell(words, tokens.encode_bare, tokens.decode, num_tokens, vocab_size, wherever)
         except ValueError as error:
             raise OptionError("lexicon", f": {error}") from None
-        if split and self.spec.target == "lexicon":
+        if split and wherever:
             named = ", ".join(map(repr, split[:10]))
             raise OptionError(
                 "target",
@@ -450,7 +453,10 @@ class Attribution(StoppableModule):
         if data.screened_by is not None:
             found[data.screened_by] = fingerprint_beside(data.source, data.screened_by)
         if self.spec.is_lexical and self.spec.lexicon is not None:
-            found[self.spec.lexicon] = self.spec.words or fingerprint_of(self.spec.lexicon)
+            words = self.words_listed
+            found[self.spec.lexicon] = (
+                fingerprint_of(self.spec.lexicon) if words is None else fingerprint_of_words(words)
+            )
         return found
 
     def _tokens_seen(self) -> TokensSeen | None:

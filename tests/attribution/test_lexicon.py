@@ -25,16 +25,21 @@ from sparc3_lightning.stages.plan import digests_of
 TEXTS = ["the art of a start", "an artist will delve into the art", "Art and the heart", "we delve\nArt"]
 
 
-@pytest.fixture(scope="module")
-def byte_level() -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer, as GPT-2 has it, whose blanks are of the tokens behind them."""
+def byte_pairs(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Return a byte-pair tokenizer, as GPT-2 has it, that is trained on some texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, special_tokens=["<s>"])
-    tokenizer.train_from_iterator(TEXTS * 5, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=["<s>"])
+    tokenizer.train_from_iterator(texts * 5, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> PreTrainedTokenizerFast:
+    """A tokenizer whose blanks are of the tokens behind them."""
+    return byte_pairs(TEXTS, 290)
 
 
 def spelled(tokenizer: Any, words: list[str]) -> tuple[Lexicon, list[str]]:
@@ -59,8 +64,7 @@ def test_a_word_is_spelled_behind_a_blank_and_at_the_beginning_of_a_line_in_both
     assert lexicon.tokens.tolist() == sorted(ids[" art"] + ids[" delve"])
     assert set(ids["art"]) <= set(lexicon.firsts.tolist())
     for text in ("Art", " Art", "delve"):
-        is_known = tuple(ids[text]) in {spelling.ids for spelling in lexicon.split}
-        assert is_known or ids[text][0] in lexicon.firsts.tolist() + lexicon.tokens.tolist()
+        assert ends_of(lexicon, ids[text]) == [len(ids[text]) - 1], text
     assert split == []
 
 
@@ -95,6 +99,38 @@ def test_a_tokenizer_without_blanks_has_one_spelling_that_stands_anywhere():
     assert split == ["the good dog"]
     assert not len(lexicon.firsts)
     assert not len(lexicon.is_inside)
+
+
+def test_a_word_counts_once_where_the_blank_before_it_is_a_token_of_its_own():
+    own_blank = byte_pairs(["art\nart"], 259)
+    assert own_blank.tokenize("the art") == ["t", "h", "e", "\u0120", "art"]
+    lexicon, split = spelled(own_blank, ["art", "ha"])
+    for text, number in (("the art", 1), ("art\nart start", 2), ("ha ha haha", 3)):
+        assert len(ends_of(lexicon, own_blank(text)["input_ids"])) == number, text
+    assert split == ["ha"]
+
+
+def test_a_word_has_straight_and_curly_apostrophes(byte_level):
+    for word in ("it's", "it\u2019s"):
+        lexicon, _ = spelled(byte_level, [word])
+        for text in ("so it's", "so it\u2019s", "It\u2019s"):
+            assert len(ends_of(lexicon, byte_level(text)["input_ids"])) == 1, text
+
+
+def test_a_token_beyond_those_of_the_tokenizer_is_not_inside_a_word(byte_level, make_model):
+    tokens, size = Tokens(byte_level), len(byte_level)
+    lexicon, _ = spell(["art"], tokens.encode_bare, tokens.decode, size, size + 8)
+    assert lexicon.is_inside[size:].tolist() == [False] * 8
+    assert len(lexicon.firsts)
+    ids, model = torch.tensor([[5, size + 7, size + 7]]), make_model(vocab_size=size + 8)
+    assert 0 < lexicon_probability(model, ids, None, torch.tensor([1]), lexicon).item() < 1
+    assert list(lexicon.places(ids[0].tolist())) == []
+
+
+def test_a_word_whose_only_token_needs_a_place_is_split_where_places_do_not_count():
+    tokens = Tokens(byte_pairs(["art\nart"], 259))
+    for wherever, split in ((False, []), (True, ["art"])):
+        assert spell(["art"], tokens.encode_bare, tokens.decode, 259, wherever=wherever)[1] == split
 
 
 def test_words_that_no_token_of_the_vocabulary_begins_are_named():

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
+from sparc3_lightning.evaluation.judges import judges_of
 from sparc3_lightning.scorers.base import Remembering
+from sparc3_lightning.scorers.guards import GuardScorer
 from sparc3_lightning.scorers.registry import check_scorer, fetch_scorer, fingerprint_of, kind_of, load_scorer
-from sparc3_lightning.scorers.words import WordsScorer, check_words, counter_of, read_words
+from sparc3_lightning.scorers.words import WordsScorer, check_words, counter_of, fingerprint_of_words, read_words
 from sparc3_lightning.stages.evaluate import Evaluation
 from sparc3_lightning.stages.plan import digests_of
 
@@ -48,6 +50,7 @@ def test_a_list_has_a_word_or_phrase_a_line_and_comments():
         ("# a comment\n  # another\n", "list.txt holds no words"),
         ("delve\nrealm\nDelve\n", r"list.txt, line 3 holds 'Delve', which is there already \(list.txt, line 1\)"),
         ("caf\u00e9\ncafe\u0301\n", "line 2 holds 'caf\u00e9', which is there already"),
+        ("a-b\na\u2011b\n", "line 2 holds .* which is there already"),
         ("it's\nit\u2019s\n", "line 2 holds .* which is there already"),
         ("d\u00e9j\u00e0".encode("latin-1"), "line 1.* UTF-8"),
         ("delve\n".encode("utf-16"), "list.txt"),
@@ -101,6 +104,7 @@ def test_a_file_that_is_not_there_is_refused_with_the_way_out(name):
         (["stra\u00dfe"], "STRASSE, Stra\u00dfe", 2),
         (["\u0442\u0435\u0441\u0442"], "\u0422\u0415\u0421\u0422, \u0442\u0435\u0441\u0442\u044b", 1),
         (["\u0915"], "\u0915 \u0915\u093f", 1),
+        (["ever-evolving"], "ever-evolving, ever\u2011evolving, Ever\u2010evolving, ever evolving", 3),
         (["rich history"], "", 0),
     ],
 )
@@ -150,9 +154,31 @@ def test_the_fingerprint_is_of_the_words_and_not_of_file_and_comments():
     names = ("words:list.txt", "words:other.txt", "list.txt")
     assert len({fingerprint_of(name) for name in names}) == 1
     assert fingerprint_of("words:list.txt") != fingerprint_of("words:list.txt#rate")
+    write("realm\r\ndelve", "turned.txt")
+    assert fingerprint_of("words:turned.txt") == fingerprint_of("words:list.txt")
     before = fingerprint_of("words:list.txt")
     write("delve\nrealms\n")
     assert fingerprint_of("words:list.txt") != before
+
+
+@pytest.mark.parametrize("content", ["realm\nit\u2019s\n", "\ufeffIt's # both\r\nREALM\r\n", "it's\nrealm"])
+def test_a_list_that_finds_the_same_words_is_the_same_judge_whatever_order_and_case_they_have(content):
+    lexicon = check_words(["it's", "realm"])
+    write(content)
+    choosers = [("a list of 2 words", fingerprint_of_words(lexicon))]
+    judges = judges_of(["words:list.txt", "words:list.txt#rate"], choosers)
+    assert [judge.is_chooser for judge in judges.values()] == [True, True]
+    write("it's\nrealms\n")
+    assert not judges_of(["words:list.txt"], choosers)["words:list.txt"].is_chooser
+
+
+def test_a_name_that_is_no_path_is_no_list(monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    with pytest.raises(OptionError, match=r"^--model.scorer: '~nobody-at-all/x' is neither"):
+        check_scorer("~nobody-at-all/x")
+    with pytest.raises(OptionError, match=r"^--model.scorer: ~nobody-at-all/x.txt: there is no such home folder"):
+        check_scorer("words:~nobody-at-all/x.txt")
+    assert kind_of("guard:own.txt") is GuardScorer
 
 
 def test_a_changed_list_is_another_input_of_an_evaluation():
