@@ -25,7 +25,7 @@ class FineTuning:
 
     Args:
         steps: Steps, each on the next batch of ``--data.neutral``; 0 trains nothing.
-        learning_rate: Of AdamW, whose other options are those of torch.
+        learning_rate: Of AdamW, whose other options are those of torch: a weight decay of 0.01 is one.
         keep_rows: Leave the incoming weights of pruned neurons as they are, so that the outgoing ones, which are zero,
             can grow back. In an exported checkpoint both are zero; no gradient reaches such a neuron.
     """
