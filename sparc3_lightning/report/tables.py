@@ -98,14 +98,20 @@ def agreement_of(results: Findings, named: Callable[[str], str] = str) -> str:
     if found is None:
         return ""
     pairs = [
-        f"{named(one)} and {named(other)} {cell(rho, '', 2)}"
+        f"{named(one)} and {named(other)} {_correlation(rho)}"
         for one, others in found.spearman.items()
         for other, rho in others.items()
     ]
+    together = "both" if len(results.judges) == 2 else "all"
     return (
-        f"Over the {found.num_scored} continuations that all judges could score, Krippendorff's alpha at interval "
-        f"level is {cell(found.krippendorff_alpha, '', 2)}; correlations of ranks (Spearman): {'; '.join(pairs)}."
+        f"{found.num_scored} continuations with and without pruning were scored by {together} judges. Krippendorff's "
+        f"alpha at interval level, over what two or more could score, is {_correlation(found.krippendorff_alpha)}; "
+        f"correlations of ranks (Spearman), each over what both could score: {'; '.join(pairs)}."
     )
+
+
+def _correlation(value: float) -> str:
+    return cell(value, "", 2) if math.isfinite(number(value)) else CANNOT
 
 
 def chooser_judges(results: Findings, granularity: str) -> str:
