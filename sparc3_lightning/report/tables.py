@@ -48,7 +48,7 @@ def behavior_table(results: Results, group: str, named: Callable[[str], str] = s
     Args:
         results: Of an evaluation.
         group: Of prompts.
-        named: What a judge is called.
+        named: What a judge is called, and a place that it is from.
     """
     rows: Table = []
     for key in BEHAVIOR:
@@ -86,7 +86,8 @@ def judge_table(results: Results, named: Callable[[str], str] = str) -> Table:
     for name, judge in results.judges.items():
         parts = ["the headline"] if name == results.headline_judge else []
         parts += ["chose the neurons"] if judge.is_chooser else []
-        what = judge.source.replace(name, named(name)) + (f", {judge.revision[:12]}" if judge.revision else "")
+        kind, mark, place = judge.source.partition(": ")
+        what = kind + mark + (named(place) if place else "") + (f", {judge.revision[:12]}" if judge.revision else "")
         part = ", ".join(parts) or "beside it"
         rows.append((named(name), what, part, f"{judge.num_scored}", f"{judge.num_failed}"))
     return rows
