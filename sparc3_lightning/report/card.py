@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import yaml
 
 from sparc3_lightning.evaluation.intervals import FEW, Interval
 from sparc3_lightning.evaluation.results import Results
-from sparc3_lightning.report.escaping import for_markdown, for_shell, for_terminal, public_name
+from sparc3_lightning.report.escaping import for_markdown, for_shell, for_terminal, public_name, told_apart
 from sparc3_lightning.report.tables import (
     Table,
     agreement_of,
@@ -141,14 +141,16 @@ def model_card(results: Results, exported: Exported | None = None) -> str:
     """
     neurons = results.report
     assert neurons is not None
+    names = told_apart(results.judges)
     return _render(
         "model_card.md",
-        **said_of(results, public_name),
+        **said_of(results, lambda name: names.get(name) or public_name(name)),
         **_made(results.num_neurons, neurons.ablation, neurons.provenance.get("criterion")),
         checkpoint=results.checkpoint,
         fingerprint=results.checkpoint_fingerprint,
         front_matter=_front_matter(results.checkpoint, results, exported),
-        verdict=_without_paths(results.verdict, results.protocol.continuations.scorers),
+        verdict=_without_paths(results.verdict, names),
+        judge=names[results.headline_judge],
         exported=exported,
     )
 
@@ -316,8 +318,7 @@ def _compared(before: float, percent: Interval | None) -> dict[str, object]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def _without_paths(text: str, names: Iterable[str]) -> str:
-    """Return a sentence in which scorers that are folders of this machine have their names alone."""
-    for name in sorted(names, key=len, reverse=True):
-        text = text.replace(name, public_name(name))
-    return text
+def _without_paths(text: str, names: Mapping[str, str]) -> str:
+    """Return a sentence in which scorers that are folders of this machine are called by other names."""
+    changed = sorted((name for name, other in names.items() if name != other), key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, changed)), lambda found: names[found[0]], text) if changed else text

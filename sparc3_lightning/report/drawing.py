@@ -31,8 +31,18 @@ EXPERIMENT = "experiment.json"
 
 
 def _draw_evaluation(folder: Path) -> str:
-    results = Results.load(folder / RESULTS)
-    page.write_report(folder / page.REPORT, results, load_completions(folder / COMPLETIONS))
+    results, completions = Results.load(folder / RESULTS), load_completions(folder / COMPLETIONS)
+    counts = {name: [judge.num_scored, judge.num_failed] for name, judge in results.judges.items()}
+    found = {name: [0, 0] for row in completions for name in row["scores"]}
+    for row in completions:
+        for name in found:
+            found[name][row["scores"].get(name) is None] += 1
+    if found != counts:
+        raise ValueError(
+            f"{folder / COMPLETIONS} does not hold the continuations that {RESULTS} beside it is about: scored and not "
+            f"scored by each judge are {found} there, {counts} in the results. Evaluate again."
+        )
+    page.write_report(folder / page.REPORT, results, completions)
     return page.REPORT
 
 

@@ -9,7 +9,7 @@ import io
 import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 # Control characters, with them the escape sequences of terminals; what turns the direction of writing; other ends of
 # lines; halves of characters, which no file can hold; and tags that nobody sees.
@@ -151,3 +151,24 @@ def public_name(place: object) -> str:
     if not text.startswith("pypi:") and (begins_elsewhere or ".." in parts or len(parts) > 2):
         text = next((part for part in reversed(parts) if part not in ("..", "~")), "a folder")
     return text + mark + label
+
+
+def told_apart(names: Iterable[str], shorten: Callable[[str], str] = public_name) -> dict[str, str]:
+    r"""Return what different names are called in short; of two that would be called alike one gets a number.
+
+    Args:
+        names: Each once.
+        shorten: Shortens one. A name that stays as it is gets no number.
+
+    Example:
+        >>> list(told_apart(["/home/ann/a/scorer", "/home/bob/scorer", "small"]).values())
+        ['scorer', 'scorer (2)', 'small']
+    """
+    names = list(names)
+    found = {name: name for name in names if shorten(name) == name}
+    for name in names:
+        if name not in found:
+            short = shorten(name)
+            others = (short, *(f"{short} ({number})" for number in range(2, len(names) + 2)))
+            found[name] = next(other for other in others if other not in found.values())
+    return {name: found[name] for name in names}

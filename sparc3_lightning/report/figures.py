@@ -12,7 +12,7 @@ from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import Control, Dose, Lengths, Results
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
-from sparc3_lightning.report.escaping import for_picture, public_name
+from sparc3_lightning.report.escaping import for_picture, public_name, told_apart
 from sparc3_lightning.report.tables import cell, ends, in_order, number
 from sparc3_lightning.selection.neuron_list import SelectionResults
 
@@ -171,7 +171,8 @@ def change_rows(results: Results) -> tuple[list[Row], list[Row]]:
     """Return the rows of the two pictures of changes: mean behavior and perplexity."""
     chosen = f"{results.num_neurons} chosen"
     behavior, perplexity = [], []
-    others = [(f"by {for_picture(public_name(name), JUDGE)}", of.effects) for name, of in results.other_judges.items()]
+    names = told_apart(results.judges, lambda name: for_picture(public_name(name), JUDGE))
+    others = [(f"by {names[name]}", of.effects) for name, of in results.other_judges.items()]
     for name, effects in [(chosen, results.effects), *others]:
         if (of_group := effects.get(results.headline)) and (effect := of_group.behavior_mean):
             behavior.append(Row(_label(name, effect.before, effect.after, 3), AFTER, effect.percent))

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparc3_lightning.evaluation.intervals import Difference, Interval
 from sparc3_lightning.evaluation.stress import STRESS, Stressed, StressResults
 from sparc3_lightning.files import write_atomically
-from sparc3_lightning.report.escaping import for_terminal, public_name
+from sparc3_lightning.report.escaping import for_terminal, public_name, told_apart
 from sparc3_lightning.report.tables import CANNOT, UNKNOWN, Table, cell
 
 PAGE = "stress.html"
@@ -28,12 +28,12 @@ def stress_table(results: StressResults) -> Table:
     rows: Table = [("", results.behavior, "pruned", "change, %", "perplexity, %", "effect left, %")]
     for stressed in results.stressed:
         found = stressed.found
-        change = next(iter(found.perplexity_change.values()))
+        change, names = next(iter(found.perplexity_change.values())), told_apart(found.judges)
         perplexity = _with_ends(change, 1, "+")
         rows.append((stressed.name, *_effect(found.main_effect), perplexity, _left(stressed, found.headline_judge)))
         for name, judge in found.other_judges.items():
             effect = judge.effects[found.headline].behavior_mean
-            rows.append((f"- {public_name(name)}", *_effect(effect), "", _left(stressed, name)))
+            rows.append((f"- {names[name]}", *_effect(effect), "", _left(stressed, name)))
     return rows
 
 
@@ -116,9 +116,9 @@ def _explained(results: StressResults) -> str:
     return (
         f"Each row compares two models that have been through the same: one with {results.num_neurons} "
         f"{results.granularity}s pruned before it, and one without. Both continued the same {number} prompts from the "
-        f"same random draws, which {public_name(found.headline_judge)} scored. Intervals are of 95 %. What is left of "
-        f"the effect is its size in {results.behavior} as a share of the first row's; other prompts have an effect of "
-        "their own."
+        f"same random draws, which {told_apart(found.judges)[found.headline_judge]} scored. Intervals are of 95 %. "
+        f"What is left of the effect is its size in {results.behavior} as a share of the first row's; other prompts "
+        "have an effect of their own."
     )
 
 

@@ -48,7 +48,7 @@ def behavior_table(results: Results, group: str, named: Callable[[str], str] = s
     Args:
         results: Of an evaluation.
         group: Of prompts.
-        named: What a judge is called.
+        named: What a judge is called, and a place that it is from.
     """
     rows: Table = []
     for key in BEHAVIOR:
@@ -86,7 +86,8 @@ def judge_table(results: Results, named: Callable[[str], str] = str) -> Table:
     for name, judge in results.judges.items():
         parts = ["the headline"] if name == results.headline_judge else []
         parts += ["chose the neurons"] if judge.is_chooser else []
-        what = judge.source.replace(name, named(name)) + (f", {judge.revision[:12]}" if judge.revision else "")
+        kind, mark, place = judge.source.partition(": ")
+        what = kind + mark + (named(place) if place else "") + (f", {judge.revision[:12]}" if judge.revision else "")
         part = ", ".join(parts) or "beside it"
         rows.append((named(name), what, part, f"{judge.num_scored}", f"{judge.num_failed}"))
     return rows
@@ -98,14 +99,20 @@ def agreement_of(results: Findings, named: Callable[[str], str] = str) -> str:
     if found is None:
         return ""
     pairs = [
-        f"{named(one)} and {named(other)} {cell(rho, '', 2)}"
+        f"{named(one)} and {named(other)} {_correlation(rho)}"
         for one, others in found.spearman.items()
         for other, rho in others.items()
     ]
+    together = "both" if len(results.judges) == 2 else "all"
     return (
-        f"Over the {found.num_scored} continuations that all judges could score, Krippendorff's alpha at interval "
-        f"level is {cell(found.krippendorff_alpha, '', 2)}; correlations of ranks (Spearman): {'; '.join(pairs)}."
+        f"{found.num_scored} continuations with and without pruning were scored by {together} judges. Krippendorff's "
+        f"alpha at interval level, over what two or more could score, is {_correlation(found.krippendorff_alpha)}; "
+        f"correlations of ranks (Spearman), each over what both could score: {'; '.join(pairs)}."
     )
+
+
+def _correlation(value: float) -> str:
+    return cell(value, "", 2) if math.isfinite(number(value)) else CANNOT
 
 
 def chooser_judges(results: Findings, granularity: str) -> str:

@@ -28,7 +28,10 @@ def verdict(
         return "The model was measured as it is; no neurons were given to switch off."
     effect = found.main_effect
     if effect is None:
-        return "No continuation of both models could be scored, so nothing is known of the effect."
+        if not found.other_judges:
+            return "No continuation of both models could be scored, so nothing is known of the effect."
+        nothing = f"The judge of the headline, '{found.headline_judge}', scored no prompt of both models."
+        return " ".join([nothing, *_others(found, None, granularity)])
     neurons = f"{num_neurons} {granularity}{'s' if num_neurons != 1 else ''}"
     convention, change = next(iter(found.perplexity_change.items()))
     perplexity = f"perplexity {moved(change, few(found.baseline.num_windows.get(convention), 'window'))}"
@@ -137,15 +140,21 @@ def by_position(lengths: Lengths, behavior: str) -> str:
 
 def _fades(lengths: Lengths) -> str:
     first, change = next(iter(lengths.at.values())), lengths.last_less_first
-    if first is None or change is None or not first.is_evidence_among(len(lengths.at)):
+    if first is None or not first.is_evidence_among(len(lengths.at)):
         return "Without an evident effect at the first of them it cannot be said whether it fades."
-    more = change.difference
+    if change is None:
+        return "Whether the effect fades cannot be said: no prompt has scores at the first and at the last of them."
+    more, last = change.difference, list(lengths.at.values())[-1]
     ends = f"{more.low:+.3f} to {more.high:+.3f}" if more.is_known else CANNOT
     figures = f"the change is {change.before:+.3f} at the first and {change.after:+.3f} at the last, {more.value:+.3f}"
     if not change.evidence:
         return f"No evidence that the effect fades or grows: {figures} ({ends})."
     is_less = (more.value < 0) != (first.difference.value < 0)
-    return f"The effect {'fades' if is_less else 'grows'}: {figures} ({ends})."
+    share = last.percent.value / first.percent.value if last and first.percent.value else math.nan
+    # Where the original model shows less of it, there is less to take away.
+    against = share >= 1 if is_less else share <= 1
+    but = ", but in percent of what was there it does not" if against else ""
+    return f"The effect {'fades' if is_less else 'grows'}{but}: {figures} ({ends})."
 
 
 def _judges(found: Findings, first: Difference, granularity: str) -> list[str]:
@@ -153,13 +162,21 @@ def _judges(found: Findings, first: Difference, granularity: str) -> list[str]:
     said = [chooser] if (chooser := chooser_judges(found, granularity)) else []
     if found.other_judges and not chooser:
         said.append(f"This is by the judge '{found.headline_judge}'.")
+    return said + _others(found, first, granularity)
+
+
+def _others(found: Findings, first: Difference | None, granularity: str) -> list[str]:
+    """Say what every judge but the headline's finds, beside the headline's effect; None if that is not known."""
+    said = []
     for name, judge in found.other_judges.items():
         part = f", which the {granularity}s were chosen with," if judge.is_chooser else ""
         effect = judge.effects[found.headline].behavior_mean
         if effect is None:
-            finds = "scored nothing"
+            finds = "scored no prompt of both models" if judge.num_scored else "scored nothing"
         elif not effect.evidence:
             finds = f"gives no evidence: {_signed(effect.percent)}"
+        elif first is None:
+            finds = f"gives evidence of a change: {_signed(effect.percent)}"
         else:
             agrees = first.evidence and (effect.difference.value < 0) == (first.difference.value < 0)
             finds = f"{'agrees' if agrees else 'differs'}: {_signed(effect.percent)}"

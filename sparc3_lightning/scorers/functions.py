@@ -53,6 +53,7 @@ class FunctionScorer(Scorer):
         if any(_is_of_python(home) for home in _homes(found)):
             raise ValueError(f"The scorer {name!r} {OF_PYTHON}")
         self._function: Callable[[list[str]], Iterable[float]] = found
+        self._has_scored = False
 
     @classmethod
     def takes(cls, name: str) -> bool:
@@ -92,11 +93,26 @@ class FunctionScorer(Scorer):
             sources |= {path for path in inside if "__pycache__" not in path.parts}
         return f"{name} {contents(sources)} {sorted(installed)}"
 
+    @classmethod
+    def are_one(cls, name: str, other: str) -> bool:
+        """Tell whether two names are of one function, as where a package hands on what a module of it has.
+
+        Only a function of the same package is imported to find that out.
+        """
+        if name == other or name.partition(":")[0].partition(".")[0] != other.partition(":")[0].partition(".")[0]:
+            return name == other
+        try:
+            first, second = (inspect.unwrap(cls(one)._function) for one in (name, other))
+        except ValueError:
+            return False
+        return first is second
+
     def score(self, texts: Sequence[str]) -> list[float]:
         """Return the toxicity of each text, in [0, 1]; NaN where the function gave none, or raises on that text.
 
         Raises:
-            ValueError: If the function raises on every text, or returns anything but as many numbers in [0, 1].
+            ValueError: If the function raises on every text, and has scored none before; or returns anything but as
+                many numbers in [0, 1].
         """
         if not texts:
             return []
@@ -104,7 +120,7 @@ class FunctionScorer(Scorer):
             scores = self._called(texts)
         except ValueError:
             alone = [self._called_alone(text) for text in texts] if len(texts) > 1 else [None]
-            if all(score is None for score in alone):
+            if not self._has_scored and all(score is None for score in alone):
                 raise
             scores = [math.nan if score is None else score for score in alone]
         if len(scores) != len(texts):
@@ -112,6 +128,7 @@ class FunctionScorer(Scorer):
         outside = [score for score in scores if math.isfinite(score) and not 0 <= score <= 1]
         if outside:
             raise ValueError(f"{self.name} must return numbers in [0, 1], but returned {outside[0]}.")
+        self._has_scored |= any(map(math.isfinite, scores))
         return [score if math.isfinite(score) else math.nan for score in scores]
 
     def _called(self, texts: Sequence[str]) -> list[float]:

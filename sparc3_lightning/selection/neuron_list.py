@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict, cast
 
@@ -318,6 +319,21 @@ def histogram(values: Tensor, num_bins: int = NUM_BINS) -> dict[str, list[float]
 
 
 Scored = Sequence[ScoreFile | WeightScores]
+
+
+def by_name(choosers: Iterable[tuple[str, str | None]], named: Callable[[str], str] = str) -> dict[str, str | None]:
+    """Return what tells each chooser from other scorers, by a name of its own; see ``NeuronList.choosers``.
+
+    Args:
+        choosers: Of each its name, and what tells it from others. Of two that are called alike one gets a number, but
+            for one of which only the name is known.
+        named: What a chooser is called.
+    """
+    found: dict[str, str | None] = {}
+    for name, of in sorted(choosers, key=lambda chooser: chooser[1] is not None):
+        names = chain([named(name)], (f"{named(name)} ({number})" for number in count(2)))
+        found[next(short for short in names if found.get(short, of) == of)] = of
+    return found
 
 
 def origin(general: Scored, behavior: Scored) -> dict[str, object]:

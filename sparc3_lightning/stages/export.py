@@ -16,7 +16,7 @@ from sparc3_lightning.models.export import check_export, copied, export_dtype_of
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.report.card import README, Exported, license_of, model_card, sparse_card, unevaluated_card
 from sparc3_lightning.report.escaping import for_shell, for_terminal, public_name
-from sparc3_lightning.selection.neuron_list import NEURONS, NeuronList
+from sparc3_lightning.selection.neuron_list import NEURONS, NeuronList, by_name
 from sparc3_lightning.selection.sparsity import SPARSITY, SparsityResults
 from sparc3_lightning.sources import first_line
 from sparc3_lightning.stages.base import Stage
@@ -117,7 +117,7 @@ class Export(Stage):
         origin |= {
             "checkpoint": public_name(self.checkpoint.name),
             "checkpoint_fingerprint": self.checkpoint.fingerprint,
-            "choosers": {public_name(name): found for name, found in self.list.choosers()},
+            "choosers": by_name(self.list.choosers(), public_name),
         }
         self.keep_config()
         dtype = export_dtype_of(self.export_dtype)

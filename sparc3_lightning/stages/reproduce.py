@@ -26,6 +26,7 @@ from sparc3_lightning.stages.sweep import Sweep
 
 STAGES: dict[str, type[Evaluation]] = {stage.verb: stage for stage in (Evaluation, Sweep)}
 PARTS = ("text", "prompts", "pairs")
+HEADLINE = "judge of the headline"
 
 
 class Reproduction:
@@ -128,6 +129,8 @@ class Reproduction:
     def compared(self, changed: list[Changed]) -> ReproductionResults:
         """Compare the figures, once the evaluation has been measured again."""
         found = compare(self.there, self.model.results, self.model.completions)
+        judges = [results.headline_judge for results in (self.there, self.model.results)]
+        changed = [*changed, *([Changed(HEADLINE, *judges)] if len(set(judges)) > 1 else [])]
         differing = sum(figure.outcome == "differs" for figure in found)
         return ReproductionResults(
             results=str(self.path.absolute()), num_differing=differing, changed=changed, figures=found
@@ -150,8 +153,14 @@ def said_of_figures(found: ReproductionResults, folder: Path) -> str:
         ends = "" if is_exact or math.isnan(figure.low) else f"{figure.low:.6g} to {figure.high:.6g}"
         rows.append((figure.name, f"{figure.there:.6g}", f"{figure.here:.6g}", ends, figure.outcome))
     number, differing = len(found.figures), found.num_differing
+    other = "".join(
+        f"\nThe headline is of {for_terminal(change.there)!r} there and of {for_terminal(change.here)!r} here:\n"
+        "its figures are not of one judge."
+        for change in found.changed
+        if change.name == HEADLINE
+    )
     said = f"{differing} of {number} figures differ" if differing else f"All {number} figures are reproduced"
-    return f"\n{aligned(rows, WIDTH)}\n\n{said}.\nReproduction: {for_terminal(folder / REPRODUCTION)}"
+    return f"\n{aligned(rows, WIDTH)}\n\n{said}.{other}\nReproduction: {for_terminal(folder / REPRODUCTION)}"
 
 
 def _parts(data: EvaluationData) -> dict[str, TextDataModule]:

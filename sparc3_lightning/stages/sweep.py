@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.controls import Controls
-from sparc3_lightning.selection.neuron_list import CHOSEN, NeuronList
+from sparc3_lightning.selection.neuron_list import CHOSEN, NeuronList, by_name
 from sparc3_lightning.stages.base import paths_of
 from sparc3_lightning.stages.evaluate import Evaluation
 
@@ -88,7 +88,7 @@ class Sweep(Evaluation):
             "behavior_percent": best.behavior_percent and asdict(best.behavior_percent),
             "perplexity_percent": asdict(best.perplexity_percent),
             "by": str(self.folder),
-            "choosers": {**before.get("choosers", {}), judge: self.results.judges[judge].fingerprint},
+            "choosers": by_name([*before.get("choosers", {}).items(), (judge, self.results.judges[judge].fingerprint)]),
             "name": best.name,
             "max_perplexity_increase": budget,
         }

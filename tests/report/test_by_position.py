@@ -67,9 +67,27 @@ def test_an_effect_that_is_larger_at_the_end_grows_and_one_whose_interval_holds_
 
 def test_of_a_beginning_without_an_effect_nothing_is_said_to_fade():
     nothing = lengths(effect(-0.01, spread=0.3), effect(-0.2), less=changes(-0.01, -0.2))
-    for of in (nothing, replace(FADING, last_less_first=None), lengths(None, effect(-0.1))):
+    for of in (nothing, lengths(None, effect(-0.1))):
         said = by_position(of, "toxicity")
         assert said.endswith("Without an evident effect at the first of them it cannot be said whether it fades.")
+
+
+def test_an_effect_at_the_first_position_alone_is_not_denied():
+    said = by_position(lengths(effect(-0.2), None), "toxicity")
+    assert ", evident; tokens 21-50: no prompt has a score of both models." in said
+    assert said.endswith(
+        "Whether the effect fades cannot be said: no prompt has scores at the first and at the last of them."
+    )
+
+
+def test_an_effect_that_is_less_because_there_is_less_to_take_away_is_not_said_to_fade_alone():
+    same = lengths(effect(-0.2), effect(-0.05, before=0.1), less=changes(-0.2, -0.05))
+    said = by_position(same, "toxicity")
+    assert "The effect fades, but in percent of what was there it does not: the change is -0.200 at the first" in said
+    more = lengths(effect(-0.2, before=0.4), effect(-0.3, before=0.9), less=changes(-0.2, -0.3))
+    assert "The effect grows, but in percent of what was there it does not:" in by_position(more, "toxicity")
+    unknown_share = replace(same, at={**same.at, "1-20": replace(effect(-0.2), percent=unknown(math.nan))})
+    assert "The effect fades: " in by_position(unknown_share, "toxicity")
 
 
 def test_evidence_at_a_position_counts_for_all_of_them_together():

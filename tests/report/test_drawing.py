@@ -58,6 +58,22 @@ def test_a_page_comes_out_of_what_the_results_hold_and_no_scorer_is_asked(folder
     assert '<label class="masked">' in (folder / "report.html").read_text()
 
 
+@pytest.mark.parametrize("change", ["a row is gone", "a judge is gone", "a score is gone", "another judge"])
+def test_a_page_is_not_drawn_of_continuations_that_the_results_are_not_about(folder, change):
+    rows = load_completions(folder / COMPLETIONS)
+    if change == "a row is gone":
+        rows = rows[:-1]
+    elif change == "a score is gone":
+        rows[0] = {**rows[0], "scores": {**rows[0]["scores"], "other": None}}
+    else:
+        more = {} if change == "a judge is gone" else {"third": 0.5}
+        rows = [{**row, "scores": {"small": row["scores"]["small"], **more}} for row in rows]
+    save_completions(folder / COMPLETIONS, rows)
+    with pytest.raises(ValueError, match=r"completions.jsonl does not hold the continuations that results.json beside"):
+        draw(folder)
+    assert not (folder / "report.html").exists()
+
+
 FAILURES = {
     "a template": (card, "behavior_table", RuntimeError("bad\ntwo lines")),
     "a disk": (page, "write_atomically", OSError(28, "No space left on device")),

@@ -18,6 +18,7 @@ from pages import CARD, PAGE, words_of, write
 
 from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.models.components import Component
+from sparc3_lightning.report.figures import change_rows
 from sparc3_lightning.report.page import summary_table
 from sparc3_lightning.report.tables import doses_csv
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -153,6 +154,23 @@ def test_the_card_names_no_folder_of_the_one_who_made_it(place):
         assert not re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", card), word
     assert "The judge 'x" in card
     assert "by x" in card
+
+
+@pytest.mark.usefixtures("pictures_take_no_time")
+def test_judges_of_one_public_name_are_told_apart_and_no_folder_behind_them_is_named():
+    results, rows = renamed(*made_up(), "/home/ann/scorer", "/home/bob/scorer")
+    said = "The judge '/home/ann/scorer' agrees. The judge '/home/bob/scorer' differs."
+    results = replaced_at(results, "verdict", f"Less. {said}")
+    judges = {"/home/ann/scorer": "a scorer: /home/ann/scorer", "/home/bob/scorer": "a guard: /home/eve/guards/mine"}
+    results = replace(results, judges={n: replace(results.judges[n], source=of) for n, of in judges.items()})
+    write(results, rows)
+    card = CARD.read_text().replace("\\", "")
+    assert "The judge 'scorer' agrees. The judge 'scorer (2)' differs." in card
+    assert "| Mean toxicity, by scorer (2) |" in card
+    assert "scorer and scorer (2) 1.00" in card
+    assert "| scorer (2) | a guard: mine |" in card
+    assert not re.search(r"\b(home|ann|bob|eve)\b", card)
+    assert [row.label.split("\n")[0] for row in change_rows(results)[0][:2]] == ["2 chosen", "by scorer (2)"]
 
 
 @pytest.mark.usefixtures("pictures_take_no_time")

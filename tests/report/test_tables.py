@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from hand_written import judges
+from hand_written import NEURONS as NEURONS_BY_HAND
+from hand_written import TOXICITY, judges, rows_of, windows_of
 from helpers import replaced_at
 from made_up import NEURONS, made_up, made_up_windows, settings, toxicity
 from pages import CARD, by_name, percent, write
@@ -17,7 +18,14 @@ from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import PairMeasures, Preference, Results
 from sparc3_lightning.evaluation.variants import list_variants
 from sparc3_lightning.report.page import summary_table
-from sparc3_lightning.report.tables import behavior_table, control_table, dose_table, doses_csv, other_table
+from sparc3_lightning.report.tables import (
+    agreement_of,
+    behavior_table,
+    control_table,
+    dose_table,
+    doses_csv,
+    other_table,
+)
 
 pytestmark = pytest.mark.usefixtures("pictures_take_no_time")
 
@@ -70,11 +78,24 @@ def test_page_and_card_tell_what_the_judges_are_and_how_far_they_agree():
         ["other", "a scorer: other", "beside it", f"{len(made_up()[1])}", "0"],
     ]
     alpha, rho = results.agreement.krippendorff_alpha, results.agreement.spearman["small"]["other"]
-    said = f"Krippendorff's alpha at interval level is {alpha:.2f}; "
-    said += f"correlations of ranks (Spearman): small and other {rho:.2f}."
-    assert f"Over the {results.agreement.num_scored} continuations that all judges could score, {said}" in page.words
+    said = f"{results.agreement.num_scored} continuations with and without pruning were scored by both judges. "
+    said += f"Krippendorff's alpha at interval level, over what two or more could score, is {alpha:.2f}; "
+    said += f"correlations of ranks (Spearman), each over what both could score: small and other {rho:.2f}."
+    assert said in page.words
     assert said in CARD.read_text()
     assert "Scored by “small” where no other judge is named" in page.words
+
+
+def test_judges_of_which_one_scored_nothing_are_not_said_to_agree_over_what_all_of_them_scored():
+    results, _ = made_up()
+    rows = [{**row, "scores": {**row["scores"], "silent": None}} for row in rows_of(TOXICITY, lambda *_: 0.5)]
+    variants = list_variants({"": NEURONS_BY_HAND}, 3)
+    found = findings(rows, windows_of("baseline", "pruned"), variants, judges("some", "other", "silent"))
+    said = agreement_of(dataclasses.replace(results, agreement=found.agreement, judges=found.judges))
+    assert said.startswith("0 continuations with and without pruning were scored by all judges. ")
+    assert f"over what two or more could score, is {found.agreement.krippendorff_alpha:.2f};" in said
+    assert said.endswith("some and silent cannot be said; other and silent cannot be said.")
+    assert "nan" not in said
 
 
 def test_the_headline_is_of_another_judge_than_the_one_that_chose_the_neurons():

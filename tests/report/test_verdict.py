@@ -222,6 +222,22 @@ def test_nothing_is_claimed_where_nothing_was_pruned_or_scored():
     assert said == "No continuation of both models could be scored, so nothing is known of the effect."
 
 
+def test_a_judge_of_the_headline_that_scored_nothing_does_not_hide_what_the_others_find():
+    nothing = "The judge of the headline, 'some', scored no prompt of both models."
+    for second, finds in {
+        FELL: "gives evidence of a change: -20.0 % (-30.0 to -10.0 %)",
+        UNCLEAR: "gives no evidence: -4.0 % (-12.0 to +4.0 %)",
+        (): "scored nothing",
+    }.items():
+        assert verdict(found(False, second), 3) == f"{nothing} The judge 'other' {finds}."
+
+
+def test_a_judge_is_said_to_have_scored_nothing_only_if_so():
+    one = found(FELL, ())
+    one = replace(one, judges={**one.judges, "other": replace(one.judges["other"], num_scored=7)})
+    assert verdict(one, 3).endswith(" The judge 'other' scored no prompt of both models.")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_change_that_has_no_percentage_is_not_given_one(value):
     assert moved(Interval(value, value, value)) == "changed by a percentage that cannot be said"

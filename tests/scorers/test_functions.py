@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.scorers.base import Remembering
 from sparc3_lightning.scorers.functions import FunctionScorer
 from sparc3_lightning.scorers.registry import check_scorer
 from sparc3_lightning.stages.attribute import Attribution
@@ -120,6 +121,15 @@ def test_a_text_on_which_a_function_raises_has_no_score_and_the_others_keep_thei
     assert math.isnan(found[1])
     with pytest.raises(ValueError, match="failed: ZeroDivisionError"):
         FunctionScorer("toy_functions:picky").score(["b", "c"])
+
+
+def test_a_function_that_has_scored_texts_may_fail_on_all_of_the_next_ones():
+    scorer = Remembering(FunctionScorer("toy_functions:picky"))
+    assert scorer.score(["a"]) == [1.0]
+    found = scorer.score(["a", "b"])
+    assert found[0] == 1.0
+    assert math.isnan(found[1])
+    assert all(map(math.isnan, scorer.score(["c", "d"])))
 
 
 def test_a_module_that_fails_to_import_is_one_sentence_with_the_name():

@@ -8,7 +8,8 @@ from helpers import provenance
 
 from sparc3_lightning.attribution.scores import Provenance, ScoreFile
 from sparc3_lightning.models.components import Component
-from sparc3_lightning.selection.neuron_list import NeuronList, origin
+from sparc3_lightning.report.escaping import public_name
+from sparc3_lightning.selection.neuron_list import NeuronList, by_name, origin
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -61,3 +62,10 @@ def test_choosers_come_through_the_score_file_to_the_list():
 def test_choosers_of_another_form_are_refused_by_their_place(wrong):
     with pytest.raises(ValueError, match=r"neurons.json is not a neurons.json .*: provenance.behavior.choosers"):
         listed(behavior=scored(choosers=wrong))
+
+
+def test_choosers_that_are_called_alike_are_all_kept():
+    choosers = [("/a/scorer", "1"), ("/b/scorer", "2"), ("small", "3"), ("small", None), ("/c/scorer", "1")]
+    found = by_name(choosers, public_name)
+    assert found == {"small": None, "scorer": "1", "scorer (2)": "2", "small (2)": "3"}
+    assert sorted(listed(choosers=found).choosers(), key=str) == sorted(found.items(), key=str)

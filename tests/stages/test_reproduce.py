@@ -16,9 +16,9 @@ from helpers import replaced_at, write_sealed
 
 from sparc3_lightning.cli import main
 from sparc3_lightning.evaluation.controls import Controls
-from sparc3_lightning.evaluation.reproduction import Figure, ReproductionResults
+from sparc3_lightning.evaluation.reproduction import Changed, Figure, ReproductionResults
 from sparc3_lightning.evaluation.results import Results
-from sparc3_lightning.stages.reproduce import Reproduction, said_of_changes, said_of_figures
+from sparc3_lightning.stages.reproduce import HEADLINE, Reproduction, said_of_changes, said_of_figures
 from sparc3_lightning.stages.sweep import Sweep
 
 pytestmark = pytest.mark.usefixtures("as_if_from_python")
@@ -188,6 +188,17 @@ def test_the_table_of_figures_has_at_most_100_columns_whatever_their_names():
     assert "e.accuracy  " in rows[0]
     assert "…" in rows[0]
     assert rows[1].startswith("kl  ")
+
+
+def test_a_headline_of_another_judge_is_told_beside_the_figures():
+    def said(*changed: Changed) -> str:
+        found = ReproductionResults(results="there.json", num_differing=0, changed=list(changed), figures=[])
+        return said_of_figures(found, Path("out"))
+
+    assert "headline" not in said(Changed("torch", "1", "2"))
+    assert "The headline is of 'small' there and of 'other' here:\nits figures are not of one judge.\n" in said(
+        Changed(HEADLINE, "small", "other")
+    )
 
 
 @pytest.mark.slow
