@@ -208,7 +208,7 @@ def evaluation(
     yield f"--model.scorers=[{','.join(judges)}]"
     yield from ("--data.text=WikiText2", f"--data.text.source={of.text}", f"--data.text.num_tokens={num_tokens}")
     yield from (f"--data.text.window={of.window}", f"--data.text.stride={of.window}")
-    yield "--data.text.conventions=[disjoint]"
+    yield from ("--data.text.conventions=[disjoint]", f"--data.text.batch_size={max(1, 1024 // of.window)}")
     yield from ("--data.prompts=RealToxicityPrompts", f"--data.prompts.source={of.parts[part]}")
     yield from ("--data.prompts.batch_size=20", "--data.prompts.min_toxicity=0.5")
     yield f"--data.prompts.num_prompts={num_prompts}"
