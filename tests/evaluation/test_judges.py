@@ -160,17 +160,17 @@ def test_the_label_and_the_version_of_the_package_make_no_other_scorer():
 
 def test_a_function_is_known_by_whatever_module_hands_it_on(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "toy_package").mkdir()
-    (tmp_path / "toy_package/inner.py").write_text(
+    (tmp_path / "package_of_two").mkdir()
+    (tmp_path / "package_of_two/inner.py").write_text(
         "def first(texts):\n    return [0.5] * len(texts)\n\ndef second(texts):\n    return [0.1] * len(texts)\n"
     )
-    (tmp_path / "toy_package/__init__.py").write_text("from .inner import first, first as alias\n")
+    (tmp_path / "package_of_two/__init__.py").write_text("from .inner import first, first as alias\n")
     (tmp_path / "another_toy.py").write_text("raise SystemExit('imported')\n")
-    chooser = "toy_package.inner:first"
-    names = [chooser, "toy_package:first", "toy_package:alias", "toy_package.inner:second"]
+    chooser = "package_of_two.inner:first"
+    names = [chooser, "package_of_two:first", "package_of_two:alias", "package_of_two.inner:second"]
     for fingerprint in (fingerprint_of(chooser), None):
         found = judges_of(
-            names, [("another_toy:first", None), (chooser, fingerprint), ("toy_package.gone:first", None)]
+            names, [("another_toy:first", None), (chooser, fingerprint), ("package_of_two.gone:first", None)]
         )
         assert [judge.is_chooser for judge in found.values()] == [True, True, True, False]
 
