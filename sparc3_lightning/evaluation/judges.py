@@ -5,8 +5,6 @@ from pathlib import Path
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.results import RESULTS, Judge, Results
-from sparc3_lightning.scorers.base import split_label
-from sparc3_lightning.scorers.functions import FunctionScorer
 from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, kind_of
 
 
@@ -36,18 +34,9 @@ def judges_of(names: Iterable[str], choosers: Sequence[tuple[str, str | None]]) 
     found = {}
     for name in names:
         kind, fingerprint = kind_of(name, "scorers"), fingerprint_of(name)
-        is_chooser = any(_are_one(name, fingerprint, *chooser) for chooser in choosers)
+        is_chooser = any(kind.is_same(name, fingerprint, *chooser) for chooser in choosers)
         found[name] = Judge(is_chooser, kind.source(name), kind.revision(name), fingerprint)
     return found
-
-
-def _are_one(name: str, fingerprint: str, chooser: str, of_chooser: str | None) -> bool:
-    """Tell whether a judge is the scorer of a chooser, whatever label of it and whatever version of its package."""
-    if kind_of(name, "scorers") is FunctionScorer and FunctionScorer.takes(chooser):
-        return FunctionScorer.are_one(name, chooser)
-    if of_chooser is None:
-        return split_label(name)[0] == split_label(chooser)[0]
-    return fingerprint.split()[0] == of_chooser.split()[0]
 
 
 def headline_of(judges: Mapping[str, Judge]) -> str:

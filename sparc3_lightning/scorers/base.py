@@ -61,6 +61,20 @@ class Scorer(ABC):
         return contents(files) if files else name
 
     @classmethod
+    def is_same(cls, name: str, fingerprint: str, other: str, of_other: str | None) -> bool:
+        """Tell whether a scorer of this kind is another one, whatever label of it and whatever version of its package.
+
+        Args:
+            name: Of the scorer.
+            fingerprint: Of it.
+            other: Name of the other one, which may be of any kind.
+            of_other: Its fingerprint; None if only its name is known.
+        """
+        if of_other is None:
+            return split_label(name)[0] == split_label(other)[0]
+        return fingerprint.split()[0] == of_other.split()[0]
+
+    @classmethod
     def source(cls, name: str) -> str:
         """Return what a scorer is, and where it is from."""
         return f"{cls.what}: {name}"

@@ -94,11 +94,13 @@ class FunctionScorer(Scorer):
         return f"{name} {contents(sources)} {sorted(installed)}"
 
     @classmethod
-    def are_one(cls, name: str, other: str) -> bool:
+    def is_same(cls, name: str, fingerprint: str, other: str, of_other: str | None) -> bool:
         """Tell whether two names are of one function, as where a package hands on what a module of it has.
 
         Only a function of the same package is imported to find that out.
         """
+        if not cls.takes(other):
+            return super().is_same(name, fingerprint, other, of_other)
         if name == other or name.partition(":")[0].partition(".")[0] != other.partition(":")[0].partition(".")[0]:
             return name == other
         try:
