@@ -109,7 +109,7 @@ def lexicon_log_probability(
         Shape ``[samples]``, float32 or wider, in nats.
     """
     logits_BTV = _logits(model, input_ids, attention_mask)
-    log_BT = logits_BTV[:, :, lexicon.tokens].logsumexp(dim=-1) - logits_BTV.logsumexp(dim=-1)
+    log_BT = _log_of(lexicon.tokens, logits_BTV, logits_BTV.logsumexp(dim=-1))
     if attention_mask is None:
         return log_BT.mean(dim=1)
     return (log_BT * attention_mask).sum(dim=1) / attention_mask.sum(dim=1)
@@ -146,9 +146,9 @@ def lexicon_probability(
     all_BT = logits_BTV.logsumexp(dim=-1)
     probability_BT = torch.zeros_like(all_BT)
     if len(lexicon.tokens):
-        probability_BT = (logits_BTV[:, :, lexicon.tokens].logsumexp(dim=-1) - all_BT).exp()
+        probability_BT = _log_of(lexicon.tokens, logits_BTV, all_BT).exp()
     if len(lexicon.firsts):
-        first_BT = (logits_BTV[:, :, lexicon.firsts].logsumexp(dim=-1) - all_BT).exp()
+        first_BT = _log_of(lexicon.firsts, logits_BTV, all_BT).exp()
         probability_BT = probability_BT + first_BT * ~lexicon.is_inside[input_ids]
     if lexicon.split:
         probability_BT = probability_BT + _of_split(logits_BTV, all_BT, input_ids, attention_mask, start, lexicon)
@@ -157,6 +157,11 @@ def lexicon_probability(
     if attention_mask is not None:
         counts_BT = counts_BT & (attention_mask > 0)
     return (probability_BT * counts_BT).sum(dim=1) / counts_BT.sum(dim=1)
+
+
+def _log_of(tokens: Tensor, logits_BTV: Tensor, all_BT: Tensor) -> Tensor:
+    """Return the log-probability that the next token is one of some, shape ``[samples, tokens]``; see ``_of_split``."""
+    return logits_BTV[:, :, tokens].logsumexp(dim=-1) - all_BT
 
 
 def _of_split(

@@ -95,6 +95,14 @@ class Continuations:
             for first in range(0, number, per_seed)
         ]
 
+    def changes(self, before: str, after: str, group: str, judge: str | None = None) -> Tensor:
+        """Return how far the mean score of each prompt of a group changes from one model to another, float64.
+
+        It is NaN where one of them has no score.
+        """
+        first, second = (self.values(model, group, "behavior_mean", judge) for model in (before, after))
+        return second - first
+
     def compare(
         self, before: str, after: str, group: str, measure: str, judge: str | None = None, first: int | None = None
     ) -> Difference | None:

@@ -122,12 +122,9 @@ def by_length(rows: Sequence[Completion], judge: str, max_new_tokens: int) -> Le
 
 def _between(first: Continuations, last: Continuations) -> Difference | None:
     """Compare the change at two positions, over the prompts that have a score of both models at both."""
-    changes = []
-    for of in (first, last):
-        before, after = (of.values(model, of.headline, "behavior_mean") for model in COMPARED)
-        changes.append(after - before)
-    valid = torch.isfinite(changes[0] + changes[1])
-    return paired_difference(changes[0][valid], changes[1][valid], most=2.0) if valid.any() else None
+    before, after = (of.changes(*COMPARED, of.headline) for of in (first, last))
+    valid = torch.isfinite(before + after)
+    return paired_difference(before[valid], after[valid], most=2.0) if valid.any() else None
 
 
 def _reaching(continuations: Continuations, piece: Piece) -> Difference:

@@ -65,9 +65,6 @@ def shares_left(before: Continuations, after: Continuations, judges: Iterable[st
 
 
 def _share_left(before: Continuations, after: Continuations, group: str, judge: str) -> Interval | None:
-    first, second = (
-        of.values("pruned", group, "behavior_mean", judge) - of.values("baseline", group, "behavior_mean", judge)
-        for of in (after, before)
-    )
+    first, second = (of.changes("baseline", "pruned", group, judge) for of in (after, before))
     valid = torch.isfinite(first + second)
     return Resampled(first[valid], second[valid]).ratio() if valid.any() else None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CHECKPOINT, parse, scores, sparc3, write
+from common import CHECKPOINT, head, line, parse, percent, scores, sparc3, write
 from selections import DATA
 from torch import Tensor
 
@@ -210,12 +210,11 @@ def table(found: dict[str, dict[str, Any]]) -> None:
     for name, of_list in found.items():
         judges = {judge: of_list[judge] for judge in ("words", "words a token", "other words")}
         kinds = [kind for kind in judges["words"] if kind not in ("before", "after")]
-        print(f"\n{name}: {of_list['neurons']} neurons, perplexity {shown(of_list['perplexity'])} %, ", end="")
+        print(f"\n{name}: {of_list['neurons']} neurons, perplexity {percent(of_list['perplexity'])} %, ", end="")
         print(f"{of_list['prompts']} prompts; changes in percent\n")
-        print(f"| judge | before | after | {' | '.join(kinds)} |\n|{'---|' * (3 + len(kinds))}")
+        head("judge", "before", "after", *kinds)
         for judge, values in judges.items():
-            cells = [f"{values['before']:.4f}", f"{values['after']:.4f}", *(shown(values[kind]) for kind in kinds)]
-            print(f"| {judge} | {' | '.join(cells)} |")
+            line(judge, f"{values['before']:.4f}", f"{values['after']:.4f}", *(percent(values[kind]) for kind in kinds))
 
 
 def plain(found: Any) -> Any:
@@ -223,11 +222,6 @@ def plain(found: Any) -> Any:
     if isinstance(found, dict):
         return {name: plain(value) for name, value in found.items()}
     return asdict(found) if isinstance(found, Interval) else found
-
-
-def shown(interval: Interval) -> str:
-    """Return a change in percent with its interval."""
-    return f"{interval.value:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
 
 
 if __name__ == "__main__":
