@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import is_recurrent
+from sparc3_lightning.models.caches import make_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -348,6 +349,7 @@ def _steps(
     logits, positions = output.logits[:, -1], positions[:, -1:]
     if not recurrent:
         cache.batch_repeat_interleave(repeats)
+        make_room(cache, sampling.max_new_tokens)
         logits, attention_mask, positions = (
             part.repeat_interleave(repeats, dim=0) for part in (logits, attention_mask, positions)
         )
