@@ -235,10 +235,14 @@ def test_what_grew_back_is_in_units_of_what_was_pruned():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("granularity", ["head", "weight"])
-def test_heads_and_single_weights_go_under_stress_too(granularity, tiny_checkpoint):
+@pytest.mark.parametrize("granularity", ["head", "neuron+channel", "weight"])
+def test_other_components_go_under_stress_too(granularity, tiny_checkpoint):
     chosen = {
         "head": [Component("model.layers.0.self_attn.o_proj", 1, -1.0, granularity="head")],
+        "neuron+channel": [
+            Component("model.layers.0.self_attn.o_proj", 5, -1.0, granularity="channel"),
+            Component(UP[0], 3, -1.0),
+        ],
         "weight": [Component(UP[0], 3, -1.0, granularity="weight", input=index) for index in range(4)],
     }[granularity]
     of = stress_data(num_prompts=6)
