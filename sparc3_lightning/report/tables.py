@@ -286,7 +286,7 @@ def front_table(results: Findings) -> Table:
     rows: Table = []
     for selection, front in results.fronts.items():
         best = [points[name].behavior_percent if name else None for name in front.best.values()]
-        cells = [f"{_percent(change.value)} ({_range(change, 1)})" if change else "none" for change in best]
+        cells = [with_interval(change, unit=" %") if change else "none" for change in best]
         rows.append((selection, f"{front.area:.1f}", *cells))
     return rows
 
@@ -326,14 +326,21 @@ def _change(percent: Interval) -> tuple[str, str]:
     return _percent(percent.value), _range(percent, 1) if math.isfinite(percent.value) else UNKNOWN
 
 
+def with_interval(interval: Interval, digits: int = 1, sign: str = "+", unit: str = "") -> str:
+    """Return a value with its interval, such as ``-45.5 (-50.9 to -39.4)``; a dash for one that is not known."""
+    if not math.isfinite(interval.value):
+        return UNKNOWN
+    return f"{_fixed(interval.value, digits, sign)}{unit} ({_range(interval, digits, sign)})"
+
+
 def _percent(value: float | None) -> str:
     return f"{_fixed(number(value), 1, '+')} %" if math.isfinite(number(value)) else UNKNOWN
 
 
-def _range(interval: Interval, digits: int) -> str:
+def _range(interval: Interval, digits: int, sign: str = "+") -> str:
     if not interval.is_known:
         return CANNOT
-    return f"{_fixed(interval.low, digits, '+')} to {_fixed(interval.high, digits, '+')}"
+    return f"{_fixed(interval.low, digits, sign)} to {_fixed(interval.high, digits, sign)}"
 
 
 def aligned(rows: Table, width: int | None = None) -> str:
