@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from sparc3_lightning.data.tokens import PAD, Tokens
 from sparc3_lightning.models.batching import AUTO, Batching, BatchSize, check_size, fits_on_cpu, largest_size
 from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.models.keeping import load_kept_tokenizer
 from sparc3_lightning.sources import Row, read_records, resolve
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class TextDataModule(L.LightningDataModule, ABC):
 
     hub: HubDataset
     READS: ClassVar[dict[str, Kind]] = {"tokenizer": "tokenizer", "source": "file"}
-    GROUP: ClassVar[str] = "data"  # where its options stand on the command line
+    group: str = "data"  # where its options stand on the command line
     chat = False
 
     def __init__(self, source: str | None, tokenizer: str | None, batch_size: BatchSize) -> None:
@@ -220,7 +221,7 @@ class TextDataModule(L.LightningDataModule, ABC):
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the tokenizer that was given, else the model's."""
-        return self.tokenizer_checkpoint.tokenizer()
+        return load_kept_tokenizer(self.tokenizer_checkpoint)
 
     def tokens_of(self, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
         """Return a tokenizer as this data uses it.
@@ -231,7 +232,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         model = self.checkpoint_of_model
         vocab_size = None if model is None else getattr(model.config.get_text_config(), "vocab_size", None)
         tokens = Tokens(tokenizer, self.chat, vocab_size)
-        tokens.check_chat(self.GROUP)
+        tokens.check_chat(self.group)
         return tokens
 
     @property
@@ -249,7 +250,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         if self.batch_size == AUTO and self._device().type == "cpu" and self.checkpoint_of_model is not None:
             config = self.checkpoint_of_model.config.get_text_config()
             size = min(size, fits_on_cpu(self.longest, getattr(config, "vocab_size", 1)))
-        return Batching(size, self.batch_size == AUTO, self.GROUP)
+        return Batching(size, self.batch_size == AUTO, self.group)
 
     def _device(self) -> torch.device:
         if self.trainer is not None:

@@ -19,6 +19,7 @@ from sparc3_lightning.models.checkpoints import ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import check, mask
 from sparc3_lightning.provenance import run_seed
 from sparc3_lightning.report.escaping import for_terminal
+from sparc3_lightning.report.verdict import counted
 from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -162,7 +163,7 @@ class Chat(Stage):
         room = math.inf if self.checkpoint.context is None else self.checkpoint.context - len(input_ids)
         sampling = replace(self.sampling, max_new_tokens=int(min(self.sampling.max_new_tokens, room)))
         key = draw_key(run_seed(), prompt_id(prompt), 0)
-        masked = f"{_counted(len(self.neurons.neurons), self.neurons.granularity)} {self.neurons.ablation}"
+        masked = f"{counted(len(self.neurons.neurons), self.neurons.granularity)} {self.neurons.ablation}"
         pair = [Answer("original"), Answer(masked)]
         for i, answer in enumerate(pair):
             with mask(self.model, self.neurons.neurons) if i else nullcontext():
@@ -173,17 +174,13 @@ class Chat(Stage):
             (score,) = self.scorer.score_drawn([text], [drawn.input_ids])
             length = len(drawn.input_ids)
             note = f"{for_terminal(self.behavior)} {score:.3f}" if math.isfinite(score) else "could not be scored"
-            note += f", {_counted(length, 'token')}"
+            note += f", {counted(length, 'token')}"
             if drawn.failed:
                 note = "the model gave logits that are not finite"
             elif length == sampling.max_new_tokens:
                 note += ", cut off"
             pair[i] = replace(answer, text=for_terminal(text, keep="\n\t"), note=note)
             yield pair.copy()
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _typed() -> Iterator[str]:
