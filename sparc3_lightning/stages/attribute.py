@@ -39,7 +39,7 @@ from sparc3_lightning.models.architectures import (
 )
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
-from sparc3_lightning.models.components import Scored
+from sparc3_lightning.models.components import Granularity, Scored
 from sparc3_lightning.models.experts import TokensSeen, check_are_open, is_expert
 from sparc3_lightning.models.heads import head_dims, heads_left_out
 from sparc3_lightning.models.neurons import columns_of, coverage, scored_rows
@@ -246,13 +246,12 @@ class Attribution(StoppableModule):
         if spec.granularity == "weight":
             check_space(self.folder, sum(4 * math.prod(shape_of(layer)) for layer in layers.values()))
         self.accumulator: StaticScores | ScoreAccumulator
-        of_neurons = [name for name in layers if spec.kind_of(name) == "neuron"]
+        of_neurons, of_channels = self._of_kind("neuron"), self._of_kind("channel")
         parts = scored_rows(self.model, of_neurons)
         if spec.is_static:
             self.accumulator = StaticScores(layers, spec.score, spec.granularity, run_seed(), parts)
         else:
             columns = columns_of(self.model, of_neurons) if spec.method == "activation" or spec.is_cost else {}
-            of_channels = [name for name in layers if spec.kind_of(name) == "channel"]
             dims = head_dims(self.model, layers) if spec.granularity == "head" else dict.fromkeys(of_channels, 1)
             self.accumulator = ScoreAccumulator(
                 {**layers, **columns},
@@ -462,10 +461,15 @@ class Attribution(StoppableModule):
                 self.written = f"{seen.in_words()}\n{self.written}"
             if self.spec.is_cost:
                 self.written = f"{in_words(self.alike)}\n{self.written}"
-            if of_neurons := [name for name in self.accumulator.modules if self.spec.kind_of(name) == "neuron"]:
-                self.written = f"{coverage(self.model, of_neurons)}\n{self.written}"
+            of_neurons, of_channels = (self._of_kind(kind) for kind in ("neuron", "channel"))
+            if of_neurons:
+                self.written = f"{coverage(self.model, of_neurons, of_channels)}\n{self.written}"
             if self.spec.has_heads and (left_out := heads_left_out(self.model)):
                 self.written = f"{left_out}\n{self.written}"
+
+    def _of_kind(self, kind: Granularity) -> list[str]:
+        """Return the scored layers whose components are of a kind, by their fully qualified names."""
+        return [name for name in find_layers(self.model, self.layers) if self.spec.kind_of(name) == kind]
 
     def _check_costs(self, scores: Mapping[str, torch.Tensor]) -> None:
         """Compare the costs of two halves of the samples.
