@@ -14,7 +14,7 @@ from sparc3_lightning.attribution.scores import ScoreFile, WeightScores, average
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
-from sparc3_lightning.models.components import Component, Granularity
+from sparc3_lightning.models.components import Component, counts_of, in_words
 from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
 from sparc3_lightning.models.likelihood import check_logits
 from sparc3_lightning.models.neurons import check_are_neurons
@@ -189,14 +189,14 @@ class Pruning(Stage):
         if self.export is not None:
             provenance |= {"export": str(self.export), "export_dtype": self.export_dtype}
         neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
-        selection = found.results(self.criterion, neurons.granularity)
+        selection = found.results(self.criterion)
         selection.save(folder / SELECTION)
         # What was found comes before the export, which may fail: the same command then makes up for it.
         if self.export is not None:
             (folder / UNFINISHED).touch()
         neurons.save(self.output)
         draw_or_warn(folder)
-        self._describe(found, neurons.granularity, self.output)
+        self._describe(found, self.output)
         return finish_export(folder) if self.export is not None else neurons
 
     def _is_unfinished(self, folder: Path) -> bool:
@@ -284,7 +284,7 @@ class Pruning(Stage):
             raise OptionError("weak", f"{message} Nothing was written (--.weak error).")
         rank_zero_warn(message)
 
-    def _describe(self, found: Selected, granularity: Granularity, path: Path) -> None:
+    def _describe(self, found: Selected, path: Path) -> None:
         layers = len({neuron.module for neuron in found.chosen})
         if found.differential_strength is None:
             by = self.criterion.replace("_", " ")
@@ -293,7 +293,7 @@ class Pruning(Stage):
         if found.budget:
             by += f", damping {found.chosen[0].damping:g}, perplexity {100 * found.budget.rise:+.2f} %"
         rank_zero_info(
-            f"{len(found.chosen)} of {found.num_candidates:,} {granularity}s in {layers} layers, {by}: {path}"
+            f"{in_words(counts_of(found.chosen))} of {found.num_candidates:,} in {layers} layers, {by}: {path}"
         )
 
 
