@@ -52,7 +52,9 @@ from sparc3_lightning.sources import local_path
 from sparc3_lightning.stages.stopping import StoppableModule
 
 SCORES = "scores.safetensors"
-ALIKE = 0.8  # correlation of the costs of two halves below which there is a warning
+# Correlation of the costs of two halves below which there is a warning: with it those of all samples correlate by 0.82
+# with those of as many others (Spearman 1910 and Brown 1910). 2,048 tokens of news give 0.57 on SmolLM2-135M.
+ALIKE = 0.7
 
 
 def file_of(granularity: Scored) -> str:
