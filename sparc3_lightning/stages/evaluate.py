@@ -45,7 +45,7 @@ from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracy, check_task
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import check, counts_of
-from sparc3_lightning.models.likelihood import Head, check_logits, last_hidden_state, score_windows
+from sparc3_lightning.models.likelihood import Head, Reference, check_logits, last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import contents, git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.report.drawing import draw_or_warn
@@ -240,7 +240,7 @@ class Evaluation(StoppableModule):
 
         def of_every_model(rows: slice) -> list[Callable[[], None]]:
             part = part_of(batch, rows, num_items)
-            self._original: torch.Tensor | None = None
+            self._original: Reference | None = None
             found = []
             for variant in self.variants:
                 with self.as_variant(variant):
@@ -280,7 +280,7 @@ class Evaluation(StoppableModule):
             self.model, hidden, batch["input_ids"], spans, self._original, reference_head=self.original_head
         )
         if variant.kind == "baseline":
-            self._original = hidden
+            self._original = Reference(hidden)
         self.advance(sum(window.end - window.start for window in windows))
 
         def keep() -> None:

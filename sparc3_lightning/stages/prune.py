@@ -16,6 +16,7 @@ from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Component, counts_of, in_words
 from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
+from sparc3_lightning.models.keeping import load_kept
 from sparc3_lightning.models.likelihood import check_logits
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.report.drawing import draw_or_warn
@@ -379,7 +380,7 @@ def within_budget(
     if not left:
         raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
-    model = checkpoint.load(getattr(torch, scored.spec.dtype))
+    model = load_kept(checkpoint, getattr(torch, scored.spec.dtype))
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
     rise = PerplexityRise(model, text.predict_dataloader(), batching := text.batching(), on_read)
     chosen = choose_within(rise, ranked, budget, dampings)
