@@ -1,4 +1,4 @@
-"""neurons.json: the neurons or weights that ``sparc3 prune`` selected, their ablation, and their origin."""
+"""neurons.json: the components that ``sparc3 prune`` selected, their ablation, and their origin."""
 
 import hashlib
 import json

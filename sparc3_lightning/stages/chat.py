@@ -53,7 +53,7 @@ class Chat(Stage):
     see ``SamplingOptions``.
 
     Args:
-        neurons: The neurons.json of ``sparc3 prune``, of neurons or single weights.
+        neurons: The neurons.json of ``sparc3 prune``.
         checkpoint: Hugging Face id, local folder or GGUF file; None takes the one that ``neurons`` names.
         scorer: What scores an answer, see ``sparc3 evaluate``; ``small`` is shipped with this package.
         behavior: What the scorer scores, as it is named beside an answer.

