@@ -16,6 +16,7 @@ from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.lowest import Lowest
 
 Scores = Mapping[str, Tensor]
+FLOOR = 0.05  # of ``benefit_per_cost``
 POOL = 5  # candidates per component and layer, of which each draw takes one
 
 
@@ -59,28 +60,38 @@ def set_difference(
     }
 
 
-def ratio(general: Scores, behavior: Scores, floor: float = 0.05) -> dict[str, Tensor]:
-    """Rank by the ratio of the behaviour's score to the general score: gain over cost.
+def benefit_per_cost(general: Scores, behavior: Scores, floor: float = FLOOR) -> dict[str, Tensor]:
+    """Rank by benefit over cost, among the components that the behaviour has a benefit of at all.
+
+    The order is that of a knapsack: the most benefit for a sum of costs, wherever it is cut. A cost is a mean over some
+    text, and of a component that fires seldom it is known from few tokens only, or is 0 since it did not fire at all;
+    without a floor these come first, whatever they do on other text. With it a cost is shrunk to the mean one, as if
+    ``floor`` times the text had been read once more and every component had cost the mean there.
 
     Args:
-        general: General scores, not negative: what switching a neuron off costs.
-        behavior: Scores of the behaviour: what it gains.
-        floor: Added to every cost, in units of the mean one, since small costs are not known well.
+        general: General scores, not negative: what switching a component off costs.
+        behavior: Scores of the behaviour, signed: what it gains.
+        floor: Added to every cost, in units of the mean one.
 
     Raises:
-        ValueError: If the modules or shapes of the two differ, a general score is below 0, or none is above it.
+        ValueError: If the modules or shapes of the two differ, every cost is 0, or no benefit is above 0.
     """
     check_same_modules(general, behavior)
     mean = torch.cat([score.double().flatten() for score in general.values()]).mean()
-    if any((score < 0).any() for score in general.values()):
-        raise OptionError(
-            "relevance",
-            "A general score is below 0, and a cost cannot be: attribute general text with --.relevance "
-            "magnitude, absolute or squared for --.criterion ratio.",
-        )
     if not mean > 0:
-        raise ValueError("The general scores must be above 0 on average to divide by them.")
-    return {name: -behavior[name].double() / (general[name].double() + floor * mean) for name in general}
+        raise OptionError(
+            "general", "holds a cost of 0 for every component, so that nothing can be ranked by it: attribute again."
+        )
+    if not any((score > 0).any() for score in behavior.values()):
+        raise OptionError(
+            "behavior",
+            "holds no benefit above 0: whatever is switched off, there is no less of the behaviour. Attribute on "
+            "samples that have more of it, or with another --.target.",
+        )
+    return {
+        name: torch.where(behavior[name] > 0, -behavior[name].double() / (cost.double() + floor * mean), torch.inf)
+        for name, cost in general.items()
+    }
 
 
 def by_auroc(general: Scores, behavior: Scores) -> dict[str, Tensor]:
@@ -211,7 +222,7 @@ def select_neurons(scores: Mapping[str, Tensor], num_neurons: int) -> list[Compo
         raise OptionError(
             "num_neurons",
             f"asks for {num_neurons} neurons, but --.criterion leaves only {eligible} of "
-            f"{len(flat):,}: raise --.top_behavior, or lower --.top_general.",
+            f"{len(flat):,}: ask for fewer, or with set_difference raise --.top_behavior or lower --.top_general.",
         )
     chosen = Lowest(num_neurons)
     for name, score in scores.items():

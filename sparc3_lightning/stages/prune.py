@@ -31,7 +31,7 @@ from sparc3_lightning.selection.neuron_selection import (
     edited,
     means_beside,
 )
-from sparc3_lightning.selection.sides import check_sides
+from sparc3_lightning.selection.sides import check_are_costs, check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
 from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import check_config, giving_back, own
@@ -52,10 +52,12 @@ class Pruning(Stage):
             for ``auroc``, which ranks by activations alone.
         criterion: ``difference``, the most negative differential relevance, as published; ``normalized_difference``,
             each side divided by its own total first; ``set_difference``, the highest for the behaviour in the top share
-            by the behaviour and not in that by general text; ``ratio``, the highest for the behaviour for each unit of
-            the general score; ``auroc``, those whose mean activation tells the behaviour's samples from general ones
-            best; or ``weighted_difference``, the difference times 2 AUROC - 1. But for the differences as they are, the
-            two sides may differ in method and target. The last two need ``sparc3 attribute --model.activations true``.
+            by the behaviour and not in that by general text; ``benefit_per_cost``, the highest for the behaviour, if
+            above 0, for each unit of the general score, which must be a cost (target ``sampled``, relevance
+            ``fisher``), and the behaviour's ``signed``; ``auroc``, those whose mean activation tells the behaviour's
+            samples from general ones best; or ``weighted_difference``, the difference times 2 AUROC - 1. But for the
+            differences as they are, the two sides may differ in method and target. The last two need ``sparc3 attribute
+            --model.activations true``.
         top_behavior: For ``set_difference``, share of all neurons by the behaviour; 1 leaves none out.
         top_general: For ``set_difference``, share of all neurons by general text that is left out.
         ablation: What takes the place of a neuron's activation: ``zero``, or its ``mean`` over the general samples,
@@ -212,6 +214,8 @@ class Pruning(Stage):
         needs = CRITERIA[self.criterion]
         general_files, behavior_file = load_matching(self.general), ScoreFile.load(self.behavior)
         check_match([general_files[0], behavior_file], needs.needs_one_kind)
+        if needs.needs_costs:
+            check_are_costs(general_files[0].provenance.spec, behavior_file.provenance.spec)
         if behavior_file.provenance.spec.granularity == "neuron":
             check_are_neurons(behavior_file.scores)
         elif self.budget.refine:

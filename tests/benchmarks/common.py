@@ -35,7 +35,6 @@ SELECTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "difference": (LRP, TOXIC, {"criterion": "difference"}),
     "normalized_difference": (LRP, TOXIC, {"criterion": "normalized_difference"}),
     "set_difference": (LRP, TOXIC, {"criterion": "set_difference"}),
-    "ratio": (LRP, TOXIC, {"criterion": "ratio"}),
     "auroc": (LRP, TOXIC, {"criterion": "auroc"}),
     "weighted_difference": (LRP, TOXIC, {"criterion": "weighted_difference"}),
     "prob": (GENERAL, "prob", MASKED),

@@ -85,16 +85,17 @@ def test_prompts_used_as_general_samples_are_not_evaluated_on_either(verbs_run):
 
 @pytest.mark.slow
 def test_the_behaviour_can_be_attributed_by_other_options(verbs_run):
-    options = ("--model.behavior_attribute", "{target: text, relevance: signed}", "--prune.criterion", "ratio")
-    _, folder = run("--attribute.method", "gradient", "--attribute.relevance", "squared", *options)
+    options = ["--attribute.method", "gradient", "--attribute.target", "text", "--attribute.relevance", "squared"]
+    options += ["--model.behavior_attribute", "{target: argmax, relevance: signed}"]
+    _, folder = run(*options, "--prune.criterion", "benefit_per_cost")
     assert verbs_run == ALL
     stages = json.loads((folder / "experiment.json").read_text())["stages"]
     of = [
         ScoreFile.load(Path(stages[name], "scores.safetensors")).provenance.spec for name in ("general_0", "behavior")
     ]
     assert [(spec.method, spec.target, spec.relevance) for spec in of] == [
-        ("gradient", "argmax", "squared"),
-        ("gradient", "text", "signed"),
+        ("gradient", "text", "squared"),
+        ("gradient", "argmax", "signed"),
     ]
 
 

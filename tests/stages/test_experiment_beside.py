@@ -41,7 +41,7 @@ def test_a_selection_beside_the_first_is_measured_against_the_same_baseline(verb
 
 
 def test_attributions_are_shared_by_selections_that_differ_in_their_pruning_alone(due):
-    beside = {"ratio": {"prune": {"criterion": "ratio"}}, "few": {"prune": {"num_neurons": 2}}}
+    beside = {"shares": {"prune": {"criterion": "normalized_difference"}}, "few": {"prune": {"num_neurons": 2}}}
     assert due(BESIDE, json.dumps(beside)) == [*["attribute"] * 3, "prune", "prune", "prune", "sweep"]
 
 
