@@ -31,6 +31,7 @@ from sparc3_lightning.selection.neuron_selection import (
     edited,
     means_beside,
 )
+from sparc3_lightning.selection.prediction import Prediction
 from sparc3_lightning.selection.sides import check_are_costs, check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
 from sparc3_lightning.stages.base import Stage, paths_of
@@ -248,8 +249,13 @@ class Pruning(Stage):
             assert text is not None
             listed = ranking.first(num_listed)
             on = device or torch.device("cpu")
+            # A constant in the place of 0 costs something else than the costs say.
+            is_predicted = general_files[0].provenance.spec.relevance == "fisher" and means is None
+            prediction = Prediction(general) if is_predicted else None
             with closing(Line("Searching within the budget", "tokens", is_shown=self.shows_progress)) as line:
-                chosen, use = within_budget(self.budget, self.dampings, listed, text, general_files, on, line.advance)
+                chosen, use = within_budget(
+                    self.budget, self.dampings, listed, text, general_files, on, line.advance, prediction
+                )
         return ranking.selected(chosen, listed, differential, use), origin(general_files, files[len(general_files) :])
 
     def _weights(self) -> tuple[Selected, dict[str, object]]:
@@ -296,6 +302,8 @@ class Pruning(Stage):
             by = f"differential strength {found.differential_strength:.1f} %"
         if found.budget:
             by += f", damping {found.chosen[0].damping:g}, perplexity {100 * found.budget.rise:+.2f} %"
+            if found.budget.predicted is not None:
+                by += f" ({100 * found.budget.predicted:+.2f} % predicted)"
         rank_zero_info(
             f"{len(found.chosen)} of {found.num_candidates:,} {granularity}s in {layers} layers, {by}: {path}"
         )
@@ -352,6 +360,7 @@ def within_budget(
     general: Sequence[ScoreFile],
     device: torch.device,
     on_read: Callable[[float], None],
+    prediction: Prediction | None = None,
 ) -> tuple[list[Component], BudgetUse]:
     """Load the scored model, and select from the head of a ranking what stays within the budget.
 
@@ -363,6 +372,7 @@ def within_budget(
         general: Score files of general reference samples.
         device: Where to measure.
         on_read: Called with the number of tokens that were read since.
+        prediction: Of the rise of perplexity; None for none.
 
     Returns:
         The chosen neurons; and what was measured.
@@ -385,7 +395,7 @@ def within_budget(
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
     model = checkpoint.load(getattr(torch, scored.spec.dtype))
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
-    rise = PerplexityRise(model, text.predict_dataloader(), batching := text.batching(), on_read)
+    rise = PerplexityRise(model, text.predict_dataloader(), batching := text.batching(), on_read, prediction)
     chosen = choose_within(rise, ranked, budget, dampings)
     return chosen, BudgetUse(
         max_perplexity_increase=budget.max_perplexity_increase,
@@ -395,6 +405,7 @@ def within_budget(
         num_documents=len(left),
         data={"class": type(text).__name__, **text.hparams, **batching.notes},
         measured=rise.measured,
+        predicted=None if prediction is None else prediction.rise(chosen),
     )
 
 
