@@ -259,7 +259,7 @@ def check_export_is_mask(checkpoint: Checkpoint, model: PreTrainedModel, chosen:
 def check_heads(model: PreTrainedModel, names: list[str]) -> None:
     """Compare the mask of a head with its removal, in the first attention and in the last one."""
     layers = list(find_layers(model, names))
-    heads = [Component(layers[0], 0, -1.0), Component(layers[-1], 1, -1.0)]
+    heads = [Component(layers[0], 0, -1.0, granularity="head"), Component(layers[-1], 1, -1.0, granularity="head")]
     with mask(model, heads):
         masked = logits_of(model)
     assert difference(logits_of(model), masked) > 1e-4, "the mask of heads changes nothing"

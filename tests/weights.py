@@ -34,7 +34,9 @@ def chosen_of(model: Any, per_layer: int = 3, dampings: tuple[float, ...] = (1.0
         places = [rows * columns - 1, *torch.randperm(rows * columns - 1, generator=draw)[: per_layer - 1].tolist()]
         for place in places:
             damping = dampings[len(weights) % len(dampings)]
-            weights.append(Component(name, place // columns, -1.0, damping, input=place % columns))
+            weights.append(
+                Component(name, place // columns, -1.0, damping, granularity="weight", input=place % columns)
+            )
     return weights
 
 
@@ -57,7 +59,10 @@ def in_memory(scores: dict[str, Tensor], number: int) -> list[Component]:
     found = select_neurons({name: score.flatten() for name, score in scores.items()}, number)
     columns = {name: score.shape[1] for name, score in scores.items()}
     return [
-        Component(n.module, n.index // columns[n.module], n.score, input=n.index % columns[n.module]) for n in found
+        Component(
+            n.module, n.index // columns[n.module], n.score, granularity="weight", input=n.index % columns[n.module]
+        )
+        for n in found
     ]
 
 

@@ -20,6 +20,7 @@ Nonfinite = Literal["error", "zero"]
 SCORES: dict[Granularity, tuple[Score, ...]] = {
     "neuron": get_args(Score),
     "head": (*get_args(Relevance), "wanda"),
+    "channel": (),
     "weight": ("magnitude", "signed", "wanda", "random"),
 }
 # Methods that read no samples.

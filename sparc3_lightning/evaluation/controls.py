@@ -52,13 +52,13 @@ def random_like(pruned: Sequence[Component], shapes: Mapping[str, Sequence[int]]
     sample = _sampler(pruned[0].granularity, seed)
     drawn = []
     for module, of_module in _by_module(pruned).items():
-        shape, number = shapes[module], len(of_module)
+        shape, kind, number = shapes[module], of_module[0].granularity, len(of_module)
         taken = sorted({component.place(shape) for component in of_module})
         # The k-th taken place has taken[k] - k free ones before it, which says how many to skip.
         before = [place - k for k, place in enumerate(taken)]
         dampings = iter(component.damping for component in of_module)
         drawn += [
-            Component.at(rank + bisect_right(before, rank), module, shape, damping=next(dampings))
+            Component.at(rank + bisect_right(before, rank), module, shape, kind, damping=next(dampings))
             for rank in sample(math.prod(shape) - len(taken), number)
         ]
     return drawn

@@ -1,4 +1,4 @@
-"""What a component of a model is, a neuron, a head or a weight; how it is masked for a while, or pruned for good."""
+"""What a component of a model is, a neuron, a head, a channel or a weight; how it is masked, or pruned for good."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,11 +11,16 @@ from transformers import PreTrainedModel
 
 from sparc3_lightning.models.architectures import is_heads
 from sparc3_lightning.models.heads import (
+    channel_norms,
+    check_channels,
     check_heads,
     head_norms,
     layers_of_heads,
+    mask_channels,
     mask_heads,
+    num_channels,
     num_heads,
+    prune_channels_,
     prune_heads_,
 )
 from sparc3_lightning.models.neurons import (
@@ -30,22 +35,38 @@ from sparc3_lightning.models.neurons import (
 )
 from sparc3_lightning.models.weights import check_weights, mask_weights, prune_weights_, weight_magnitudes, weight_shape
 
-Granularity = Literal["neuron", "head", "weight"]
-Key = tuple[str, int] | tuple[str, int, int]  # module and index, and of a weight its input
+Granularity = Literal["neuron", "head", "channel", "weight"]
+# What an attribution scores: components of one kind, or the neurons of MLPs and the channels of attentions together.
+Scored = Granularity | Literal["neuron+channel"]
+Key = tuple[str, int] | tuple[str, int, int] | tuple[str, int, str]  # module and index; see ``Component.key``
+
+
+def kind_of(granularity: Scored, module: str) -> Granularity:
+    """Return of which kind the components of a scored layer are, by its fully qualified name."""
+    if granularity == "neuron+channel":
+        return "channel" if is_heads(module) else "neuron"
+    return granularity
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A neuron, a head or a single weight, and its ablation.
+    """A neuron, a head, a channel or a single weight, and its ablation.
+
+    A channel is one input of the last layer of an attention: a dimension of the output of one head.
 
     Args:
-        module: Fully qualified name of its layer; of a head the last one of its attention, of a weight any linear one.
-        index: Its row there; of a head its number.
+        module: Fully qualified name of its layer; of a head or a channel the last one of its attention, of a weight any
+            linear one.
+        index: Its row there; of a head its number, of a channel its column.
         score: The one it was selected by.
         damping: 1 switches it off; a fraction leaves ``1 - damping`` of its activation.
         mean: What takes the place of what is taken away, times ``damping``: 0 for pruning, the neuron's mean
-            activation for mean ablation. Of a head or a weight always 0.
+            activation for mean ablation. Of other components always 0.
         input: Of a weight its column, the layer's weight being ``[out_features, in_features]``; else None.
+        granularity: Which kind of component it is.
+
+    Raises:
+        ValueError: If a weight has no input, or another component has one.
     """
 
     module: str
@@ -54,20 +75,37 @@ class Component:
     damping: float = 1.0
     mean: float = 0.0
     input: int | None = None
+    granularity: Granularity = "neuron"
+
+    def __post_init__(self) -> None:
+        if (self.input is None) == (self.granularity == "weight"):
+            raise ValueError(
+                f"{self.granularity.capitalize()} {self.index} of {self.module} cannot have the input {self.input}: a "
+                "weight has one, and no other component."
+            )
 
     @classmethod
-    def at(cls, place: int, module: str, shape: Sequence[int], score: float = 0.0, damping: float = 1.0) -> Self:
+    def at(
+        cls,
+        place: int,
+        module: str,
+        shape: Sequence[int],
+        granularity: Granularity,
+        score: float = 0.0,
+        damping: float = 1.0,
+    ) -> Self:
         """Return the component at a place of the flattened scores of a layer.
 
         Args:
             place: From 0.
             module: Fully qualified name of the layer.
             shape: Of its scores: ``[components]``, or of weights ``[out_features, in_features]``.
+            granularity: Which kind of component it is.
             score: Of the component.
             damping: How far it is switched off.
         """
-        index, column = divmod(place, shape[1]) if len(shape) == 2 else (place, None)
-        return cls(module, index, score, damping, input=column)
+        index, column = divmod(place, shape[1]) if granularity == "weight" else (place, None)
+        return cls(module, index, score, damping, input=column, granularity=granularity)
 
     def place(self, shape: Sequence[int]) -> int:
         """Return its place in the flattened scores of its layer, see ``at``."""
@@ -76,14 +114,10 @@ class Component:
     @property
     def key(self) -> Key:
         """What tells it from any other of its model, whatever is done to it."""
-        return (self.module, self.index) if self.input is None else (self.module, self.index, self.input)
-
-    @property
-    def granularity(self) -> Granularity:
-        """Which kind of component it is."""
         if self.input is not None:
-            return "weight"
-        return "head" if is_heads(self.module) else "neuron"
+            return self.module, self.index, self.input
+        # A head of the same layer may have the same number.
+        return (self.module, self.index, "channel") if self.granularity == "channel" else (self.module, self.index)
 
 
 # What is done to components of one kind, by the name of their layer and by their index there, of weights row and
@@ -118,6 +152,14 @@ KINDS: dict[Granularity, Kind] = {
     "head": Kind(
         lambda *layer: (num_heads(*layer),), head_norms, mask_heads, prune_heads_, check_heads, layers_of_heads
     ),
+    "channel": Kind(
+        lambda *layer: (num_channels(*layer),),
+        channel_norms,
+        mask_channels,
+        prune_channels_,
+        check_channels,
+        lambda _, module: [module],
+    ),
     "weight": Kind(
         weight_shape, weight_magnitudes, mask_weights, prune_weights_, check_weights, lambda _, module: [module]
     ),
@@ -136,11 +178,11 @@ KINDS: dict[Granularity, Kind] = {
 def mask(model: nn.Module, components: Iterable[Component], damping: float = 1.0) -> Iterator[None]:
     """Switch components off, or damp them, for the length of a ``with`` block.
 
-    Of neurons and heads no weight is touched; single weights are what they were after the block.
+    Of neurons, heads and channels no weight is touched; single weights are what they were after the block.
 
     Args:
         model: A causal language model.
-        components: The neurons, heads and weights, each with its own damping and constant.
+        components: Of any kinds, each with its own damping and constant.
         damping: Times the damping of each.
 
     Raises:
@@ -157,7 +199,7 @@ def prune_(model: PreTrainedModel, components: Iterable[Component]) -> None:
 
     Args:
         model: A causal language model.
-        components: The neurons, heads and weights.
+        components: Of any kinds.
 
     Raises:
         ValueError: If the model has no such component, or its architecture has no bias to put a constant in. Nothing is
@@ -182,7 +224,7 @@ def _by_kind(components: Iterable[Component]) -> dict[Granularity, Ablations]:
     by_kind: dict[Granularity, Ablations] = {kind: defaultdict(dict) for kind in KINDS}
     for c in components:
         if c.mean and c.granularity != "neuron":
-            what = "Head" if c.granularity == "head" else "A weight of neuron"
+            what = "A weight of neuron" if c.granularity == "weight" else c.granularity.capitalize()
             raise ValueError(f"{what} {c.index} of {c.module} has a constant, which only a neuron can have.")
         index = c.index if c.input is None else (c.index, c.input)
         ablation = Ablation(c.damping, c.mean) if c.granularity == "neuron" else c.damping

@@ -17,7 +17,7 @@ from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.files import check_space, check_writable, temporary_folder
 from sparc3_lightning.models.architectures import parameters_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
-from sparc3_lightning.models.components import KINDS, Component, Granularity, check, prune_
+from sparc3_lightning.models.components import KINDS, Component, Scored, check, kind_of, prune_
 from sparc3_lightning.models.conversion import Source, Sources
 from sparc3_lightning.models.neurons import add_biases_, check_have_biases
 from sparc3_lightning.models.tensors import DTYPES, Added, TensorFile, rewrite
@@ -81,7 +81,7 @@ class Files:
 def check_export(
     checkpoint: Checkpoint,
     modules: Collection[str],
-    granularity: Granularity,
+    granularity: Scored,
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -93,7 +93,7 @@ def check_export(
     Args:
         checkpoint: To export.
         modules: Layers of the components, by their fully qualified names.
-        granularity: What the components are.
+        granularity: What the components are, or were scored as.
         folder: Where to write.
         dtype: Of the weights written; None keeps the dtype of each.
         with_means: Whether neurons are to be held at their means.
@@ -109,7 +109,7 @@ def check_export(
     if with_means:
         check_have_biases(model, modules)
     tensors = Tensors(checkpoint, model, files.weights)
-    tensors.of(layer for module in modules for layer in KINDS[granularity].layers(model, module))
+    tensors.of(layer for module in modules for layer in KINDS[kind_of(granularity, module)].layers(model, module))
 
 
 def _check_folder(files: Files, folder: Path, dtype: torch.dtype | None, group: str = "model") -> None:
@@ -363,7 +363,7 @@ def export_pruned(
 
     Args:
         checkpoint: The original.
-        neurons: What is pruned: neurons, heads and weights.
+        neurons: What is pruned, of any kinds.
         folder: Where to write; must not exist yet.
         dtype: Of the weights written; None keeps the dtype of each.
         texts: Files of text to put beside the weights, by name, in the place of the original's of that name.

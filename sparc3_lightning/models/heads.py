@@ -1,10 +1,10 @@
-"""Attention heads: the layers they are in, and how they are masked for a while or pruned for good.
+"""Attention heads and channels: the layers they are in, and how they are masked for a while or pruned for good.
 
-A head is a block of ``head_dim`` inputs of its attention's last layer.
+A head is a block of ``head_dim`` inputs of its attention's last layer, and a channel is one of these inputs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparc3_lightning.models.architectures import (
     ALL,
     ATTENTIONS,
+    Linear,
     attention_of,
     check_indices,
     ends_in,
@@ -19,6 +20,7 @@ from sparc3_lightning.models.architectures import (
     find_layers,
     is_heads,
     linear_at,
+    shape_of,
     twins_of,
     weight_of,
     whole,
@@ -49,8 +51,12 @@ def layers_of_heads(_: nn.Module, module: str) -> list[str]:
 
 def num_heads(model: nn.Module, module: str) -> int:
     """Return the number of heads before an attention's last layer; see ``head_dim``."""
-    attention = attention_of(model, module)
-    return weight_of(attention.output).shape[1] // attention.head_dim
+    return num_channels(model, module) // head_dim(model, module)
+
+
+def num_channels(model: nn.Module, module: str) -> int:
+    """Return the number of inputs of an attention's last layer; see ``head_dim``."""
+    return shape_of(attention_of(model, module).output)[1]
 
 
 def heads_left_out(model: nn.Module) -> str | None:
@@ -69,13 +75,20 @@ def sum_heads(values: Tensor, head_dim: int) -> Tensor:
 
 def head_norms(model: nn.Module, module: str) -> Tensor:
     """Return the norm of each head's outgoing weights, shape ``[heads]``; all ranks ask together if sharded."""
-    attention = attention_of(model, module)
-    squares = whole(weight_of(attention.output).float().square().sum(dim=0))
-    return sum_heads(squares, attention.head_dim).sqrt().cpu()
+    return sum_heads(_channel_squares(model, module), head_dim(model, module)).sqrt().cpu()
 
 
-@contextmanager
-def mask_heads(model: nn.Module, heads: Mapping[str, Dampings], damping: float = 1.0) -> Iterator[None]:
+def channel_norms(model: nn.Module, module: str) -> Tensor:
+    """Return the norm of each channel's outgoing weights, shape ``[channels]``; all ranks ask together if sharded."""
+    return _channel_squares(model, module).sqrt().cpu()
+
+
+def _channel_squares(model: nn.Module, module: str) -> Tensor:
+    """Return the sum of the squares of each channel's outgoing weights, shape ``[channels]``."""
+    return whole(weight_of(attention_of(model, module).output).float().square().sum(dim=0))
+
+
+def mask_heads(model: nn.Module, heads: Mapping[str, Dampings], damping: float = 1.0) -> AbstractContextManager[None]:
     """Switch heads off, or damp them, for the length of a ``with`` block, without touching a weight.
 
     Args:
@@ -88,10 +101,23 @@ def mask_heads(model: nn.Module, heads: Mapping[str, Dampings], damping: float =
         ValueError: If the model has no such head.
     """
     check_heads(model, heads)
+    return _masked(model, {name: _factor(model, name, of, damping) for name, of in heads.items()})
+
+
+def mask_channels(
+    model: nn.Module, channels: Mapping[str, Dampings], damping: float = 1.0
+) -> AbstractContextManager[None]:
+    """Switch channels off, or damp them, for the length of a ``with`` block; see ``mask_heads``."""
+    check_channels(model, channels)
+    return _masked(model, {name: _factor(model, name, of, damping, 1) for name, of in channels.items()})
+
+
+@contextmanager
+def _masked(model: nn.Module, factors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Multiply the inputs of layers, by their names, for the length of a ``with`` block."""
     twins = twins_of(model)
     with ExitStack() as undo:
-        for name, dampings in heads.items():
-            factor = _factor(model, name, dampings, damping)
+        for name, factor in factors.items():
 
             def damp(module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor) -> tuple[Tensor]:
                 # Not a product alone: what is off is 0 even where the output is infinite.
@@ -121,9 +147,8 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Dampings]) -> None:
     with torch.no_grad():
         for name, dampings in heads.items():
             attention, factor = attention_of(model, name), _factor(model, name, dampings)
-            output, size = weight_of(attention.output), attention.head_dim
-            output *= factor
-            output[:, factor == 0] = 0  # where a weight is infinite
+            size = attention.head_dim
+            _scale_(attention.output, factor)
             if not _reads_alone(model, name):
                 continue
             # There are no more values than heads' outputs: in v_proj these are all rows, in c_attn the last ones.
@@ -135,6 +160,32 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Dampings]) -> None:
                 if all(dampings.get(head) == 1 for head in range(k * group, (k + 1) * group)):
                     for of_values in values:
                         of_values[k * size : (k + 1) * size] = 0
+
+
+def prune_channels_(model: nn.Module, channels: Mapping[str, Dampings]) -> None:
+    """Write the effect of ``mask_channels`` into the weights, in place.
+
+    The column of a channel in the attention's last layer becomes smaller, or zero where it is off. The values that it
+    is made of stay, since other heads may share them.
+
+    Args:
+        model: A causal language model whose attentions are in ``ATTENTIONS``.
+        channels: Damping for each channel, by the name of its layer and its column there.
+
+    Raises:
+        ValueError: If the model has no such channel. Nothing is changed then.
+    """
+    check_channels(model, channels)
+    with torch.no_grad():
+        for name, dampings in channels.items():
+            _scale_(attention_of(model, name).output, _factor(model, name, dampings, size=1))
+
+
+def _scale_(layer: Linear, factor: Tensor) -> None:
+    """Multiply each column of a layer's weight by its factor, in place."""
+    W_OI = weight_of(layer)
+    W_OI *= factor
+    W_OI[:, factor == 0] = 0  # where a weight is infinite
 
 
 def _reads_alone(model: nn.Module, module: str) -> bool:
@@ -156,10 +207,24 @@ def check_heads(model: nn.Module, heads: Mapping[str, Iterable[int]]) -> None:
         check_indices("head", name, indices, num_heads(model, name))
 
 
-def _factor(model: nn.Module, name: str, dampings: Dampings, damping: float = 1.0) -> Tensor:
-    """Return the factor of each input of an attention's last layer, shape ``[in_features]``."""
+def check_channels(model: nn.Module, channels: Mapping[str, Iterable[int]]) -> None:
+    """Raise ValueError unless the model has all these channels. A model on the meta device suffices."""
+    for name, indices in channels.items():
+        check_indices("channel", name, indices, num_channels(model, name))
+
+
+def _factor(model: nn.Module, name: str, dampings: Dampings, damping: float = 1.0, size: int | None = None) -> Tensor:
+    """Return the factor of each input of an attention's last layer, shape ``[in_features]``.
+
+    Args:
+        model: A causal language model.
+        name: Of the layer.
+        dampings: Of components there, by number.
+        damping: Times each of them.
+        size: Inputs of one component; None for heads.
+    """
     attention = attention_of(model, name)
-    weight, size = weight_of(attention.output), attention.head_dim
+    weight, size = weight_of(attention.output), size or attention.head_dim
     factor = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
     for index, of_head in dampings.items():
         factor[index * size : (index + 1) * size] = 1 - damping * of_head

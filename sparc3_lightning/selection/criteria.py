@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.components import Component
+from sparc3_lightning.models.components import Component, Scored
 from sparc3_lightning.selection.lowest import Lowest
 
 Scores = Mapping[str, Tensor]
@@ -194,7 +194,7 @@ def differential_strength(general: Mapping[str, Tensor], behavior: Mapping[str, 
     return 100 * difference / total if total else float("nan")
 
 
-def select_neurons(scores: Mapping[str, Tensor], num_neurons: int) -> list[Component]:
+def select_neurons(scores: Mapping[str, Tensor], num_neurons: int, granularity: Scored = "neuron") -> list[Component]:
     """Select the neurons with the lowest scores over all modules, lowest first.
 
     Ties are broken by the order of the modules, then by index, so that the selection is reproducible.
@@ -202,6 +202,7 @@ def select_neurons(scores: Mapping[str, Tensor], num_neurons: int) -> list[Compo
     Args:
         scores: Per module, shape ``[out_features]``; for the published selection the differential relevance.
         num_neurons: How many to select.
+        granularity: What the scores are of.
 
     Raises:
         ValueError: If ``num_neurons`` is not between 1 and the number of neurons whose score is below infinity, or a
@@ -224,7 +225,7 @@ def select_neurons(scores: Mapping[str, Tensor], num_neurons: int) -> list[Compo
             f"asks for {num_neurons} neurons, but --.criterion leaves only {eligible} of "
             f"{len(flat):,}: ask for fewer, or with set_difference raise --.top_behavior or lower --.top_general.",
         )
-    chosen = Lowest(num_neurons)
+    chosen = Lowest(num_neurons, granularity)
     for name, score in scores.items():
         chosen.add(name, score)
     return chosen.components
@@ -234,15 +235,16 @@ def lowest_of_modules(pruned: Sequence[Component], scores: Iterable[tuple[str, T
     """Return, per module, the components with the lowest scores, ``POOL`` times as many as were pruned there.
 
     Args:
-        pruned: The pruned components.
+        pruned: The pruned components; those of one module are of one kind.
         scores: Name and scores of each module, of the shape that ``Kind`` says, one module in memory at a time; the
             magnitude of the relevance, or the negative norm of weights.
     """
     taken, numbers = {component.key for component in pruned}, per_module(pruned)
+    kinds = {component.module: component.granularity for component in pruned}
     pool: dict[str, list[Component]] = {module: [] for module in numbers}
     for module, score in scores:
         if number := numbers[module]:
-            candidates = Lowest((1 + POOL) * number)
+            candidates = Lowest((1 + POOL) * number, kinds[module])
             candidates.add(module, score)
             pool[module] = [c for c in candidates.components if c.key not in taken][: POOL * number]
     return [component for of_module in pool.values() for component in of_module]

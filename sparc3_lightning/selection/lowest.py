@@ -5,7 +5,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from sparc3_lightning.models.components import Component
+from sparc3_lightning.models.components import Component, Scored, kind_of
 
 
 def lowest(S_GK: Tensor, number: int) -> Tensor:
@@ -63,20 +63,23 @@ class Lowest:
 
     Args:
         number: How many to keep.
+        granularity: What was scored.
 
     Attributes:
         components: The lowest so far, from the lowest up.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, granularity: Scored = "neuron") -> None:
         self.number = number
+        self.granularity = granularity
         self.components: list[Component] = []
 
     def add(self, name: str, scores: Tensor) -> None:
         """Take in the scores of the next layer, of the shape that ``Kind`` says."""
         places = lowest_first(scores, self.number)
-        values = scores.flatten()[places].tolist()
+        values, kind = scores.flatten()[places].tolist(), kind_of(self.granularity, name)
         found = [
-            Component.at(place, name, scores.shape, value) for place, value in zip(places.tolist(), values, strict=True)
+            Component.at(place, name, scores.shape, kind, value)
+            for place, value in zip(places.tolist(), values, strict=True)
         ]
         self.components = sorted([*self.components, *found], key=attrgetter("score"))[: self.number]

@@ -18,7 +18,7 @@ from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component, Granularity
 from sparc3_lightning.provenance import git_hash, revision_of, versions
 
-FORMAT = "sparc3_lightning neurons 3"
+FORMAT = "sparc3_lightning neurons 4"
 NEURONS = "neurons.json"
 SELECTION = "selection.json"
 CHOSEN = "chosen/neurons.json"  # in the folder of a sweep
@@ -197,7 +197,6 @@ class NeuronList:
 
 
 _LISTS = ("neurons", "next", "least_relevant")
-_DEFAULTS: dict[str, float | None] = {"damping": 1.0, "mean": 0.0, "input": None}
 
 
 class _Row(TypedDict):
@@ -209,11 +208,18 @@ class _Row(TypedDict):
     damping: Annotated[float, Range(0, 1)]
     mean: float
     input: Count | None
+    granularity: Granularity
 
 
 def _row(neuron: Component) -> dict[str, str | float | None]:
     """Return the fields of a neuron, without those that every pruned one shares."""
-    return {name: value for name, value in asdict(neuron).items() if value != _DEFAULTS.get(name)}
+    defaults = _defaults(neuron.input)
+    return {name: value for name, value in asdict(neuron).items() if value != defaults.get(name)}
+
+
+def _defaults(input_: object) -> dict[str, object]:
+    """Return the fields that a row leaves out where they say nothing: what has an input is a weight."""
+    return {"damping": 1.0, "mean": 0.0, "input": None, "granularity": "neuron" if input_ is None else "weight"}
 
 
 def _components(rows: object, place: str) -> list[Component]:
@@ -226,7 +232,7 @@ def _components(rows: object, place: str) -> list[Component]:
     for i, row in enumerate(read_as(list[dict[str, object]], rows, place)):
         if missing := [name for name in ("score", "damping", "mean") if row.get(name, 0.0) is None]:
             raise ValueError(f"{place}.{i}.{missing[0]} cannot be None")
-        found.append(Component(**read_as(_Row, {**_DEFAULTS, **row}, f"{place}.{i}")))
+        found.append(Component(**read_as(_Row, {**_defaults(row.get("input")), **row}, f"{place}.{i}")))
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
-from sparc3_lightning.models.components import Component
+from sparc3_lightning.models.components import Component, Scored
 from sparc3_lightning.selection.criteria import (
     Scores,
     benefit_per_cost,
@@ -98,12 +98,14 @@ class NeuronRanking:
         general: General scores, per module.
         damping: How far each is switched off.
         means: What takes the place of each neuron's activation, per module; None for 0.
+        granularity: What the scores are of.
     """
 
     scores: Mapping[str, Tensor]
     general: Scores
     damping: float = 1.0
     means: Mapping[str, Tensor] | None = None
+    granularity: Scored = "neuron"
 
     @property
     def eligible(self) -> Tensor:
@@ -117,7 +119,7 @@ class NeuronRanking:
         Raises:
             ValueError: As ``criteria.select``.
         """
-        return edited(select_neurons(self.scores, number), self.damping, self.means)
+        return edited(select_neurons(self.scores, number, self.granularity), self.damping, self.means)
 
     def selected(
         self,

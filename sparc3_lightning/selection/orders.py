@@ -1,4 +1,4 @@
-"""Orders in which the components of a model are taken out, the least relevant first: neurons, heads or single weights.
+"""Orders in which the components of a model are taken out, the least relevant first: neurons, channels, weights.
 
 Relevance is the magnitude of the score, whatever its sign: a component that works against the behaviour belongs to the
 circuit as one that works for it does.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparc3_lightning.attribution.scores import INDEX, Provenance, ScoreFile, WeightScores
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import linear_at, weight_of
-from sparc3_lightning.models.components import Component, mask
+from sparc3_lightning.models.components import Component, Scored, mask
 from sparc3_lightning.selection.criteria import select_neurons
 from sparc3_lightning.selection.sides import are_of_same_samples
 
@@ -34,15 +34,17 @@ class Order(Protocol):
 
 
 class ComponentOrder:
-    """Neurons, or heads, from the least to the most relevant over all layers.
+    """Neurons, heads or channels from the least to the most relevant over all layers.
 
     Args:
-        scores: Per module, shape ``[out_features]`` or ``[heads]``.
+        scores: Per module, shape ``[components]``.
+        granularity: What they are of.
     """
 
-    def __init__(self, scores: Scores) -> None:
+    def __init__(self, scores: Scores, granularity: Scored = "neuron") -> None:
         magnitudes = {name: score.abs() for name, score in scores.items()}
-        self.components: list[Component] = select_neurons(magnitudes, sum(map(len, magnitudes.values())))
+        number = sum(map(len, magnitudes.values()))
+        self.components: list[Component] = select_neurons(magnitudes, number, granularity)
 
     def __len__(self) -> int:
         return len(self.components)
@@ -109,8 +111,8 @@ class Group:
     provenances: list[Provenance]
 
     @property
-    def granularity(self) -> str:
-        """``neuron``, ``head`` or ``weight``."""
+    def granularity(self) -> Scored:
+        """What was scored."""
         return self.provenances[0].spec.granularity
 
     def average(self) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ def select_weights(layers: Iterable[Layer], num_weights: int, num_ranked: int) -
     Raises:
         ValueError: If there are fewer weights than are to be selected.
     """
-    found, per_layer = Lowest(max(num_weights, num_ranked)), {}
+    found, per_layer = Lowest(max(num_weights, num_ranked), "weight"), {}
     low, high, num_negative, of_general, of_difference = torch.inf, -torch.inf, 0, 0.0, 0.0
     for name, general_OI, difference_OI in layers:
         found.add(name, difference_OI)

@@ -18,7 +18,7 @@ from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype
-from sparc3_lightning.models.components import Component, check
+from sparc3_lightning.models.components import Component, Scored, check, kind_of
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
@@ -140,7 +140,8 @@ class Circuit(StoppableModule):
             scores = ScoreFile.load(group.paths[0]).scores
             if group.granularity == "neuron":
                 check_are_neurons(scores)
-            check(model, [Component(name, len(score) - 1, 0.0) for name, score in scores.items()])
+            for name, score in scores.items():
+                check(model, [Component(name, len(score) - 1, 0.0, granularity=kind_of(group.granularity, name))])
 
     def configure_model(self) -> None:
         """Load the model, once."""
@@ -172,8 +173,8 @@ class Circuit(StoppableModule):
 
     def _measure_group(self, group: Group) -> Curve:
         """Return the curve of a method, and the sparsest circuit by the mean of its scores over the seeds."""
-        curves = [self._curve(order_of(load_scores(path))) for path in group.paths]
-        order = order_of(group.average())
+        curves = [self._curve(order_of(load_scores(path), group.granularity)) for path in group.paths]
+        order = order_of(group.average(), group.granularity)
         # Measured again, since an order by the mean is none of the seeds' orders.
         curve = self._curve(order) if len(curves) > 1 else curves[0]
         kept = [step for step in curve if step.accuracy >= self.threshold * self.full.accuracy]
@@ -198,7 +199,8 @@ class Circuit(StoppableModule):
 
     def _measure_random(self, like: Group) -> Curve:
         scores = load_scores(like.paths[0])
-        orders = (order_of(random_scores(scores, run_seed() + i)) for i in range(self.num_random))
+        drawn = (random_scores(scores, run_seed() + i) for i in range(self.num_random))
+        orders = (order_of(of_seed, like.granularity) for of_seed in drawn)
         num_components = sum(score.numel() for score in scores.values())
         return curve_of(RANDOM, like.granularity, num_components, [self._curve(order) for order in orders])
 
@@ -275,10 +277,9 @@ class Circuit(StoppableModule):
         return data
 
 
-def order_of(scores: Scores) -> Order:
-    """Return the order of the components by their scores; scores of weights are matrices."""
-    is_of_weights = next(iter(scores.values())).dim() == 2
-    return WeightOrder(scores) if is_of_weights else ComponentOrder(scores)
+def order_of(scores: Scores, granularity: Scored) -> Order:
+    """Return the order of the components by their scores."""
+    return WeightOrder(scores) if granularity == "weight" else ComponentOrder(scores, granularity)
 
 
 def curve_of(name: str, granularity: str, num_components: int, curves: Sequence[Sequence[Step]]) -> Curve:

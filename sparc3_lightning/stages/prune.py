@@ -239,7 +239,7 @@ class Pruning(Stage):
             differential = differential_strength(general, behavior)
             self._check_differential_strength(differential)
         means = means_beside(self.general) if self.ablation == "mean" else None
-        ranking = NeuronRanking(scores, general, self.dampings[0], means)
+        ranking = NeuronRanking(scores, general, self.dampings[0], means, behavior_file.provenance.spec.granularity)
         num_listed, use = min(self.num_ranked, len(ranking.eligible)), None
         if self.budget.max_perplexity_increase is None:
             # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.

@@ -185,7 +185,7 @@ def test_each_draw_of_a_control_has_as_many_neurons_per_layer_and_none_of_the_pr
 def test_controls_of_damped_neurons_or_weights_are_damped_alike(make_model):
     dampings = [0.5, 0.25, 0.75]
     damped = [replace(n, damping=s) for n, s in zip(NEURONS.neurons, dampings, strict=True)]
-    of_weights = [replace(n, input=3) for n in damped]
+    of_weights = [replace(n, granularity="weight", input=3) for n in damped]
     for neurons, pool in ((damped, NEURONS.least_relevant), (of_weights, [])):
         lists = {"": NeuronList(neurons, least_relevant=pool)}
         variants = list_variants(lists, 1, controls=Controls(2))

@@ -36,7 +36,12 @@ def test_a_pruned_head_is_a_masked_one(family: str) -> None:
     with torch.no_grad():
         for off in ([1], [0, 1], [0, 1, 3], [2, 3]):
             pruned = copy.deepcopy(model)
-            heads = [Component(name, index, 0.0) for name in names for index in off if index < num_heads(model, name)]
+            heads = [
+                Component(name, index, 0.0, granularity="head")
+                for name in names
+                for index in off
+                if index < num_heads(model, name)
+            ]
             with mask(model, heads):
                 masked = model(INPUT_IDS, use_cache=False).logits
             prune_(pruned, heads)
@@ -65,7 +70,7 @@ def test_values_that_another_block_reads_too_are_kept() -> None:
     names = [f"model.layers.{block}.self_attn.o_proj" for block in range(2)]
     assert head_layers(model) == names
     assert heads_left_out(model) == "Left out: 2 layers without known heads, such as model.layers.2.self_attn.o_proj"
-    heads = [Component(name, index, 0.0) for name in names for index in (0, 1)]
+    heads = [Component(name, index, 0.0, granularity="head") for name in names for index in (0, 1)]
     with torch.no_grad():
         with mask(model, heads):
             masked = model(INPUT_IDS, use_cache=False).logits

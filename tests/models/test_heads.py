@@ -56,7 +56,9 @@ def off_in(family: str) -> dict[str, dict[int, float]]:
 
 
 def as_neurons(family: str) -> list[Component]:
-    return [Component(name, index, 0.0) for name, indices in off_in(family).items() for index in indices]
+    return [
+        Component(name, index, 0.0, granularity="head") for name, indices in off_in(family).items() for index in indices
+    ]
 
 
 def weight_at(model: Any, name: str) -> Tensor:
@@ -209,7 +211,7 @@ def test_an_attention_whose_values_are_not_known_has_no_heads_and_says_what_ther
         head_layers(model)
     (output,) = (name for name, _ in model.named_modules() if is_heads(name))
     with pytest.raises(ValueError, match="not a layer of attention heads"):
-        check(model, [Component(output, 0, 0.0)])
+        check(model, [Component(output, 0, 0.0, granularity="head")])
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,9 @@ def test_a_mask_makes_the_columns_of_a_head_smaller_by_its_strength(make_model, 
 
 def test_each_head_has_a_strength_of_its_own_in_a_mask_and_in_the_weights(make_model):
     model, heads = make_model(), {O_PROJ[0]: {0: 1.0, 3: 0.25}, O_PROJ[1]: {1: 0.5, 2: 1.0}}
-    damped = [Component(name, h, 0.0, damping=s) for name, of in heads.items() for h, s in of.items()]
+    damped = [
+        Component(name, h, 0.0, damping=s, granularity="head") for name, of in heads.items() for h, s in of.items()
+    ]
     half, expected = logits(by_hand(model, heads, 0.5)), logits(by_hand(model, heads))
     with mask(model, damped, 0.5):
         torch.testing.assert_close(logits(model), half, rtol=1e-9, atol=1e-9)
@@ -267,7 +271,7 @@ def test_each_head_has_a_strength_of_its_own_in_a_mask_and_in_the_weights(make_m
 def test_a_head_has_no_constant(make_model):
     for use in (fail_if_masked, prune_, check):
         with pytest.raises(ValueError, match=r"Head 1 of .* has a constant"):
-            use(make_model(), [Component(O_PROJ[0], 1, 0.0, mean=0.5)])
+            use(make_model(), [Component(O_PROJ[0], 1, 0.0, mean=0.5, granularity="head")])
 
 
 @all_models
@@ -319,10 +323,10 @@ def test_neurons_and_heads_can_be_off_together(make_model, family):
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [
-        (Component(O_PROJ[1], 4, 0.0), "Head 4 of .* the layer has 4 heads"),
-        (Component(O_PROJ[1], -1, 0.0), "Head -1 of "),
-        (Component("model.layers.2.self_attn.o_proj", 0, 0.0), "not a layer of attention heads"),
-        (Component("o_proj", 0, 0.0), "not a layer of attention heads"),
+        (Component(O_PROJ[1], 4, 0.0, granularity="head"), "Head 4 of .* the layer has 4 heads"),
+        (Component(O_PROJ[1], -1, 0.0, granularity="head"), "Head -1 of "),
+        (Component("model.layers.2.self_attn.o_proj", 0, 0.0, granularity="head"), "not a layer of attention heads"),
+        (Component("o_proj", 0, 0.0, granularity="head"), "not a layer of attention heads"),
         (Component("model.layers.0.mlp.up_proj", 24, 0.0), "24 neurons"),
     ],
 )
@@ -355,7 +359,9 @@ def test_the_norm_of_a_head_is_that_of_its_columns_sharded_or_not(make_checkpoin
 @pytest.mark.parametrize("family", ["llama", *ATTENTIONS])
 def test_controls_of_heads_are_heads(make_model, family):
     model, layers = make_model(family), layers_of(family)
-    pruned = NeuronList([Component(layers[0], 1, -1.0), Component(layers[1], 2, -1.0)])
+    pruned = NeuronList(
+        [Component(layers[0], 1, -1.0, granularity="head"), Component(layers[1], 2, -1.0, granularity="head")]
+    )
     variants = list_variants({"": pruned}, 1, controls=Controls(3))
     lists = neurons_of(variants, {"": pruned}, model, seed=0)
     controls = [variant for variant in variants if variant.kind in ("random", "largest_weights")]

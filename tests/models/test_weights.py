@@ -72,10 +72,15 @@ def test_a_weight_that_is_off_is_zero_even_where_it_is_infinite(make_model):
     assert layer.weight[2, 3] == 0
 
 
-def test_weights_neurons_and_heads_can_be_off_together(make_model):
+def test_weights_neurons_heads_and_channels_can_be_off_together(make_model):
     model = make_model()
     weights = chosen_of(model)
-    others = [Component("model.layers.0.mlp.up_proj", 3, 0.0), Component("model.layers.1.self_attn.o_proj", 1, 0.0)]
+    output = "model.layers.1.self_attn.o_proj"
+    others = [
+        Component("model.layers.0.mlp.up_proj", 3, 0.0),
+        Component(output, 1, 0.0, granularity="head"),
+        Component(output, 1, 0.0, granularity="channel"),
+    ]
     with mask(model, [*weights, *others]):
         found = logits(model)
     expected = by_hand(model, weights)
@@ -89,15 +94,27 @@ def test_weights_neurons_and_heads_can_be_off_together(make_model):
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [
-        (Component("model.layers.0.mlp.up_proj", 24, 0.0, input=0), r"Weight \[24, 0\] of .* has 24 x 16 weights"),
-        (Component("model.layers.0.mlp.up_proj", 0, 0.0, input=16), r"Weight \[0, 16\] of "),
-        (Component("model.layers.0.mlp.up_proj", 0, 0.0, input=-1), r"Weight \[0, -1\] of "),
-        (Component("model.layers.0.mlp.up_proj", -1, 0.0, input=0), r"Weight \[-1, 0\] of "),
-        (Component("model.layers.7.mlp.up_proj", 0, 0.0, input=0), "'model.layers.7.mlp.up_proj' is not a layer whose"),
-        (Component("model.norm", 0, 0.0, input=0), "'model.norm' is not a layer whose single weights"),
-        (Component("lm_head", 0, 0.0, input=0), "'lm_head' is not a layer .* other than its head"),
         (
-            Component("model.layers.0.mlp.up_proj", 1, 0.0, mean=0.5, input=0),
+            Component("model.layers.0.mlp.up_proj", 24, 0.0, granularity="weight", input=0),
+            r"Weight \[24, 0\] of .* has 24 x 16 weights",
+        ),
+        (Component("model.layers.0.mlp.up_proj", 0, 0.0, granularity="weight", input=16), r"Weight \[0, 16\] of "),
+        (Component("model.layers.0.mlp.up_proj", 0, 0.0, granularity="weight", input=-1), r"Weight \[0, -1\] of "),
+        (Component("model.layers.0.mlp.up_proj", -1, 0.0, granularity="weight", input=0), r"Weight \[-1, 0\] of "),
+        (
+            Component("model.layers.7.mlp.up_proj", 0, 0.0, granularity="weight", input=0),
+            "'model.layers.7.mlp.up_proj' is not a layer whose",
+        ),
+        (
+            Component("model.norm", 0, 0.0, granularity="weight", input=0),
+            "'model.norm' is not a layer whose single weights",
+        ),
+        (
+            Component("lm_head", 0, 0.0, granularity="weight", input=0),
+            "'lm_head' is not a layer .* other than its head",
+        ),
+        (
+            Component("model.layers.0.mlp.up_proj", 1, 0.0, mean=0.5, granularity="weight", input=0),
             "A weight of neuron 1 of .* a constant",
         ),
     ],

@@ -22,7 +22,7 @@ def test_the_lowest_are_the_head_of_a_sorted_list_of_all_and_of_equal_scores_the
     keys = [
         ("bac"[place // 20], *((place % 20,) if len(shape) == 1 else divmod(place % 20, 5))) for _, place in ordered
     ]
-    found = Lowest(number)
+    found = Lowest(number, "neuron" if len(shape) == 1 else "weight")
     for name, score in scores.items():
         found.add(name, score)
     assert [component.key for component in found.components] == keys[:number]

@@ -26,11 +26,13 @@ def normal(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize(("modules", "size"), [(UP_PROJ, 24), (O_PROJ, 4)])
-def test_components_go_by_the_magnitude_of_their_score_over_all_layers(make_model, modules, size):
+@pytest.mark.parametrize(
+    ("modules", "size", "granularity"), [(UP_PROJ, 24, "neuron"), (O_PROJ, 4, "head"), (O_PROJ, 16, "channel")]
+)
+def test_components_go_by_the_magnitude_of_their_score_over_all_layers(make_model, modules, size, granularity):
     scores = normal(dict.fromkeys(modules, (size,)))
     by_hand = sorted((abs(score[i].item()), name, i) for name, score in scores.items() for i in range(size))
-    order, model = ComponentOrder(scores), make_model()
+    order, model = ComponentOrder(scores, granularity), make_model()
     assert [(neuron.module, neuron.index) for neuron in order.components] == [(name, i) for _, name, i in by_hand]
     assert len(order) == 2 * size
     whole = logits(model)

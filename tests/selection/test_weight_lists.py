@@ -16,8 +16,16 @@ from sparc3_lightning.selection.neuron_list import FORMAT, NeuronList
 
 
 def test_a_list_of_weights_survives_saving_and_loading_and_its_columns_count(tmp_path):
-    weights = [Component("a", 1, -2.0, input=0), Component("a", 1, -1.0, 0.5, input=3)]
-    saved = NeuronList(weights, {"note": 1}, [Component("b", 1, 0.0, input=3)], [Component("b", 1, 0.0, input=4)])
+    weights = [
+        Component("a", 1, -2.0, granularity="weight", input=0),
+        Component("a", 1, -1.0, 0.5, granularity="weight", input=3),
+    ]
+    saved = NeuronList(
+        weights,
+        {"note": 1},
+        [Component("b", 1, 0.0, granularity="weight", input=3)],
+        [Component("b", 1, 0.0, granularity="weight", input=4)],
+    )
     saved.save(tmp_path / "neurons.json")
     found = NeuronList.load(tmp_path / "neurons.json")
     assert found == saved
@@ -41,7 +49,7 @@ def test_a_list_without_weights_keeps_its_bytes_and_its_digest(tmp_path):
         {"module": "b", "index": 3, "score": -1.0, "damping": 0.5, "mean": 0.25},
     ]
     content = {
-        "format": "sparc3_lightning neurons 3",
+        "format": "sparc3_lightning neurons 4",
         "neurons": rows,
         "next": [],
         "least_relevant": [{"module": "a", "index": 0, "score": 0.5}],
@@ -50,7 +58,10 @@ def test_a_list_without_weights_keeps_its_bytes_and_its_digest(tmp_path):
     assert (tmp_path / "neurons.json").read_text() == json.dumps(sealed(content), indent=1) + "\n"
     places = [[("a", 1, 1.0, 0.0), ("b", 3, 0.5, 0.25)], [], [("a", 0, 1.0, 0.0)]]
     assert saved.digest() == hashlib.sha256(json.dumps(places).encode()).hexdigest()[:16]
-    assert (saved.granularity, NeuronList([Component("x.o_proj", 1, 0.0)]).granularity) == ("neuron", "head")
+    assert (saved.granularity, NeuronList([Component("x.o_proj", 1, 0.0, granularity="head")]).granularity) == (
+        "neuron",
+        "head",
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +93,7 @@ def test_the_lowest_layer_by_layer_are_those_of_a_selection_over_all_with_the_sa
         f"layers.{i}.up_proj": torch.randint(-4, 5, shape, generator=draw).float()
         for i, shape in enumerate([(8, 5), (3, 40), (20, 5), (1, 4)])
     }
-    found = Lowest(number)
+    found = Lowest(number, "weight")
     for name, score in scores.items():
         found.add(name, score)
     assert found.components == in_memory(scores, number)

@@ -110,7 +110,8 @@ def without_by_hand(checkpoint: str, scores: dict[str, Tensor], number: int) -> 
     """The model after its least relevant components, sorted by hand, are zero for good."""
     model = load_model(checkpoint, torch.float32)
     if next(iter(scores.values())).dim() == 1:
-        prune_(model, ComponentOrder(scores).components[:number])
+        granularity = "head" if next(iter(scores)).endswith("o_proj") else "neuron"
+        prune_(model, ComponentOrder(scores, granularity).components[:number])
         return model
     rows = [(abs(R_OI[o, i].item()), name, o, i) for name, R_OI in scores.items() for o in range(24) for i in range(16)]
     for _, name, o, i in sorted(rows)[:number]:

@@ -34,9 +34,15 @@ UP, OUTPUT = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.o_proj"
 LISTS = {
     "neurons": [Component(UP, 3, -1.0), Component(UP, 20, -0.5, damping=0.5)],
     "neurons held at their mean": [Component(UP, 3, -1.0, mean=0.7), Component(UP, 5, -1.0, 0.5, -0.3)],
-    "heads": [Component(OUTPUT, 0, -1.0), Component(OUTPUT, 3, -1.0, damping=0.25)],
-    "weights": [Component(UP, 3, -1.0, input=4), Component(OUTPUT, 0, -1.0, damping=0.5, input=15)],
-    "neurons and heads": [Component(UP, 3, -1.0), Component(OUTPUT, 2, -1.0)],
+    "heads": [
+        Component(OUTPUT, 0, -1.0, granularity="head"),
+        Component(OUTPUT, 3, -1.0, damping=0.25, granularity="head"),
+    ],
+    "weights": [
+        Component(UP, 3, -1.0, granularity="weight", input=4),
+        Component(OUTPUT, 0, -1.0, damping=0.5, granularity="weight", input=15),
+    ],
+    "neurons and heads": [Component(UP, 3, -1.0), Component(OUTPUT, 2, -1.0, granularity="head")],
 }
 OUT, EXPORT = Path("out"), Path("exported")
 
@@ -237,12 +243,16 @@ def test_results_that_are_not_of_these_neurons_are_not_told(
 
 def test_a_card_names_the_first_thousand_weights_of_a_long_list(tiny_checkpoint: str) -> None:
     chosen = [
-        Component(f"model.layers.{i}.mlp.up_proj", j, -1.0, input=k)
+        Component(f"model.layers.{i}.mlp.up_proj", j, -1.0, granularity="weight", input=k)
         for i in range(2)
         for j in range(24)
         for k in range(16)
     ]
-    chosen += [Component("model.layers.0.mlp.gate_proj", j, -1.0, input=k) for j in range(24) for k in range(16)]
+    chosen += [
+        Component("model.layers.0.mlp.gate_proj", j, -1.0, granularity="weight", input=k)
+        for j in range(24)
+        for k in range(16)
+    ]
     Export(save_neurons(tiny_checkpoint, chosen), EXPORT).write(OUT)
     text = (EXPORT / "README.md").read_text()
     assert "The first 1000 of them, by layer:" in text

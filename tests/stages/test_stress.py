@@ -238,8 +238,8 @@ def test_what_grew_back_is_in_units_of_what_was_pruned():
 @pytest.mark.parametrize("granularity", ["head", "weight"])
 def test_heads_and_single_weights_go_under_stress_too(granularity, tiny_checkpoint):
     chosen = {
-        "head": [Component("model.layers.0.self_attn.o_proj", 1, -1.0)],
-        "weight": [Component(UP[0], 3, -1.0, input=index) for index in range(4)],
+        "head": [Component("model.layers.0.self_attn.o_proj", 1, -1.0, granularity="head")],
+        "weight": [Component(UP[0], 3, -1.0, granularity="weight", input=index) for index in range(4)],
     }[granularity]
     of = stress_data(num_prompts=6)
     of.neutral = neutral(num_samples=4)

@@ -26,7 +26,11 @@ from sparc3_lightning.stages.sweep import Sweep
 
 
 def test_random_weights_are_as_many_in_each_layer_none_of_the_pruned_and_each_is_drawn_equally_often():
-    pruned = [Component("a", 0, 0.0, input=1), Component("a", 2, 0.0, input=3), Component("b", 1, 0.0, input=0)]
+    pruned = [
+        Component("a", 0, 0.0, granularity="weight", input=1),
+        Component("a", 2, 0.0, granularity="weight", input=3),
+        Component("b", 1, 0.0, granularity="weight", input=0),
+    ]
     shapes, drawn = {"a": (3, 4), "b": (2, 2)}, Counter()
     for seed in range(3000):
         of_seed = random_like(pruned, shapes, seed)
@@ -38,7 +42,7 @@ def test_random_weights_are_as_many_in_each_layer_none_of_the_pruned_and_each_is
     # 600 and 1,000 draws are expected of each; 4.5 standard deviations are 100 and 116.
     assert all(abs(count - (600 if key[0] == "a" else 1000)) < 116 for key, count in drawn.items())
     assert random_like(pruned, shapes, 5) == random_like(pruned, shapes, 5)
-    nearly_all = [Component("b", o, 0.0, input=i) for o, i in ((0, 0), (0, 1), (1, 1))]
+    nearly_all = [Component("b", o, 0.0, granularity="weight", input=i) for o, i in ((0, 0), (0, 1), (1, 1))]
     assert [n.key for n in random_like(nearly_all, shapes, 0)] == [("b", 1, 0)], "no more are left"
 
 
@@ -46,9 +50,11 @@ def test_random_weights_are_as_many_in_each_layer_none_of_the_pruned_and_each_is
 def test_controls_of_weights_are_other_weights_of_the_same_layers(make_model, family):
     model = make_model(family)
     first, second = mlp_of(family, 0)[0][0], mlp_of(family, 1)[1]
-    weights = [Component(first, o, -1.0, input=2 * o) for o in range(3)] + [Component(second, 1, -1.0, input=5)]
-    least = [Component(first, 7, 0.0, input=i) for i in range(9)] + [
-        Component(second, 0, 0.0, input=i) for i in range(9)
+    weights = [Component(first, o, -1.0, granularity="weight", input=2 * o) for o in range(3)] + [
+        Component(second, 1, -1.0, granularity="weight", input=5)
+    ]
+    least = [Component(first, 7, 0.0, granularity="weight", input=i) for i in range(9)] + [
+        Component(second, 0, 0.0, granularity="weight", input=i) for i in range(9)
     ]
     lists = {"": NeuronList(weights, least_relevant=least)}
     variants = list_variants(lists, 1, controls=Controls(4))
