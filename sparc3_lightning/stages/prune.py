@@ -14,7 +14,7 @@ from sparc3_lightning.attribution.scores import ScoreFile, WeightScores, average
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
-from sparc3_lightning.models.components import Component, Granularity
+from sparc3_lightning.models.components import Component, Granularity, kind_of
 from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
 from sparc3_lightning.models.likelihood import check_logits
 from sparc3_lightning.models.neurons import check_are_neurons
@@ -71,9 +71,10 @@ class Pruning(Stage):
         min_differential_strength: Least value of (sum of general scores - sum of the behaviour's scores) / sum of
             general scores, in percent. It partly measures the length of the samples. For ``difference`` only.
         weak: What to do below ``min_differential_strength``: ``warn`` and go on, or stop with an ``error``.
-        granularity: ``neuron``, or ``weight`` to prune single weights, by the ``difference`` alone and without any
-            harmless samples, mean ablation or budget. It needs scores of weights, which are summed for neurons
-            (``sparc3 attribute --model.granularity weight``).
+        granularity: ``neuron`` for what the score files have scores of, be it neurons, heads, channels, or neurons and
+            channels in one ranking; scores of weights are summed for neurons. Or ``weight`` to prune single weights, by
+            the ``difference`` alone and without any harmless samples, mean ablation or budget; it needs scores of
+            weights (``sparc3 attribute --model.granularity weight``).
         export: Folder to write the pruned checkpoint to: the files of the original, in which the pruned weights alone
             differ; None writes none. It must not exist.
         export_dtype: Of the exported weights; ``auto`` keeps the dtype of each.
@@ -217,10 +218,15 @@ class Pruning(Stage):
         check_match([general_files[0], behavior_file], needs.needs_one_kind)
         if needs.needs_costs:
             check_are_costs(general_files[0].provenance.spec, behavior_file.provenance.spec)
-        if behavior_file.provenance.spec.granularity == "neuron":
-            check_are_neurons(behavior_file.scores)
-        elif self.budget.refine:
-            raise OptionError("budget.refine", "is for neurons, and these are scores of heads: leave it out.")
+        scored = behavior_file.provenance.spec.granularity
+        neurons = [name for name in behavior_file.scores if kind_of(scored, name) == "neuron"]
+        check_are_neurons(neurons)
+        if len(neurons) < len(behavior_file.scores):
+            others = f"is for neurons, and these are scores of {scored.replace('+', 's and ')}s: leave it out."
+            if self.budget.refine:
+                raise OptionError("budget.refine", others)
+            if self.ablation == "mean":
+                raise OptionError("ablation", f"mean {others}")
         general, behavior = average(general_files), behavior_file.scores
         files = [*general_files, behavior_file]
         if self.harmless is not None:
@@ -239,7 +245,7 @@ class Pruning(Stage):
             differential = differential_strength(general, behavior)
             self._check_differential_strength(differential)
         means = means_beside(self.general) if self.ablation == "mean" else None
-        ranking = NeuronRanking(scores, general, self.dampings[0], means, behavior_file.provenance.spec.granularity)
+        ranking = NeuronRanking(scores, general, self.dampings[0], means, scored)
         num_listed, use = min(self.num_ranked, len(ranking.eligible)), None
         if self.budget.max_perplexity_increase is None:
             # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.
@@ -279,7 +285,7 @@ class Pruning(Stage):
                 source.spec.granularity,
                 self.export,
                 dtype=export_dtype_of(self.export_dtype),
-                with_means=self.ablation == "mean" and source.spec.granularity == "neuron",
+                with_means=self.ablation == "mean",
             )
 
     def _check_differential_strength(self, percent: float) -> None:
