@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
@@ -12,6 +13,7 @@ from sparc3_lightning.attribution.activations import mean_activations
 from sparc3_lightning.attribution.relevance import (
     Relevance,
     absolute_relevance,
+    fisher_information,
     head_relevance,
     magnitude_relevance,
     signed_relevance,
@@ -39,10 +41,26 @@ OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "square
 # Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.
 CHECK_EVERY = 16
 _TOKENS = "tokens/"  # before the name of a module of experts whose sum is the tokens that each of them saw
+_ODD = "odd/"  # before the name of a module whose sum is of every second sample
 
 
 class NonfiniteRelevanceError(OptionError):
     """A relevance is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What costs need beside the samples of a batch.
+
+    Args:
+        chunk: Tokens of a chunk, over which relevance is summed before it is squared.
+        num_tokens: Tokens of all samples, which the sums are divided by.
+        odd: Names of every second sample, whose sums are kept apart: how alike the halves are says how noisy costs are.
+    """
+
+    chunk: int
+    num_tokens: int
+    odd: Collection[str] = ()
 
 
 class ScoreAccumulator:
@@ -55,9 +73,10 @@ class ScoreAccumulator:
     Scores of weights are summed in float32 on the device. Of several ranks each keeps the sums of its own rows.
 
     Args:
-        modules: The target layers by their fully qualified name; for ``activation`` by that name the layers whose
-            inputs are the activations of the target's neurons.
-        score: ``magnitude``, ``signed``, ``absolute`` or ``squared`` relevance, ``wanda`` or ``activation``.
+        modules: The target layers by their fully qualified name; for ``activation`` and ``fisher`` by that name the
+            layers whose inputs are the activations of the target's neurons.
+        score: ``magnitude``, ``signed``, ``absolute`` or ``squared`` relevance, ``fisher`` (a cost), ``wanda`` or
+            ``activation``.
         nonfinite: On NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0 in place of
             the value and counts it in ``num_nonfinite``.
         granularity: One score for each ``neuron``, summed over its incoming weights; for each attention ``head``,
@@ -65,6 +84,7 @@ class ScoreAccumulator:
         head_dims: Of each module, the inputs that belong to one head; for heads.
         parts: Of each module, which rows are those of its neurons; for neurons, by default all.
         twins: Layers that have the weight of a module too. The scores of all uses of a weight are added up.
+        costs: For ``fisher``.
 
     Raises:
         ValueError: If the score is not defined for weights, as squared and absolute relevance are not; if a module
@@ -80,8 +100,10 @@ class ScoreAccumulator:
         head_dims: Mapping[str, int] | None = None,
         parts: Mapping[str, slice] | None = None,
         twins: Mapping[Linear, Sequence[Linear]] | None = None,
+        costs: Costs | None = None,
     ) -> None:
         check_granularity(granularity, score, modules)
+        assert (score == "fisher") == (costs is not None)
         self.modules = dict(modules)
         self.score = score
         self.nonfinite = nonfinite
@@ -89,6 +111,7 @@ class ScoreAccumulator:
         self.head_dims = head_dims or {}
         self.parts = parts or {}
         self.twins = twins or {}
+        self.costs = costs
         self.sums: dict[str, Tensor] = {}
         self.num_samples = 0
         self._nonfinite: int | Tensor = 0
@@ -134,11 +157,17 @@ class ScoreAccumulator:
         """
         self._batch, self._called, self._routed = {}, set(), {}
         real = [i for i, weight in enumerate(weights) if weight] if weights is not None else range(len(sample_ids))
-        handles = [
-            layer.register_forward_hook(self._hook(name, mask_BT, real, len(sample_ids)), prepend=True)
-            for name, module in self.modules.items()
-            for layer in (module, *self.twins.get(module, ()))
+        layers = [
+            (name, layer) for name, module in self.modules.items() for layer in (module, *self.twins.get(module, ()))
         ]
+        if self.costs is not None:
+            hook = partial(self._cost_hook, self.costs.chunk, mask_BT, len(sample_ids))
+            handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers]
+        else:
+            handles = [
+                layer.register_forward_hook(self._hook(name, mask_BT, real, len(sample_ids)), prepend=True)
+                for name, layer in layers
+            ]
         handles += [
             experts.register_forward_hook(self._counter(name, mask_BT, real, len(sample_ids)))
             for name, experts in self._experts.items()
@@ -148,6 +177,8 @@ class ScoreAccumulator:
         finally:
             for handle in handles:
                 handle.remove()
+        if self.costs is not None:
+            self._batch = {name: fisher_information(S_GI, len(sample_ids)) for name, S_GI in self._batch.items()}
         self._batch |= self._unseen(len(sample_ids))
         missing = self.modules.keys() - self._batch.keys()
         if missing:
@@ -157,14 +188,16 @@ class ScoreAccumulator:
             self._batch = {name: score[kept.to(score.device)] for name, score in self._batch.items()}
             sample_ids = [sample_ids[i] for i in real]
         num_nonfinite = self._replace_nonfinite()
-        totals: dict[str, Tensor] = {
-            f"{_TOKENS}{name}": self.sums.get(f"{_TOKENS}{name}", 0) + count for name, count in self._routed.items()
-        }
-        if not self.sums_weights:
-            for name, score in self._batch.items():
-                # In double: the order of batches and ranks leaves no trace.
-                total = score.sum(dim=0, dtype=torch.float64)
-                totals[name] = self.sums[name] + total if name in self.sums else total
+        added = {f"{_TOKENS}{name}": count for name, count in self._routed.items()}
+        # In double: the order of batches and ranks leaves no trace.
+        if self.costs is not None:
+            for half, is_odd in (("", False), (_ODD, True)):
+                rows = torch.tensor([i for i, name in enumerate(sample_ids) if (name in self.costs.odd) is is_odd])
+                for name, score in self._batch.items():
+                    added[f"{half}{name}"] = _sum(score[rows.long().to(score.device)])
+        elif not self.sums_weights:
+            added |= {name: _sum(score) for name, score in self._batch.items()}
+        totals = {name: self.sums[name] + number if name in self.sums else number for name, number in added.items()}
         self._watch(sample_ids)
         # Memory may have run out anywhere above, and the batch come again: nothing of it was added yet.
         self.sums.update(totals)
@@ -210,7 +243,7 @@ class ScoreAccumulator:
         torch.distributed.all_reduce(counts)
         self.num_samples, self.num_nonfinite = counts.tolist()
         if not self.sums_weights:  # those are of all ranks already
-            names = [*self.modules, *(f"{_TOKENS}{name}" for name in self._experts)]
+            names = sorted(self.sums)
             flat = torch.cat([self.sums[name] for name in names])
             torch.distributed.all_reduce(flat)
             sizes = [len(self.sums[name]) for name in names]
@@ -228,7 +261,8 @@ class ScoreAccumulator:
     def each(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each module and its scores, float32 on the CPU; all ranks must ask together.
 
-        Relevance and activations are the mean over the samples; Wanda's norm is over all tokens of all samples.
+        Relevance and activations are the mean over the samples; Wanda's norm is over all tokens of all samples, and
+        costs are the mean over these.
 
         Yields:
             Name, and scores of shape ``[neurons]``, of heads ``[heads]`` or, of weights, ``[out_features,
@@ -248,11 +282,22 @@ class ScoreAccumulator:
                     score = sum_heads(score.sum(dim=0), self.head_dims[name])
                 yield name, score.float().cpu()
             return
+        if self.costs is not None:
+            for name in self.modules:
+                total = self.sums[name] + self.sums[f"{_ODD}{name}"]
+                yield name, (total / self.costs.num_tokens).float().cpu()
+            return
         for name, module in self.modules.items():
             # Of an expert that saw no token no weight has a sum.
             total = self.sums[name] if name in self.sums else torch.zeros(shape_of(module))
             rows = gather_rows(total, shape_of(module)[0]) if self.sums_weights else total
             yield name, (rows / self.num_samples).float().cpu()
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """The sums of costs over every second sample, and over those between, shape ``[components of all modules]``."""
+        even, odd = (torch.cat([self.sums[f"{half}{name}"] for name in self.modules]).cpu() for half in ("", _ODD))
+        return even, odd
 
     def _part(self, name: str) -> slice:
         """Return which rows of a module are scored."""
@@ -293,6 +338,26 @@ class ScoreAccumulator:
 
         return record
 
+    def _cost_hook(
+        self, chunk: int, mask_BT: Tensor | None, num_samples: int, name: str
+    ) -> Callable[[Linear, tuple[Tensor]], tuple[Tensor]]:
+        def record(module: Linear, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            self._called.add(name)
+            unfold = Unfolding(module, mask_BT, num_samples, chunk)
+            # A tensor of this layer alone, whose gradient is that through the layer. All weights are frozen: the graph
+            # begins here, at the first of the layers.
+            A = inputs[0].view_as(inputs[0]).requires_grad_()
+            values = A.detach()
+
+            def take(G: Tensor) -> None:
+                S_GI = signed_relevance(unfold(values), unfold(G))
+                self._set(name, sum_heads(S_GI, self.head_dims.get(name, 1)))
+
+            A.register_hook(take)
+            return (A,)
+
+        return record
+
     def _counter(
         self, name: str, mask_BT: Tensor | None, real: Sequence[int], num_samples: int
     ) -> Callable[[nn.Module, object, Tensor], None]:
@@ -306,7 +371,7 @@ class ScoreAccumulator:
 
     def _unseen(self, num_samples: int) -> dict[str, Tensor]:
         """Return the scores of layers of experts to which no token of the batch was routed: 0."""
-        of_inputs = self.score in ("wanda", "activation")
+        of_inputs = self.score in ("wanda", "activation", "fisher")
         return {
             name: counts.new_zeros(num_samples, module.in_features if of_inputs else module.out_features)
             for name, module in self.modules.items()
@@ -362,3 +427,8 @@ class ScoreAccumulator:
         self._unchecked.append((finite, sample_ids))
         if finite.device.type == "cpu" or len(self._unchecked) >= CHECK_EVERY:
             self.check()
+
+
+def _sum(score: Tensor) -> Tensor:
+    """Add up the scores of samples, in float64."""
+    return score.sum(dim=0, dtype=torch.float64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparc3_lightning.models.heads import sum_heads
 
-Relevance = Literal["magnitude", "signed", "absolute", "squared"]
+Relevance = Literal["magnitude", "signed", "absolute", "squared", "fisher"]
 TILE = 4096  # rows of a weight whose relevance is held at a time
 
 
@@ -109,6 +109,28 @@ def squared_relevance(Z_BTO: Tensor, G_BTO: Tensor) -> Tensor:
     """
     wide = torch.promote_types(Z_BTO.dtype, torch.float32)
     return (Z_BTO.to(wide) * G_BTO.to(wide)).square().sum(dim=1)
+
+
+def fisher_information(S_GI: Tensor, num_samples: int) -> Tensor:
+    """Sum the squares of each input's signed relevance over the chunks of each sample: sum_c (sum_t in c a_ti g_ti)^2.
+
+    Each sum is the derivative of the target by a factor on the input at the tokens of a chunk. Where the target is the
+    log-probability of next tokens that the model draws, its square is the Fisher information of that factor in the
+    mean over the draws, in nats squared; half of it is the Kullback-Leibler divergence, in nats and to second order,
+    that switching the input off costs at these tokens.
+
+    Source: Kullback and Leibler 1951, Annals of Mathematical Statistics 22:79, section 6; as a cost of pruning Theis
+    et al. 2018, arXiv:1801.05787, equation 6.
+
+    Args:
+        S_GI: Signed relevance of the inputs of a layer in each chunk, see ``signed_relevance``, shape
+            ``[samples * chunks, in_features]``, the chunks of a sample one after the other.
+        num_samples: Number of samples.
+
+    Returns:
+        Shape ``[samples, in_features]``.
+    """
+    return S_GI.unflatten(0, (num_samples, -1)).square().sum(dim=1)
 
 
 def squared_norms(A_BTI: Tensor, mask_BT: Tensor | None) -> Tensor:

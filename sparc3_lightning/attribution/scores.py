@@ -51,6 +51,9 @@ class Provenance:
         expert_tokens: How many tokens the scored experts saw; None without any.
         choosers: The scorers that had a part in choosing what is scored, or the samples: of each by its name what tells
             it from every other, None if that is not known.
+        split_half: Of costs Spearman's correlation between those of every second sample and those of the samples
+            between, over all components; None for other scores, or of a single sample. The costs of all samples are
+            less noisy than those of a half.
     """
 
     checkpoint: str
@@ -69,6 +72,7 @@ class Provenance:
     lrp_check: str | None = field(default=None, metadata=LEFT_OUT)
     expert_tokens: TokensSeen | None = field(default=None, metadata=LEFT_OUT)
     choosers: dict[str, str | None] = field(default_factory=dict, metadata=LEFT_OUT)
+    split_half: float | None = field(default=None, metadata=LEFT_OUT)
 
     @classmethod
     def from_json(cls, text: str) -> "Provenance":

@@ -10,11 +10,12 @@ from sparc3_lightning.attribution.relevance import Relevance
 from sparc3_lightning.attribution.rules import Rule
 from sparc3_lightning.attribution.targets import LEXICAL, Target
 from sparc3_lightning.errors import OptionError
+from sparc3_lightning.files import LEFT_OUT
 from sparc3_lightning.models.architectures import ATTENTIONS, MLPS, ends_in, is_heads
 from sparc3_lightning.models.components import Granularity
 
 Method = Literal["lrp", "gradient", "wanda", "activation", "magnitude", "random"]
-Score = Literal["magnitude", "signed", "absolute", "squared", "wanda", "activation", "random"]
+Score = Literal["magnitude", "signed", "absolute", "squared", "fisher", "wanda", "activation", "random"]
 Nonfinite = Literal["error", "zero"]
 # The scores that components of each kind have; random ones are drawn by ``StaticScores``.
 SCORES: dict[Granularity, tuple[Score, ...]] = {
@@ -47,6 +48,7 @@ class ScoreSpec:
         granularity: One score for each ``neuron``, ``head`` or ``weight``.
         nonfinite: What is done about NaN and infinity.
         activations: Whether the mean activations of each sample are kept too.
+        chunk: For the relevance ``fisher`` the tokens of a chunk.
     """
 
     method: Method
@@ -60,6 +62,7 @@ class ScoreSpec:
     granularity: Granularity = "neuron"
     nonfinite: Nonfinite = field(default="error", metadata=_MAY_DIFFER)
     activations: bool = field(default=False, metadata=_MAY_DIFFER)
+    chunk: int | None = field(default=None, metadata=LEFT_OUT)
 
     def check(self) -> None:
         """Refuse options that do not go together.
@@ -75,15 +78,28 @@ class ScoreSpec:
             raise OptionError("method", f"{self.method} is not defined for heads: choose another --.granularity.")
         if self.is_static and self.activations:
             raise OptionError("method", f"{self.method} reads no samples: leave out --.activations.")
-        if self.activations or self.method == "activation":
+        if self.activations or self.method == "activation" or (self.is_cost and self.granularity == "neuron"):
             self._check_are_of_neurons()
         if not self.has_target and self.target != "argmax":
             raise OptionError("method", f"{self.method} has no target: leave out --.target.")
+        if self.is_cost and (self.method, self.target) != ("gradient", "sampled"):
+            what = f"fisher needs --.method gradient and --.target sampled, got {self.method} and {self.target}."
+            raise OptionError("relevance", what)
+        if self.target == "sampled" and not self.is_cost:
+            what = f"sampled needs --.relevance fisher, got {self.relevance}: its gradient is 0 in the mean."
+            raise OptionError("target", what)
+        if self.chunk is not None and self.chunk < 1:
+            raise OptionError("chunk", f"must be at least 1, got {self.chunk}.")
 
     @property
     def has_target(self) -> bool:
         """Whether the method explains a target, and so needs gradients."""
         return self.method in ("lrp", "gradient")
+
+    @property
+    def is_cost(self) -> bool:
+        """Whether a score says what switching its component off costs: the Fisher information of its gain."""
+        return self.has_target and self.relevance == "fisher"
 
     @property
     def is_static(self) -> bool:
@@ -119,6 +135,7 @@ class ScoreSpec:
             target=self.target if self.has_target else None,
             lexicon=self.lexicon if self.is_lexical else None,
             words=self.words if self.is_lexical else None,
+            chunk=self.chunk if self.is_cost else None,
             layers=layers,
             dtype=str(dtype).removeprefix("torch."),
         )
@@ -129,7 +146,9 @@ class ScoreSpec:
         return {item.name: values[item.name] for item in fields(self) if not item.metadata.get("may_differ")}
 
     def _check_are_of_neurons(self) -> None:
-        option, value = ("activations", "true") if self.activations else ("method", self.method)
+        option, value = ("relevance", "fisher") if self.is_cost else ("method", self.method)
+        if self.activations:
+            option, value = "activations", "true"
         if self.granularity == "head":
             raise OptionError(option, f"{value} is defined for neurons, not for heads: choose another --.granularity.")
         rows = list(dict.fromkeys(row for rows, _ in MLPS for row in rows))
@@ -143,7 +162,7 @@ class ScoreSpec:
 
 def check_granularity(granularity: Granularity, score: Score, layers: Collection[str]) -> None:
     """Raise ValueError if the score is not defined for the granularity, or a target has no heads."""
-    option = "relevance" if score in ("absolute", "squared") else "method"
+    option = "relevance" if score in ("absolute", "squared", "fisher") else "method"
     if score not in SCORES[granularity]:
         raise OptionError(option, f"{score} is not defined for {granularity}s: choose another --.granularity.")
     if granularity == "head" and not all(map(is_heads, layers)):

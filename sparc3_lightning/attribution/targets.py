@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparc3_lightning.attribution.lexicon import Lexicon
+from sparc3_lightning.models.noise import draw_key, draw_rows
 
-Target = Literal["argmax", "text", "lexicon", "lexicon_probability", "logit_difference"]
+Target = Literal["argmax", "text", "lexicon", "lexicon_probability", "logit_difference", "sampled"]
 LEXICAL = ("lexicon", "lexicon_probability")  # those that speak of a lexicon
 
 
@@ -159,6 +160,32 @@ def lexicon_probability(
     return (probability_BT * counts_BT).sum(dim=1) / counts_BT.sum(dim=1)
 
 
+def sampled_log_probability(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, keys: Tensor
+) -> Tensor:
+    """Return the log-probability of next tokens that the model itself draws, added up over all positions of a sample.
+
+    At each position one token is drawn that could follow there, at the last one too; the text goes on as it is. So the
+    gradient is 0 in the mean over the draws, and its square is the Fisher information. No gradient passes through the
+    draw.
+
+    Args:
+        model: Causal language model of transformers.
+        input_ids: Padded on the right, shape ``[samples, tokens]``.
+        attention_mask: 1 at tokens, 0 at padding, of the same shape; None if there is no padding.
+        keys: Key of the noise of each sample, from ``draw_key``, int64, shape ``[samples]``.
+
+    Returns:
+        Shape ``[samples]``, float32 or wider, in nats.
+    """
+    log_BTV = _logits(model, input_ids, attention_mask).log_softmax(dim=-1)
+    positions_BT = torch.arange(input_ids.shape[1], device=keys.device).expand_as(input_ids)
+    keys_BT = keys.unsqueeze(1).expand_as(input_ids)
+    drawn = draw_rows(log_BTV.detach().flatten(0, 1), keys_BT.flatten(), positions_BT.flatten())
+    log_BT = log_BTV.gather(2, drawn.view_as(input_ids).unsqueeze(2)).squeeze(2)
+    return (log_BT if attention_mask is None else log_BT * attention_mask).sum(dim=1)
+
+
 def _log_of(tokens: Tensor, logits_BTV: Tensor, all_BT: Tensor) -> Tensor:
     """Return the log-probability that the next token is one of some, shape ``[samples, tokens]``; see ``_of_split``."""
     return logits_BTV[:, :, tokens].logsumexp(dim=-1) - all_BT
@@ -207,18 +234,27 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | 
 
 
 class Explained(TypedDict):
-    """What a target needs of a batch: token ids, the first token that counts, and the tokens to compare."""
+    """What a target needs of a batch: token ids, names, the first token that counts, and the tokens to compare."""
 
     input_ids: Tensor
+    sample_ids: list[str]
     start: Tensor
     contrast: Tensor
 
 
 def target_of(
-    model: PreTrainedModel, target: Target, batch: Explained, attention_mask: Tensor | None, lexicon: Lexicon
+    model: PreTrainedModel,
+    target: Target,
+    batch: Explained,
+    attention_mask: Tensor | None,
+    lexicon: Lexicon,
+    seed: int = 0,
 ) -> Tensor:
     """Return the target of a name for each sample of a padded batch, shape ``[samples]``; see the functions above."""
     input_ids = batch["input_ids"]
+    if target == "sampled":
+        keys = torch.tensor([draw_key(seed, name) for name in batch["sample_ids"]], device=input_ids.device)
+        return sampled_log_probability(model, input_ids, attention_mask, keys)
     if target == "text":
         return text_log_probability(model, input_ids, attention_mask, batch["start"])
     if target == "lexicon_probability":

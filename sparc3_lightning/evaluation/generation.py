@@ -5,7 +5,6 @@ compared on the same draws. Adding Gumbel noise to the filtered logits and takin
 softmax (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import is_recurrent
+from sparc3_lightning.models.noise import draw_key, gumbel_noise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,43 +99,9 @@ class SamplingOptions:
         return replace(PROTOCOLS[self.protocol], **given)
 
 
-def draw_key(seed: int, prompt_id: str, continuation: int) -> int:
-    """Return the 63-bit key of the noise of one continuation."""
-    digest = hashlib.sha256(f"{seed}/{prompt_id}/{continuation}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 def draw_keys(seed: int, prompt_id: str, num_continuations: int, per_seed: int) -> list[int]:
     """Return the keys of a prompt's continuations; each seed from ``seed`` on draws ``per_seed`` of them."""
     return [draw_key(seed + j // per_seed, prompt_id, j % per_seed) for j in range(num_continuations)]
-
-
-def gumbel_noise(keys: Tensor, step: int, tokens: Tensor) -> Tensor:
-    """Return standard Gumbel noise that depends only on key, step and token, on any device.
-
-    Args:
-        keys: Key of each entry, int64, any shape.
-        step: Number of tokens drawn before.
-        tokens: Token id of each entry, int64, of the same shape.
-
-    Returns:
-        Noise, float64, of the same shape.
-    """
-    bits = _mix(_mix(keys + step) ^ tokens)
-    uniform = ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).div_(1 << 53)
-    return uniform.log_().neg_().log_().neg_()
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Scramble 64-bit integers (the finalizer of SplitMix64; Steele et al. 2014)."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
 
 
 def draw_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedModel
 
-from sparc3_lightning.attribution.accumulator import CHECK_EVERY, ScoreAccumulator
+from sparc3_lightning.attribution.accumulator import CHECK_EVERY, Costs, ScoreAccumulator
 from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationRecorder, Activations
 from sparc3_lightning.attribution.lexicon import Lexicon, spell
 from sparc3_lightning.attribution.lrp import check_can_have_rules, check_have_relevance, lrp
@@ -46,10 +46,12 @@ from sparc3_lightning.models.sharding import check_batch_size, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, kind_of, load_scorer
 from sparc3_lightning.scorers.words import PREFIX, WordsScorer, check_words, digest_of, fingerprint_of_words, read_words
+from sparc3_lightning.selection.overlap import correlation, ranks
 from sparc3_lightning.sources import local_path
 from sparc3_lightning.stages.stopping import StoppableModule
 
 SCORES = "scores.safetensors"
+ALIKE = 0.8  # correlation of the costs of two halves below which there is a warning
 
 
 def file_of(granularity: Granularity) -> str:
@@ -76,6 +78,16 @@ def words_of(lexicon: Sequence[str] | str) -> tuple[str, list[str] | None]:
     return f"{PREFIX}{file}", read_words(local_path(file))
 
 
+def in_words(split_half: float | None) -> str:
+    """Return a sentence on the correlation of the costs of two halves of the samples, and what to do if it is low."""
+    if split_half is None:
+        return "How noisy the costs are cannot be said of a single sample: give more --data.num_samples."
+    said = f"Costs of two halves of the text correlate by {split_half:.2f} (Spearman)"
+    if split_half >= ALIKE:
+        return f"{said}."
+    return f"{said}, less than {ALIKE}: they are noisy, so give more --data.num_samples."
+
+
 class Attribution(StoppableModule):
     """Scores the neurons of a model on reference samples.
 
@@ -90,13 +102,16 @@ class Attribution(StoppableModule):
             over the tokens; or, with ``--data NoSamples``, ``magnitude`` of the weights and ``random``.
         relevance: For lrp and gradient: sum over the weights of the ``magnitude`` of relevance, taken per sample, or of
             the ``signed`` one, or its ``absolute`` value per sample; or the sum of the ``squared`` relevance of the
-            output over the tokens.
+            output over the tokens. For the target ``sampled`` alone ``fisher``: what switching a neuron off costs, the
+            square of activation times gradient summed over a chunk of tokens, in the mean over the tokens. Half of it
+            is the Kullback-Leibler divergence in nats a token, to second order.
         rule: Set of LRP rules: ``attnlrp`` (Achtibat et al. 2024) or ``cp_lrp`` (Ali et al. 2022).
         target: What is explained: ``argmax``, the largest logit at the last token; ``text``, the mean log-probability
             of the sample's own tokens; ``lexicon``, the log-probability that the next token is a toxic one, averaged
             over all positions; ``lexicon_probability``, that probability itself, averaged over the tokens of the
-            sample's continuation and the one after it, or over all positions if it has none; or ``logit_difference``,
-            the logit of the right next token less the logit of the wrong one.
+            sample's continuation and the one after it, or over all positions if it has none; ``logit_difference``,
+            the logit of the right next token less the logit of the wrong one; or ``sampled``, the log-probability of
+            next tokens that the model itself draws at each position of the sample, by ``seed_everything``.
         lexicon: What the two targets of that name speak of: a text file of words or phrases, one a line (``#`` begins a
             comment), or a list of them, which the model is to say less; or a scorer, see ``sparc3 evaluate``, that says
             which tokens of the vocabulary are toxic by themselves. Of a ``package.module:function`` the code runs.
@@ -116,6 +131,8 @@ class Attribution(StoppableModule):
             it is started again with the same config; on SIGTERM and SIGUSR1 they are saved too.
         gradient_checkpointing: Compute the activations of a block again in the backward pass, in place of keeping them.
         revision: Branch, tag or commit of a Hugging Face id.
+        chunk: For the relevance ``fisher`` the tokens of a chunk, from the first token of each sample on. Within a
+            chunk what a neuron does at one token may cancel what it does at another.
     """
 
     verb = "attribute"
@@ -140,6 +157,7 @@ class Attribution(StoppableModule):
         save_every: int = 32,
         gradient_checkpointing: bool = False,
         revision: str | None = None,
+        chunk: int = 64,
     ) -> None:
         super().__init__()
         named = None if layers is None else list(layers)
@@ -147,7 +165,7 @@ class Attribution(StoppableModule):
         digest = None if self.words_listed is None else digest_of(self.words_listed)
         # As given; from setup on with what was left open.
         self.spec = ScoreSpec(
-            method, rule, relevance, target, name, digest, named, dtype, granularity, nonfinite, activations
+            method, rule, relevance, target, name, digest, named, dtype, granularity, nonfinite, activations, chunk
         )
         self.spec.check()
         if save_every < 1:
@@ -157,6 +175,7 @@ class Attribution(StoppableModule):
         self.checkpoint = Checkpoint(checkpoint, revision)
         self.lexicon = Lexicon.of_tokens()
         self.lrp_check: LrpCheck | None = None
+        self.alike: float | None = None
         self.dtype_name: Dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -228,10 +247,11 @@ class Attribution(StoppableModule):
         if spec.is_static:
             self.accumulator = StaticScores(layers, spec.score, spec.granularity, run_seed(), parts)
         else:
-            scored = columns_of(self.model, layers) if spec.method == "activation" else layers
+            of_inputs = spec.method == "activation" or (spec.is_cost and spec.granularity == "neuron")
+            scored = columns_of(self.model, layers) if of_inputs else layers
             dims = head_dims(self.model, layers) if spec.granularity == "head" else {}
             self.accumulator = ScoreAccumulator(
-                scored, spec.score, spec.nonfinite, spec.granularity, dims, parts, twins_of(self.model)
+                scored, spec.score, spec.nonfinite, spec.granularity, dims, parts, twins_of(self.model), self._costs()
             )
         columns = columns_of(self.model, layers) if spec.activations else {}
         self.recorder = ActivationRecorder(columns, twins_of(self.model))
@@ -246,6 +266,12 @@ class Attribution(StoppableModule):
         self.words = self.lexicon.to(self.device)  # once: every copy makes the host wait
         data = self.reference_samples
         self.begin_line("Attributing", "samples", len(data.samples) - len(data.leave_out))
+
+    def _costs(self) -> Costs | None:
+        if self.spec.chunk is None:
+            return None
+        data = self.reference_samples
+        return Costs(self.spec.chunk, data.num_tokens, {sample.id for sample in data.samples[1::2]})
 
     def _check_rules(self, rule: Rule, layers: Mapping[str, Linear]) -> LrpCheck:
         """Check the LRP rules on the first tokens of the first sample that has logits, the same one on every rank."""
@@ -288,7 +314,7 @@ class Attribution(StoppableModule):
             self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
         ):
             if spec.target is not None:
-                target_of(self.model, spec.target, batch, mask, self.words).sum().backward()
+                target_of(self.model, spec.target, batch, mask, self.words, run_seed()).sum().backward()
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
         return [name for name, weight in zip(batch["sample_ids"], batch["weights"], strict=True) if weight]
@@ -366,6 +392,7 @@ class Attribution(StoppableModule):
             "checkpoint_fingerprint": self.checkpoint.fingerprint,
             **asdict(self.spec),
             "lexicon_tokens": self.lexicon.digest(),
+            "seed": run_seed() if self.spec.target == "sampled" else None,
             "data_fingerprint": data.fingerprint(),
             "samples": hashlib.sha256(str([(s.id, s.start, s.contrast) for s in data.samples]).encode()).hexdigest(),
             "versions": versions_of_results(),
@@ -402,6 +429,8 @@ class Attribution(StoppableModule):
                 Activations.join(parts, lengths).save(self.folder / ACTIVATIONS)
         if self.spec.granularity != "weight":
             scores = self.accumulator.compute()
+            if self.spec.is_cost:
+                self._check_costs(scores)
             if is_writer:
                 ScoreFile(scores, self._provenance()).save(self.output)
         else:
@@ -418,10 +447,28 @@ class Attribution(StoppableModule):
             self.written = f"Scores of {len(self.accumulator.modules)} layers{replaced}: {self.output}"
             if seen := self._tokens_seen():
                 self.written = f"{seen.in_words()}\n{self.written}"
+            if self.spec.is_cost:
+                self.written = f"{in_words(self.alike)}\n{self.written}"
             if self.spec.granularity == "neuron":
                 self.written = f"{coverage(self.model, self.accumulator.modules)}\n{self.written}"
             if self.spec.granularity == "head" and (left_out := heads_left_out(self.model)):
                 self.written = f"{left_out}\n{self.written}"
+
+    def _check_costs(self, scores: Mapping[str, torch.Tensor]) -> None:
+        """Compare the costs of two halves of the samples.
+
+        Raises:
+            OptionError: If every cost is 0.
+        """
+        if not any(score.any() for score in scores.values()):
+            raise OptionError(
+                "relevance",
+                "fisher: the cost of every component is 0, so that nothing can be ranked by it: give other --.layers, "
+                "or other --data.",
+            )
+        if isinstance(self.accumulator, ScoreAccumulator):
+            found = correlation(*self.accumulator.halves, ranks)
+            self.alike = None if math.isnan(found) else found
 
     def _provenance(self) -> Provenance:
         data = self.reference_samples
@@ -444,6 +491,7 @@ class Attribution(StoppableModule):
             lrp_check=None if self.lrp_check is None else str(self.lrp_check),
             expert_tokens=self._tokens_seen(),
             choosers=self._choosers(),
+            split_half=self.alike,
         )
 
     def _choosers(self) -> dict[str, str | None]:

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from sparc3_lightning.data.prompts import prompt_id, read_prompts
 from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, draw_key, stream_prompt
+from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, stream_prompt
 from sparc3_lightning.models.checkpoints import ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import check, mask
+from sparc3_lightning.models.noise import draw_key
 from sparc3_lightning.provenance import run_seed
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.scorers.base import Scorer

@@ -10,10 +10,11 @@ from hand_written import judges
 
 from sparc3_lightning.evaluation.controls import Controls, random_like
 from sparc3_lightning.evaluation.findings import findings
-from sparc3_lightning.evaluation.generation import Sampling, continue_prompts, draw_key
+from sparc3_lightning.evaluation.generation import Sampling, continue_prompts
 from sparc3_lightning.evaluation.intervals import Difference
 from sparc3_lightning.evaluation.variants import Variant, list_variants, neurons_of
 from sparc3_lightning.models.components import Component
+from sparc3_lightning.models.noise import draw_key
 from sparc3_lightning.report.verdict import verdict
 from sparc3_lightning.selection.neuron_list import NeuronList
 

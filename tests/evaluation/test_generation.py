@@ -13,11 +13,10 @@ from sparc3_lightning.evaluation.generation import (
     Continuation,
     Sampling,
     continue_prompts,
-    draw_key,
     draw_tokens,
-    gumbel_noise,
     stream_prompt,
 )
+from sparc3_lightning.models.noise import draw_key, gumbel_noise
 
 PROMPTS = [[1, 10, 20, 30], [1, 40], [1, 7, 50, 60, 70, 80, 90], [1, 33, 44]]
 

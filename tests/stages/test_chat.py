@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.tokens import Tokens
-from sparc3_lightning.evaluation.generation import Sampling, continue_prompts, draw_key
+from sparc3_lightning.evaluation.generation import Sampling, continue_prompts
 from sparc3_lightning.models.checkpoints import Checkpoint, load_model
 from sparc3_lightning.models.components import mask
+from sparc3_lightning.models.noise import draw_key
 from sparc3_lightning.scorers.registry import load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.signals import Stopped
