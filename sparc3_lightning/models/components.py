@@ -37,7 +37,7 @@ from sparc3_lightning.models.weights import check_weights, mask_weights, prune_w
 
 Granularity = Literal["neuron", "head", "channel", "weight"]
 # What an attribution scores: components of one kind, or the neurons of MLPs and the channels of attentions together.
-Scored = Granularity | Literal["neuron+channel"]
+Scored = Literal["neuron", "head", "channel", "weight", "neuron+channel"]
 Key = tuple[str, int] | tuple[str, int, int] | tuple[str, int, str]  # module and index; see ``Component.key``
 
 
