@@ -2,29 +2,29 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparc3_lightning.models.components import Component
+from sparc3_lightning.selection.criteria import with_floor
 
 
-@dataclass(frozen=True)
 class Prediction:
     """The rise of perplexity that the Fisher information of components predicts.
 
     Half the Fisher information of a component's gain is the KL divergence, in nats a token, of the model with the
     component off from the model as it is; with a damping it is as much times the damping squared. This is so to second
     order, on text as the model itself would write it. The sum over a list takes it that no component makes another one
-    cheaper or dearer. Then perplexity rises by exp(KL) - 1. Components that do the same thing cost more together than
-    alone, so that a long list of them rises further than predicted.
+    cheaper or dearer. Then perplexity rises by exp(KL) - 1. The costs have a floor, since those of a list that is
+    chosen for its low costs are higher on other text.
 
     Args:
         costs: Fisher information per module, shape ``[components]``, in nats squared a token.
     """
 
-    costs: Mapping[str, Tensor]
+    def __init__(self, costs: Mapping[str, Tensor]) -> None:
+        self.costs = with_floor(costs)
 
     def rise(self, components: Sequence[Component]) -> float:
         """Return the rise of perplexity, a share, with components off or damped."""

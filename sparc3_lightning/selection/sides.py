@@ -39,22 +39,16 @@ def check_sides(general: Sequence[Scores], behavior: Scores, harmless: Scores | 
             )
 
 
-def is_cost(spec: ScoreSpec) -> bool:
-    """Tell whether scores of general text are what switching a component off costs there.
-
-    The Fisher information is, and so is the magnitude of what the text's log-probability changes by.
-    """
-    return spec.relevance == "fisher" or (spec.target == "text" and spec.relevance in ("absolute", "squared"))
-
-
 def check_are_costs(general: ScoreSpec, behavior: ScoreSpec) -> None:
     """Raise OptionError unless one side is costs, and the other one benefits of the same components and model dtype.
+
+    The magnitude of what a text's log-probability changes by is a cost, too, though in no unit of a budget.
 
     Args:
         general: Of the general scores.
         behavior: Of the behaviour's.
     """
-    if not is_cost(general):
+    if not general.is_cost and not (general.target == "text" and general.relevance in ("absolute", "squared")):
         raise OptionError(
             "criterion",
             f"benefit_per_cost divides by what general text costs, and the general scores are no costs "

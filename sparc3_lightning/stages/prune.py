@@ -256,7 +256,7 @@ class Pruning(Stage):
             listed = ranking.first(num_listed)
             on = device or torch.device("cpu")
             # A constant in the place of 0 costs something else than the costs say.
-            is_predicted = general_files[0].provenance.spec.relevance == "fisher" and means is None
+            is_predicted = general_files[0].provenance.spec.is_cost and means is None
             prediction = Prediction(general) if is_predicted else None
             with closing(Line("Searching within the budget", "tokens", is_shown=self.shows_progress)) as line:
                 chosen, use = within_budget(

@@ -105,8 +105,11 @@ COST = {"method": "gradient", "target": "text", "relevance": "absolute"}
 BENEFIT = {"method": "gradient", "target": "lexicon_probability", "relevance": "signed"}
 
 
-@pytest.mark.parametrize("cost", [COST, {**COST, "relevance": "squared"}, {**COST, "method": "lrp"}])
-def test_the_magnitude_of_what_a_text_loses_is_a_cost(cost: dict[str, str]) -> None:
+FISHER = {"method": "gradient", "target": "sampled", "relevance": "fisher", "chunk": 64}
+
+
+@pytest.mark.parametrize("cost", [FISHER, COST, {**COST, "relevance": "squared"}, {**COST, "method": "lrp"}])
+def test_fisher_information_is_a_cost_and_so_is_the_magnitude_of_what_a_text_loses(cost: dict[str, str]) -> None:
     check_are_costs(*(file(name, **of).provenance.spec for name, of in (("a", cost), ("b", BENEFIT))))
 
 
@@ -120,8 +123,10 @@ def test_the_magnitude_of_what_a_text_loses_is_a_cost(cost: dict[str, str]) -> N
         ),
         ({**COST, "relevance": "signed"}, BENEFIT, "no costs .* relevance signed"),
         ({"method": "wanda", "target": None, "relevance": None}, BENEFIT, r"no costs \(method wanda\)"),
+        (BENEFIT, BENEFIT, "no costs .* relevance signed"),
+        (FISHER, FISHER, r"do not .* relevance fisher"),
         (COST, COST, r"do not \(method gradient, target text, relevance absolute\): .* relevance signed"),
-        (COST, {**BENEFIT, "dtype": "bfloat16"}, "of one dtype, and the costs are of float32, but .* of bfloat16"),
+        (FISHER, {**BENEFIT, "dtype": "bfloat16"}, "of one dtype, and the costs are of float32, but .* of bfloat16"),
         ({**COST, "granularity": "head"}, BENEFIT, "of one granularity, and the costs are of head, but .* of neuron"),
     ],
 )

@@ -162,7 +162,7 @@ def test_neurons_are_ranked_by_benefit_per_cost_and_magnitudes_are_refused(files
     behavior = save_scores("benefit.safetensors", benefits, **{**cost, "target": "lexicon", "relevance": "signed"})
     found = Pruning(general, behavior, criterion="benefit_per_cost", num_neurons=5, num_ranked=100).prune(OUT)
     costs = {name: (random_scores(0)[name] + random_scores(1)[name]) / 2 for name in MODULES}
-    floor = 0.05 * sum(float(cost.sum()) for cost in costs.values()) / 48
+    floor = 0.1 * sum(float(cost.sum()) for cost in costs.values()) / 48
     rows = [(-b / (float(costs[n][i]) + floor), n, i) for n in MODULES for i, b in enumerate(benefits[n].tolist())]
     expected = [(name, i) for score, name, i in sorted(rows) if score < 0]
     assert [(n.module, n.index) for n in found.neurons + found.next] == expected
