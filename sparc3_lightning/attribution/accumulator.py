@@ -27,15 +27,17 @@ from sparc3_lightning.attribution.unfolding import Unfolding, tokens_seen
 from sparc3_lightning.distributed import gather_rows, num_ranks
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import Linear, shape_of, weight_of, whole_weights
-from sparc3_lightning.models.components import Granularity
+from sparc3_lightning.models.components import Granularity, Scored, kind_of
 from sparc3_lightning.models.experts import ExpertLinear
 from sparc3_lightning.models.heads import sum_heads
 
 # How relevance is formed: from the weight of a layer, its input and its gradient, and the inputs of each head; or from
 # its output and its gradient alone. That of weights is added up row by row.
+_OF_HEADS: dict[str, Callable[..., Tensor]] = {form: partial(head_relevance, form=form) for form in get_args(Relevance)}
 OF_INPUT: dict[Granularity, dict[str, Callable[..., Tensor]]] = {
     "neuron": {"magnitude": magnitude_relevance},
-    "head": {form: partial(head_relevance, form=form) for form in get_args(Relevance)},
+    "head": _OF_HEADS,
+    "channel": _OF_HEADS,
 }
 OF_OUTPUT = {"signed": signed_relevance, "absolute": absolute_relevance, "squared": squared_relevance}
 # Batches between two looks at whether all was finite, on an accelerator: the host waits for it then.
@@ -79,9 +81,9 @@ class ScoreAccumulator:
             ``activation``.
         nonfinite: On NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts 0 in place of
             the value and counts it in ``num_nonfinite``.
-        granularity: One score for each ``neuron``, summed over its incoming weights; for each attention ``head``,
-            summed over its outgoing weights; or for each ``weight``.
-        head_dims: Of each module, the inputs that belong to one head; for heads.
+        granularity: One score for each ``neuron``, summed over its incoming weights; for each attention ``head`` or
+            ``channel``, summed over its outgoing weights; for each neuron and channel; or for each ``weight``.
+        head_dims: Of each module, the inputs that belong to one head, or to one channel, 1; for these.
         parts: Of each module, which rows are those of its neurons; for neurons, by default all.
         twins: Layers that have the weight of a module too. The scores of all uses of a weight are added up.
         costs: For ``fisher``.
@@ -96,7 +98,7 @@ class ScoreAccumulator:
         modules: Mapping[str, Linear],
         score: Score,
         nonfinite: Nonfinite = "error",
-        granularity: Granularity = "neuron",
+        granularity: Scored = "neuron",
         head_dims: Mapping[str, int] | None = None,
         parts: Mapping[str, slice] | None = None,
         twins: Mapping[Linear, Sequence[Linear]] | None = None,
@@ -265,7 +267,7 @@ class ScoreAccumulator:
         costs are the mean over these.
 
         Yields:
-            Name, and scores of shape ``[neurons]``, of heads ``[heads]`` or, of weights, ``[out_features,
+            Name, and scores of shape ``[neurons]``, ``[heads]``, ``[channels]`` or, of weights, ``[out_features,
             in_features]``.
 
         Raises:
@@ -277,8 +279,9 @@ class ScoreAccumulator:
             raise ValueError("No sample was recorded, so there is no score.")
         if self.score == "wanda":
             for name, weight in whole_weights(self.modules):
-                score = wanda_score(weight[self._part(name)], self.sums[name], self.granularity == "neuron")
-                if self.granularity == "head":
+                kind = kind_of(self.granularity, name)
+                score = wanda_score(weight[self._part(name)], self.sums[name], kind == "neuron")
+                if kind in ("head", "channel"):
                     score = sum_heads(score.sum(dim=0), self.head_dims[name])
                 yield name, score.float().cpu()
             return
@@ -326,7 +329,7 @@ class ScoreAccumulator:
 
             if self.sums_weights:
                 output.register_hook(lambda G: self._add_weights(name, weight(), A_BTI, unfold(G), real))
-            elif of_input := OF_INPUT[self.granularity].get(self.score):
+            elif of_input := OF_INPUT[kind_of(self.granularity, name)].get(self.score):
                 dims = [self.head_dims[name]] if name in self.head_dims else []
                 output.register_hook(
                     lambda G: self._set(name, of_input(weight()[part], A_BTI, unfold(G)[..., part], *dims))

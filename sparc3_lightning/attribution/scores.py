@@ -103,7 +103,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """Scores per target module, shape ``[out_features]`` or of heads ``[heads]``, float32, and their provenance."""
+    """Scores per target module, shape ``[neurons]``, ``[heads]`` or ``[channels]``, float32, and their provenance."""
 
     scores: dict[str, Tensor]
     provenance: Provenance

@@ -12,16 +12,18 @@ from sparc3_lightning.attribution.targets import LEXICAL, Target
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import LEFT_OUT
 from sparc3_lightning.models.architectures import ATTENTIONS, MLPS, ends_in, is_heads
-from sparc3_lightning.models.components import Granularity
+from sparc3_lightning.models.components import Granularity, Scored, kind_of
 
 Method = Literal["lrp", "gradient", "wanda", "activation", "magnitude", "random"]
 Score = Literal["magnitude", "signed", "absolute", "squared", "fisher", "wanda", "activation", "random"]
 Nonfinite = Literal["error", "zero"]
+_OF_INPUTS: tuple[Score, ...] = (*get_args(Relevance), "wanda")
 # The scores that components of each kind have; random ones are drawn by ``StaticScores``.
-SCORES: dict[Granularity, tuple[Score, ...]] = {
+SCORES: dict[Scored, tuple[Score, ...]] = {
     "neuron": get_args(Score),
-    "head": (*get_args(Relevance), "wanda"),
-    "channel": (),
+    "head": _OF_INPUTS,
+    "channel": _OF_INPUTS,
+    "neuron+channel": _OF_INPUTS,
     "weight": ("magnitude", "signed", "wanda", "random"),
 }
 # Methods that read no samples.
@@ -45,7 +47,7 @@ class ScoreSpec:
         words: What identifies the words of the list; None for a scorer.
         layers: Names of the scored layers; None for the default ones of the model.
         dtype: Dtype of the model.
-        granularity: One score for each ``neuron``, ``head`` or ``weight``.
+        granularity: One score for each ``neuron``, ``head``, ``channel`` or ``weight``, or for each neuron and channel.
         nonfinite: What is done about NaN and infinity.
         activations: Whether the mean activations of each sample are kept too.
         chunk: For the relevance ``fisher`` the tokens of a chunk.
@@ -59,7 +61,7 @@ class ScoreSpec:
     words: str | None = None
     layers: list[str] | None = None
     dtype: str = "auto"
-    granularity: Granularity = "neuron"
+    granularity: Scored = "neuron"
     nonfinite: Nonfinite = field(default="error", metadata=_MAY_DIFFER)
     activations: bool = field(default=False, metadata=_MAY_DIFFER)
     chunk: int | None = field(default=None, metadata=LEFT_OUT)
@@ -74,12 +76,16 @@ class ScoreSpec:
         if self.layers is not None and not self.layers:
             raise OptionError("layers", "must name at least one layer type, for example up_proj.")
         check_granularity(self.granularity, self.score, self.layers or ())
-        if self.is_static and self.granularity == "head":
-            raise OptionError("method", f"{self.method} is not defined for heads: choose another --.granularity.")
+        if self.is_static and self.has_heads:
+            what = f"{self.method} is not defined for {in_words(self.granularity)}: choose another --.granularity."
+            raise OptionError("method", what)
         if self.is_static and self.activations:
             raise OptionError("method", f"{self.method} reads no samples: leave out --.activations.")
-        if self.activations or self.method == "activation" or (self.is_cost and self.granularity == "neuron"):
+        if self.activations or self.method == "activation":
             self._check_are_of_neurons()
+        elif (self.is_cost and self.granularity == "neuron") or self.granularity == "neuron+channel":
+            option, value = ("relevance", "fisher") if self.is_cost else ("granularity", self.granularity)
+            _check_are_rows([name for name in self.layers or () if not is_heads(name)], option, value)
         if not self.has_target and self.target != "argmax":
             raise OptionError("method", f"{self.method} has no target: leave out --.target.")
         if self.is_cost and (self.method, self.target) != ("gradient", "sampled"):
@@ -95,6 +101,15 @@ class ScoreSpec:
     def has_target(self) -> bool:
         """Whether the method explains a target, and so needs gradients."""
         return self.method in ("lrp", "gradient")
+
+    def kind_of(self, module: str) -> Granularity:
+        """Return of which kind the components of a scored layer are, by its fully qualified name."""
+        return kind_of(self.granularity, module)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether the last layers of attentions are scored."""
+        return self.granularity in ("head", "channel", "neuron+channel")
 
     @property
     def is_cost(self) -> bool:
@@ -146,28 +161,46 @@ class ScoreSpec:
         return {item.name: values[item.name] for item in fields(self) if not item.metadata.get("may_differ")}
 
     def _check_are_of_neurons(self) -> None:
-        option, value = ("relevance", "fisher") if self.is_cost else ("method", self.method)
-        if self.activations:
-            option, value = "activations", "true"
-        if self.granularity == "head":
-            raise OptionError(option, f"{value} is defined for neurons, not for heads: choose another --.granularity.")
-        rows = list(dict.fromkeys(row for rows, _ in MLPS for row in rows))
-        if not all(any(ends_in(target, row) for row in rows) for target in self.layers or ()):
-            raise OptionError(
-                option,
-                f"{value} is defined for MLP neurons only: expected --.layers to be among {rows}, or left out, got "
-                f"{self.layers}.",
+        option, value = ("activations", "true") if self.activations else ("method", self.method)
+        if self.has_heads:
+            what = (
+                f"{value} is defined for neurons, not for {in_words(self.granularity)}: choose another --.granularity."
             )
+            raise OptionError(option, what)
+        _check_are_rows(self.layers or (), option, value)
 
 
-def check_granularity(granularity: Granularity, score: Score, layers: Collection[str]) -> None:
+def _check_are_rows(layers: Collection[str], option: str, value: str) -> None:
+    """Raise ValueError unless all layers are those before the activation of an MLP."""
+    rows = list(dict.fromkeys(row for rows, _ in MLPS for row in rows))
+    if not all(any(ends_in(target, row) for row in rows) for target in layers):
+        raise OptionError(
+            option,
+            f"{value} is defined for MLP neurons only: expected --.layers to be among {rows}, or left out, got "
+            f"{list(layers)}.",
+        )
+
+
+def in_words(granularity: Scored) -> str:
+    """Return what components are called, such as ``neurons and channels``."""
+    return " and ".join(f"{kind}s" for kind in granularity.split("+"))
+
+
+def check_granularity(granularity: Scored, score: Score, layers: Collection[str]) -> None:
     """Raise ValueError if the score is not defined for the granularity, or a target has no heads."""
     option = "relevance" if score in ("absolute", "squared", "fisher") else "method"
     if score not in SCORES[granularity]:
-        raise OptionError(option, f"{score} is not defined for {granularity}s: choose another --.granularity.")
-    if granularity == "head" and not all(map(is_heads, layers)):
+        raise OptionError(option, f"{score} is not defined for {in_words(granularity)}: choose another --.granularity.")
+    of_heads = [name for name in layers if is_heads(name)]
+    if granularity in ("head", "channel") and len(of_heads) < len(layers):
         raise OptionError(
             "granularity",
-            f"head scores attention heads, at the last layer of each attention: expected "
+            f"{granularity} scores attention {granularity}s, at the last layer of each attention: expected "
             f"--.layers to be among {list(ATTENTIONS)}, or left out for all, got {list(layers)}.",
+        )
+    if granularity == "neuron+channel" and layers and len(of_heads) in (0, len(layers)):
+        raise OptionError(
+            "granularity",
+            f"neuron+channel scores layers of MLPs and of attentions: expected --.layers to name both, such as up_proj "
+            f"and o_proj, or left out for all, got {list(layers)}.",
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparc3_lightning.attribution.spec import Score
 from sparc3_lightning.models.architectures import Linear, shape_of, whole_weights
-from sparc3_lightning.models.components import Granularity
+from sparc3_lightning.models.components import Scored
 
 
 def random_scores(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -46,7 +46,7 @@ class StaticScores:
         self,
         modules: Mapping[str, Linear],
         score: Score,
-        granularity: Granularity = "neuron",
+        granularity: Scored = "neuron",
         seed: int = 0,
         parts: Mapping[str, slice] | None = None,
     ) -> None:

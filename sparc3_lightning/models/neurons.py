@@ -82,12 +82,13 @@ def neuron_norms(model: nn.Module, module: str) -> Tensor:
     return norms[scored_rows(model, [module]).get(module, slice(None))].cpu()
 
 
-def coverage(model: nn.Module, modules: Collection[str]) -> str:
+def coverage(model: nn.Module, modules: Collection[str], of_channels: Collection[str] = ()) -> str:
     """Return a sentence on how many of the MLP neurons some layers have, and what else blocks have.
 
     Args:
         model: A causal language model; one on the meta device suffices.
         modules: The scored layers by their fully qualified names.
+        of_channels: Layers beside them whose inputs are scored.
     """
     mlps = mlps_of(model)
     number = {mlp.rows[0].layer: mlp.num_neurons for mlp in mlps}
@@ -98,12 +99,14 @@ def coverage(model: nn.Module, modules: Collection[str]) -> str:
         share = (
             f"Scored {percent} % of the MLP neurons: {count_in_words(model, scored)} of {count_in_words(model, number)}"
         )
-    others = _others(model, mlps)
+    if of_channels:
+        share += f", and {sum(shape_of(linear_at(model, name))[1] for name in of_channels):,} attention channels"
+    others = _others(model, mlps, of_channels)
     return share + (f"; left out: {', '.join(others)}" if others else "")
 
 
-def _others(model: nn.Module, mlps: Iterable[Mlp]) -> list[str]:
-    """Return the parts of blocks that have weights but no MLP inside, each by its name in the block."""
+def _others(model: nn.Module, mlps: Iterable[Mlp], of_channels: Collection[str]) -> list[str]:
+    """Return the parts of blocks that have weights but no MLP or layer of channels in them, by name in the block."""
     layers = {layer for mlp in mlps for layer in mlp.layers}
     above = {layer[:i] for layer in layers for i, letter in enumerate(layer) if letter == "."}
     others: dict[str, None] = {}
@@ -116,7 +119,7 @@ def _others(model: nn.Module, mlps: Iterable[Mlp]) -> list[str]:
                 walk(child, of_child, start)
                 continue
             weights = {weight for weight in child.parameters() if weight.dim() > 1} - seen
-            if weights and of_child not in layers:
+            if weights and of_child not in layers and not any(name.startswith(f"{of_child}.") for name in of_channels):
                 others[of_child[start:]] = None
             seen.update(weights)
 

@@ -32,13 +32,14 @@ from sparc3_lightning.models.architectures import (
     Linear,
     find_layers,
     head_layers,
+    is_heads,
     neuron_layers,
     shape_of,
     twins_of,
 )
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype, resolve_dtype
-from sparc3_lightning.models.components import Granularity
+from sparc3_lightning.models.components import Granularity, Scored
 from sparc3_lightning.models.experts import TokensSeen, check_are_open, is_expert
 from sparc3_lightning.models.heads import head_dims, heads_left_out
 from sparc3_lightning.models.neurons import columns_of, coverage, scored_rows
@@ -54,7 +55,7 @@ SCORES = "scores.safetensors"
 ALIKE = 0.8  # correlation of the costs of two halves below which there is a warning
 
 
-def file_of(granularity: Granularity) -> str:
+def file_of(granularity: Scored) -> str:
     """Return the name of the file that ends an attribution: of weights it is the index of their shards."""
     return INDEX if granularity == "weight" else SCORES
 
@@ -117,13 +118,15 @@ class Attribution(StoppableModule):
             which tokens of the vocabulary are toxic by themselves. Of a ``package.module:function`` the code runs.
         layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
             By default it is the layer of the MLP neurons, such as ``up_proj``, ``gate_up_proj`` (Phi-3, of which the up
-            rows are scored), ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads the last one of the attention: ``o_proj``,
-            ``out_proj`` (OPT) or ``attn.c_proj`` (GPT-2).
+            rows are scored), ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads and channels the last one of the attention:
+            ``o_proj``, ``out_proj`` (OPT) or ``attn.c_proj`` (GPT-2).
         activations: Also keep the mean activation of each neuron over each sample's tokens, in activations.safetensors:
             for ``sparc3 prune`` with the criterion ``auroc`` or the ablation ``mean``.
-        granularity: One score for each ``neuron``, each attention ``head`` or each ``weight``. Scores of weights are as
-            large as the model in float32: on each device as much of them as its share, and on the disk all. Several
-            ranks do not save their sums of weights on the way, and do not resume from the sums of a single rank.
+        granularity: One score for each ``neuron``; each attention ``head``; each attention ``channel``, which is an
+            input of the last layer and so a dimension of one head's output; each neuron and each channel
+            (``neuron+channel``), in one pass; or each ``weight``. Scores of weights are as large as the model in
+            float32: on each device as much of them as its share, and on the disk all. Several ranks do not save their
+            sums of weights on the way, and do not resume from the sums of a single rank.
         dtype: Of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU.
         nonfinite: On a relevance of NaN or infinity ``error`` names the module and the sample and stops; ``zero`` puts
             0 in its place, counts it and reports the count.
@@ -151,7 +154,7 @@ class Attribution(StoppableModule):
         lexicon: tuple[str, ...] | str = "original",
         layers: Sequence[str] | None = None,
         activations: bool = False,
-        granularity: Granularity = "neuron",
+        granularity: Scored = "neuron",
         dtype: Dtype = "auto",
         nonfinite: Nonfinite = "error",
         save_every: int = 32,
@@ -243,15 +246,22 @@ class Attribution(StoppableModule):
         if spec.granularity == "weight":
             check_space(self.folder, sum(4 * math.prod(shape_of(layer)) for layer in layers.values()))
         self.accumulator: StaticScores | ScoreAccumulator
-        parts = scored_rows(self.model, layers) if spec.granularity == "neuron" else {}
+        of_neurons, of_channels = self._of_kind("neuron"), self._of_kind("channel")
+        parts = scored_rows(self.model, of_neurons)
         if spec.is_static:
             self.accumulator = StaticScores(layers, spec.score, spec.granularity, run_seed(), parts)
         else:
-            of_inputs = spec.method == "activation" or (spec.is_cost and spec.granularity == "neuron")
-            scored = columns_of(self.model, layers) if of_inputs else layers
-            dims = head_dims(self.model, layers) if spec.granularity == "head" else {}
+            columns = columns_of(self.model, of_neurons) if spec.method == "activation" or spec.is_cost else {}
+            dims = head_dims(self.model, layers) if spec.granularity == "head" else dict.fromkeys(of_channels, 1)
             self.accumulator = ScoreAccumulator(
-                scored, spec.score, spec.nonfinite, spec.granularity, dims, parts, twins_of(self.model), self._costs()
+                {**layers, **columns},
+                spec.score,
+                spec.nonfinite,
+                spec.granularity,
+                dims,
+                parts,
+                twins_of(self.model),
+                self._costs(),
             )
         columns = columns_of(self.model, layers) if spec.activations else {}
         self.recorder = ActivationRecorder(columns, twins_of(self.model))
@@ -341,11 +351,13 @@ class Attribution(StoppableModule):
 
     def find_layers_of(self, skeleton: PreTrainedModel) -> list[str]:
         """Return the names of the scored layers; check that the model has them and they can be scored."""
-        named = self.spec.layers
-        of_heads = self.spec.granularity == "head"
-        if not of_heads:
+        named, names = self.spec.layers or [], []
+        if self.spec.granularity not in ("head", "channel"):
             check_are_open(skeleton)
-        names = head_layers(skeleton, named) if of_heads else named or neuron_layers(skeleton)
+            others = [name for name in named if not is_heads(name)] if self.spec.has_heads else named
+            names += others or neuron_layers(skeleton)
+        if self.spec.has_heads:
+            names += head_layers(skeleton, [name for name in named if is_heads(name)])
         layers = find_layers(skeleton, names)
         if self.spec.method == "lrp" and self.spec.rule is not None:
             check_have_relevance(layers, self.spec.rule)
@@ -449,10 +461,15 @@ class Attribution(StoppableModule):
                 self.written = f"{seen.in_words()}\n{self.written}"
             if self.spec.is_cost:
                 self.written = f"{in_words(self.alike)}\n{self.written}"
-            if self.spec.granularity == "neuron":
-                self.written = f"{coverage(self.model, self.accumulator.modules)}\n{self.written}"
-            if self.spec.granularity == "head" and (left_out := heads_left_out(self.model)):
+            of_neurons, of_channels = (self._of_kind(kind) for kind in ("neuron", "channel"))
+            if of_neurons:
+                self.written = f"{coverage(self.model, of_neurons, of_channels)}\n{self.written}"
+            if self.spec.has_heads and (left_out := heads_left_out(self.model)):
                 self.written = f"{left_out}\n{self.written}"
+
+    def _of_kind(self, kind: Granularity) -> list[str]:
+        """Return the scored layers whose components are of a kind, by their fully qualified names."""
+        return [name for name in find_layers(self.model, self.layers) if self.spec.kind_of(name) == kind]
 
     def _check_costs(self, scores: Mapping[str, torch.Tensor]) -> None:
         """Compare the costs of two halves of the samples.

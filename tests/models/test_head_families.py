@@ -53,7 +53,7 @@ def test_a_pruned_head_is_a_masked_one(family: str) -> None:
 def test_heads_whose_values_lie_among_others_are_refused(family: str) -> None:
     model = build(family)
     assert mlps_of(model)
-    with pytest.raises(ValueError, match="head: the model has no attention of a known kind"):
+    with pytest.raises(ValueError, match="granularity: the model has no attention of a known kind"):
         head_layers(model)
 
 
