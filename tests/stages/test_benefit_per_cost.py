@@ -63,3 +63,28 @@ def test_costs_of_another_chunk_and_of_text_of_another_kind_are_refused(files):
     with pytest.raises(ValueError, match=r"--model\.general holds a cost of 0 for every component"):
         Pruning([nothing], unsure, criterion="benefit_per_cost").prune(Path("out"))
     assert not Path("out", "neurons.json").exists()
+
+
+def test_neurons_and_channels_are_ranked_and_measured_together(files, tiny_checkpoint):
+    _, _, documents = files
+    of = provenance(tiny_checkpoint, Checkpoint(tiny_checkpoint).fingerprint)
+    attentions = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    draw = torch.Generator().manual_seed(1)
+    sizes = {**dict.fromkeys(MODULES, 24), **dict.fromkeys(attentions, 16)}
+    costs = {name: torch.rand(number, generator=draw) / 100 for name, number in sizes.items()}
+    benefits = {name: torch.randn(number, generator=draw) for name, number in sizes.items()}
+    both = {"granularity": "neuron+channel", "layers": ["up_proj", "o_proj"]}
+    general = save_scores("both_costs.safetensors", costs, of, **COST, **both)
+    behavior = save_scores("both_benefits.safetensors", benefits, of, **BENEFIT, **both)
+    found = NeuronList.load(prune(general, behavior, documents) / "neurons.json")
+    floor = 0.1 * torch.cat(list(costs.values())).mean().item()
+    rows = [
+        (-b / (costs[n][i].item() + floor), n, i) for n, of_n in benefits.items() for i, b in enumerate(of_n.tolist())
+    ]
+    expected = [(n, i, "channel" if n in attentions else "neuron") for score, n, i in sorted(rows) if score < 0]
+    assert [(c.module, c.index, c.granularity) for c in found.neurons + found.next] == expected
+    assert {c.granularity for c in found.neurons} == {"neuron", "channel"}
+    assert found.provenance["budget"]["predicted"] == pytest.approx(Prediction(costs).rise(found.neurons))
+    for option in ("--model.budget.refine=1", "--model.ablation=mean"):
+        with pytest.raises(ValueError, match=r"is for neurons, and these are scores of neurons and channels: leave it"):
+            prune(general, behavior, documents, option)
