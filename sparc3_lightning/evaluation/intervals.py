@@ -102,26 +102,44 @@ def paired_difference(before: Tensor, after: Tensor, seed: int = 0, most: float 
         raise ValueError("A value before or after is not finite.")
     change = torch.where(change.abs() < ROUNDING, 0.0, change)
     resampled = Resampled(change, before, seed)
-    difference, ratio = resampled.mean(), resampled.ratio()
-    mean_before, mean_after = before.mean().item(), after.mean().item()
+    difference = resampled.mean()
     num_better, num_worse = int((change < 0).sum()), int((change > 0).sum())
     return Difference(
-        before=mean_before,
-        after=mean_after,
+        before=before.mean().item(),
+        after=after.mean().item(),
         difference=replace(difference, low=max(difference.low, -most), high=min(difference.high, most))
         if difference.is_known
         else difference,
         # Where not even the change can be said, its share of what was there cannot be.
-        percent=in_percent(
-            100 * (mean_after - mean_before) / mean_before if mean_before else math.nan,
-            ratio if difference.is_known else unknown(math.nan),
-            least=min(before.min().item(), after.min().item()),
-        ),
+        percent=_percent(before, after, resampled.ratio() if difference.is_known else unknown(math.nan)),
         num_better=num_better,
         num_worse=num_worse,
         num_equal=len(change) - num_better - num_worse,
         sign_test_p=sign_test(num_better, num_worse),
         permutation_test_p=permutation_test(change, seed),
+    )
+
+
+def level_of_each(number: int) -> float:
+    """Return the level of each of a number of intervals that hold together as often as ``LEVEL`` says (Bonferroni)."""
+    return 1 - (1 - LEVEL) / number
+
+
+def percent_change(before: Tensor, after: Tensor, level: float) -> Interval:
+    """Return the change in percent as ``paired_difference`` does, with an interval of another level."""
+    before, after = before.double(), after.double()
+    change = after - before
+    resampled = Resampled(torch.where(change.abs() < ROUNDING, 0.0, change), before)
+    return _percent(before, after, resampled.ratio(level) if resampled.mean().is_known else unknown(math.nan))
+
+
+def _percent(before: Tensor, after: Tensor, ratio: Interval) -> Interval:
+    """Return the change of a mean in percent, by the interval of its share of the mean before."""
+    mean_before, mean_after = before.mean().item(), after.mean().item()
+    return in_percent(
+        100 * (mean_after - mean_before) / mean_before if mean_before else math.nan,
+        ratio,
+        least=min(before.min().item(), after.min().item()),
     )
 
 
@@ -164,8 +182,8 @@ class Resampled:
         error = self.units[0] * (self.variances[0] / (self.number - 1)).sqrt()
         return known(value, *(value - (error * t).item() for t in (high, low)))
 
-    def ratio(self) -> Interval:
-        """Return the mean of the first values over that of the second ones, with its interval.
+    def ratio(self, level: float = LEVEL) -> Interval:
+        """Return the mean of the first values over that of the second ones, with its interval of a level.
 
         The ends are NaN where the mean of the second ones could be 0, and so is the ratio where it is.
         """
@@ -178,11 +196,11 @@ class Resampled:
         unit = (self.units[0] / self.units[1]).item()
         inside = torch.full((2,), math.atan(value / unit), dtype=torch.float64)
         outside = torch.tensor([-math.pi / 2, math.pi / 2], dtype=torch.float64)
-        if self._are_too_few(inside[0].item()) or not self._are_outside(outside).all():
+        if self._are_too_few(inside[0].item()) or not self._are_outside(outside, level).all():
             return unknown(value)
         for _ in range(_HALVINGS):
             middle = (inside + outside) / 2
-            are_outside = self._are_outside(middle)
+            are_outside = self._are_outside(middle, level)
             inside, outside = torch.where(are_outside, inside, middle), torch.where(are_outside, middle, outside)
         return known(value, *(unit * inside.tan()).tolist())
 
@@ -191,14 +209,14 @@ class Resampled:
         variance, least = self._variance(torch.tensor([angle], dtype=torch.float64))
         return self.number < (MIN_CHANGED if variance <= least else 2)
 
-    def _are_outside(self, angles: Tensor) -> Tensor:
+    def _are_outside(self, angles: Tensor, level: float) -> Tensor:
         """Return whether a lower and an upper ratio, as angles, are so low and so high that they lie outside."""
-        t, low, high = self._studentized(angles)
+        t, low, high = self._studentized(angles, level)
         below, above = t < low, t > high
         lower, upper = (above, below) if self.means[1] > 0 else (below, above)
         return torch.stack([lower[0], upper[1]])
 
-    def _studentized(self, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _studentized(self, angles: Tensor, level: float = LEVEL) -> tuple[Tensor, Tensor, Tensor]:
         """Return for some angles, shape ``[angles]``, what the mean of first - r * second is in standard errors.
 
         Returns:
@@ -213,9 +231,9 @@ class Resampled:
         means = directions @ torch.where(self.units > 0, self.means / self.units, 0.0)
         t = _over(means, variance, least) * math.sqrt(self.number - 1)
         of_resamples = _over(moved, spread, least.unsqueeze(1)) * math.sqrt(self.number - 1)
-        rank = round((1 - LEVEL) / 2 * NUM_RESAMPLES)
+        rank = max(1, round((1 - level) / 2 * NUM_RESAMPLES))
         low, high = (of_resamples.kthvalue(k, dim=1).values for k in (rank, NUM_RESAMPLES + 1 - rank))
-        student = t_quantile((1 + LEVEL) / 2, self.number - 1)
+        student = t_quantile((1 + level) / 2, self.number - 1)
         return t, (low - 2 * student) / 3, (high + 2 * student) / 3
 
     def _variance(self, angles: Tensor) -> tuple[Tensor, Tensor]:
@@ -372,16 +390,16 @@ def perplexity_interval(windows: Mapping[str, Tensor]) -> Interval:
     return known(windows["perplexity"].item(), *log)
 
 
-def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Interval:
+def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor], level: float = LEVEL) -> Interval:
     """Return by how much perplexity changed, in percent, with its interval over the same windows, as above."""
     value = 100 * ((after["perplexity"] / before["perplexity"]).item() - 1)
-    log = _log_of_perplexity(after["nll"] - before["nll"], before["tokens"])
+    log = _log_of_perplexity(after["nll"] - before["nll"], before["tokens"], level)
     return known(value, *(100 * (end - 1) for end in log))
 
 
-def _log_of_perplexity(nll: Tensor, tokens: Tensor) -> list[float]:
+def _log_of_perplexity(nll: Tensor, tokens: Tensor, level: float = LEVEL) -> list[float]:
     """Return the exponentials of the ends of an interval of nats per token."""
     if tokens.numel() < 2 or not torch.isfinite(nll).all():
         return [math.nan, math.nan]
-    log = Resampled(nll, tokens).ratio()
+    log = Resampled(nll, tokens).ratio(level)
     return torch.tensor([log.low, log.high], dtype=torch.float64).exp().tolist()

@@ -90,6 +90,17 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Together:
+    """What a dose changes in percent, with intervals that hold together with those of all other doses (Bonferroni).
+
+    ``behavior_percent`` is None if nothing was scored.
+    """
+
+    perplexity_percent: Interval
+    behavior_percent: Interval | None
+
+
+@dataclass(frozen=True)
 class Dose:
     """What one model gives for its perplexity: a point of the dose curve, or one draw of a control.
 
@@ -104,6 +115,7 @@ class Dose:
         effect: On the mean behaviour after the headline's prompts; None if nothing was scored.
         behavior_by_seed: As of ``Model``.
         effects: As ``effect``, by every judge.
+        together: The two changes in percent, with intervals that hold for all doses together; None of a single one.
     """
 
     name: str
@@ -116,6 +128,7 @@ class Dose:
     effect: Difference | None
     behavior_by_seed: list[float]
     effects: dict[str, Difference | None]
+    together: Together | None = field(default=None, metadata=LEFT_OUT)
 
     @property
     def behavior_mean(self) -> float:

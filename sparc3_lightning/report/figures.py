@@ -210,7 +210,7 @@ def draw_doses(
 ) -> None:
     """Draw the change of the behavior against perplexity's: a point per number of neurons, a line per damping.
 
-    Of several selections each has a line.
+    Of several selections each has a line. The bars hold for all points together.
     """
     from matplotlib.patheffects import withStroke
 
@@ -304,5 +304,14 @@ def draw_lengths(lengths: Lengths, path: Path, behavior: str = "toxicity") -> No
 
 
 def _changes(doses: Iterable[Dose]) -> list[tuple[Interval, Interval]]:
-    """Return where each dose that was scored lies: its change of perplexity, and of the behavior."""
-    return [(dose.perplexity_percent, dose.effect.percent) for dose in doses if dose.effect]
+    """Return where each dose that was scored lies: its change of perplexity, and of the behavior.
+
+    The intervals are those that hold for all doses together, if there are any.
+    """
+    return [
+        (dose.together.perplexity_percent, dose.together.behavior_percent)
+        if dose.together and dose.together.behavior_percent
+        else (dose.perplexity_percent, dose.effect.percent)
+        for dose in doses
+        if dose.effect
+    ]

@@ -4,11 +4,12 @@ import math
 import random
 
 import pytest
+import torch
 from hand_written import CONTROLLED, NEURONS, difference, judges, means, rows_of, windows_of
 
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import BUDGETS, findings, front
-from sparc3_lightning.evaluation.intervals import Difference, Interval
+from sparc3_lightning.evaluation.intervals import Difference, Interval, percent_change
 from sparc3_lightning.evaluation.results import Dose, Front
 from sparc3_lightning.evaluation.variants import list_variants
 
@@ -35,6 +36,12 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
         assert point.perplexity_percent.value == pytest.approx(100 * (math.exp(6 * i / 88) - 1))
         assert point.kl == 0.125 * i
         assert point.effect == difference(means(scores["baseline"], prompts), means(scores[point.name], prompts))
+        level = 1 - 0.05 / 6
+        before, after = (torch.tensor(means(scores[name], prompts)) for name in ("baseline", point.name))
+        assert point.together.behavior_percent == percent_change(before, after, level)
+        assert point.together.behavior_percent.low < point.effect.percent.low
+        assert point.together.perplexity_percent.value == point.perplexity_percent.value
+        assert point.together.perplexity_percent.high > point.perplexity_percent.high
     assert results.controls == {}
     assert points[0].effect == results.effects["toxic"].behavior_mean
 

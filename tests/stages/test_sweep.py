@@ -34,6 +34,7 @@ MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 LOGS = Path("lightning_logs/sweep")
 COLUMNS = ["selection", "num_neurons", "damping", "perplexity", "behavior_mean", "kl"]
 COLUMNS += [f"{of}_percent{end}" for of in ("perplexity", "behavior") for end in ("", "_low", "_high")]
+COLUMNS += [f"{of}_percent_together_{end}" for of in ("perplexity", "behavior") for end in ("low", "high")]
 
 
 @pytest.fixture(autouse=True)
