@@ -130,7 +130,7 @@ def percent_change(before: Tensor, after: Tensor, level: float) -> Interval:
     before, after = before.double(), after.double()
     change = after - before
     resampled = Resampled(torch.where(change.abs() < ROUNDING, 0.0, change), before)
-    return _percent(before, after, resampled.ratio(level) if resampled.mean().is_known else unknown(math.nan))
+    return _percent(before, after, resampled.ratio(level) if resampled.mean(level).is_known else unknown(math.nan))
 
 
 def _percent(before: Tensor, after: Tensor, ratio: Interval) -> Interval:
@@ -171,14 +171,14 @@ class Resampled:
         resamples = bootstrap(torch.cat([rows, products], dim=1), seed).T.contiguous()
         self.deviations_2R, self.squares_3R = resamples[:2], resamples[2:]
 
-    def mean(self) -> Interval:
-        """Return the mean of the first values, with its interval."""
+    def mean(self, level: float = LEVEL) -> Interval:
+        """Return the mean of the first values, with its interval of a level."""
         value = self.means[0].item()
         if not self.units[0]:
             return Interval(0.0, 0.0, 0.0)
         if self._are_too_few(0.0):
             return unknown(value)
-        _, low, high = self._studentized(torch.zeros(1, dtype=torch.float64))
+        _, low, high = self._studentized(torch.zeros(1, dtype=torch.float64), level)
         error = self.units[0] * (self.variances[0] / (self.number - 1)).sqrt()
         return known(value, *(value - (error * t).item() for t in (high, low)))
 
@@ -216,7 +216,7 @@ class Resampled:
         lower, upper = (above, below) if self.means[1] > 0 else (below, above)
         return torch.stack([lower[0], upper[1]])
 
-    def _studentized(self, angles: Tensor, level: float = LEVEL) -> tuple[Tensor, Tensor, Tensor]:
+    def _studentized(self, angles: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return for some angles, shape ``[angles]``, what the mean of first - r * second is in standard errors.
 
         Returns:

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -308,10 +309,13 @@ def _changes(doses: Iterable[Dose]) -> list[tuple[Interval, Interval]]:
 
     The intervals are those that hold for all doses together, if there are any.
     """
-    return [
-        (dose.together.perplexity_percent, dose.together.behavior_percent)
-        if dose.together and dose.together.behavior_percent
-        else (dose.perplexity_percent, dose.effect.percent)
-        for dose in doses
-        if dose.effect
-    ]
+    found = []
+    for dose in doses:
+        if not dose.effect:
+            continue
+        pair = (dose.perplexity_percent, dose.effect.percent)
+        if (of := dose.together) and of.behavior_percent:
+            bars = (of.perplexity_percent, of.behavior_percent)
+            pair = tuple(replace(change, low=bar.low, high=bar.high) for change, bar in zip(pair, bars, strict=True))
+        found.append(pair)
+    return found

@@ -18,7 +18,7 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
     variants = list_variants({"": NEURONS}, 3, doses=[1, 2, 3], dampings=[1.0, 0.5])
     names = [v.name for v in variants]
     scores = {
-        name: {f"t{p}": [0.5 - 0.05 * i + 0.01 * p * i, 0.4, 0.3] for p in range(4)} for i, name in enumerate(names)
+        name: {f"t{p}": [0.5 - 0.05 * i + 0.002 * p * i, 0.4, 0.3] for p in range(12)} for i, name in enumerate(names)
     }
     results = findings(rows_of(scores), windows_of(*names), variants, judges("some"))
     points = results.doses
@@ -30,18 +30,17 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
         ("top_2_0.5", 2, 0.5),
         ("top_3_0.5", 3, 0.5),
     ]
-    prompts = [f"t{p}" for p in range(4)]
+    prompts = sorted(f"t{p}" for p in range(12))
     for i, point in enumerate(points, 1):
         assert point.perplexity == pytest.approx(math.exp((178 + 6 * i) / 88))
         assert point.perplexity_percent.value == pytest.approx(100 * (math.exp(6 * i / 88) - 1))
         assert point.kl == 0.125 * i
         assert point.effect == difference(means(scores["baseline"], prompts), means(scores[point.name], prompts))
         level = 1 - 0.05 / 6
-        before, after = (torch.tensor(means(scores[name], prompts)) for name in ("baseline", point.name))
+        before, after = (torch.tensor(means(scores[name], prompts)).double() for name in ("baseline", point.name))
         assert point.together.behavior_percent == percent_change(before, after, level)
         assert point.together.behavior_percent.low < point.effect.percent.low
         assert point.together.perplexity_percent.value == point.perplexity_percent.value
-        assert point.together.perplexity_percent.high > point.perplexity_percent.high
     assert results.controls == {}
     assert points[0].effect == results.effects["toxic"].behavior_mean
 
