@@ -25,6 +25,7 @@ from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.stress_data import StressData
 from sparc3_lightning.distributed import check_is_single, check_slurm_tasks, is_rank_zero, usable_accelerator
 from sparc3_lightning.files import at_home, check_absent, check_writable
+from sparc3_lightning.models.keeping import keeping
 from sparc3_lightning.report.drawing import draw
 from sparc3_lightning.report.escaping import for_terminal
 from sparc3_lightning.signals import ending_on_signals, run_process
@@ -354,7 +355,8 @@ class SparC3CLI(LightningCLI):
         run_stage = _run_stage if self.trainer.world_size == 1 else _run_stage_as_process
         folder = self._own_folder()
         check_absent(folder / RESULTS)
-        results = model.run(self._options(), folder, run_stage)
+        with keeping():
+            results = model.run(self._options(), folder, run_stage)
         if self.trainer.logger is not None and results.change is not None:
             known = {name: value for name, value in asdict(results.change).items() if math.isfinite(value)}
             self.trainer.logger.log_metrics(known)

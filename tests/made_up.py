@@ -117,7 +117,7 @@ def evaluation(
             convention: made_up_windows(price(variant), c) for c, convention in enumerate(conventions)
         }
     found = findings(rows, windows, variants, judges(*scorers, choosers=choosers))
-    return Results(verdict=verdict(found, 2), **vars(found), **vars(settings(list(scorers)))), rows
+    return Results(verdict=verdict(found, {"neuron": 2}), **vars(found), **vars(settings(list(scorers)))), rows
 
 
 def price(variant: Variant) -> float:
@@ -150,7 +150,7 @@ def settings(scorers: list[str]) -> Settings:
         checkpoint_fingerprint="files:abc",
         neurons="neurons.json",
         num_neurons=2,
-        granularity="neuron",
+        kinds={"neuron": 2},
         inputs={"dtype": "float32", "device": "cpu"},
         config={"verb": "evaluate", "model": {"scorers": ["small"]}},
         versions={"torch": "2"},

@@ -23,6 +23,7 @@ from sparc3_lightning.evaluation.generation import SamplingOptions
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.evaluate import Evaluation
 
+FISHER = {"method": "gradient", "target": "sampled", "relevance": "fisher", "chunk": 4}
 DENSE: dict[str, dict[str, Any]] = {
     "magnitude": {},
     "signed": {"relevance": "signed"},
@@ -33,6 +34,8 @@ DENSE: dict[str, dict[str, Any]] = {
     "wanda_weights": {"granularity": "weight", "method": "wanda"},
     "heads": {"granularity": "head", "layers": ["o_proj"]},
     "wanda_heads": {"granularity": "head", "layers": ["o_proj"], "method": "wanda"},
+    "costs": {**FISHER, "granularity": "neuron+channel"},
+    "checkpointed_costs": {**FISHER, "gradient_checkpointing": True},
 }
 EXPERTS: dict[str, dict[str, Any]] = {
     "magnitude": {"activations": True},
@@ -42,6 +45,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "activation": {"method": "activation"},
     "weights": {"method": "wanda", "granularity": "weight", "layers": ["all"]},
     "static": {"method": "magnitude"},
+    "costs": {**FISHER, "gradient_checkpointing": True},
 }
 SCORES = {"dense": DENSE, "experts": EXPERTS, "weights_of_experts": {"weights": {"granularity": "weight"}}}
 NUM_SAMPLES = {"dense": (93, 1), "experts": (13, 1), "weights_of_experts": (13,)}

@@ -147,7 +147,7 @@ def test_a_figure_is_a_function_and_a_row_of_the_table(monkeypatch):
 
     for name in list(FIGURES):
         monkeypatch.delitem(FIGURES, name)
-    monkeypatch.setitem(FIGURES, "number.png", Figure("The {granularity}s by number", draw_number))
+    monkeypatch.setitem(FIGURES, "number.png", Figure("The {components} by number", draw_number))
     monkeypatch.setitem(FIGURES, "nothing.png", Figure("Nothing", draw_number, is_known=lambda shown: False))
     results, rows = made_up()
     write_report(Path("out/report.html"), reported(results, rows), rows)

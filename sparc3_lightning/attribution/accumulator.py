@@ -194,9 +194,10 @@ class ScoreAccumulator:
         # In double: the order of batches and ranks leaves no trace.
         if self.costs is not None:
             for half, is_odd in (("", False), (_ODD, True)):
-                rows = torch.tensor([i for i, name in enumerate(sample_ids) if (name in self.costs.odd) is is_odd])
+                places = [i for i, name in enumerate(sample_ids) if (name in self.costs.odd) is is_odd]
+                rows = torch.tensor(places, dtype=torch.long)
                 for name, score in self._batch.items():
-                    added[f"{half}{name}"] = _sum(score[rows.long().to(score.device)])
+                    added[f"{half}{name}"] = _sum(score[rows.to(score.device)])
         elif not self.sums_weights:
             added |= {name: _sum(score) for name, score in self._batch.items()}
         totals = {name: self.sums[name] + number if name in self.sums else number for name, number in added.items()}

@@ -12,7 +12,7 @@ from sparc3_lightning.attribution.targets import LEXICAL, Target
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import LEFT_OUT
 from sparc3_lightning.models.architectures import ATTENTIONS, MLPS, ends_in, is_heads
-from sparc3_lightning.models.components import Granularity, Scored, kind_of
+from sparc3_lightning.models.components import Granularity, Scored, kind_of, plural
 
 Method = Literal["lrp", "gradient", "wanda", "activation", "magnitude", "random"]
 Score = Literal["magnitude", "signed", "absolute", "squared", "fisher", "wanda", "activation", "random"]
@@ -77,7 +77,7 @@ class ScoreSpec:
             raise OptionError("layers", "must name at least one layer type, for example up_proj.")
         check_granularity(self.granularity, self.score, self.layers or ())
         if self.is_static and self.has_heads:
-            what = f"{self.method} is not defined for {in_words(self.granularity)}: choose another --.granularity."
+            what = f"{self.method} is not defined for {plural(self.granularity)}: choose another --.granularity."
             raise OptionError("method", what)
         if self.is_static and self.activations:
             raise OptionError("method", f"{self.method} reads no samples: leave out --.activations.")
@@ -163,9 +163,7 @@ class ScoreSpec:
     def _check_are_of_neurons(self) -> None:
         option, value = ("activations", "true") if self.activations else ("method", self.method)
         if self.has_heads:
-            what = (
-                f"{value} is defined for neurons, not for {in_words(self.granularity)}: choose another --.granularity."
-            )
+            what = f"{value} is defined for neurons, not for {plural(self.granularity)}: choose another --.granularity."
             raise OptionError(option, what)
         _check_are_rows(self.layers or (), option, value)
 
@@ -181,16 +179,11 @@ def _check_are_rows(layers: Collection[str], option: str, value: str) -> None:
         )
 
 
-def in_words(granularity: Scored) -> str:
-    """Return what components are called, such as ``neurons and channels``."""
-    return " and ".join(f"{kind}s" for kind in granularity.split("+"))
-
-
 def check_granularity(granularity: Scored, score: Score, layers: Collection[str]) -> None:
     """Raise ValueError if the score is not defined for the granularity, or a target has no heads."""
     option = "relevance" if score in ("absolute", "squared", "fisher") else "method"
     if score not in SCORES[granularity]:
-        raise OptionError(option, f"{score} is not defined for {in_words(granularity)}: choose another --.granularity.")
+        raise OptionError(option, f"{score} is not defined for {plural(granularity)}: choose another --.granularity.")
     of_heads = [name for name in layers if is_heads(name)]
     if granularity in ("head", "channel") and len(of_heads) < len(layers):
         raise OptionError(

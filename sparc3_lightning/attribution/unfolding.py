@@ -58,8 +58,9 @@ class Unfolding:
             by_sample = rows.reshape(self.num_samples, -1, rows.shape[-1])
             if self.chunk is None:
                 return by_sample
-            missing = -by_sample.shape[1] % self.chunk
-            return torch.nn.functional.pad(by_sample, (0, 0, 0, missing)).reshape(-1, self.chunk, rows.shape[-1])
+            size = min(self.chunk, by_sample.shape[1])
+            missing = -by_sample.shape[1] % size
+            return torch.nn.functional.pad(by_sample, (0, 0, 0, missing)).reshape(-1, size, rows.shape[-1])
         unfolded = rows.new_zeros(*self._shape, rows.shape[-1])
         unfolded[self._place] = rows
         return unfolded

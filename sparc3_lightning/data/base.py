@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from sparc3_lightning.data.tokens import PAD, Tokens
 from sparc3_lightning.models.batching import AUTO, Batching, BatchSize, check_size, fits_on_cpu, largest_size
 from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.models.keeping import load_kept_tokenizer
 from sparc3_lightning.sources import Row, read_records, resolve
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ class TextDataModule(L.LightningDataModule, ABC):
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the tokenizer that was given, else the model's."""
-        return self.tokenizer_checkpoint.tokenizer()
+        return load_kept_tokenizer(self.tokenizer_checkpoint)
 
     def tokens_of(self, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
         """Return a tokenizer as this data uses it.

@@ -3,7 +3,6 @@
 import math
 import random
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,11 +11,12 @@ import torch
 from torch import nn
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.components import KINDS, Component, Granularity
-from sparc3_lightning.selection.criteria import lowest_of_modules, per_module
+from sparc3_lightning.models.components import KINDS, Component, Granularity, by_layer, plural
+from sparc3_lightning.selection.criteria import lowest_of_modules
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 Draw = Callable[[int], list[Component]]  # from a seed to the components to switch off
+Layer = tuple[Granularity, str]  # the components of one kind in one layer
 
 
 @dataclass(frozen=True)
@@ -41,50 +41,53 @@ class Controls:
             raise OptionError("controls.num_continuations", f"must be at least 1, got {self.num_continuations}.")
 
 
-def random_like(pruned: Sequence[Component], shapes: Mapping[str, Sequence[int]], seed: int) -> list[Component]:
-    """Draw as many random components as were pruned, spread over the layers as those are.
+def random_like(pruned: Sequence[Component], shapes: Mapping[Layer, Sequence[int]], seed: int) -> list[Component]:
+    """Draw as many random components of each kind as were pruned, spread over the layers as those are.
 
     Args:
         pruned: The pruned components; none of them is drawn.
-        shapes: Of the scores of each module, see ``Kind``.
+        shapes: Of the scores of each kind and module, see ``Kind``.
         seed: Of the draw.
     """
-    sample = _sampler(pruned[0].granularity, seed)
+    generator, of_weights = torch.Generator().manual_seed(seed), random.Random(seed)
+
+    def sample(kind: Granularity, below: int, number: int) -> list[int]:
+        """Draw some of the numbers below a limit, without repetition; all if too few."""
+        if kind == "weight":  # a permutation would be as large as the layer
+            return of_weights.sample(range(below), min(number, below))
+        return torch.randperm(below, generator=generator)[:number].tolist()
+
     drawn = []
-    for module, of_module in _by_module(pruned).items():
-        shape, kind, number = shapes[module], of_module[0].granularity, len(of_module)
+    for (kind, module), of_module in by_layer(pruned).items():
+        shape, number = shapes[kind, module], len(of_module)
         taken = sorted({component.place(shape) for component in of_module})
         # The k-th taken place has taken[k] - k free ones before it, which says how many to skip.
         before = [place - k for k, place in enumerate(taken)]
         dampings = iter(component.damping for component in of_module)
         drawn += [
             Component.at(rank + bisect_right(before, rank), module, shape, kind, damping=next(dampings))
-            for rank in sample(math.prod(shape) - len(taken), number)
+            for rank in sample(kind, math.prod(shape) - len(taken), number)
         ]
     return drawn
 
 
 def draw_like(pruned: Sequence[Component], pool: Iterable[Component], seed: int) -> list[Component]:
-    """Draw from a pool, at random and without repetition, as many components of each module as were pruned there.
+    """Draw from a pool, at random, without repetition, as many components of each kind and module as were pruned.
 
     Each is switched off as far as one of those. Where the pool has fewer of a module, all of them are taken.
     """
-    by_module: dict[str, list[Component]] = {module: [] for module in per_module(pruned)}
-    for component in pool:
-        if component.module in by_module:
-            by_module[component.module].append(component)
+    in_pool = by_layer(pool)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
-    for module, of_module in _by_module(pruned).items():
-        candidates, dampings = by_module[module], iter(component.damping for component in of_module)
+    for layer, of_module in by_layer(pruned).items():
+        candidates, dampings = in_pool.get(layer, []), iter(component.damping for component in of_module)
         order = torch.randperm(len(candidates), generator=generator)[: len(of_module)].tolist()
         drawn += [replace(candidates[i], damping=next(dampings)) for i in order]
     return drawn
 
 
 def _random(pruned: NeuronList, model: nn.Module) -> Draw:
-    kinds = {c.module: KINDS[c.granularity] for c in pruned.neurons}
-    shapes = {name: kind.shape(model, name) for name, kind in kinds.items()}
+    shapes = {(kind, name): KINDS[kind].shape(model, name) for kind, name in by_layer(pruned.neurons)}
     return partial(random_like, pruned.neurons, shapes)
 
 
@@ -93,8 +96,9 @@ def _least_relevant(pruned: NeuronList, model: nn.Module) -> Draw:
 
 
 def _largest_weights(pruned: NeuronList, model: nn.Module) -> Draw:
-    kinds = {c.module: KINDS[c.granularity] for c in pruned.neurons}
-    heaviest = lowest_of_modules(pruned.neurons, ((name, -kind.norms(model, name)) for name, kind in kinds.items()))
+    heaviest: list[Component] = []
+    for (kind, name), of_layer in by_layer(pruned.neurons).items():
+        heaviest += lowest_of_modules(of_layer, [(name, -KINDS[kind].norms(model, name))])
     return partial(draw_like, pruned.neurons, heaviest)
 
 
@@ -115,33 +119,17 @@ class ControlKind:
 
 
 CONTROLS = {
-    "random": ControlKind(lambda granularity: f"random {granularity}s", _random),
+    "random": ControlKind(lambda granularity: f"random {plural(granularity)}", _random),
     # A neurons.json that was not written by 'sparc3 prune' may not say which neurons are the least relevant.
     "least_relevant": ControlKind(
-        lambda granularity: f"least relevant {granularity}s",
+        lambda granularity: f"least relevant {plural(granularity)}",
         _least_relevant,
         lambda pruned: bool(pruned.least_relevant),
     ),
     "largest_weights": ControlKind(
         lambda granularity: (
-            "largest weights" if granularity == "weight" else f"{granularity}s with the largest weights"
+            "largest weights" if granularity == "weight" else f"{plural(granularity)} with the largest weights"
         ),
         _largest_weights,
     ),
 }
-
-
-def _by_module(components: Iterable[Component]) -> dict[str, list[Component]]:
-    by_module: dict[str, list[Component]] = defaultdict(list)
-    for component in components:
-        by_module[component.module].append(component)
-    return by_module
-
-
-def _sampler(granularity: Granularity, seed: int) -> Callable[[int, int], list[int]]:
-    """Return a function that draws some of the numbers below a limit, at random without repetition; all if too few."""
-    if granularity == "weight":  # a permutation would be as large as the layer
-        draw = random.Random(seed)
-        return lambda below, number: draw.sample(range(below), min(number, below))
-    generator = torch.Generator().manual_seed(seed)
-    return lambda below, number: torch.randperm(below, generator=generator)[:number].tolist()

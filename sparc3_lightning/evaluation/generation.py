@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import is_recurrent
+from sparc3_lightning.models.caches import make_room
 from sparc3_lightning.models.noise import draw_key, gumbel_noise
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ def draw_keys(seed: int, prompt_id: str, num_continuations: int, per_seed: int) 
     return [draw_key(seed + j // per_seed, prompt_id, j % per_seed) for j in range(num_continuations)]
 
 
+# Rows that a CPU draws for at a time: the C library gives memory of more than 32 MiB back, and clears it anew.
+ROWS_ON_CPU = 64
+
+
 def draw_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> Tensor:
     """Draw a token per row: temperature, nucleus, then the largest of logit plus keyed noise.
 
@@ -121,6 +126,10 @@ def draw_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> 
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=1)
+    if logits.device.type == "cpu" and len(logits) > ROWS_ON_CPU:
+        parts = math.ceil(len(logits) / ROWS_ON_CPU)
+        of_parts = zip(logits.tensor_split(parts), keys.tensor_split(parts), strict=True)
+        return torch.cat([draw_tokens(*part, step, sampling) for part in of_parts])
     logits = logits.float()
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
@@ -153,7 +162,7 @@ def _sorted_from(logits: Tensor, least: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     if least is None:
         return logits.sort(dim=1, descending=True, stable=True)
-    rows, tokens = (logits >= least).nonzero(as_tuple=True)
+    rows, tokens = _places_of(logits >= least)
     counts = rows.bincount(minlength=len(logits))
     places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     shape = (len(logits), max(int(counts.max()), 1))
@@ -161,6 +170,17 @@ def _sorted_from(logits: Tensor, least: Tensor | None) -> tuple[Tensor, Tensor]:
     values[rows, places], found[rows, places] = logits[rows, tokens], tokens
     values, order = values.sort(dim=1, descending=True, stable=True)
     return values, found.gather(1, order)
+
+
+def _places_of(is_likely: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of what is true, as ``nonzero`` does, which takes long where little is.
+
+    Eight are looked at in one word.
+    """
+    padded = torch.nn.functional.pad(is_likely, (0, -is_likely.shape[1] % 8))
+    rows, words = padded.view(torch.int64).nonzero(as_tuple=True)
+    found, columns = padded.view(len(padded), -1, 8)[rows, words].nonzero(as_tuple=True)
+    return rows[found], 8 * words[found] + columns
 
 
 ROWS = 512  # continuations that grow together
@@ -295,15 +315,17 @@ def _steps(
     logits, positions = output.logits[:, -1], positions[:, -1:]
     if not recurrent:
         cache.batch_repeat_interleave(repeats)
+        make_room(cache, sampling.max_new_tokens)
         logits, attention_mask, positions = (
             part.repeat_interleave(repeats, dim=0) for part in (logits, attention_mask, positions)
         )
     failed = torch.zeros(len(row_keys), dtype=torch.bool, device=input_ids.device)
     ended = failed.clone()
     for step in range(sampling.max_new_tokens):
-        bad = ~torch.isfinite(torch.stack(logits.aminmax(dim=1))).all(dim=0)
-        failed = failed | bad & ~ended
-        if bad.any():
+        # A sum is finite if all are, but where it overflows; and it takes a fraction of the time of a look at each.
+        if not torch.isfinite(logits.sum(dim=1)).all():
+            bad = ~torch.isfinite(logits).all(dim=1)
+            failed = failed | bad & ~ended
             logits = logits.masked_fill(bad.unsqueeze(1), 0.0)
         drawn = draw_tokens(logits, row_keys, step, sampling)
         yield drawn, failed

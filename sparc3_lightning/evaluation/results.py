@@ -427,7 +427,7 @@ class Settings:
         checkpoint_fingerprint: What tells it from every other checkpoint.
         neurons: The neurons.json, if there was one.
         num_neurons: How many neurons are off in the pruned model.
-        granularity: What they are: ``neuron``, ``head`` or ``weight``.
+        kinds: How many of them are neurons, heads, channels or weights; empty without any.
         inputs: What identifies the contents of all else that was read (tokenizer, neurons, scorers, data), and the
             dtype and the device that it was measured with.
         config: The verb, the options of model and data, and the classes of the data.
@@ -442,12 +442,17 @@ class Settings:
     checkpoint_fingerprint: str
     neurons: str | None
     num_neurons: Count
-    granularity: str
+    kinds: dict[str, Count]
     inputs: dict[str, str]
     config: dict[str, object]
     versions: dict[str, str]
     git_hash: str | None
     auto_batch_sizes: dict[str, Count] | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def granularity(self) -> str:
+        """What was switched off, such as ``neuron+channel``."""
+        return "+".join(self.kinds) or "neuron"
 
 
 @dataclass(frozen=True)
@@ -486,5 +491,5 @@ class Results(Settings, Findings, Verdict):
     ``report`` is there if neurons were switched off: without them there is no report.
     """
 
-    FORMAT = "sparc3_lightning results 4"
+    FORMAT = "sparc3_lightning results 5"
     report: ReportInputs | None = field(default=None, metadata=LEFT_OUT)

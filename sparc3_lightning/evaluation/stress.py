@@ -39,7 +39,7 @@ class Stressed:
 class StressResults(Settings, Verdict):
     """The content of stress.json; the first of the stresses is none."""
 
-    FORMAT = "sparc3_lightning stress 1"
+    FORMAT = "sparc3_lightning stress 2"
     stressed: list[Stressed]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.controls import CONTROLS, Controls
-from sparc3_lightning.models.components import Component, mask
+from sparc3_lightning.models.components import Component, mask, plural
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 
@@ -122,7 +122,7 @@ def _check_listed(lists: Lists, doses: Sequence[int]) -> None:
         if doses and max(doses) > known:
             raise OptionError(
                 "doses",
-                f"asks for {max(doses)} {neurons.granularity}s, but --.neurons"
+                f"asks for {max(doses)} {plural(neurons.granularity)}, but --.neurons"
                 f"{selection and f' ({selection})'} lists {known}: run 'sparc3 prune' with --.num_ranked "
                 f"{max(doses)}.",
             )

@@ -352,7 +352,8 @@ def head_layers(model: nn.Module, named: Sequence[str] | None = None) -> list[st
         linear = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, Linear)})
         raise OptionError(
             "granularity",
-            f": the model has no attention of a known kind ({KNOWN_ATTENTIONS}); its linear layers are {linear}.",
+            f"The model has no attention of a known kind ({KNOWN_ATTENTIONS}); its linear layers are {linear}: score "
+            "its neurons, with --.granularity neuron.",
         )
     for end in named or ():
         if not any(ends_in(name, end) for name in found) or not set(find_layers(model, [end])) <= set(found):

@@ -1,10 +1,10 @@
 """What a component of a model is, a neuron, a head, a channel or a weight; how it is masked, or pruned for good."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -118,6 +118,45 @@ class Component:
             return self.module, self.index, self.input
         # A head of the same layer may have the same number.
         return (self.module, self.index, "channel") if self.granularity == "channel" else (self.module, self.index)
+
+
+def by_layer(components: Iterable[Component]) -> dict[tuple[Granularity, str], list[Component]]:
+    """Return the components of each kind in each layer: a layer may hold several kinds."""
+    found: dict[tuple[Granularity, str], list[Component]] = defaultdict(list)
+    for component in components:
+        found[component.granularity, component.module].append(component)
+    return found
+
+
+def counts_of(components: Iterable[Component]) -> dict[str, int]:
+    """Return the number of components of each kind, in one order, whatever theirs is."""
+    found = Counter(component.granularity for component in components)
+    return {kind: found[kind] for kind in get_args(Granularity) if found[kind]}
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Return the numbers of components of several kinds in words.
+
+    Example:
+        >>> in_words({"neuron": 1250, "head": 1, "channel": 63})
+        '1,250 neurons, 1 head and 63 channels'
+    """
+    return _listed([f"{number:,} {kind}{'s' if number != 1 else ''}" for kind, number in counts.items()])
+
+
+def plural(granularity: str) -> str:
+    """Return what components are called, of one kind or of several, such as ``neuron+channel``.
+
+    Example:
+        >>> plural("weight"), plural("neuron+channel")
+        ('weights', 'neurons and channels')
+    """
+    return _listed([f"{kind}s" for kind in granularity.split("+")])
+
+
+def _listed(words: Sequence[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 # What is done to components of one kind, by the name of their layer and by their index there, of weights row and

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Head = Callable[[Tensor], Tensor]  # from hidden states to what logits are made of
+MOST_KEPT = 1 << 28  # bytes of what an original model predicts that are kept for the models compared with it
 
 
 def last_hidden_state(model: "PreTrainedModel", input_ids: Tensor) -> Tensor:
@@ -43,12 +44,46 @@ def _check_logits(model: "PreTrainedModel", hidden: Tensor, logits: Tensor) -> N
         )
 
 
+class Reference:
+    """What the original model predicts for some windows: formed once for all models, as far as ``MOST_KEPT`` goes.
+
+    Args:
+        hidden: From ``last_hidden_state``, shape ``[windows, tokens, hidden]``.
+    """
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+        self._kept: dict[tuple[int, int, int], Tensor] = {}
+        self._left = MOST_KEPT
+
+    def log_probabilities(
+        self, model: "PreTrainedModel", row: int, start: int, end: int, head: Head | None = None
+    ) -> Tensor:
+        """Return those after the tokens at ``[start, end)`` of a window, shape ``[tokens, vocabulary]``.
+
+        Args:
+            model: Any of the models that are compared.
+            row: Number of the window.
+            start: First position.
+            end: Position after the last one.
+            head: Of the original model; None if it is the model's.
+        """
+        key = row, start, end
+        if key in self._kept:
+            return self._kept[key]
+        found = _log_probabilities(model, self.hidden[row, start:end], head)
+        if found.nbytes <= self._left:
+            self._kept[key] = found
+            self._left -= found.nbytes
+        return found
+
+
 def score_windows(
     model: "PreTrainedModel",
     hidden: Tensor,
     input_ids: Tensor,
     spans: Tensor,
-    reference: Tensor | None = None,
+    reference: Reference | None = None,
     chunk: int = 64,
     reference_head: Head | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -62,7 +97,7 @@ def score_windows(
         input_ids: Windows padded on the right, shape ``[windows, tokens]``.
         spans: Slice of positions per window as ``[start, end)``, int64, shape ``[windows, 2]``: the tokens at these
             positions are predicted, each from all before it. ``start`` is at least 1.
-        reference: Hidden states of the original model on the same windows; None for no divergence.
+        reference: Of the original model on the same windows; None for no divergence.
         chunk: Positions for which logits are held at a time.
         reference_head: Head of the original model; None if both have the same.
 
@@ -77,8 +112,8 @@ def score_windows(
             logs = _log_probabilities(model, hidden[row, low - 1 : high - 1])
             nll[row] -= logs.gather(1, input_ids[row, low:high].unsqueeze(1)).double().sum()
             if reference is not None:
-                theirs = _log_probabilities(model, reference[row, low - 1 : high - 1], reference_head)
-                divergence[row] += (theirs.exp() * (theirs - logs)).sum(dim=1).double().sum()
+                theirs = reference.log_probabilities(model, row, low - 1, high - 1, reference_head)
+                divergence[row] += (theirs - logs).mul_(theirs.exp()).sum(dim=1).double().sum()
     return nll, divergence
 
 

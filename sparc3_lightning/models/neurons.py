@@ -148,12 +148,18 @@ def mask_neurons(model: nn.Module, neurons: Ablations, damping: float = 1.0) -> 
     with ExitStack() as undo:
         for ablated in _by_mlp(model, neurons):
             factor, constant = _ablation(ablated, damping)
+            off = (factor == 0).nonzero().squeeze(1)
+            only_off = bool((factor == 1).sum() + len(off) == len(factor))
 
             def damp(
-                module: nn.Module, inputs: tuple[Tensor], factor: Tensor = factor, constant: Tensor | None = constant
+                module: nn.Module,
+                inputs: tuple[Tensor],
+                factor: Tensor | None = None if only_off else factor,
+                off: Tensor = off,
+                constant: Tensor | None = constant,
             ) -> tuple[Tensor]:
                 # Not a product alone: what is off is 0 even where the activation is infinite.
-                damped = torch.where(factor == 0, 0, inputs[0] * factor)
+                damped = (inputs[0] if factor is None else inputs[0] * factor).index_fill(-1, off, 0)
                 return (damped if constant is None else damped + constant,)
 
             for column in (ablated.column, *twins.get(ablated.column, ())):

@@ -24,6 +24,7 @@ from sparc3_lightning.models.architectures import blocks_of
 from sparc3_lightning.models.batching import Batching
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
 from sparc3_lightning.models.conversion import Source
+from sparc3_lightning.models.keeping import load_kept
 from sparc3_lightning.models.loading import (
     CAUSAL_LM,
     build_skeleton,
@@ -76,10 +77,11 @@ def load_for(
                 f"{strategy.world_size}: use --trainer.strategy fsdp2, or set tensor_parallel_size to 1."
             )
         return load_sharded(checkpoint, resolved, mesh, device, gradient_checkpointing)
-    model = checkpoint.load(resolved)
     if gradient_checkpointing:
+        model = checkpoint.load(resolved)
         checkpoint_blocks_(model)
-    return model
+        return model
+    return load_kept(checkpoint, resolved)
 
 
 def is_sharded(module: L.LightningModule) -> bool:

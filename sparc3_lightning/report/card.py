@@ -3,7 +3,6 @@
 import hashlib
 import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from sparc3_lightning.evaluation.intervals import FEW, Interval
 from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.models.components import by_layer, counts_of, in_words, plural
 from sparc3_lightning.report.escaping import for_markdown, for_shell, for_terminal, public_name, told_apart
 from sparc3_lightning.report.tables import (
     Table,
@@ -73,14 +73,13 @@ class Exported:
 
     @property
     def named(self) -> dict[str, str]:
-        """The places of the first ``num_named`` neurons, by layer and in order."""
-        places = defaultdict(list)
-        for neuron in self.neurons.neurons[:NUM_NAMED]:
-            places[neuron.module].append((neuron.index,) if neuron.input is None else (neuron.index, neuron.input))
-        return {
-            module: ", ".join(str(place[0]) if len(place) == 1 else str(list(place)) for place in sorted(found))
-            for module, found in places.items()
-        }
+        """The places of the first ``num_named`` neurons, by layer, and by kind if there are several, in order."""
+        several, named = "+" in self.neurons.granularity, {}
+        for (kind, module), found in by_layer(self.neurons.neurons[:NUM_NAMED]).items():
+            places = sorted((n.index,) if n.input is None else (n.index, n.input) for n in found)
+            words = ", ".join(str(place[0]) if len(place) == 1 else str(list(place)) for place in places)
+            named[f"{module}, {kind}s" if several else module] = words
+        return named
 
     def is_of(self, results: Results) -> bool:
         """Tell whether results are of the neurons of this checkpoint, as far as results say which neurons they are."""
@@ -109,6 +108,8 @@ def said_of(results: Results, named: Callable[[str], str] = str) -> dict[str, An
         "results": results,
         "behavior": results.behavior,
         "granularity": results.granularity,
+        "components": plural(results.granularity),
+        "counted": in_words(results.kinds),
         "neurons": neurons,
         "name": name_of(results.checkpoint),
         "group_names": GROUPS,
@@ -163,6 +164,7 @@ def unevaluated_card(exported: Exported) -> str:
         **_made(len(neurons.neurons), neurons.ablation, neurons.provenance.get("criterion")),
         name=name_of(exported.checkpoint),
         granularity=neurons.granularity,
+        counted=in_words(counts_of(neurons.neurons)),
         checkpoint=exported.checkpoint,
         fingerprint=neurons.provenance.get("checkpoint_fingerprint"),
         front_matter=_front_matter(exported.checkpoint, None, exported),

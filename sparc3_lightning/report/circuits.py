@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparc3_lightning.files import LEFT_OUT, JsonFile
+from sparc3_lightning.models.components import plural
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.report.escaping import csv_text, for_picture, for_terminal
 from sparc3_lightning.report.figures import BEFORE, CONTROL, STRENGTHS, save_figure
@@ -111,11 +112,11 @@ class CircuitResults(JsonFile):
             reached = self.chance
             if curve.emptied is not None and curve.emptied.accuracy > reached:
                 reached = curve.emptied.accuracy
-                least = f"so is the model with every {curve.granularity} out on {reached:.1%}"
+                least = f"so is the model with every {curve.granularity.replace('+', ' and ')} out on {reached:.1%}"
             if curve.circuit.accuracy <= reached:
                 found.append(
-                    f"The circuit of {curve.granularity}s by {curve.method} is right on {curve.circuit.accuracy:.1%}, "
-                    f"and {least}: it need not keep anything of the behaviour."
+                    f"The circuit of {plural(curve.granularity)} by {curve.method} is right on "
+                    f"{curve.circuit.accuracy:.1%}, and {least}: it need not keep anything of the behaviour."
                 )
         return found
 
@@ -158,7 +159,7 @@ def summary(results: CircuitResults) -> str:
             cells = (f"{circuit.sparsity:.1%}", kept, f"{circuit.accuracy:.1%}")
         (step,) = (step for step in curve.steps if step.sparsity == middle)
         spread = "" if step.accuracy_sd is None else f" +- {step.accuracy_sd:.1%}"
-        name = f"{curve.granularity}s, {curve.method}"
+        name = f"{plural(curve.granularity)}, {curve.method}"
         rows.append((name, str(curve.num_seeds), *cells, f"{step.accuracy_mean:.1%}{spread}"))
     said = (
         f"The whole model is right on {results.whole_model.accuracy:.1%} of {results.num_samples} samples; a circuit "
@@ -194,7 +195,7 @@ def draw_circuit(results: CircuitResults, path: Path) -> None:
             axes.plot(x, mean, "o-", color=color, markersize=3, linewidth=1.5, label=for_picture(curve.method, 28))
             low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-        axes.set_title(f"{curves[0].num_components:,} {for_picture(kind)}s", fontsize=10, loc="left")
+        axes.set_title(f"{curves[0].num_components:,} {for_picture(plural(kind))}", fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="lower left")
     panels[-1].set(xlabel="sparsity in % (least relevant first)", ylim=(-3, 103))

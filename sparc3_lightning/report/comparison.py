@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparc3_lightning.files import LEFT_OUT, JsonFile
-from sparc3_lightning.models.components import Key
+from sparc3_lightning.models.components import Component, Key, counts_of, plural
 from sparc3_lightning.provenance import git_hash, versions
 from sparc3_lightning.report.escaping import csv_text, for_picture, for_terminal
 from sparc3_lightning.report.figures import AFTER, BEFORE, save_figure
@@ -63,7 +63,7 @@ class ComparisonResults(JsonFile):
 def summary(results: ComparisonResults) -> str:
     """Return the tables of a comparison as text: shared neurons, correlations, and classes by sign."""
     checkpoint = f" of {for_terminal(results.checkpoint)}" if results.checkpoint else ""
-    components = f"{results.granularity}s"
+    components = plural(results.granularity)
     parts = [
         f"{results.num_candidates:,} {components}{checkpoint}",
         aligned(_overlap_table(results.overlaps, components)),
@@ -111,25 +111,36 @@ def _kinds(overlaps: Sequence[Overlap]) -> list[str]:
 
 
 def neurons_csv(
-    names: Sequence[str], keys: Sequence[Key], lists: Sequence[NeuronList], differential_SN: Tensor | None
+    names: Sequence[str],
+    components: Mapping[Key, Component],
+    lists: Sequence[NeuronList],
+    differential_SN: Tensor | None,
 ) -> str:
     """Return a row for each pruned neuron: its rank in each list that holds it, and its differential relevance.
 
     Args:
         names: Of the behaviours.
-        keys: Of each neuron, or weight.
+        components: The pruned ones by their keys.
         lists: Of each behaviour.
         differential_SN: Shape ``[behaviours, neurons]``, if it is known.
     """
     ranks = [{n.key: rank for rank, n in enumerate(pruned.neurons, start=1)} for pruned in lists]
-    heads = [*("module", "index", "input")[: len(keys[0])], "num_lists", *(f"rank_{name}" for name in names)]
+    kinds = counts_of(components.values())
+    places = [
+        "module",
+        "index",
+        *(["input"] if "weight" in kinds else []),
+        *(["granularity"] if len(kinds) > 1 else []),
+    ]
+    heads = [*places, "num_lists", *(f"rank_{name}" for name in names)]
     if differential_SN is not None:
         heads += [f"differential_{name}" for name in names]
     rows = []
-    for i, key in enumerate(keys):
-        places = [rank.get(key) for rank in ranks]
+    for i, (key, component) in enumerate(components.items()):
+        held = [rank.get(key) for rank in ranks]
         values = [] if differential_SN is None else differential_SN[:, i].tolist()
-        rows.append([*key, sum(place is not None for place in places), *places, *values])
+        place = [getattr(component, name) for name in places]
+        rows.append([*place, sum(rank is not None for rank in held), *held, *values])
     return csv_text([heads, *rows])
 
 
@@ -223,7 +234,7 @@ def draw_overlap(lists: Sequence[Listed], overlaps: Sequence[Overlap], path: Pat
         dots.plot([x, x], [min(rows), max(rows)], "-", color=color, linewidth=2)
         dots.plot([x] * len(rows), rows, "o", color=color, markersize=7)
     bars.spines[["top", "right"]].set_visible(False)
-    bars.set(ylabel=f"pruned {granularity}s")
+    bars.set(ylabel=f"pruned {plural(granularity)}")
     bars.margins(y=0.12)
     bars.yaxis.get_major_locator().set_params(integer=True)
     bars.tick_params(axis="x", length=0)
@@ -233,7 +244,7 @@ def draw_overlap(lists: Sequence[Listed], overlaps: Sequence[Overlap], path: Pat
     dots.tick_params(axis="y", length=0)
     if left_out:
         number = sum(row.exclusive for row in left_out)
-        figure.supxlabel(f"and {len(left_out)} smaller combinations of {number} {granularity}s", fontsize=10)
+        figure.supxlabel(f"and {len(left_out)} smaller combinations of {number} {plural(granularity)}", fontsize=10)
     save_figure(figure, path)
 
 
@@ -285,7 +296,7 @@ def draw_profiles(layers: Mapping[str, Mapping[str, Sequence[int]]], path: Path,
         axes.yaxis.get_major_locator().set_params(integer=True)
     panels[-1].set(xlabel="layer")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.supylabel(f"pruned {granularity}s", fontsize=10)
+    figure.supylabel(f"pruned {plural(granularity)}", fontsize=10)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
     )

@@ -13,6 +13,7 @@ from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import Control, Dose, Lengths, Results
 from sparc3_lightning.files import replacing
 from sparc3_lightning.models.architectures import layer_of
+from sparc3_lightning.models.components import plural
 from sparc3_lightning.report.escaping import for_picture, public_name, told_apart
 from sparc3_lightning.report.tables import cell, ends, in_order, number
 from sparc3_lightning.selection.neuron_list import SelectionResults
@@ -64,7 +65,7 @@ def draw_layers(neurons_per_module: dict[str, int], path: Path, granularity: str
         counts[layer_of(module)] += count
     figure, axes = _new_figure()
     axes.bar(list(counts), list(counts.values()), color=AFTER, width=0.8)
-    axes.set(xlabel="layer", ylabel=f"pruned {for_picture(granularity)}s")
+    axes.set(xlabel="layer", ylabel=f"pruned {for_picture(plural(granularity))}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     save_figure(figure, path)
@@ -87,7 +88,7 @@ def draw_differential(selection: SelectionResults, path: Path) -> None:
         if name == "difference"
         else f"{for_picture(name.replace('_', ' '), 40)}, lowest first"
     )
-    axes.set(xlabel=by, ylabel=f"{for_picture(selection.granularity)}s (log scale)")
+    axes.set(xlabel=by, ylabel=f"{for_picture(plural(selection.granularity))} (log scale)")
     axes.xaxis.get_major_locator().set_params(nbins=5)
     save_figure(figure, path)
 

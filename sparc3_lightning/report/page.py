@@ -15,6 +15,7 @@ from sparc3_lightning.evaluation.completions import Completion, score_of
 from sparc3_lightning.evaluation.results import ReportInputs, Results
 from sparc3_lightning.files import to_json, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.models.components import plural
 from sparc3_lightning.report.card import (
     GROUPS,
     MODEL_CARD,
@@ -193,7 +194,7 @@ class Figure:
     """A figure of the page.
 
     Args:
-        title: May name ``{behavior}``, ``{granularity}`` and ``{criterion}``.
+        title: May name ``{behavior}``, ``{components}`` and ``{criterion}``.
         draw: Draws it into a file.
         is_known: Whether there is anything to draw.
     """
@@ -239,7 +240,7 @@ FIGURES = {
         _draw_lengths,
         lambda shown: shown.results.lengths is not None and shown.results.lengths.is_known,
     ),
-    "doses.png": Figure("Fewer or more {granularity}s", _draw_doses, lambda shown: len(shown.results.doses) > 1),
+    "doses.png": Figure("Fewer or more {components}", _draw_doses, lambda shown: len(shown.results.doses) > 1),
     "scatter.png": Figure(
         "Each prompt: less {behavior} below the line",
         lambda shown, path: draw_scatter(
@@ -247,9 +248,9 @@ FIGURES = {
         ),
         lambda shown: bool(shown.prompts),
     ),
-    "layers.png": Figure("Where the pruned {granularity}s lie", _draw_layers),
+    "layers.png": Figure("Where the pruned {components} lie", _draw_layers),
     "differential.png": Figure(
-        "All {granularity}s by {criterion}", _draw_differential, lambda shown: shown.neurons.selection is not None
+        "All {components} by {criterion}", _draw_differential, lambda shown: shown.neurons.selection is not None
     ),
 }
 
@@ -346,7 +347,7 @@ def _draw(folder: Path, shown: Shown) -> list[tuple[str, Path]]:
     criterion = str(shown.neurons.provenance.get("criterion", "difference"))
     words = {
         "behavior": shown.results.behavior,
-        "granularity": shown.results.granularity,
+        "components": plural(shown.results.granularity),
         "criterion": "differential relevance" if criterion == "difference" else criterion.replace("_", " "),
     }
     figures = []

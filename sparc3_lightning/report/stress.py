@@ -8,6 +8,7 @@ from pathlib import Path
 from sparc3_lightning.evaluation.intervals import Difference, Interval
 from sparc3_lightning.evaluation.stress import STRESS, Stressed, StressResults
 from sparc3_lightning.files import write_atomically
+from sparc3_lightning.models.components import in_words
 from sparc3_lightning.report.escaping import for_terminal, public_name, told_apart
 from sparc3_lightning.report.tables import CANNOT, UNKNOWN, Table, cell
 
@@ -114,9 +115,9 @@ def _explained(results: StressResults) -> str:
     found = results.stressed[0].found
     number = found.baseline.groups[found.headline].num_prompts
     return (
-        f"Each row compares two models that have been through the same: one with {results.num_neurons} "
-        f"{results.granularity}s pruned before it, and one without. Both continued the same {number} prompts from the "
-        f"same random draws, which {told_apart(found.judges)[found.headline_judge]} scored. Intervals are of 95 %. "
+        f"Each row compares two models that have been through the same: one with {in_words(results.kinds)} pruned "
+        f"before it, and one without. Both continued the same {number} prompts from the same random draws, which "
+        f"{told_apart(found.judges)[found.headline_judge]} scored. Intervals are of 95 %. "
         f"What is left of the effect is its size in {results.behavior} as a share of the first row's; other prompts "
         "have an effect of their own."
     )

@@ -11,6 +11,7 @@ from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import FEW, Difference, Interval
 from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS
 from sparc3_lightning.evaluation.results import RESULTS, Dose, Findings, Preference, Results
+from sparc3_lightning.models.components import plural
 from sparc3_lightning.report.escaping import csv_text, for_shell, for_terminal
 from sparc3_lightning.selection.neuron_list import CHOSEN
 
@@ -120,7 +121,7 @@ def chooser_judges(results: Findings, granularity: str) -> str:
     if not results.is_judged_by_chooser:
         return ""
     others = "no other judge was asked" if len(results.judges) == 1 else "every judge had a part in the choice"
-    return f"The scorer that chose the {granularity}s, '{results.headline_judge}', judges them: {others}."
+    return f"The scorer that chose the {plural(granularity)}, '{results.headline_judge}', judges them: {others}."
 
 
 def control_table(results: Results) -> Table:

@@ -1,38 +1,34 @@
 """What was found, in words that a reader can hold us to: an effect only where the interval and a test say so."""
 
 import math
+from collections.abc import Mapping
 
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import FEW, MIN_CHANGED, Difference, Interval
 from sparc3_lightning.evaluation.results import Findings, Lengths, Preference
+from sparc3_lightning.models.components import in_words, plural
 from sparc3_lightning.report.tables import CANNOT, chooser_judges, evident_doses
 
 
 def verdict(
-    found: Findings,
-    num_neurons: int,
-    behavior: str = "toxicity",
-    granularity: str = "neuron",
-    ablation: str = "switched off",
+    found: Findings, kinds: Mapping[str, int], behavior: str = "toxicity", ablation: str = "switched off"
 ) -> str:
     """Describe the effect of switching the neurons off, with intervals of 95 %.
 
     Args:
         found: From ``findings``.
-        num_neurons: How many neurons are off.
+        kinds: How many neurons, heads, channels or weights are off.
         behavior: What was scored.
-        granularity: What was switched off: ``neuron``, ``head`` or ``weight``.
         ablation: What was done to them in its place, such as ``damped by 50 %``.
     """
     if found.pruned is None:
         return "The model was measured as it is; no neurons were given to switch off."
-    effect = found.main_effect
+    effect, granularity, neurons = found.main_effect, "+".join(kinds), in_words(kinds)
     if effect is None:
         if not found.other_judges:
             return "No continuation of both models could be scored, so nothing is known of the effect."
         nothing = f"The judge of the headline, '{found.headline_judge}', scored no prompt of both models."
         return " ".join([nothing, *_others(found, None, granularity)])
-    neurons = f"{num_neurons} {granularity}{'s' if num_neurons != 1 else ''}"
     convention, change = next(iter(found.perplexity_change.items()))
     perplexity = f"perplexity {moved(change, few(found.baseline.num_windows.get(convention), 'window'))}"
     if effect.evidence:
@@ -43,7 +39,7 @@ def verdict(
             f"No evidence that {what} changes {behavior}: its mean {_moved(effect)}, and {_why_not(effect)}; "
             f"{perplexity}."
         ]
-    sentences += _controls(found, effect, num_neurons, granularity)
+    sentences += _controls(found, effect, sum(kinds.values()), granularity)
     sentences += [zeroed] if (zeroed := zero_ablated_controls(found, ablation, granularity)) else []
     sentences += _judges(found, effect, granularity)
     return " ".join(sentences + _preference(found.preference) + _doses(found, granularity))
@@ -64,7 +60,7 @@ def _doses(found: Findings, granularity: str) -> list[str]:
     if len(found.doses) < 2:
         return []
     said = [
-        f"Measured beside it, the selection {dose.selection!r} with {dose.num_neurons} {granularity}s: "
+        f"Measured beside it, the selection {dose.selection!r} with {dose.num_neurons} {plural(granularity)}: "
         f"{_signed(dose.effect.percent)} at {_signed(dose.perplexity_percent)} perplexity."
         for dose in found.doses
         if dose.name == dose.selection and dose.effect
@@ -72,8 +68,8 @@ def _doses(found: Findings, granularity: str) -> list[str]:
     number, all_of_them = len(evident_doses(found.doses)), len(found.doses)
     return [
         *said,
-        f"Of the {all_of_them} sets of {granularity}s that were measured, {number} give{'s' if number == 1 else ''} "
-        "evidence of a change that holds for all of them together.",
+        f"Of the {all_of_them} sets of {plural(granularity)} that were measured, {number} "
+        f"give{'s' if number == 1 else ''} evidence of a change that holds for all of them together.",
     ]
 
 
@@ -89,11 +85,11 @@ def _controls(found: Findings, effect: Difference, num_neurons: int, granularity
         sentence = f"{as_many} ({draws} draw{'s' if draws != 1 else ''}): {_signed(percent)}"
         fell = effect.difference.value < 0
         if effect.evidence and draws == 1:
-            sentence += f"; a single draw cannot show whether the chosen {granularity}s do more"
+            sentence += f"; a single draw cannot show whether the chosen {plural(granularity)} do more"
         elif effect.evidence:
             does_more = further.high < 0 if fell else further.low > 0
             claim = "; the" if does_more else ", which is no evidence that the"
-            sentence += f"{claim} chosen {granularity}s do more than one more draw would"
+            sentence += f"{claim} chosen {plural(granularity)} do more than one more draw would"
         sentences.append(sentence + ".")
     return sentences
 
@@ -169,7 +165,7 @@ def _others(found: Findings, first: Difference | None, granularity: str) -> list
     """Say what every judge but the headline's finds, beside the headline's effect; None if that is not known."""
     said = []
     for name, judge in found.other_judges.items():
-        part = f", which the {granularity}s were chosen with," if judge.is_chooser else ""
+        part = f", which the {plural(granularity)} were chosen with," if judge.is_chooser else ""
         effect = judge.effects[found.headline].behavior_mean
         if effect is None:
             finds = "scored no prompt of both models" if judge.num_scored else "scored nothing"

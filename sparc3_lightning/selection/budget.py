@@ -16,7 +16,7 @@ from sparc3_lightning.data.base import Batch
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import twins_of
 from sparc3_lightning.models.batching import Batching
-from sparc3_lightning.models.components import Component, Key, mask
+from sparc3_lightning.models.components import Component, Key, counts_of, in_words, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.selection.lowest import lowest_first
@@ -106,7 +106,8 @@ class PerplexityRise:
                 self._rises[key] = math.expm1(self._nats() - self.nats)
             rise = 100 * self._rises[key]
             beside = "".join(f", predicted {100 * share:+.2f} %" for share in self._predicted(key).values())
-            rank_zero_info(f"{len(key):>6} neurons at damping {_damping(key):g}: perplexity {rise:+.2f} %{beside}")
+            off = in_words(counts_of(key))
+            rank_zero_info(f"{off:>12} at damping {_damping(key):g}: perplexity {rise:+.2f} %{beside}")
         return self._rises[key]
 
     @torch.no_grad()

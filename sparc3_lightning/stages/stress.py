@@ -237,7 +237,7 @@ class Stress(Evaluation):
         return Pair(baseline, of_pruned, grown_back(original, pruned, of_pruned))
 
     def _columns(self) -> set[str]:
-        """Return the parameters with the outgoing weights of the pruned neurons; of heads and weights, all."""
+        """Return the parameters with the outgoing weights of the pruned neurons; of other components, all."""
         names = set()
         for neuron in self.off["pruned"]:
             layer = mlp_of(self.model, neuron.module).column if neuron.granularity == "neuron" else neuron.module

@@ -12,7 +12,7 @@ from sparc3_lightning.selection.criteria import POOL, lowest_of_modules
 
 A, B, C = (f"model.layers.{i}.mlp.up_proj" for i in range(3))
 SIZES = {A: 10, B: 40, C: 7}
-SHAPES = {name: (size,) for name, size in SIZES.items()}
+SHAPES = {("neuron", name): (size,) for name, size in SIZES.items()}
 PRUNED = [
     Component(A, 3, -5.0),
     Component(B, 0, -4.0),
@@ -68,7 +68,7 @@ def test_layers_of_the_same_size_are_not_drawn_alike():
     pruned = [Component(A, 0, 0.0), Component(A, 1, 0.0), Component(B, 0, 0.0), Component(B, 1, 0.0)]
     alike = 0
     for seed in range(50):
-        drawn = random_like(pruned, {A: (40,), B: (40,)}, seed)
+        drawn = random_like(pruned, dict.fromkeys(SHAPES, (40,)), seed)
         alike += {n.index for n in drawn if n.module == A} == {n.index for n in drawn if n.module == B}
     assert alike <= 1
 

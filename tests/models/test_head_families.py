@@ -1,4 +1,4 @@
-"""Heads of other architectures than those with a test of their own: a pruned head is a masked one."""
+"""Heads and channels of other architectures than those with a test of their own: a pruned one is a masked one."""
 
 import copy
 
@@ -28,23 +28,27 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("family", LAYERS)
-def test_a_pruned_head_is_a_masked_one(family: str) -> None:
+def test_a_pruned_head_or_channel_is_a_masked_one(family: str) -> None:
     model = build(family)
     assert head_layers(model) == [LAYERS[family]]
     names = list(find_layers(model, head_layers(model)))
     assert (heads_left_out(model) is None) == (family not in ("granitemoehybrid", "lfm2", "qwen3_5_text", "zamba2"))
+    chosen = [
+        [
+            Component(name, index, 0.0, granularity="head")
+            for name in names
+            for index in off
+            if index < num_heads(model, name)
+        ]
+        for off in ([1], [0, 1], [0, 1, 3], [2, 3])
+    ]
+    chosen.append([Component(name, index, 0.0, granularity="channel") for name in names for index in (0, 7)])
     with torch.no_grad():
-        for off in ([1], [0, 1], [0, 1, 3], [2, 3]):
+        for components in chosen:
             pruned = copy.deepcopy(model)
-            heads = [
-                Component(name, index, 0.0, granularity="head")
-                for name in names
-                for index in off
-                if index < num_heads(model, name)
-            ]
-            with mask(model, heads):
+            with mask(model, components):
                 masked = model(INPUT_IDS, use_cache=False).logits
-            prune_(pruned, heads)
+            prune_(pruned, components)
             torch.testing.assert_close(pruned(INPUT_IDS, use_cache=False).logits, masked, rtol=1e-6, atol=1e-6)
             assert (masked - model(INPUT_IDS, use_cache=False).logits).abs().max() > 1e-5
 
@@ -53,7 +57,7 @@ def test_a_pruned_head_is_a_masked_one(family: str) -> None:
 def test_heads_whose_values_lie_among_others_are_refused(family: str) -> None:
     model = build(family)
     assert mlps_of(model)
-    with pytest.raises(ValueError, match="granularity: the model has no attention of a known kind"):
+    with pytest.raises(ValueError, match=r"The model has no attention of a known kind .*--model.granularity neuron"):
         head_layers(model)
 
 

@@ -207,7 +207,7 @@ def test_the_heads_of_another_family_are_refused_with_the_names_there_are(make_m
 def test_an_attention_whose_values_are_not_known_has_no_heads_and_says_what_there_is(config, linear):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=rf"--model\.granularity head: the model has no attention .*{linear}"):
+    with pytest.raises(ValueError, match=rf"The model has no attention .*{linear}.*: score its neurons, with --model"):
         head_layers(model)
     (output,) = (name for name, _ in model.named_modules() if is_heads(name))
     with pytest.raises(ValueError, match="not a layer of attention heads"):

@@ -6,7 +6,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 
-from sparc3_lightning.models.likelihood import check_logits, last_hidden_state, log_likelihoods, score_windows
+from sparc3_lightning.models.likelihood import (
+    Reference,
+    check_logits,
+    last_hidden_state,
+    log_likelihoods,
+    score_windows,
+)
 
 SIZES = {
     **{"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
@@ -61,7 +67,7 @@ def test_the_divergence_between_scaled_logits_is_that_of_what_the_models_predict
     model.model.layers[0].mlp.down_proj.weight.zero_()
     changed = model(INPUT_IDS).logits.double().log_softmax(dim=-1)
     spans = torch.tensor([[1, 6], [1, 6]])
-    _, found = score_windows(model, last_hidden_state(model, INPUT_IDS), INPUT_IDS, spans, before)
+    _, found = score_windows(model, last_hidden_state(model, INPUT_IDS), INPUT_IDS, spans, Reference(before))
     expected = (original.exp() * (original - changed))[:, :-1].sum(dim=(1, 2))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 

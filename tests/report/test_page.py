@@ -196,7 +196,7 @@ def test_results_that_json_gives_back_render_the_same_page_and_card():
     [("somebody/A-Model", "A-Model"), ("/models/mine/", "mine"), ("pypi:a==1/b/c.gguf", "c.gguf"), ("gpt2", "gpt2")],
 )
 def test_the_heading_names_the_model(checkpoint, name):
-    page = write(dataclasses.replace(made_up()[0], checkpoint=checkpoint, num_neurons=1))
+    page = write(dataclasses.replace(made_up()[0], checkpoint=checkpoint, kinds={"neuron": 1}))
     assert f"1 neuron of {name}" in page.words
 
 
@@ -232,7 +232,7 @@ def test_a_run_in_which_nothing_was_scored_has_a_page():
         for name, shift in (("baseline", 0.0), ("pruned", 0.1))
     }
     found = findings(rows, windows, list_variants({"": NEURONS}, 3), judges("small"))
-    results = Results(verdict=verdict(found, 2), **vars(found), **vars(settings(["small"])))
+    results = Results(verdict=verdict(found, {"neuron": 2}), **vars(found), **vars(settings(["small"])))
     page = write(results, rows)
     assert "nothing is known of the effect" in page.words
     assert "108 continuations could not be scored" in page.words

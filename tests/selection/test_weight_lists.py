@@ -64,16 +64,37 @@ def test_a_list_without_weights_keeps_its_bytes_and_its_digest(tmp_path):
     )
 
 
+def test_a_list_may_mix_kinds_and_tells_a_channel_from_a_head_of_the_same_number(tmp_path):
+    mixed = [
+        Component("x.o_proj", 1, -3.0, granularity="channel"),
+        Component("x.up_proj", 1, -2.5),
+        Component("x.o_proj", 1, -2.0, granularity="head"),
+        Component("x.o_proj", 1, -1.0, granularity="weight", input=0),
+    ]
+    saved = NeuronList(mixed, next=[Component("x.o_proj", 2, 0.0, granularity="channel")])
+    saved.save(tmp_path / "neurons.json")
+    found = NeuronList.load(tmp_path / "neurons.json")
+    assert found == saved
+    assert found.granularity == "neuron+head+channel+weight"
+    assert len({n.key for n in found.all()}) == 5
+    rows = json.loads((tmp_path / "neurons.json").read_text())["neurons"]
+    assert [row.get("granularity") for row in rows] == ["channel", None, "head", None]
+    assert NeuronList(mixed[:1]).digest() != NeuronList(mixed[2:3]).digest()
+
+
 @pytest.mark.parametrize(
     ("rows", "complaint"),
     [
         ([{"input": 2}, {"input": 2, "score": 5.0}], "names a neuron more than once"),
-        ([{"input": 2}, {}], "holds both neurons and single weights"),
+        ([{"input": 2, "granularity": "head"}], "Head 1 of a cannot have the input 2"),
+        ([{"granularity": "weight"}], "Weight 1 of a cannot have the input None"),
+        ([{"granularity": "block"}], "granularity cannot be 'block'"),
+        ([{"granularity": "channel"}, {"granularity": "channel"}], "names a neuron more than once"),
         ([{"input": 1.5}], r"is not a neurons\.json of format"),
         ([{"input": "first"}], r"is not a neurons\.json of format"),
     ],
 )
-def test_a_list_that_names_a_weight_twice_or_neurons_as_well_is_refused(tmp_path, rows, complaint):
+def test_a_list_that_names_a_component_twice_or_is_not_clear_about_its_kind_is_refused(tmp_path, rows, complaint):
     row = {"module": "a", "index": 1, "score": -1.0}
     lists = {"neurons": [row | more for more in rows], "next": [], "least_relevant": []}
     write_sealed(tmp_path / "neurons.json", {"format": FORMAT, **lists, "provenance": {}})

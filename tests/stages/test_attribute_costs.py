@@ -107,7 +107,7 @@ def test_costs_that_broke_off_go_on_with_both_halves(tiny_checkpoint, documents)
 def test_how_noisy_costs_are_is_said_with_the_way_to_better_ones(tiny_checkpoint, documents):
     _, few = attribute(tiny_checkpoint, documents, "few", num_samples=2)
     assert re.search(
-        r"correlate by 0\.\d\d \(Spearman\), less than 0.8: .* give more --data.num_samples", few.summary()
+        r"correlate by 0\.\d\d \(Spearman\), less than 0.7: .* give more --data.num_samples", few.summary()
     )
     one, module = attribute(tiny_checkpoint, documents, "one", num_samples=1)
     assert one.provenance.split_half is None

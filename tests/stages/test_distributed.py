@@ -36,6 +36,9 @@ def inputs(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> di
     pruned, following, least = (
         [Component(name, i, 0.0) for name in layers for i in of] for of in ((3, 17), (4,), (8, 9))
     )
+    outputs = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    pruned += [Component(name, 5, 0.0, granularity="channel") for name in outputs]
+    least += [Component(name, 7, 0.0, granularity="channel") for name in outputs]
     provenance = {"checkpoint_fingerprint": Checkpoint(tiny_checkpoint).fingerprint, "sample_ids": []}
     NeuronList(pruned, provenance, following, least).save(folder / "neurons.json")
     rows = [{"text": f"{sentence(i, 3 + i % 9)}", "toxicity": 0.9} for i in range(120)]

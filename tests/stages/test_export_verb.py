@@ -42,6 +42,11 @@ LISTS = {
         Component(UP, 3, -1.0, granularity="weight", input=4),
         Component(OUTPUT, 0, -1.0, damping=0.5, granularity="weight", input=15),
     ],
+    "neurons and channels": [
+        Component(UP, 3, -1.0),
+        Component(OUTPUT, 2, -1.0, granularity="channel"),
+        Component(OUTPUT, 9, -1.0, damping=0.5, granularity="channel"),
+    ],
     "neurons and heads": [Component(UP, 3, -1.0), Component(OUTPUT, 2, -1.0, granularity="head")],
 }
 OUT, EXPORT = Path("out"), Path("exported")

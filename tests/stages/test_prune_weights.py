@@ -63,7 +63,7 @@ def test_selection_json_of_weights_has_the_figures_of_all_of_them_and_the_pictur
     assert selection["differential_strength_percent"] == pytest.approx(damping)
     assert found.provenance["differential_strength_percent"] == pytest.approx(damping)
     assert all((OUT / name).is_file() for name in ("layers.png", "differential.png"))
-    assert "20 of 768 weights in 2 layers" in caplog.text
+    assert "20 weights of 768 in 2 layers" in caplog.text
 
 
 def test_by_default_indexes_still_stand_for_the_neurons_their_weights_are_of(files):

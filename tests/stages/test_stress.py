@@ -27,7 +27,7 @@ from sparc3_lightning.evaluation.results import Findings
 from sparc3_lightning.evaluation.stress import StressResults
 from sparc3_lightning.models.checkpoints import load_model
 from sparc3_lightning.models.components import Component, mask, prune_
-from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
+from sparc3_lightning.models.likelihood import Reference, last_hidden_state, score_windows
 from sparc3_lightning.models.rounding import round_
 from sparc3_lightning.report.stress import stress_table
 from sparc3_lightning.stages.finetuning import FineTuning, trained
@@ -218,7 +218,7 @@ def test_the_divergence_of_a_trained_model_is_from_what_the_other_one_predicts_w
     original = last_hidden_state(model, ids)
     with stress_of.as_variant(stress_of.variants[1]):
         hidden, head = last_hidden_state(model, ids), stress_of.original_head
-        _, found = score_windows(model, hidden, ids, spans, original, reference_head=head)
+        _, found = score_windows(model, hidden, ids, spans, Reference(original), reference_head=head)
     assert found.item() == pytest.approx((before.exp() * (before - after_)).sum().item(), rel=1e-4)
     with stress_of.as_variant(stress_of.variants[0]):
         assert stress_of.original_head is None

@@ -144,7 +144,7 @@ def test_the_points_are_those_of_evaluations_of_their_own(tiny_checkpoint, monke
     folder = Path(main(["evaluate", *options]).trainer.log_dir)
     alone = json.loads((folder / "results.json").read_text())
     point = next(point for point in results["doses"] if point["num_neurons"] == 9)
-    assert point == next(iter(alone["doses"])) | {"name": "top_9_1"}
+    assert point == next(iter(alone["doses"])) | {"name": "top_9_1", "together": point["together"]}
     assert alone["baseline"] == results["baseline"]
 
 
@@ -233,7 +233,8 @@ def test_every_list_is_measured_as_it_stands_and_compared_by_its_front(monkeypat
     )
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     alone, _ = sweep("--model.neurons", "other/neurons.json", "--model.doses", "[]")
-    assert alone["doses"] == [points["set_difference"] | {"name": "pruned", "selection": ""}]
+    expected = points["set_difference"] | {"name": "pruned", "selection": ""}
+    assert alone["doses"] == [{name: of for name, of in expected.items() if name != "together"}]
     assert alone["pruned"]["groups"]["toxic"]["behavior_mean"] == points["set_difference"]["effect"]["after"]
 
 

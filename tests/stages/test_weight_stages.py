@@ -31,13 +31,14 @@ def test_random_weights_are_as_many_in_each_layer_none_of_the_pruned_and_each_is
         Component("a", 2, 0.0, granularity="weight", input=3),
         Component("b", 1, 0.0, granularity="weight", input=0),
     ]
-    shapes, drawn = {"a": (3, 4), "b": (2, 2)}, Counter()
+    sizes, drawn = {"a": (3, 4), "b": (2, 2)}, Counter()
+    shapes = {("weight", name): shape for name, shape in sizes.items()}
     for seed in range(3000):
         of_seed = random_like(pruned, shapes, seed)
         assert Counter(n.module for n in of_seed) == {"a": 2, "b": 1}
         drawn.update(n.key for n in of_seed)
         assert len({n.key for n in of_seed}) == 3
-    free = {(name, o, i) for name, (rows, columns) in shapes.items() for o in range(rows) for i in range(columns)}
+    free = {(name, o, i) for name, (rows, columns) in sizes.items() for o in range(rows) for i in range(columns)}
     assert set(drawn) == free - {n.key for n in pruned}
     # 600 and 1,000 draws are expected of each; 4.5 standard deviations are 100 and 116.
     assert all(abs(count - (600 if key[0] == "a" else 1000)) < 116 for key, count in drawn.items())
@@ -160,7 +161,7 @@ def test_the_whole_experiment_prunes_weights_in_all_its_stages(tiny_checkpoint, 
     done = cli.main(["run", "--config", "experiment.yaml"])
     folder = Path(done.trainer.log_dir)
     results = json.loads((folder / "results.json").read_text())
-    assert (results["granularity"], results["num_neurons"]) == ("weight", 70)
+    assert (results["kinds"], results["num_neurons"]) == ({"weight": 70}, 70)
     assert "70 weights" in (folder / "report.html").read_text()
     stages = json.loads((folder / "experiment.json").read_text())["stages"]
     assert Path(stages["general_0"], INDEX).is_file()
