@@ -13,6 +13,7 @@ from hand_written import judges
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import findings
 from sparc3_lightning.evaluation.results import (
+    OTHER_TEXT,
     ContinuationProtocol,
     PromptProtocol,
     Protocol,
@@ -54,6 +55,7 @@ SELECTION_OF_NEURONS = replace(
         "model.layers.5.mlp.up_proj": 0,
     },
 )
+OTHER = TextProtocol(["disjoint", "sliding"], 512, 256, "/home/ann/letters.txt", bos="first")
 INSULTS = {"idiot", "stupid", "sh*t", "a$$hole", "f***", "b!tch", "wanker's"}
 
 
@@ -83,11 +85,16 @@ def uniform(seed: int) -> float:
 
 @functools.cache
 def evaluation(
-    num_toxic: int = 12, num_nontoxic: int = 6, second: bool = True, others: bool = True, choosers: tuple[str, ...] = ()
+    num_toxic: int = 12,
+    num_nontoxic: int = 6,
+    second: bool = True,
+    others: bool = True,
+    choosers: tuple[str, ...] = (),
+    other_text: bool = False,
 ) -> tuple[Results, Any]:
     """Return results and completions as an evaluation would give them, with or without controls and doses.
 
-    Those that ``choosers`` names had a part in choosing the neurons.
+    Those that ``choosers`` names had a part in choosing the neurons. The price of a neuron is half on another text.
     """
     scorers = {"small": float, "other": math.sqrt} if second else {"small": float}
     more: dict[str, Any] = {"controls": Controls(2, 2), "doses": (1, 3), "dampings": (1.0, 0.5)}
@@ -116,8 +123,14 @@ def evaluation(
         windows[variant.name] = {
             convention: made_up_windows(price(variant), c) for c, convention in enumerate(conventions)
         }
+        for c, convention in enumerate(OTHER.conventions[: len(conventions)] if other_text else []):
+            windows[variant.name][OTHER_TEXT + convention] = made_up_windows(price(variant) / 2, c + 2)
     found = findings(rows, windows, variants, judges(*scorers, choosers=choosers))
-    return Results(verdict=verdict(found, {"neuron": 2}), **vars(found), **vars(settings(list(scorers)))), rows
+    return Results(
+        verdict=verdict(found, {"neuron": 2}),
+        **vars(found),
+        **vars(settings(list(scorers), OTHER if other_text else None)),
+    ), rows
 
 
 def price(variant: Variant) -> float:
@@ -138,13 +151,14 @@ def made_up_windows(shift: float, convention: int) -> dict[str, torch.Tensor]:
     }
 
 
-def settings(scorers: list[str]) -> Settings:
+def settings(scorers: list[str], other_text: TextProtocol | None = None) -> Settings:
     return Settings(
         behavior="toxicity",
         protocol=Protocol(
             TextProtocol(["sliding", "disjoint"], 2048, 512, "WikiText-2 raw test"),
             PromptProtocol("allenai/real-toxicity-prompts", None, 93),
             ContinuationProtocol(50, 0.7, 0.9, num_continuations=3, num_seeds=1, scorers=scorers, seed=0),
+            other_text=other_text,
         ),
         checkpoint="somebody/A-Model",
         checkpoint_fingerprint="files:abc",

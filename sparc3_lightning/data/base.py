@@ -162,7 +162,7 @@ class TextDataModule(L.LightningDataModule, ABC):
 
     hub: HubDataset
     READS: ClassVar[dict[str, Kind]] = {"tokenizer": "tokenizer", "source": "file"}
-    GROUP: ClassVar[str] = "data"  # where its options stand on the command line
+    group: str = "data"  # where its options stand on the command line
     chat = False
 
     def __init__(self, source: str | None, tokenizer: str | None, batch_size: BatchSize) -> None:
@@ -232,7 +232,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         model = self.checkpoint_of_model
         vocab_size = None if model is None else getattr(model.config.get_text_config(), "vocab_size", None)
         tokens = Tokens(tokenizer, self.chat, vocab_size)
-        tokens.check_chat(self.GROUP)
+        tokens.check_chat(self.group)
         return tokens
 
     @property
@@ -250,7 +250,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         if self.batch_size == AUTO and self._device().type == "cpu" and self.checkpoint_of_model is not None:
             config = self.checkpoint_of_model.config.get_text_config()
             size = min(size, fits_on_cpu(self.longest, getattr(config, "vocab_size", 1)))
-        return Batching(size, self.batch_size == AUTO, self.GROUP)
+        return Batching(size, self.batch_size == AUTO, self.group)
 
     def _device(self) -> torch.device:
         if self.trainer is not None:

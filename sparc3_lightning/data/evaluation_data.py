@@ -1,4 +1,4 @@
-"""What a model is evaluated on: a text for perplexity, prompts to continue, and pairs of sentences to compare."""
+"""What a model is evaluated on: one or two texts for perplexity, prompts to continue, and pairs of sentences."""
 
 from inspect import getattr_static
 from typing import Any
@@ -12,6 +12,8 @@ from sparc3_lightning.data.sentence_pairs import SentencePairs
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.models.checkpoints import Checkpoint
 
+_OTHER = "other_text_"  # before the convention of a window
+
 
 class EvaluationData(L.LightningDataModule):
     """A text for perplexity and prompts for toxicity, read one after the other in one test loop.
@@ -21,20 +23,42 @@ class EvaluationData(L.LightningDataModule):
         prompts: Prompts to continue.
         pairs: Pairs of sentences, one more stereotypical than the other, to see which of them a model finds likelier;
             None for none.
+        other_text: Text of another kind, whose perplexity stands beside the first one's; None for none. Budgets and
+            verdict are of the first.
     """
 
-    def __init__(self, text: WikiText2, prompts: RealToxicityPrompts, pairs: SentencePairs | None = None) -> None:
+    def __init__(
+        self,
+        text: WikiText2,
+        prompts: RealToxicityPrompts,
+        pairs: SentencePairs | None = None,
+        other_text: WikiText2 | None = None,
+    ) -> None:
         super().__init__()
         self.text = text
         self.prompts = prompts
         self.pairs = pairs
+        self.other_text = other_text
+        if other_text is not None:
+            other_text.group = "data.other_text"
         self._set_up: tuple[set[str], int | None, list[Checkpoint]] | None = None  # what the parts are set up for
 
     @property
     def parts(self) -> dict[str, TextDataModule]:
-        """The text, the prompts and, if there are any, the pairs, by name."""
-        parts = {"text": self.text, "prompts": self.prompts, "pairs": self.pairs}
+        """The texts, the prompts and, if there are any, the pairs, by name."""
+        parts = {"text": self.text, "other_text": self.other_text, "prompts": self.prompts, "pairs": self.pairs}
         return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def texts(self) -> list[WikiText2]:
+        """The text and, if there is one, the other text."""
+        return [self.text, *([] if self.other_text is None else [self.other_text])]
+
+    @property
+    def conventions(self) -> list[list[str]]:
+        """The conventions of the windows of each text; those of the other text begin with ``other_text_``."""
+        befores = ("", _OTHER)
+        return [[before + name for name in text.conventions] for before, text in zip(befores, self.texts, strict=False)]
 
     def prepare_data(self) -> None:
         """Fetch what is not there yet."""
@@ -52,14 +76,18 @@ class EvaluationData(L.LightningDataModule):
         if wanted == self._set_up:
             return
         self._set_up = None
-        self.text.setup_windows(self.text.load_tokenizer())
+        for text in self.texts:
+            text.setup_windows(text.load_tokenizer())
+        if self.other_text is not None:
+            windows = self.other_text.windows
+            self.other_text.windows = [window._replace(convention=_OTHER + window.convention) for window in windows]
         self.prompts.setup_prompts(exclude, self.prompts.load_tokenizer(), longest)
         if self.pairs is not None:
             self.pairs.setup_pairs(exclude, self.pairs.load_tokenizer())
         self._set_up = wanted
 
     def test_dataloader(self) -> list[DataLoader]:
-        """Return the windows of the text, then the prompts, then the pairs."""
+        """Return the windows of the texts, then the prompts, then the pairs."""
         return [part.test_dataloader() for part in self.parts.values()]
 
 

@@ -72,7 +72,7 @@ class RealToxicityPrompts(TextDataModule):
 
     hub = HUB
     READS: ClassVar[dict[str, Kind]] = {**TextDataModule.READS, "nontoxic_source": "file"}
-    GROUP = "data.prompts"
+    group = "data.prompts"
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ class SentencePairs(TextDataModule):
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
-    GROUP = "data.pairs"
+    group = "data.pairs"
     hub = HubDataset("jannalu/crows_pairs_multilingual", "english", "test")
 
     def __init__(

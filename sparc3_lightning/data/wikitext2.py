@@ -24,7 +24,7 @@ Bos = Literal["first", "every", "none"]
 class Window(NamedTuple):
     """A stretch of the text; only its last ``num_scored`` tokens count."""
 
-    convention: Convention
+    convention: str
     start: int
     end: int
     num_scored: int
@@ -110,7 +110,7 @@ class WikiText2(TextDataModule):
         tokenizer: Checkpoint whose tokenizer is used; None for the model's own.
     """
 
-    GROUP = "data.text"
+    group = "data.text"
     hub = HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 
     def __init__(
@@ -152,7 +152,7 @@ class WikiText2(TextDataModule):
             # As the rows of the hub's data set: a line keeps its line break, a blank one is empty.
             return "\n\n".join(line if line.strip() else "" for line in read_lines(path))
         rows = enumerate(self.rows(), start=1)
-        return "\n\n".join(self.text_of(row, i, self.text_field, "--data.text.text_field") for i, row in rows)
+        return "\n\n".join(self.text_of(row, i, self.text_field, f"--{self.group}.text_field") for i, row in rows)
 
     def setup_windows(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Tokenize the text and cut it into windows.
@@ -168,20 +168,20 @@ class WikiText2(TextDataModule):
                 "window",
                 f"must be more than the {len(self.before)} tokens that stand before the text of every window, got "
                 f"{self.window}.",
-                "data.text",
+                self.group,
             )
         if len(input_ids) < size:
             raise OptionError(
                 "window",
                 f"The text for perplexity has {len(input_ids)} tokens, fewer than --.window {self.window}.",
-                "data.text",
+                self.group,
             )
         if "sliding" in self.conventions and self.stride > size:
             raise OptionError(
                 "stride",
                 f"must be at most {size}, got {self.stride}: of the {self.window} tokens of a window "
                 f"{len(self.before)} stand before the text.",
-                "data.text",
+                self.group,
             )
         self.input_ids = torch.tensor(input_ids)
         unscored = 0 if self.before else 1
@@ -202,7 +202,7 @@ class WikiText2(TextDataModule):
         if self.has_bos == usual != "every":
             return tokens.encode_documents([self.read_text()])[0]
         if self.has_bos != "none" and tokens.bos is None:
-            raise OptionError("bos", "cannot be had: the tokenizer has no such token; leave it out.", "data.text")
+            raise OptionError("bos", "cannot be had: the tokenizer has no such token; leave it out.", self.group)
         (ids,) = tokens.encode_bare([self.read_text()])
         ids = tokens.without_bos(ids)
         if self.has_bos == "none":

@@ -16,6 +16,7 @@ from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.draws import interval_of_draws
 from sparc3_lightning.evaluation.intervals import (
     Difference,
+    Interval,
     in_percent,
     level_of_each,
     paired_difference,
@@ -28,6 +29,7 @@ from sparc3_lightning.evaluation.judges import headline_of
 from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS, PairRow, behavior_by_prompt, mean, num_empty
 from sparc3_lightning.evaluation.results import (
     MEASURES,
+    OTHER_TEXT,
     Agreement,
     Change,
     Control,
@@ -46,7 +48,8 @@ from sparc3_lightning.evaluation.results import (
 from sparc3_lightning.evaluation.variants import Variant, of_kind
 from sparc3_lightning.selection.overlap import correlation, ranks
 
-Windows = Mapping[str, Mapping[str, Mapping[str, Tensor]]]  # per model and convention, what Perplexity.compute returns
+Conventions = Mapping[str, Mapping[str, Tensor]]  # per convention, what Perplexity.compute returns
+Windows = Mapping[str, Conventions]  # of each model
 
 
 class Continuations:
@@ -258,7 +261,14 @@ def _dose(
         behavior_by_seed=continuations.by_seed(variant.name, headline),
         effects=effects,
         together=_together(continuations, before, after, variant, among) if among > 1 else None,
+        other_text_percent=_change_of_other(windows["baseline"], windows[variant.name]),
     )
+
+
+def _change_of_other(before: Conventions, after: Conventions) -> Interval | None:
+    """Return by how much perplexity changed on the other text, by its first convention; None without one."""
+    name = next((name for name in after if name.startswith(OTHER_TEXT)), None)
+    return None if name is None else perplexity_change(before[name], after[name])
 
 
 def _together(

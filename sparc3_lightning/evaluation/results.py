@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparc3_lightning.data.wikitext2 import WikiText2
 
 RESULTS = "results.json"
+OTHER_TEXT = "other_text_"  # before the convention of windows of the other text, as ``EvaluationData`` has them
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Model:
     """What was measured of one model.
 
     Args:
-        perplexity: With its interval over windows, by convention of the windows.
+        perplexity: With its interval over windows, by convention of the windows; those of the other text, if there is
+            one, come behind, and begin with ``OTHER_TEXT``.
         num_tokens: How many tokens were predicted, by convention.
         kl: Divergence from the original model in nats a token, None for that model itself.
         groups: What was measured of its continuations, by group of prompts.
@@ -115,6 +117,7 @@ class Dose:
         effect: On the mean behaviour after the headline's prompts; None if nothing was scored.
         behavior_by_seed: As of ``Model``.
         effects: As ``effect``, by every judge.
+        other_text_percent: As ``perplexity_percent``, of the other text; None without one.
         together: The two changes in percent, with intervals that hold for all doses together; None of a single one.
     """
 
@@ -128,6 +131,7 @@ class Dose:
     effect: Difference | None
     behavior_by_seed: list[float]
     effects: dict[str, Difference | None]
+    other_text_percent: Interval | None = field(default=None, metadata=LEFT_OUT)
     together: Together | None = field(default=None, metadata=LEFT_OUT)
 
     @property
@@ -345,12 +349,22 @@ class ContinuationProtocol:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How everything was measured; ``pairs`` are the options of the pairs of sentences, if there were any."""
+    """How everything was measured; ``pairs`` are the options of the pairs of sentences, if there were any.
+
+    ``other_text`` is of the other text, if there was one.
+    """
 
     perplexity: TextProtocol
     prompts: PromptProtocol
     continuations: ContinuationProtocol
     pairs: dict[str, object] | None = None
+    other_text: TextProtocol | None = field(default=None, metadata=LEFT_OUT)
+
+    def text_of(self, windows: str) -> tuple[TextProtocol, str]:
+        """Return the text and the convention of windows, by what ``Model.perplexity`` has them by."""
+        if self.other_text is not None and windows.startswith(OTHER_TEXT):
+            return self.other_text, windows.removeprefix(OTHER_TEXT)
+        return self.perplexity, windows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,11 @@ from sparc3_lightning.report.tables import (
     dose_table,
     evident_doses,
     few_windows,
+    first_of_other_text,
     front_table,
     judge_table,
     other_table,
-    windows_of,
+    texts_of,
 )
 from sparc3_lightning.report.verdict import by_position, zero_ablated_controls
 from sparc3_lightning.selection.criteria import per_module
@@ -124,7 +125,8 @@ def said_of(results: Results, named: Callable[[str], str] = str) -> dict[str, An
         "controls": control_table(results) if results.controls else [],
         "zeroed": zero_ablated_controls(results, neurons.ablation, results.granularity),
         "others": other_table(results),
-        "windows": windows_of(results),
+        "texts": texts_of(results),
+        "with_other_text": ["perplexity", *(["other text"] if first_of_other_text(results) else [])],
         "few_windows": few_windows(results),
         "doses": dose_table(results.doses) if has_doses else [],
         "evident": evident_doses(results.doses),
@@ -278,11 +280,12 @@ def _eval_results(results: Results) -> "Iterator[EvalResult]":
     """Yield the measures of the pruned model, each with that before and its interval; none that is not known."""
     from huggingface_hub import EvalResult
 
-    text, prompts = (public_name(name) for name in (results.protocol.perplexity.text, results.protocol.prompts.source))
-    pruned = results.pruned
+    pruned, prompts = results.pruned, public_name(results.protocol.prompts.source)
     assert pruned is not None
-    for convention, perplexity in pruned.perplexity.items():
-        before = results.baseline.perplexity[convention].value
+    for windows, perplexity in pruned.perplexity.items():
+        before = results.baseline.perplexity[windows].value
+        measured_on, convention = results.protocol.text_of(windows)
+        text = public_name(measured_on.text)
         if math.isfinite(perplexity.value):
             yield EvalResult(
                 task_type="text-generation",
@@ -291,7 +294,7 @@ def _eval_results(results: Results) -> "Iterator[EvalResult]":
                 metric_type="perplexity",
                 metric_name=f"Perplexity, {convention} windows",
                 metric_value=perplexity.value,
-                metric_args=_compared(before, results.perplexity_change.get(convention)),
+                metric_args=_compared(before, results.perplexity_change.get(windows)),
             )
     for group, effects in results.effects.items():
         effect = effects.behavior_mean

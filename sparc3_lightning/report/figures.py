@@ -314,9 +314,9 @@ def _changes(doses: Iterable[Dose]) -> list[tuple[Interval, Interval]]:
     for dose in doses:
         if not dose.effect:
             continue
-        pair = (dose.perplexity_percent, dose.effect.percent)
-        if (of := dose.together) and of.behavior_percent:
-            bars = (of.perplexity_percent, of.behavior_percent)
-            pair = tuple(replace(change, low=bar.low, high=bar.high) for change, bar in zip(pair, bars, strict=True))
-        found.append(pair)
+        rise, change = dose.perplexity_percent, dose.effect.percent
+        if (of := dose.together) and (bar := of.behavior_percent):
+            rise = replace(rise, low=of.perplexity_percent.low, high=of.perplexity_percent.high)
+            change = replace(change, low=bar.low, high=bar.high)
+        found.append((rise, change))
     return found

@@ -4,7 +4,7 @@ import base64
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +280,7 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
     if len(results.doses) > 1:
         write_atomically(folder / DOSES, doses_csv(results.doses))
     html = (
-        _page_environment(offensive)
+        page_environment(offensive)
         .get_template("report.html")
         .render(
             **said_of(results),
@@ -301,7 +301,7 @@ def write_report(path: Path, results: Results, completions: Sequence[Completion]
         _add_to_export(results, Path(export), neurons.provenance)
 
 
-def _page_environment(offensive: set[str]) -> Any:
+def page_environment(offensive: set[str]) -> Any:
     """Return what renders the page: everything is escaped, and what nobody would see is made visible."""
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup, escape
@@ -332,8 +332,7 @@ def _page_environment(offensive: set[str]) -> Any:
 def _settings(results: Results, neurons: ReportInputs) -> dict[str, object]:
     """Return everything that the measures rest on."""
     names = ("checkpoint", "checkpoint_fingerprint", "neurons", "num_neurons", "protocol", "config", "versions")
-    settings = asdict(results)
-    return {**{key: settings[key] for key in (*names, "git_hash")}, "selection": neurons.provenance}
+    return {**{key: getattr(results, key) for key in (*names, "git_hash")}, "selection": neurons.provenance}
 
 
 def _from_here(folder: Path) -> Path:

@@ -3,14 +3,14 @@
 import math
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import FEW, Difference, Interval
-from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS
-from sparc3_lightning.evaluation.results import RESULTS, Dose, Findings, Preference, Results
+from sparc3_lightning.evaluation.metrics import CONTINUATION_METRICS, mean
+from sparc3_lightning.evaluation.results import OTHER_TEXT, RESULTS, Dose, Findings, Preference, Results, TextProtocol
 from sparc3_lightning.models.components import plural
 from sparc3_lightning.report.escaping import csv_text, for_shell, for_terminal
 from sparc3_lightning.selection.neuron_list import CHOSEN
@@ -128,8 +128,9 @@ def control_table(results: Results) -> Table:
     """Return the effects of the chosen neurons, and of as many others.
 
     Returns:
-        Rows of name; mean behavior before and after, its change and interval; change of perplexity; draws with
-        evidence of an effect; mean behavior without the chosen neurons less that without these, and its interval.
+        Rows of name; mean behavior before and after, its change and interval; change of perplexity and, if there is
+        another text, of its perplexity; draws with evidence of an effect; mean behavior without the chosen neurons less
+        that without these, and its interval.
     """
     effect = results.main_effect
     cells = (
@@ -137,15 +138,16 @@ def control_table(results: Results) -> Table:
         if effect
         else []
     )
-    perplexity = next(iter(results.perplexity_change.values())).value
-    rows: Table = [(f"The {results.num_neurons} chosen", *(cells or [UNKNOWN] * 4), _percent(perplexity), "", "", "")]
+    firsts = [next(iter(results.perplexity_change)), *first_of_other_text(results)]
+    perplexity = [_percent(results.perplexity_change[name].value) for name in firsts]
+    rows: Table = [(f"The {results.num_neurons} chosen", *(cells or [UNKNOWN] * 4), *perplexity, "", "", "")]
     for kind, control in results.controls.items():
         effects = [draw.effect for draw in control.draws if draw.effect]
         name, outcome = CONTROLS[kind].name(results.granularity).capitalize(), control.outcome
         if (number_off := control.draws[0].num_neurons) != results.num_neurons:
             name += f", {number_off} alone"
         if outcome is None:  # no prompt has a score of every draw
-            rows.append((name, *[UNKNOWN] * 8))
+            rows.append((name, *[UNKNOWN] * (7 + len(firsts))))
             continue
         means = [
             sum(values) / len(effects)
@@ -153,6 +155,9 @@ def control_table(results: Results) -> Table:
         ]
         row = [cell(mean, "", 4) for mean in means]
         row += [*_change(outcome.effect_percent), _percent(outcome.perplexity_percent)]
+        if len(firsts) > 1:
+            changes = [draw.other_text_percent for draw in control.draws]
+            row.append(_percent(mean([change.value for change in changes if change])))
         row += [f"{outcome.num_draws_with_evidence} of {len(control.draws)}"]
         further = outcome.pruned_less_control
         row += [_signed(further.value, 4), _range(further, 4)]
@@ -168,7 +173,9 @@ def other_table(results: Findings) -> Table:
     for convention in results.baseline.perplexity:
         cells = [cell(model.perplexity[convention].value, "", 2) for model in models.values()]
         change = results.perplexity_change.get(convention)
-        name = f"Perplexity, {convention} windows" if rows else "Perplexity"
+        name = "Perplexity, other text" if convention.startswith(OTHER_TEXT) else "Perplexity"
+        if name in [row[0] for row in rows]:
+            name += f", {convention.removeprefix(OTHER_TEXT)} windows"
         rows.append((name, *cells, *missing, *(_change(change) if change else ("", ""))))
     cells = [cell(model.kl, "", 4) for model in models.values()]
     rows.append(("KL to the original, nats a token", *cells, *missing, "", ""))
@@ -184,12 +191,24 @@ def other_table(results: Findings) -> Table:
     return rows
 
 
-def windows_of(results: Results) -> str:
-    """Describe the windows that perplexity was measured in."""
-    perplexity = results.protocol.perplexity
+def first_of_other_text(results: Findings) -> list[str]:
+    """Return what the changes of perplexity have that of the other text by, for its first windows; [] without one."""
+    return [name for name in results.perplexity_change if name.startswith(OTHER_TEXT)][:1]
+
+
+def texts_of(results: Results) -> list[tuple[str, str]]:
+    """Return each text that perplexity was measured on, and its windows in words."""
+    protocol, num_tokens = results.protocol, results.baseline.num_tokens
+    texts = {"": protocol.perplexity} | ({} if protocol.other_text is None else {OTHER_TEXT: protocol.other_text})
+    return [
+        (text.text, _windows_of(text, {name: num_tokens[before + name] for name in text.conventions}))
+        for before, text in texts.items()
+    ]
+
+
+def _windows_of(perplexity: TextProtocol, num_tokens: Mapping[str, int]) -> str:
     parts = []
-    for convention in dict.fromkeys(perplexity.conventions):
-        tokens = results.baseline.num_tokens[convention]
+    for convention, tokens in num_tokens.items():
         stride = "" if convention == "disjoint" else f" with stride {perplexity.stride}"
         parts.append(f"{convention} windows of {perplexity.window} tokens{stride} ({tokens:,} predicted tokens)")
     which = {"none": "no window", "first": "the first window alone", "every": "every window"}
@@ -251,12 +270,13 @@ def evident_doses(doses: Sequence[Dose]) -> list[str]:
 def doses_csv(doses: Iterable[Dose]) -> str:
     """Return the dose curve as CSV, a row per number of neurons and damping; what is not known is empty."""
     plain = ("selection", "num_neurons", "damping", "perplexity", "behavior_mean", "kl")
-    columns = ("perplexity_percent", "behavior_percent")
+    doses, columns = list(doses), ["perplexity_percent", "behavior_percent"]
+    columns += ["other_text_percent"] if any(dose.other_text_percent for dose in doses) else []
     rows: list[list[object]] = [[*plain, *(f"{column}{end}" for column in columns for end in ("", "_low", "_high"))]]
-    rows[0] += [f"{column}_together_{end}" for column in columns for end in ("low", "high")]
+    rows[0] += [f"{column}_together_{end}" for column in columns[:2] for end in ("low", "high")]
     unknown = Interval(math.nan, math.nan, math.nan)
     for dose in in_order(doses):
-        changes = [dose.perplexity_percent, dose.behavior_percent or unknown]
+        changes = [getattr(dose, column) or unknown for column in columns]
         values = [dose.num_neurons, dose.damping, dose.perplexity, dose.behavior_mean, dose.kl]
         values += [end for change in changes for end in (change.value, change.low, change.high)]
         of_all = [dose.together.perplexity_percent, dose.together.behavior_percent] if dose.together else [None, None]
@@ -271,7 +291,7 @@ def front_table(results: Findings) -> Table:
     rows: Table = []
     for selection, front in results.fronts.items():
         best = [points[name].behavior_percent if name else None for name in front.best.values()]
-        cells = [f"{_percent(change.value)} ({_range(change, 1)})" if change else "none" for change in best]
+        cells = [with_interval(change, unit=" %") if change else "none" for change in best]
         rows.append((selection, f"{front.area:.1f}", *cells))
     return rows
 
@@ -311,14 +331,21 @@ def _change(percent: Interval) -> tuple[str, str]:
     return _percent(percent.value), _range(percent, 1) if math.isfinite(percent.value) else UNKNOWN
 
 
+def with_interval(interval: Interval, digits: int = 1, sign: str = "+", unit: str = "") -> str:
+    """Return a value with its interval, such as ``-45.5 (-50.9 to -39.4)``; a dash for one that is not known."""
+    if not math.isfinite(interval.value):
+        return UNKNOWN
+    return f"{_fixed(interval.value, digits, sign)}{unit} ({_range(interval, digits, sign)})"
+
+
 def _percent(value: float | None) -> str:
     return f"{_fixed(number(value), 1, '+')} %" if math.isfinite(number(value)) else UNKNOWN
 
 
-def _range(interval: Interval, digits: int) -> str:
+def _range(interval: Interval, digits: int, sign: str = "+") -> str:
     if not interval.is_known:
         return CANNOT
-    return f"{_fixed(interval.low, digits, '+')} to {_fixed(interval.high, digits, '+')}"
+    return f"{_fixed(interval.low, digits, sign)} to {_fixed(interval.high, digits, sign)}"
 
 
 def aligned(rows: Table, width: int | None = None) -> str:

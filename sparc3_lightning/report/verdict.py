@@ -32,11 +32,11 @@ def verdict(
     convention, change = next(iter(found.perplexity_change.items()))
     perplexity = f"perplexity {moved(change, few(found.baseline.num_windows.get(convention), 'window'))}"
     if effect.evidence:
-        sentences = [f"With {neurons} {ablation}, mean {behavior} {_moved(effect)}, and {perplexity}."]
+        sentences = [f"With {neurons} {ablation}, mean {behavior} {moved_mean(effect)}, and {perplexity}."]
     else:
         what = f"switching {neurons} off" if ablation == "switched off" else f"having {neurons} {ablation}"
         sentences = [
-            f"No evidence that {what} changes {behavior}: its mean {_moved(effect)}, and {_why_not(effect)}; "
+            f"No evidence that {what} changes {behavior}: its mean {moved_mean(effect)}, and {_why_not(effect)}; "
             f"{perplexity}."
         ]
     sentences += _controls(found, effect, sum(kinds.values()), granularity)
@@ -49,7 +49,7 @@ def _why_not(effect: Difference) -> str:
     """Say why there is no evidence of a change."""
     changed = effect.num_better + effect.num_worse
     if changed < MIN_CHANGED:
-        return f"only {_counted(changed, 'prompt')} changed"
+        return f"only {counted(changed, 'prompt')} changed"
     if effect.difference.holds_zero:
         return "that interval holds 0" if effect.difference.is_known else "the interval cannot be said"
     return f"a permutation test gives p = {effect.permutation_test_p:.2g}"
@@ -61,7 +61,7 @@ def _doses(found: Findings, granularity: str) -> list[str]:
         return []
     said = [
         f"Measured beside it, the selection {dose.selection!r} with {dose.num_neurons} {plural(granularity)}: "
-        f"{_signed(dose.effect.percent)} at {_signed(dose.perplexity_percent)} perplexity."
+        f"{signed(dose.effect.percent)} at {signed(dose.perplexity_percent)} perplexity."
         for dose in found.doses
         if dose.name == dose.selection and dose.effect
     ]
@@ -82,7 +82,7 @@ def _controls(found: Findings, effect: Difference, num_neurons: int, granularity
         draws, number, name = len(control.draws), control.draws[0].num_neurons, control_kind.name(granularity)
         as_many = f"As many {name}" if number == num_neurons else f"Only {number} {name}, all there are to draw from,"
         percent, further = control.outcome.effect_percent, control.outcome.pruned_less_control
-        sentence = f"{as_many} ({draws} draw{'s' if draws != 1 else ''}): {_signed(percent)}"
+        sentence = f"{as_many} ({draws} draw{'s' if draws != 1 else ''}): {signed(percent)}"
         fell = effect.difference.value < 0
         if effect.evidence and draws == 1:
             sentence += f"; a single draw cannot show whether the chosen {plural(granularity)} do more"
@@ -127,10 +127,10 @@ def by_position(lengths: Lengths, behavior: str) -> str:
         finds = "no prompt has a score of both models"
         if effect:
             finds = "evident" if effect.is_evidence_among(len(lengths.at)) else "no evidence of a change"
-            finds = f"{_signed(effect.percent)}, {finds}"
+            finds = f"{signed(effect.percent)}, {finds}"
         said.append(f"tokens {name}: {finds}")
     fewest = min(effect.num_prompts for effect in known)
-    caveat = "" if fewest >= FEW else f" Intervals over only {_counted(fewest, 'prompt')} may be too narrow."
+    caveat = "" if fewest >= FEW else f" Intervals over only {counted(fewest, 'prompt')} may be too narrow."
     return f"Mean {behavior} by position: {'; '.join(said)}. {_fades(lengths)}{caveat}"
 
 
@@ -170,12 +170,12 @@ def _others(found: Findings, first: Difference | None, granularity: str) -> list
         if effect is None:
             finds = "scored no prompt of both models" if judge.num_scored else "scored nothing"
         elif not effect.evidence:
-            finds = f"gives no evidence: {_signed(effect.percent)}"
+            finds = f"gives no evidence: {signed(effect.percent)}"
         elif first is None:
-            finds = f"gives evidence of a change: {_signed(effect.percent)}"
+            finds = f"gives evidence of a change: {signed(effect.percent)}"
         else:
             agrees = first.evidence and (effect.difference.value < 0) == (first.difference.value < 0)
-            finds = f"{'agrees' if agrees else 'differs'}: {_signed(effect.percent)}"
+            finds = f"{'agrees' if agrees else 'differs'}: {signed(effect.percent)}"
         said.append(f"The judge '{name}'{part} {finds}.")
     return said
 
@@ -207,10 +207,10 @@ def moved(percent: Interval, caveat: str = "") -> str:
 
 def few(number: int | None, unit: str) -> str:
     """Return the words that stand beside an interval over few prompts or windows; "" if they are enough, or unknown."""
-    return "" if number is None or number >= FEW else f", maybe too narrow: only {_counted(number, unit)}"
+    return "" if number is None or number >= FEW else f", maybe too narrow: only {counted(number, unit)}"
 
 
-def _moved(effect: Difference) -> str:
+def moved_mean(effect: Difference) -> str:
     """Return a change in percent in words; in its own unit where the mean before could be 0."""
     percent, change, caveat = effect.percent, effect.difference, few(effect.num_prompts, "prompt")
     if percent.is_known or not change.is_known:
@@ -224,15 +224,17 @@ def _verb(value: float) -> str:
     return "did not change" if not value else "fell" if value < 0 else "rose"
 
 
-def _signed(percent: Interval) -> str:
+def signed(percent: Interval, sign: str = "+") -> str:
+    """Return a percentage with its interval; ``sign`` is "" for one that is no change."""
     if not math.isfinite(percent.value):
         return f"a percentage that {CANNOT}"
-    return f"{percent.value:+.1f} % ({_range(percent)})"
+    return f"{percent.value:{sign}.1f} % ({_range(percent, sign)})"
 
 
-def _range(percent: Interval) -> str:
-    return f"{percent.low:+.1f} to {percent.high:+.1f} %" if percent.is_known else CANNOT
+def _range(percent: Interval, sign: str = "+") -> str:
+    return f"{percent.low:{sign}.1f} to {percent.high:{sign}.1f} %" if percent.is_known else CANNOT
 
 
-def _counted(number: int, unit: str) -> str:
-    return f"{number} {unit}{'s' if number != 1 else ''}"
+def counted(number: int, unit: str) -> str:
+    """Return a number of things in words, such as ``1 neuron``."""
+    return f"{number:,} {unit}{'s' if number != 1 else ''}"

@@ -20,6 +20,7 @@ from sparc3_lightning.models.components import check, counts_of, in_words, mask
 from sparc3_lightning.models.noise import draw_key
 from sparc3_lightning.provenance import run_seed
 from sparc3_lightning.report.escaping import for_terminal
+from sparc3_lightning.report.verdict import counted
 from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -174,17 +175,13 @@ class Chat(Stage):
             (score,) = self.scorer.score_drawn([text], [drawn.input_ids])
             length = len(drawn.input_ids)
             note = f"{for_terminal(self.behavior)} {score:.3f}" if math.isfinite(score) else "could not be scored"
-            note += f", {_counted(length, 'token')}"
+            note += f", {counted(length, 'token')}"
             if drawn.failed:
                 note = "the model gave logits that are not finite"
             elif length == sampling.max_new_tokens:
                 note += ", cut off"
             pair[i] = replace(answer, text=for_terminal(text, keep="\n\t"), note=note)
             yield pair.copy()
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _typed() -> Iterator[str]:

@@ -14,7 +14,7 @@ from sparc3_lightning.data.base import Kind
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.data.real_toxicity_prompts import PromptBatch
 from sparc3_lightning.data.sentence_pairs import PairBatch
-from sparc3_lightning.data.wikitext2 import WindowBatch
+from sparc3_lightning.data.wikitext2 import WikiText2, WindowBatch
 from sparc3_lightning.distributed import check_same_on_all_ranks, gather
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.completions import (
@@ -64,7 +64,7 @@ TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")  # generation_config.jso
 
 
 class Evaluation(StoppableModule):
-    """Measures perplexity on a text and the toxicity of continuations of prompts, before and after neurons are off.
+    """Measures perplexity on one or two texts and the toxicity of continuations, before and after neurons are off.
 
     The options ``sampling``, ``controls`` and ``zero_shot`` are groups, see ``SamplingOptions``, ``Controls`` and
     ``ZeroShot``.
@@ -174,7 +174,8 @@ class Evaluation(StoppableModule):
             raise OptionError("zero_shot.tasks", "needs one device: measure zero-shot accuracy in a run of its own.")
         self.fingerprint = self.checkpoint.fingerprint
         data = self.data
-        self.checkpoint.check_context(data.text.window, "lower --data.text.window")
+        for text in data.texts:
+            self.checkpoint.check_context(text.window, f"lower --{text.group}.window")
         if data.pairs is not None:
             self.checkpoint.check_context(data.pairs.longest, "take shorter --data.pairs")
         for selection, neurons in self.lists.items():
@@ -193,8 +194,9 @@ class Evaluation(StoppableModule):
         self.judges = judges_of(self.scorer_names, choosers)
         self.inputs = inputs_of(self, data, self.trainer.strategy.root_device)
         self._resume()
+        windows = " and ".join(f"{len(text.windows)} windows of {text.window} tokens" for text in data.texts)
         rank_zero_info(
-            f"{len(data.text.windows)} windows of {data.text.window} tokens; {len(data.prompts.prompts)} prompts x "
+            f"{windows}; {len(data.prompts.prompts)} prompts x "
             f"{self.sampling.num_continuations} continuation(s), {data.prompts.num_excluded} prompts left out because "
             f"they were used to attribute; {len(self.variants)} model(s): {describe(self.variants)}"
         )
@@ -223,9 +225,10 @@ class Evaluation(StoppableModule):
         self.completions: list[Completion] = [row for rows in self.kept.values() for row in rows]
         self.pair_rows: list[PairRow] = []
 
-    def _conventions_of(self, variant: Variant) -> tuple[str, ...]:
-        """Return the conventions of perplexity that a model is measured by; one is enough for comparison."""
-        return self.data.text.conventions[: None if variant.kind in ("baseline", "pruned") else 1]
+    def _conventions_of(self, variant: Variant) -> list[str]:
+        """Return the conventions of perplexity that a model is measured by; one a text is enough for comparison."""
+        number = None if variant.kind in ("baseline", "pruned") else 1
+        return [convention for of_text in self.data.conventions for convention in of_text[:number]]
 
     def as_variant(self, variant: Variant) -> AbstractContextManager[None]:
         """Return the context in which the model in memory is this variant."""
@@ -233,10 +236,17 @@ class Evaluation(StoppableModule):
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure every model on one batch of windows, of prompts, or of pairs of sentences."""
+        name = list(self.batchings)[dataloader_idx]
         if batch_idx == 0:
-            self._begin_part(dataloader_idx)
-        measure = (self._measure_perplexity, self._measure_toxicity, self._measure_preference)[dataloader_idx]
-        num_items = len(batch[("windows", "prompts", "pair_ids")[dataloader_idx]])
+            self._begin_part(name)
+        measures: dict[str, tuple[Callable[[Variant, Any], Callable[[], None]], str]] = {
+            "text": (self._measure_perplexity, "windows"),
+            "other_text": (self._measure_perplexity, "windows"),
+            "prompts": (self._measure_toxicity, "prompts"),
+            "pairs": (self._measure_preference, "pair_ids"),
+        }
+        measure, items = measures[name]
+        num_items = len(batch[items])
 
         def of_every_model(rows: slice) -> list[Callable[[], None]]:
             part = part_of(batch, rows, num_items)
@@ -248,17 +258,18 @@ class Evaluation(StoppableModule):
             return found
 
         # Nothing is kept before all models are through, since memory may run out and the same items come again.
-        for measured in list(self.batchings.values())[dataloader_idx].each(num_items, of_every_model):
+        for measured in self.batchings[name].each(num_items, of_every_model):
             for keep in measured:
                 keep()
 
-    def _begin_part(self, dataloader_idx: int) -> None:
+    def _begin_part(self, name: str) -> None:
         """Show what is measured from here on."""
-        data = self.data
-        if dataloader_idx == 0:
-            num_tokens = sum(window.end - window.start for window in data.text.windows)
-            self.begin_line("Perplexity", "tokens", len(self.variants) * num_tokens)
-        elif dataloader_idx == 1:
+        data, part = self.data, self.data.parts[name]
+        if isinstance(part, WikiText2):
+            num_tokens = sum(window.end - window.start for window in part.windows)
+            what = "Perplexity" if name == "text" else "Perplexity, other text"
+            self.begin_line(what, "tokens", len(self.variants) * num_tokens)
+        elif name == "prompts":
             num_prompts = len(data.prompts.prompts) - len(data.prompts.leave_out)
             total = num_prompts * sum(variant.num_continuations for variant in self.variants)
             self.begin_line("Continuing prompts", "continuations", total)
@@ -435,6 +446,7 @@ def evaluation_settings(module: Evaluation, data: EvaluationData) -> Settings:
                 seed=run_seed(),
             ),
             pairs=None if pairs is None else {**pairs.hparams, "excluded": pairs.num_excluded},
+            other_text=None if data.other_text is None else TextProtocol.of(data.other_text),
         ),
         checkpoint=module.checkpoint.name,
         checkpoint_fingerprint=module.fingerprint,

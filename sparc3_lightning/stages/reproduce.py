@@ -8,7 +8,6 @@ from typing import cast
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-from sparc3_lightning.data.base import TextDataModule
 from sparc3_lightning.data.evaluation_data import EvaluationData
 from sparc3_lightning.evaluation.reproduction import REPRODUCTION, Changed, ReproductionResults, changes, compare
 from sparc3_lightning.evaluation.results import RESULTS, Results
@@ -25,7 +24,7 @@ from sparc3_lightning.stages.plan import Config, named_by
 from sparc3_lightning.stages.sweep import Sweep
 
 STAGES: dict[str, type[Evaluation]] = {stage.verb: stage for stage in (Evaluation, Sweep)}
-PARTS = ("text", "prompts", "pairs")
+PARTS = ("text", "other_text", "prompts", "pairs")
 HEADLINE = "judge of the headline"
 
 
@@ -89,7 +88,7 @@ class Reproduction:
         except ArgumentError as error:
             raise ValueError(f"{self.path} describes no evaluation of this version: {first_line(error):.300}") from None
         data: EvaluationData = made["data"]
-        for part in _parts(data).values():
+        for part in data.parts.values():
             part.model_checkpoint = made["model"].checkpoint
         return made["model"], data
 
@@ -161,10 +160,6 @@ def said_of_figures(found: ReproductionResults, folder: Path) -> str:
     )
     said = f"{differing} of {number} figures differ" if differing else f"All {number} figures are reproduced"
     return f"\n{aligned(rows, WIDTH)}\n\n{said}.{other}\nReproduction: {for_terminal(folder / REPRODUCTION)}"
-
-
-def _parts(data: EvaluationData) -> dict[str, TextDataModule]:
-    return {name: part for name in PARTS if (part := getattr(data, name)) is not None}
 
 
 def _mapping(value: object) -> Mapping[str, object]:

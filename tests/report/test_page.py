@@ -175,7 +175,7 @@ def test_the_page_appears_whole_or_not_at_all():
     write()
     before = PAGE.read_text()
     results, rows = made_up()
-    with pytest.raises(AttributeError, match="conventions"):
+    with pytest.raises(AttributeError, match="NoneType"):
         write_report(PAGE, replaced_at(reported(results, rows), "protocol/perplexity", None), rows)
     assert PAGE.read_text() == before
     assert not [path for path in PAGE.parent.iterdir() if path.name.startswith(".")]

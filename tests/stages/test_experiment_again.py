@@ -77,6 +77,16 @@ def test_changed_content_of_a_file_reruns_what_reads_it(due, name, expected):
     assert due() == expected
 
 
+def test_another_text_reruns_the_evaluation_as_its_content_does_and_none_is_as_if_there_were_no_such_option(due):
+    of = "{class_path: sparc3_lightning.data.WikiText2, init_args: {source: other.txt, window: 32}}"
+    Path("other.txt").write_text("a text\n")
+    due()
+    assert due("--data.other_text", "null") == []
+    assert due("--data.other_text", of) == ["evaluate"]
+    Path("other.txt").write_text("another text\n")
+    assert due("--data.other_text", of) == ["evaluate"]
+
+
 @pytest.mark.usefixtures("more_inputs")
 def test_changed_content_of_a_second_judge_or_of_the_non_toxic_prompts_reruns_the_evaluation(due):
     due(*MORE)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,13 @@ def test_prepare_writes_a_manifest_of_every_file_with_its_size_and_sha256(tiny_c
 
 
 @pytest.mark.usefixtures("more_inputs")
-def test_prepare_fetches_every_judge_and_the_non_toxic_prompts_too():
-    done = cli.main(["prepare", "--config", "experiment.yaml", *MORE])
+def test_prepare_fetches_every_judge_the_non_toxic_prompts_and_the_other_text_too():
+    shutil.copy("text.txt", "letters.txt")
+    other = ["--data.other_text", "WikiText2", "--data.other_text.source", "letters.txt"]
+    done = cli.main(["prepare", "--config", "experiment.yaml", *MORE, *other])
     files = json.loads(Path(done.trainer.log_dir, MANIFEST).read_text())["files"]
     found = {(file["purpose"], Path(file["path"]).name) for file in files}
-    assert {("scorers", "toxicity.ckpt"), ("prompts", "mild.jsonl")} <= found
+    assert {("scorers", "toxicity.ckpt"), ("prompts", "mild.jsonl"), ("other_text", "letters.txt")} <= found
     folders = {Path(file["path"]).parent.name for file in files if file["purpose"] == "scorers"}
     assert folders == {"toxicity_checkpoint", "other"}
 

@@ -14,6 +14,7 @@ from evaluations import EVERY_SECOND, MILD, UP, data, evaluation, read_strictly,
 from evaluations import run as evaluate
 from helpers import sentence, write_jsonl
 from mixtures import make_mixture, open_
+from pages import Page
 
 from sparc3_lightning.cli import main
 from sparc3_lightning.data.base import Sample
@@ -21,6 +22,7 @@ from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.prompts import prompt_id
 from sparc3_lightning.data.real_toxicity_prompts import RealToxicityPrompts
 from sparc3_lightning.data.stress_data import StressData
+from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.evaluation.generation import SamplingOptions
 from sparc3_lightning.evaluation.intervals import Resampled
 from sparc3_lightning.evaluation.results import Findings
@@ -125,6 +127,7 @@ def test_other_prompts_have_an_effect_of_their_own_and_those_attributed_on_are_l
     neurons = save_neurons(tiny_checkpoint, EVERY_SECOND, {"sample_ids": [prompt_id(MILD[1])]})
     of = stress_data()
     of.other_prompts = RealToxicityPrompts("mild.jsonl", num_prompts=None, min_toxicity=None, batch_size=2)
+    of.other_text = WikiText2("text.txt", window=24, stride=24, conventions=["disjoint"])
     model = Stress(neurons, bits=[], finetune=FineTuning(0), scorers=["small"], sampling=SAMPLING)
     found = stress(model, of)
     plain, other = found.stressed
@@ -132,7 +135,9 @@ def test_other_prompts_have_an_effect_of_their_own_and_those_attributed_on_are_l
     assert (other.prompts.source, other.prompts.excluded, other.left) == ("mild.jsonl", 1, {})
     assert other.found.baseline.groups["all"].num_prompts == len(MILD) - 1
     assert other.found.baseline.perplexity == plain.found.baseline.perplexity
-    assert set(found.inputs) >= {"text", "prompts", "other_prompts"}
+    assert set(found.inputs) >= {"text", "other_text", "prompts", "other_prompts"}
+    assert list(plain.found.perplexity_change) == ["sliding", "disjoint", "other_text_disjoint"]
+    assert found.config["other_text"]["window"] == 24
     assert found.config["other_prompts"]["source"] == "mild.jsonl"
     assert "other prompts" in model.summary()
 
@@ -281,7 +286,7 @@ def test_the_command_line_writes_a_table_a_page_and_a_config_that_repeats_it(neu
     assert [line.split("  ")[0] for line in said.splitlines()[3:6]] == ["as it is", "4 bits", "fine-tuned"]
     assert found.verdict.split(".")[0] in said
     page = (folder / "stress.html").read_text()
-    assert all(cell in page for row in stress_table(found) for cell in row)
+    assert [list(row) for row in stress_table(found)] == Page(page).tables[0]
     (folder / "stress.html").unlink()
     main(["report", str(folder)])
     assert (folder / "stress.html").read_text() == page
