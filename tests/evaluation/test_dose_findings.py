@@ -37,7 +37,8 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
         assert point.kl == 0.125 * i
         assert point.effect == difference(means(scores["baseline"], prompts), means(scores[point.name], prompts))
         level = 1 - 0.05 / 6
-        before, after = (torch.tensor(means(scores[name], prompts)).double() for name in ("baseline", point.name))
+        pair = [means(scores[name], prompts) for name in ("baseline", point.name)]
+        before, after = torch.tensor(pair, dtype=torch.float64)
         assert point.together.behavior_percent == percent_change(before, after, level)
         assert point.together.behavior_percent.low < point.effect.percent.low
         assert point.together.perplexity_percent.value == point.perplexity_percent.value
