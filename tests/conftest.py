@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, WORDS, make_config, tokenizer_of
 
 # Tiny models are fastest on one core, and two cores that wait for each other are slow when others use them too.
 torch.set_num_threads(1)
@@ -103,6 +102,9 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Any]:
     """Return a factory of tiny random float64 models: ``make_model("llama", num_hidden_layers=1)``."""
+    # Not above: pytest starts its workers only after this file was imported.
+    from helpers import FAMILIES, make_config
+
     made: dict[str, tuple[Any, torch.Tensor]] = {}
 
     def make(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
@@ -128,6 +130,7 @@ def make_model() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """Return a maker of folders with a tiny random model in float32 and a word-level tokenizer, one of each family."""
+    from helpers import FAMILIES, WORDS, make_config, tokenizer_of
 
     @cache
     def make(family: str) -> str:

@@ -4,7 +4,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
@@ -81,7 +81,7 @@ class FunctionScorer(Scorer):
         """
         module = name.partition(":")[0]
         package = module.partition(".")[0]
-        installed = {f"{found} {version(found)}" for found in packages_distributions().get(package, ())}
+        installed = {f"{found} {version(found)}" for found in _distributions().get(package, ())}
         try:
             specs = [find_spec(module), find_spec(package)]
         except ImportError as error:
@@ -156,6 +156,11 @@ def _number(value: object) -> float:
     if isinstance(value, Real) or (hasattr(value, "__float__") and not isinstance(value, str | bytes)):
         return float(value)
     raise TypeError(f"it returned {value!r:.40} for a text, not a number")
+
+
+@cache  # it reads what every installed package consists of, which takes a second
+def _distributions() -> Mapping[str, list[str]]:
+    return packages_distributions()
 
 
 def _is_of_python(module: str) -> bool:

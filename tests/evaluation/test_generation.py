@@ -214,8 +214,7 @@ def test_ranks_that_step_together_make_all_steps_and_draw_the_same(make_model):
     assert together == alone
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+@pytest.mark.parametrize(("dtype", "temperature"), [(torch.float32, 1.0), (torch.float64, 0.7), (torch.float32, 1.5)])
 def test_draws_from_a_large_vocabulary_equal_those_of_the_warpers_of_transformers(dtype, temperature):
     # By row in turn, the nucleus ends among the 1,024 likeliest of 20,000 tokens, among the 8,192, and beyond.
     spread = temperature * torch.tensor([4.0, 2.0, 0.3] * 8).unsqueeze(1)

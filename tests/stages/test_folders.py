@@ -72,7 +72,13 @@ LOGGERS = {
 }
 
 
-@pytest.mark.parametrize("logger", LOGGERS.values(), ids=LOGGERS.keys())
+QUICK = ("none", "wandb", "csv", "default")  # of each kind of logger one
+
+
+@pytest.mark.parametrize(
+    "logger",
+    [pytest.param(each, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, each in LOGGERS.items()],
+)
 def test_every_run_has_a_folder_of_its_own_whatever_the_logger(tiny_checkpoint, logger):
     found = [attribute(tiny_checkpoint, "--trainer.logger", logger) for _ in range(2)]
     assert [folder.name for folder in found] == ["version_0", "version_1"]
