@@ -18,7 +18,9 @@ from sparc3_lightning.evaluation.intervals import (
     Difference,
     Interval,
     in_percent,
+    level_of_each,
     paired_difference,
+    percent_change,
     perplexity_change,
     perplexity_interval,
     variance_factor,
@@ -41,6 +43,7 @@ from sparc3_lightning.evaluation.results import (
     Outcome,
     PairMeasures,
     Preference,
+    Together,
 )
 from sparc3_lightning.evaluation.variants import Variant, of_kind
 from sparc3_lightning.selection.overlap import correlation, ranks
@@ -110,9 +113,16 @@ class Continuations:
         self, before: str, after: str, group: str, measure: str, judge: str | None = None, first: int | None = None
     ) -> Difference | None:
         """Compare two models over the prompts that both have a score for; None if there is none."""
-        pair = [self.values(model, group, measure, judge, first) for model in (before, after)]
-        valid = torch.isfinite(pair[0] + pair[1])
-        return paired_difference(pair[0][valid], pair[1][valid], most=1.0) if valid.any() else None
+        pair = self.pair(before, after, group, measure, judge, first)
+        return paired_difference(*pair, most=1.0) if len(pair[0]) else None
+
+    def pair(
+        self, before: str, after: str, group: str, measure: str, judge: str | None = None, first: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return a measure of two models for each prompt that both have a score for, float64."""
+        values = [self.values(model, group, measure, judge, first) for model in (before, after)]
+        valid = torch.isfinite(values[0] + values[1])
+        return values[0][valid], values[1][valid]
 
 
 def measure(continuations: Continuations, model: str, group: str) -> Measures:
@@ -187,7 +197,8 @@ def _with_effects(
     main = effects[found.headline].behavior_mean
     held = any(variant.mean_ablated for variant in of_kind(variants, "pruned"))
     draws = {kind: list(of_kind(variants, kind)) for kind in CONTROLS}
-    doses = [_dose(continuations, windows, v, by_judge) for v in variants if v.kind in ("pruned", "dose")]
+    of_doses = [variant for variant in variants if variant.kind in ("pruned", "dose")]
+    doses = [_dose(continuations, windows, variant, by_judge, len(of_doses)) for variant in of_doses]
     return replace(
         found,
         pruned=_model(continuations, windows, "pruned"),
@@ -225,8 +236,10 @@ def _table(continuations: Continuations, model: str) -> Tensor:
     return torch.tensor([continuations.scores(rows) for rows in prompts], dtype=torch.float64)
 
 
-def _dose(continuations: Continuations, windows: Windows, variant: Variant, judges: Iterable[str]) -> Dose:
-    """Return the changes of behaviour and perplexity of one model."""
+def _dose(
+    continuations: Continuations, windows: Windows, variant: Variant, judges: Iterable[str], among: int = 1
+) -> Dose:
+    """Return the changes of behaviour and perplexity of one model, among several of which something is to hold."""
     convention = next(iter(windows["baseline"]))
     before, after = windows["baseline"][convention], windows[variant.name][convention]
     headline = continuations.headline
@@ -247,6 +260,7 @@ def _dose(continuations: Continuations, windows: Windows, variant: Variant, judg
         effect=effects[continuations.judge],
         behavior_by_seed=continuations.by_seed(variant.name, headline),
         effects=effects,
+        together=_together(continuations, before, after, variant, among) if among > 1 else None,
         other_text_percent=_change_of_other(windows["baseline"], windows[variant.name]),
     )
 
@@ -255,6 +269,21 @@ def _change_of_other(before: Conventions, after: Conventions) -> Interval | None
     """Return by how much perplexity changed on the other text, by its first convention; None without one."""
     name = next((name for name in after if name.startswith(OTHER_TEXT)), None)
     return None if name is None else perplexity_change(before[name], after[name])
+
+
+def _together(
+    continuations: Continuations,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    variant: Variant,
+    among: int,
+) -> Together:
+    """Return the changes of one of several models, with intervals that hold for all of them together."""
+    pair = continuations.pair(
+        "baseline", variant.name, continuations.headline, "behavior_mean", first=variant.num_continuations
+    )
+    level = level_of_each(among)
+    return Together(perplexity_change(before, after, level), percent_change(*pair, level) if len(pair[0]) else None)
 
 
 BUDGETS = (1.0, 5.0, 10.0)  # rises of perplexity, in percent, up to which a front is read

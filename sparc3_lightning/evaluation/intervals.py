@@ -102,26 +102,44 @@ def paired_difference(before: Tensor, after: Tensor, seed: int = 0, most: float 
         raise ValueError("A value before or after is not finite.")
     change = torch.where(change.abs() < ROUNDING, 0.0, change)
     resampled = Resampled(change, before, seed)
-    difference, ratio = resampled.mean(), resampled.ratio()
-    mean_before, mean_after = before.mean().item(), after.mean().item()
+    difference = resampled.mean()
     num_better, num_worse = int((change < 0).sum()), int((change > 0).sum())
     return Difference(
-        before=mean_before,
-        after=mean_after,
+        before=before.mean().item(),
+        after=after.mean().item(),
         difference=replace(difference, low=max(difference.low, -most), high=min(difference.high, most))
         if difference.is_known
         else difference,
         # Where not even the change can be said, its share of what was there cannot be.
-        percent=in_percent(
-            100 * (mean_after - mean_before) / mean_before if mean_before else math.nan,
-            ratio if difference.is_known else unknown(math.nan),
-            least=min(before.min().item(), after.min().item()),
-        ),
+        percent=_percent(before, after, resampled.ratio() if difference.is_known else unknown(math.nan)),
         num_better=num_better,
         num_worse=num_worse,
         num_equal=len(change) - num_better - num_worse,
         sign_test_p=sign_test(num_better, num_worse),
         permutation_test_p=permutation_test(change, seed),
+    )
+
+
+def level_of_each(number: int) -> float:
+    """Return the level of each of a number of intervals that hold together as often as ``LEVEL`` says (Bonferroni)."""
+    return 1 - (1 - LEVEL) / number
+
+
+def percent_change(before: Tensor, after: Tensor, level: float) -> Interval:
+    """Return the change in percent as ``paired_difference`` does, with an interval of another level."""
+    before, after = before.double(), after.double()
+    change = after - before
+    resampled = Resampled(torch.where(change.abs() < ROUNDING, 0.0, change), before)
+    return _percent(before, after, resampled.ratio(level) if resampled.mean(level).is_known else unknown(math.nan))
+
+
+def _percent(before: Tensor, after: Tensor, ratio: Interval) -> Interval:
+    """Return the change of a mean in percent, by the interval of its share of the mean before."""
+    mean_before, mean_after = before.mean().item(), after.mean().item()
+    return in_percent(
+        100 * (mean_after - mean_before) / mean_before if mean_before else math.nan,
+        ratio,
+        least=min(before.min().item(), after.min().item()),
     )
 
 
@@ -153,20 +171,20 @@ class Resampled:
         resamples = bootstrap(torch.cat([rows, products], dim=1), seed).T.contiguous()
         self.deviations_2R, self.squares_3R = resamples[:2], resamples[2:]
 
-    def mean(self) -> Interval:
-        """Return the mean of the first values, with its interval."""
+    def mean(self, level: float = LEVEL) -> Interval:
+        """Return the mean of the first values, with its interval of a level."""
         value = self.means[0].item()
         if not self.units[0]:
             return Interval(0.0, 0.0, 0.0)
         if self._are_too_few(0.0):
             return unknown(value)
-        _, (of_resamples,), student = self._studentized(torch.zeros(1, dtype=torch.float64))
-        low, high = (of_resamples.kthvalue(k).values for k in (_rank(), NUM_RESAMPLES + 1 - _rank()))
+        _, (of_resamples,), student = self._studentized(torch.zeros(1, dtype=torch.float64), level)
+        low, high = (of_resamples.kthvalue(k).values for k in (_rank(level), NUM_RESAMPLES + 1 - _rank(level)))
         error = self.units[0] * (self.variances[0] / (self.number - 1)).sqrt()
         return known(value, *(value - (error * t).item() for t in ((high + student) / 3, (low - student) / 3)))
 
-    def ratio(self) -> Interval:
-        """Return the mean of the first values over that of the second ones, with its interval.
+    def ratio(self, level: float = LEVEL) -> Interval:
+        """Return the mean of the first values over that of the second ones, with its interval of a level.
 
         The ends are NaN where the mean of the second ones could be 0, and so is the ratio where it is.
         """
@@ -179,11 +197,11 @@ class Resampled:
         unit = (self.units[0] / self.units[1]).item()
         inside = torch.full((2,), math.atan(value / unit), dtype=torch.float64)
         outside = torch.tensor([-math.pi / 2, math.pi / 2], dtype=torch.float64)
-        if self._are_too_few(inside[0].item()) or not self._are_outside(outside).all():
+        if self._are_too_few(inside[0].item()) or not self._are_outside(outside, level).all():
             return unknown(value)
         for _ in range(_HALVINGS):
             middle = (inside + outside) / 2
-            are_outside = self._are_outside(middle)
+            are_outside = self._are_outside(middle, level)
             inside, outside = torch.where(are_outside, inside, middle), torch.where(are_outside, middle, outside)
         return known(value, *(unit * inside.tan()).tolist())
 
@@ -192,15 +210,15 @@ class Resampled:
         variance, least = self._variance(torch.tensor([angle], dtype=torch.float64))
         return self.number < (MIN_CHANGED if variance <= least else 2)
 
-    def _are_outside(self, angles: Tensor) -> Tensor:
+    def _are_outside(self, angles: Tensor, level: float) -> Tensor:
         """Return whether a lower and an upper ratio, as angles, are so low and so high that they lie outside."""
-        t, of_resamples, student = self._studentized(angles)
+        t, of_resamples, student = self._studentized(angles, level)
         side = torch.tensor([1.0, -1.0], dtype=torch.float64) * (1 if self.means[1] > 0 else -1)
         # Counting the resamples that lie on one side of t takes less time than finding the one of a rank.
         beyond = (side.unsqueeze(1) * of_resamples + student) / 3 < (side * t).unsqueeze(1)
-        return beyond.sum(dim=1) > NUM_RESAMPLES - _rank()
+        return beyond.sum(dim=1) > NUM_RESAMPLES - _rank(level)
 
-    def _studentized(self, angles: Tensor) -> tuple[Tensor, Tensor, float]:
+    def _studentized(self, angles: Tensor, level: float) -> tuple[Tensor, Tensor, float]:
         """Return for some angles, shape ``[angles]``, what the mean of first - r * second is in standard errors.
 
         Returns:
@@ -215,7 +233,7 @@ class Resampled:
         means = directions @ torch.where(self.units > 0, self.means / self.units, 0.0)
         t = _over(means, variance, least) * math.sqrt(self.number - 1)
         of_resamples = _over(moved, spread, least.unsqueeze(1)) * math.sqrt(self.number - 1)
-        return t, of_resamples, 2 * t_quantile((1 + LEVEL) / 2, self.number - 1)
+        return t, of_resamples, 2 * t_quantile((1 + level) / 2, self.number - 1)
 
     def _variance(self, angles: Tensor) -> tuple[Tensor, Tensor]:
         """Return the variance of first - r * second, and what of it would be rounding."""
@@ -223,9 +241,9 @@ class Resampled:
         return _squares(angles) @ self.variances, 1e-12 * sizes.square() + 1e-24
 
 
-def _rank() -> int:
-    """Return which resample, counted from either end, the end of an interval lies at."""
-    return round((1 - LEVEL) / 2 * NUM_RESAMPLES)
+def _rank(level: float) -> int:
+    """Return which resample, counted from either end, the end of an interval of a level lies at."""
+    return max(1, round((1 - level) / 2 * NUM_RESAMPLES))
 
 
 def _squares(angles: Tensor) -> Tensor:
@@ -376,16 +394,16 @@ def perplexity_interval(windows: Mapping[str, Tensor]) -> Interval:
     return known(windows["perplexity"].item(), *log)
 
 
-def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Interval:
+def perplexity_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor], level: float = LEVEL) -> Interval:
     """Return by how much perplexity changed, in percent, with its interval over the same windows, as above."""
     value = 100 * ((after["perplexity"] / before["perplexity"]).item() - 1)
-    log = _log_of_perplexity(after["nll"] - before["nll"], before["tokens"])
+    log = _log_of_perplexity(after["nll"] - before["nll"], before["tokens"], level)
     return known(value, *(100 * (end - 1) for end in log))
 
 
-def _log_of_perplexity(nll: Tensor, tokens: Tensor) -> list[float]:
+def _log_of_perplexity(nll: Tensor, tokens: Tensor, level: float = LEVEL) -> list[float]:
     """Return the exponentials of the ends of an interval of nats per token."""
     if tokens.numel() < 2 or not torch.isfinite(nll).all():
         return [math.nan, math.nan]
-    log = Resampled(nll, tokens).ratio()
+    log = Resampled(nll, tokens).ratio(level)
     return torch.tensor([log.low, log.high], dtype=torch.float64).exp().tolist()

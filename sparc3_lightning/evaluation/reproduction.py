@@ -20,7 +20,7 @@ SLACK = 0.05  # share of itself by which a figure may change that has no interva
 LEAST_SLACK = 0.001
 # Options, and what is derived from other figures or is a part of one.
 NOT_COMPARED = {"behavior_by_seed", "common_random_numbers_variance_factor", "damping", "fronts"}
-NOT_COMPARED |= {"num_draws_with_evidence", "num_empty", "standard_error"}
+NOT_COMPARED |= {"num_draws_with_evidence", "num_empty", "standard_error", "together"}
 OF_DRAWS = ("num_failed", "num_scored")  # counts that depend on what was drawn
 
 Outcome = Literal["equal", "within the interval", "differs"]

@@ -92,6 +92,17 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Together:
+    """What a dose changes in percent, with intervals that hold together with those of all other doses (Bonferroni).
+
+    ``behavior_percent`` is None if nothing was scored.
+    """
+
+    perplexity_percent: Interval
+    behavior_percent: Interval | None
+
+
+@dataclass(frozen=True)
 class Dose:
     """What one model gives for its perplexity: a point of the dose curve, or one draw of a control.
 
@@ -107,6 +118,7 @@ class Dose:
         behavior_by_seed: As of ``Model``.
         effects: As ``effect``, by every judge.
         other_text_percent: As ``perplexity_percent``, of the other text; None without one.
+        together: The two changes in percent, with intervals that hold for all doses together; None of a single one.
     """
 
     name: str
@@ -120,6 +132,7 @@ class Dose:
     behavior_by_seed: list[float]
     effects: dict[str, Difference | None]
     other_text_percent: Interval | None = field(default=None, metadata=LEFT_OUT)
+    together: Together | None = field(default=None, metadata=LEFT_OUT)
 
     @property
     def behavior_mean(self) -> float:

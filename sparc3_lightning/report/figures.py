@@ -4,6 +4,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -211,7 +212,7 @@ def draw_doses(
 ) -> None:
     """Draw the change of the behavior against perplexity's: a point per number of neurons, a line per damping.
 
-    Of several selections each has a line.
+    Of several selections each has a line. The bars hold for all points together.
     """
     from matplotlib.patheffects import withStroke
 
@@ -305,5 +306,17 @@ def draw_lengths(lengths: Lengths, path: Path, behavior: str = "toxicity") -> No
 
 
 def _changes(doses: Iterable[Dose]) -> list[tuple[Interval, Interval]]:
-    """Return where each dose that was scored lies: its change of perplexity, and of the behavior."""
-    return [(dose.perplexity_percent, dose.effect.percent) for dose in doses if dose.effect]
+    """Return where each dose that was scored lies: its change of perplexity, and of the behavior.
+
+    The intervals are those that hold for all doses together, if there are any.
+    """
+    found = []
+    for dose in doses:
+        if not dose.effect:
+            continue
+        rise, change = dose.perplexity_percent, dose.effect.percent
+        if (of := dose.together) and (bar := of.behavior_percent):
+            rise = replace(rise, low=of.perplexity_percent.low, high=of.perplexity_percent.high)
+            change = replace(change, low=bar.low, high=bar.high)
+        found.append((rise, change))
+    return found

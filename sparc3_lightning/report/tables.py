@@ -273,10 +273,14 @@ def doses_csv(doses: Iterable[Dose]) -> str:
     doses, columns = list(doses), ["perplexity_percent", "behavior_percent"]
     columns += ["other_text_percent"] if any(dose.other_text_percent for dose in doses) else []
     rows: list[list[object]] = [[*plain, *(f"{column}{end}" for column in columns for end in ("", "_low", "_high"))]]
+    rows[0] += [f"{column}_together_{end}" for column in columns[:2] for end in ("low", "high")]
+    unknown = Interval(math.nan, math.nan, math.nan)
     for dose in in_order(doses):
-        changes = [getattr(dose, column) or Interval(math.nan, math.nan, math.nan) for column in columns]
+        changes = [getattr(dose, column) or unknown for column in columns]
         values = [dose.num_neurons, dose.damping, dose.perplexity, dose.behavior_mean, dose.kl]
         values += [end for change in changes for end in (change.value, change.low, change.high)]
+        of_all = [dose.together.perplexity_percent, dose.together.behavior_percent] if dose.together else [None, None]
+        values += [end for change in of_all for end in ((change or unknown).low, (change or unknown).high)]
         rows.append([dose.selection, *values])
     return csv_text(rows)
 

@@ -16,14 +16,15 @@ from sparc3_lightning.data.base import Batch
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import twins_of
 from sparc3_lightning.models.batching import Batching
-from sparc3_lightning.models.components import Component, Key, mask
+from sparc3_lightning.models.components import Component, Key, counts_of, in_words, mask
 from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.selection.lowest import lowest_first
+from sparc3_lightning.selection.prediction import Prediction
 
 T = TypeVar("T")
 FEWEST = 20  # neurons that a round of refinement considers at least
-FIRST = 100  # neurons whose rise is measured first
+FIRST = 100  # neurons whose rise is measured first, where none is predicted
 SLACK = 0.01  # share of the budget that may be left: which side of it a neuron more falls on is noise
 
 
@@ -60,6 +61,7 @@ class PerplexityRise:
         batches: Of the text. Every token but the first of each sample counts.
         batching: How many samples of a batch pass through the model at a time; None for all of them.
         on_read: Called after every batch with the number of its tokens.
+        prediction: Of the rise, to be told beside it; None for none.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class PerplexityRise:
         batches: Iterable[Batch],
         batching: Batching | None = None,
         on_read: Callable[[float], None] = lambda number: None,
+        prediction: Prediction | None = None,
     ) -> None:
         self.model = model
         self.batching = batching
+        self.prediction = prediction
         self._on_read = on_read
         device = next(model.parameters()).device
         self._batches = [(b["input_ids"].to(device), b["attention_mask"].sum(dim=1)) for b in batches]
@@ -85,11 +89,14 @@ class PerplexityRise:
 
     @property
     def measured(self) -> list[dict[str, float]]:
-        """What was measured, in the order it was: number of neurons, damping and rise."""
+        """What was measured, in the order it was: number of neurons, damping and rise, and what was predicted if so."""
         return [
-            {"num_neurons": len(neurons), "damping": _damping(neurons), "rise": rise}
+            {"num_neurons": len(neurons), "damping": _damping(neurons), "rise": rise, **self._predicted(neurons)}
             for neurons, rise in self._rises.items()
         ]
+
+    def _predicted(self, neurons: Sequence[Component]) -> dict[str, float]:
+        return {} if self.prediction is None else {"predicted": self.prediction.rise(neurons)}
 
     def __call__(self, neurons: Sequence[Component]) -> float:
         """Return perplexity with the neurons off, over that of the model as it is, less 1; measured once a list."""
@@ -98,7 +105,9 @@ class PerplexityRise:
             with mask(self.model, key):
                 self._rises[key] = math.expm1(self._nats() - self.nats)
             rise = 100 * self._rises[key]
-            rank_zero_info(f"{len(key):>6} neurons at damping {_damping(key):g}: perplexity {rise:+.2f} %")
+            beside = "".join(f", predicted {100 * share:+.2f} %" for share in self._predicted(key).values())
+            off = in_words(counts_of(key))
+            rank_zero_info(f"{off:>12} at damping {_damping(key):g}: perplexity {rise:+.2f} %{beside}")
         return self._rises[key]
 
     @torch.no_grad()
@@ -240,7 +249,8 @@ def choose_within(
     The benefit of a list is estimated by the sum of what its neurons were ranked by, times their damping. Each round
     of refinement then measures what each neuron costs among twice as many as were chosen, drops the tenth that gives
     least for it, and fills up from the ranking; a list is kept if its estimated benefit is higher. A costly neuron at
-    the head of a ranking, which would keep all others out, goes in this way.
+    the head of a ranking, which would keep all others out, goes in this way. Where rises are predicted, the number is
+    measured first that the prediction names.
 
     Args:
         rise: Of the model and text.
@@ -274,7 +284,11 @@ def choose_within(
     return best
 
 
-def _head(rise: PerplexityRise, ranked: Sequence[Component], budget: float, start: int = FIRST) -> list[Component]:
+def _head(
+    rise: PerplexityRise, ranked: Sequence[Component], budget: float, start: int | None = None
+) -> list[Component]:
+    if start is None:
+        start = FIRST if rise.prediction is None else rise.prediction.number_within(ranked, budget)
     return list(ranked[: largest_within(lambda number: rise(ranked[:number]), len(ranked), budget, start)])
 
 

@@ -16,6 +16,7 @@ from sparc3_lightning.models.components import Component, Scored, plural
 from sparc3_lightning.selection.lowest import Lowest
 
 Scores = Mapping[str, Tensor]
+FLOOR = 0.1  # of costs, see ``with_floor``
 POOL = 5  # candidates per component and layer, of which each draw takes one
 
 
@@ -59,28 +60,54 @@ def set_difference(
     }
 
 
-def ratio(general: Scores, behavior: Scores, floor: float = 0.05) -> dict[str, Tensor]:
-    """Rank by the ratio of the behaviour's score to the general score: gain over cost.
+def benefit_per_cost(general: Scores, behavior: Scores, floor: float = FLOOR) -> dict[str, Tensor]:
+    """Rank by benefit over cost, among the components that the behaviour has a benefit of at all.
+
+    The order is that of a knapsack: the most benefit for a sum of costs, wherever it is cut.
 
     Args:
-        general: General scores, not negative: what switching a neuron off costs.
-        behavior: Scores of the behaviour: what it gains.
-        floor: Added to every cost, in units of the mean one, since small costs are not known well.
+        general: General scores, not negative: what switching a component off costs.
+        behavior: Scores of the behaviour, signed: what it gains.
+        floor: See ``with_floor``.
 
     Raises:
-        ValueError: If the modules or shapes of the two differ, a general score is below 0, or none is above it.
+        ValueError: If the modules or shapes of the two differ, every cost is 0, or no benefit is above 0.
     """
     check_same_modules(general, behavior)
-    mean = torch.cat([score.double().flatten() for score in general.values()]).mean()
-    if any((score < 0).any() for score in general.values()):
+    if not any((cost > 0).any() for cost in general.values()):
         raise OptionError(
-            "relevance",
-            "A general score is below 0, and a cost cannot be: attribute general text with --.relevance "
-            "magnitude, absolute or squared for --.criterion ratio.",
+            "general", "holds a cost of 0 for every component, so that nothing can be ranked by it: attribute again."
         )
-    if not mean > 0:
-        raise ValueError("The general scores must be above 0 on average to divide by them.")
-    return {name: -behavior[name].double() / (general[name].double() + floor * mean) for name in general}
+    if not any((score > 0).any() for score in behavior.values()):
+        raise OptionError(
+            "behavior",
+            "holds no benefit above 0: whatever is switched off, there is no less of the behaviour. Attribute on "
+            "samples that have more of it, or with another --.target.",
+        )
+    return {
+        name: torch.where(behavior[name] > 0, -behavior[name].double() / cost, torch.inf)
+        for name, cost in with_floor(general, floor).items()
+    }
+
+
+def with_floor(costs: Scores, floor: float = FLOOR) -> dict[str, Tensor]:
+    """Add a share of the mean cost to every cost, float64: what is chosen for a low cost has it by luck, too.
+
+    A cost is a mean over some text. That of a component which fires seldom rests on few tokens, or is 0 since it did
+    not fire at all, and without a floor it comes first whatever it costs on other text. It is as if so large a share of
+    the text had been read once more, and every component had cost the mean there.
+
+    The share is by experiment: neurons of SmolLM2, ranked by the costs of 64 to 192 chunks of C4 and charged those of
+    192 others. Floors of 0.02 to 0.2 gain the same within 4 % for a charge of 0.005 to 0.05 nats, and without a floor
+    it is up to 5 % less. Half the costs of the first 30 to 800 add up to 0.5 to 0.9 of the charge without a floor, and
+    to 0.65 to 1.07 of it with 0.1; that they act together makes the charge some 5 % higher still.
+
+    Args:
+        costs: Per module, not negative.
+        floor: In units of the mean cost over all modules.
+    """
+    mean = torch.cat([cost.double().flatten() for cost in costs.values()]).mean()
+    return {name: cost.double() + floor * mean for name, cost in costs.items()}
 
 
 def by_auroc(general: Scores, behavior: Scores) -> dict[str, Tensor]:
@@ -214,7 +241,7 @@ def select_neurons(scores: Mapping[str, Tensor], num_neurons: int, granularity: 
         raise OptionError(
             "num_neurons",
             f"asks for {num_neurons} {plural(granularity)}, but --.criterion leaves only {eligible} of "
-            f"{len(flat):,}: raise --.top_behavior, or lower --.top_general.",
+            f"{len(flat):,}: ask for fewer, or with set_difference raise --.top_behavior or lower --.top_general.",
         )
     chosen = Lowest(num_neurons, granularity)
     for name, score in scores.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparc3_lightning.attribution.scores import ScoreFile, WeightScores
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
-from sparc3_lightning.files import Count, JsonFile, Range, parse_sealed, read_as, sealed, write_atomically
+from sparc3_lightning.files import LEFT_OUT, Count, JsonFile, Range, parse_sealed, read_as, sealed, write_atomically
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import Component, Granularity, Scored, counts_of
 from sparc3_lightning.provenance import git_hash, revision_of, versions
@@ -238,7 +238,10 @@ NUM_BINS = 81
 
 @dataclass(frozen=True)
 class BudgetUse:
-    """What was measured to stay within a budget: ``rise`` belongs to the chosen neurons; see ``PerplexityRise``."""
+    """What was measured to stay within a budget: ``rise`` belongs to the chosen neurons; see ``PerplexityRise``.
+
+    ``predicted`` is the rise that their costs predict, see ``Prediction``; None where nothing is predicted.
+    """
 
     max_perplexity_increase: float | None
     rise: float
@@ -247,6 +250,7 @@ class BudgetUse:
     num_documents: Count
     data: dict[str, object]
     measured: list[dict[str, float]]
+    predicted: float | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)

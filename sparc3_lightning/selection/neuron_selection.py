@@ -13,11 +13,11 @@ from sparc3_lightning.attribution.activations import ACTIVATIONS, Activations
 from sparc3_lightning.models.components import Component, Scored
 from sparc3_lightning.selection.criteria import (
     Scores,
+    benefit_per_cost,
     by_auroc,
     differential_relevance,
     lowest_of_modules,
     normalized_difference,
-    ratio,
     select_neurons,
     set_difference,
     weighted_difference,
@@ -56,12 +56,14 @@ class Criterion:
         needs_scores: Whether scores count; else activations alone do.
         needs_activations: Whether activations count.
         needs_one_kind: Whether the sides are compared value by value, so that they must be of one method and target.
+        needs_costs: Whether the general side must be costs and the behaviour's benefits, see ``check_are_costs``.
     """
 
     rank: Callable[[Sides], dict[str, Tensor]]
     needs_scores: bool = True
     needs_activations: bool = False
     needs_one_kind: bool = False
+    needs_costs: bool = False
 
 
 def _weighted_difference(sides: Sides) -> dict[str, Tensor]:
@@ -75,7 +77,7 @@ CRITERIA = {
     "set_difference": Criterion(
         lambda sides: set_difference(sides.general, sides.behavior, sides.top_behavior, sides.top_general)
     ),
-    "ratio": Criterion(lambda sides: ratio(sides.general, sides.behavior)),
+    "benefit_per_cost": Criterion(lambda sides: benefit_per_cost(sides.general, sides.behavior), needs_costs=True),
     "auroc": Criterion(
         lambda sides: by_auroc(sides.general_rows, sides.behavior_rows), needs_scores=False, needs_activations=True
     ),

@@ -1,4 +1,4 @@
-"""The score files that a selection compares: none twice, and each on its side."""
+"""The score files that a selection compares: none twice, each on its side, and costs and benefits where needed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -6,6 +6,7 @@ from typing import Literal
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from sparc3_lightning.attribution.scores import Provenance, ScoreFile, WeightScores
+from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.data.prompts import TOXIC_FROM
 from sparc3_lightning.errors import OptionError
 
@@ -36,6 +37,43 @@ def check_sides(general: Sequence[Scores], behavior: Scores, harmless: Scores | 
                 f"{file.path} is of toxic prompts, but is given as --model.{option}: it may be swapped with "
                 f"--model.behavior ({behavior.path})."
             )
+
+
+def check_are_costs(general: ScoreSpec, behavior: ScoreSpec) -> None:
+    """Raise OptionError unless one side is costs, and the other one benefits of the same components and model dtype.
+
+    The magnitude of what a text's log-probability changes by is a cost, too, though in no unit of a budget.
+
+    Args:
+        general: Of the general scores.
+        behavior: Of the behaviour's.
+    """
+    if not general.is_cost and not (general.target == "text" and general.relevance in ("absolute", "squared")):
+        raise OptionError(
+            "criterion",
+            f"benefit_per_cost divides by what general text costs, and the general scores are no costs "
+            f"({_kind(general)}): attribute general text with method gradient, target sampled, relevance fisher.",
+        )
+    if behavior.relevance != "signed":
+        raise OptionError(
+            "criterion",
+            f"benefit_per_cost needs scores of the behaviour that tell a benefit from a harm, and these do not "
+            f"({_kind(behavior)}): attribute the behaviour with method gradient, relevance signed.",
+        )
+    for name in ("granularity", "dtype"):
+        one, other = getattr(general, name), getattr(behavior, name)
+        if one != other:
+            raise OptionError(
+                "criterion",
+                f"benefit_per_cost needs costs and benefits of one {name}, and the costs are of {one}, but the "
+                f"benefits of {other}: attribute both alike.",
+            )
+
+
+def _kind(spec: ScoreSpec) -> str:
+    """Return the method of scores, and what they are of, in words."""
+    named = {"target": spec.target, "relevance": spec.relevance}
+    return ", ".join([f"method {spec.method}", *(f"{name} {value}" for name, value in named.items() if value)])
 
 
 def check_are_different(files: Sequence[tuple[str, Scores]]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers import PreTrainedModel
 
+from sparc3_lightning.attribution.spec import ScoreSpec
 from sparc3_lightning.data.base import Kind, TextDataModule
 from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError, in_one_sentence
@@ -23,13 +24,14 @@ from sparc3_lightning.evaluation.variants import check_doses
 from sparc3_lightning.files import kept_sha256
 from sparc3_lightning.models.architectures import find_layers
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype
-from sparc3_lightning.models.components import KINDS
+from sparc3_lightning.models.components import KINDS, Scored, kind_of, plural
 from sparc3_lightning.models.export import check_export, export_dtype_of
 from sparc3_lightning.models.neurons import check_are_neurons, columns_of
 from sparc3_lightning.provenance import versions_of_results
 from sparc3_lightning.scorers.functions import FunctionScorer
 from sparc3_lightning.scorers.registry import fingerprint_of, location_of
-from sparc3_lightning.selection.sides import are_swapped
+from sparc3_lightning.selection.neuron_selection import CRITERIA
+from sparc3_lightning.selection.sides import are_swapped, check_are_costs
 from sparc3_lightning.sources import is_local, local_path
 from sparc3_lightning.stages.attribute import Attribution, file_of
 from sparc3_lightning.stages.base import Stage
@@ -139,8 +141,10 @@ class Plan:
         selections = self.selections(options)
         for chosen in selections.values():
             of_general, of_behavior = self._pair(chosen)
-            check_attributions(of_general, of_behavior)
-            check_granularities(chosen["prune"]["granularity"], of_general["granularity"], of_behavior["granularity"])
+            specs = check_attributions(of_general, of_behavior)
+            check_granularities(chosen["prune"]["granularity"], *(spec.granularity for spec in specs))
+            if CRITERIA[chosen["prune"]["criterion"]].needs_costs:
+                _by_group("prune", check_are_costs, *specs)
         if are_swapped(_described(options["general"]), _described(options["behavior"])):
             raise ValueError("--general is of toxic prompts and --behavior is of others: exchange the two.")
         check_chats(options, self.checkpoint)
@@ -212,12 +216,15 @@ class Plan:
         for of_one in self._pair(chosen):
             names = _by_group("attribute", Attribution(**of_one).find_layers_of, skeleton)
             layers = list(find_layers(skeleton, names))
-            if prune["granularity"] == "neuron":
-                _by_group("attribute", check_are_neurons, layers)
-                columns_of(skeleton, layers)
-        number = sum(math.prod(KINDS[prune["granularity"]].shape(skeleton, layer)) for layer in layers)
+            # Scores of weights are summed for neurons.
+            scored = prune["granularity"] if of_one["granularity"] == "weight" else of_one["granularity"]
+            kinds = {layer: kind_of(scored, layer) for layer in layers}
+            neurons = [layer for layer, kind in kinds.items() if kind == "neuron"]
+            _by_group("attribute", check_are_neurons, neurons)
+            columns_of(skeleton, neurons)
+        number = sum(math.prod(KINDS[kind].shape(skeleton, layer)) for layer, kind in kinds.items())
         if prune["num_neurons"] > number and prune["budget"]["max_perplexity_increase"] is None:
-            what = f"must be between 1 and {number:,} (all {prune['granularity']}s that are scored)"
+            what = f"must be between 1 and {number:,} (all {plural(scored)} that are scored)"
             raise OptionError("num_neurons", f"{what}, got {prune['num_neurons']}.", "prune")
         if prune["export"] is not None and is_left:
             check = partial(
@@ -226,7 +233,7 @@ class Plan:
                 with_means=prune["ablation"] == "mean",
                 group="prune",
             )
-            _by_group("prune", check, self.checkpoint, layers, prune["granularity"], Path(prune["export"]))
+            _by_group("prune", check, self.checkpoint, layers, scored, Path(prune["export"]))
 
     def _stage(
         self, name: str, stage: type[Stage], options: Config, config: Config, output: str, made: Path | None = None
@@ -274,21 +281,32 @@ def _merged(options: Config, given: Config) -> Config:
     return {**options, **given, **nested}
 
 
-def check_attributions(general: Config, behavior: Config) -> None:
-    """Raise ValueError if the attribution of general text, or of the behaviour, would refuse its options."""
-    _by_group("attribute", partial(Attribution, **general))
+def check_attributions(general: Config, behavior: Config) -> tuple[ScoreSpec, ScoreSpec]:
+    """Return what is computed of general text and of the behaviour.
+
+    Raises:
+        ValueError: If the attribution of one of them would refuse its options.
+    """
+    of_general = _by_group("attribute", partial(Attribution, **general)).spec
     try:
-        _by_group("attribute", partial(Attribution, **behavior))
+        return of_general, _by_group("attribute", partial(Attribution, **behavior)).spec
     except ValueError as error:
         raise OptionError("behavior_attribute", f"{error} (with --.behavior_attribute)") from None
 
 
-def check_granularities(pruned: str, *attributed: str) -> None:
+def check_granularities(pruned: str, *attributed: Scored) -> None:
     """Raise ValueError unless what is attributed can be pruned. A neuron's score is the sum of its weights' scores."""
     if pruned == "weight" and set(attributed) != {"weight"}:
         raise ValueError("--prune.granularity weight needs scores of weights: give --attribute.granularity weight too.")
     if "head" in attributed:
-        raise ValueError("--attribute.granularity must be neuron or weight: no heads are pruned here.")
+        raise ValueError(
+            "--attribute.granularity must be neuron, channel, neuron+channel or weight: no heads are pruned here."
+        )
+    if len({"neuron" if scored == "weight" else scored for scored in attributed}) > 1:
+        raise ValueError(
+            f"--attribute.granularity is {attributed[0]}, and {attributed[1]} with --model.behavior_attribute: leave "
+            "it out there, so that both sides are scored alike."
+        )
 
 
 def check_chats(options: Config, checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from sparc3_lightning.attribution.scores import ScoreFile, WeightScores, average
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.errors import OptionError, OptionFileExistsError
 from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
-from sparc3_lightning.models.components import Component, counts_of, in_words
+from sparc3_lightning.models.components import Component, counts_of, in_words, kind_of, plural
 from sparc3_lightning.models.export import check_export, export_dtype_of, export_pruned
 from sparc3_lightning.models.keeping import load_kept
 from sparc3_lightning.models.likelihood import check_logits
@@ -32,7 +32,8 @@ from sparc3_lightning.selection.neuron_selection import (
     edited,
     means_beside,
 )
-from sparc3_lightning.selection.sides import check_sides
+from sparc3_lightning.selection.prediction import Prediction
+from sparc3_lightning.selection.sides import check_are_costs, check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
 from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import check_config, giving_back, own
@@ -53,10 +54,12 @@ class Pruning(Stage):
             for ``auroc``, which ranks by activations alone.
         criterion: ``difference``, the most negative differential relevance, as published; ``normalized_difference``,
             each side divided by its own total first; ``set_difference``, the highest for the behaviour in the top share
-            by the behaviour and not in that by general text; ``ratio``, the highest for the behaviour for each unit of
-            the general score; ``auroc``, those whose mean activation tells the behaviour's samples from general ones
-            best; or ``weighted_difference``, the difference times 2 AUROC - 1. But for the differences as they are, the
-            two sides may differ in method and target. The last two need ``sparc3 attribute --model.activations true``.
+            by the behaviour and not in that by general text; ``benefit_per_cost``, the highest for the behaviour, if
+            above 0, for each unit of the general score, which must be a cost (target ``sampled``, relevance
+            ``fisher``), and the behaviour's ``signed``; ``auroc``, those whose mean activation tells the behaviour's
+            samples from general ones best; or ``weighted_difference``, the difference times 2 AUROC - 1. But for the
+            differences as they are, the two sides may differ in method and target. The last two need ``sparc3 attribute
+            --model.activations true``.
         top_behavior: For ``set_difference``, share of all neurons by the behaviour; 1 leaves none out.
         top_general: For ``set_difference``, share of all neurons by general text that is left out.
         ablation: What takes the place of a neuron's activation: ``zero``, or its ``mean`` over the general samples,
@@ -69,9 +72,10 @@ class Pruning(Stage):
         min_differential_strength: Least value of (sum of general scores - sum of the behaviour's scores) / sum of
             general scores, in percent. It partly measures the length of the samples. For ``difference`` only.
         weak: What to do below ``min_differential_strength``: ``warn`` and go on, or stop with an ``error``.
-        granularity: ``neuron``, or ``weight`` to prune single weights, by the ``difference`` alone and without any
-            harmless samples, mean ablation or budget. It needs scores of weights, which are summed for neurons
-            (``sparc3 attribute --model.granularity weight``).
+        granularity: ``neuron`` for what the score files have scores of, be it neurons, heads, channels, or neurons and
+            channels in one ranking; scores of weights are summed for neurons. Or ``weight`` to prune single weights, by
+            the ``difference`` alone and without any harmless samples, mean ablation or budget; it needs scores of
+            weights (``sparc3 attribute --model.granularity weight``).
         export: Folder to write the pruned checkpoint to: the files of the original, in which the pruned weights alone
             differ; None writes none. It must not exist.
         export_dtype: Of the exported weights; ``auto`` keeps the dtype of each.
@@ -213,10 +217,17 @@ class Pruning(Stage):
         needs = CRITERIA[self.criterion]
         general_files, behavior_file = load_matching(self.general), ScoreFile.load(self.behavior)
         check_match([general_files[0], behavior_file], needs.needs_one_kind)
-        if behavior_file.provenance.spec.granularity == "neuron":
-            check_are_neurons(behavior_file.scores)
-        elif self.budget.refine:
-            raise OptionError("budget.refine", "is for neurons, and these are scores of heads: leave it out.")
+        if needs.needs_costs:
+            check_are_costs(general_files[0].provenance.spec, behavior_file.provenance.spec)
+        scored = behavior_file.provenance.spec.granularity
+        neurons = [name for name in behavior_file.scores if kind_of(scored, name) == "neuron"]
+        check_are_neurons(neurons)
+        if len(neurons) < len(behavior_file.scores):
+            others = f"is for neurons, and these are scores of {plural(scored)}: leave it out."
+            if self.budget.refine:
+                raise OptionError("budget.refine", others)
+            if self.ablation == "mean":
+                raise OptionError("ablation", f"mean {others}")
         general, behavior = average(general_files), behavior_file.scores
         files = [*general_files, behavior_file]
         if self.harmless is not None:
@@ -235,7 +246,7 @@ class Pruning(Stage):
             differential = differential_strength(general, behavior)
             self._check_differential_strength(differential)
         means = means_beside(self.general) if self.ablation == "mean" else None
-        ranking = NeuronRanking(scores, general, self.dampings[0], means, behavior_file.provenance.spec.granularity)
+        ranking = NeuronRanking(scores, general, self.dampings[0], means, scored)
         num_listed, use = min(self.num_ranked, len(ranking.eligible)), None
         if self.budget.max_perplexity_increase is None:
             # If there are fewer than the number to prune, it is that option which is wrong, not the number listed.
@@ -245,8 +256,13 @@ class Pruning(Stage):
             assert text is not None
             listed = ranking.first(num_listed)
             on = device or torch.device("cpu")
+            # A constant in the place of 0 costs something else than the costs say.
+            is_predicted = general_files[0].provenance.spec.is_cost and means is None
+            prediction = Prediction(general) if is_predicted else None
             with closing(Line("Searching within the budget", "tokens", is_shown=self.shows_progress)) as line:
-                chosen, use = within_budget(self.budget, self.dampings, listed, text, general_files, on, line.advance)
+                chosen, use = within_budget(
+                    self.budget, self.dampings, listed, text, general_files, on, line.advance, prediction
+                )
         return ranking.selected(chosen, listed, differential, use), origin(general_files, files[len(general_files) :])
 
     def _weights(self) -> tuple[Selected, dict[str, object]]:
@@ -270,7 +286,7 @@ class Pruning(Stage):
                 source.spec.granularity,
                 self.export,
                 dtype=export_dtype_of(self.export_dtype),
-                with_means=self.ablation == "mean" and source.spec.granularity == "neuron",
+                with_means=self.ablation == "mean",
             )
 
     def _check_differential_strength(self, percent: float) -> None:
@@ -293,6 +309,8 @@ class Pruning(Stage):
             by = f"differential strength {found.differential_strength:.1f} %"
         if found.budget:
             by += f", damping {found.chosen[0].damping:g}, perplexity {100 * found.budget.rise:+.2f} %"
+            if found.budget.predicted is not None:
+                by += f" ({100 * found.budget.predicted:+.2f} % predicted)"
         rank_zero_info(
             f"{in_words(counts_of(found.chosen))} of {found.num_candidates:,} in {layers} layers, {by}: {path}"
         )
@@ -349,6 +367,7 @@ def within_budget(
     general: Sequence[ScoreFile],
     device: torch.device,
     on_read: Callable[[float], None],
+    prediction: Prediction | None = None,
 ) -> tuple[list[Component], BudgetUse]:
     """Load the scored model, and select from the head of a ranking what stays within the budget.
 
@@ -360,6 +379,7 @@ def within_budget(
         general: Score files of general reference samples.
         device: Where to measure.
         on_read: Called with the number of tokens that were read since.
+        prediction: Of the rise of perplexity; None for none.
 
     Returns:
         The chosen neurons; and what was measured.
@@ -382,7 +402,7 @@ def within_budget(
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
     model = load_kept(checkpoint, getattr(torch, scored.spec.dtype))
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
-    rise = PerplexityRise(model, text.predict_dataloader(), batching := text.batching(), on_read)
+    rise = PerplexityRise(model, text.predict_dataloader(), batching := text.batching(), on_read, prediction)
     chosen = choose_within(rise, ranked, budget, dampings)
     return chosen, BudgetUse(
         max_perplexity_increase=budget.max_perplexity_increase,
@@ -392,6 +412,7 @@ def within_budget(
         num_documents=len(left),
         data={"class": type(text).__name__, **text.hparams, **batching.notes},
         measured=rise.measured,
+        predicted=None if prediction is None else prediction.rise(chosen),
     )
 
 

@@ -28,6 +28,7 @@ ATTRIBUTE, CHOOSE = 150, 100
 LRP, TOXIC = "general_lrp", "toxic_lrp"
 GENERAL, OWN_TOXIC, OWN_HARMLESS = "general_abs", "own_toxic", "own_harmless"
 BANDS = {OWN_TOXIC: (0.5, 1.0), OWN_HARMLESS: (0.0, 0.1)}  # toxicity of the model's own continuations
+COST, BOTH = "cost", "_channels"  # what follows the name of scores of neurons and channels
 MASKED = {"criterion": "set_difference", "top_behavior": 1, "top_general": 0.5}
 # Name: score files of the general side and of the behaviour, and options of `sparc3 prune`. Other score files among
 # the options are named without their folder, too.
@@ -35,10 +36,11 @@ SELECTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "difference": (LRP, TOXIC, {"criterion": "difference"}),
     "normalized_difference": (LRP, TOXIC, {"criterion": "normalized_difference"}),
     "set_difference": (LRP, TOXIC, {"criterion": "set_difference"}),
-    "ratio": (LRP, TOXIC, {"criterion": "ratio"}),
     "auroc": (LRP, TOXIC, {"criterion": "auroc"}),
     "weighted_difference": (LRP, TOXIC, {"criterion": "weighted_difference"}),
     "prob": (GENERAL, "prob", MASKED),
+    "benefit_per_cost": (COST, "prob", {"criterion": "benefit_per_cost"}),
+    "benefit_per_cost_channels": (COST + BOTH, "prob" + BOTH, {"criterion": "benefit_per_cost"}),
     "prob_lrp": (GENERAL, "prob_lrp", MASKED),
     "harmless": (GENERAL, OWN_TOXIC, {**MASKED, "harmless": OWN_HARMLESS}),
     "random": ("random", "random", {**MASKED, "top_general": 0}),
@@ -234,8 +236,14 @@ def attribute(of: Subject, selections: Collection[str] = tuple(SELECTIONS)) -> N
     plain = ["--model.method=gradient", "--model.relevance=absolute", "--model.target=text"]
     signed = ["--model.method=gradient", "--model.relevance=signed", "--model.target=text"]
     activations = "--model.activations=true"
+    benefit = [*continued(0, 1), "--model.method=gradient", *lexicon]
+    cost = [*documents, "--model.method=gradient", "--model.target=sampled", "--model.relevance=fisher"]
+    both = "--model.granularity=neuron+channel"
     options = {
-        "prob": [*continued(0, 1), "--model.method=gradient", *lexicon],
+        "prob": benefit,
+        "prob" + BOTH: [*benefit, both],
+        COST: cost,
+        COST + BOTH: [*cost, both],
         "prob_lrp": [*continued(0, 1), *lexicon],
         GENERAL: [*documents, *plain],
         **{name: [*continued(*band), *signed] for name, band in BANDS.items()},

@@ -3,12 +3,15 @@
 SmolLM2-135M, RealToxicityPrompts and C4 in three disjoint parts: 150 toxic prompts and 64 documents to attribute on,
 100 prompts for choices made by hand, and of the other 247 prompts those to report. Each selection gets as many neurons
 as raise perplexity on 24 further documents by no more than the budget; then one `sparc3 sweep` a budget measures all of
-them, WikiText-2's perplexity beside them, by two judges and with the continuations drawn by several seeds. Every
-stage is a verb of `sparc3` in the folder given, and one that is done there is not run again. Needs rtp/toxic.jsonl,
-c4/en.jsonl and wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
+them, WikiText-2's perplexity beside them, by the judge that chose and by others, and with the continuations drawn by
+several seeds. Every stage is a verb of `sparc3` in the folder given, and one that is done there is not run again. Needs
+rtp/toxic.jsonl, c4/en.jsonl and wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
 """
 
+import re
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import chdir
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +35,7 @@ from common import (
 )
 
 from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.sources import read_records
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -43,8 +47,9 @@ def main() -> None:
         __doc__,
         folder={"type": Path, "default": Path("selections")},
         data={"type": Path, "default": DATA},
-        budgets={"type": float, "nargs": "+", "default": [0.01, 0.05, 0.1]},
+        budgets={"type": float, "nargs": "+", "default": [0.005, 0.01, 0.02, 0.05]},
         selections={"nargs": "+", "choices": list(SELECTIONS), "default": list(SELECTIONS)},
+        judges={"nargs": "*", "default": JUDGES[1:], "help": f"beside {JUDGES[0]}, which chooses"},
         prompts={"type": int, "default": 150},
         continuations={"type": int, "default": 25},
         seeds={"type": int, "default": 5},
@@ -63,9 +68,10 @@ def main() -> None:
         attribute(model, options.selections)
         found = {}
         for budget in options.budgets:
-            lists = [str(prune(model, name, budget)) for name in options.selections]
+            lists = {name: prune(model, name, budget) for name in options.selections}
             named = f"--model.names=[{','.join(options.selections)}]"
-            measured = evaluation(model, "report", options.prompts, 16384)
+            judges = [JUDGES[0], *options.judges]
+            measured = evaluation(model, "report", options.prompts, 16384, judges)
             draws = [
                 f"--model.sampling.num_continuations={options.continuations}",
                 f"--model.sampling.num_seeds={options.seeds}",
@@ -73,30 +79,39 @@ def main() -> None:
             ranks = (
                 ["--trainer.strategy=ddp", f"--trainer.devices={options.processes}"] if options.processes > 1 else []
             )
-            files = [named, f"--model.neurons=[{','.join(lists)}]", "--model.doses=[]"]
-            version = "_".join(["report", f"{budget:g}", *options.selections])
+            files = [named, f"--model.neurons=[{','.join(map(str, lists.values()))}]", "--model.doses=[]"]
+            others = () if judges == list(JUDGES) else judges[1:]
+            version = "_".join(["report", f"{budget:g}", *options.selections, *others])
+            version = re.sub(r"[^\w.-]", "-", version)  # a judge may be a path, or a name with a colon
             folder = sparc3("sweep", version, *measured, *draws, *ranks, *files, "--model.dtype=bfloat16")
-            found[f"{budget:g}"] = table(Results.load(folder / "results.json"), budget)
+            of = {name: NeuronList.load(path) for name, path in lists.items()}
+            found[f"{budget:g}"] = table(Results.load(folder / "results.json"), budget, of)
     options.json = json_file
     write(options, found)
 
 
-def table(results: Results, budget: float) -> list[dict[str, Any]]:
+def table(results: Results, budget: float, lists: Mapping[str, NeuronList]) -> list[dict[str, Any]]:
     """Print a row for each selection, and return the measures."""
     baseline = results.baseline
     measures, perplexity = baseline.groups[results.headline], next(iter(baseline.perplexity.values()))
     print(f"\nBudget {100 * budget:g} %, {measures.num_prompts} prompts; mean toxicity before ", end="")
     print(f"{measures.behavior_mean:.4f}, perplexity {perplexity.value:.2f}\n")
-    judges = [f"mean toxicity, {name}, %" for name in JUDGES]
-    head("selection", "neurons", "perplexity, WikiText-2", *judges, f"by seed, {results.headline_judge}, %")
+    judges = [f"mean toxicity, {name}, %" for name in results.judges]
+    prices = ["perplexity, budget's text, %", "WikiText-2, %"]
+    head("selection", "switched off", *prices, *judges, f"by seed, {results.headline_judge}, %")
     for dose in results.doses:
         seeds = [
             100 * (after / b - 1) for after, b in zip(dose.behavior_by_seed, baseline.behavior_by_seed, strict=True)
         ]
         judged = (percent(effect and effect.percent) for effect in dose.effects.values())
         spread = f"{min(seeds):+.1f} to {max(seeds):+.1f}"
-        line(dose.selection, str(dose.num_neurons), percent(dose.perplexity_percent), *judged, spread)
-    return [asdict(dose) for dose in results.doses]
+        kinds = Counter(component.granularity for component in lists[dose.selection].neurons)
+        off = ", ".join(f"{number} {kind}s" for kind, number in kinds.items())
+        use = lists[dose.selection].provenance["budget"]
+        predicted = use.get("predicted")
+        paid = f"{100 * use['rise']:+.2f}" + ("" if predicted is None else f" ({100 * predicted:+.2f} predicted)")
+        line(dose.selection, off, paid, percent(dose.perplexity_percent), *judged, spread)
+    return [{**asdict(dose), "budget": lists[dose.selection].provenance["budget"]} for dose in results.doses]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from sparc3_lightning.evaluation.draws import interval_of_draws
-from sparc3_lightning.evaluation.intervals import Interval, Resampled, paired_difference, permutation_test
+from sparc3_lightning.evaluation.intervals import (
+    Interval,
+    Resampled,
+    level_of_each,
+    paired_difference,
+    percent_change,
+    permutation_test,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -139,6 +146,17 @@ def test_of_ten_doses_without_effect_luck_calls_any_evidence_in_at_most_5_percen
     print(f"ten doses, any below the level by luck: {together / repeats} together, {apart / repeats} each by itself")
     assert together / repeats <= 0.05 + error(0.05, repeats)
     assert apart / repeats > 0.15
+
+
+def test_the_intervals_of_five_doses_hold_every_true_change_together_in_some_95_percent():
+    draw, repeats, together = Draw(3), 60, 0
+    for _ in range(repeats):
+        before = 1 + draw.uniform(60)
+        afters = [before * (1 - 0.05 * dose) + 0.1 * draw.normal(60) for dose in range(5)]
+        found = [percent_change(before, after, level_of_each(5)) for after in afters]
+        together += all(of.low <= -5 * dose <= of.high for dose, of in enumerate(found))
+    print(f"five doses, all intervals hold: {together / repeats}")
+    assert together / repeats >= 0.95 - error(0.95, repeats)
 
 
 SCATTERS = {  # deviation by sets of neurons, by prompts, and by both together

@@ -4,11 +4,12 @@ import math
 import random
 
 import pytest
+import torch
 from hand_written import CONTROLLED, NEURONS, difference, judges, means, rows_of, windows_of
 
 from sparc3_lightning.evaluation.controls import Controls
 from sparc3_lightning.evaluation.findings import BUDGETS, findings, front
-from sparc3_lightning.evaluation.intervals import Difference, Interval
+from sparc3_lightning.evaluation.intervals import Difference, Interval, percent_change
 from sparc3_lightning.evaluation.results import Dose, Front
 from sparc3_lightning.evaluation.variants import list_variants
 
@@ -17,7 +18,7 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
     variants = list_variants({"": NEURONS}, 3, doses=[1, 2, 3], dampings=[1.0, 0.5])
     names = [v.name for v in variants]
     scores = {
-        name: {f"t{p}": [0.5 - 0.05 * i + 0.01 * p * i, 0.4, 0.3] for p in range(4)} for i, name in enumerate(names)
+        name: {f"t{p}": [0.5 - 0.05 * i + 0.002 * p * i, 0.4, 0.3] for p in range(12)} for i, name in enumerate(names)
     }
     results = findings(rows_of(scores), windows_of(*names), variants, judges("some"))
     points = results.doses
@@ -29,12 +30,18 @@ def test_each_dose_is_a_point_of_toxicity_and_perplexity():
         ("top_2_0.5", 2, 0.5),
         ("top_3_0.5", 3, 0.5),
     ]
-    prompts = [f"t{p}" for p in range(4)]
+    prompts = sorted(f"t{p}" for p in range(12))
     for i, point in enumerate(points, 1):
         assert point.perplexity == pytest.approx(math.exp((178 + 6 * i) / 88))
         assert point.perplexity_percent.value == pytest.approx(100 * (math.exp(6 * i / 88) - 1))
         assert point.kl == 0.125 * i
         assert point.effect == difference(means(scores["baseline"], prompts), means(scores[point.name], prompts))
+        level = 1 - 0.05 / 6
+        pair = [means(scores[name], prompts) for name in ("baseline", point.name)]
+        before, after = torch.tensor(pair, dtype=torch.float64)
+        assert point.together.behavior_percent == percent_change(before, after, level)
+        assert point.together.behavior_percent.low < point.effect.percent.low
+        assert point.together.perplexity_percent.value == point.perplexity_percent.value
     assert results.controls == {}
     assert points[0].effect == results.effects["toxic"].behavior_mean
 

@@ -169,6 +169,8 @@ def test_a_round_of_refinement_keeps_to_the_budget_and_never_gains_less(rise):
 class Additive:
     """Stands for a model in which each neuron costs what it is given, whatever the others do."""
 
+    prediction = None
+
     def __init__(self, of: dict[int, float]) -> None:
         self.of = of
         self.measured: list[dict[str, float]] = []

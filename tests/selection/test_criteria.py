@@ -7,17 +7,17 @@ from torch import Tensor
 from sparc3_lightning.models.components import Component
 from sparc3_lightning.selection.criteria import (
     auroc,
+    benefit_per_cost,
     by_auroc,
     differential_relevance,
     differential_strength,
     normalized_difference,
-    ratio,
     select_neurons,
     set_difference,
     weighted_difference,
 )
 
-BOTH = (differential_relevance, normalized_difference, set_difference, ratio)
+BOTH = (differential_relevance, normalized_difference, set_difference, benefit_per_cost)
 
 
 def scores(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
@@ -80,18 +80,20 @@ def test_as_many_neurons_are_eligible_however_many_have_the_same_score(
     assert all(found[i] == -b[i] for i in eligible)
 
 
-def test_ratio_refuses_costs_below_zero_which_would_turn_its_order_round():
-    general, behavior = {"a": torch.tensor([1.0, 1.0, -0.06])}, {"a": torch.tensor([0.1, 0.1, -0.5])}
-    with pytest.raises(ValueError, match=r"A general score is below 0.*--model\.relevance magnitude"):
-        ratio(general, behavior)
+def test_benefit_per_cost_prefers_what_gains_as_much_for_less_and_leaves_out_what_gains_nothing():
+    cost = {"a": torch.tensor([1.0, 4.0, 1.0]), "b": torch.tensor([0.0, 0.0])}
+    benefit = {"a": torch.tensor([1.0, 1.0, 3.0]), "b": torch.tensor([0.0, -1.0])}
+    found = benefit_per_cost(cost, benefit, floor=0.5)  # of a mean of 1.2
+    assert found["a"].tolist() == pytest.approx([-1 / 1.6, -1 / 4.6, -3 / 1.6])
+    assert found["b"].tolist() == [float("inf")] * 2
+    assert [neuron.index for neuron in select_neurons(found, 3)] == [2, 0, 1]
+    with pytest.raises(ValueError, match="leaves only 3 of 5"):
+        select_neurons(found, 4)
 
 
-def test_ratio_prefers_what_gains_as_much_for_less():
-    general, behavior = {"a": torch.tensor([1.0, 4.0, 1.0])}, {"a": torch.tensor([1.0, 1.0, 3.0])}
-    found = ratio(general, behavior, floor=0.5)["a"].tolist()
-    assert found == pytest.approx([-1 / (1 + 1), -1 / (4 + 1), -3 / (1 + 1)])
-    order = [neuron.index for neuron in select_neurons({"a": torch.tensor(found)}, 3)]
-    assert order == [2, 0, 1]
+def test_a_cost_of_0_by_chance_does_not_come_before_a_benefit_that_is_much_larger():
+    cost, benefit = {"a": torch.tensor([0.0, 0.5, 1.5])}, {"a": torch.tensor([1e-4, 1.0, 0.1])}
+    assert [neuron.index for neuron in select_neurons(benefit_per_cost(cost, benefit), 3)] == [1, 2, 0]
 
 
 @pytest.mark.parametrize("selection", BOTH)
@@ -104,14 +106,16 @@ def test_a_side_without_scores_is_refused():
     nothing = {name: torch.zeros_like(score) for name, score in scores(0).items()}
     with pytest.raises(ValueError, match="behaviour's scores are 0 throughout"):
         normalized_difference(scores(0), nothing)
-    with pytest.raises(ValueError, match="above 0 on average"):
-        ratio(nothing, scores(0))
+    with pytest.raises(ValueError, match=r"--model\.general holds a cost of 0 for every component"):
+        benefit_per_cost(nothing, scores(0))
+    with pytest.raises(ValueError, match=r"--model\.behavior holds no benefit above 0"):
+        benefit_per_cost(scores(0), {name: -score for name, score in scores(1).items()})
 
 
 def test_no_more_neurons_are_selected_than_a_selection_leaves():
     ranked = set_difference(scores(0), scores(1), 0.2, 0.0)
     assert len(select_neurons(ranked, 4)) == 4
-    with pytest.raises(ValueError, match=r"leaves only 4 of 20: raise --model.top_behavior"):
+    with pytest.raises(ValueError, match=r"leaves only 4 of 20: ask for fewer, or .* raise --model\.top_behavior"):
         select_neurons(ranked, 5)
 
 

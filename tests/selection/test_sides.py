@@ -7,7 +7,7 @@ import pytest
 from helpers import provenance, random_scores, save_scores
 
 from sparc3_lightning.attribution.scores import ScoreFile
-from sparc3_lightning.selection.sides import check_sides, chosen_by
+from sparc3_lightning.selection.sides import check_are_costs, check_sides, chosen_by
 
 C4 = {"class": "C4", "source": None, "seed": 0}
 OWN_FILE = {"class": "C4", "source": "toxic.txt"}
@@ -99,3 +99,37 @@ def test_prune_refuses_the_sides(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the same samples"):
         Pruning([paths[0], paths[0]], paths[1], num_neurons=3).prune(tmp_path / "out")
     assert not (tmp_path / "out" / "neurons.json").exists()
+
+
+COST = {"method": "gradient", "target": "text", "relevance": "absolute"}
+BENEFIT = {"method": "gradient", "target": "lexicon_probability", "relevance": "signed"}
+
+
+FISHER = {"method": "gradient", "target": "sampled", "relevance": "fisher", "chunk": 64}
+
+
+@pytest.mark.parametrize("cost", [FISHER, COST, {**COST, "relevance": "squared"}, {**COST, "method": "lrp"}])
+def test_fisher_information_is_a_cost_and_so_is_the_magnitude_of_what_a_text_loses(cost: dict[str, str]) -> None:
+    check_are_costs(*(file(name, **of).provenance.spec for name, of in (("a", cost), ("b", BENEFIT))))
+
+
+@pytest.mark.parametrize(
+    ("cost", "benefit", "said"),
+    [
+        (
+            {},
+            BENEFIT,
+            r"no costs \(method lrp, target argmax, .* magnitude\): .* target sampled, relevance fisher",
+        ),
+        ({**COST, "relevance": "signed"}, BENEFIT, "no costs .* relevance signed"),
+        ({"method": "wanda", "target": None, "relevance": None}, BENEFIT, r"no costs \(method wanda\)"),
+        (BENEFIT, BENEFIT, "no costs .* relevance signed"),
+        (FISHER, FISHER, r"do not .* relevance fisher"),
+        (COST, COST, r"do not \(method gradient, target text, relevance absolute\): .* relevance signed"),
+        (FISHER, {**BENEFIT, "dtype": "bfloat16"}, "of one dtype, and the costs are of float32, but .* of bfloat16"),
+        ({**COST, "granularity": "head"}, BENEFIT, "of one granularity, and the costs are of head, but .* of neuron"),
+    ],
+)
+def test_what_is_no_cost_and_no_benefit_is_refused(cost: dict[str, str], benefit: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=rf"^--model\.criterion benefit_per_cost .*{said}"):
+        check_are_costs(*(file(name, **of).provenance.spec for name, of in (("a", cost), ("b", benefit))))

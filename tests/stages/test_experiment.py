@@ -13,6 +13,7 @@ from helpers import write_sealed
 from sparc3_lightning import cli
 from sparc3_lightning.attribution.scores import ScoreFile
 from sparc3_lightning.files import sealed
+from sparc3_lightning.selection.neuron_list import NeuronList
 
 pytestmark = pytest.mark.usefixtures("as_if_from_python", "config")
 
@@ -85,17 +86,37 @@ def test_prompts_used_as_general_samples_are_not_evaluated_on_either(verbs_run):
 
 @pytest.mark.slow
 def test_the_behaviour_can_be_attributed_by_other_options(verbs_run):
-    options = ("--model.behavior_attribute", "{target: text, relevance: signed}", "--prune.criterion", "ratio")
-    _, folder = run("--attribute.method", "gradient", "--attribute.relevance", "squared", *options)
+    options = ["--attribute.method", "gradient", "--attribute.target", "text", "--attribute.relevance", "squared"]
+    options += ["--model.behavior_attribute", "{target: argmax, relevance: signed}"]
+    _, folder = run(*options, "--prune.criterion", "benefit_per_cost")
     assert verbs_run == ALL
     stages = json.loads((folder / "experiment.json").read_text())["stages"]
     of = [
         ScoreFile.load(Path(stages[name], "scores.safetensors")).provenance.spec for name in ("general_0", "behavior")
     ]
     assert [(spec.method, spec.target, spec.relevance) for spec in of] == [
-        ("gradient", "argmax", "squared"),
-        ("gradient", "text", "signed"),
+        ("gradient", "text", "squared"),
+        ("gradient", "argmax", "signed"),
     ]
+
+
+@pytest.mark.slow
+def test_neurons_and_channels_are_pruned_together_by_benefit_per_cost(verbs_run, config):
+    options = yaml.safe_load(config.read_text())
+    options["budget_text"] = {**options["general"], "init_args": {**options["general"]["init_args"], "num_samples": 8}}
+    options["prune"] = {"criterion": "benefit_per_cost", "budget": {"max_perplexity_increase": 0.02}}
+    options["attribute"] = {"method": "gradient", "target": "sampled", "relevance": "fisher"}
+    options["attribute"]["granularity"] = "neuron+channel"
+    options["model"]["behavior_attribute"] = {"target": "argmax", "relevance": "signed"}
+    config.write_text(yaml.safe_dump(options))
+    results, folder = run()
+    assert verbs_run == ALL
+    stages = json.loads((folder / "experiment.json").read_text())["stages"]
+    found = NeuronList.load(Path(stages["neurons"], "neurons.json"))
+    assert {component.granularity for component in found.neurons + found.next} == {"neuron", "channel"}
+    assert found.provenance["budget"]["rise"] <= 0.02
+    assert found.provenance["budget"]["predicted"] > 0
+    assert results["num_neurons"] == len(found.neurons)
 
 
 def test_an_evaluation_whose_change_is_not_known_can_be_gathered(done, verbs_run):

@@ -41,7 +41,7 @@ def test_a_selection_beside_the_first_is_measured_against_the_same_baseline(verb
 
 
 def test_attributions_are_shared_by_selections_that_differ_in_their_pruning_alone(due):
-    beside = {"ratio": {"prune": {"criterion": "ratio"}}, "few": {"prune": {"num_neurons": 2}}}
+    beside = {"shares": {"prune": {"criterion": "normalized_difference"}}, "few": {"prune": {"num_neurons": 2}}}
     assert due(BESIDE, json.dumps(beside)) == [*["attribute"] * 3, "prune", "prune", "prune", "sweep"]
 
 
@@ -72,7 +72,7 @@ def test_a_pruned_checkpoint_is_exported_of_the_first_selection_alone(options):
         ({"few": {"prune": {"num_neurons": 0}}}, r"num_neurons must be at least 1, got 0"),
         ({"few": {"prune": {"budget": {"max_perplexity_increase": 0.01}}}}, r"needs a text: add the group"),
         ({"few": {"attribute": {"methods": "wanda"}}}, r"^--model\.beside\.few\.attribute"),
-        ({"few": {"attribute": {"granularity": "head"}}}, r"must be neuron or weight: no heads are pruned here"),
+        ({"few": {"attribute": {"granularity": "head"}}}, r"must be neuron, .* or weight: no heads are pruned here"),
         (
             {"few": {"general": {}}},
             r"^--model\.beside\.few has the groups attribute, behavior_attribute, prune, got gen",

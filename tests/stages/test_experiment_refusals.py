@@ -6,6 +6,7 @@ import pytest
 from experiments import ALL, GENERAL_PROMPTS
 
 from sparc3_lightning.stages.experiment import Experiment
+from sparc3_lightning.stages.plan import check_granularities
 
 pytestmark = pytest.mark.usefixtures("as_if_from_python", "config")
 
@@ -28,10 +29,23 @@ def test_an_unknown_option_for_the_behaviour_is_refused_before_any_stage(due, gi
 
 
 def test_scores_that_cannot_be_pruned_are_refused_before_any_stage(due):
-    with pytest.raises(ValueError, match=r"--attribute\.granularity must be neuron or weight"):
+    with pytest.raises(ValueError, match=r"--attribute\.granularity must be neuron, .* or weight: no heads are"):
         due("--attribute.granularity", "head", "--attribute.layers", "[o_proj]", run_stage=must_not_run)
     with pytest.raises(ValueError, match=r"--prune\.granularity weight .*--attribute\.granularity weight"):
         due("--prune.granularity", "weight", run_stage=must_not_run)
+
+
+def test_sides_of_other_components_and_what_is_no_cost_or_no_benefit_are_refused_before_any_stage(due):
+    costs = ["--attribute.method", "gradient", "--attribute.target", "text", "--attribute.relevance", "absolute"]
+    behavior = "--model.behavior_attribute"
+    with pytest.raises(ValueError, match=r"is neuron\+channel, and neuron with --model\.behavior_attribute: leave it"):
+        check_granularities("neuron", "neuron+channel", "neuron")
+    criterion = ["--prune.criterion", "benefit_per_cost"]
+    with pytest.raises(ValueError, match=r"^--prune\.criterion benefit_per_cost .* no costs .*relevance magnitude"):
+        due(*criterion, run_stage=must_not_run)
+    with pytest.raises(ValueError, match=r"^--prune\.criterion benefit_per_cost .* tell a benefit from a harm"):
+        due(*criterion, *costs, run_stage=must_not_run)
+    assert due(*criterion, *costs, behavior, "{target: argmax, relevance: signed}") == ALL
 
 
 @pytest.mark.parametrize(

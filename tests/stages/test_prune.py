@@ -135,7 +135,7 @@ def test_selection_json_counts_and_bins_every_neuron(files):
     assert len(selection["histogram"]["edges"]) == len(selection["histogram"]["counts"]) + 1
 
 
-@pytest.mark.parametrize("selection", ["normalized_difference", "set_difference", "ratio"])
+@pytest.mark.parametrize("selection", ["normalized_difference", "set_difference"])
 def test_other_selections_take_sides_of_another_target_and_need_no_strength(files, selection):
     general, _ = files
     behavior = save_scores("other.safetensors", random_scores(9, 2.0), target="lexicon", relevance="signed")
@@ -153,6 +153,23 @@ def test_other_selections_take_sides_of_another_target_and_need_no_strength(file
     assert sum(found["histogram"]["counts"]) <= 48
     with pytest.raises(ValueError, match=r"do not belong together: (relevance|target)"):
         Pruning(general, behavior, num_neurons=5).prune(Path("difference"))
+
+
+def test_neurons_are_ranked_by_benefit_per_cost_and_magnitudes_are_refused(files):
+    cost = {"method": "gradient", "target": "text", "relevance": "absolute"}
+    general = [save_scores(f"cost_{i}.safetensors", random_scores(i), **cost) for i in range(2)]
+    benefits = {name: score - 0.5 for name, score in random_scores(9).items()}
+    behavior = save_scores("benefit.safetensors", benefits, **{**cost, "target": "lexicon", "relevance": "signed"})
+    found = Pruning(general, behavior, criterion="benefit_per_cost", num_neurons=5, num_ranked=100).prune(OUT)
+    costs = {name: (random_scores(0)[name] + random_scores(1)[name]) / 2 for name in MODULES}
+    floor = 0.1 * sum(float(cost.sum()) for cost in costs.values()) / 48
+    rows = [(-b / (float(costs[n][i]) + floor), n, i) for n in MODULES for i, b in enumerate(benefits[n].tolist())]
+    expected = [(name, i) for score, name, i in sorted(rows) if score < 0]
+    assert [(n.module, n.index) for n in found.neurons + found.next] == expected
+    assert len(found.neurons) == 5
+    with pytest.raises(ValueError, match=r"^--model\.criterion benefit_per_cost .* the general scores are no costs"):
+        Pruning(files[0], behavior, criterion="benefit_per_cost", num_neurons=5).prune(Path("other"))
+    assert not Path("other", NEURONS).exists()
 
 
 def save_side(folder: str, seed: int, num_samples: int, scale: float = 1.0, **changes) -> Path:
@@ -241,14 +258,14 @@ def test_a_contrast_of_another_target_or_without_a_place_in_the_selection_is_ref
     general, behavior = files
     harmless = save_scores("harmless.safetensors", random_scores(5), target="lexicon")
     with pytest.raises(ValueError, match=r"do not belong together: target .*harmless\.safetensors"):
-        Pruning(general, behavior, harmless=harmless, criterion="ratio", num_neurons=5).prune(OUT)
+        Pruning(general, behavior, harmless=harmless, criterion="normalized_difference", num_neurons=5).prune(OUT)
     with pytest.raises(ValueError, match=r"--model\.harmless .*--model\.criterion auroc"):
         Pruning(general, behavior, harmless=harmless, criterion="auroc")
 
 
 def test_a_selection_that_leaves_too_few_neurons_is_refused_and_nothing_is_written(files):
     general, behavior = files
-    with pytest.raises(ValueError, match=r"leaves only \d+ of 48: raise --model.top_behavior"):
+    with pytest.raises(ValueError, match=r"leaves only \d+ of 48: .* with set_difference raise --model\.top_behavior"):
         Pruning(general, behavior, criterion="set_difference", num_neurons=5).prune(Path("out"))
     assert not Path("out", "neurons.json").exists()
     for shares in ({"top_behavior": 0.0}, {"top_behavior": 1.1}, {"top_general": 1.0}, {"top_general": -0.1}):

@@ -77,7 +77,7 @@ def test_by_default_indexes_still_stand_for_the_neurons_their_weights_are_of(fil
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"criterion": "ratio"}, r"cannot be combined with --model\.criterion ratio\."),
+        ({"criterion": "auroc"}, r"cannot be combined with --model\.criterion auroc\."),
         ({"harmless": "x", "ablation": "mean"}, r"cannot be combined with --model\.harmless, --model\.ablation mean\."),
         ({"budget": Budget(0.01, 2)}, r"cannot be combined with --model\.budget\.max_perplexity_increase"),
         ({"budget": Budget(refine=2)}, r"--model\.budget\.refine"),

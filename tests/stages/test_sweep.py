@@ -34,6 +34,7 @@ MODULES = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
 LOGS = Path("lightning_logs/sweep")
 COLUMNS = ["selection", "num_neurons", "damping", "perplexity", "behavior_mean", "kl"]
 COLUMNS += [f"{of}_percent{end}" for of in ("perplexity", "behavior") for end in ("", "_low", "_high")]
+COLUMNS += [f"{of}_percent_together_{end}" for of in ("perplexity", "behavior") for end in ("low", "high")]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def write_inputs(tiny_checkpoint: str) -> None:
         ScoreFile(scores, Provenance(**of | {"data_fingerprint": name})).save(Path(f"{name}.safetensors"))
     scores = [Path("general.safetensors")], Path("behavior.safetensors")
     Pruning(*scores, num_neurons=5, num_ranked=12).prune(Path("pruned"))
-    Pruning(*scores, criterion="ratio", num_neurons=7, num_ranked=12).prune(Path("other"))
+    Pruning(*scores, criterion="set_difference", top_behavior=1.0, num_neurons=7, num_ranked=12).prune(Path("other"))
     Path("text.txt").write_text("\n".join(sentence(i, 20) for i in range(6)) + "\n")
     rows = [{"text": sentence(100 + i, 3 + i % 7), "toxicity": 0.95} for i in range(8)]
     Path("prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -143,7 +144,7 @@ def test_the_points_are_those_of_evaluations_of_their_own(tiny_checkpoint, monke
     folder = Path(main(["evaluate", *options]).trainer.log_dir)
     alone = json.loads((folder / "results.json").read_text())
     point = next(point for point in results["doses"] if point["num_neurons"] == 9)
-    assert point == next(iter(alone["doses"])) | {"name": "top_9_1"}
+    assert point == next(iter(alone["doses"])) | {"name": "top_9_1", "together": point["together"]}
     assert alone["baseline"] == results["baseline"]
 
 
@@ -215,20 +216,26 @@ LISTS = "[pruned/neurons.json, other/neurons.json]"  # the second by another sel
 def test_every_list_is_measured_as_it_stands_and_compared_by_its_front(monkeypatch):
     results, folder = sweep("--model.neurons", LISTS, "--model.doses", "[]")
     points = {point["selection"]: point for point in results["doses"]}
-    assert [(of["name"], of["num_neurons"]) for of in points.values()] == [("pruned", 5), ("ratio", 7)]
-    assert list(points) == ["difference", "ratio"] == list(results["fronts"])
+    assert [(of["name"], of["num_neurons"]) for of in points.values()] == [("pruned", 5), ("set_difference", 7)]
+    assert list(points) == ["difference", "set_difference"] == list(results["fronts"])
     doses = Results.load(folder / "results.json").doses
     assert results["fronts"] == {dose.selection: asdict(front([dose])) for dose in doses}
     models = Counter(json.loads(line)["model"] for line in (folder / "completions.jsonl").read_text().splitlines())
-    assert models == {"baseline": 6, "pruned": 6, "ratio": 6}
+    assert models == {"baseline": 6, "pruned": 6, "set_difference": 6}
     rows = list(csv.DictReader((folder / "doses.csv").read_text().splitlines()))
-    assert [(row["selection"], row["num_neurons"]) for row in rows] == [("difference", "5"), ("ratio", "7")]
+    assert [(row["selection"], row["num_neurons"]) for row in rows] == [
+        ("difference", "5"),
+        ("set_difference", "7"),
+    ]
     assert results["config"]["model"]["neurons"] == ["pruned/neurons.json", "other/neurons.json"]
-    assert (folder / "report.html").read_text().count("ratio</th>") == 2, "in the tables of doses and of fronts"
+    assert (folder / "report.html").read_text().count("set_difference</th>") == 2, (
+        "in the tables of doses and of fronts"
+    )
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     alone, _ = sweep("--model.neurons", "other/neurons.json", "--model.doses", "[]")
-    assert alone["doses"] == [points["ratio"] | {"name": "pruned", "selection": ""}]
-    assert alone["pruned"]["groups"]["toxic"]["behavior_mean"] == points["ratio"]["effect"]["after"]
+    expected = points["set_difference"] | {"name": "pruned", "selection": ""}
+    assert alone["doses"] == [{name: of for name, of in expected.items() if name != "together"}]
+    assert alone["pruned"]["groups"]["toxic"]["behavior_mean"] == points["set_difference"]["effect"]["after"]
 
 
 def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike():
@@ -237,7 +244,7 @@ def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike():
     def names(of: list[Path], **options: Any) -> list[str]:
         return list(Sweep("tiny", of, doses=[], scorers=["small"], **options).lists)
 
-    assert names(paths) == ["difference", "ratio"]
+    assert names(paths) == ["difference", "set_difference"]
     assert names(paths, names=["a", "b"]) == ["a", "b"]
     shutil.copytree("pruned", "again/pruned")
     shutil.copytree("pruned", "third")
@@ -261,7 +268,9 @@ def test_the_least_toxic_list_within_the_budget_is_written_and_evaluated_on_othe
     assert 1 < len(within) < len(rises)
     best = min(within, key=lambda point: point["effect"]["after"])
     chosen = NeuronList.load(folder / "chosen/neurons.json")
-    source = NeuronList.load(Path({"difference": "pruned", "ratio": "other"}[best["selection"]], "neurons.json"))
+    source = NeuronList.load(
+        Path({"difference": "pruned", "set_difference": "other"}[best["selection"]], "neurons.json")
+    )
     places = [(neuron.module, neuron.index) for neuron in source.neurons + source.next]
     assert [(neuron.module, neuron.index) for neuron in chosen.neurons + chosen.next] == places
     off = chosen.neurons
