@@ -187,7 +187,8 @@ def test_prune_yaml_is_the_selection_of_lexicon_yaml_with_its_budget(parsed):
 def test_lexicon_yaml_explains_continuations_of_the_model_and_lexicon_demo_yaml_needs_nothing_but_pypi(parsed):
     for name in ("lexicon.yaml", "lexicon_demo.yaml"):
         options = parsed(named(name))
-        assert includes(options["attribute"], {"method": "gradient", "target": "text", "relevance": "absolute"})
+        cost = {"method": "gradient", "target": "sampled", "relevance": "fisher", "granularity": "neuron+channel"}
+        assert includes(options["attribute"], cost)
         behavior = {"target": "lexicon_probability", "relevance": "signed"}
         assert options["model"]["behavior_attribute"] == behavior
         data = {"source": None, "by": "continuation", "continuation_toxicity": [0.0, 1.0]}
@@ -315,7 +316,7 @@ def test_demo_yaml_needs_nothing_but_pypi_and_a_cpu(parsed):
 def test_the_demo_has_the_selection_of_lexicon_yaml_and_the_published_one_beside_it(parsed):
     options, lexicon, run = (parsed(named(name)) for name in ("demo.yaml", "lexicon.yaml", "run.yaml"))
     for group, chosen in {
-        "attribute": ("method", "target", "relevance", "rule"),
+        "attribute": ("method", "target", "relevance", "rule", "granularity"),
         "prune": ("criterion", "top_behavior", "top_general", "budget", "dampings"),
     }.items():
         assert {name: options[group][name] for name in chosen} == {name: lexicon[group][name] for name in chosen}

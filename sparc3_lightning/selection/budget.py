@@ -25,7 +25,7 @@ from sparc3_lightning.selection.prediction import Prediction
 T = TypeVar("T")
 FEWEST = 20  # neurons that a round of refinement considers at least
 FIRST = 100  # neurons whose rise is measured first, where none is predicted
-SLACK = 0.01  # share of the budget that may be left: which side of it a neuron more falls on is noise
+SLACK = 0.05  # share of the budget that may be left: which side of it a neuron more falls on is noise
 
 
 @dataclass(frozen=True)

@@ -139,17 +139,17 @@ def said(counts: dict[str, int], texts: Sequence[str]) -> str:
 
 def measured(name: str, answers: Path, c4: Path, text: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Choose the neurons of a list, evaluate them, and return what changed."""
-    of = [f"--model.checkpoint={CHECKPOINT}", "--model.method=gradient"]
+    of = [f"--model.checkpoint={CHECKPOINT}", "--model.method=gradient", "--model.granularity=neuron+channel"]
     documents = ["--data=C4", f"--data.source={c4}", "--data.seq_len=256"]
     general = [*documents, "--data.num_samples=64", "--data.batch_size=4"]
-    sparc3("attribute", "general", *of, *general, "--model.relevance=absolute", "--model.target=text")
+    sparc3("attribute", "cost", *of, *general, "--model.relevance=fisher", "--model.target=sampled")
     own = ["--data=ToxicPrompts", "--data.by=continuation", f"--data.source={answers}", "--data.chat=true"]
     own += ["--data.continuation_toxicity=[0,1]", "--data.min_toxicity=null", f"--data.num_samples={options.samples}"]
     lexical = ["--model.relevance=signed", "--model.target=lexicon_probability", f"--model.lexicon={name}.txt"]
     sparc3("attribute", name, *of, *own, "--data.batch_size=15", *lexical)
-    chosen = [f"--model.general=[{scores('general')}]", f"--model.behavior={scores(name)}"]
-    chosen += ["--model.criterion=set_difference", "--model.top_behavior=1", "--model.top_general=0.5"]
-    chosen += ["--model.budget.max_perplexity_increase=0.01", *documents, "--data.seed=7"]
+    chosen = [f"--model.general=[{scores('cost')}]", f"--model.behavior={scores(name)}"]
+    chosen += ["--model.criterion=benefit_per_cost", "--model.budget.max_perplexity_increase=0.01"]
+    chosen += [*documents, "--data.seed=7"]
     neurons = (
         sparc3("prune", name, *chosen, f"--data.num_samples={options.documents}", "--data.batch_size=4")
         / "neurons.json"
