@@ -100,7 +100,10 @@ def evaluation(
     """
     scorers = {"small": float, "other": math.sqrt} if second else {"small": float}
     more: dict[str, Any] = {"controls": Controls(2, 2), "doses": (1, 3), "dampings": (1.0, 0.5)}
-    variants = list_variants({"": NEURONS}, 3, **(more if others else {}))
+    listed = list_variants({"": NEURONS}, 3, **(more if others else {}))
+    variants = [
+        replace(variant, kinds={"neuron": number} if (number := variant.num_neurons) else {}) for variant in listed
+    ]
     rows = [
         {
             "model": variant.name,

@@ -253,6 +253,7 @@ def _dose(
         name=variant.name,
         selection=variant.selection,
         num_neurons=variant.num_neurons,
+        kinds=dict(variant.kinds),
         damping=variant.damping,
         perplexity=after["perplexity"].item(),
         perplexity_percent=perplexity_change(before, after),

@@ -110,6 +110,7 @@ class Dose:
         name: Of the model.
         selection: Name of the list that its neurons are from.
         num_neurons: How many are off or damped.
+        kinds: How many of them are neurons, heads, channels or weights.
         damping: 1 is off, a fraction damps.
         perplexity: By the first convention.
         perplexity_percent: Its change in percent of the original model.
@@ -124,6 +125,7 @@ class Dose:
     name: str
     selection: str
     num_neurons: Count
+    kinds: dict[str, Count]
     damping: Share
     perplexity: float
     perplexity_percent: Interval

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.controls import CONTROLS, Controls
-from sparc3_lightning.models.components import Component, mask, plural
+from sparc3_lightning.models.components import Component, counts_of, mask, plural
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 
@@ -25,6 +25,7 @@ class Variant:
         draw: Number of the draw of a control.
         selection: Name of the list its neurons are from.
         mean_ablated: Whether something other than 0 takes the place of an activation, such as its mean.
+        kinds: How many of what is off are neurons, heads, channels or weights; known once they are chosen.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Variant:
     draw: int = 0
     selection: str = ""
     mean_ablated: bool = False
+    kinds: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def as_context(self, model: nn.Module, neurons: Sequence[Component]) -> AbstractContextManager[None]:
         """Return the context that turns the model in memory into this variant."""
@@ -159,7 +161,12 @@ def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Component]])
     A control may have fewer neurons if its layers hold no more.
     """
     return [
-        replace(variant, num_neurons=len(neurons), mean_ablated=any(neuron.mean for neuron in neurons))
+        replace(
+            variant,
+            num_neurons=len(neurons),
+            mean_ablated=any(neuron.mean for neuron in neurons),
+            kinds=counts_of(neurons),
+        )
         for variant in variants
         for neurons in (off[variant.name],)
     ]

@@ -60,7 +60,7 @@ def _doses(found: Findings, granularity: str) -> list[str]:
     if len(found.doses) < 2:
         return []
     said = [
-        f"Measured beside it, the selection {dose.selection!r} with {dose.num_neurons} {plural(granularity)}: "
+        f"Measured beside it, the selection {dose.selection!r} with {in_words(dose.kinds)}: "
         f"{signed(dose.effect.percent)} at {signed(dose.perplexity_percent)} perplexity."
         for dose in found.doses
         if dose.name == dose.selection and dose.effect

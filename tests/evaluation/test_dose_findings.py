@@ -50,7 +50,7 @@ def priced(name: str, perplexity: float, behavior: float | None) -> Dose:
     """Return a dose of which a front reads the changes in percent."""
     zero, percent = Interval(0.0, 0.0, 0.0), Interval(perplexity, math.nan, math.nan)
     effect = behavior and Difference(1.0, 1.0, zero, Interval(behavior, math.nan, math.nan), 0, 0, 0, 1.0, 1.0)
-    return Dose(name, "", 1, 1.0, 1.0, percent, 0.0, effect, [], {})
+    return Dose(name, "", 1, {"neuron": 1}, 1.0, 1.0, percent, 0.0, effect, [], {})
 
 
 def slow_area(points: list[Dose]) -> float:

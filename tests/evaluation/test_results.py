@@ -27,9 +27,9 @@ def content() -> dict[str, Any]:
 def test_everything_comes_back_as_it_was():
     results, _ = made_up()
     results.save(PATH)
-    assert Results.load(PATH) == results
+    assert repr(Results.load(PATH)) == repr(results)  # NaN is not NaN
     alone = replace(results, pruned=None, change=None, effects={}, controls={}, doses=[], fronts={}, agreement=None)
-    assert Results.from_json(alone.to_json()) == alone
+    assert repr(Results.from_json(alone.to_json())) == repr(alone)
 
 
 def test_the_file_says_first_of_what_format_it_is_and_what_the_verdict_is():
@@ -131,7 +131,7 @@ def test_other_white_space_and_another_order_of_the_keys_change_nothing():
     results, _ = made_up()
     found = content()
     PATH.write_text(json.dumps(dict(reversed(found.items())), indent=7))
-    assert Results.load(PATH) == results
+    assert repr(Results.load(PATH)) == repr(results)  # NaN is not NaN
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
@@ -159,5 +159,5 @@ def test_saving_replaces_the_file_whole():
     results, _ = made_up()
     PATH.write_text("before")
     results.save(PATH)
-    assert Results.load(PATH) == results
+    assert repr(Results.load(PATH)) == repr(results)  # NaN is not NaN
     assert [path.name for path in Path().iterdir()] == ["results.json"]

@@ -113,3 +113,12 @@ def test_the_rows_of_a_comparison_name_the_kind_where_there_are_several():
     alone = {n.key: n for n in NEURONS.neurons}
     head, *_ = csv.reader(io.StringIO(neurons_csv(["one"], alone, [NEURONS], None)))
     assert head == ["module", "index", "num_lists", "rank_one"]
+
+
+def test_a_selection_beside_a_mixed_one_is_counted_by_its_own_kinds():
+    results, _ = made_up()
+    first, other = results.doses[:2]
+    beside = dataclasses.replace(other, name="published", selection="published", kinds={"neuron": 100})
+    results = dataclasses.replace(results, doses=[first, beside])
+    said = verdict(results, {"neuron": 50, "channel": 63})
+    assert "Measured beside it, the selection 'published' with 100 neurons: " in said

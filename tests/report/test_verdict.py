@@ -74,7 +74,7 @@ def found(
 
 
 def control(percent: Any, further: Any, draws: int = 3, number: int = 30, zero_ablated: bool = False) -> Control:
-    draw = Dose("draw", "", number, 1.0, 1.0, Interval(0.0, 0.0, 0.0), 0.0, None, [], {})
+    draw = Dose("draw", "", number, {"neuron": number}, 1.0, 1.0, Interval(0.0, 0.0, 0.0), 0.0, None, [], {})
     outcome = Outcome(1, Interval(*percent), Interval(*percent), Interval(*further), 0.0, 0)
     return Control([draw] * draws, zero_ablated, outcome)
 
@@ -297,7 +297,7 @@ def test_few_prompts_and_windows_are_said_beside_their_intervals():
 @pytest.mark.parametrize(("evidence", "words"), [((1, 1, 0), "2 give"), ((0, 1, 0), "1 gives"), ((0, 0, 0), "0 give")])
 def test_several_doses_are_judged_together(evidence, words):
     effects = [effect(*FELL, p=0.016 if is_one else 0.017) for is_one in evidence]
-    doses = [Dose("", "", 1, 1.0, 1.0, Interval(0.0, 0.0, 0.0), 0.0, of, [], None) for of in effects]
+    doses = [Dose("", "", 1, {"neuron": 1}, 1.0, 1.0, Interval(0.0, 0.0, 0.0), 0.0, of, [], None) for of in effects]
     assert verdict(replace(found(), doses=doses), {"neuron": 3}).endswith(
         f" Of the 3 sets of neurons that were measured, {words} evidence of a change that holds for all of "
         "them together."

@@ -295,7 +295,7 @@ def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path)
     module = Sweep("tiny", Path("damped.json"), doses=[2], dampings=[0.25], scorers=["small"])
     change = Interval(-1.0, -2.0, -0.5)
     effect = Difference(0.2, 0.1, change, change, 9, 0, 0, 0.0, 0.0)
-    best = Dose("top_2_0.25", "", 2, 0.25, 9.0, change, 0.1, effect, [], {})
+    best = Dose("top_2_0.25", "", 2, {"neuron": 2}, 0.25, 9.0, change, 0.1, effect, [], {})
     baseline = Model({}, {}, None, {}, [])
     judges = {"small": Judge(False, "a scorer", None, "abc")}
     module.results = Findings(
