@@ -42,6 +42,7 @@ OTHER = {
     "layers": ["gate_proj", "up_proj"],
     "dtype": "bfloat16",
     "granularity": "head",
+    "chunk": 32,
 }
 
 
@@ -246,6 +247,7 @@ def test_files_of_other_data_and_seeds_belong_together(tmp_path: Path) -> None:
         "expert_tokens": TokensSeen(8, 0, 3, 12, 2),
         "lrp_check": "LRP: logits unchanged",
         "choosers": {"small": "files:0123"},
+        "split_half": 0.8,
         "nonfinite": "zero",
         "activations": True,
     }

@@ -52,8 +52,8 @@ def test_the_demo_measures_both_selections(demo: Path) -> None:
         assert results[model]["groups"]["toxic"]["num_prompts"] == num_prompts
     assert results["num_failed"] == 0
     lists = {dose["selection"]: dose["num_neurons"] for dose in results["doses"]}
-    assert list(lists) == ["set_difference at 1 %", "published"]
+    assert list(lists) == ["benefit_per_cost at 1 %", "published"]
     assert lists["published"] == 100
-    assert lists["set_difference at 1 %"] == results["num_neurons"]
+    assert lists["benefit_per_cost at 1 %"] == results["num_neurons"]
     assert results["protocol"]["prompts"]["excluded"] == options["behavior"]["init_args"]["num_samples"]
     assert (demo / "report.html").is_file()
