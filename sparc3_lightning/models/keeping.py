@@ -1,5 +1,6 @@
 """What the stages of one run keep in memory: tokenizers, and one model, as long as they are as they were loaded."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -48,6 +49,7 @@ def load_kept(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     if kept.model is not None and kept.made_of == made_of and state_of(kept.model) == kept.state:
         return kept.model
     kept.model = None
+    gc.collect()  # a stage that has ended holds its model in cycles
     model = checkpoint.load(dtype)
     kept.model, kept.made_of, kept.state = model, made_of, state_of(model)
     return model
