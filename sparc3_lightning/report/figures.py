@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import Interval
 from sparc3_lightning.evaluation.results import Control, Dose, Lengths, Results
 from sparc3_lightning.files import replacing
@@ -182,7 +181,7 @@ def change_rows(results: Results) -> tuple[list[Row], list[Row]]:
     before, after = (model.perplexity[convention].value for model in results.models.values())
     perplexity.append(Row(_label(chosen, before, after, 2), AFTER, change))
     for kind, control in results.controls.items():
-        name = kind.replace("_", " ")
+        name = _name_of_control(kind)
         effects_of_draws = [draw.effect for draw in control.draws if draw.effect]
         if control.outcome:
             mean = (_mean(drawn.before for drawn in effects_of_draws), _mean(drawn.after for drawn in effects_of_draws))
@@ -194,6 +193,11 @@ def change_rows(results: Results) -> tuple[list[Row], list[Row]]:
     return behavior, perplexity
 
 
+def _name_of_control(kind: str) -> str:
+    """Return the name of a control in a picture whose heading says what is off."""
+    return kind.replace("_", " ")
+
+
 def _label(name: str, before: float, after: float, digits: int) -> str:
     return f"{name}\n{cell(before, '', digits)} to {cell(after, '', digits)}"
 
@@ -203,13 +207,7 @@ def _mean(values: Iterable[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def draw_doses(
-    doses: Iterable[Dose],
-    controls: Mapping[str, Control],
-    path: Path,
-    behavior: str = "toxicity",
-    granularity: str = "neuron",
-) -> None:
+def draw_doses(doses: Iterable[Dose], controls: Mapping[str, Control], path: Path, behavior: str = "toxicity") -> None:
     """Draw the change of the behavior against perplexity's: a point per number of neurons, a line per damping.
 
     Of several selections each has a line. The bars hold for all points together.
@@ -252,8 +250,7 @@ def draw_doses(
         changes = _changes(control.draws)
         shown += changes
         x, y = ([_near(change[axis].value) for change in changes] for axis in (0, 1))
-        label = for_picture(CONTROLS[kind].name(granularity), 40)
-        axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=label)
+        axes.scatter(x, y, marker=marker, color=CONTROL, s=36, linewidths=1.2, label=_name_of_control(kind))
     limits = [_limits([pair[axis] for pair in shown]) for axis in (0, 1)]
     of_behavior = f"change of mean {for_picture(behavior, 36)}, %"
     axes.set(xlabel="change of perplexity, %", ylabel=of_behavior, xlim=limits[0], ylim=limits[1])

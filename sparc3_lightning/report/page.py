@@ -206,7 +206,7 @@ class Figure:
 
 def _draw_doses(shown: Shown, path: Path) -> None:
     results = shown.results
-    draw_doses(results.doses, results.controls, path, behavior=results.behavior, granularity=results.granularity)
+    draw_doses(results.doses, results.controls, path, behavior=results.behavior)
 
 
 def _draw_layers(shown: Shown, path: Path) -> None:
