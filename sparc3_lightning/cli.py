@@ -99,7 +99,7 @@ class SparC3Trainer(Trainer):
         rank_zero_info(model.compress(folder_of(self, "compress")))
 
     def export(self, model: Export) -> None:
-        """Write a list of neurons, heads or weights into a plain checkpoint, and upload it if asked."""
+        """Write a list of neurons, channels, heads or weights into a plain checkpoint, and upload it if asked."""
         rank_zero_info(model.write(folder_of(self, "export")))
 
     def chat(self, model: Chat, prompts: str | None = None) -> None:

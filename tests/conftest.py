@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from io import BytesIO
@@ -18,8 +19,19 @@ SHARED = Path(__file__).parents[2] / "shared"
 collect_ignore_glob = ["*conftest.py"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are marked slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files whose tests take longest, so that no worker is left alone with one in the end."""
+    """Mark what is one of many alike as slow, and begin with the files whose tests take longest.
+
+    So no worker is left alone with one of these in the end.
+    """
+    alike: Counter[tuple[Path, str]] = Counter()
+    for item in items:
+        if few := item.get_closest_marker("few"):
+            test = (item.path, getattr(item, "originalname", item.name))
+            alike[test] += 1
+            if alike[test] > few.args[0]:
+                item.add_marker("slow")
     marks = ("slurm", "distributed")
     longest = {item.path for item in items for mark in marks if item.get_closest_marker(mark)}
     items.sort(key=lambda item: item.path not in longest)

@@ -117,6 +117,7 @@ def joined(shared_home: Path, tmp_path: Path) -> dict[str, Path]:
         ("sweep", "sweep.yaml"),
     ],
 )
+@pytest.mark.few(2)
 def test_a_printed_config_parses_to_itself(capsys, verb, config):
     required = {"prune": ["--model.general", "[a, b]", "--model.behavior", "c"], "sweep": ["--model.neurons", "n.json"]}
     code, out, _ = stops(capsys, verb, "--config", config, *required.get(verb, []), "--print_config")

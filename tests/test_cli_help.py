@@ -72,7 +72,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         "compare": "Compare the pruned neurons",
         "circuit": "Take the least relevant components out",
         "compress": "Set the weights of the lowest scores to zero",
-        "export": "Write a list of neurons, heads or weights into a plain checkpoint",
+        "export": "Write a list of neurons, channels, heads or weights into a plain checkpoint",
         "chat": "Answer prompts with the model as it is",
         "report": "Draw page, pictures and model card",
         "reproduce": "Measure an evaluation again from its results.json",

@@ -71,6 +71,7 @@ def test_there_are_configs_of_every_verb():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.few(6)
 def test_a_shipped_config_parses_with_the_command_in_its_first_line(path, parsed):
     command = command_of(path)
     assert path.name in command, "the command names its own file, and finds it from any folder"
@@ -369,6 +370,7 @@ def test_repetition_weights_yaml_is_an_overlay_that_prunes_the_published_number_
 
 @pytest.mark.parametrize("name", ["repetition.yaml", "gender.yaml", "race.yaml"])
 @pytest.mark.parametrize("base", [("demo.yaml", "published.yaml"), ("run.yaml",)])
+@pytest.mark.few(2)
 def test_a_behavior_is_an_overlay_whose_prompts_the_model_chooses_and_that_needs_nothing_but_pypi(name, base):
     options = printed("run", *(f"--config={path}" for path in (*base, name)))
     behavior, prompts, pairs = options["behavior"], options["data"]["prompts"], options["data"]["pairs"]

@@ -22,7 +22,7 @@ VERBS = {
     "circuit": "Take the least relevant components out step by step, and find the sparsest circuit that keeps a "
     "behaviour.",
     "compress": "Set the weights of the lowest scores to zero, and write the sparse checkpoint.",
-    "export": "Write a list of neurons, heads or weights into a plain checkpoint, and upload it if asked.",
+    "export": "Write a list of neurons, channels, heads or weights into a plain checkpoint, and upload it if asked.",
     "chat": "Answer prompts with the model as it is and with its neurons off, side by side, from the same random "
     "draws.",
     "report": "Draw page, pictures and model card of a run again, from the files in its folder; no model is loaded.",

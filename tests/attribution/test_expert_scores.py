@@ -135,6 +135,7 @@ def activation_of(kind: str, experts: Any, number: int, X: Tensor) -> Tensor:
     "rule", ["attnlrp", *(pytest.param(rule, marks=pytest.mark.slow) for rule in (None, "cp_lrp"))]
 )
 @pytest.mark.parametrize("score", RELEVANCES)
+@pytest.mark.few(6)
 def test_relevance_is_weight_times_gradient_of_the_stock_model(kind, score, rule):
     if kind == "llama4_text" and rule is not None:
         pytest.skip("its weights are one of two factors that need a gradient, and the rule gives half to each")

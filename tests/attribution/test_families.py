@@ -156,6 +156,7 @@ def test_layers_of_another_family_are_refused_with_the_names_there_are(make_chec
 
 @pytest.mark.parametrize("granularity", ["neuron", "head", "weight"])
 @all_families
+@pytest.mark.few(2)
 def test_a_sharded_model_has_the_same_scores(make_checkpoint, family, granularity):
     checkpoint = make_checkpoint(family)
     layers = None if granularity == "head" else ["all"]

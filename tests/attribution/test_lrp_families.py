@@ -92,6 +92,7 @@ def test_cp_lrp_conserves_the_logit_of_a_model_without_biases(family):
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 @all_rules
+@pytest.mark.few(4)
 def test_the_way_in_which_experts_are_computed_changes_no_relevance(family, rule, implementation):
     """One way is a custom operation, another gathers the weights of each token's experts."""
     found = {}
@@ -106,6 +107,7 @@ def test_the_way_in_which_experts_are_computed_changes_no_relevance(family, rule
 @all_decoders
 @all_rules
 @pytest.mark.usefixtures("in_float64")
+@pytest.mark.few(4)
 def test_the_check_finds_all_of_the_logit_at_the_tokens_and_at_constants(family, rule):
     model = make_decoder(family)
     layers = {name: layer for name, layer in model.named_modules() if name.endswith(("down_proj", "o_proj", "fc2"))}

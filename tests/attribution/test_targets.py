@@ -169,6 +169,7 @@ def oracle_scores(module: Attribution, relevance: str, target: str) -> dict[str,
 
 @pytest.mark.parametrize("relevance", ["signed", "squared"])
 @pytest.mark.parametrize("target", ["text", "lexicon", "lexicon_probability"])
+@pytest.mark.few(2)
 def test_the_gradient_of_a_neuron_is_its_activation_times_gradient(
     tiny_checkpoint, prompts, toy_lexicon, relevance, target
 ):

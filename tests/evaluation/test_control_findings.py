@@ -24,6 +24,7 @@ def controlled() -> Findings:
     ("held", "zeroed"),
     [((), ()), (("pruned",), ("random", "largest_weights")), (("pruned", "random"), ("largest_weights",))],
 )
+@pytest.mark.few(1)
 def test_a_control_is_said_to_be_zeroed_only_where_the_pruned_neurons_are_held_at_a_constant(held, zeroed):
     variants = list_variants({"": NEURONS}, 3, controls=Controls(2, 2))
     variants = [replace(variant, mean_ablated=variant.kind in held) for variant in variants]

@@ -138,6 +138,7 @@ def test_draws_at_two_steps_are_independent():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt2", "opt"])
+@pytest.mark.few(4)
 def test_continuations_depend_neither_on_batch_size_nor_on_the_order_of_the_prompts(make_model, family, dtype):
     model = make_model(family, dtype)
     sampling = Sampling(12, 1.0, 0.9)

@@ -65,6 +65,7 @@ def likeliest(model: Any, tokenizer: Any, documents: list[dict[str, Any]]) -> li
 
 
 @pytest.mark.usefixtures("own_tasks_only")
+@pytest.mark.few(1)
 def test_accuracy_before_and_after_is_that_of_the_likeliest_choices(folder: Path, tiny_checkpoint: str) -> None:
     model, tokenizer = load_model(tiny_checkpoint, torch.float32), Checkpoint(tiny_checkpoint).tokenizer()
     labels = [document["label"] for document in DOCUMENTS]

@@ -80,6 +80,7 @@ def test_a_model_of_a_family_comes_out_as_it_is(family: str, tied: bool, tmp_pat
         ),
     ],
 )
+@pytest.mark.few(4)
 def test_scaled_positions_are_carried_over(
     family: str, metadata: dict[str, Any], scaling: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -249,6 +250,7 @@ def test_what_a_config_cannot_say_is_refused(key: str, value: Any, cache: Path, 
         ("other.thing", 1),
     ],
 )
+@pytest.mark.few(5)
 def test_what_changes_nothing_is_let_in(key: str, value: Any, tmp_path: Path) -> None:
     model = tiny()
     check_same(write(tmp_path / "a.gguf", model, {key: value}), model)
@@ -315,6 +317,7 @@ def test_gemma_3_with_heads_of_another_width_than_its_attention_is_divided_by_is
         ({"pre": "llama-bpe", "add_bos_token": False}, (False, False)),
     ],
 )
+@pytest.mark.few(2)
 def test_a_text_begins_and_ends_as_the_file_says(
     metadata: dict[str, Any], adds: tuple[bool, bool], tmp_path: Path
 ) -> None:

@@ -41,6 +41,7 @@ def made_up(method: str, value: float = 0.5, num_steps: int = 3) -> CircuitResul
 
 
 @pytest.mark.parametrize("method", ["$x_1$ {0}", "\x1b[2J\u202e", "=1+1", "名前", "x" * 500, "a\nb", "\ud800"])
+@pytest.mark.few(2)
 def test_a_hostile_name_of_a_method_is_drawn_and_said_as_it_is(method):
     results = made_up(method)
     results.save(OUT / CIRCUIT)
@@ -52,6 +53,7 @@ def test_a_hostile_name_of_a_method_is_drawn_and_said_as_it_is(method):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("num_steps", [1, 200])
+@pytest.mark.few(2)
 def test_measures_that_are_not_finite_are_drawn_and_empty_in_csv(value, num_steps):
     made_up("lrp", value, num_steps).save(OUT / CIRCUIT)
     draw(OUT)

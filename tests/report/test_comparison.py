@@ -139,6 +139,7 @@ def test_the_profile_has_a_panel_for_each_list_with_what_it_shares_in_front(draw
 
 @pytest.mark.parametrize("num_lists", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["overlap", "correlation", "profiles"])
+@pytest.mark.few(2)
 def test_nothing_is_cut_off_or_covered(drawn, kind, num_lists):
     results = made_up(num_lists, "a long category")
     names = [row.name for row in results.lists]

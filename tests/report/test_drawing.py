@@ -86,6 +86,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.usefixtures("pictures_take_no_time")
+@pytest.mark.few(2)
 def test_whatever_fails_in_drawing_is_one_warning_that_says_how_to_draw_again(folder, monkeypatch, failure):
     before = contents(folder)
     place, name, error = FAILURES[failure]

@@ -79,6 +79,7 @@ def hostile(text: str) -> tuple[Any, list[dict[str, Any]], NeuronList]:
     [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in HOSTILE if kind not in QUICK)],
 )
 @pytest.mark.usefixtures("pictures_take_no_time")
+@pytest.mark.few(2)
 def test_a_hostile_name_does_nothing_in_page_card_tables_and_terminal(kind):
     text = HOSTILE[kind]
     clean = write(*hostile("a name"))

@@ -184,6 +184,7 @@ def test_a_readme_of_somebody_else_stays(export, content, warnings):
     ],
     ids=["no mark", "a section", "the front matter", "the hash", "a word", "twice"],
 )
+@pytest.mark.few(2)
 def test_a_card_that_somebody_has_changed_stays(export, edit):
     write(neurons=exported(export))
     edited = edit(written := (export / "README.md").read_text())

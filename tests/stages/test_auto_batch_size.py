@@ -74,6 +74,7 @@ def attributed(module: Attribution, source: str, batch_size: Any, folder: str) -
         ("backward", 2, {"method": "gradient", "target": "text", "relevance": "absolute"}),
     ],
 )
+@pytest.mark.few(1)
 def test_scores_are_those_of_single_samples_wherever_memory_runs_out(tiny_checkpoint, prompts, where, rows, options):
     module = with_memory_for(Attribution, rows, where)(tiny_checkpoint, dtype="float64", **options)
     found = attributed(module, prompts, "auto", "auto")

@@ -47,6 +47,7 @@ def test_the_headline_is_of_the_judge_that_did_not_choose_the_neurons(tiny_check
 
 
 @pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.few(1)
 def test_a_copy_of_the_chooser_is_the_chooser_if_its_contents_are_kept(tiny_checkpoint, kept):
     shutil.copytree(SHIPPED, "copy")
     neurons = chosen_with(tiny_checkpoint, "somewhere/else", fingerprint_of("small") if kept else None)

@@ -120,6 +120,7 @@ def without_by_hand(checkpoint: str, scores: dict[str, Tensor], number: int) -> 
 
 
 @pytest.mark.parametrize("shapes", [UP_PROJ, O_PROJ, WEIGHTS], ids=["neuron", "head", "weight"])
+@pytest.mark.few(1)
 def test_the_accuracy_is_that_of_the_model_pruned_for_good_one_sentence_at_a_time(checkpoint, save, shapes):
     results = find(checkpoint, [save(f"seed-{i}", shapes, i) for i in range(2)])
     samples = sentences()

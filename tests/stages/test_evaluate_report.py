@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("seed_of_the_run", "input_files")
 
 @pytest.mark.parametrize("scorer", ["nothing", "zero"])
 @pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.few(1)
 def test_a_scorer_that_finds_nothing_gives_valid_json_a_report_and_a_summary(
     tiny_checkpoint, neurons, monkeypatch, tmp_path, scorer, place
 ):
@@ -64,6 +65,7 @@ def test_the_model_card_is_put_into_the_folder_of_the_exported_checkpoint(tiny_c
 
 
 @pytest.mark.parametrize("export", [None, "gone", "foreign"])
+@pytest.mark.few(1)
 def test_no_model_card_is_put_where_there_is_no_exported_checkpoint(tiny_checkpoint, export):
     Path("foreign").mkdir()
     run(evaluation(tiny_checkpoint, save_neurons(tiny_checkpoint, PRUNED, {"export": export}), max_new_tokens=2))

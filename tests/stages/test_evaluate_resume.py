@@ -89,6 +89,7 @@ def in_a_folder_with_the_left_over(left_over: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_a_folder_with_the_left_over")
+@pytest.mark.few(1)
 def test_continuations_of_the_same_run_are_taken_over(tiny_checkpoint, caplog):
     neurons = save_neurons(tiny_checkpoint, PRUNED, next=NEXT, least_relevant=LEAST)
     with caplog.at_level("INFO"):

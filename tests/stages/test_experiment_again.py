@@ -14,6 +14,7 @@ from sparc3_lightning.provenance import versions
 pytestmark = pytest.mark.usefixtures("as_if_from_python", "config")
 
 
+@pytest.mark.few(1)
 def test_a_second_run_repeats_no_stage_and_gives_the_same_numbers(done, verbs_run, caplog):
     first, folder = done.results, done.folder
     stages = [path for verb in ("attribute", "prune", "evaluate") for path in (LOGS / verb).rglob("*")]
@@ -57,6 +58,7 @@ def test_the_whole_experiment_run_again_from_nothing_gives_the_same_numbers(done
     ],
     ids=lambda value: " ".join(value),
 )
+@pytest.mark.few(4)
 def test_a_changed_option_reruns_what_depends_on_it_and_nothing_else(due, change, expected):
     due()
     assert due(*change) == expected
@@ -70,6 +72,7 @@ def test_a_changed_option_reruns_what_depends_on_it_and_nothing_else(due, change
         ("prompts.jsonl", ["attribute", "prune", "evaluate"]),
     ],
 )
+@pytest.mark.few(1)
 def test_changed_content_of_a_file_reruns_what_reads_it(due, name, expected):
     due()
     lines = Path(name).read_text().splitlines()
@@ -126,6 +129,7 @@ def test_changed_source_of_a_function_that_scores_reruns_the_evaluation(due, mon
 
 
 @pytest.mark.parametrize("package", ["sparc3_lightning", "torch", "transformers", "lxt"])
+@pytest.mark.few(1)
 def test_another_version_of_what_the_numbers_come_from_reruns_everything(due, monkeypatch, package):
     due()
     monkeypatch.setitem(versions(), package, "0.0.1")
@@ -171,6 +175,7 @@ def test_a_stage_that_broke_off_is_run_again(done, verbs_run):
 
 
 @pytest.mark.parametrize(("number", "verb"), list(enumerate(ALL)))
+@pytest.mark.few(2)
 def test_a_run_that_fails_goes_on_where_it_broke_off(due, number, verb):
     begun: list[str] = []
 

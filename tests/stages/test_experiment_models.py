@@ -56,6 +56,7 @@ def write_checkpoint(model_type: str, **options: Any) -> str:
         ("llama", ("--prune.export", "new"), r"'model' cannot be exported: its files hold no tensor .*--prune\.export"),
     ],
 )
+@pytest.mark.few(4)
 def test_a_model_that_a_later_stage_would_refuse_is_refused_before_any_stage_and_by_the_plan(
     due: Any, plan: Any, model_type: str, changes: tuple[str, ...], error: str
 ) -> None:

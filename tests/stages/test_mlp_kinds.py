@@ -68,6 +68,7 @@ def attribute(
 
 
 @every_kind
+@pytest.mark.few(2)
 def test_an_attribution_says_which_neurons_it_scored_and_a_pruned_export_is_the_masked_model(family: str) -> None:
     checkpoint = checkpoint_of(family)
     attribute(checkpoint, "general", C4("general.txt", num_samples=5, batch_size=3, seq_len=12))
@@ -88,6 +89,7 @@ def test_an_attribution_says_which_neurons_it_scored_and_a_pruned_export_is_the_
 
 @pytest.mark.parametrize("method", ["gradient", "wanda", "activation"])
 @pytest.mark.parametrize("family", ["phi3", "granitemoehybrid"])
+@pytest.mark.few(2)
 def test_a_sharded_model_has_the_same_scores(family: str, method: str) -> None:
     checkpoint = checkpoint_of(family)
     whole, sharded = (

@@ -58,6 +58,7 @@ def reproduce(path: str | Path = THERE, *options: str) -> ReproductionResults:
     return ReproductionResults.load(FOLDER / "reproduction.json")
 
 
+@pytest.mark.few(1)
 def test_the_same_machine_gives_the_same_figures(there, caplog):
     before = THERE.read_bytes()
     with caplog.at_level("INFO"):
@@ -99,6 +100,7 @@ def append(path: str, text: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("no_model_is_loaded")
+@pytest.mark.few(2)
 def test_data_or_a_scorer_of_other_contents_is_said(there, path, text, name):
     append(path, text)
     changed = Reproduction(THERE).changed(torch.device("cpu"))
