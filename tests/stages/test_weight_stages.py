@@ -101,7 +101,7 @@ def test_evaluate_measures_the_model_that_is_exported_and_speaks_of_weights(tiny
     alone = run(evaluation("pruned"), folder="alone")
     assert alone["baseline"] == both["pruned"] | {"kl": None}
     assert perplexity_of(both, "pruned") != pytest.approx(perplexity_of(both, "baseline"), rel=1e-3)
-    assert both["granularity"] == "weight"
+    assert both["kinds"] == {"weight": len(weights)}
     page = Path("both/report.html").read_text()
     for text in (both["verdict"], page, " ".join(model.summary().split()), Path("both/model_card.md").read_text()):
         assert f"{len(weights)} weights" in text
