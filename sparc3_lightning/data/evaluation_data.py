@@ -12,8 +12,6 @@ from sparc3_lightning.data.sentence_pairs import SentencePairs
 from sparc3_lightning.data.wikitext2 import WikiText2
 from sparc3_lightning.models.checkpoints import Checkpoint
 
-_OTHER = "other_text_"  # before the convention of a window
-
 
 class EvaluationData(L.LightningDataModule):
     """A text for perplexity and prompts for toxicity, read one after the other in one test loop.
@@ -54,12 +52,6 @@ class EvaluationData(L.LightningDataModule):
         """The text and, if there is one, the other text."""
         return [self.text, *([] if self.other_text is None else [self.other_text])]
 
-    @property
-    def conventions(self) -> list[list[str]]:
-        """The conventions of the windows of each text; those of the other text begin with ``other_text_``."""
-        befores = ("", _OTHER)
-        return [[before + name for name in text.conventions] for before, text in zip(befores, self.texts, strict=False)]
-
     def prepare_data(self) -> None:
         """Fetch what is not there yet."""
         for part in self.parts.values():
@@ -78,9 +70,6 @@ class EvaluationData(L.LightningDataModule):
         self._set_up = None
         for text in self.texts:
             text.setup_windows(text.load_tokenizer())
-        if self.other_text is not None:
-            windows = self.other_text.windows
-            self.other_text.windows = [window._replace(convention=_OTHER + window.convention) for window in windows]
         self.prompts.setup_prompts(exclude, self.prompts.load_tokenizer(), longest)
         if self.pairs is not None:
             self.pairs.setup_pairs(exclude, self.pairs.load_tokenizer())

@@ -24,7 +24,7 @@ Bos = Literal["first", "every", "none"]
 class Window(NamedTuple):
     """A stretch of the text; only its last ``num_scored`` tokens count."""
 
-    convention: str
+    convention: Convention
     start: int
     end: int
     num_scored: int

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sparc3_lightning.data.wikitext2 import WikiText2
 
 RESULTS = "results.json"
-OTHER_TEXT = "other_text_"  # before the convention of windows of the other text, as ``EvaluationData`` has them
+OTHER_TEXT = "other_text_"  # before the convention of windows of the other text of ``EvaluationData``
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ from sparc3_lightning.evaluation.judges import check_judges, headline_of, judges
 from sparc3_lightning.evaluation.lengths import COMPARED, by_length, pieces_of, score_pieces
 from sparc3_lightning.evaluation.metrics import PairRow, Perplexity, pair_rows
 from sparc3_lightning.evaluation.results import (
+    OTHER_TEXT,
     RESULTS,
     ContinuationProtocol,
     Judge,
@@ -228,7 +230,8 @@ class Evaluation(StoppableModule):
     def _conventions_of(self, variant: Variant) -> list[str]:
         """Return the conventions of perplexity that a model is measured by; one a text is enough for comparison."""
         number = None if variant.kind in ("baseline", "pruned") else 1
-        return [convention for of_text in self.data.conventions for convention in of_text[:number]]
+        texts = zip(("", OTHER_TEXT), self.data.texts, strict=False)
+        return [before + convention for before, text in texts for convention in text.conventions[:number]]
 
     def as_variant(self, variant: Variant) -> AbstractContextManager[None]:
         """Return the context in which the model in memory is this variant."""
@@ -241,7 +244,7 @@ class Evaluation(StoppableModule):
             self._begin_part(name)
         measures: dict[str, tuple[Callable[[Variant, Any], Callable[[], None]], str]] = {
             "text": (self._measure_perplexity, "windows"),
-            "other_text": (self._measure_perplexity, "windows"),
+            "other_text": (partial(self._measure_perplexity, before=OTHER_TEXT), "windows"),
             "prompts": (self._measure_toxicity, "prompts"),
             "pairs": (self._measure_preference, "pair_ids"),
         }
@@ -282,7 +285,7 @@ class Evaluation(StoppableModule):
             new = len(self.completions) - sum(map(len, self.kept.values()))
             self.stop.leave(f"{new} continuations of rank 0 are kept" if new else None, self.trainer.is_global_zero)
 
-    def _measure_perplexity(self, variant: Variant, batch: WindowBatch) -> Callable[[], None]:
+    def _measure_perplexity(self, variant: Variant, batch: WindowBatch, before: str = "") -> Callable[[], None]:
         windows = batch["windows"]
         ends = [batch["num_before"] + w.end - w.start for w in windows]
         spans = torch.tensor([[end - w.num_scored, end] for end, w in zip(ends, windows, strict=True)])
@@ -296,8 +299,8 @@ class Evaluation(StoppableModule):
 
         def keep() -> None:
             for row, window in enumerate(windows):
-                if window.convention in self._conventions_of(variant):
-                    self.perplexity[variant.name, window.convention].update(
+                if (convention := before + window.convention) in self._conventions_of(variant):
+                    self.perplexity[variant.name, convention].update(
                         torch.tensor([window.start]),
                         nll[row : row + 1],
                         divergence[row : row + 1],
