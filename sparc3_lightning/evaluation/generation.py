@@ -17,7 +17,7 @@ from torch import Tensor
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.models.architectures import is_recurrent
 from sparc3_lightning.models.caches import make_room
-from sparc3_lightning.models.noise import draw_key, gumbel_noise
+from sparc3_lightning.models.noise import draw_key, gumbel_noise, places_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,7 +162,7 @@ def _sorted_from(logits: Tensor, least: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     if least is None:
         return logits.sort(dim=1, descending=True, stable=True)
-    rows, tokens = _places_of(logits >= least)
+    rows, tokens = places_of(logits >= least)
     counts = rows.bincount(minlength=len(logits))
     places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     shape = (len(logits), max(int(counts.max()), 1))
@@ -170,17 +170,6 @@ def _sorted_from(logits: Tensor, least: Tensor | None) -> tuple[Tensor, Tensor]:
     values[rows, places], found[rows, places] = logits[rows, tokens], tokens
     values, order = values.sort(dim=1, descending=True, stable=True)
     return values, found.gather(1, order)
-
-
-def _places_of(is_likely: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows and columns of what is true, as ``nonzero`` does, which takes long where little is.
-
-    Eight are looked at in one word.
-    """
-    padded = torch.nn.functional.pad(is_likely, (0, -is_likely.shape[1] % 8))
-    rows, words = padded.view(torch.int64).nonzero(as_tuple=True)
-    found, columns = padded.view(len(padded), -1, 8)[rows, words].nonzero(as_tuple=True)
-    return rows[found], 8 * words[found] + columns
 
 
 ROWS = 512  # continuations that grow together
