@@ -141,7 +141,12 @@ def in_words(counts: Mapping[str, int]) -> str:
         >>> in_words({"neuron": 1250, "head": 1, "channel": 63})
         '1,250 neurons, 1 head and 63 channels'
     """
-    return _listed([f"{number:,} {kind}{'s' if number != 1 else ''}" for kind, number in counts.items()])
+    return _listed([counted(number, kind) for kind, number in counts.items()])
+
+
+def counted(number: int, unit: str) -> str:
+    """Return a number of things in words, such as ``1 neuron``."""
+    return f"{number:,} {unit}{'s' if number != 1 else ''}"
 
 
 def plural(granularity: str) -> str:

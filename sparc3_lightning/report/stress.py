@@ -6,11 +6,11 @@ from pathlib import Path
 from sparc3_lightning.evaluation.intervals import Difference, Interval
 from sparc3_lightning.evaluation.stress import STRESS, Stressed, StressResults
 from sparc3_lightning.files import write_atomically
-from sparc3_lightning.models.components import in_words
+from sparc3_lightning.models.components import counted, in_words
 from sparc3_lightning.report.escaping import public_name, told_apart
 from sparc3_lightning.report.page import page_environment
 from sparc3_lightning.report.tables import UNKNOWN, Table, cell, first_of_other_text, with_interval
-from sparc3_lightning.report.verdict import counted, moved_mean, signed
+from sparc3_lightning.report.verdict import moved_mean, signed
 
 PAGE = "stress.html"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.intervals import FEW, MIN_CHANGED, Difference, Interval
 from sparc3_lightning.evaluation.results import Findings, Lengths, Preference
-from sparc3_lightning.models.components import in_words, plural
+from sparc3_lightning.models.components import counted, in_words, plural
 from sparc3_lightning.report.tables import CANNOT, chooser_judges, evident_doses
 
 
@@ -233,8 +233,3 @@ def signed(percent: Interval, sign: str = "+") -> str:
 
 def _range(percent: Interval, sign: str = "+") -> str:
     return f"{percent.low:{sign}.1f} to {percent.high:{sign}.1f} %" if percent.is_known else CANNOT
-
-
-def counted(number: int, unit: str) -> str:
-    """Return a number of things in words, such as ``1 neuron``."""
-    return f"{number:,} {unit}{'s' if number != 1 else ''}"

@@ -16,11 +16,10 @@ from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.generation import SamplingOptions, check_can_continue, stream_prompt
 from sparc3_lightning.models.checkpoints import ForwardDtype, resolve_dtype
-from sparc3_lightning.models.components import check, counts_of, in_words, mask
+from sparc3_lightning.models.components import check, counted, counts_of, in_words, mask
 from sparc3_lightning.models.noise import draw_key
 from sparc3_lightning.provenance import run_seed
 from sparc3_lightning.report.escaping import for_terminal
-from sparc3_lightning.report.verdict import counted
 from sparc3_lightning.scorers.base import Scorer
 from sparc3_lightning.scorers.registry import check_scorer, load_scorer
 from sparc3_lightning.selection.neuron_list import NeuronList
