@@ -91,12 +91,10 @@ class PerplexityRise:
     def measured(self) -> list[dict[str, float]]:
         """What was measured, in the order it was: number of neurons, damping and rise, and what was predicted if so."""
         return [
-            {"num_neurons": len(neurons), "damping": _damping(neurons), "rise": rise, **self._predicted(neurons)}
+            {"num_neurons": len(neurons), "damping": _damping(neurons), "rise": rise}
+            | ({"predicted": self.prediction.rise(neurons)} if self.prediction else {})
             for neurons, rise in self._rises.items()
         ]
-
-    def _predicted(self, neurons: Sequence[Component]) -> dict[str, float]:
-        return {} if self.prediction is None else {"predicted": self.prediction.rise(neurons)}
 
     def __call__(self, neurons: Sequence[Component]) -> float:
         """Return perplexity with the neurons off, over that of the model as it is, less 1; measured once a list."""
@@ -105,7 +103,7 @@ class PerplexityRise:
             with mask(self.model, key):
                 self._rises[key] = math.expm1(self._nats() - self.nats)
             rise = 100 * self._rises[key]
-            beside = "".join(f", predicted {100 * share:+.2f} %" for share in self._predicted(key).values())
+            beside = f", predicted {100 * self.prediction.rise(key):+.2f} %" if self.prediction else ""
             off = in_words(counts_of(key))
             rank_zero_info(f"{off:>12} at damping {_damping(key):g}: perplexity {rise:+.2f} %{beside}")
         return self._rises[key]

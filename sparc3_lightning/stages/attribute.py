@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import ClassVar
@@ -248,15 +248,15 @@ class Attribution(StoppableModule):
         if spec.granularity == "weight":
             check_space(self.folder, sum(4 * math.prod(shape_of(layer)) for layer in layers.values()))
         self.accumulator: StaticScores | ScoreAccumulator
-        of_neurons, of_channels = self._of_kind("neuron"), self._of_kind("channel")
+        of_neurons, of_channels = (self._of_kind(kind, layers) for kind in ("neuron", "channel"))
         parts = scored_rows(self.model, of_neurons)
         if spec.is_static:
             self.accumulator = StaticScores(layers, spec.score, spec.granularity, run_seed(), parts)
         else:
-            columns = columns_of(self.model, of_neurons) if spec.method == "activation" or spec.is_cost else {}
+            of_inputs = columns_of(self.model, of_neurons) if spec.method == "activation" or spec.is_cost else {}
             dims = head_dims(self.model, layers) if spec.granularity == "head" else dict.fromkeys(of_channels, 1)
             self.accumulator = ScoreAccumulator(
-                {**layers, **columns},
+                {**layers, **of_inputs},
                 spec.score,
                 spec.nonfinite,
                 spec.granularity,
@@ -463,15 +463,16 @@ class Attribution(StoppableModule):
                 self.written = f"{seen.in_words()}\n{self.written}"
             if self.spec.is_cost:
                 self.written = f"{noise_in_words(self.alike)}\n{self.written}"
-            of_neurons, of_channels = (self._of_kind(kind) for kind in ("neuron", "channel"))
+            modules = self.accumulator.modules
+            of_neurons, of_channels = (self._of_kind(kind, modules) for kind in ("neuron", "channel"))
             if of_neurons:
                 self.written = f"{coverage(self.model, of_neurons, of_channels)}\n{self.written}"
             if self.spec.has_heads and (left_out := heads_left_out(self.model)):
                 self.written = f"{left_out}\n{self.written}"
 
-    def _of_kind(self, kind: Granularity) -> list[str]:
-        """Return the scored layers whose components are of a kind, by their fully qualified names."""
-        return [name for name in find_layers(self.model, self.layers) if self.spec.kind_of(name) == kind]
+    def _of_kind(self, kind: Granularity, modules: Iterable[str]) -> list[str]:
+        """Return which of the scored layers, by their fully qualified names, have components of a kind."""
+        return [name for name in modules if self.spec.kind_of(name) == kind]
 
     def _check_costs(self, scores: Mapping[str, torch.Tensor]) -> None:
         """Compare the costs of two halves of the samples.
