@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ def begun(tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     shutil.copytree(tiny_checkpoint, "mine")
     shutil.copytree(SHIPPED, "scorer")
     monkeypatch.syspath_prepend(str(Path().absolute()))
-    monkeypatch.delitem(sys.modules, "toy_scorers", raising=False)  # of another test's folder
 
     def begin(folder: str = "out", tokenizer: str | None = None, **options: Any) -> dict[str, Any]:
         neurons = save_neurons("mine", PRUNED)
@@ -114,8 +112,6 @@ def test_all_files_of_a_package_that_is_not_installed_count_and_its_version_if_i
     with pytest.raises(ValueError, match=r"'my_scorers.none.deep:score' cannot be imported"):
         fingerprint_of("my_scorers.none.deep:score")
     assert f"torch {versions()['torch']}" in fingerprint_of("torch.nn:functional")
-    for name in [name for name in sys.modules if name.startswith("my_scorers")]:
-        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "sparc3_lightning"])
