@@ -10,7 +10,6 @@ rtp/toxic.jsonl, c4/en.jsonl and wikitext2/wiki.test.raw, by default in shared/d
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import chdir
 from dataclasses import asdict
@@ -35,6 +34,7 @@ from common import (
 )
 
 from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.models.components import in_words
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.sources import read_records
 
@@ -105,12 +105,10 @@ def table(results: Results, budget: float, lists: Mapping[str, NeuronList]) -> l
         ]
         judged = (percent(effect and effect.percent) for effect in dose.effects.values())
         spread = f"{min(seeds):+.1f} to {max(seeds):+.1f}"
-        kinds = Counter(component.granularity for component in lists[dose.selection].neurons)
-        off = ", ".join(f"{number} {kind}s" for kind, number in kinds.items())
         use = lists[dose.selection].provenance["budget"]
         predicted = use.get("predicted")
         paid = f"{100 * use['rise']:+.2f}" + ("" if predicted is None else f" ({100 * predicted:+.2f} predicted)")
-        line(dose.selection, off, paid, percent(dose.perplexity_percent), *judged, spread)
+        line(dose.selection, in_words(dose.kinds), paid, percent(dose.perplexity_percent), *judged, spread)
     return [{**asdict(dose), "budget": lists[dose.selection].provenance["budget"]} for dose in results.doses]
 
 

@@ -29,6 +29,7 @@ from sparc3_lightning.evaluation.completions import Completion, load_completions
 from sparc3_lightning.evaluation.draws import interval_of_draws
 from sparc3_lightning.evaluation.intervals import Interval, paired_difference
 from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.models.components import in_words
 from sparc3_lightning.scorers.words import counter_of, read_words
 from sparc3_lightning.sources import read_records
 
@@ -167,7 +168,7 @@ def measured(name: str, answers: Path, c4: Path, text: Path, options: argparse.N
     results = Results.load(folder / "results.json")
     words, others = (read_words(Path(f"{name}{ending}.txt")) for ending in ("", "_others"))
     price = next(iter(results.perplexity_change.values()))
-    found = {"neurons": results.num_neurons, "perplexity": price, "prompts": len({row["prompt_id"] for row in rows})}
+    found = {"off": in_words(results.kinds), "perplexity": price, "prompts": len({row["prompt_id"] for row in rows})}
     judges = {"words": (words, False), "words a token": (words, True), "other words": (others, False)}
     for judge, (listed, is_rate) in judges.items():
         found[judge] = changes(rows, counter_of(listed), is_rate)
@@ -210,7 +211,7 @@ def table(found: dict[str, dict[str, Any]]) -> None:
     for name, of_list in found.items():
         judges = {judge: of_list[judge] for judge in ("words", "words a token", "other words")}
         kinds = [kind for kind in judges["words"] if kind not in ("before", "after")]
-        print(f"\n{name}: {of_list['neurons']} neurons, perplexity {percent(of_list['perplexity'])} %, ", end="")
+        print(f"\n{name}: {of_list['off']}, perplexity {percent(of_list['perplexity'])} %, ", end="")
         print(f"{of_list['prompts']} prompts; changes in percent\n")
         head("judge", "before", "after", *kinds)
         for judge, values in judges.items():
