@@ -2,12 +2,13 @@
 
 SmolLM2-135M-Instruct answers half of the 300 prompts of configs/writing.txt twice each. In these 300 answers words are
 counted, each once an answer; function words are left out, which stand in at least 15 % of the documents of C4, and so
-are words of the prompts and of fewer than four letters. Two lists are lowered: configs/slop.txt, and every second of
-the words that most answers have, none of configs/slop.txt. To each belongs a list of other words of like frequency,
-which should stay. Neurons are chosen by the recipe of configs/slop.yaml, as many as 1 % of perplexity pays for, and
-measured on the other half of the prompts, beside random, least relevant and large neurons. Every stage is a verb of
-`sparc3` in the folder given, and one that is done there is not run again. Needs c4/en.jsonl and
-wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
+are words of the prompts and of fewer than four letters. Two lists are lowered: configs/slop.txt, and
+configs/frequent.txt, which was every second of the words that most answers have, none of them in slop.txt; which ones
+these are now is printed, since draws in bfloat16 differ from machine to machine. To each belongs a list of other words
+of like frequency, which should stay. Neurons are chosen by the recipe of configs/slop.yaml, as many as 1 % of
+perplexity pays for, and measured on the other half of the prompts, beside random, least relevant and large neurons.
+Every stage is a verb of `sparc3` in the folder given, and one that is done there is not run again. Needs c4/en.jsonl
+and wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def words_in(text: str) -> set[str]:
 
 
 def write_lists(answers: Sequence[Completion], c4: Path) -> None:
-    """Choose the frequent words, and other words for each list, by the number of answers that have them."""
+    """Write the lists, and other words for each, chosen by the number of answers that have them."""
     texts = [row["continuation"] for row in answers]
     counts = Counter(word for text in texts for word in words_in(text))
     documents = [words_in(str(row["text"])) for row in read_records(c4)]
@@ -115,8 +116,9 @@ def write_lists(answers: Sequence[Completion], c4: Path) -> None:
         for word in ranked
         if len(word) >= 4 and word not in functional and word not in prompts and word[:5] not in stems
     ]
-    lists = {"slop": slop, "frequent": free[: 2 * NUM_FREQUENT : 2]}
-    for name, words in lists.items():
+    print("every second of the most frequent words:", ", ".join(free[: 2 * NUM_FREQUENT : 2]), flush=True)
+    for name in LISTS:
+        words = read_words(CONFIGS / f"{name}.txt")
         of_words = {word: sum(map(bool, map(counter_of([word]), texts))) for word in words}
         left = [word for word in free if word[:5] not in {found[:5] for found in words}]
         others: list[str] = []
