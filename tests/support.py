@@ -257,15 +257,16 @@ def check_export_is_mask(checkpoint: Checkpoint, model: PreTrainedModel, chosen:
 
 
 def check_heads(model: PreTrainedModel, names: list[str]) -> None:
-    """Compare the mask of a head with its removal, in the first attention and in the last one."""
+    """Compare the mask of heads, and of channels, with their removal, in the first attention and in the last one."""
     layers = list(find_layers(model, names))
-    heads = [Component(layers[0], 0, -1.0, granularity="head"), Component(layers[-1], 1, -1.0, granularity="head")]
-    with mask(model, heads):
-        masked = logits_of(model)
-    assert difference(logits_of(model), masked) > 1e-4, "the mask of heads changes nothing"
-    pruned = copy.deepcopy(model)
-    prune_(pruned, heads)
-    assert difference(logits_of(pruned), masked) < 1e-5, "a head that is removed is not one that is masked"
+    for kind in ("head", "channel"):
+        off = [Component(layers[0], 0, -1.0, granularity=kind), Component(layers[-1], 1, -1.0, granularity=kind)]
+        with mask(model, off):
+            masked = logits_of(model)
+        assert difference(logits_of(model), masked) > 1e-4, f"the mask of {kind}s changes nothing"
+        pruned = copy.deepcopy(model)
+        prune_(pruned, off)
+        assert difference(logits_of(pruned), masked) < 1e-5, f"a {kind} that is removed is not one that is masked"
 
 
 def measure(model_type: str) -> Row:
@@ -284,7 +285,7 @@ A checkpoint of any size has the same layers. Whether LRP holds for yours is che
 - **Conserved + kept**: the part of a logit that arrives at the tokens as relevance under CP attention, and the part
   that biases, learned positions and other constants keep. These are random here, and larger than in most checkpoints.
 - **Neurons**: those of all MLPs of the tiny model, and of how many experts. All have scores. They can be switched off.
-- **Heads**: whether `--model.granularity head` works.
+- **Heads**: whether `--model.granularity head` works, and so does `channel`.
 - **Export**: a pruned checkpoint is one that a stock `AutoModelForCausalLM` loads, with the logits of the masked model.
 
 """

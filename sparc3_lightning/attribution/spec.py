@@ -11,7 +11,7 @@ from sparc3_lightning.attribution.rules import Rule
 from sparc3_lightning.attribution.targets import LEXICAL, Target
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.files import LEFT_OUT
-from sparc3_lightning.models.architectures import ATTENTIONS, MLPS, ends_in, is_heads
+from sparc3_lightning.models.architectures import ATTENTION_OUTPUTS, MLPS, ends_in, is_heads
 from sparc3_lightning.models.components import Granularity, Scored, kind_of, plural
 
 Method = Literal["lrp", "gradient", "wanda", "activation", "magnitude", "random"]
@@ -189,7 +189,7 @@ def check_granularity(granularity: Scored, score: Score, layers: Collection[str]
         raise OptionError(
             "granularity",
             f"{granularity} scores attention {granularity}s, at the last layer of each attention: expected "
-            f"--.layers to be among {list(ATTENTIONS)}, or left out for all, got {list(layers)}.",
+            f"--.layers to be among {ATTENTION_OUTPUTS}, or left out for all, got {list(layers)}.",
         )
     if granularity == "neuron+channel" and layers and len(of_heads) in (0, len(layers)):
         raise OptionError(

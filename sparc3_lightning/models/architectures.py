@@ -49,16 +49,26 @@ for _rows, _column in MLPS:
 # (A.X K2), or chooses among experts (Zaya).
 _NO_MLPS = re.compile("norm|router")
 _BLOCK = re.compile(r"\.\d+\.")
-# The last layer of an attention, the layer of its values beside it, and of which kind both are: of LLaMA, Qwen and
-# Gemma, of OPT, of Phi, and of GPT-2, whose c_attn holds queries, keys and values side by side. The kind tells GPT-2
-# from GPT-BigCode, which has the same names, but another order of rows.
-ATTENTIONS: dict[str, tuple[str, type[Linear]]] = {
-    "o_proj": ("v_proj", nn.Linear),
-    "out_proj": ("v_proj", nn.Linear),
-    "self_attn.dense": ("v_proj", nn.Linear),
-    "attn.c_proj": ("c_attn", Conv1D),
-}
-KNOWN_ATTENTIONS = ", ".join(f"{output} beside {values}" for output, (values, _) in ATTENTIONS.items())
+# The last layer of an attention, a layer beside it that makes its values, and of which kind both are if the last rows
+# of that layer are the values, in the order of the heads. None stands for rows of another order.
+ATTENTIONS: tuple[tuple[str, str, type[Linear] | None], ...] = (
+    ("o_proj", "v_proj", nn.Linear),  # LLaMA and most others
+    ("out_proj", "v_proj", nn.Linear),  # OPT, GPT-J
+    ("self_attn.dense", "v_proj", nn.Linear),  # Phi
+    ("attn.Wo", "v_proj", nn.Linear),  # ModernBERT's decoder
+    ("attn.c_proj", "c_attn", Conv1D),  # GPT-2
+    ("attn.c_proj", "c_attn", None),  # GPT-BigCode
+    ("o_proj", "qkv_proj", None),  # Phi-3
+    ("o_proj", "kv_b_proj", None),  # DeepSeek
+    ("attention.dense", "query_key_value", None),  # GPT-NeoX
+    ("self_attention.dense", "query_key_value", None),  # Bloom, Falcon
+    ("self_attn.dense", "query_key_value", None),  # Persimmon
+    ("out_proj", "Wqkv", None),  # MPT, DBRX
+    ("out_proj", "qkv_proj", None),  # CodeGen
+)
+KNOWN_ATTENTIONS = ", ".join(dict.fromkeys(f"{output} beside {values}" for output, values, _ in ATTENTIONS))
+ATTENTION_OUTPUTS = list(dict.fromkeys(output for output, _, _ in ATTENTIONS))
+_HEAD_DIMS = ("v_head_dim", "head_dim", "head_size")  # attributes of an attention; DeepSeek has one more of its keys
 
 
 def weight_of(layer: Linear) -> Tensor:
@@ -320,16 +330,22 @@ def neuron_layers(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Attention:
-    """The last layer of an attention, the layer whose last rows are its values, and the dimensions of a head."""
+    """Where the heads of an attention are.
+
+    Args:
+        output: The last layer.
+        values: Name of the layer whose last rows are the values, below the attention; None if there is none such.
+        head_dim: The dimensions of a head.
+    """
 
     output: Linear
-    values: Linear
+    values: str | None
     head_dim: int
 
 
 def is_heads(module: str) -> bool:
     """Tell whether the components of a layer, by its fully qualified name, are heads."""
-    return any(ends_in(module, output) for output in ATTENTIONS)
+    return any(ends_in(module, output) for output in ATTENTION_OUTPUTS)
 
 
 def head_layers(model: nn.Module, named: Sequence[str] | None = None) -> list[str]:
@@ -343,7 +359,7 @@ def head_layers(model: nn.Module, named: Sequence[str] | None = None) -> list[st
         ValueError: If the model has no attention of a known kind, or a name is not of the last layer of one.
     """
     found = [name for name, _ in model.named_modules() if find_attention(model, name) is not None]
-    layers = [output for output in ATTENTIONS if any(ends_in(name, output) for name in found)]
+    layers = [output for output in ATTENTION_OUTPUTS if any(ends_in(name, output) for name in found)]
     if found and not set(find_layers(model, layers)) <= set(found):  # a gated convolution ends in such a name too
         layers = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in found))
         if not set(find_layers(model, layers)) <= set(found):
@@ -382,28 +398,30 @@ def attention_of(model: nn.Module, module: str) -> Attention:
 
 def find_attention(model: nn.Module, module: str) -> Attention | None:
     """Return the attention that ends in a module, by the module's fully qualified name; None if none does."""
-    for output, (values, kind) in ATTENTIONS.items():
-        if ends_in(module, output):
-            try:
-                attention = model.get_submodule(module.rpartition(".")[0])
-                size = cast(int, attention.head_dim)
-                found = Attention(linear_at(model, module), linear_at(attention, values), size)
-            except AttributeError:
-                return None
-            return found if _fits(found, kind) and not any(module == name for _, name in _ties(model)) else None
+    if not is_heads(module) or any(module == name for _, name in _ties(model)):
+        return None
+    for end, values, kind in ATTENTIONS:
+        if not ends_in(module, end):
+            continue
+        try:
+            attention, output = model.get_submodule(module.rpartition(".")[0]), linear_at(model, module)
+            beside = linear_at(attention, values)
+        except AttributeError:
+            continue
+        size = next((getattr(attention, name) for name in _HEAD_DIMS if hasattr(attention, name)), None)
+        if size is not None and _fits(output, beside, size, kind):
+            return Attention(output, None if kind is None else values, size)
     return None
 
 
-def _fits(attention: Attention, kind: type[Linear]) -> bool:
+def _fits(output: Linear, values: Linear, head_dim: int, kind: type[Linear] | None) -> bool:
     """Tell whether the layers of an attention are of a kind, and their sizes are whole numbers of heads."""
-    if not (isinstance(attention.output, kind) and isinstance(attention.values, kind)):
+    if not (isinstance(output, kind or Linear) and isinstance(values, kind or Linear)):
         return False
-    inputs, values = shape_of(attention.output)[1], shape_of(attention.values)[0]
-    return (
-        inputs % attention.head_dim == 0
-        and values % attention.head_dim == 0
-        and (kind is Conv1D or inputs % values == 0)
-    )
+    inputs, rows = shape_of(output)[1], shape_of(values)[0]
+    if kind is None:
+        return inputs % head_dim == 0
+    return inputs % head_dim == rows % head_dim == 0 and (kind is Conv1D or inputs % rows == 0)
 
 
 def check_is_text(name: str, config: PreTrainedConfig) -> None:

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from sparc3_lightning.models.architectures import (
     ALL,
-    ATTENTIONS,
     Linear,
     attention_of,
     check_indices,
-    ends_in,
     find_attention,
     find_layers,
     is_heads,
@@ -43,10 +41,10 @@ def head_dims(model: nn.Module, modules: Iterable[str]) -> dict[str, int]:
     return {module: head_dim(model, module) for module in modules}
 
 
-def layers_of_heads(_: nn.Module, module: str) -> list[str]:
+def layers_of_heads(model: nn.Module, module: str) -> list[str]:
     """Return the layers whose weights hold the heads of a layer, all by their fully qualified names."""
-    values = next(values for output, (values, _) in ATTENTIONS.items() if ends_in(module, output))
-    return [f"{module.rpartition('.')[0]}.{values}", module]
+    values = attention_of(model, module).values
+    return [module] if values is None else [f"{module.rpartition('.')[0]}.{values}", module]
 
 
 def num_heads(model: nn.Module, module: str) -> int:
@@ -133,8 +131,8 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Dampings]) -> None:
     """Write the effect of ``mask_heads`` into the weights, in place.
 
     The columns of a head in the attention's last layer become smaller, or zero where it is off. The rows of the values
-    that it reads become zero too, unless another head shares them (grouped-query attention) and is not off, or the
-    attention may do more with its values.
+    that it reads become zero too, unless another head shares them (grouped-query attention) and is not off, the
+    attention may do more with its values, or it has their rows in an order that is not known.
 
     Args:
         model: A causal language model whose attentions are in ``ATTENTIONS``.
@@ -149,12 +147,13 @@ def prune_heads_(model: nn.Module, heads: Mapping[str, Dampings]) -> None:
             attention, factor = attention_of(model, name), _factor(model, name, dampings)
             size = attention.head_dim
             _scale_(attention.output, factor)
-            if not _reads_alone(model, name):
+            if attention.values is None or not _reads_alone(model, name):
                 continue
             # There are no more values than heads' outputs: in v_proj these are all rows, in c_attn the last ones.
-            values = [weight_of(attention.values)[-len(factor) :]]
-            if attention.values.bias is not None:
-                values.append(attention.values.bias[-len(factor) :])
+            layer = linear_at(model, f"{name.rpartition('.')[0]}.{attention.values}")
+            values = [weight_of(layer)[-len(factor) :]]
+            if layer.bias is not None:
+                values.append(layer.bias[-len(factor) :])
             group = len(factor) // len(values[0])  # heads to a value head
             for k in range(len(values[0]) // size):
                 if all(dampings.get(head) == 1 for head in range(k * group, (k + 1) * group)):
