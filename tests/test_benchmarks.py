@@ -65,6 +65,7 @@ def test_the_benchmark_of_families_trains_measures_and_keeps_its_checkpoints(tmp
         "prompts": "4",
         "continuations": "2",
         "draws": "1",
+        "of_draws": "2",
         "tokens": "1024",
         "cache": str(tmp_path / "cache"),
         "folder": str(tmp_path / "stages"),

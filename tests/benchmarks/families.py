@@ -69,7 +69,6 @@ PROMPT_BYTES = 80  # that a continuation has room behind it
 RECIPE = {"batch_size": 16, "learning_rate": 2e-3, "weight_decay": 0.1, "warmup": 0.05, "clip": 1.0, "seed": 0}
 NUM_VALIDATED, VALIDATE_EVERY = 64, 200  # samples and steps
 OF_DOCUMENTS = (64, 128, 256)  # tokens of one; how many are attributed; how many price a list, less those
-FEW = 5  # continuations of a prompt by each draw of a control
 COMMON = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": LONGEST}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 64}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -276,9 +275,12 @@ def measure(family: str, checkpoint: Path, options: Any) -> list[dict[str, Any]]
     with chdir(folder):
         model = subject(checkpoint, options)
         attribute(model, list(CHOSEN.values()))
-        few = min(FEW, options.continuations)
         draws = [f"--model.sampling.num_continuations={options.continuations}", "--model.dtype=fast"]
-        draws += [f"--model.controls.num_draws={options.draws}", f"--model.controls.num_continuations={few}"]
+        draws += [
+            f"--model.controls.num_draws={options.draws}",
+            f"--model.controls.num_continuations={options.of_draws}",
+        ]
+        size = f"{options.prompts}x{options.continuations}_{options.draws}x{options.of_draws}"
         for budget in options.budgets:
             for name, selection in CHOSEN.items():
                 row = {"family": family, "budget": budget, "selection": name}
@@ -287,9 +289,10 @@ def measure(family: str, checkpoint: Path, options: Any) -> list[dict[str, Any]]
                 except ValueError as error:  # not one neuron is within the budget
                     rows.append(row | {"none": str(error)})
                     continue
-                version = f"{selection}_{budget:g}_{options.prompts}x{options.continuations}_{options.draws}"
                 measured = evaluation(model, "report", options.prompts, options.tokens)
-                found = sparc3("evaluate", version, f"--model.neurons={neurons}", *measured, *draws)
+                found = sparc3(
+                    "evaluate", f"{selection}_{budget:g}_{size}", f"--model.neurons={neurons}", *measured, *draws
+                )
                 row["spread"] = spread(NeuronList.load(neurons), checkpoint)
                 rows.append(row | figures(Results.load(found / "results.json")))
     return rows
@@ -405,6 +408,7 @@ def main() -> None:
         prompts={"type": int, "default": 150},
         continuations={"type": int, "default": 25},
         draws={"type": int, "default": 5, "help": "of the controls"},
+        of_draws={"type": int, "default": 5, "help": "continuations of a prompt by each of them"},
         tokens={"type": int, "default": 16384, "help": "of the text for perplexity"},
         cache={"type": Path, "default": cache_folder() / "families", "help": "folder of the checkpoints"},
         folder={"type": Path, "default": Path("families"), "help": "folder of the stages"},
