@@ -1,6 +1,7 @@
 """Tiny models of every family, a tokenizer and a checkpoint made on the spot; nothing is downloaded."""
 
 import copy
+import gc
 import os
 import sys
 from collections import Counter
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marks = ("slurm", "distributed")
     longest = {item.path for item in items for mark in marks if item.get_closest_marker(mark)}
     items.sort(key=lambda item: item.path not in longest)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_are_no_garbage() -> None:
+    """Spare the search for garbage in what was imported, half a million objects, whenever a test lets go of a model."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
