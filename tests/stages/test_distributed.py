@@ -58,7 +58,7 @@ def one_process(tiny_checkpoint: str, inputs: dict[str, str], tmp_path_factory: 
     return folder
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp2"), (3, "fsdp2"), (4, "fsdp2"), (2, "ddp")])
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp2"), (3, "fsdp2"), (2, "ddp")])
 def test_scores_of_several_ranks_are_those_of_one_process(
     ranks: int, strategy: str, tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
 ) -> None:
@@ -139,7 +139,7 @@ def test_the_whole_experiment_runs_on_two_ranks(tiny_checkpoint: str, inputs: di
 
 def test_gradient_checkpointing_changes_no_score(one_process: Path) -> None:
     plain, checkpointed = (
-        load_file(one_process / f"{name}-93/scores.safetensors") for name in ("magnitude", "checkpointed")
+        load_file(one_process / f"{name}-23/scores.safetensors") for name in ("magnitude", "checkpointed")
     )
     for module in plain:
         assert plain[module].equal(checkpointed[module])
