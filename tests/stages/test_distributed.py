@@ -179,14 +179,14 @@ def test_a_checkpoint_folder_with_a_missing_shard_is_refused(
         Checkpoint(str(folder)).fetch() if sharded else load_model(str(folder), torch.float32)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_reads_only_its_own_rows(
-    ranks: int, tiny_checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
         checkpoint = Checkpoint(SMOLLM2).location
     except ConnectionError as error:
         pytest.skip(str(error))
+    ranks = 4
     (tmp_path / "tiny").symlink_to(tiny_checkpoint)
     on_ranks(ranks, "load", checkpoint, tmp_path, ranks)
     model = load_model(checkpoint, torch.float32)
