@@ -48,7 +48,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "costs": {**FISHER, "gradient_checkpointing": True},
 }
 SCORES = {"dense": DENSE, "experts": EXPERTS, "weights_of_experts": {"weights": {"granularity": "weight"}}}
-NUM_SAMPLES = {"dense": (93, 1), "experts": (13, 1), "weights_of_experts": (13,)}
+NUM_SAMPLES = {"dense": (23, 1), "experts": (13, 1), "weights_of_experts": (13,)}
 
 
 def trainer(folder: Path, strategy: Any, ranks: int) -> Trainer:

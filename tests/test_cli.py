@@ -193,6 +193,7 @@ def test_an_overlay_of_one_option_keeps_the_rest_of_the_data(capsys):
         ("run", ["-c", "demo.yaml", "--prune.general", "[x]"], ["prune.general"]),
     ],
 )
+@pytest.mark.few(8)
 def test_a_wrong_command_exits_with_2_and_names_what_is_wrong(capsys, verb, args, words):
     code, _, err = stops(capsys, verb, *args)
     assert code == 2
@@ -262,6 +263,7 @@ def test_the_saved_configs_of_pruning_and_evaluation_give_the_same_results(joine
     assert (again / "completions.jsonl").read_text() == (evaluated / "completions.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_the_saved_config_repeats_a_run_after_which_the_folder_was_removed(tiny_checkpoint):
     folder = attribute(tiny_checkpoint)
     first = ScoreFile.load(folder / "scores.safetensors")
@@ -328,6 +330,7 @@ def test_the_seed_is_an_option_and_0_by_default(tiny_checkpoint, capsys):
     assert ScoreFile.load(attribute(tiny_checkpoint) / "scores.safetensors").provenance.seed == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_into_a_folder_of_its_own(tiny_checkpoint):
     assert [attribute(tiny_checkpoint).name for _ in range(2)] == ["version_0", "version_1"]
     logger = ["--trainer.logger.init_args.save_dir", "elsewhere", "--trainer.logger.init_args.version", "1234"]

@@ -60,6 +60,7 @@ def explained_in(*help_texts: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.few(5)
 def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, verb):
     out = help_of(verb)
     sentence_of_verb = {
@@ -116,6 +117,7 @@ def test_help_of_every_verb_exits_with_0_and_says_what_the_verb_does(help_of, ve
         ("run", "evaluate", Evaluation, {"checkpoint", "dtype", "revision", "neurons"}),
     ],
 )
+@pytest.mark.few(5)
 def test_help_explains_each_option_with_its_default(help_of, verb, group, of, hidden):
     out = help_of(verb)
     texts = [out, *(help_of(verb, folded) for folded in folded_in(out))]
@@ -155,6 +157,7 @@ def test_help_of_sweep_explains_the_options_of_evaluate_too(help_of):
 
 
 @pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.few(5)
 def test_help_of_a_verb_is_a_page_of_at_most_100_lines_and_columns(help_of, verb):
     lines = help_of(verb).splitlines()
     assert len(lines) <= 100

@@ -40,6 +40,7 @@ def refused(capsys, *args: str) -> str:
         ("attribute", "--trainer.hlep", "--trainer.help"),
     ],
 )
+@pytest.mark.few(5)
 def test_an_unknown_option_suggests_the_nearest(capsys, verb, given, meant):
     for args in ([given, "3"], [f"{given}=3"]):
         assert refused(capsys, verb, *args) == f"unrecognized option {given}: did you mean {meant}?"

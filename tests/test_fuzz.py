@@ -38,7 +38,7 @@ from sparc3_lightning.sources import read_records
 from sparc3_lightning.stages.prune import Pruning
 
 pytestmark = pytest.mark.slow
-NUM_EXAMPLES = 2000
+NUM_EXAMPLES = 400
 IDENTITY = {"seed": 0, "models": [["baseline", 2]]}
 ROWS = [
     {

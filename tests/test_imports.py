@@ -1,6 +1,7 @@
 """The order of the rooms: imports go one way, in no circle, and no room takes a private name of another."""
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -27,6 +28,7 @@ ORDER = (
 )
 
 
+@cache
 def imports_of(name: str) -> set[tuple[str, str]]:
     """Return the modules of this package, without its name, that a module imports from, and what it takes."""
     found = set()

@@ -102,6 +102,7 @@ def assert_agree(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: floa
 
 @all_families
 @pytest.mark.parametrize("rule", ["attnlrp", "cp_lrp"])
+@pytest.mark.few(4)
 def test_row_sums_of_weight_times_gradient_are_sums_over_tokens_of_output_times_gradient(make, family, rule):
     model = make(family)
     kinds = kinds_of(family)
@@ -116,6 +117,7 @@ def test_row_sums_of_weight_times_gradient_are_sums_over_tokens_of_output_times_
 @all_families
 @all_scores
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.few(12)
 def test_streaming_padded_batches_gives_the_scores_of_one_sample_after_the_other(make, family, score, batch_size):
     model = make(family)
     samples = make_samples()

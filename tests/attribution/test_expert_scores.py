@@ -244,6 +244,7 @@ def test_a_layer_that_the_model_never_calls_is_still_an_error():
 
 @all_kinds
 @pytest.mark.parametrize("score", ["magnitude", "signed", "wanda"])
+@pytest.mark.few(8)
 def test_scores_of_weights_in_experts_sum_up_to_those_of_their_neurons(kind, score):
     model, samples = opened(kind), make_samples()
     of_weights = accumulate(model, samples, score, 3, granularity="weight").compute()
@@ -283,6 +284,7 @@ def test_the_tokens_that_experts_saw_are_saved_and_added_to_when_a_run_goes_on(t
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("score", ["magnitude", "signed", "wanda"])
+@pytest.mark.few(2)
 def test_a_sharded_mixture_has_the_same_scores(kind, score):
     expected = accumulate(opened(kind), make_samples(), score, 3).compute()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -302,6 +304,7 @@ def test_a_sharded_mixture_has_the_same_scores(kind, score):
 
 @all_kinds
 @pytest.mark.parametrize("length", [2, 12])
+@pytest.mark.few(4)
 def test_the_rules_are_checked_on_a_mixture_whichever_experts_the_last_token_sees(kind, length):
     model = opened(kind)
     (sample,) = make_samples((length,))

@@ -24,6 +24,7 @@ def logits(model: Any) -> Tensor:
 @all_rules
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.few(16)
 def test_logits_are_the_same_with_and_without_the_rules(make, family, rule, dtype, implementation):
     model = make(family, dtype=dtype, attn_implementation=implementation)
     before = logits(model)

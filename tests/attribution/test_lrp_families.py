@@ -77,6 +77,7 @@ def test_logits_with_a_graph_are_the_same_bit_for_bit(family, attention, rule, d
 
 @all_decoders
 @pytest.mark.usefixtures("in_float64")
+@pytest.mark.few(6)
 def test_cp_lrp_conserves_the_logit_of_a_model_without_biases(family):
     model = make_decoder(family)
     for name, parameter in model.named_parameters():

@@ -138,7 +138,7 @@ def test_draws_at_two_steps_are_independent():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt2", "opt"])
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_continuations_depend_neither_on_batch_size_nor_on_the_order_of_the_prompts(make_model, family, dtype):
     model = make_model(family, dtype)
     sampling = Sampling(12, 1.0, 0.9)
@@ -216,6 +216,7 @@ def test_ranks_that_step_together_make_all_steps_and_draw_the_same(make_model):
 
 
 @pytest.mark.parametrize(("dtype", "temperature"), [(torch.float32, 1.0), (torch.float64, 0.7), (torch.float32, 1.5)])
+@pytest.mark.few(1)
 def test_draws_from_a_large_vocabulary_equal_those_of_the_warpers_of_transformers(dtype, temperature):
     # By row in turn, the nucleus ends among the 1,024 likeliest of 20,000 tokens, among the 8,192, and beyond.
     spread = temperature * torch.tensor([4.0, 2.0, 0.3] * 8).unsqueeze(1)

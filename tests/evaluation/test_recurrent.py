@@ -29,6 +29,7 @@ def continued(model: Any, prompts: list[list[int]], sampling: Sampling) -> list[
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(2)
 def test_greedy_continuations_are_those_of_the_whole_text_read_anew_for_each_token(family: str) -> None:
     model = make(family)
     assert is_recurrent(model)
@@ -41,6 +42,7 @@ def test_greedy_continuations_are_those_of_the_whole_text_read_anew_for_each_tok
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(2)
 def test_greedy_continuations_are_those_of_transformers(family: str) -> None:
     model = make(family)
     for prompt, found in zip(PROMPTS, continued(model, PROMPTS, Sampling(6, 0.0, 1.0)), strict=True):
@@ -50,6 +52,7 @@ def test_greedy_continuations_are_those_of_transformers(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(2)
 def test_the_continuations_of_a_prompt_do_not_depend_on_the_others_of_its_batch(family: str) -> None:
     model, sampling = make(family), Sampling(4, 1.0, 0.9, num_continuations=3)
     together = continued(model, PROMPTS, sampling)

@@ -59,6 +59,7 @@ def test_an_evaluation_is_equal_to_itself_in_every_figure():
         ("agreement", None),
     ],
 )
+@pytest.mark.few(5)
 def test_a_figure_that_was_changed_is_found(path, value):
     found = {name: figure for name, figure in compared((path, value)).items() if figure.outcome != "equal"}
     assert {figure.outcome for figure in found.values()} == {"differs"}

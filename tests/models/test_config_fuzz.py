@@ -51,7 +51,7 @@ def test_a_mutated_config_builds_a_model_or_is_one_sentence(tiny_checkpoint: str
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "mutated"))
     content = json.loads((folder / "config.json").read_text())
 
-    @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(mutations(content))
     def check(text: bytes) -> None:
         (folder / "config.json").write_bytes(text)

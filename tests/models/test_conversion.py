@@ -25,6 +25,7 @@ def sources_in(model: torch.nn.Module, tensors: dict[str, Tensor]) -> Sources:
 @pytest.mark.parametrize(
     "model_type", ["hrm_text", "sarvam_moe", "lara_mini", "kimi_linear", "deepseek_v4", "inkling2_text", "granitemoe"]
 )
+@pytest.mark.few(3)
 def test_the_tensors_of_files_make_up_the_parameters_and_these_the_tensors_bit_for_bit(
     model_type: str, tmp_path: Path
 ) -> None:

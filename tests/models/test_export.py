@@ -95,6 +95,7 @@ def neurons_of(family: str) -> list[Component]:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.few(4)
 def test_an_export_has_the_files_and_tensors_of_the_original_and_the_logits_of_the_masked_model(
     make_checkpoint: Callable[[str], str], tmp_path: Path, family: str, sharded: bool
 ) -> None:

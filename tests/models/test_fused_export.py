@@ -51,6 +51,7 @@ def check_same(found: nn.Module, expected: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.few(3)
 def test_rows_that_are_set_to_zero_are_zero_for_stock_transformers_and_all_else_is_as_it_was(
     kind: str, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_rows_that_are_set_to_zero_are_zero_for_stock_transformers_and_all_else_
 
 @pytest.mark.parametrize("kind", SAVED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.few(6)
 def test_an_export_of_weights_that_are_held_but_not_changed_is_the_original_byte_for_byte(
     kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def stretched(factor: float, low: float, high: float, context: int, theta: float
 @pytest.mark.parametrize(
     ("family", "tied"), [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False), ("gpt2", True)]
 )
+@pytest.mark.few(2)
 def test_a_model_of_a_family_comes_out_as_it_is(family: str, tied: bool, tmp_path: Path) -> None:
     model = tiny(family, tie_word_embeddings=tied)
     config = check_same(write(tmp_path / "a.gguf", model), model)
@@ -80,7 +81,7 @@ def test_a_model_of_a_family_comes_out_as_it_is(family: str, tied: bool, tmp_pat
         ),
     ],
 )
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_scaled_positions_are_carried_over(
     family: str, metadata: dict[str, Any], scaling: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_a_linear_scale_of_the_old_kind_is_carried_over(tmp_path: Path) -> None:
     ("factor", "low", "high", "context", "theta"),
     [(32.0, 1.0, 4.0, 8192, 500000.0), (8.0, 1.0, 4.0, 8192, 10000.0), (2.5, 1.0, 4.0, 64, 10000.0)],
 )
+@pytest.mark.few(2)
 def test_the_factors_of_llama_3_1_become_its_rope_parameters(
     head: int, factor: float, low: float, high: float, context: int, theta: float, tmp_path: Path
 ) -> None:
@@ -181,6 +183,7 @@ def test_biases_of_the_attention_and_the_mlp_are_carried_over(family: str, tmp_p
         ("llama", {}, {"token_embd.weight": np.ones((301, 32), "f4")}, r"numbers in its tensors"),
     ],
 )
+@pytest.mark.few(4)
 def test_tensors_without_a_place_and_places_without_a_tensor_are_refused(
     family: str, changes: dict[str, Any], tensors: dict[str, Any], message: str, cache: Path, tmp_path: Path
 ) -> None:
@@ -227,6 +230,7 @@ def test_tensors_without_a_place_and_places_without_a_tensor_are_refused(
         ("llama.rope.freq_base", "large"),
     ],
 )
+@pytest.mark.few(12)
 def test_what_a_config_cannot_say_is_refused(key: str, value: Any, cache: Path, tmp_path: Path) -> None:
     refused(write(tmp_path / "a.gguf", tiny(), {key: value}), cache)
 
@@ -250,7 +254,7 @@ def test_what_a_config_cannot_say_is_refused(key: str, value: Any, cache: Path, 
         ("other.thing", 1),
     ],
 )
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 def test_what_changes_nothing_is_let_in(key: str, value: Any, tmp_path: Path) -> None:
     model = tiny()
     check_same(write(tmp_path / "a.gguf", model, {key: value}), model)

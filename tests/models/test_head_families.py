@@ -41,6 +41,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.few(4)
 def test_a_pruned_head_or_channel_is_a_masked_one(family: str) -> None:
     model = build(family)
     assert head_layers(model) == [LAYERS[family]]

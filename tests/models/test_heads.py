@@ -140,6 +140,7 @@ def oracle(model: Any, samples: list[Sample], form: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("form", FORMS)
 @all_models
+@pytest.mark.few(10)
 def test_scores_of_heads_are_those_of_one_sample_head_and_token_at_a_time(make_model, samples, options, form):
     model = make_model(**options)
     found, expected = accumulated(model, samples, form), oracle(model, samples, form)

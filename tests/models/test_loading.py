@@ -231,6 +231,7 @@ RIGHT: dict[str, tuple[Callable[[Path], object] | None, bool]] = {
 
 
 @pytest.mark.parametrize("case", RIGHT)
+@pytest.mark.few(5)
 def test_both_loaders_read_the_tensors_that_transformers_reads(case: str, copied: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -429,6 +430,7 @@ FUSED: dict[str, tuple[Callable[[Tensors], object], str]] = {
 
 @both
 @pytest.mark.parametrize("case", FUSED)
+@pytest.mark.few(8)
 def test_what_is_lost_of_a_model_whose_tensors_are_converted_is_missed_too(
     case: str, load: Callable[..., Any], experts: tuple[Path, Any]
 ) -> None:
@@ -442,6 +444,7 @@ def test_what_is_lost_of_a_model_whose_tensors_are_converted_is_missed_too(
 
 
 @pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.few(3)
 def test_models_of_all_kinds_are_read_in_shards_as_transformers_reads_them(kind: str, tmp_path: Path) -> None:
     model = save_in_files(kind, tmp_path / "model")
     sharded = load_in_shards(tmp_path / "model")

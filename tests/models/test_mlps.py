@@ -122,6 +122,7 @@ def test_each_block_has_one_mlp_whose_layers_have_known_names_and_fitting_shapes
 
 
 @every_family
+@pytest.mark.few(8)
 def test_pruning_is_masking_and_zeroes_the_neurons_rows_and_columns_alone(family: str) -> None:
     model = make(family)
     neurons, before = some_neurons(model), logits(model)
@@ -149,6 +150,7 @@ def test_pruning_is_masking_and_zeroes_the_neurons_rows_and_columns_alone(family
 
 
 @every_family
+@pytest.mark.few(8)
 def test_an_mlp_without_its_neurons_gives_its_bias(family: str) -> None:
     model = make(family)
     found: dict[str, Tensor] = {}
@@ -249,6 +251,7 @@ def scores_of(model: Any, layers: Any, score: Any, granularity: Any = "neuron", 
 
 @fused
 @pytest.mark.parametrize("score", ["magnitude", "signed", "absolute", "squared", "wanda"])
+@pytest.mark.few(8)
 def test_a_fused_layer_has_the_scores_of_its_up_rows_written_as_a_layer_of_their_own(family: str, score: str) -> None:
     model = make(family)
     layers = find_layers(model, neuron_layers(model))

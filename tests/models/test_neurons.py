@@ -194,6 +194,7 @@ def damped(model: Any, neurons: list[Component], damping: float) -> Any:
 
 @all_models
 @pytest.mark.parametrize("damping", [0.1, 0.5, 0.75, 1.0])
+@pytest.mark.few(8)
 def test_a_mask_of_some_strength_makes_the_neurons_columns_smaller_by_that_much(make_model, options, damping):
     model, neurons = make_model(**options), in_family(NEURONS, options["family"])
     before, weights_before = logits(model), weights(model)

@@ -104,6 +104,7 @@ def test_a_position_without_scores_and_few_prompts_are_named():
     assert by_position(lengths(None, None), "x") == "No piece of a continuation could be scored by both models."
 
 
+@pytest.mark.usefixtures("pictures_take_no_time")
 def test_the_page_shows_picture_and_sentence_and_the_table_of_the_terminal_and_the_card_do_not():
     results, rows = made_up()
     plain, without = summary_table(results), write(results, rows)
@@ -120,6 +121,7 @@ def test_the_page_shows_picture_and_sentence_and_the_table_of_the_terminal_and_t
     assert (summary_table(results), CARD.read_text()) == (plain, card)
 
 
+@pytest.mark.usefixtures("pictures_take_no_time")
 def test_pieces_of_which_none_was_scored_have_a_page_without_the_picture():
     results, rows = made_up()
     page = write(replace(results, lengths=lengths(None, None)), rows)

@@ -108,6 +108,7 @@ def test_a_bar_of_the_upset_plot_is_the_exclusive_size_over_the_dots_of_its_list
     assert [label.get_text() for label in dots.get_yticklabels()] == [f"list {i} (40)" for i in range(3)]
 
 
+@pytest.mark.slow
 def test_of_many_combinations_the_largest_are_drawn_and_the_rest_is_counted(drawn):
     results = made_up(8)
     draw_overlap(results.lists, results.overlaps, Path("x"))

@@ -59,6 +59,7 @@ def test_a_page_comes_out_of_what_the_results_hold_and_no_scorer_is_asked(folder
 
 
 @pytest.mark.parametrize("change", ["a row is gone", "a judge is gone", "a score is gone", "another judge"])
+@pytest.mark.few(2)
 def test_a_page_is_not_drawn_of_continuations_that_the_results_are_not_about(folder, change):
     rows = load_completions(folder / COMPLETIONS)
     if change == "a row is gone":
@@ -148,6 +149,7 @@ def test_the_folder_of_an_experiment_gets_the_page_of_its_evaluation(folder, pic
 
 
 @pytest.mark.parametrize("given", ["nowhere", "empty", "alone", "damaged", "inconsistent", "without completions"])
+@pytest.mark.few(3)
 def test_a_folder_that_cannot_be_drawn_is_one_sentence(folder, given, monkeypatch, capsys, pictures_take_no_time):
     if given == "empty":
         Path("empty").mkdir()
@@ -176,6 +178,7 @@ def test_a_folder_that_cannot_be_drawn_is_one_sentence(folder, given, monkeypatc
     "line",
     ["{", "[1]", "3", "[" * 5000, '{"model": 3}', "{}", '"text"', '{"model": "baseline", "prompt_id": true}', "\ufffd"],
 )
+@pytest.mark.few(3)
 def test_a_damaged_row_of_completions_is_named_by_its_line(folder, line):
     path = folder / COMPLETIONS
     path.write_text(path.read_text().split("\n")[0] + f"\n{line}\n")

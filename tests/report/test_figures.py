@@ -271,6 +271,7 @@ def crowded() -> list[Row]:
 
 
 @pytest.mark.parametrize("kind", ["changes", "doses", "scatter", "layers", "differential"])
+@pytest.mark.few(2)
 def test_nothing_is_cut_off_or_covered(drawn, kind):
     results, _ = made_up()
     many = {f"model.layers.{i}.mlp.up_proj": 100_000 for i in range(0, 120, 3)}

@@ -93,6 +93,7 @@ def one_by_one(folder: Path, label: int, texts: list[str], length: int = 20, sig
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.few(3)
 def test_scores_are_the_probabilities_of_the_toxic_label_of_each_text_alone(
     make_classifier: Callable[..., Path], family: str, batch_size: int
 ) -> None:

@@ -122,6 +122,7 @@ TEXTS: list[tuple[bytes, str]] = [
 
 
 @pytest.mark.parametrize(("content", "expected"), TEXTS, ids=[text[:20].decode("latin1") for text, _ in TEXTS])
+@pytest.mark.few(5)
 def test_a_yaml_that_is_none_or_large_or_code_is_refused_and_nothing_of_it_runs(content: bytes, expected: str) -> None:
     Path("own.yaml").write_bytes(content)
     with pytest.raises(OptionError, match=re.escape(expected)) as raised:

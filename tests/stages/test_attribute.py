@@ -335,6 +335,7 @@ def test_targets_that_cp_lrp_passes_no_relevance_through_are_refused(tiny_checkp
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "gpt2", "opt"])
+@pytest.mark.few(2)
 def test_the_layers_that_cp_lrp_leaves_have_relevance_in_every_family(
     make_checkpoint, tiny_checkpoint, prompts, family
 ):

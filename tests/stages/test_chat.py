@@ -227,6 +227,7 @@ def test_at_a_terminal_the_answers_stand_side_by_side_in_its_width(monkeypatch, 
         (["--prompts", "p.txt", "--model.neurons", "of_nothing.json"], ValueError, "which checkpoint it is for"),
     ],
 )
+@pytest.mark.few(3)
 def test_what_cannot_be_used_is_refused_before_the_model_is_loaded(monkeypatch, capsys, neurons, options, error, said):
     Path("p.txt").write_text("the cat\n")
     Path("blank.txt").write_text("the cat\n \n")

@@ -30,6 +30,7 @@ def results(whole: float, circuit: float, emptied: float | None, number: int = 1
 
 
 @pytest.mark.parametrize("number", [1, 4, 5, 14, 126, 128, 1000, 5000])
+@pytest.mark.few(7)
 def test_guessing_is_right_more_often_than_the_chance_level_in_less_than_5_percent(number):
     level = round(chance_level(number) * number)
     of_more = sum(math.comb(number, right) for right in range(level + 1, number + 1)) / 2**number

@@ -58,7 +58,7 @@ def one_process(tiny_checkpoint: str, inputs: dict[str, str], tmp_path_factory: 
     return folder
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp2"), (3, "fsdp2"), (4, "fsdp2"), (2, "ddp")])
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp2"), (3, "fsdp2"), (2, "ddp")])
 def test_scores_of_several_ranks_are_those_of_one_process(
     ranks: int, strategy: str, tiny_checkpoint: str, inputs: dict[str, str], one_process: Path, tmp_path: Path
 ) -> None:
@@ -139,7 +139,7 @@ def test_the_whole_experiment_runs_on_two_ranks(tiny_checkpoint: str, inputs: di
 
 def test_gradient_checkpointing_changes_no_score(one_process: Path) -> None:
     plain, checkpointed = (
-        load_file(one_process / f"{name}-93/scores.safetensors") for name in ("magnitude", "checkpointed")
+        load_file(one_process / f"{name}-23/scores.safetensors") for name in ("magnitude", "checkpointed")
     )
     for module in plain:
         assert plain[module].equal(checkpointed[module])
@@ -179,14 +179,14 @@ def test_a_checkpoint_folder_with_a_missing_shard_is_refused(
         Checkpoint(str(folder)).fetch() if sharded else load_model(str(folder), torch.float32)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_reads_only_its_own_rows(
-    ranks: int, tiny_checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
         checkpoint = Checkpoint(SMOLLM2).location
     except ConnectionError as error:
         pytest.skip(str(error))
+    ranks = 4
     (tmp_path / "tiny").symlink_to(tiny_checkpoint)
     on_ranks(ranks, "load", checkpoint, tmp_path, ranks)
     model = load_model(checkpoint, torch.float32)

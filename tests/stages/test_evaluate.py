@@ -157,6 +157,7 @@ def by_prompt(rows, name: str) -> dict[str, list[float]]:
     return groups
 
 
+@pytest.mark.slow
 def test_the_same_evaluation_twice_gives_the_same_numbers(both, tiny_checkpoint, neurons):
     assert run(evaluation(tiny_checkpoint, neurons)) == both.results
     assert Path("out", COMPLETIONS).read_text() == (both.folder / COMPLETIONS).read_text()
@@ -239,6 +240,7 @@ def test_without_neurons_only_the_model_as_it_is_is_measured(baseline):
     assert not (baseline.folder / REPORT).exists()
 
 
+@pytest.mark.slow
 def test_the_baseline_does_not_depend_on_which_neurons_are_measured_beside_it(tiny_checkpoint, neurons):
     alone = run(
         evaluation(tiny_checkpoint, save_neurons(tiny_checkpoint, [Component("model.layers.0.mlp.up_proj", 3, -1)])),

@@ -63,6 +63,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.few(3)
 def test_what_was_changed_under_the_same_path_makes_another_run(begun, what):
     field, change = CHANGES[what]
     before = begun(scorers=["scorer"])

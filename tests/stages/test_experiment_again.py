@@ -58,7 +58,7 @@ def test_the_whole_experiment_run_again_from_nothing_gives_the_same_numbers(done
     ],
     ids=lambda value: " ".join(value),
 )
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_a_changed_option_reruns_what_depends_on_it_and_nothing_else(due, change, expected):
     due()
     assert due(*change) == expected

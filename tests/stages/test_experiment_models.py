@@ -56,7 +56,7 @@ def write_checkpoint(model_type: str, **options: Any) -> str:
         ("llama", ("--prune.export", "new"), r"'model' cannot be exported: its files hold no tensor .*--prune\.export"),
     ],
 )
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_a_model_that_a_later_stage_would_refuse_is_refused_before_any_stage_and_by_the_plan(
     due: Any, plan: Any, model_type: str, changes: tuple[str, ...], error: str
 ) -> None:
@@ -77,6 +77,7 @@ MULTIMODAL = {
 
 @pytest.mark.parametrize("method", ["lrp", "wanda"])
 @pytest.mark.parametrize("model_type", MULTIMODAL)
+@pytest.mark.few(2)
 def test_a_multimodal_checkpoint_is_refused_at_once_by_the_experiment_and_by_each_verb(
     due: Any, model_type: str, method: str
 ) -> None:

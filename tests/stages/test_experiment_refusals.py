@@ -88,7 +88,7 @@ def test_sides_of_other_components_and_what_is_no_cost_or_no_benefit_are_refused
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 def test_what_a_later_stage_would_refuse_is_refused_before_any_stage_and_by_the_plan(due, plan, changes, error):
     with pytest.raises(ValueError, match=error):
         due(*changes, run_stage=must_not_run)

@@ -39,6 +39,7 @@ def weights(folder: Path) -> dict[str, bytes]:
         ("2:4", 0.5, 2, "float32"),
     ],
 )
+@pytest.mark.few(2)
 def test_the_export_is_the_checkpoint_of_the_compression_byte_for_byte_after_that_is_gone(
     make_scores: MakeScores, pattern: str, sparsity: float, num_seeds: int, dtype: Any
 ) -> None:
@@ -247,6 +248,7 @@ def changed_row(content: dict[str, Any], **changes: Any) -> dict[str, Any]:
         (lambda content: {**content, "export_dtype": "int3"}, "export_dtype cannot be 'int3'"),
     ],
 )
+@pytest.mark.few(3)
 def test_a_file_with_a_checksum_whose_values_are_wrong_is_refused(
     compressed: Path, change: Callable[[dict[str, Any]], dict[str, Any]], reason: str
 ) -> None:

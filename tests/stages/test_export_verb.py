@@ -83,6 +83,7 @@ def shards(folder: Path | str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.few(2)
 def test_stock_transformers_computes_of_the_export_what_the_masked_model_computes(sharded: str, kind: str) -> None:
     chosen = LISTS[kind]
     Export(save_neurons(sharded, chosen), EXPORT).write(OUT)

@@ -72,7 +72,7 @@ LOGGERS = {
 }
 
 
-QUICK = ("none", "wandb", "csv", "default")  # of each kind of logger one
+QUICK = ("none", "wandb")
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def test_another_checkpoint_list_version_or_device_is_said(there):
 
 @pytest.mark.usefixtures("no_model_is_loaded")
 @pytest.mark.parametrize("gone", ["neurons.json", "text.txt", "prompts.jsonl", "mild.jsonl", "model"])
+@pytest.mark.few(2)
 def test_what_is_gone_is_named_before_anything_is_loaded(there, gone):
     Path(gone).rename("moved")
     named = "./model" if gone == "model" else gone
@@ -155,6 +156,7 @@ def test_all_that_is_gone_is_named_at_once(there):
         ("inputs", {}, "does not say how it was measured: its config lacks 'dtype'"),
     ],
 )
+@pytest.mark.few(3)
 def test_a_file_that_describes_no_evaluation_is_refused_in_a_sentence(there, path, value, said):
     write_sealed(THERE, replaced_at({k: v for k, v in there.items() if k != "sha256"}, path, value))
     with pytest.raises(ValueError, match=said):

@@ -148,6 +148,7 @@ def test_the_points_are_those_of_evaluations_of_their_own(tiny_checkpoint, monke
     assert alone["baseline"] == results["baseline"]
 
 
+@pytest.mark.slow
 def test_the_saved_config_of_a_sweep_repeats_it_and_names_every_option(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     first, folder = sweep(
@@ -162,6 +163,7 @@ def test_the_saved_config_of_a_sweep_repeats_it_and_names_every_option(monkeypat
     assert json.loads(Path(done.trainer.log_dir, "results.json").read_text()) == first
 
 
+@pytest.mark.slow
 def test_controls_can_be_measured_beside_the_doses(monkeypatch):
     monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
     results, _ = sweep("--model.doses", "[2]", "--model.dampings", "[1.0]", "--model.controls.num_draws", "1")

@@ -64,6 +64,7 @@ def line(total: float | None, out: io.StringIO) -> tuple[Line, Clock]:
         (["--trainer.callbacks", "TQDMProgressBar", "--trainer.enable_progress_bar", "true"], False, "TQDMProgressBar"),
     ],
 )
+@pytest.mark.few(2)
 def test_the_line_of_progress_is_ours_unless_another_is_asked_for(options, ours, theirs, tiny_checkpoint):
     Path("general.txt").write_text("a b c d e f g h\n")
     data = ["--data", "C4", "--data.source", "general.txt", "--data.num_samples", "1", "--data.seq_len", "4"]
