@@ -17,8 +17,8 @@ class KeyedNoise(LogitsProcessor):
     penalty, changes the draws, which ``sparc3 evaluate`` does not let it do.
 
     Args:
-        keys: Of each row that ``generate`` continues, from ``draw_keys``. With ``num_return_sequences`` the rows of one
-            prompt follow each other.
+        keys: Of each row that ``generate`` continues, from ``draw_keys``. With ``num_return_sequences``, which it takes
+            only with ``do_sample``, the rows of one prompt follow each other.
         num_read: Tokens that each row has before the first draw, padding included.
         temperature: Temperature of sampling; 0 is greedy decoding.
         top_p: Probability mass of nucleus sampling.
@@ -32,8 +32,9 @@ class KeyedNoise(LogitsProcessor):
         >>> model = LlamaForCausalLM(LlamaConfig(99, 8, 16, 1, 2))
         >>> input_ids = torch.tensor([[1, 10, 20]])
         >>> noise = KeyedNoise(draw_keys(0, "prompt-1", 2, 2), num_read=3, temperature=0.7, top_p=0.9)
-        >>> model.generate(input_ids, logits_processor=[noise], num_return_sequences=2, max_new_tokens=4).shape
-        torch.Size([2, 7])
+        >>> options = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 4}
+        >>> len(model.generate(input_ids, logits_processor=[noise], **options))
+        2
     """
 
     def __init__(self, keys: Sequence[int], num_read: int, temperature: float = 1.0, top_p: float = 1.0) -> None:

@@ -13,11 +13,17 @@ MASK = torch.tensor([[0] * (LONGEST - len(prompt)) + [1] * len(prompt) for promp
 ENDS = list(range(2, 30))
 
 
-def stock(model, keys, sampling, **options):
+def stock(model, keys, sampling, do_sample):
     """Return what transformers' generate writes, each row up to its end, and how long the rows are."""
     noise = KeyedNoise([key for of_prompt in keys for key in of_prompt], LONGEST, sampling.temperature, sampling.top_p)
-    options = {"max_new_tokens": sampling.max_new_tokens, "num_return_sequences": len(keys[0]), **options}
-    written = model.generate(INPUT_IDS, attention_mask=MASK, logits_processor=[noise], pad_token_id=0, **options)
+    repeats = len(keys[0])
+    read = {"inputs": INPUT_IDS, "attention_mask": MASK}
+    options = {"max_new_tokens": sampling.max_new_tokens, "do_sample": do_sample, "pad_token_id": 0}
+    if do_sample:
+        options["num_return_sequences"] = repeats
+    else:  # which transformers refuses without sampling
+        read = {name: tensor.repeat_interleave(repeats, dim=0) for name, tensor in read.items()}
+    written = model.generate(**read, logits_processor=[noise], **options)
     rows = [row[LONGEST:].tolist() for row in written]
     return [row[: next((i for i, token in enumerate(row) if token in ENDS), len(row))] for row in rows]
 
@@ -45,7 +51,7 @@ def test_at_temperature_0_it_is_greedy_decoding(make_model):
     plain = model.generate(INPUT_IDS, attention_mask=MASK, do_sample=False, max_new_tokens=50, pad_token_id=0)
     rows = [row[LONGEST:].tolist() for row in plain]
     expected = [row[: next((i for i, token in enumerate(row) if token in ENDS), len(row))] for row in rows]
-    assert stock(model, keys, greedy) == expected
+    assert stock(model, keys, greedy, do_sample=False) == expected
 
 
 def test_what_cannot_be_drawn_is_refused():
