@@ -29,7 +29,8 @@ class KeyedNoise(LogitsProcessor):
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from sparc3_lightning.evaluation.generation import draw_keys
-        >>> model = LlamaForCausalLM(LlamaConfig(99, 8, 16, 1, 2))
+        >>> sizes = {"vocab_size": 99, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
         >>> input_ids = torch.tensor([[1, 10, 20]])
         >>> noise = KeyedNoise(draw_keys(0, "prompt-1", 2, 2), num_read=3, temperature=0.7, top_p=0.9)
         >>> options = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 4}

@@ -34,8 +34,8 @@ def tiny(folder: Path) -> list[str]:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "tiny")
-    config = LlamaConfig(len(words), 16, 24, num_hidden_layers=2, num_attention_heads=2, bos_token_id=None)
-    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(folder / "tiny")
     write_rows(folder / "documents.jsonl", [{"text": " ".join(words[1:] * 4)}] * 4)
     data = ["--data=C4", f"--data.source={folder / 'documents.jsonl'}", "--data.num_samples=4", "--data.seq_len=16"]
     return [f"--model.checkpoint={folder / 'tiny'}", *data, "--trainer.accelerator=cpu"]
