@@ -33,7 +33,7 @@ for verb in ("attribute", "evaluate", "run"):
     except SystemExit:
         pass
 late = {"datasets", "pandas", "pyarrow", "sklearn", "detoxify", "lxt", "zennit", "lm_eval", "gguf", "pip"}
-late |= {"transformers.generation.utils", "torch.distributed.checkpoint",}
+late |= {"transformers.generation.utils"}
 print("loaded:", sorted(late & set(sys.modules)), gc.isenabled())
 """
 
