@@ -1,6 +1,6 @@
 """How text becomes token ids, for every reader: one place for what stands before and behind a text, and for padding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 PAD = 0  # padding is masked, so that any id does, and this one is in every vocabulary
 PROBES = ("a", "the", "0")
+# Characters beyond what is kept of a text that is not encoded to its end, and the most that a word of it may have.
+BEYOND, LONGEST_WORD = 4096, 1024
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,39 @@ class Tokens:
         """
         found = self.encode_bare(texts)
         return [self.prefix + (self.without_bos(ids) if self.adds_bos else ids) for ids in found]
+
+    def encode_first(self, text: str, number: int, encode: Callable[[str], list[int]]) -> list[int]:
+        """Return at least the first so many tokens of a text, and encode little more of it.
+
+        A tokenizer that splits a text into words encodes each by itself, so that what follows a word changes none of
+        its tokens. Any other may join whatever stands side by side, and encodes the whole text.
+
+        Args:
+            text: Any text.
+            number: Tokens that are wanted.
+            encode: Encodes a text, or the beginning of it.
+
+        Returns:
+            Token ids, of which the first ``number`` are those of the whole text, or all there are.
+        """
+        size = 8 * number  # a token of English has some four characters
+        while (kept := text.find("\n", size) + 1) and (end := text.find("\n", kept + BEYOND) + 1):
+            if not self._has_short_words(text[:end]):
+                break
+            short, long = encode(text[:kept]), encode(text[:end])
+            if len(short) > number and short[:number] == long[:number]:
+                return long[:number]
+            size *= 2
+        return encode(text)
+
+    def _has_short_words(self, text: str) -> bool:
+        """Tell whether the tokenizer splits a text into words, each so short that none spans what is cut off."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or backend.pre_tokenizer is None:
+            return False
+        normal = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
+        words = backend.pre_tokenizer.pre_tokenize_str(normal)
+        return all(end - start <= LONGEST_WORD for _, (start, end) in words)
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of prompts: as documents, or in a chat exactly those of the chat template.

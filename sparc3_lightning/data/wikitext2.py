@@ -1,6 +1,6 @@
 """WikiText-2 (Merity et al. 2016), or any other text: windows of tokens to measure perplexity on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast
 
 import torch
@@ -200,11 +200,10 @@ class WikiText2(TextDataModule):
         usual: Bos = "none" if not tokens.adds_bos else "every" if self.needs_bos_everywhere() else "first"
         self.has_bos, self.before = self.bos or usual, []
         if self.has_bos == usual != "every":
-            return tokens.encode_documents([self.read_text()])[0]
+            return self._first(tokens, lambda text: tokens.encode_documents([text])[0])
         if self.has_bos != "none" and tokens.bos is None:
             raise OptionError("bos", "cannot be had: the tokenizer has no such token; leave it out.", self.group)
-        (ids,) = tokens.encode_bare([self.read_text()])
-        ids = tokens.without_bos(ids)
+        ids = self._first(tokens, lambda text: tokens.without_bos(tokens.encode_bare([text])[0]))
         if self.has_bos == "none":
             return ids
         before = tokens.prefix if tokens.adds_bos else [*tokens.prefix, cast("int", tokens.bos)]
@@ -212,6 +211,11 @@ class WikiText2(TextDataModule):
             return before + ids
         self.before = before
         return ids
+
+    def _first(self, tokens: Tokens, encode: Callable[[str], list[int]]) -> list[int]:
+        """Return the tokens of the text, or as many as are used."""
+        text = self.read_text()
+        return encode(text) if self.num_tokens is None else tokens.encode_first(text, self.num_tokens, encode)
 
     @property
     def longest(self) -> int:

@@ -144,12 +144,12 @@ def speak(verbose: bool) -> None:
         os.environ[VERBOSE] = "1"
         warnings.formatwarning = lambda *given, **more: for_terminal(show(*given, **more), keep="\n\t")
         return
-    import datasets
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    # datasets reads it when a stage imports it, if any does: with pandas that takes a tenth of all that starts.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.lastResort = logging.NullHandler()  # else it prints the warnings of libraries
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:

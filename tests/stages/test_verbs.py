@@ -23,6 +23,19 @@ for given in (["--help"], ["-h"], ["--version"], [], ["evalute"], ["-v", "--help
         pass
 print("loaded:", sorted({"torch", "lightning", "jsonargparse", "transformers", "rich"} & set(sys.modules)))
 """
+NEEDED = """
+import gc, sys
+from sparc3_lightning.__main__ import entry_point
+for verb in ("attribute", "evaluate", "run"):
+    sys.argv = ["sparc3", verb, "--help"]
+    try:
+        entry_point()
+    except SystemExit:
+        pass
+late = {"datasets", "pandas", "pyarrow", "sklearn", "detoxify", "lxt", "zennit", "lm_eval", "gguf", "pip"}
+late |= {"transformers.generation.utils"}
+print("loaded:", sorted(late & set(sys.modules)), gc.isenabled())
+"""
 
 
 def answered(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -131,3 +144,9 @@ def test_help_version_and_a_wrong_verb_take_no_time_and_load_no_library():
         subprocess.run([sys.executable, "-m", "sparc3_lightning", given], capture_output=True)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
+
+
+@pytest.mark.slow
+def test_the_options_of_a_verb_are_known_without_what_only_its_work_needs():
+    said = subprocess.run([sys.executable, "-c", NEEDED], check=True, capture_output=True, text=True).stdout
+    assert said.endswith("loaded: [] True\n"), said[-300:]
