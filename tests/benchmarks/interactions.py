@@ -315,13 +315,17 @@ def predictions(
         subsets[f"{n} at random, {i % 2 + 1}"] = torch.randperm(len(ranked), generator=draw)[:n]
     print("\nThousandths of a nat a token\n")
     head("components", "sum of costs", "with the floor", "sum over pairs", "KL measured", "rise of the loss")
-    with torch.no_grad():
-        hidden = [last_hidden_state(model, batch["input_ids"]) for batch in text]
+    original = []
+    for batch in text:
+        ids = batch["input_ids"]
+        with torch.no_grad():
+            hidden = last_hidden_state(model, ids)
+            original.append((ids, hidden, score_windows(model, hidden, ids, spans(ids))[0]))
     found = []
     for name, subset in subsets.items():
         own, of_pairs = C_KK.diagonal()[subset], C_KK[subset][:, subset]
         row = [(total / 2).item() for total in (own.sum(), (own + floor).sum(), of_pairs.sum())]
-        row += divergence(model, text, hidden, [ranked[i] for i in subset])
+        row += divergence(model, original, [ranked[i] for i in subset])
         line(name, *(f"{1000 * value:.2f}" for value in row))
         found.append({"components": name, "thousandths": row})
     return found
@@ -329,18 +333,28 @@ def predictions(
 
 @torch.no_grad()
 def divergence(
-    model: PreTrainedModel, text: Sequence[Any], hidden: Sequence[Tensor], off: Sequence[Component]
-) -> tuple[float, float]:
-    """Return KL(original || model with components off) and the rise of the loss, nats a token."""
-    total, rise, number = 0.0, 0.0, 0
-    for batch, original in zip(text, hidden, strict=True):
-        ids = batch["input_ids"]
-        spans = torch.tensor([[1, ids.shape[1]]] * len(ids))
-        before, _ = score_windows(model, original, ids, spans)
-        with mask(model, off):
-            after, kl = score_windows(model, last_hidden_state(model, ids), ids, spans, Reference(original))
-        total, rise, number = total + kl.sum().item(), rise + (after - before).sum().item(), number + ids[:, 1:].numel()
-    return total / number, rise / number
+    model: PreTrainedModel, original: Sequence[tuple[Tensor, Tensor, Tensor]], off: Sequence[Component]
+) -> list[float]:
+    """Return KL(original || model with components off) and the rise of the loss, nats a token.
+
+    Args:
+        model: Causal language model.
+        original: Token ids of a batch, the hidden states of the model as it is, and its loss on each document.
+        off: Components.
+    """
+    totals, number = torch.zeros(2, dtype=torch.float64), 0
+    with mask(model, off):
+        for ids, hidden, before in original:
+            reference = Reference(hidden)
+            after, kl = score_windows(model, last_hidden_state(model, ids), ids, spans(ids), reference)
+            totals += torch.stack([kl.sum(), (after - before).sum()])
+            number += ids[:, 1:].numel()
+    return (totals / number).tolist()
+
+
+def spans(ids: Tensor) -> Tensor:
+    """Return the spans of every token but the first of each document, see ``score_windows``."""
+    return torch.tensor([[1, ids.shape[1]]] * len(ids))
 
 
 def held_out(benefit: Tensor, V_CK: Tensor, chunks: int, floor: Tensor, options: Any) -> list[dict[str, float]]:
