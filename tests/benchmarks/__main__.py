@@ -21,6 +21,7 @@ PARTS = (
     "ranks",
     "compression",
     "selections",
+    "interactions",
     "families",
     "words",
     "gpu",

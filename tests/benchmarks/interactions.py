@@ -1,0 +1,407 @@
+"""Other costs and benefits than those of `benefit_per_cost`: `python tests/benchmarks/interactions.py [--json FILE]`.
+
+SmolLM2-135M, neurons and attention channels in one ranking, the parts of the prompts and the texts of selections.py.
+One pass over documents and one over the model's own continuations give the derivatives by every gain. From them follow
+costs of pairs, costs and benefits towards the mean, and the benefit from fewer prompts or less that on harmless
+continuations. The first table is what costs and costs of pairs predict of lists, against the divergence measured on the
+budget's text. The second is how much benefit a greedy choice by marginal costs finds, charged by documents that it did
+not see. The third is what each choice does within a budget, on the prompts for choices made by hand.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import chdir
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    BANDS,
+    CHECKPOINT,
+    JUDGES,
+    OWN_HARMLESS,
+    Subject,
+    attribute,
+    evaluation,
+    head,
+    line,
+    parse,
+    percent,
+    sparc3,
+    write,
+    write_parts,
+)
+from selections import DATA
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparc3_lightning.attribution.lexicon import Lexicon
+from sparc3_lightning.attribution.targets import lexicon_of, lexicon_probability, sampled_log_probability
+from sparc3_lightning.data import C4
+from sparc3_lightning.data.base import ReferenceSamples
+from sparc3_lightning.data.toxic_prompts import ToxicPrompts
+from sparc3_lightning.evaluation.completions import load_completions
+from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.models.architectures import find_layers, head_layers, neuron_layers
+from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.models.components import Component, in_words, mask
+from sparc3_lightning.models.likelihood import Reference, last_hidden_state, score_windows
+from sparc3_lightning.models.neurons import columns_of
+from sparc3_lightning.models.noise import draw_key
+from sparc3_lightning.scorers.registry import load_scorer
+from sparc3_lightning.selection.budget import Budget, PerplexityRise, choose_within
+from sparc3_lightning.selection.criteria import FLOOR
+from sparc3_lightning.selection.neuron_list import NeuronList
+from sparc3_lightning.sources import read_records
+
+CHUNK = 64
+LEAST = 0.1  # of a component's own cost, below which no marginal cost falls
+CANDIDATES = 1000  # whose costs of pairs are formed
+
+
+def main() -> None:
+    """Measure, and print the tables."""
+    options = parse(
+        __doc__,
+        folder={"type": Path, "default": Path("selections")},
+        data={"type": Path, "default": DATA},
+        budget={"type": float, "default": 0.01},
+        documents={"type": int, "default": 64, "help": "to attribute on"},
+        shares={"type": float, "nargs": "+", "default": [0.1, 0.3, 1.0], "help": "of the costs of pairs that count"},
+        prompts={"type": int, "default": 100},
+        continuations={"type": int, "default": 5},
+    )
+    files = [options.data / name for name in ("rtp/toxic.jsonl", "c4/en.jsonl", "wikitext2/wiki.test.raw")]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        sys.exit(f"--data: {', '.join(missing)} does not exist; give the folder that holds copies.")
+    prompts, c4, text = (file.resolve() for file in files)
+    options.folder.mkdir(exist_ok=True)
+    options.json = options.json and options.json.resolve()
+    with chdir(options.folder):
+        rows = [row for row in read_records(prompts) if (row["prompt"]["toxicity"] or 0) >= 0.5]
+        subject = Subject(CHECKPOINT, write_parts(rows), c4, text, num_attributed=options.documents)
+        attribute(subject, [])  # the continuations alone
+        write(options, measured(subject, options))
+
+
+def measured(subject: Subject, options: Any) -> dict[str, Any]:
+    """Print the three tables, and return their figures."""
+    checkpoint = Checkpoint(subject.checkpoint)
+    model = checkpoint.load(torch.float32).eval().requires_grad_(False)
+    components, layers = components_of(model)
+    general = documents(subject, checkpoint, subject.num_attributed, 0)
+    cost = derivatives(model, layers, general.predict_dataloader(), sampled(), CHUNK)
+    file = Path("lightning_logs/evaluate/cont/completions.jsonl")
+    own = [row for row in load_completions(file) if row["continuation"]]
+    continued = ToxicPrompts(
+        str(file),
+        by="continuation",
+        continuation_toxicity=(0, 1),
+        min_toxicity=0.5,
+        num_samples=len(own),
+        batch_size=16,
+    )
+    continued.model_checkpoint = checkpoint
+    continued.setup("predict")
+    gain = derivatives(model, layers, continued.predict_dataloader(), lexical(continued))
+    harmless = {
+        f"{row['prompt_id']}/{row['continuation_index']}"
+        for row in own
+        if BANDS[OWN_HARMLESS][0] <= (row["scores"][JUDGES[0]] or 0) <= BANDS[OWN_HARMLESS][1]
+    }
+    is_harmless = torch.tensor([name in harmless for name in gain.names])
+    prompts = list(dict.fromkeys(name.rpartition("/")[0] for name in sorted(gain.names)))
+    benefit, costs = gain.off.mean(dim=0), squares(cost.off)
+    floor = FLOOR * costs.mean()
+    order = ranking(benefit, costs)
+    first = order[:CANDIDATES]
+    pairs = information(cost.off[:, first])
+    leave_out = {sample.id for sample in general.samples}
+    text = documents(subject, checkpoint, subject.num_priced, 7, leave_out)
+    batches = list(text.predict_dataloader())
+    found: dict[str, Any] = {
+        "predicted": predictions(model, batches, [components[i] for i in first], pairs, floor),
+        "held out": held_out(benefit[first], cost.off[:, first], subject.seq_len // CHUNK, floor, options),
+    }
+    orders = {"benefit per cost": [components[i] for i in first]}
+    for share in options.shares:
+        chosen = greedy(benefit[first], pairs, floor, share, len(first) // 2)
+        orders[f"greedy, {share:g} of pairs"] = [components[first[i]] for i in chosen]
+    for number in (len(prompts) // 3, 2 * len(prompts) // 3):
+        some = torch.tensor([name.rpartition("/")[0] in prompts[:number] for name in gain.names])
+        found_by = ranking(gain.off[some].mean(dim=0), costs)[:CANDIDATES]
+        orders[f"{number} prompts"] = [components[i] for i in found_by]
+    contrast = ranking(benefit - gain.off[is_harmless].mean(dim=0), costs)[:CANDIDATES]
+    orders["less harmless"] = [components[i] for i in contrast]
+    orders["off or at the mean"] = at_mean(components, cost, gain, floor)
+    rise, lists = PerplexityRise(model, batches), {}
+    for name, ranked in orders.items():
+        lists[name] = choose_within(rise, ranked, Budget(options.budget))
+    return found | {"chosen": compare(subject, checkpoint, lists, options)}
+
+
+def components_of(model: PreTrainedModel) -> tuple[list[Component], list[torch.nn.Module]]:
+    """Return all neurons and channels, and the layers whose inputs, one after the other, are their activations."""
+    neurons = columns_of(model, find_layers(model, neuron_layers(model)))
+    channels = find_layers(model, head_layers(model))
+    components = [Component(name, i, 0.0) for name, layer in neurons.items() for i in range(layer.in_features)]
+    components += [
+        Component(name, i, 0.0, granularity="channel")
+        for name, layer in channels.items()
+        for i in range(layer.in_features)
+    ]
+    return components, [*neurons.values(), *channels.values()]
+
+
+def documents(of: Subject, checkpoint: Checkpoint, number: int, seed: int, leave_out: Iterable[str] = ()) -> C4:
+    """Return documents as the verbs draw them."""
+    data = C4(str(of.documents), num_samples=number, seq_len=of.seq_len, seed=seed, batch_size=4)
+    data.model_checkpoint = checkpoint
+    data.setup("predict")
+    data.leave_out = set(leave_out)
+    return data
+
+
+def sampled() -> Callable[[PreTrainedModel, Any, Tensor | None], Tensor]:
+    """Return the target of costs, with the draws of ``sparc3 attribute``."""
+
+    def target(model: PreTrainedModel, batch: Any, mask_BT: Tensor | None) -> Tensor:
+        keys = torch.tensor([draw_key(0, name) for name in batch["sample_ids"]])
+        return sampled_log_probability(model, batch["input_ids"], mask_BT, keys)
+
+    return target
+
+
+def lexical(data: ReferenceSamples) -> Callable[[PreTrainedModel, Any, Tensor | None], Tensor]:
+    """Return the target of benefits, with the words that the judge who chooses finds toxic."""
+    lexicon = Lexicon.of_tokens(lexicon_of(data.load_tokenizer(), load_scorer(JUDGES[0]).score))
+    return lambda model, batch, mask_BT: lexicon_probability(
+        model, batch["input_ids"], mask_BT, batch["start"], lexicon
+    )
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """Derivatives of a target by the gain of each component, on each chunk of each sample.
+
+    Args:
+        off: Towards 0: the sum of activation x gradient, shape ``[chunks, components]``.
+        constant: By a constant in the place of the activation: the sum of gradients, of the same shape.
+        mean: Mean activation over all tokens, padding too, shape ``[components]``.
+        names: Of the samples.
+    """
+
+    off: Tensor
+    constant: Tensor
+    mean: Tensor
+    names: list[str]
+
+    def towards(self, mean: Tensor) -> Tensor:
+        """Return the derivatives by a gain towards a mean, (activation - mean) x gradient."""
+        return self.off - mean * self.constant
+
+
+def derivatives(
+    model: PreTrainedModel,
+    layers: Sequence[torch.nn.Module],
+    batches: Iterable[Any],
+    target: Callable[[PreTrainedModel, Any, Tensor | None], Tensor],
+    chunk: int | None = None,
+) -> Derivatives:
+    """Return the derivatives by the gain of each input of some layers.
+
+    Args:
+        model: Whose weights are frozen.
+        layers: Whose inputs are components, in order.
+        batches: Of samples.
+        target: Returns that of each sample.
+        chunk: Tokens of a chunk, which must divide those of every sample; None for whole samples.
+    """
+    ends = torch.tensor([0, *(layer.in_features for layer in layers)]).cumsum(0).tolist()
+    offs, constants, names = [], [], []
+    total, number = torch.zeros(ends[-1], dtype=torch.float64), 0
+    for batch in batches:
+        of, size = batch["input_ids"].shape
+        sums = torch.zeros(2, of * (size // chunk if chunk else 1), ends[-1])
+
+        def hook(part: slice, sums: Tensor = sums, size: int = size) -> Callable[..., tuple[Tensor]]:
+            def record(module: object, inputs: tuple[Tensor]) -> tuple[Tensor]:
+                A_BTI = inputs[0].view_as(inputs[0]).requires_grad_()
+                values = A_BTI.detach()
+                total[part] += values.sum(dim=(0, 1))
+
+                def take(G_BTI: Tensor) -> None:
+                    for i, rows in enumerate((values * G_BTI, G_BTI)):
+                        sums[i, :, part] = rows.unflatten(1, (-1, chunk or size)).sum(dim=2).flatten(0, 1)
+
+                A_BTI.register_hook(take)
+                return (A_BTI,)
+
+            return record
+
+        parts = [slice(start, end) for start, end in pairwise(ends)]
+        handles = [layer.register_forward_pre_hook(hook(part)) for layer, part in zip(layers, parts, strict=True)]
+        target(model, batch, batch["attention_mask"] if batch["is_padded"] else None).sum().backward()
+        for handle in handles:
+            handle.remove()
+        offs.append(sums[0])
+        constants.append(sums[1])
+        names += batch["sample_ids"]
+        number += of * size
+    return Derivatives(torch.cat(offs), torch.cat(constants), (total / number).float(), names)
+
+
+def squares(V_CK: Tensor) -> Tensor:
+    """Return the cost of each component, as ``sparc3 attribute`` does, shape ``[components]``, float64."""
+    return V_CK.double().square().sum(dim=0) / (CHUNK * len(V_CK))
+
+
+def information(V_CK: Tensor) -> Tensor:
+    """Return the Fisher information of all pairs of gains, nats squared a token, shape ``[components, components]``."""
+    return V_CK.double().T @ V_CK.double() / (CHUNK * len(V_CK))
+
+
+def ranking(benefit: Tensor, costs: Tensor) -> list[int]:
+    """Return the components that the behaviour gains from, by benefit over cost, the best first."""
+    worth = benefit.double() / (costs + FLOOR * costs.mean())
+    return [i for i in worth.argsort(descending=True).tolist() if benefit[i] > 0]
+
+
+def at_mean(components: Sequence[Component], cost: Derivatives, gain: Derivatives, floor: Tensor) -> list[Component]:
+    """Return neurons and channels by benefit over cost, each neuron off or at its mean, whichever is better."""
+    worth = []
+    for derived in (cost.off, gain.off), (cost.towards(cost.mean), gain.towards(cost.mean)):
+        costs, benefit = squares(derived[0]), derived[1].mean(dim=0).double()
+        worth.append(benefit / (costs + floor))
+    is_neuron = torch.tensor([component.granularity == "neuron" for component in components])
+    held = is_neuron & (worth[1] > worth[0])
+    order = torch.where(held, worth[1], worth[0]).argsort(descending=True)[:CANDIDATES].tolist()
+    means = cost.mean.tolist()
+    return [replace(components[i], mean=means[i]) if held[i] else components[i] for i in order]
+
+
+def greedy(benefit: Tensor, C_KK: Tensor, floor: Tensor, share: float, number: int) -> list[int]:
+    """Choose components one after the other, each time that of the most benefit for what it costs beside the others.
+
+    Args:
+        benefit: Of each component, shape ``[components]``.
+        C_KK: From ``information``.
+        floor: Added to each component's own cost.
+        share: Of the costs of pairs that counts: 0 is the ranking by benefit over cost. These costs are noisy where
+            there are fewer chunks than components.
+        number: How many to choose.
+    """
+    own = C_KK.diagonal() + floor
+    marginal, left, chosen = own.clone(), torch.ones(len(own), dtype=torch.bool), []
+    for _ in range(number):
+        worth = benefit / torch.maximum(marginal, LEAST * own)
+        chosen.append(int(torch.where(left, worth, -math.inf).argmax()))
+        left[chosen[-1]] = False
+        marginal = marginal + 2 * share * C_KK[chosen[-1]]
+    return chosen
+
+
+def predictions(
+    model: PreTrainedModel, text: Sequence[Any], ranked: Sequence[Component], C_KK: Tensor, floor: Tensor
+) -> list[dict[str, Any]]:
+    """Print what costs predict of lists of components, against the divergence and the rise of the loss on a text."""
+    draw = torch.Generator().manual_seed(0)
+    subsets = {f"first {n}": torch.arange(n) for n in (35, 70, 140, 280)}
+    for i, n in enumerate((50, 50, 150, 150)):
+        subsets[f"{n} at random, {i % 2 + 1}"] = torch.randperm(len(ranked), generator=draw)[:n]
+    print("\nThousandths of a nat a token\n")
+    head("components", "sum of costs", "with the floor", "sum over pairs", "KL measured", "rise of the loss")
+    original = []
+    for batch in text:
+        ids = batch["input_ids"]
+        with torch.no_grad():
+            hidden = last_hidden_state(model, ids)
+            original.append((ids, hidden, score_windows(model, hidden, ids, spans(ids))[0]))
+    found = []
+    for name, subset in subsets.items():
+        own, of_pairs = C_KK.diagonal()[subset], C_KK[subset][:, subset]
+        row = [(total / 2).item() for total in (own.sum(), (own + floor).sum(), of_pairs.sum())]
+        row += divergence(model, original, [ranked[i] for i in subset])
+        line(name, *(f"{1000 * value:.2f}" for value in row))
+        found.append({"components": name, "thousandths": row})
+    return found
+
+
+@torch.no_grad()
+def divergence(
+    model: PreTrainedModel, original: Sequence[tuple[Tensor, Tensor, Tensor]], off: Sequence[Component]
+) -> list[float]:
+    """Return KL(original || model with components off) and the rise of the loss, nats a token.
+
+    Args:
+        model: Causal language model.
+        original: Token ids of a batch, the hidden states of the model as it is, and its loss on each document.
+        off: Components.
+    """
+    totals, number = torch.zeros(2, dtype=torch.float64), 0
+    with mask(model, off):
+        for ids, hidden, before in original:
+            reference = Reference(hidden)
+            after, kl = score_windows(model, last_hidden_state(model, ids), ids, spans(ids), reference)
+            totals += torch.stack([kl.sum(), (after - before).sum()])
+            number += ids[:, 1:].numel()
+    return (totals / number).tolist()
+
+
+def spans(ids: Tensor) -> Tensor:
+    """Return the spans of every token but the first of each document, see ``score_windows``."""
+    return torch.tensor([[1, ids.shape[1]]] * len(ids))
+
+
+def held_out(benefit: Tensor, V_CK: Tensor, chunks: int, floor: Tensor, options: Any) -> list[dict[str, float]]:
+    """Print how much benefit greedy choices by half of the documents find within the budget by the other half."""
+    print(f"\nBudget {100 * options.budget:g} %, charged the sum over pairs of the other half\n")
+    head("share of pairs", "benefit, of that of share 0, %", "components", "own charge over that, %")
+    halves = V_CK.unflatten(0, (-1, chunks))
+    C_KK, D_KK = (information(half.flatten(0, 1)) for half in (halves[::2], halves[1::2]))
+    found: list[dict[str, float]] = []
+    for share in [0.0, *options.shares]:
+        both = []
+        for own, other in ((C_KK, D_KK), (D_KK, C_KK)):
+            order = greedy(benefit.double(), own, floor, share, len(benefit) // 2)
+            placed = other[order][:, order]
+            # What each one adds: its own cost, and twice those with each of the ones before.
+            charge = (2 * placed.tril(-1).sum(dim=1) + placed.diagonal()).cumsum(0) / 2
+            beyond = (charge > math.log1p(options.budget)).nonzero()
+            taken = order[: int(beyond[0]) if len(beyond) else len(order)]
+            both.append(
+                (benefit[taken].sum().item(), len(taken), own[taken][:, taken].sum() / other[taken][:, taken].sum())
+            )
+        gain, number, over = (sum(map(float, of)) / 2 for of in zip(*both, strict=True))
+        found.append({"share": share, "benefit": gain, "number": number, "own": over})
+        line(f"{share:g}", f"{100 * gain / found[0]['benefit']:.1f}", f"{number:.0f}", f"{100 * over:.0f}")
+    return found
+
+
+def compare(subject: Subject, checkpoint: Checkpoint, lists: dict[str, list[Component]], options: Any) -> list[Any]:
+    """Measure lists on the prompts for choices, and print a row for each."""
+    origin = {"checkpoint": subject.checkpoint, "checkpoint_fingerprint": checkpoint.fingerprint}
+    paths = {name.replace(",", "").replace(" ", "_"): components for name, components in lists.items()}
+    for name, components in paths.items():
+        NeuronList(components, {**origin, "choosers": {JUDGES[0]: None}}).save(f"{name}.json")
+    named = [f"--model.names=[{','.join(paths)}]", f"--model.neurons=[{','.join(f'{name}.json' for name in paths)}]"]
+    draws = [f"--model.sampling.num_continuations={options.continuations}", "--model.doses=[]"]
+    choose = evaluation(subject, "choose", options.prompts, 8192)
+    folder = sparc3(
+        "sweep", f"interactions_{options.budget:g}_{options.prompts}", *choose, *draws, *named, "--model.dtype=bfloat16"
+    )
+    results = Results.load(folder / "results.json")
+    print("\nOn the prompts for choices\n")
+    head("choice", "switched off", "WikiText-2, %", *(f"mean toxicity, {judge}, %" for judge in results.judges))
+    for dose in results.doses:
+        judged = (percent(effect and effect.percent) for effect in dose.effects.values())
+        line(dose.selection, in_words(dose.kinds), percent(dose.perplexity_percent), *judged)
+    return [{"choice": dose.selection, "kinds": dict(dose.kinds)} for dose in results.doses]
+
+
+if __name__ == "__main__":
+    main()
