@@ -1,19 +1,23 @@
-"""What the benchmarks compute by themselves: the weights and words of the third judge, and the gains of the bound."""
+"""What the benchmarks do by themselves: the tables of selections, the third judge, and the gains of the bound."""
 
 import io
+import json
 import pickle
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from made_up import NEURONS, made_up
 from torch import Tensor
 
 from sparc3_lightning.attribution.lexicon import Lexicon
 from sparc3_lightning.data.base import Sample
 from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.models.components import mask
+from sparc3_lightning.selection.neuron_list import NeuronList
 
 BENCHMARKS = Path(__file__).with_name("benchmarks")
 
@@ -117,3 +121,45 @@ def importable(name: str):
     if name == "third_judge":
         pytest.importorskip("h5py")
     return __import__(name)
+
+
+def test_all_budgets_are_one_sweep_of_a_selection_a_line_and_a_table_a_budget(tmp_path, monkeypatch, capsys):
+    selections = importable("selections")
+    results, _ = made_up()
+    asked: list[str] = []
+
+    def prune(_, name: str, budget: float) -> Path:
+        use = {"max_perplexity_increase": budget, "rise": budget - 0.001, "predicted": None}
+        NeuronList(NEURONS.neurons, {"budget": use}).save(file := Path(f"{name}_{budget:g}.json"))
+        return file
+
+    def sweep(*options: str) -> Path:
+        asked.extend(options)
+        names = ("prob", "prob", "random", "random")
+        doses = [replace(results.doses[0], selection=name, kinds={"neuron": 10 + i}) for i, name in enumerate(names)]
+        replace(results, doses=doses).save(tmp_path / "results.json")
+        return tmp_path
+
+    for file in ("rtp/toxic.jsonl", "c4/en.jsonl", "wikitext2/wiki.test.raw"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text('{"prompt": {"text": "you", "toxicity": 0.9}}\n')
+    for name, of in {"prune": prune, "sparc3": sweep, "attribute": lambda *_: None}.items():
+        monkeypatch.setattr(selections, name, of)
+    options = (
+        f"--data {tmp_path} --folder {tmp_path}/run --budgets 0.01 0.05 --selections prob random --json found.json"
+    )
+    monkeypatch.setattr(sys, "argv", ["selections.py", *options.split()])
+    monkeypatch.chdir(tmp_path)
+    selections.main()
+    assert asked[:2] == ["sweep", "report_0.01_0.05_prob_random"]
+    assert "--model.names=[prob,prob,random,random]" in asked
+    assert "--model.neurons=[prob_0.01.json,prob_0.05.json,random_0.01.json,random_0.05.json]" in asked
+    first, second = capsys.readouterr().out.split("\nBudget ")[1:]
+    assert first.startswith("1 %")
+    assert second.startswith("5 %")
+    rows = [[row.split(" | ")[:3] for row in of.splitlines() if "neurons" in row] for of in (first, second)]
+    assert rows == [
+        [["| prob", "10 neurons", "+0.90"], ["| random", "12 neurons", "+0.90"]],
+        [["| prob", "11 neurons", "+4.90"], ["| random", "13 neurons", "+4.90"]],
+    ]
+    assert list(json.loads(Path("found.json").read_text())) == ["0.01", "0.05"]
