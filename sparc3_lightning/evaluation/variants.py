@@ -104,8 +104,8 @@ def list_variants(
     variants += [
         Variant(f"{kind}_{i}", kind, fewer, number, draw=i) for kind in kinds for i in range(controls.num_draws)
     ]
-    called_so = [variant.name for variant in variants]
-    if taken := {name for name in called_so if called_so.count(name) > 1}:
+    names = [variant.name for variant in variants]
+    if taken := {name for name in names if names.count(name) > 1}:
         raise OptionError("names", f": another model is called {min(taken)!r} too: give that list another name.")
     return variants
 

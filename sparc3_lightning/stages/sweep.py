@@ -139,7 +139,7 @@ def _names(selections: Sequence[str], lists: Sequence[NeuronList], paths: Sequen
 def _are_one_order(one: NeuronList, other: NeuronList) -> bool:
     """Return whether two lists by one criterion differ at most in how many neurons they take, and how many they list.
 
-    Where they are from in other words need not be compared: no two rankings agree by chance.
+    Their score files need not be compared: no two rankings agree by chance.
     """
     orders = ([(n.key, n.mean) for n in listed.neurons + listed.next] for listed in (one, other))
     are_alike = all(a == b for a, b in zip(*orders, strict=False))
