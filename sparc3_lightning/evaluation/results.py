@@ -108,7 +108,7 @@ class Dose:
 
     Args:
         name: Of the model.
-        selection: Name of the list that its neurons are from.
+        selection: Name of the selection that its neurons are from, of one list or of several.
         num_neurons: How many are off or damped.
         kinds: How many of them are neurons, heads, channels or weights.
         damping: 1 is off, a fraction damps.

@@ -1,5 +1,6 @@
 """The models that an evaluation measures: the original, the pruned one, controls, and other doses."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,8 @@ class Variant:
         num_neurons: How many neurons are off.
         damping: 1 is off, a fraction damps.
         draw: Number of the draw of a control.
-        selection: Name of the list its neurons are from.
+        selection: Name of the selection its neurons are from, of one list or of several.
+        listed: Name of the list its neurons are from.
         mean_ablated: Whether something other than 0 takes the place of an activation, such as its mean.
         kinds: How many of what is off are neurons, heads, channels or weights; known once they are chosen.
     """
@@ -35,6 +37,7 @@ class Variant:
     damping: float = 1.0
     draw: int = 0
     selection: str = ""
+    listed: str = ""
     mean_ablated: bool = False
     kinds: Mapping[str, int] = field(default_factory=dict, hash=False)
 
@@ -52,39 +55,46 @@ def list_variants(
     controls: Controls = Controls(num_draws=0),
     doses: Sequence[int] = (),
     dampings: Sequence[float] = (1.0,),
+    selections: Mapping[str, str] | None = None,
 ) -> list[Variant]:
     """List the models to measure.
 
     Args:
-        lists: The neurons to prune; further lists are measured as they stand, and at each dose. Empty for the original
-            model only.
+        lists: The neurons to prune; further lists are measured as they stand. Empty for the original model only.
         num_continuations: Continuations drawn per prompt.
         controls: Controls of the first list.
-        doses: Numbers of neurons, in the order of each list.
+        doses: Numbers of neurons, in the order of each selection: that of its longest list.
         dampings: For each dose: 1 is as the list has it, a fraction damps.
+        selections: Name of the selection that each list is from, by the list's name; of those not named their own.
 
     Raises:
-        ValueError: If a number is out of range, or a list has fewer neurons than a dose.
+        ValueError: If a number is out of range, or a selection lists fewer neurons than a dose.
     """
     controls.check()
     check_doses(doses, dampings)
-    _check_listed(lists, doses)
+    by_selection: dict[str, list[str]] = defaultdict(list)
+    for name in lists:
+        by_selection[(selections or {}).get(name, name)].append(name)
+    longest = {
+        selection: max(names, key=lambda name: len(_order(lists[name]))) for selection, names in by_selection.items()
+    }
+    _check_listed({selection: lists[name] for selection, name in longest.items()}, doses)
     variants = [Variant("baseline", "baseline", num_continuations)]
-    for selection, neurons in lists.items():
-        number = len(neurons.neurons)
-        name, kind = ("pruned", "pruned") if len(variants) == 1 else (selection, "dose")
+    for selection, names in by_selection.items():
+        for name in names:
+            called, kind = ("pruned", "pruned") if len(variants) == 1 else (name, "dose")
+            number = len(lists[name].neurons)
+            variants.append(Variant(called, kind, num_continuations, number, selection=selection, listed=name))
+        numbers = {len(lists[name].neurons) for name in names}
         variants += [
-            replace(variant, selection=selection)
-            for variant in (
-                Variant(name, kind, num_continuations, number),
-                *(
-                    Variant(f"{selection and f'{selection} '}top_{d}_{s:g}", "dose", num_continuations, d, s)
-                    for s in dampings
-                    for d in doses
-                    if (d, s) != (number, 1.0)  # the list itself
-                ),
+            Variant(
+                f"{selection and f'{selection} '}top_{d}_{s:g}", "dose", num_continuations, d, s,
+                selection=selection, listed=longest[selection],
             )
-        ]
+            for s in dampings
+            for d in doses
+            if s != 1 or d not in numbers  # else it is a list itself
+        ]  # fmt: skip
     if not lists:
         return variants
     fewer = min(controls.num_continuations or num_continuations, num_continuations)
@@ -120,7 +130,7 @@ def _check_listed(lists: Lists, doses: Sequence[int]) -> None:
     if doses and not lists:
         raise OptionError("doses", "needs --.neurons.")
     for selection, neurons in lists.items():
-        known = len(neurons.neurons) + len(neurons.next)
+        known = len(_order(neurons))
         if doses and max(doses) > known:
             raise OptionError(
                 "doses",
@@ -128,6 +138,11 @@ def _check_listed(lists: Lists, doses: Sequence[int]) -> None:
                 f"{selection and f' ({selection})'} lists {known}: run 'sparc3 prune' with --.num_ranked "
                 f"{max(doses)}.",
             )
+
+
+def _order(listed: NeuronList) -> list[Component]:
+    """Return the neurons in the order in which they are switched off."""
+    return listed.neurons + listed.next
 
 
 def neurons_of(variants: Sequence[Variant], lists: Lists, model: nn.Module, seed: int) -> dict[str, list[Component]]:
@@ -150,7 +165,7 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: nn.Module, seed
             return []
         if variant.kind in draw:
             return draw[variant.kind](1000 * seed + variant.draw)
-        return (lists[variant.selection].neurons + lists[variant.selection].next)[: variant.num_neurons]
+        return _order(lists[variant.listed])[: variant.num_neurons]
 
     return {variant.name: neurons_of(variant) for variant in variants}
 

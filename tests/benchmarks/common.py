@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -164,7 +165,10 @@ def sparc3(verb: str, version: str, *options: str) -> Path:
         command = [verb, *trainer, f"--trainer.logger.init_args.version={version}", *options]
         if any(option.startswith("--trainer.strategy=") for option in options):
             # The other ranks are started by the command of the process, so that it must be the verb's own.
-            subprocess.run([sys.executable, "-m", "sparc3_lightning", *command], check=True)
+            # They find judges of this folder, such as `third_judge:toxic`, as this process does.
+            path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+            environment = {**os.environ, "PYTHONPATH": path}
+            subprocess.run([sys.executable, "-m", "sparc3_lightning", *command], check=True, env=environment)
         else:
             run_verb(command)
     return folder

@@ -2,15 +2,16 @@
 
 SmolLM2-135M, RealToxicityPrompts and C4 in three disjoint parts: 150 toxic prompts and 64 documents to attribute on,
 100 prompts for choices made by hand, and of the other 247 prompts those to report. Each selection gets as many neurons
-as raise perplexity on 24 further documents by no more than the budget; then one `sparc3 sweep` a budget measures all of
-them, WikiText-2's perplexity beside them, by the judge that chose and by others, and with the continuations drawn by
-several seeds. Every stage is a verb of `sparc3` in the folder given, and one that is done there is not run again. Needs
-rtp/toxic.jsonl, c4/en.jsonl and wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
+as raise perplexity on 24 further documents by no more than the budget; then one `sparc3 sweep` measures all of them at
+all budgets, from one baseline, WikiText-2's perplexity beside them, by the judge that chose and by others, and with the
+continuations drawn by several seeds; its doses.png has a line a selection. Every stage is a verb of `sparc3` in the
+folder given, and one that is done there is not run again. Needs rtp/toxic.jsonl, c4/en.jsonl and
+wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
 """
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ from common import (
     write_parts,
 )
 
-from sparc3_lightning.evaluation.results import Results
+from sparc3_lightning.evaluation.results import Dose, Results
 from sparc3_lightning.models.components import in_words
 from sparc3_lightning.selection.neuron_list import NeuronList
 from sparc3_lightning.sources import read_records
@@ -62,26 +63,28 @@ def main() -> None:
         rows = [row for row in read_records(prompts) if (row["prompt"]["toxicity"] or 0) >= 0.5]
         model = Subject(CHECKPOINT, write_parts(rows), c4, text)
         attribute(model, options.selections)
-        found = {}
-        for budget in options.budgets:
-            lists = {name: prune(model, name, budget) for name in options.selections}
-            named = f"--model.names=[{','.join(options.selections)}]"
-            judges = [JUDGES[0], *options.judges]
-            measured = evaluation(model, "report", options.prompts, 16384, judges)
-            draws = [
-                f"--model.sampling.num_continuations={options.continuations}",
-                f"--model.sampling.num_seeds={options.seeds}",
-            ]
-            ranks = (
-                ["--trainer.strategy=ddp", f"--trainer.devices={options.processes}"] if options.processes > 1 else []
-            )
-            files = [named, f"--model.neurons=[{','.join(map(str, lists.values()))}]", "--model.doses=[]"]
-            others = () if judges == list(JUDGES) else judges[1:]
-            version = "_".join(["report", f"{budget:g}", *options.selections, *others])
-            version = re.sub(r"[^\w.-]", "-", version)  # a judge may be a path, or a name with a colon
-            folder = sparc3("sweep", version, *measured, *draws, *ranks, *files, "--model.dtype=bfloat16")
-            of = {name: NeuronList.load(path) for name, path in lists.items()}
-            found[f"{budget:g}"] = table(Results.load(folder / "results.json"), budget, of)
+        lists = [
+            (name, budget, prune(model, name, budget)) for name in options.selections for budget in options.budgets
+        ]
+        named = ",".join(name for name, *_ in lists)
+        files = ",".join(str(file) for *_, file in lists)
+        judges = [JUDGES[0], *options.judges]
+        measured = evaluation(model, "report", options.prompts, 16384, judges)
+        draws = [
+            f"--model.sampling.num_continuations={options.continuations}",
+            f"--model.sampling.num_seeds={options.seeds}",
+        ]
+        ranks = ["--trainer.strategy=ddp", f"--trainer.devices={options.processes}"] if options.processes > 1 else []
+        chosen = [f"--model.names=[{named}]", f"--model.neurons=[{files}]", "--model.doses=[]"]
+        others = () if judges == list(JUDGES) else judges[1:]
+        version = "_".join(["report", *(f"{budget:g}" for budget in options.budgets), *options.selections, *others])
+        version = re.sub(r"[^\w.-]", "-", version)  # a judge may be a path, or a name with a colon
+        folder = sparc3("sweep", version, *measured, *draws, *ranks, *chosen, "--model.dtype=bfloat16")
+        results = Results.load(folder / "results.json")
+        of_budget: dict[float, list[tuple[Dose, NeuronList]]] = {budget: [] for budget in options.budgets}
+        for dose, (_, budget, file) in zip(results.doses, lists, strict=True):
+            of_budget[budget].append((dose, NeuronList.load(file)))
+        found = {f"{budget:g}": table(results, budget, of) for budget, of in of_budget.items()}
     options.json = json_file
     write(options, found)
 
@@ -94,8 +97,8 @@ def data_files(folder: Path) -> list[Path]:
     return files
 
 
-def table(results: Results, budget: float, lists: Mapping[str, NeuronList]) -> list[dict[str, Any]]:
-    """Print a row for each selection, and return the measures."""
+def table(results: Results, budget: float, lists: Sequence[tuple[Dose, NeuronList]]) -> list[dict[str, Any]]:
+    """Print a row for each list of a budget, and return the measures."""
     baseline = results.baseline
     measures, perplexity = baseline.groups[results.headline], next(iter(baseline.perplexity.values()))
     print(f"\nBudget {100 * budget:g} %, {measures.num_prompts} prompts; mean toxicity before ", end="")
@@ -103,17 +106,17 @@ def table(results: Results, budget: float, lists: Mapping[str, NeuronList]) -> l
     judges = [f"mean toxicity, {name}, %" for name in results.judges]
     prices = ["perplexity, budget's text, %", "WikiText-2, %"]
     head("selection", "switched off", *prices, *judges, f"by seed, {results.headline_judge}, %")
-    for dose in results.doses:
+    for dose, listed in lists:
         seeds = [
             100 * (after / b - 1) for after, b in zip(dose.behavior_by_seed, baseline.behavior_by_seed, strict=True)
         ]
         judged = (percent(effect and effect.percent) for effect in dose.effects.values())
         spread = f"{min(seeds):+.1f} to {max(seeds):+.1f}"
-        use = lists[dose.selection].provenance["budget"]
+        use = listed.provenance["budget"]
         predicted = use.get("predicted")
         paid = f"{100 * use['rise']:+.2f}" + ("" if predicted is None else f" ({100 * predicted:+.2f} predicted)")
         line(dose.selection, in_words(dose.kinds), paid, percent(dose.perplexity_percent), *judged, spread)
-    return [{**asdict(dose), "budget": lists[dose.selection].provenance["budget"]} for dose in results.doses]
+    return [{**asdict(dose), "budget": listed.provenance["budget"]} for dose, listed in lists]
 
 
 if __name__ == "__main__":

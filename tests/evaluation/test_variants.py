@@ -110,6 +110,31 @@ def test_further_lists_are_measured_as_they_stand_and_at_each_dose_and_controls_
         list_variants({"first": NEURONS, "random_0": other}, 2, controls=Controls(1))
 
 
+def test_several_lists_of_one_selection_are_measured_as_they_stand_and_its_doses_once_by_the_longest():
+    longer = NeuronList(neurons=NEURONS.neurons[:2], next=[*NEURONS.neurons[2:], *NEURONS.next])
+    first = NeuronList(neurons=NEURONS.neurons)
+    lists = {"a at 1 %": first, "b": NEURONS, "a at 2 %": longer}
+    selections = {"a at 1 %": "a", "a at 2 %": "a"}
+    variants = list_variants(lists, 2, doses=[2, 5], dampings=[1.0, 0.5], selections=selections)
+    assert [(v.name, v.selection, v.listed, v.num_neurons, v.damping) for v in variants[1:]] == [
+        ("pruned", "a", "a at 1 %", 3, 1.0),
+        ("a at 2 %", "a", "a at 2 %", 2, 1.0),
+        ("a top_5_1", "a", "a at 2 %", 5, 1.0),
+        ("a top_2_0.5", "a", "a at 2 %", 2, 0.5),
+        ("a top_5_0.5", "a", "a at 2 %", 5, 0.5),
+        ("b", "b", "b", 3, 1.0),
+        ("b top_2_1", "b", "b", 2, 1.0),
+        ("b top_5_1", "b", "b", 5, 1.0),
+        ("b top_2_0.5", "b", "b", 2, 0.5),
+        ("b top_5_0.5", "b", "b", 5, 0.5),
+    ]
+    off = neurons_of(variants, lists, None, 0)
+    assert off["a top_5_1"] == (NEURONS.neurons + NEURONS.next)[:5]
+    assert [len(off[name]) for name in ("pruned", "a at 2 %", "b")] == [3, 2, 3]
+    with pytest.raises(ValueError, match=r"--model.doses asks for 7 neurons, but --model.neurons \(a\) lists 6"):
+        list_variants(lists, 2, doses=[7], selections=selections)
+
+
 def test_no_two_models_have_the_same_name():
     found = names(
         list_variants({"": NEURONS}, 2, Controls(3), doses=[1, 2, 3, 4, 5, 6], dampings=[1.0, 0.5, 0.25, 0.125])

@@ -189,6 +189,23 @@ def test_the_dose_curve_has_a_line_per_strength_in_order_of_number(drawn):
     assert (found[0][0][1], found[0][1][1]) == pytest.approx((of_all.low, of_all.high))
 
 
+def test_each_selection_has_a_line_of_its_own_look_in_order_of_its_price(drawn):
+    dose = made_up()[0].doses[0]
+    prices = [3.0, math.nan, 1.0, 2.0]
+    doses = [
+        replace(dose, selection=f"s{i}", num_neurons=n, perplexity_percent=Interval(price, price, price))
+        for i in range(7)
+        for n, price in enumerate(prices)
+    ]
+    draw_doses(doses, {}, Path("x"))
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines if str(line.get_label()).startswith("s")}
+    assert list(lines) == [f"s{i}" for i in range(7)]
+    assert all(list(line.get_xdata())[:3] == [1.0, 2.0, 3.0] for line in lines.values())
+    assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == 7
+    numbers = [text.get_text() for text in drawn[0].axes[0].texts]
+    assert numbers[:4] == ["2", "3", "0", "1"]
+
+
 @pytest.mark.parametrize("unknown", [math.nan, math.inf])
 def test_a_dose_that_was_not_scored_is_left_out_and_an_unbounded_one_drawn_to_the_edge(drawn, unknown):
     results, _ = made_up()

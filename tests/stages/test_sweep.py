@@ -240,22 +240,80 @@ def test_every_list_is_measured_as_it_stands_and_compared_by_its_front(monkeypat
     assert alone["pruned"]["groups"]["toxic"]["behavior_mean"] == points["set_difference"]["effect"]["after"]
 
 
+def named(of: list[Path], **options: Any) -> dict[str, str]:
+    """Return the selection that each list is from, by the name of the list."""
+    return Sweep("tiny", of, doses=[], scorers=["small"], **options).selections
+
+
 def test_lists_are_named_as_asked_or_by_selection_and_folder_and_never_alike():
     paths = [Path("pruned/neurons.json"), Path("other/neurons.json")]
-
-    def names(of: list[Path], **options: Any) -> list[str]:
-        return list(Sweep("tiny", of, doses=[], scorers=["small"], **options).lists)
-
-    assert names(paths) == ["difference", "set_difference"]
-    assert names(paths, names=["a", "b"]) == ["a", "b"]
+    assert named(paths) == {name: name for name in ("difference", "set_difference")}
+    assert named(paths, names=["a", "b"]) == {"a": "a", "b": "b"}
+    NeuronList(NeuronList.load(paths[1]).neurons, {"criterion": "difference"}).save(Path("third/neurons.json"))
+    assert list(named([paths[0], Path("third/neurons.json")])) == ["difference (pruned)", "difference (third)"]
     shutil.copytree("pruned", "again/pruned")
-    shutil.copytree("pruned", "third")
-    assert names([paths[0], Path("third/neurons.json")]) == ["difference (pruned)", "difference (third)"]
-    for wrong in (["a"], ["a", "a"], ["a", "b", "c"]):
-        with pytest.raises(ValueError, match=r"--model.names must be 2 different names, one a list, got \['a'"):
-            names(paths, names=wrong)
-    with pytest.raises(ValueError, match=r"2 different names.*\['difference \(pruned\)', 'difference \(pruned\)'\]"):
-        names([paths[0], Path("again/pruned/neurons.json")])
+    for wrong in (["a"], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match=r"--model.names must be 2 names, one a list, got \['a'"):
+            named(paths, names=wrong)
+    with pytest.raises(
+        ValueError, match=r"--model.names must tell the lists apart.*5 neurons \(pruned\)', 'difference"
+    ):
+        named([paths[0], Path("again/pruned/neurons.json")])
+    with pytest.raises(ValueError, match=r"--model.names must tell the lists apart"):
+        named([*paths, paths[0]], names=["a", "a", "a, 5 neurons"])
+
+
+def test_lists_of_one_order_are_one_selection_and_so_are_lists_of_one_name():
+    listed = NeuronList.load(Path("pruned/neurons.json"))
+    order = listed.neurons + listed.next
+    for number, budget in ((3, 0.01), (8, 0.02)):
+        provenance = listed.provenance | {"budget": {"max_perplexity_increase": budget}}
+        NeuronList(order[:number], provenance, order[number:11]).save(Path(f"at_{budget}/neurons.json"))
+    paths = [Path(folder, "neurons.json") for folder in ("at_0.01", "at_0.02", "pruned", "other")]
+    assert named(paths) == {
+        "difference at 1 %": "difference",
+        "difference at 2 %": "difference",
+        "difference, 5 neurons": "difference",
+        "set_difference": "set_difference",
+    }
+    assert named(paths[:1] + paths[3:]) == {name: name for name in ("difference at 1 %", "set_difference")}
+    assert named(paths[1:], names=["a", "b", "a"]) == {"a at 2 %": "a", "b": "b", "a, 7 neurons": "a"}
+    # Another order, and other constants in place of the activations, are other selections.
+    turned = NeuronList(order[:2], listed.provenance, [*order[3:], order[2]])
+    held = NeuronList([replace(neuron, mean=0.5) for neuron in order[:2]], listed.provenance)
+    for number, one in enumerate((turned, held)):
+        one.save(Path(f"{number}/neurons.json"))
+        assert named([paths[2], Path(f"{number}/neurons.json")]) == {
+            name: name for name in ("difference (pruned)", f"difference ({number})")
+        }
+
+
+def test_lists_of_one_selection_are_rows_of_it_and_one_front_from_one_baseline(monkeypatch):
+    listed = NeuronList.load(Path("pruned/neurons.json"))
+    order = listed.neurons + listed.next
+    NeuronList(order[:9], listed.provenance, order[9:]).save(Path("nine/neurons.json"))
+    lists = "[pruned/neurons.json, other/neurons.json, nine/neurons.json]"
+    results, folder = sweep("--model.neurons", lists, "--model.doses", "[]", "--model.max_perplexity_increase", "9")
+    found = {point["name"]: (point["selection"], point["num_neurons"]) for point in results["doses"]}
+    assert found == {
+        "pruned": ("difference", 5),
+        "difference, 9 neurons": ("difference", 9),
+        "set_difference": ("set_difference", 7),
+    }
+    doses = Results.load(folder / "results.json").doses
+    assert results["fronts"] == {
+        "difference": asdict(front(doses[:2])),
+        "set_difference": asdict(front(doses[2:])),
+    }
+    rows = list(csv.DictReader((folder / "doses.csv").read_text().splitlines()))
+    assert [(row["selection"], int(row["num_neurons"])) for row in rows] == list(found.values())
+    assert all(point["together"] for point in results["doses"])
+    page = (folder / "report.html").read_text()
+    assert [page.count(f'">{name}</th>') for name in ("difference", "set_difference")] == [2 + 1, 1 + 1]
+    best = min(results["doses"], key=lambda point: point["effect"]["after"])
+    source = NeuronList.load(Path("other/neurons.json")) if best["selection"] == "set_difference" else listed
+    chosen = NeuronList.load(folder / "chosen/neurons.json")
+    assert [n.key for n in chosen.neurons] == [n.key for n in source.neurons + source.next][: best["num_neurons"]]
 
 
 @pytest.mark.slow
