@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,17 +57,31 @@ class Cost:
     Args:
         operations: Floating-point operations; a product and its sum are two.
         weights: Bytes of the weights and buffers that it holds all the time.
-        peak: Most bytes at a time, with those.
+        peaks: Most bytes at a time, with those, in each phase: before the blocks, in their forward pass, behind them,
+            and in their backward pass.
     """
 
     operations: float
     weights: float
-    peak: float
+    peaks: tuple[float, ...]
+
+    @property
+    def peak(self) -> float:
+        """Most bytes at a time."""
+        return max(self.peaks)
 
     def towards(self, other: "Cost", share: float) -> "Cost":
-        """Return the cost on the straight line through both, 0 being this one and 1 the other."""
-        line = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Cost(*(one + share * (next_one - one) for one, next_one in line))
+        """Return the cost on the straight line through both, 0 being this one and 1 the other.
+
+        What is most of a shallow model, such as the embeddings that are gathered at the beginning, need not be most of
+        a deep one: each phase has a line of its own.
+        """
+
+        def on(one: float, next_one: float) -> float:
+            return one + share * (next_one - one)
+
+        peaks = tuple(map(on, self.peaks, other.peaks))
+        return Cost(on(self.operations, other.operations), on(self.weights, other.weights), peaks)
 
 
 @dataclass(frozen=True)
@@ -95,8 +109,25 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0.0
-        self.now = self.peak = 0
+        self.now = 0
+        self.phase = 0
+        self.peaks = [0, 0, 0, 0]
         self._bytes: dict[int, int] = {}
+
+    def follow(self, blocks: Sequence[nn.Module]) -> None:
+        """Note from here on in which phase a pass through a model is, see ``Cost``."""
+
+        def enter(phase: int) -> None:
+            self.phase = phase
+
+        def leave(module: nn.Module, inputs: object, output: object) -> None:
+            enter(2)
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda _: enter(3))
+
+        blocks[0].register_forward_pre_hook(lambda *_: enter(1))
+        blocks[-1].register_forward_hook(leave)
 
     def watch(self, tensor: Tensor) -> None:
         """Count a tensor, as long as its memory lives."""
@@ -108,7 +139,7 @@ class Meter(TorchDispatchMode):
             weakref.finalize(storage, self._forget, key)
         self.now += storage.nbytes() - self._bytes.get(key, 0)
         self._bytes[key] = storage.nbytes()
-        self.peak = max(self.peak, self.now)
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
 
     def _forget(self, key: int) -> None:
         self.now -= self._bytes.pop(key)
@@ -223,8 +254,9 @@ def _cost(
         for tensor in (*model.parameters(), *model.buffers()):
             meter.watch(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
         weights = meter.now
+        meter.follow(blocks_of(model))
         operations = run(model, meter)
-        return Cost(meter.operations if operations is None else operations, weights, meter.peak)
+        return Cost(meter.operations if operations is None else operations, weights, tuple(meter.peaks))
 
 
 def _are_alike(skeleton: "PreTrainedModel") -> bool:

@@ -143,7 +143,7 @@ class Machine:
 
     def layout(self, gradient_checkpointing: bool = False) -> Layout:
         """Return how a model lies on it."""
-        return Layout(self.num_ranks, self.is_sharded, gradient_checkpointing)
+        return Layout(self.num_ranks, self.is_sharded and self.num_ranks > 1, gradient_checkpointing)
 
 
 @dataclass(frozen=True)

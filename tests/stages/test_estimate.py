@@ -10,7 +10,7 @@ from sparc3_lightning import cli
 from sparc3_lightning.stages.estimate import EstimateOptions, Machine
 
 pytestmark = pytest.mark.usefixtures("as_if_from_python", "config")
-GPUS = ["--trainer.accelerator", "gpu", "--trainer.devices", "8", "--estimate.tflops", "400"]
+GPUS = ["--trainer.accelerator", "gpu", "--trainer.devices", "1", "--estimate.tflops", "400"]
 
 
 def estimated(caplog: pytest.LogCaptureFixture, *options: str) -> dict[str, str]:
@@ -47,13 +47,15 @@ def test_a_folder_with_a_config_alone_is_enough(caplog, tiny_checkpoint, tmp_pat
 
 
 def test_where_it_does_not_fit_an_option_is_named_with_which_it_does(caplog):
-    batch = ["--general.batch_size", "4", "--general.seq_len", "64"]
-    memory = ["--estimate.memory", "0.0012"]
-    said = estimated(caplog, *GPUS, *batch, *memory)["attribute general_0"]
+    long = [*GPUS, "--general.seq_len", "64", "--general.batch_size"]
+    one, four = (estimated(caplog, *long, size, "--estimate.memory", "80")["attribute general_0"] for size in "14")
+    smaller, larger = (float(said.partition(" kB a device")[0]) for said in (one, four))
+    assert smaller < larger
+    between = str((smaller + larger) / 2 / 1e6)
+    said = estimated(caplog, *long, "4", "--estimate.memory", between)["attribute general_0"]
     assert "; does not fit: give --general.batch_size " in said
-    (size,) = said.split("batch_size ")[1].split(",")[:1]
-    again = estimated(caplog, *GPUS, *batch, *memory, "--general.batch_size", size)["attribute general_0"]
-    assert again.endswith("; fits")
+    size = said.partition("batch_size ")[2].partition(",")[0]
+    assert estimated(caplog, *long, size, "--estimate.memory", between)["attribute general_0"].endswith("; fits")
 
 
 @pytest.mark.parametrize(
