@@ -36,6 +36,7 @@ from sparc3_lightning.stages.chat import Chat
 from sparc3_lightning.stages.circuit import Circuit
 from sparc3_lightning.stages.compare import Comparison
 from sparc3_lightning.stages.compress import Compression
+from sparc3_lightning.stages.estimate import EstimateOptions
 from sparc3_lightning.stages.evaluate import RESULTS, Evaluation
 from sparc3_lightning.stages.experiment import Experiment
 from sparc3_lightning.stages.export import Export
@@ -118,12 +119,16 @@ class SparC3Trainer(Trainer):
     def reproduce(self, model: None) -> None:
         """Measure an evaluation again from its results.json, and compare the figures; exit code 1 where one differs."""
 
-    def run(self, model: Experiment, plan: Path | None = None) -> None:
+    def run(self, model: Experiment, plan: Path | None = None, estimate: EstimateOptions | None = None) -> None:
         """Carry out the whole experiment: attribute, prune, evaluate and report.
 
         Args:
             model: The experiment.
             plan: Run nothing, but write a list of the stages to this file, and their configs, to run each as a job.
+            estimate: Run nothing, but say what each stage will take and whether it fits. ``--estimate.tflops`` is the
+                rate of a device, in 10^12 operations a second (by default measured here, in two seconds),
+                ``--estimate.memory`` its memory in GB (by default what is here), and ``--estimate.prompt_tokens`` the
+                length of a prompt (by default 32).
         """
 
 
@@ -294,15 +299,20 @@ class SparC3CLI(LightningCLI):
             return
         trainer = _all_at_home(self.config[self.subcommand])["trainer"]
         check_trainer_options(trainer)
+        if self._is_estimate():  # of a job that is not sent yet
+            return
         check_slurm_tasks(trainer["devices"], trainer["num_nodes"], os.environ)
         trainer["accelerator"] = usable_accelerator(trainer["accelerator"])
 
     def instantiate_classes(self) -> None:
-        """Make trainer, model and data, but for a verb that only draws."""
-        if self.subcommand != REPORT:
+        """Make trainer, model and data; no trainer, which has a folder, for a verb that draws or estimates."""
+        if self.subcommand != REPORT and not self._is_estimate():
             super().instantiate_classes()
             return
         self.config_init, self.model, self.datamodule = self.config, None, None
+        if self._is_estimate():
+            self.config_init = self.parser.instantiate_classes(self.config)
+            self.model = self._get(self.config_init, "model")
         self.trainer = self.trainer_class  # type: ignore[assignment]  # it has a method of that name, as every verb
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -346,8 +356,16 @@ class SparC3CLI(LightningCLI):
         if found.num_differing:
             sys.exit(1)
 
-    def run(self, model: Experiment, plan: Path | None = None, **_: object) -> None:
+    def _is_estimate(self) -> bool:
+        return self.subcommand == "run" and self.config["run"]["estimate"] is not None
+
+    def run(
+        self, model: Experiment, plan: Path | None = None, estimate: EstimateOptions | None = None, **_: object
+    ) -> None:
         """Run the stages, each as its own verb; in a process of its own where that starts further ones."""
+        if estimate is not None:
+            rank_zero_info(model.estimate(self._options(), estimate))
+            return
         if plan is not None:
             model.config_yaml = None  # of the run that the plan is for
             model.write_plan(self._options(), self._own_folder(), Path(plan))

@@ -177,15 +177,20 @@ def load_sharded(
     model.eval().requires_grad_(False)
     if gradient_checkpointing:
         checkpoint_blocks_(model)
-    for block in blocks_of(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    shard_blocks_(model, mesh)
     model.to_empty(device=device)
     _compute_buffers_(model)
     if generation_config is not None:
         model.generation_config = generation_config
     _read_shards_(model, sources, weights)
     return model
+
+
+def shard_blocks_(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the weights of a model, one block at a time, and then the rest."""
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def _are_tied_apart(model: "PreTrainedModel", weights: Mapping[str, Weight], sources: Mapping[str, Source]) -> bool:

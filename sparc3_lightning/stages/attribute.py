@@ -247,6 +247,25 @@ class Attribution(StoppableModule):
             rank_zero_info(str(self.lrp_check))
         if spec.granularity == "weight":
             check_space(self.folder, sum(4 * math.prod(shape_of(layer)) for layer in layers.values()))
+        self.begin_sums(self._costs())
+        self.done: list[str] = []
+        if self.trainer.is_global_zero and self.progress.sample_ids:
+            self.accumulator.sums = {name: total.to(self.device) for name, total in self.progress.sums.items()}
+            self.accumulator.num_samples = len(self.progress.sample_ids)
+            self.accumulator.num_nonfinite = self.progress.num_nonfinite
+            self.recorder.restore(self.progress.rows)
+            self.done = list(self.progress.sample_ids)
+        self.num_saved = len(self.done)
+        data = self.reference_samples
+        self.begin_line("Attributing", "samples", len(data.samples) - len(data.leave_out))
+
+    def begin_sums(self, costs: Costs | None) -> None:
+        """Begin the sums of the model in memory.
+
+        Args:
+            costs: For ``fisher``, or None.
+        """
+        spec, layers = self.spec, find_layers(self.model, self.layers)
         self.accumulator: StaticScores | ScoreAccumulator
         of_neurons, of_channels = (self._of_kind(kind, layers) for kind in ("neuron", "channel"))
         parts = scored_rows(self.model, of_neurons)
@@ -263,21 +282,11 @@ class Attribution(StoppableModule):
                 dims,
                 parts,
                 twins_of(self.model),
-                self._costs(),
+                costs,
             )
         columns = columns_of(self.model, layers) if spec.activations else {}
         self.recorder = ActivationRecorder(columns, twins_of(self.model))
-        self.done: list[str] = []
-        if self.trainer.is_global_zero and self.progress.sample_ids:
-            self.accumulator.sums = {name: total.to(self.device) for name, total in self.progress.sums.items()}
-            self.accumulator.num_samples = len(self.progress.sample_ids)
-            self.accumulator.num_nonfinite = self.progress.num_nonfinite
-            self.recorder.restore(self.progress.rows)
-            self.done = list(self.progress.sample_ids)
-        self.num_saved = len(self.done)
         self.words = self.lexicon.to(self.device)  # once: every copy makes the host wait
-        data = self.reference_samples
-        self.begin_line("Attributing", "samples", len(data.samples) - len(data.leave_out))
 
     def _costs(self) -> Costs | None:
         if self.spec.chunk is None:
@@ -308,13 +317,13 @@ class Attribution(StoppableModule):
         if self.spec.is_static:
             return
         num_samples = len(batch["sample_ids"])
-        for done in self.batching.each(num_samples, lambda rows: self._score(part_of(batch, rows, num_samples))):
+        for done in self.batching.each(num_samples, lambda rows: self.score(part_of(batch, rows, num_samples))):
             self.done += done
             self.advance(len(done))
         if self.logger is not None:
             self.logger.log_metrics({"samples": self.accumulator.num_samples}, step=batch_idx)
 
-    def _score(self, batch: WeightedBatch) -> list[str]:
+    def score(self, batch: WeightedBatch) -> list[str]:
         """Add the scores of some samples, of all of them or of none; return their names."""
         spec = self.spec
         mask = batch["attention_mask"] if batch["is_padded"] else None

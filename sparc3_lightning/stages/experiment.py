@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from sparc3_lightning.report.page import summary_table
 from sparc3_lightning.report.tables import closing, next_commands
 from sparc3_lightning.scorers.registry import fetch_scorer
 from sparc3_lightning.stages.attribute import Attribution
+from sparc3_lightning.stages.estimate import EstimateOptions, estimate
 from sparc3_lightning.stages.evaluate import REPORT, RESULTS, Evaluation
 from sparc3_lightning.stages.folders import write_config
 from sparc3_lightning.stages.plan import Config, Plan, StageRun, named_by, wants_screening
@@ -138,6 +140,16 @@ class Experiment:
         for number, stage in enumerate(stages, start=1):
             fields += [stage.verb, "done" if stage.done else "todo", str(_write_config(stage, number, folder))]
         write_atomically(path, b"".join(os.fsencode(field) + b"\0" for field in fields))
+
+    def estimate(self, options: Config, wanted: EstimateOptions) -> str:
+        """Return what the stages will take, each in a line; nothing is read but the config of the checkpoint.
+
+        Args:
+            options: See ``Plan``.
+            wanted: What is not known before a run.
+        """
+        stages = replace(self.plan, reads_files=False).stages(options)
+        return estimate(stages, wanted, self.plan.dtype, self.plan.checkpoint)
 
     def prepare(self, options: Config, folder: Path) -> dict[str, list[dict[str, str | int]]]:
         """Fetch everything the stages would download, and write a manifest of it.

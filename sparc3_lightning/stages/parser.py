@@ -4,6 +4,7 @@ import json
 import re
 from argparse import SUPPRESS, Action
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from pydoc import locate
 from textwrap import fill
@@ -90,6 +91,14 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{**own, **kwargs})
         self.folded: list[str] = []
         self.elsewhere: dict[str, str] = {}  # options of other verbs, and the verb
+
+    def add_method_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the options of a method; one that is a group or None may stand alone, for the defaults of the group."""
+        added = super().add_method_arguments(*args, **kwargs)
+        for action in (self._option_string_actions[f"--{name}"] for name in added):
+            if any(map(is_dataclass, get_args(getattr(action, "_typehint", None)))):
+                action.nargs, action.const = "?", {}
+        return added
 
     def fold(self, name: str) -> None:
         """Show a group of options, with the groups in it, by ``--<name>.help`` alone."""

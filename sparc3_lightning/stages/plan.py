@@ -78,6 +78,7 @@ class Plan:
     dtype: ForwardDtype
     logs: Path
     beside: dict[str, dict[str, Config]] = field(default_factory=dict)
+    reads_files: bool = True  # an estimate reads none: its folders are not those of a run
 
     @property
     def model(self) -> Config:
@@ -147,7 +148,8 @@ class Plan:
                 _by_group("prune", check_are_costs, *specs)
         if are_swapped(_described(options["general"]), _described(options["behavior"])):
             raise ValueError("--general is of toxic prompts and --behavior is of others: exchange the two.")
-        check_chats(options, self.checkpoint)
+        if self.reads_files:
+            check_chats(options, self.checkpoint)
         stages: list[StageRun] = []
         if options.get("screen") is not None:
             stages.append(self._stage("screen", Evaluation, options, screening(options, self.model), RESULTS))
@@ -242,7 +244,7 @@ class Plan:
         seed = options["seed_everything"]
         # Options that are None are left out, so that a new option with that default does not make old results unknown.
         identity = [stage.verb, versions_of_results(), seed, without_none(trainer), without_none(config)]
-        files = digests_of(stage, config, made)
+        files = digests_of(stage, config, made) if self.reads_files else []
         digest = hashlib.sha256(json.dumps([*identity, files], sort_keys=True).encode()).hexdigest()[:8]
         config = {"seed_everything": seed, "trainer": copy.deepcopy(options["trainer"]), **copy.deepcopy(config)}
         where = {"save_dir": str(self.logs), "name": stage.verb, "version": f"{name}-{digest}"}
