@@ -5,7 +5,8 @@ One pass over documents and one over the model's own continuations give the deri
 costs of pairs, costs and benefits towards the mean, and the benefit from fewer prompts or less that on harmless
 continuations. The first table is what costs and costs of pairs predict of lists, against the divergence measured on the
 budget's text. The second is how much benefit a greedy choice by marginal costs finds, charged by documents that it did
-not see. The third is what each choice does within a budget, on the prompts for choices made by hand.
+not see, the third that of fewer prompts, on other ones. The last is what each choice does within a budget, on the
+prompts for choices made by hand.
 """
 
 import math
@@ -70,7 +71,12 @@ def main() -> None:
         data={"type": Path, "default": DATA},
         budget={"type": float, "default": 0.01},
         documents={"type": int, "default": 64, "help": "to attribute on"},
-        shares={"type": float, "nargs": "+", "default": [0.1, 0.3, 1.0], "help": "of the costs of pairs that count"},
+        shares={
+            "type": float,
+            "nargs": "+",
+            "default": [0.1, 0.2, 0.4, 1.0],
+            "help": "of the costs of pairs that count",
+        },
         prompts={"type": int, "default": 100},
         continuations={"type": int, "default": 5},
     )
@@ -89,7 +95,7 @@ def main() -> None:
 
 
 def measured(subject: Subject, options: Any) -> dict[str, Any]:
-    """Print the three tables, and return their figures."""
+    """Print the tables, and return their figures."""
     checkpoint = Checkpoint(subject.checkpoint)
     model = checkpoint.load(torch.float32).eval().requires_grad_(False)
     components, layers = components_of(model)
@@ -126,6 +132,7 @@ def measured(subject: Subject, options: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "predicted": predictions(model, batches, [components[i] for i in first], pairs, floor),
         "held out": held_out(benefit[first], cost.off[:, first], subject.seq_len // CHUNK, floor, options),
+        "prompts": by_prompts(gain, costs, options.budget),
     }
     orders = {"benefit per cost": [components[i] for i in first]}
     for share in options.shares:
@@ -380,6 +387,31 @@ def held_out(benefit: Tensor, V_CK: Tensor, chunks: int, floor: Tensor, options:
         found.append({"share": share, "benefit": gain, "number": number, "own": over})
         line(f"{share:g}", f"{100 * gain / found[0]['benefit']:.1f}", f"{number:.0f}", f"{100 * over:.0f}")
     return found
+
+
+def by_prompts(gain: Derivatives, costs: Tensor, budget: float) -> list[dict[str, float]]:
+    """Print the benefit, on a third of the prompts, of lists ranked by some others; the mean over eight draws."""
+    names = [name.rpartition("/")[0] for name in gain.names]
+    prompts = list(dict.fromkeys(names))
+    of_prompts = torch.stack(
+        [gain.off[[i for i, other in enumerate(names) if other == name]].mean(dim=0) for name in prompts]
+    )
+    third = len(prompts) // 3
+    benefits: dict[int, list[float]] = {}
+    for seed in range(8):
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+        there = of_prompts[order[-third:]].mean(dim=0)
+        for number in (third // 4, third // 2, third, 2 * third):
+            ranked = ranking(of_prompts[order[:number]].mean(dim=0), costs)
+            nats = (costs + FLOOR * costs.mean())[ranked].cumsum(0) / 2
+            taken = ranked[: int((nats <= math.log1p(budget)).sum())]
+            benefits.setdefault(number, []).append(there[taken].sum().item())
+    print(f"\nBenefit on {third} other prompts, within {100 * budget:g} % by the sum of costs\n")
+    head("prompts", f"benefit, of that of {2 * third}, %")
+    means = {number: sum(of) / len(of) for number, of in benefits.items()}
+    for number, mean in means.items():
+        line(str(number), f"{100 * mean / means[2 * third]:.0f}")
+    return [{"prompts": number, "benefit": mean} for number, mean in means.items()]
 
 
 def compare(subject: Subject, checkpoint: Checkpoint, lists: dict[str, list[Component]], options: Any) -> list[Any]:
