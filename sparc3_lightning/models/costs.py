@@ -144,20 +144,21 @@ class Meter(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         self.now -= self._bytes.pop(key)
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> Any:
         # FSDP2 gives memory back, and takes it again, in the storage of the same tensor.
-        resize = self._resize = torch.UntypedStorage.resize_
+        resize = torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, size: int) -> None:
             resize(storage, size)
             if id(storage) in self._bytes:
                 self._watch(storage)
 
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        self._patch = patch.object(torch.UntypedStorage, "resize_", resized)
+        self._patch.start()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._patch.stop()
         super().__exit__(*error)
 
     def __torch_dispatch__(

@@ -276,7 +276,8 @@ class Estimator:
 
     def _ways(self, stage: StageRun) -> Iterator[tuple[str, StageRun, Machine]]:
         """Yield options that take less memory, one by one and then together, with what each changes."""
-        machine, steps, said = self.machine, [], ""
+        machine, said = self.machine, ""
+        steps: list[tuple[str, Config]] = []
         size = max([n for part in _parts(stage).values() if isinstance(n := part.get("batch_size"), int)], default=1)
         smallest = stage
         while size > 1:
