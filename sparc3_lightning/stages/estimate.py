@@ -24,7 +24,7 @@ from sparc3_lightning.errors import OptionError
 from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.generation import ROWS, Sampling, SamplingOptions, continue_prompts
 from sparc3_lightning.files import at_home
-from sparc3_lightning.models.architectures import check_is_text, find_layers, is_recurrent
+from sparc3_lightning.models.architectures import check_is_text, find_layers, is_recurrent, shape_of
 from sparc3_lightning.models.batching import AUTO, fits_on_cpu, free_memory, largest_size
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import KINDS
@@ -328,7 +328,7 @@ class Estimator:
             return self._none(stage, written)
         num_samples, length = int(data["num_samples"]), self._length(data, drawn)
         if spec.activations:
-            written += 4 * num_samples * sum(layer.out_features for layer in scored.values())
+            written += 4 * num_samples * sum(shape_of(layer)[0] for layer in scored.values())
         if spec.is_lexical:
             vocab_size = self.config.get_text_config().vocab_size
             module.lexicon = Lexicon.of_tokens(range(min(LEXICON_TOKENS, vocab_size)))
