@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what __getattr__ returns, for type checkers
     from sparc3_lightning.attribution.lrp import lrp as lrp
     from sparc3_lightning.attribution.scores import ScoreFile as ScoreFile
+    from sparc3_lightning.evaluation.keyed_noise import KeyedNoise as KeyedNoise
     from sparc3_lightning.evaluation.results import Results as Results
     from sparc3_lightning.models.checkpoints import load_model as load_model
     from sparc3_lightning.models.components import Component as Component
@@ -40,6 +41,7 @@ _HOME = {
     "Chat": "stages.chat",
     "Experiment": "stages.experiment",
     "lrp": "attribution.lrp",
+    "KeyedNoise": "evaluation.keyed_noise",
     "mask": "models.components",
     "prune_": "models.components",
     "Component": "models.components",
