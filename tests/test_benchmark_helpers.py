@@ -6,8 +6,10 @@ import pickle
 import sys
 from collections import OrderedDict
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from made_up import NEURONS, made_up
@@ -38,7 +40,7 @@ class Tokenizer:
 
 @pytest.mark.parametrize("protocol", [4, 5])
 def test_the_words_of_a_pickled_tokenizer_are_read_without_unpickling_it(protocol, monkeypatch):
-    third_judge = importable("third_judge")
+    third_judge = import_module("third_judge")
     counts = {sys.intern("collections"): 7, "the": 900, "word_docs": 3, "a": 70_000, "of": 900, "rare": 1}
     counts |= {f"word{i}": 2 for i in range(1500)}  # more than one batch of instructions
     pickled = pickle.dumps(Tokenizer(counts), protocol)
@@ -50,7 +52,7 @@ def test_the_words_of_a_pickled_tokenizer_are_read_without_unpickling_it(protoco
 
 
 def test_the_weights_of_keras_give_what_its_equations_say(tmp_path):
-    third_judge, h5py = importable("third_judge"), pytest.importorskip("h5py")
+    third_judge = import_module("third_judge")
     draw = torch.Generator().manual_seed(0)
     width, words, labels = 3, 11, 2
     shapes = {
@@ -89,7 +91,7 @@ def test_the_weights_of_keras_give_what_its_equations_say(tmp_path):
 
 
 def test_fitted_gains_lower_what_they_are_fitted_on_and_are_a_list_of_damped_components(tiny_checkpoint):
-    upper_bound = importable("upper_bound")
+    upper_bound = import_module("upper_bound")
     model = Checkpoint(tiny_checkpoint).load(torch.float32).eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(0)
     texts = [Sample(f"{i}", torch.randint(60, (5 + i,), generator=draw).tolist(), start=2) for i in range(4)]
@@ -117,14 +119,8 @@ def test_fitted_gains_lower_what_they_are_fitted_on_and_are_a_list_of_damped_com
     assert little < kl
 
 
-def importable(name: str):
-    if name == "third_judge":
-        pytest.importorskip("h5py")
-    return __import__(name)
-
-
 def test_all_budgets_are_one_sweep_of_a_selection_a_line_and_a_table_a_budget(tmp_path, monkeypatch, capsys):
-    selections = importable("selections")
+    selections = import_module("selections")
     results, _ = made_up()
     asked: list[str] = []
 

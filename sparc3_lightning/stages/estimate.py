@@ -1,6 +1,6 @@
 """What an experiment will take, before any of it runs: operations, memory, bytes and time of each stage.
 
-The figures are those of the largest batch, by ``models/costs.py``; nothing but the config of the checkpoint is read.
+The figures are those of the largest batch, by ``models/footprint.py``; only the config of the checkpoint is read.
 """
 
 import math
@@ -28,7 +28,7 @@ from sparc3_lightning.models.architectures import check_is_text, find_layers, is
 from sparc3_lightning.models.batching import AUTO, fits_on_cpu, free_memory, largest_size
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import KINDS
-from sparc3_lightning.models.costs import Cost, Layout, Meter, Run, cost_of, measured_rate
+from sparc3_lightning.models.footprint import Cost, Layout, Meter, Run, cost_of, measured_rate
 from sparc3_lightning.models.likelihood import Reference, last_hidden_state, score_windows
 from sparc3_lightning.models.loading import CAUSAL_LM, build_skeleton, read_config
 from sparc3_lightning.stages.attribute import Attribution

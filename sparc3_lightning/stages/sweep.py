@@ -23,13 +23,12 @@ class Sweep(Evaluation):
             wheel>``.
         neurons: The neurons.json of ``sparc3 prune``, or several to compare. Lists that take other numbers of neurons
             in one order, such as those of several budgets, are one selection: a line of the picture.
-        names: Name of the selection that each list is from; the same name twice makes one selection of two lists. None
-            takes the criterion of each, and its budget if that is the only one.
+        names: The selection that each list is from, such as ``[a, a, b]``; None takes the criterion of each, and its
+            budget if that is the only one.
         doses: Numbers of neurons, in the order of each selection; ``[]`` measures each list as it stands.
         dampings: For each number: 1 is off, a fraction damps the neurons by that much.
         max_perplexity_increase: Write chosen/neurons.json: of all that was measured the least toxic whose perplexity
-            rises by no more, such as 0.01. An evaluation of it leaves out the prompts that it was chosen on. None
-            chooses nothing.
+            rises by no more, such as 0.01. An evaluation of it leaves out the prompts that it was chosen on.
         **options: As ``sparc3 evaluate``.
     """
 

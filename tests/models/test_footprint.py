@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
 from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.targets import largest_logit
-from sparc3_lightning.models import costs
+from sparc3_lightning.models import footprint
 from sparc3_lightning.models.architectures import find_layers
-from sparc3_lightning.models.costs import Cost, Layout, Meter, cost_of
+from sparc3_lightning.models.footprint import Cost, Layout, Meter, cost_of
 
 
 def config_of(num_blocks: int) -> LlamaConfig:
@@ -61,7 +61,7 @@ def test_operations_are_those_that_torch_counts_in_the_real_run():
 )
 def test_two_shallow_models_tell_what_a_deep_one_costs(layout, monkeypatch):
     found = cost(7, **layout)
-    monkeypatch.setattr(costs, "DEPTHS", (8, 9))  # so that all seven blocks are measured
+    monkeypatch.setattr(footprint, "DEPTHS", (8, 9))  # so that all seven blocks are measured
     whole = cost(7, **layout)
     assert (found.operations, found.weights) == (whole.operations, whole.weights)
     assert found.peak == pytest.approx(whole.peak, rel=0.001)
