@@ -147,7 +147,7 @@ def test_all_budgets_are_one_sweep_of_a_selection_a_line_and_a_table_a_budget(tm
     monkeypatch.setattr(sys, "argv", ["selections.py", *options.split()])
     monkeypatch.chdir(tmp_path)
     selections.main()
-    assert asked[:2] == ["sweep", "report_0.01_0.05_prob_random"]
+    assert asked[0] == "sweep"
     assert "--model.names=[prob,prob,random,random]" in asked
     assert "--model.neurons=[prob_0.01.json,prob_0.05.json,random_0.01.json,random_0.05.json]" in asked
     first, second = capsys.readouterr().out.split("\nBudget ")[1:]

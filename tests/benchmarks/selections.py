@@ -9,7 +9,7 @@ folder given, and one that is done there is not run again. Needs rtp/toxic.jsonl
 wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
 """
 
-import re
+import hashlib
 import sys
 from collections.abc import Sequence
 from contextlib import chdir
@@ -76,10 +76,9 @@ def main() -> None:
         ]
         ranks = ["--trainer.strategy=ddp", f"--trainer.devices={options.processes}"] if options.processes > 1 else []
         chosen = [f"--model.names=[{named}]", f"--model.neurons=[{files}]", "--model.doses=[]"]
-        others = () if judges == list(JUDGES) else judges[1:]
-        version = "_".join(["report", *(f"{budget:g}" for budget in options.budgets), *options.selections, *others])
-        version = re.sub(r"[^\w.-]", "-", version)  # a judge may be a path, or a name with a colon
-        folder = sparc3("sweep", version, *measured, *draws, *ranks, *chosen, "--model.dtype=bfloat16")
+        asked = [*measured, *draws, *chosen, "--model.dtype=bfloat16"]
+        version = f"report-{hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}"
+        folder = sparc3("sweep", version, *asked, *ranks)
         results = Results.load(folder / "results.json")
         of_budget: dict[float, list[tuple[Dose, NeuronList]]] = {budget: [] for budget in options.budgets}
         for dose, (_, budget, file) in zip(results.doses, lists, strict=True):
