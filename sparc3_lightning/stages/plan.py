@@ -180,7 +180,8 @@ class Plan:
         prefix = name and f"{name}_"
         of_general, of_behavior = self._pair(chosen)
         references = [(general, of_general, samples) for general, samples in self.general(chosen).items()]
-        references.append(("behavior", of_behavior, from_screening(chosen["behavior"], completions)))
+        references.append(("behavior", of_behavior, chosen["behavior"]))
+        references = [(*of, from_screening(samples, completions)) for *of, samples in references]
         files = []
         for of_what, attribution, samples in references:
             config = {"model": attribution, "data": samples}
@@ -313,7 +314,7 @@ def check_granularities(pruned: str, *attributed: Scored) -> None:
 
 def check_chats(options: Config, checkpoint: Checkpoint) -> None:
     """Raise OptionError if prompts are to go through a chat template that their tokenizer has not."""
-    groups = {"screen": options.get("screen"), "behavior": options["behavior"]}
+    groups = {group: options.get(group) for group in ("screen", "general", "behavior")}
     for group, data in {**groups, "data.prompts": options["data"]["prompts"]}.items():
         init = (data or {}).get("init_args", {})
         if init.get("chat"):

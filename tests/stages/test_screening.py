@@ -135,6 +135,23 @@ def test_the_stage_is_planned_first_and_another_choice_of_prompts_gives_other_la
     assert same == [False, True, False, False, False]
 
 
+@pytest.mark.slow
+def test_what_general_text_costs_can_be_asked_of_the_answers_of_the_model_too():
+    own = yaml.safe_load(Path("experiment.yaml").read_text())["behavior"]
+    own["init_args"] |= {"source": None, "num_samples": 5}  # the other class has a source too
+    Path("own.yaml").write_text(yaml.safe_dump({"general": own}))
+    cli.main(["run", "--config", "experiment.yaml", "--config", "own.yaml", "--plan", "plan.txt"])
+    fields = Path("plan.txt").read_text().split("\0")[:-1]
+    screened, *attributed = [yaml.safe_load(Path(file).read_text()) for file in fields[2::3][:3]]
+    folder = screened["trainer"]["logger"]["init_args"]["version"]
+    for of in attributed:
+        assert of["data"]["init_args"]["source"] == f"lightning_logs/evaluate/{folder}/completions.jsonl"
+    with pytest.raises(ValueError, match="add the group 'screen'"):
+        cli.main(
+            ["run", "--config", "experiment.yaml", "--config", "own.yaml", "--screen", "null", "--plan", "plan.txt"]
+        )
+
+
 def test_screening_measures_the_model_as_it_is_by_the_first_scorer_and_one_window():
     text = {"class_path": "T", "init_args": {"window": 32, "num_tokens": None, "conventions": ["sliding", "disjoint"]}}
     evaluate = {
