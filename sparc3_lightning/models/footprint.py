@@ -6,6 +6,7 @@ models are measured, and a straight line through both leads to the depth of the 
 """
 
 import copy
+import functools
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,6 +173,8 @@ class Meter(TorchDispatchMode):
             return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
         if is_fake and func is aten.bincount.default:
             return args[0].new_empty(args[2])
+        if is_fake and func in (aten.index.Tensor, aten.index_put_.default):
+            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
         result = func(*args, **kwargs)
         if is_fake and func in (aten.all.default, aten.all.dim):
             result.holds = True
@@ -181,6 +184,14 @@ class Meter(TorchDispatchMode):
             if isinstance(tensor, FakeTensor):
                 self.watch(tensor)
         return result
+
+
+def _places(index: Tensor | None) -> Iterator[Tensor | None]:
+    """Yield what an index stands for: of a mask, of which nothing is true, no places along each of its dimensions."""
+    if index is None or index.dtype != torch.bool:
+        yield index
+    else:
+        yield from (index.new_empty(0, dtype=torch.long) for _ in range(index.dim()))
 
 
 Run = Callable[["PreTrainedModel", Meter], "float | None"]
@@ -296,6 +307,7 @@ def _ranks(number: int) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+@functools.cache
 def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the floating-point operations a second of large matrix products, the best of those in two seconds."""
     size = 1024 if device.type == "cpu" else 8192

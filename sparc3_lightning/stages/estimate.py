@@ -79,7 +79,7 @@ class Machine:
         num_nodes: Nodes.
         is_sharded: Whether the weights are sharded over all devices.
         memory: Of a device, in bytes; None if it is not known. Of a CPU it is that of a node.
-        rate: Floating-point operations a second of a device.
+        stated_rate: Floating-point operations a second of a device; None if it is to be measured here.
         libraries: Bytes that a process holds before it has a model, as this one does.
     """
 
@@ -88,11 +88,11 @@ class Machine:
     num_nodes: int
     is_sharded: bool
     memory: float | None
-    rate: float
+    stated_rate: float | None
     libraries: int
 
     @classmethod
-    def of(cls, trainer: Config, options: EstimateOptions, dtype: ForwardDtype) -> "Machine":
+    def of(cls, trainer: Config, options: EstimateOptions) -> "Machine":
         """Return the machine that the options of a trainer speak of.
 
         Raises:
@@ -120,7 +120,7 @@ class Machine:
             memory = free_memory() if is_cpu else torch.cuda.get_device_properties(0).total_memory if has_gpu else None
         if options.tflops is None and not is_cpu and not has_gpu:
             raise OptionError("tflops", "cannot be measured, since this machine has no GPU: give it.", "estimate")
-        rate = 1e12 * options.tflops if options.tflops else measured_rate(device, resolve_dtype(dtype, device))
+        rate = None if options.tflops is None else 1e12 * options.tflops
         return cls(device, number, trainer["num_nodes"], strategy == "fsdp2", memory, rate, _resident())
 
     def __str__(self) -> str:
@@ -129,7 +129,11 @@ class Machine:
         nodes = f" of {self.num_nodes} nodes" if self.num_nodes > 1 else ""
         sharded = ", the weights sharded over all" if self.is_sharded else ""
         memory = "" if self.memory is None else f", {_size(self.memory)} {'free' if self.is_cpu else 'each'}"
-        return f"{self.num_ranks} {kind}{plural}{nodes}{sharded}, {self.rate / 1e12:.3g} Tflop/s each{memory}"
+        return f"{self.num_ranks} {kind}{plural}{nodes}{sharded}{memory}"
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Return the floating-point operations a second of a device, as stated or measured."""
+        return self.stated_rate or measured_rate(self.device, dtype)
 
     @property
     def num_ranks(self) -> int:
@@ -197,7 +201,7 @@ def estimate(stages: Sequence[StageRun], options: EstimateOptions, dtype: Forwar
         ValueError: If it cannot be estimated.
     """
     options.check()
-    machine = Machine.of(stages[0].config["trainer"], options, dtype)
+    machine = Machine.of(stages[0].config["trainer"], options)
     of_stages = Estimator(
         checkpoint.name, config_of(checkpoint), "auto" if dtype == "fast" else dtype, machine, options
     )
@@ -210,6 +214,8 @@ def estimate(stages: Sequence[StageRun], options: EstimateOptions, dtype: Forwar
         )
         kept[same] = kept.get(same) or of_stages.advised(stage, _drawn(stages))
         found.append(replace(kept[same], name=f"{stage.verb} {stage.name}"))
+    dtypes = dict.fromkeys(of_stages.dtype_of(stage) for stage in stages)
+    rates = [f"{machine.rate(of) / 1e12:.3g} Tflop/s in {str(of).removeprefix('torch.')}" for of in dtypes]
     fits = [one.fits for one in found if one.operations]
     peak, written = max(one.device_bytes for one in found), sum(one.written for one in found)
     return "\n".join(
@@ -219,8 +225,8 @@ def estimate(stages: Sequence[StageRun], options: EstimateOptions, dtype: Forwar
             f"All: {_size(peak)} a device at most, {sum(one.operations for one in found):.2e} operations a device, "
             f"{_time(sum(one.seconds for one in found))}, {_size(written)} written"
             f"{_VERDICTS[None if None in fits else all(fits)]}",
-            "Time is that of matrix products at this rate, so it is the least; scorers, zero-shot tasks, reading and "
-            f"communication are not in it. Prompts are taken to have {options.prompt_tokens} tokens.",
+            f"Time is that of matrix products at {' and '.join(rates)}, so it is the least; scorers, zero-shot tasks, "
+            f"reading and communication are not in it. Prompts are taken to have {options.prompt_tokens} tokens.",
         ]
     )
 
@@ -286,7 +292,7 @@ class Estimator:
             yield said, smallest, machine
         if stage.verb == "attribute" and not stage.config["model"]["gradient_checkpointing"]:
             steps.append(("--attribute.gradient_checkpointing true", {"gradient_checkpointing": True}))
-        if stage.verb != "prune" and self._dtype_of(stage) == torch.float32:
+        if stage.verb != "prune" and self.dtype_of(stage) == torch.float32:
             steps.append(("--model.dtype bfloat16", {"dtype": "bfloat16"}))
         together = smallest
         for option, change in steps:
@@ -304,7 +310,8 @@ class Estimator:
                 yield option, stage, more
                 yield f"{said} {option}".strip(), together, more
 
-    def _dtype_of(self, stage: StageRun) -> torch.dtype:
+    def dtype_of(self, stage: StageRun) -> torch.dtype:
+        """Return the dtype that a stage computes in."""
         return resolve_dtype(stage.config["model"].get("dtype", self.dtype), self.machine.device)
 
     def _batch_size(self, size: object, longest: int) -> int:
@@ -318,7 +325,7 @@ class Estimator:
 
     def _attribution(self, stage: StageRun, drawn: int) -> Estimate:
         options, data = stage.config["model"], _data(stage)
-        dtype, module = self._dtype_of(stage), Attribution(**options)
+        dtype, module = self.dtype_of(stage), Attribution(**options)
         skeleton = build_skeleton(self.name, self.config, None, CAUSAL_LM, dtype)
         module.layers = module.find_layers_of(skeleton)
         spec = module.spec = module.spec.resolved(module.layers, dtype)
@@ -352,7 +359,7 @@ class Estimator:
 
     def _pruning(self, stage: StageRun, drawn: int) -> Estimate:
         options, data = stage.config["model"], _data(stage)
-        dtype = self._dtype_of(stage)
+        dtype = self.dtype_of(stage)
         one = replace(self, machine=replace(self.machine, per_node=1, num_nodes=1, is_sharded=False))
         written = float(COMPONENT_BYTES * options["num_ranked"])
         if options["export"] is not None:
@@ -369,7 +376,7 @@ class Estimator:
 
     def _evaluation(self, stage: StageRun) -> Estimate:
         options, data = stage.config["model"], stage.config["data"]
-        dtype, sampling = self._dtype_of(stage), SamplingOptions(**options["sampling"]).resolve()
+        dtype, sampling = self.dtype_of(stage), SamplingOptions(**options["sampling"]).resolve()
         models, controls = _models(options)
         most = options["controls"].get("num_continuations") or sampling.num_continuations
         of_control = min(most, sampling.num_continuations)
@@ -422,7 +429,8 @@ class Estimator:
         machine = self.machine
         # The weights pass through the host on their way to an accelerator: whole, or a tensor at a time.
         on_host = cost.peak if machine.is_cpu else 0.0 if machine.is_sharded else cost.weights
-        host, seconds = machine.per_node * (on_host + machine.libraries), operations / machine.rate
+        host = machine.per_node * (on_host + machine.libraries)
+        seconds = operations / machine.rate(self.dtype_of(stage))
         return Estimate(stage.name, operations, cost.peak, host, written, seconds, self._fits(cost), items)
 
 

@@ -181,9 +181,9 @@ class Plan:
         of_general, of_behavior = self._pair(chosen)
         references = [(general, of_general, samples) for general, samples in self.general(chosen).items()]
         references.append(("behavior", of_behavior, chosen["behavior"]))
-        references = [(*of, from_screening(samples, completions)) for *of, samples in references]
         files = []
         for of_what, attribution, samples in references:
+            samples = from_screening(samples, completions)
             config = {"model": attribution, "data": samples}
             output = file_of(attribution["granularity"])
             same = (one for one in stages if (one.config["model"], one.config.get("data")) == (attribution, samples))

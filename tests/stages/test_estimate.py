@@ -83,5 +83,5 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path):
 )
 def test_the_devices_are_those_of_the_trainer(trainer, per_node, num_ranks):
     options: dict[str, Any] = {"strategy": "ddp", "devices": "auto", "accelerator": "cpu", "num_nodes": 1, **trainer}
-    machine = Machine.of(options, EstimateOptions(tflops=1, memory=80), "auto")
+    machine = Machine.of(options, EstimateOptions(tflops=1, memory=80))
     assert (machine.per_node, machine.num_ranks, machine.memory) == (per_node, num_ranks, 80e9)
