@@ -106,8 +106,13 @@ def show(found: Results) -> None:
         head("tokens", "before", "after", "change, %")
         for name, piece in {**found.lengths.within, **found.lengths.at}.items():
             line(name, _before(piece), f"{piece.after:.4f}" if piece else "", _percent(piece))
-        print(f"\nLast position less the first: {found.lengths.last_less_first}")
-        print(f"Share that reaches a position: {found.lengths.reaching}")
+        if (later := found.lengths.last_less_first) is not None:
+            of = later.difference
+            print(
+                f"\nChange at the last position less that at the first: {of.value:+.4f} ({of.low:+.4f} to {of.high:+.4f})"
+            )
+        for name, share in found.lengths.reaching.items():
+            print(f"Continuations that reach {name}: {share.before:.3f} before, {share.after:.3f} after")
     print(f"\nControls, by {found.headline_judge}\n")
     head("off", "mean, %", "chosen less one more draw", "perplexity, %")
     for name, control in found.controls.items():
