@@ -108,9 +108,8 @@ def show(found: Results) -> None:
             line(name, _before(piece), f"{piece.after:.4f}" if piece else "", _percent(piece))
         if (later := found.lengths.last_less_first) is not None:
             of = later.difference
-            print(
-                f"\nChange at the last position less that at the first: {of.value:+.4f} ({of.low:+.4f} to {of.high:+.4f})"
-            )
+            ends = f"({of.low:+.4f} to {of.high:+.4f})"
+            print(f"\nChange at the last position less that at the first: {of.value:+.4f} {ends}")
         for name, share in found.lengths.reaching.items():
             print(f"Continuations that reach {name}: {share.before:.3f} before, {share.after:.3f} after")
     print(f"\nControls, by {found.headline_judge}\n")
