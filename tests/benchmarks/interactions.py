@@ -10,7 +10,6 @@ prompts for choices made by hand.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import chdir
 from dataclasses import dataclass, replace
@@ -21,27 +20,27 @@ from typing import Any
 import torch
 from common import (
     BANDS,
-    CHECKPOINT,
+    DATA,
     JUDGES,
     OWN_HARMLESS,
     Subject,
     attribute,
+    data_files,
+    documents,
     evaluation,
     head,
     line,
     parse,
     percent,
+    smollm2,
     sparc3,
     write,
-    write_parts,
 )
-from selections import DATA
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparc3_lightning.attribution.lexicon import Lexicon
 from sparc3_lightning.attribution.targets import lexicon_of, lexicon_probability, sampled_log_probability
-from sparc3_lightning.data import C4
 from sparc3_lightning.data.base import ReferenceSamples
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.evaluation.completions import load_completions
@@ -56,7 +55,6 @@ from sparc3_lightning.scorers.registry import load_scorer
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, choose_within
 from sparc3_lightning.selection.criteria import FLOOR
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.sources import read_records
 
 CHUNK = 64
 LEAST = 0.1  # of a component's own cost, below which no marginal cost falls
@@ -80,16 +78,11 @@ def main() -> None:
         prompts={"type": int, "default": 100},
         continuations={"type": int, "default": 5},
     )
-    files = [options.data / name for name in ("rtp/toxic.jsonl", "c4/en.jsonl", "wikitext2/wiki.test.raw")]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        sys.exit(f"--data: {', '.join(missing)} does not exist; give the folder that holds copies.")
-    prompts, c4, text = (file.resolve() for file in files)
+    files = data_files(options.data)
     options.folder.mkdir(exist_ok=True)
     options.json = options.json and options.json.resolve()
     with chdir(options.folder):
-        rows = [row for row in read_records(prompts) if (row["prompt"]["toxicity"] or 0) >= 0.5]
-        subject = Subject(CHECKPOINT, write_parts(rows), c4, text, num_attributed=options.documents)
+        subject = smollm2(files, num_attributed=options.documents)
         attribute(subject, [])  # the continuations alone
         write(options, measured(subject, options))
 
@@ -99,7 +92,7 @@ def measured(subject: Subject, options: Any) -> dict[str, Any]:
     checkpoint = Checkpoint(subject.checkpoint)
     model = checkpoint.load(torch.float32).eval().requires_grad_(False)
     components, layers = components_of(model)
-    general = documents(subject, checkpoint, subject.num_attributed, 0)
+    general = documents(subject, subject.num_attributed)
     cost = derivatives(model, layers, general.predict_dataloader(), sampled(), CHUNK)
     file = Path("lightning_logs/evaluate/cont/completions.jsonl")
     own = [row for row in load_completions(file) if row["continuation"]]
@@ -126,8 +119,8 @@ def measured(subject: Subject, options: Any) -> dict[str, Any]:
     order = ranking(benefit, costs)
     first = order[:CANDIDATES]
     pairs = information(cost.off[:, first])
-    leave_out = {sample.id for sample in general.samples}
-    text = documents(subject, checkpoint, subject.num_priced, 7, leave_out)
+    text = documents(subject, subject.num_priced, 7)
+    text.leave_out = {sample.id for sample in general.samples}
     batches = list(text.predict_dataloader())
     found: dict[str, Any] = {
         "predicted": predictions(model, batches, [components[i] for i in first], pairs, floor),
@@ -162,15 +155,6 @@ def components_of(model: PreTrainedModel) -> tuple[list[Component], list[torch.n
         for i in range(layer.in_features)
     ]
     return components, [*neurons.values(), *channels.values()]
-
-
-def documents(of: Subject, checkpoint: Checkpoint, number: int, seed: int, leave_out: Iterable[str] = ()) -> C4:
-    """Return documents as the verbs draw them."""
-    data = C4(str(of.documents), num_samples=number, seq_len=of.seq_len, seed=seed, batch_size=4)
-    data.model_checkpoint = checkpoint
-    data.setup("predict")
-    data.leave_out = set(leave_out)
-    return data
 
 
 def sampled() -> Callable[[PreTrainedModel, Any, Tensor | None], Tensor]:

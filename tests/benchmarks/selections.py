@@ -10,7 +10,6 @@ wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
 """
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import asdict
@@ -18,28 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    CHECKPOINT,
+    DATA,
     JUDGES,
     SELECTIONS,
-    Subject,
     attribute,
+    data_files,
     evaluation,
     head,
     line,
     parse,
     percent,
     prune,
+    smollm2,
     sparc3,
     write,
-    write_parts,
 )
 
 from sparc3_lightning.evaluation.results import Dose, Results
 from sparc3_lightning.models.components import in_words
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.sources import read_records
-
-DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def main() -> None:
@@ -56,18 +52,17 @@ def main() -> None:
         seeds={"type": int, "default": 5},
         processes={"type": int, "default": 2},
     )
-    prompts, c4, text = (file.resolve() for file in data_files(options.data))
+    files = data_files(options.data)
     options.folder.mkdir(exist_ok=True)
     json_file = options.json and options.json.resolve()
     with chdir(options.folder):
-        rows = [row for row in read_records(prompts) if (row["prompt"]["toxicity"] or 0) >= 0.5]
-        model = Subject(CHECKPOINT, write_parts(rows), c4, text)
+        model = smollm2(files)
         attribute(model, options.selections)
         lists = [
             (name, budget, prune(model, name, budget)) for name in options.selections for budget in options.budgets
         ]
         named = ",".join(name for name, *_ in lists)
-        files = ",".join(str(file) for *_, file in lists)
+        named_files = ",".join(str(file) for *_, file in lists)
         judges = [JUDGES[0], *options.judges]
         measured = evaluation(model, "report", options.prompts, 16384, judges)
         draws = [
@@ -75,7 +70,7 @@ def main() -> None:
             f"--model.sampling.num_seeds={options.seeds}",
         ]
         ranks = ["--trainer.strategy=ddp", f"--trainer.devices={options.processes}"] if options.processes > 1 else []
-        chosen = [f"--model.names=[{named}]", f"--model.neurons=[{files}]", "--model.doses=[]"]
+        chosen = [f"--model.names=[{named}]", f"--model.neurons=[{named_files}]", "--model.doses=[]"]
         asked = [*measured, *draws, *chosen, "--model.dtype=bfloat16"]
         version = f"report-{hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}"
         folder = sparc3("sweep", version, *asked, *ranks)
@@ -86,14 +81,6 @@ def main() -> None:
         found = {f"{budget:g}": table(results, budget, of) for budget, of in of_budget.items()}
     options.json = json_file
     write(options, found)
-
-
-def data_files(folder: Path) -> list[Path]:
-    """Return the files of prompts, general documents and text in a folder; exit if one is missing."""
-    files = [folder / name for name in ("rtp/toxic.jsonl", "c4/en.jsonl", "wikitext2/wiki.test.raw")]
-    if missing := [str(file) for file in files if not file.is_file()]:
-        sys.exit(f"--data: {', '.join(missing)} does not exist; give the folder that holds copies.")
-    return files
 
 
 def table(results: Results, budget: float, lists: Sequence[tuple[Dose, NeuronList]]) -> list[dict[str, Any]]:

@@ -21,28 +21,28 @@ from typing import Any
 import torch
 from common import (
     ATTRIBUTE,
-    CHECKPOINT,
     CHOOSE,
+    DATA,
     JUDGES,
     Subject,
     attribute,
+    data_files,
+    documents,
     evaluation,
     head,
     line,
     parse,
     percent,
     prune,
+    smollm2,
     sparc3,
     write,
-    write_parts,
 )
-from selections import DATA
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparc3_lightning.attribution.lexicon import Lexicon
 from sparc3_lightning.attribution.targets import lexicon_of, lexicon_probability
-from sparc3_lightning.data import C4
 from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.evaluation.completions import load_completions
 from sparc3_lightning.evaluation.results import Results
@@ -53,7 +53,6 @@ from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.scorers.registry import load_scorer
 from sparc3_lightning.selection.budget import PerplexityRise
 from sparc3_lightning.selection.neuron_list import NeuronList
-from sparc3_lightning.sources import read_records
 
 BESIDE = "benefit_per_cost_channels"
 LEAST = 0.01  # of a damping: a gain closer to 1 is taken for 1
@@ -182,15 +181,11 @@ def main() -> None:
         continuations={"type": int, "default": 5},
         tokens={"type": int, "default": 16384, "help": "of WikiText-2"},
     )
-    prompts, c4, text = (options.data / name for name in ("rtp/toxic.jsonl", "c4/en.jsonl", "wikitext2/wiki.test.raw"))
-    if missing := [str(file) for file in (prompts, c4, text) if not file.is_file()]:
-        sys.exit(f"--data: {', '.join(missing)} does not exist; give the folder that holds copies.")
-    prompts, c4, text = (file.resolve() for file in (prompts, c4, text))
+    data = data_files(options.data)
     options.folder.mkdir(exist_ok=True)
     json_file = options.json and options.json.resolve()
     with chdir(options.folder):
-        rows = [row for row in read_records(prompts) if (row["prompt"]["toxicity"] or 0) >= 0.5]
-        subject = Subject(CHECKPOINT, write_parts(rows), c4, text)
+        subject = smollm2(data)
         attribute(subject, [BESIDE])
         beside = prune(subject, BESIDE, 0.01)
         fitted = fit_all(subject, beside, options)
@@ -228,9 +223,9 @@ def fit_all(subject: Subject, beside: Path, options: argparse.Namespace) -> list
         for row in completions
         if row["token_ids"]
     ]
-    documents = documents_of(subject, subject.num_attributed)
-    known = {tuple(sample.input_ids) for sample in documents}
-    of_budget = [s for s in documents_of(subject, subject.num_priced, seed=7) if tuple(s.input_ids) not in known]
+    general = documents(subject, subject.num_attributed).samples
+    known = {tuple(sample.input_ids) for sample in general}
+    of_budget = [s for s in documents(subject, subject.num_priced, 7).samples if tuple(s.input_ids) not in known]
     rise = PerplexityRise(model, [pad_right(of_budget[i : i + 4]) for i in range(0, len(of_budget), 4)])
     listed = NeuronList.load(beside)
     found: list[dict[str, Any]] = [{"edit": BESIDE, "file": str(beside), "rise": rise(listed.neurons)}]
@@ -242,7 +237,7 @@ def fit_all(subject: Subject, beside: Path, options: argparse.Namespace) -> list
     )
     gains = Gains(model)
     gains.take(listed.neurons)
-    stacked = torch.tensor([list(sample.input_ids) for sample in documents])
+    stacked = torch.tensor([list(sample.input_ids) for sample in general])
     for weight in sorted(options.lambdas, reverse=True):
         t, kl = fit(
             model, gains, texts, stacked, lexicon, weight, steps=options.steps, rate=options.rate, before=before
@@ -255,15 +250,6 @@ def fit_all(subject: Subject, beside: Path, options: argparse.Namespace) -> list
         off = counts_of([component for component in damped if component.damping > 0.9])
         found[-1]["off"] = in_words(off) if off else "none"
     return found
-
-
-def documents_of(subject: Subject, number: int, seed: int = 0) -> list[Sample]:
-    """Return so many documents of C4."""
-    data = C4(str(subject.documents), num_samples=number, seq_len=subject.seq_len, seed=seed)
-    data.model_checkpoint = Checkpoint(subject.checkpoint)
-    data.prepare_data()
-    data.setup("predict")
-    return list(data.samples)
 
 
 def table(results: Results, fitted: Sequence[dict[str, Any]]) -> None:

@@ -13,7 +13,6 @@ and wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
 
 import argparse
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import chdir
@@ -22,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CHECKPOINT, head, line, parse, percent, scores, sparc3, write
-from selections import DATA
+from common import CHECKPOINT, DATA, FILES, data_files, head, line, parse, percent, scores, sparc3, write
 from torch import Tensor
 
 from sparc3_lightning.evaluation.completions import Completion, load_completions
@@ -55,10 +53,7 @@ def main() -> None:
         draws={"type": int, "default": 5},
         of_draws={"type": int, "default": 5, "help": "continuations of a prompt by each control"},
     )
-    files = [options.data / name for name in ("c4/en.jsonl", "wikitext2/wiki.test.raw")]
-    if missing := [str(file) for file in files if not file.is_file()]:
-        sys.exit(f"--data: {', '.join(missing)} does not exist; give the folder that holds copies.")
-    c4, text = (file.resolve() for file in files)
+    c4, text = data_files(options.data, FILES[1:])
     options.folder.mkdir(exist_ok=True)
     json_file = options.json and options.json.resolve()
     with chdir(options.folder):
