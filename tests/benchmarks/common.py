@@ -162,7 +162,8 @@ class Subject:
 def sparc3(verb: str, version: str, *options: str) -> Path:
     """Run a verb, unless its folder holds what it writes, and return the folder."""
     folder = Path("lightning_logs", verb, version)
-    output = {"attribute": "scores.safetensors", "prune": "neurons.json"}.get(verb, "results.json")
+    outputs = {"attribute": "scores.safetensors", "prune": "neurons.json", "stress": "stress.json"}
+    output = outputs.get(verb, "results.json")
     if not (folder / output).is_file():
         print(f"sparc3 {verb}: {version}", file=sys.stderr, flush=True)
         trainer = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
