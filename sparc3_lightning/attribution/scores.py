@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparc3_lightning.attribution.spec import ScoreSpec
-from sparc3_lightning.attribution.tensor_file import ERRORS, digest_of, load_tensors, save_tensors
+from sparc3_lightning.attribution.tensor_file import ERRORS, digest_of, load_tensors, opened, save_tensors
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import LEFT_OUT, Count, JsonFile, check_checksum, checksum, parse_json, read_as, replacing
 from sparc3_lightning.models.experts import TokensSeen
@@ -242,7 +242,7 @@ class WeightScores:
     def _open(self, name: str, read: Callable[[safe_open, str], _Read]) -> _Read:
         shard = self.path.parent / self.files[name]
         try:
-            with safe_open(shard, framework="pt") as file:
+            with opened(shard) as file:
                 return read(file, name)
         except ERRORS as error:
             raise ValueError(

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,6 +40,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_atomically(path, save(own, {**metadata, CHECKSUM: digest_of(own, metadata)}))
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """Open a safetensors file that another process may replace meanwhile.
+
+    safetensors opens a path twice, for the header and for the data. Both are of one file here.
+    """
+    with path.open("rb") as file, safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as tensors:
+        yield tensors
+
+
 def load_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and what their header says.
 
@@ -50,7 +61,7 @@ def load_tensors(path: Path, format: str) -> tuple[dict[str, Tensor], dict[str, 
         ValueError: If the file is truncated, of another format, or was changed.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             metadata: dict[str, str] = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except ERRORS as error:

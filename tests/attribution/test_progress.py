@@ -202,6 +202,21 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
         load_progress(tmp_path)
 
 
+def test_a_state_that_is_replaced_while_it_is_read_is_read_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Progress({"method": "lrp"}, {"a": torch.ones(9).double()}, ["x"]).save(tmp_path, rank=0)
+    data_of = torch.UntypedStorage.from_file
+
+    def data_after_another_save(*args, **options) -> torch.UntypedStorage:  # the header was read from the path before
+        Progress({"method": "lrp"}, {"a": torch.full((9,), 2.0).double()}, ["y"]).save(tmp_path, rank=0)
+        return data_of(*args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", data_after_another_save)
+    read = [load_progress(tmp_path) for _ in range(2)]
+    assert [(state.sample_ids, state.sums["a"].tolist()) for state in read] == [(["x"], [1.0] * 9), (["y"], [2.0] * 9)]
+
+
 @pytest.mark.parametrize("place", [20, 100, 300, -1, -9])
 def test_a_flipped_bit_of_a_state_is_refused_by_its_file(tmp_path: Path, place: int) -> None:
     state = Progress({"method": "lrp"}, {"a": torch.ones(9).double()}, ["x"], 0, rows={"a": torch.ones(1, 3)})
