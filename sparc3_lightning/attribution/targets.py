@@ -117,7 +117,12 @@ def lexicon_log_probability(
 
 
 def lexicon_probability(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor, lexicon: Lexicon
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    start: Tensor,
+    lexicon: Lexicon,
+    kept: Lexicon | None = None,
 ) -> Tensor:
     """Return the probability that the next token completes a word of a lexicon, averaged over the positions that count.
 
@@ -139,20 +144,26 @@ def lexicon_probability(
         start: Per sample the first token that counts: the position before it, which predicts it, is the first one
             averaged over, shape ``[samples]``.
         lexicon: The words as tokens.
+        kept: Words whose probability is subtracted.
 
     Returns:
-        Shape ``[samples]``, float32 or wider; in [0, 1], unless words end each other.
+        Shape ``[samples]``, float32 or wider; in [0, 1], unless words end each other or some are subtracted.
     """
     logits_BTV = _logits(model, input_ids, attention_mask)
     all_BT = logits_BTV.logsumexp(dim=-1)
-    probability_BT = torch.zeros_like(all_BT)
-    if len(lexicon.tokens):
-        probability_BT = _log_of(lexicon.tokens, logits_BTV, all_BT).exp()
-    if len(lexicon.firsts):
-        first_BT = _log_of(lexicon.firsts, logits_BTV, all_BT).exp()
-        probability_BT = probability_BT + first_BT * ~lexicon.is_inside[input_ids]
-    if lexicon.split:
-        probability_BT = probability_BT + _of_split(logits_BTV, all_BT, input_ids, attention_mask, start, lexicon)
+
+    def completing(words: Lexicon) -> Tensor:
+        probability_BT = torch.zeros_like(all_BT)
+        if len(words.tokens):
+            probability_BT = _log_of(words.tokens, logits_BTV, all_BT).exp()
+        if len(words.firsts):
+            first_BT = _log_of(words.firsts, logits_BTV, all_BT).exp()
+            probability_BT = probability_BT + first_BT * ~words.is_inside[input_ids]
+        if words.split:
+            probability_BT = probability_BT + _of_split(logits_BTV, all_BT, input_ids, attention_mask, start, words)
+        return probability_BT
+
+    probability_BT = completing(lexicon) if kept is None else completing(lexicon) - completing(kept)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     counts_BT = positions >= start.unsqueeze(1) - 1
     if attention_mask is not None:
@@ -248,6 +259,7 @@ def target_of(
     batch: Explained,
     attention_mask: Tensor | None,
     lexicon: Lexicon,
+    kept: Lexicon | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Return the target of a name for each sample of a padded batch, shape ``[samples]``; see the functions above."""
@@ -258,7 +270,7 @@ def target_of(
     if target == "text":
         return text_log_probability(model, input_ids, attention_mask, batch["start"])
     if target == "lexicon_probability":
-        return lexicon_probability(model, input_ids, attention_mask, batch["start"], lexicon)
+        return lexicon_probability(model, input_ids, attention_mask, batch["start"], lexicon, kept)
     if target == "lexicon":
         return lexicon_log_probability(model, input_ids, attention_mask, lexicon)
     if target == "logit_difference":

@@ -55,6 +55,7 @@ SCORES = "scores.safetensors"
 # Correlation of the costs of two halves below which there is a warning: with it those of all samples correlate by 0.82
 # with those of as many others (Spearman 1910 and Brown 1910). 2,048 tokens of news give 0.57 on SmolLM2-135M.
 ALIKE = 0.7
+LEXICA = ("lexicon", "kept_words")  # options that name words
 
 
 def file_of(granularity: Scored) -> str:
@@ -62,7 +63,7 @@ def file_of(granularity: Scored) -> str:
     return INDEX if granularity == "weight" else SCORES
 
 
-def words_of(lexicon: Sequence[str] | str) -> tuple[str, list[str] | None]:
+def words_of(lexicon: Sequence[str] | str, option: str = "lexicon") -> tuple[str, list[str] | None]:
     """Return the name of a lexicon, and its words; None if it is a scorer, which is checked.
 
     Raises:
@@ -72,10 +73,10 @@ def words_of(lexicon: Sequence[str] | str) -> tuple[str, list[str] | None]:
         try:
             words = check_words(lexicon)
         except ValueError as error:
-            raise OptionError("lexicon", f": {error}") from None
+            raise OptionError(option, f": {error}") from None
         return f"a list of {len(words)} words", words
-    check_scorer(lexicon, "lexicon")
-    if not issubclass(kind_of(lexicon, "lexicon"), WordsScorer):
+    check_scorer(lexicon, option)
+    if not issubclass(kind_of(lexicon, option), WordsScorer):
         return lexicon, None
     file = WordsScorer.location(lexicon)
     return f"{PREFIX}{file}", read_words(local_path(file))
@@ -118,6 +119,8 @@ class Attribution(StoppableModule):
         lexicon: What the two targets of that name speak of: a text file of words or phrases, one a line (``#`` begins a
             comment), or a list of them, which the model is to say less; or a scorer, see ``sparc3 evaluate``, that says
             which tokens of the vocabulary are toxic by themselves. Of a ``package.module:function`` the code runs.
+        kept_words: For ``lexicon_probability`` words that the model is to go on saying, as a file or a list. Their
+            probability is subtracted: a neuron that serves them as much as those of the lexicon scores 0.
         layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
             By default it is the layer of the MLP neurons, such as ``up_proj``, ``gate_up_proj`` (Phi-3, of which the up
             rows are scored), ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads and channels the last one of the attention:
@@ -142,7 +145,7 @@ class Attribution(StoppableModule):
 
     verb = "attribute"
     OUTPUTS = (SCORES, INDEX)
-    READS: ClassVar[dict[str, Kind]] = {"checkpoint": "checkpoint", "lexicon": "scorer"}
+    READS: ClassVar[dict[str, Kind]] = {"checkpoint": "checkpoint", "lexicon": "scorer", "kept_words": "scorer"}
     FILLED_IN: ClassVar[set[str]] = {"checkpoint", "dtype", "revision"}
     model: PreTrainedModel
 
@@ -154,6 +157,7 @@ class Attribution(StoppableModule):
         rule: Rule = "attnlrp",
         target: Target = "argmax",
         lexicon: tuple[str, ...] | str = "original",
+        kept_words: tuple[str, ...] | str | None = None,
         layers: Sequence[str] | None = None,
         activations: bool = False,
         granularity: Scored = "neuron",
@@ -167,10 +171,25 @@ class Attribution(StoppableModule):
         super().__init__()
         named = None if layers is None else list(layers)
         name, self.words_listed = words_of(lexicon) if target in LEXICAL else (str(lexicon), None)
-        digest = None if self.words_listed is None else digest_of(self.words_listed)
+        self.name_kept, self.words_kept = "", None
+        if kept_words is not None and target in LEXICAL:
+            self.name_kept, self.words_kept = self._check_kept(kept_words, target)
+        digest, kept = (None if words is None else digest_of(words) for words in (self.words_listed, self.words_kept))
         # As given; from setup on with what was left open.
         self.spec = ScoreSpec(
-            method, rule, relevance, target, name, digest, named, dtype, granularity, nonfinite, activations, chunk
+            method,
+            rule,
+            relevance,
+            target,
+            name,
+            digest,
+            named,
+            dtype,
+            granularity,
+            nonfinite,
+            activations,
+            chunk,
+            kept,
         )
         self.spec.check()
         if save_every < 1:
@@ -179,6 +198,7 @@ class Attribution(StoppableModule):
         self.save_every = save_every
         self.checkpoint = Checkpoint(checkpoint, revision)
         self.lexicon = Lexicon.of_tokens()
+        self.kept: Lexicon | None = None
         self.lrp_check: LrpCheck | None = None
         self.alike: float | None = None
         self.dtype_name: Dtype = dtype
@@ -186,9 +206,13 @@ class Attribution(StoppableModule):
 
     @classmethod
     def reads(cls, options: Mapping[str, object]) -> dict[str, Kind]:
-        """Return the options that name inputs: a lexicon only for a target that needs one, and if it is no list."""
-        is_lexical = options.get("target") in LEXICAL and isinstance(options.get("lexicon"), str)
-        return {option: kind for option, kind in cls.READS.items() if option != "lexicon" or is_lexical}
+        """Return the options that name inputs: words only for a target that needs them, and if they are no list."""
+        left = [
+            option
+            for option in LEXICA
+            if options.get("target") not in LEXICAL or not isinstance(options.get(option), str)
+        ]
+        return {option: kind for option, kind in cls.READS.items() if option not in left}
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
@@ -216,10 +240,14 @@ class Attribution(StoppableModule):
             )
             raise OptionError("granularity", f"{what}: give --trainer.devices 1, or take --.method wanda.")
         if self.words_listed is not None:
-            self.lexicon = self._spell(self.words_listed)
+            self.lexicon, num_split = self._spell(self.words_listed, "lexicon")
+            data.notes |= {"num_lexicon": len(self.words_listed), "num_split": num_split}
         elif spec.lexicon is not None and spec.is_lexical:
             self.lexicon = Lexicon.of_tokens(lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score))
             data.notes["num_lexicon"] = len(self.lexicon.tokens)
+        if self.words_kept is not None:
+            self.kept, _ = self._spell(self.words_kept, "kept_words")
+            data.notes["num_kept"] = len(self.words_kept)
         if spec.target is not None:
             data.check_target(spec.target)
         self.spec = spec.resolved(self.layers, resolve_dtype(self.dtype_name, self.trainer.strategy.root_device))
@@ -287,6 +315,7 @@ class Attribution(StoppableModule):
         columns = columns_of(self.model, layers) if spec.activations else {}
         self.recorder = ActivationRecorder(columns, twins_of(self.model))
         self.words = self.lexicon.to(self.device)  # once: every copy makes the host wait
+        self.others = None if self.kept is None else self.kept.to(self.device)
 
     def _costs(self) -> Costs | None:
         if self.spec.chunk is None:
@@ -335,7 +364,7 @@ class Attribution(StoppableModule):
             self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
         ):
             if spec.target is not None:
-                target_of(self.model, spec.target, batch, mask, self.words, run_seed()).sum().backward()
+                target_of(self.model, spec.target, batch, mask, self.words, self.others, run_seed()).sum().backward()
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
         return [name for name, weight in zip(batch["sample_ids"], batch["weights"], strict=True) if weight]
@@ -374,8 +403,26 @@ class Attribution(StoppableModule):
             check_have_relevance(layers, self.spec.rule)
         return names
 
-    def _spell(self, words: Sequence[str]) -> Lexicon:
-        """Return the tokens that spell words, and note how many words they are and how many the tokenizer splits.
+    def _check_kept(self, kept_words: Sequence[str] | str, target: Target) -> tuple[str, list[str]]:
+        """Return the name of the words to keep, and these.
+
+        Raises:
+            OptionError: If they are no list, or the lexicon has one of them; or the target cannot subtract them.
+        """
+        if target != "lexicon_probability":
+            raise OptionError("kept_words", f"needs --.target lexicon_probability, got {target}.")
+        name, kept = words_of(kept_words, "kept_words")
+        if kept is None:
+            raise OptionError("kept_words", f": {kept_words!r} is a scorer: give a list of words, or a file of them.")
+        said_less = {word.casefold() for word in self.words_listed or ()}
+        if both := [word for word in kept if word.casefold() in said_less]:
+            raise OptionError(
+                "kept_words", f"has {both[0]!r}, which is in the lexicon too: leave it out of one of them."
+            )
+        return name, kept
+
+    def _spell(self, words: Sequence[str], option: str) -> tuple[Lexicon, int]:
+        """Return the tokens that spell the words of an option, and how many of them the tokenizer splits.
 
         Raises:
             OptionError: If no tokens spell a word, or the target can speak of none of them.
@@ -389,7 +436,7 @@ class Attribution(StoppableModule):
             vocab_size = tokens.vocab_size or 0
             lexicon, split = spell(words, tokens.encode_bare, tokens.decode, num_tokens, vocab_size, wherever)
         except ValueError as error:
-            raise OptionError("lexicon", f": {error}") from None
+            raise OptionError(option, f": {error}") from None
         if split and wherever:
             named = ", ".join(map(repr, split[:10]))
             raise OptionError(
@@ -397,16 +444,15 @@ class Attribution(StoppableModule):
                 f"--.target lexicon is about words of one token, and the tokenizer splits {named}: take "
                 "lexicon_probability, or leave these words out.",
             )
-        data.notes |= {"num_lexicon": len(words), "num_split": len(split)}
         if len(split) == len(words) and not any(
             next(lexicon.places(sample.input_ids, sample.start), None) for sample in data.samples
         ):
             raise OptionError(
-                "lexicon",
+                option,
                 f": the tokenizer splits each of its {len(words)} words, and none of the {len(data.samples)} samples "
                 "holds the first tokens of one, where its last token could follow: give more or longer --data.",
             )
-        return lexicon
+        return lexicon, len(split)
 
     def _identify(self) -> Identity:
         """Return the identity of this run: only sums of runs with the same identity may be added."""
@@ -534,6 +580,8 @@ class Attribution(StoppableModule):
             found[self.spec.lexicon] = (
                 fingerprint_of(self.spec.lexicon) if words is None else fingerprint_of_words(words)
             )
+        if self.words_kept is not None:
+            found[f"{self.name_kept}, kept"] = fingerprint_of_words(self.words_kept)
         return found
 
     def _tokens_seen(self) -> TokensSeen | None:

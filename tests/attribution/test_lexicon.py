@@ -19,6 +19,7 @@ from sparc3_lightning.data.base import Sample, pad_right
 from sparc3_lightning.data.tokens import Tokens
 from sparc3_lightning.data.toxic_prompts import ToxicPrompts
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
+from sparc3_lightning.evaluation.judges import judges_of
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.plan import digests_of
 
@@ -283,6 +284,44 @@ def test_a_list_that_the_tokenizer_splits_is_scored_by_its_whole_words(attribute
     attribute("whole", ("dog", "bird"), target="lexicon")
 
 
+def test_words_to_keep_are_subtracted_and_known_by_their_list(attribute):
+    Path("kept.txt").write_text("bird\nbad house\n")
+    dogs, birds, both = (
+        ScoreFile.load(attribute(folder, lexicon, **options).output)
+        for folder, lexicon, options in (
+            ("dogs", ("dog", "good dog"), {}),
+            ("birds", "kept.txt", {}),
+            ("both", ("dog", "good dog"), {"kept_words": "kept.txt"}),
+        )
+    )
+    for name, score in both.scores.items():
+        torch.testing.assert_close(score, dogs.scores[name] - birds.scores[name])
+    assert any(not score.equal(dogs.scores[name]) for name, score in both.scores.items())
+    assert both.provenance.data["num_kept"] == 2
+    with pytest.raises(ValueError, match="do not belong together: kept is "):
+        check_match([dogs, both])
+    assert list(both.provenance.choosers) == ["a list of 2 words", "words:kept.txt, kept"]
+    (judge,) = judges_of(["words:kept.txt"], list(both.provenance.choosers.items())).values()
+    assert judge.is_chooser
+    with pytest.raises(OptionError, match=r"--model.kept_words: .* no tokens that spell 'tapestry': remove"):
+        attribute("unknown", ("dog",), kept_words=("bird", "tapestry"))
+
+
+@pytest.mark.parametrize(
+    ("kept", "target", "said"),
+    [
+        (("bird", "Dog"), "lexicon_probability", "--model.kept_words has 'Dog', which is in the lexicon too: leave it"),
+        (("bird",), "lexicon", "--model.kept_words needs --model.target lexicon_probability, got lexicon"),
+        ("small", "lexicon_probability", "--model.kept_words: 'small' is a scorer: give a list of words, or a file"),
+        ((), "lexicon_probability", "--model.kept_words: The list holds no words"),
+    ],
+)
+def test_words_to_keep_that_cannot_be_are_refused_at_once(kept, target, said):
+    with pytest.raises(OptionError, match=said):
+        Attribution("nothing", target=target, lexicon=("dog", "cat"), kept_words=kept)
+    Attribution("nothing", lexicon=("dog", "cat"), kept_words=kept)  # other targets do not read them
+
+
 def test_words_that_the_model_cannot_write_are_refused_before_it_is_loaded(attribute):
     with pytest.raises(OptionError, match=r"--model.lexicon: .* no tokens that spell 'tapestry', 'the realm': remove"):
         attribute("unknown", ("dog", "tapestry", "the realm"))
@@ -316,3 +355,8 @@ def test_a_changed_file_of_words_is_another_input_of_an_attribution_and_a_list_i
     assert digests_of(Attribution, config, None) != before
     config["model"] |= {"lexicon": ["dog", "bird"]}
     assert digests_of(Attribution, config, None) == []
+    config["model"] |= {"kept_words": "words.txt"}
+    before = digests_of(Attribution, config, None)
+    Path("words.txt").write_text("cat\n")
+    assert len(before) == 1
+    assert digests_of(Attribution, config, None) != before

@@ -4,9 +4,11 @@ SmolLM2-135M-Instruct answers half of the 300 prompts of configs/writing.txt twi
 counted, each once an answer; function words are left out, which stand in at least 15 % of the documents of C4, and so
 are words of the prompts and of fewer than four letters. Two lists are lowered: configs/slop.txt, and
 configs/frequent.txt, which was every second of the words that most answers have, none of them in slop.txt; which ones
-these are now is printed, since draws in bfloat16 differ from machine to machine. To each belongs a list of other words
-of like frequency, which should stay. Neurons are chosen by the recipe of configs/slop.yaml, as many as 1 % of
-perplexity pays for, and measured on the other half of the prompts, beside random, least relevant and large neurons.
+these are now is printed, since draws in bfloat16 differ from machine to machine; so it is with configs/kept.txt, every
+second of the most frequent words on neither list, whose benefit is subtracted. To each list belong other words of like
+frequency, on none of the three, which should stay. Neurons are chosen by the recipe of configs/slop.yaml, as many as
+1 % of perplexity pays for, and measured on the other half of the prompts, beside random, least relevant and large
+neurons.
 Every stage is a verb of `sparc3` in the folder given, and one that is done there is not run again. Needs c4/en.jsonl
 and wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
 """
@@ -35,6 +37,7 @@ from sparc3_lightning.sources import read_records
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMON = 0.15  # least share of C4's documents that has a function word
 NUM_FREQUENT = 12
+NUM_KEPT = 24
 LISTS = ("slop", "frequent")
 
 
@@ -112,20 +115,30 @@ def write_lists(answers: Sequence[Completion], c4: Path) -> None:
         if len(word) >= 4 and word not in functional and word not in prompts and word[:5] not in stems
     ]
     print("every second of the most frequent words:", ", ".join(free[: 2 * NUM_FREQUENT : 2]), flush=True)
+    frequent, kept = (read_words(CONFIGS / f"{name}.txt") for name in ("frequent", "kept"))
+    rest = with_other_stems(free, frequent)
+    print("every second of the others:", ", ".join(rest[: 2 * NUM_KEPT : 2]), flush=True)
+    Path("kept.txt").write_text("".join(f"{word}\n" for word in kept))
     for name in LISTS:
         words = read_words(CONFIGS / f"{name}.txt")
         of_words = {word: sum(map(bool, map(counter_of([word]), texts))) for word in words}
-        left = [word for word in free if word[:5] not in {found[:5] for found in words}]
+        left = with_other_stems(free, [*words, *kept])
         others: list[str] = []
         for word in sorted(filter(of_words.get, words), key=lambda word: (-of_words[word], word)):
             others.append(min(left, key=lambda other: (abs(counts[other] - of_words[word]), other)))
-            left = [other for other in left if other[:5] != others[-1][:5]]
+            left = with_other_stems(left, others[-1:])
         Path(f"{name}.txt").write_text("".join(f"{word}\n" for word in words))
         Path(f"{name}_others.txt").write_text("".join(f"{word}\n" for word in others))
         print(
             f"\n{name}: {said(of_words, texts)}\nothers: {said({word: counts[word] for word in others}, texts)}",
             flush=True,
         )
+
+
+def with_other_stems(words: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """Return the words that begin as no word that is taken does."""
+    stems = {word[:5] for word in taken}
+    return [word for word in words if word[:5] not in stems]
 
 
 def said(counts: dict[str, int], texts: Sequence[str]) -> str:
@@ -139,12 +152,12 @@ def measured(name: str, answers: Path, c4: Path, text: Path, options: argparse.N
     """Choose the neurons of a list, evaluate them, and return what changed."""
     of = [f"--model.checkpoint={CHECKPOINT}", "--model.method=gradient", "--model.granularity=neuron+channel"]
     documents = ["--data=C4", f"--data.source={c4}", "--data.seq_len=256"]
-    general = [*documents, "--data.num_samples=64", "--data.batch_size=4"]
-    sparc3("attribute", "cost", *of, *general, "--model.relevance=fisher", "--model.target=sampled")
     own = ["--data=ToxicPrompts", "--data.by=continuation", f"--data.source={answers}", "--data.chat=true"]
     own += ["--data.continuation_toxicity=[0,1]", "--data.min_toxicity=null", f"--data.num_samples={options.samples}"]
+    own += ["--data.batch_size=15"]
+    sparc3("attribute", "cost", *of, *own, "--model.relevance=fisher", "--model.target=sampled")
     lexical = ["--model.relevance=signed", "--model.target=lexicon_probability", f"--model.lexicon={name}.txt"]
-    sparc3("attribute", name, *of, *own, "--data.batch_size=15", *lexical)
+    sparc3("attribute", name, *of, *own, *lexical, "--model.kept_words=kept.txt")
     chosen = [f"--model.general=[{scores('cost')}]", f"--model.behavior={scores(name)}"]
     chosen += ["--model.criterion=benefit_per_cost", "--model.budget.max_perplexity_increase=0.01"]
     chosen += [*documents, "--data.seed=7"]
