@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -13,9 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 # Tiny models are fastest on one core, and two cores that wait for each other are slow when others use them too.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, for the same reason
+# Forks share the lock of tqdm: one that is killed while it holds the lock would stop all others, and this process.
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 SHARED = Path(__file__).parents[2] / "shared"
 # Of the same name in every room: collected for doctests, they would be taken for one module.
 collect_ignore_glob = ["*conftest.py"]
