@@ -147,6 +147,7 @@ def write_inputs(folder: Path) -> None:
     write_jsonl(folder / "rows.jsonl", rows)
     (folder / "prompts.txt").write_text(f"{sentence(200, 4)}\n{sentence(201, 5)}\n")
     (folder / "words.txt").write_text("# Words of the sentences.\ncat\nthe dog\n")
+    (folder / "kept.txt").write_text("bird\n")
     (folder / "toys.py").write_text(TOYS)
     questions = [{"question": sentence(i, 4), "choices": ["a cat", "the dog"], "label": i % 2} for i in range(6)]
     write_choice_task(folder, TASK, questions)
@@ -182,8 +183,8 @@ def _tiny(name: str, value: Any, beside: dict[str, Any], checkpoint: str) -> Any
         return [_tiny("scorer", one, beside, checkpoint) for one in value]
     if name == "chat":  # the tiny checkpoint has no template
         return False
-    if name == "lexicon" and str(value).endswith(".txt"):
-        return "words.txt"
+    if name in ("lexicon", "kept_words") and str(value).endswith(".txt"):
+        return "words.txt" if name == "lexicon" else "kept.txt"
     if name in ("scorer", "lexicon"):
         return {"original": "small"}.get(value, "toys:letters" if "/" in str(value) else value)
     if name == "general_seeds":
