@@ -5,7 +5,7 @@ counted, each once an answer; function words are left out, which stand in at lea
 are words of the prompts and of fewer than four letters. Two lists are lowered: configs/slop.txt, and
 configs/frequent.txt, which was every second of the words that most answers have, none of them in slop.txt; which ones
 these are now is printed, since draws in bfloat16 differ from machine to machine; so it is with configs/kept.txt, every
-second of the most frequent words on neither list, whose benefit is subtracted. To each list belong other words of like
+fifth of the most frequent words on neither list, whose benefit is subtracted. To each list belong other words of like
 frequency, on none of the three, which should stay. Neurons are chosen by the recipe of configs/slop.yaml, as many as
 1 % of perplexity pays for, and measured on the other half of the prompts, beside random, least relevant and large
 neurons.
@@ -37,7 +37,7 @@ from sparc3_lightning.sources import read_records
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMON = 0.15  # least share of C4's documents that has a function word
 NUM_FREQUENT = 12
-NUM_KEPT = 24
+NUM_KEPT = 60
 LISTS = ("slop", "frequent")
 
 
@@ -117,7 +117,7 @@ def write_lists(answers: Sequence[Completion], c4: Path) -> None:
     print("every second of the most frequent words:", ", ".join(free[: 2 * NUM_FREQUENT : 2]), flush=True)
     frequent, kept = (read_words(CONFIGS / f"{name}.txt") for name in ("frequent", "kept"))
     rest = with_other_stems(free, frequent)
-    print("every second of the others:", ", ".join(rest[: 2 * NUM_KEPT : 2]), flush=True)
+    print("every fifth of the others:", ", ".join(rest[: 5 * NUM_KEPT : 5]), flush=True)
     Path("kept.txt").write_text("".join(f"{word}\n" for word in kept))
     for name in LISTS:
         words = read_words(CONFIGS / f"{name}.txt")
