@@ -259,8 +259,8 @@ def target_of(
     batch: Explained,
     attention_mask: Tensor | None,
     lexicon: Lexicon,
-    kept: Lexicon | None = None,
     seed: int = 0,
+    kept: Lexicon | None = None,
 ) -> Tensor:
     """Return the target of a name for each sample of a padded batch, shape ``[samples]``; see the functions above."""
     input_ids = batch["input_ids"]

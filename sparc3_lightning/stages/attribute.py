@@ -364,7 +364,7 @@ class Attribution(StoppableModule):
             self.accumulator.recording(mask, batch["sample_ids"], batch["weights"]),
         ):
             if spec.target is not None:
-                target_of(self.model, spec.target, batch, mask, self.words, self.others, run_seed()).sum().backward()
+                target_of(self.model, spec.target, batch, mask, self.words, run_seed(), self.others).sum().backward()
             else:
                 self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=1)
         return [name for name, weight in zip(batch["sample_ids"], batch["weights"], strict=True) if weight]

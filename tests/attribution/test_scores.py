@@ -43,6 +43,7 @@ OTHER = {
     "dtype": "bfloat16",
     "granularity": "head",
     "chunk": 32,
+    "kept": "4567",
 }
 
 
