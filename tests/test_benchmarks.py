@@ -84,8 +84,10 @@ def test_the_benchmark_of_families_trains_measures_and_keeps_its_checkpoints(tmp
     assert "| mixtral | 10 | published |" in said
     assert "perplexity" in said.partition("steps")[2]
     (checkpoint,) = (tmp_path / "cache").iterdir()
+    before = (checkpoint / "model.safetensors").stat().st_mtime_ns
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     of_recipe = {"cache": tmp_path / "cache", "minutes": float(options["minutes"])}
     there = Namespace(**of_recipe, comments=options["comments"], passages=options["passages"])
     (tmp_path / "comments.csv").unlink()  # what is there is not trained again
     assert import_module("families").train("mixtral", there) == checkpoint
+    assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before

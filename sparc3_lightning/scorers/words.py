@@ -131,7 +131,7 @@ def _checked(words: Iterable[tuple[str, str]], place: str) -> list[str]:
         word = " ".join(unicodedata.normalize("NFC", given).split())
         if not word or not word.isprintable():
             raise ValueError(f"{where} is no word: {given.strip()!r:.60}.")
-        first, _ = found.setdefault(_plain(word), (where, word))
+        first, _ = found.setdefault(plain(word), (where, word))
         if first != where:
             raise ValueError(f"{where} holds {word!r:.60}, which is there already ({first}): remove one of them.")
     if not found:
@@ -146,10 +146,10 @@ def digest_of(words: Iterable[str]) -> str:
 
 def fingerprint_of_words(words: Sequence[str]) -> str:
     """Return what identifies the words that are found, whatever the case of their letters, and behind a blank those."""
-    return f"{digest_of(map(_plain, words))} {digest_of(words)}"
+    return f"{digest_of(map(plain, words))} {digest_of(words)}"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return a text as it is compared: without case, accents joined to their letters, apostrophes and hyphens plain."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).translate(_PLAIN)
 
@@ -158,12 +158,12 @@ def counter_of(words: Sequence[str]) -> Callable[[str], int]:
     """Return what counts the occurrences of words in a text, each as a whole; see ``WordsScorer``."""
     inside = _inside()
     parts = []
-    for word in sorted(map(_plain, words), key=len, reverse=True):  # of two that begin alike the longer one is found
+    for word in sorted(map(plain, words), key=len, reverse=True):  # of two that begin alike the longer one is found
         before = rf"(?<!{inside})" if re.match(inside, word) else ""
         after = rf"(?!{inside})" if re.match(inside, word[-1]) else ""
         parts.append(before + r"\s+".join(map(re.escape, word.split())) + after)
     pattern = re.compile("|".join(parts))
-    return lambda text: sum(1 for _ in pattern.finditer(_plain(text)))
+    return lambda text: sum(1 for _ in pattern.finditer(plain(text)))
 
 
 @cache

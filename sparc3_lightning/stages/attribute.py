@@ -46,7 +46,15 @@ from sparc3_lightning.models.neurons import columns_of, coverage, scored_rows
 from sparc3_lightning.models.sharding import check_batch_size, load_for
 from sparc3_lightning.provenance import git_hash, run_seed, versions, versions_of_results
 from sparc3_lightning.scorers.registry import check_scorer, fingerprint_of, kind_of, load_scorer
-from sparc3_lightning.scorers.words import PREFIX, WordsScorer, check_words, digest_of, fingerprint_of_words, read_words
+from sparc3_lightning.scorers.words import (
+    PREFIX,
+    WordsScorer,
+    check_words,
+    digest_of,
+    fingerprint_of_words,
+    plain,
+    read_words,
+)
 from sparc3_lightning.selection.overlap import correlation, ranks
 from sparc3_lightning.sources import local_path
 from sparc3_lightning.stages.stopping import StoppableModule
@@ -207,12 +215,12 @@ class Attribution(StoppableModule):
     @classmethod
     def reads(cls, options: Mapping[str, object]) -> dict[str, Kind]:
         """Return the options that name inputs: words only for a target that needs them, and if they are no list."""
-        left = [
-            option
-            for option in LEXICA
-            if options.get("target") not in LEXICAL or not isinstance(options.get(option), str)
-        ]
-        return {option: kind for option, kind in cls.READS.items() if option not in left}
+        is_lexical = options.get("target") in LEXICAL
+        return {
+            option: kind
+            for option, kind in cls.READS.items()
+            if option not in LEXICA or (is_lexical and isinstance(options.get(option), str))
+        }
 
     def setup(self, stage: str) -> None:
         """Check all that can be checked before the model is loaded."""
@@ -414,8 +422,8 @@ class Attribution(StoppableModule):
         name, kept = words_of(kept_words, "kept_words")
         if kept is None:
             raise OptionError("kept_words", f": {kept_words!r} is a scorer: give a list of words, or a file of them.")
-        said_less = {word.casefold() for word in self.words_listed or ()}
-        if both := [word for word in kept if word.casefold() in said_less]:
+        said_less = set(map(plain, self.words_listed or ()))
+        if both := [word for word in kept if plain(word) in said_less]:
             raise OptionError(
                 "kept_words", f"has {both[0]!r}, which is in the lexicon too: leave it out of one of them."
             )

@@ -311,6 +311,7 @@ def test_words_to_keep_are_subtracted_and_known_by_their_list(attribute):
     ("kept", "target", "said"),
     [
         (("bird", "Dog"), "lexicon_probability", "--model.kept_words has 'Dog', which is in the lexicon too: leave it"),
+        (("bird", "the cat\u2019s"), "lexicon_probability", "--model.kept_words has 'the cat\u2019s', which is in the"),
         (("bird",), "lexicon", "--model.kept_words needs --model.target lexicon_probability, got lexicon"),
         ("small", "lexicon_probability", "--model.kept_words: 'small' is a scorer: give a list of words, or a file"),
         ((), "lexicon_probability", "--model.kept_words: The list holds no words"),
@@ -318,7 +319,7 @@ def test_words_to_keep_are_subtracted_and_known_by_their_list(attribute):
 )
 def test_words_to_keep_that_cannot_be_are_refused_at_once(kept, target, said):
     with pytest.raises(OptionError, match=said):
-        Attribution("nothing", target=target, lexicon=("dog", "cat"), kept_words=kept)
+        Attribution("nothing", target=target, lexicon=("dog", "cat", "the cat's"), kept_words=kept)
     Attribution("nothing", lexicon=("dog", "cat"), kept_words=kept)  # other targets do not read them
 
 

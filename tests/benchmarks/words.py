@@ -118,7 +118,6 @@ def write_lists(answers: Sequence[Completion], c4: Path) -> None:
     frequent, kept = (read_words(CONFIGS / f"{name}.txt") for name in ("frequent", "kept"))
     rest = with_other_stems(free, frequent)
     print("every fifth of the others:", ", ".join(rest[: 5 * NUM_KEPT : 5]), flush=True)
-    Path("kept.txt").write_text("".join(f"{word}\n" for word in kept))
     for name in LISTS:
         words = read_words(CONFIGS / f"{name}.txt")
         of_words = {word: sum(map(bool, map(counter_of([word]), texts))) for word in words}
