@@ -67,7 +67,7 @@ class SparC3Trainer(Trainer):
         """Select the neurons to prune from score files, and export the pruned checkpoint."""
         neurons = model.prune(folder_of(self, "prune"), datamodule, self.strategy.root_device)
         if self.logger is not None:
-            percent = neurons.provenance.get("differential_strength_percent")
+            percent = neurons.origin.get("differential_strength_percent")
             known = {} if percent is None else {"differential_strength_percent": percent}
             self.logger.log_metrics({"num_neurons": len(neurons.neurons), **known})
             self.logger.finalize("success")

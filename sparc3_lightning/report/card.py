@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -87,7 +87,7 @@ class Exported:
         neurons, shown = self.neurons.neurons, results.report
         return (
             shown is not None
-            and results.checkpoint_fingerprint == self.neurons.provenance.get("checkpoint_fingerprint")
+            and results.checkpoint_fingerprint == self.neurons.origin.get("checkpoint_fingerprint")
             and results.num_neurons == len(neurons)
             and shown.neurons == neurons[: len(shown.neurons)]
             and shown.neurons_per_module == per_module(neurons)
@@ -95,7 +95,7 @@ class Exported:
         )
 
 
-def said_of(results: Results, named: Callable[[str], str] = str) -> dict[str, Any]:
+def said_of(results: Results, named: Callable[[str], str] = str) -> dict[str, object]:
     """Return what page and model card say of results that a report is about, by the names in their templates.
 
     Args:
@@ -163,12 +163,12 @@ def unevaluated_card(exported: Exported) -> str:
     neurons = exported.neurons
     return _render(
         "unevaluated_card.md",
-        **_made(len(neurons.neurons), neurons.ablation, neurons.provenance.get("criterion")),
+        **_made(len(neurons.neurons), neurons.ablation, neurons.origin.get("criterion")),
         name=name_of(exported.checkpoint),
         granularity=neurons.granularity,
         counted=in_words(counts_of(neurons.neurons)),
         checkpoint=exported.checkpoint,
-        fingerprint=neurons.provenance.get("checkpoint_fingerprint"),
+        fingerprint=neurons.origin.get("checkpoint_fingerprint"),
         front_matter=_front_matter(exported.checkpoint, None, exported),
         exported=exported,
     )

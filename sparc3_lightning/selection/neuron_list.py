@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict, cast
+from typing import Annotated, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from sparc3_lightning.attribution.scores import ScoreFile, WeightScores
 from sparc3_lightning.errors import OptionError, OptionFileNotFoundError
 from sparc3_lightning.files import LEFT_OUT, Count, JsonFile, Range, parse_sealed, read_as, sealed, write_atomically
-from sparc3_lightning.models.checkpoints import Checkpoint
+from sparc3_lightning.models.checkpoints import Checkpoint, Dtype
 from sparc3_lightning.models.components import Component, Granularity, Scored, counts_of
 from sparc3_lightning.provenance import git_hash, revision_of, versions
 
@@ -39,8 +39,9 @@ class Priced(TypedDict):
 
 
 class ChosenBy(TypedDict, total=False):
-    """What is read of the sweep that chose neurons of a list."""
+    """What is read of whatever had a part in choosing: a sweep, or scores and what was computed for them."""
 
+    spec: dict[str, object]
     choosers: dict[str, str | None]
 
 
@@ -58,6 +59,8 @@ class Origin(TypedDict, total=False):
     chosen: ChosenBy | None
     differential_strength_percent: float | None
     export: str | None
+    export_dtype: Dtype | None
+    export_fingerprint: str | None
     scores: list[ScoredIn]
     choosers: dict[str, str | None]
     versions: dict[str, str]
@@ -78,9 +81,14 @@ class NeuronList:
     """
 
     neurons: list[Component]
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, object] = field(default_factory=dict)
     next: list[Component] = field(default_factory=list)
     least_relevant: list[Component] = field(default_factory=list)
+
+    @property
+    def origin(self) -> Origin:
+        """The provenance, as it is read."""
+        return cast(Origin, self.provenance)
 
     @property
     def granularity(self) -> str:
@@ -110,7 +118,7 @@ class NeuronList:
         Raises:
             OptionError: If the list does not say which one it is for.
         """
-        fingerprint, name = self.provenance.get("checkpoint_fingerprint"), name or self.provenance.get("checkpoint")
+        fingerprint, name = self.origin.get("checkpoint_fingerprint"), name or self.origin.get("checkpoint")
         if not fingerprint or not name:
             raise OptionError("neurons", f": {path} does not say which checkpoint it is for: prune again.")
         return Checkpoint(name, revision_of(fingerprint))
@@ -122,7 +130,7 @@ class NeuronList:
             checkpoint: Any.
             place: Path or name of the list, for the message.
         """
-        origin = self.provenance
+        origin = self.origin
         checkpoint.check_is_of(place, origin.get("checkpoint"), origin.get("checkpoint_fingerprint"))
 
     def choosers(self) -> list[tuple[str, str | None]]:
@@ -134,8 +142,9 @@ class NeuronList:
         Returns:
             Of each its name, and what tells it from every other; None if the list does not say that.
         """
-        origin = self.provenance
-        sides = [origin, *(origin.get(name) for name in ("behavior", "harmless", "chosen"))]
+        origin = self.origin
+        sides: list[ChosenBy | ScoredIn | None] = [{"choosers": origin.get("choosers") or {}}]
+        sides += [origin.get("behavior"), origin.get("harmless"), origin.get("chosen")]
         sides += [*(origin.get("general") or ()), *(origin.get("scores") or ())]
         found: list[tuple[str, str | None]] = []
         for side in sides:
@@ -195,7 +204,7 @@ class NeuronList:
                 raise ValueError(f"{path} names a neuron more than once.")
             if not all(neuron.damping > 0 for neuron in neurons):
                 raise ValueError(f"{path} holds a damping that is not above 0.")
-        return cls(provenance=cast("dict[str, Any]", provenance), **lists)
+        return cls(provenance=cast("dict[str, object]", provenance), **lists)
 
 
 _LISTS = ("neurons", "next", "least_relevant")

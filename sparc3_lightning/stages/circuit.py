@@ -239,7 +239,7 @@ class Circuit(StoppableModule):
         """Write the components outside a circuit as a list that 'sparc3 evaluate' can switch off."""
         if not self.trainer.is_global_zero:
             return
-        provenance = {
+        provenance: dict[str, object] = {
             "checkpoint": self.checkpoint.name,
             "checkpoint_fingerprint": self.checkpoint.fingerprint,
             "scores": [

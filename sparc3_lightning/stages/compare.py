@@ -18,7 +18,7 @@ from sparc3_lightning.models.components import Component, Key, counts_of
 from sparc3_lightning.report.comparison import COMPARISON, ComparisonResults, Listed, neurons_csv, summary
 from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.criteria import Scores, differential_relevance, normalized_difference
-from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, SelectionResults
+from sparc3_lightning.selection.neuron_list import SELECTION, NeuronList, ScoredIn, SelectionResults
 from sparc3_lightning.selection.overlap import find_classes, find_correlations, find_overlaps, find_profiles
 from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import giving_back
@@ -119,8 +119,8 @@ class Comparison(Stage):
         num_candidates = self._count_candidates(sizes, len(keys))
         self.keep_config()
         results = ComparisonResults(
-            checkpoint=lists[0].provenance.get("checkpoint"),
-            checkpoint_fingerprint=lists[0].provenance.get("checkpoint_fingerprint"),
+            checkpoint=lists[0].origin.get("checkpoint"),
+            checkpoint_fingerprint=lists[0].origin.get("checkpoint_fingerprint"),
             num_candidates=num_candidates,
             granularity=_scored(lists[0]) or "+".join(kinds),
             normalize=self.normalize,
@@ -143,10 +143,10 @@ class Comparison(Stage):
 
     def _check_same_model(self, lists: Sequence[NeuronList]) -> None:
         """Raise ValueError if two lists differ in checkpoint, layers or granularity."""
-        found = [pruned.provenance for pruned in lists]
-        shared = {
-            "checkpoint_fingerprint": [provenance.get("checkpoint_fingerprint") for provenance in found],
-            "layers": [provenance.get("behavior", {}).get("spec", {}).get("layers") for provenance in found],
+        found = [pruned.origin for pruned in lists]
+        shared: dict[str, Sequence[object]] = {
+            "checkpoint_fingerprint": [origin.get("checkpoint_fingerprint") for origin in found],
+            "layers": [_spec(pruned).get("layers") for pruned in lists],
             "granularity": [_scored(pruned) or pruned.granularity for pruned in lists],
         }
         for name, values in shared.items():
@@ -184,17 +184,18 @@ class Comparison(Stage):
 
     def _score_paths(self, i: int, pruned: NeuronList) -> tuple[list[Path], list[Path]]:
         """Return the score files, general and of the behaviour, as given or else as neurons.json names them."""
-        general = self.general or [Path(file["path"]) for file in pruned.provenance.get("general", ())]
+        general = self.general or [Path(file["path"]) for file in pruned.origin.get("general", ())]
         if self.behaviors is not None:
             return general, [self.behaviors[i]]
-        return general, [Path(file["path"]) for file in [pruned.provenance.get("behavior")] if file]
+        return general, [Path(file["path"]) for file in [pruned.origin.get("behavior")] if file]
 
     def _check_side(self, i: int, pruned: NeuronList, side: Sides) -> None:
         """Refuse score files that are not those a list was selected from, or that cannot be subtracted."""
-        recorded = [] if self.general else list(zip(side.general, pruned.provenance["general"], strict=True))
-        recorded += [] if self.behaviors else [(side.behavior, pruned.provenance["behavior"])]
-        for file, then in recorded:
-            then = {**then, **then.get("spec", {})}
+        recorded: list[tuple[ScoreFile, ScoredIn | None]] = []
+        recorded += [] if self.general else list(zip(side.general, pruned.origin["general"], strict=True))
+        recorded += [] if self.behaviors else [(side.behavior, pruned.origin["behavior"])]
+        for file, side_then in recorded:
+            then: dict[str, object] = {} if side_then is None else {**side_then, **side_then.get("spec", {})}
             for name, now in {"data_fingerprint": file.provenance.data_fingerprint, **file.provenance.shared()}.items():
                 if name in then and then[name] != now:
                     raise OptionError(
@@ -203,7 +204,7 @@ class Comparison(Stage):
                         f"{then[name]!r} and is {now!r}. Give --.general and --.behaviors, or prune "
                         "again.",
                     )
-        fingerprint = pruned.provenance.get("checkpoint_fingerprint")
+        fingerprint = pruned.origin.get("checkpoint_fingerprint")
         if fingerprint not in (None, side.behavior.provenance.checkpoint_fingerprint):
             raise ValueError(
                 f"The score file {side.behavior.path} belongs to another checkpoint than {self.paths[i]}: "
@@ -241,7 +242,7 @@ class Comparison(Stage):
             neurons=str(self.paths[i]),
             num_neurons=len(pruned.neurons),
             num_layers=len({layer_of(neuron.module) for neuron in pruned.neurons}),
-            criterion=pruned.provenance.get("criterion"),
+            criterion=pruned.origin.get("criterion"),
             general=[str(file.path) for file in sides[i].general] if sides else None,
             behavior=str(sides[i].behavior.path) if sides else None,
         )
@@ -264,7 +265,14 @@ def _names_of(paths: Sequence[Path]) -> list[str]:
 
 def _scored(pruned: NeuronList) -> str | None:
     """Return what was scored where a list says by which scores it was selected."""
-    return (pruned.provenance.get("behavior") or {}).get("spec", {}).get("granularity")
+    granularity = _spec(pruned).get("granularity")
+    return None if granularity is None else str(granularity)
+
+
+def _spec(pruned: NeuronList) -> dict[str, object]:
+    """Return what was computed of the behaviour's samples, as far as a list says it."""
+    behavior = pruned.origin.get("behavior")
+    return {} if behavior is None else behavior.get("spec", {})
 
 
 def _place(component: Component) -> tuple[object, ...]:

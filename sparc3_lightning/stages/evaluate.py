@@ -155,7 +155,7 @@ class Evaluation(StoppableModule):
     @property
     def excluded_prompts(self) -> set[str]:
         """Ids of the prompts that the neurons were attributed on; a continuation's id begins with its prompt's."""
-        of_samples = (neurons.provenance.get("sample_ids", ()) for neurons in self.lists.values())
+        of_samples = (neurons.origin.get("sample_ids", ()) for neurons in self.lists.values())
         return {id_.partition("/")[0] for ids in of_samples for id_ in ids}
 
     @property

@@ -208,7 +208,7 @@ class Pruning(Stage):
         """Tell whether a folder holds neurons whose export, to the same place, broke off."""
         if self.export is None or not (folder / UNFINISHED).exists() or not (folder / NEURONS).is_file():
             return False
-        return NeuronList.load(folder / NEURONS).provenance.get("export") == str(self.export)
+        return NeuronList.load(folder / NEURONS).origin.get("export") == str(self.export)
 
     def _neurons(
         self, text: ReferenceSamples | None, device: torch.device | None
@@ -329,16 +329,22 @@ def finish_export(folder: Path) -> NeuronList:
         OSError, ValueError: If the checkpoint has changed, or the export cannot be written. neurons.json stays.
     """
     neurons = NeuronList.load(folder / NEURONS)
-    provenance = neurons.provenance
-    export = Path(provenance["export"])
+    origin = neurons.origin
+    needed = origin["checkpoint"], origin["checkpoint_fingerprint"], origin["export"], origin["export_dtype"]
+    name, fingerprint, place, dtype_name = needed
+    assert name is not None
+    assert fingerprint is not None
+    assert place is not None
+    assert dtype_name is not None
+    export = Path(place)
 
-    def note(fingerprint: str) -> None:
-        provenance["export_fingerprint"] = fingerprint
+    def note(of_export: str) -> None:
+        neurons.provenance["export_fingerprint"] = of_export
         neurons.save(folder / NEURONS)
 
-    if not _is_export(export, provenance["export_fingerprint"]):
-        checkpoint = Checkpoint.unchanged(provenance["checkpoint"], provenance["checkpoint_fingerprint"])
-        dtype = export_dtype_of(provenance["export_dtype"])
+    if not _is_export(export, origin["export_fingerprint"]):
+        checkpoint = Checkpoint.unchanged(name, fingerprint)
+        dtype = export_dtype_of(dtype_name)
         try:
             export_pruned(checkpoint, neurons.neurons, export, dtype=dtype, note=note)
         except OSError as error:

@@ -82,7 +82,7 @@ class Sweep(Evaluation):
             return
         (listed,) = (variant.listed for variant in self.variants if variant.name == best.name)
         source, judge = self.lists[listed], self.results.headline_judge
-        before = source.provenance.get("chosen") or {}
+        before = source.origin.get("chosen") or {}
         ranked = [replace(n, damping=n.damping * best.damping) for n in source.order]
         off, following = ranked[: best.num_neurons], ranked[best.num_neurons :]
         taken = {neuron.key for neuron in off}
@@ -146,8 +146,9 @@ def _are_one_order(one: NeuronList, other: NeuronList) -> bool:
 
 
 def _criterion(listed: NeuronList) -> str:
-    return listed.provenance.get("criterion") or "neurons"
+    return listed.origin.get("criterion") or "neurons"
 
 
 def _budget(listed: NeuronList) -> float | None:
-    return (listed.provenance.get("budget") or {}).get("max_perplexity_increase")
+    budget = listed.origin.get("budget")
+    return None if budget is None else budget["max_perplexity_increase"]
