@@ -53,6 +53,10 @@ class Lexicon:
         return hashlib.sha256(str([self.tokens.tolist(), self.firsts.tolist(), self.split]).encode()).hexdigest()[:16]
 
     @cached_property
+    def _whole(self) -> tuple[set[int], set[int]]:
+        return set(self.tokens.tolist()), set(self.firsts.tolist())
+
+    @cached_property
     def _by_last_but_one(self) -> dict[int, list[Spelling]]:
         found = defaultdict(list)
         for spelling in self.split:
@@ -77,6 +81,27 @@ class Lexicon:
                     continue
                 if not (spelling.begins and first > 0 and self._inside[input_ids[first - 1]]):
                     yield position, spelling
+
+    def count(self, input_ids: Sequence[int], start: int = 0) -> int:
+        """Return how many words a text has, as the target ``lexicon_probability`` expects them.
+
+        Args:
+            input_ids: Of the text.
+            start: The first of them that counts.
+        """
+        anywhere, firsts = self._whole
+        found = sum(token in anywhere for token in input_ids[start:])
+        for position in range(start, len(input_ids) if firsts else 0):
+            found += input_ids[position] in firsts and not (position and self._inside[input_ids[position - 1]])
+        ends = ((input_ids[position + 1], spelling) for position, spelling in self.places(input_ids[:-1], start))
+        return found + sum(token == spelling.ids[-1] for token, spelling in ends)
+
+
+class Kept(NamedTuple):
+    """Words whose probability is subtracted from the probability of others, and what it is multiplied with before."""
+
+    words: Lexicon
+    weight: float
 
 
 def spell(

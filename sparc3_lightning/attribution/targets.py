@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparc3_lightning.attribution.lexicon import Lexicon
+from sparc3_lightning.attribution.lexicon import Kept, Lexicon
 from sparc3_lightning.models.noise import draw_key, draw_rows
 
 Target = Literal["argmax", "text", "lexicon", "lexicon_probability", "logit_difference", "sampled"]
@@ -122,7 +122,7 @@ def lexicon_probability(
     attention_mask: Tensor | None,
     start: Tensor,
     lexicon: Lexicon,
-    kept: Lexicon | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Return the probability that the next token completes a word of a lexicon, averaged over the positions that count.
 
@@ -163,7 +163,9 @@ def lexicon_probability(
             probability_BT = probability_BT + _of_split(logits_BTV, all_BT, input_ids, attention_mask, start, words)
         return probability_BT
 
-    probability_BT = completing(lexicon) if kept is None else completing(lexicon) - completing(kept)
+    probability_BT = completing(lexicon)
+    if kept is not None:
+        probability_BT = probability_BT - kept.weight * completing(kept.words)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     counts_BT = positions >= start.unsqueeze(1) - 1
     if attention_mask is not None:
@@ -260,7 +262,7 @@ def target_of(
     attention_mask: Tensor | None,
     lexicon: Lexicon,
     seed: int = 0,
-    kept: Lexicon | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Return the target of a name for each sample of a padded batch, shape ``[samples]``; see the functions above."""
     input_ids = batch["input_ids"]

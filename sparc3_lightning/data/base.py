@@ -291,7 +291,7 @@ class ReferenceSamples(TextDataModule):
     def __init__(self, source: str | None, tokenizer: str | None, batch_size: BatchSize) -> None:
         super().__init__(source, tokenizer, batch_size)
         self.samples: list[Sample] = []
-        self.notes: dict[str, int] = {}
+        self.notes: dict[str, float] = {}
         self.leave_out: set[str] = set()  # ids of samples that an earlier run has done
         self.screened_by: str | None = None  # the scorer whose scores of a model's continuations chose the samples
         self._set_up_for: Checkpoint | None = None

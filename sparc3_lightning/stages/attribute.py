@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sparc3_lightning.attribution.accumulator import CHECK_EVERY, Costs, ScoreAccumulator
 from sparc3_lightning.attribution.activations import ACTIVATIONS, ActivationRecorder, Activations
-from sparc3_lightning.attribution.lexicon import Lexicon, spell
+from sparc3_lightning.attribution.lexicon import Kept, Lexicon, spell
 from sparc3_lightning.attribution.lrp import check_can_have_rules, check_have_relevance, lrp
 from sparc3_lightning.attribution.lrp_check import LrpCheck, NonfiniteLogitsError, check_lrp
 from sparc3_lightning.attribution.progress import Identity, Progress, go_on, remove_progress
@@ -128,7 +128,8 @@ class Attribution(StoppableModule):
             comment), or a list of them, which the model is to say less; or a scorer, see ``sparc3 evaluate``, that says
             which tokens of the vocabulary are toxic by themselves. Of a ``package.module:function`` the code runs.
         kept_words: For ``lexicon_probability`` words that the model is to go on saying, as a file or a list. Their
-            probability is subtracted: a neuron that serves them as much as those of the lexicon scores 0.
+            probability is subtracted, multiplied by how many words of the lexicon the samples have for each of them: a
+            neuron that serves both lists alike, for how often they are said, scores 0.
         layers: Names of the linear layers that are scored, in every block of the model; ``all`` stands for every one.
             By default it is the layer of the MLP neurons, such as ``up_proj``, ``gate_up_proj`` (Phi-3, of which the up
             rows are scored), ``fc1`` (OPT) or ``c_fc`` (GPT-2); for heads and channels the last one of the attention:
@@ -206,7 +207,7 @@ class Attribution(StoppableModule):
         self.save_every = save_every
         self.checkpoint = Checkpoint(checkpoint, revision)
         self.lexicon = Lexicon.of_tokens()
-        self.kept: Lexicon | None = None
+        self.kept: Kept | None = None
         self.lrp_check: LrpCheck | None = None
         self.alike: float | None = None
         self.dtype_name: Dtype = dtype
@@ -254,8 +255,9 @@ class Attribution(StoppableModule):
             self.lexicon = Lexicon.of_tokens(lexicon_of(data.load_tokenizer(), load_scorer(spec.lexicon).score))
             data.notes["num_lexicon"] = len(self.lexicon.tokens)
         if self.words_kept is not None:
-            self.kept, _ = self._spell(self.words_kept, "kept_words")
-            data.notes["num_kept"] = len(self.words_kept)
+            kept, _ = self._spell(self.words_kept, "kept_words")
+            self.kept = Kept(kept, self._weight_of(kept))
+            data.notes |= {"num_kept": len(self.words_kept), "kept_weight": round(self.kept.weight, 4)}
         if spec.target is not None:
             data.check_target(spec.target)
         self.spec = spec.resolved(self.layers, resolve_dtype(self.dtype_name, self.trainer.strategy.root_device))
@@ -323,7 +325,7 @@ class Attribution(StoppableModule):
         columns = columns_of(self.model, layers) if spec.activations else {}
         self.recorder = ActivationRecorder(columns, twins_of(self.model))
         self.words = self.lexicon.to(self.device)  # once: every copy makes the host wait
-        self.others = None if self.kept is None else self.kept.to(self.device)
+        self.others = None if self.kept is None else self.kept._replace(words=self.kept.words.to(self.device))
 
     def _costs(self) -> Costs | None:
         if self.spec.chunk is None:
@@ -461,6 +463,23 @@ class Attribution(StoppableModule):
                 "holds the first tokens of one, where its last token could follow: give more or longer --data.",
             )
         return lexicon, len(split)
+
+    def _weight_of(self, kept: Lexicon) -> float:
+        """Return how many words of the lexicon the samples have for each word to keep, however long the lists are.
+
+        Raises:
+            OptionError: If they have none of one list.
+        """
+        samples = self.reference_samples.samples
+        said_less, said = (sum(of.count(s.input_ids, s.start) for s in samples) for of in (self.lexicon, kept))
+        if not said_less or not said:
+            which = "these words" if said_less else "the words of the lexicon"
+            raise OptionError(
+                "kept_words",
+                "and the lexicon are weighed by how often the samples have words of each, and none of the "
+                f"{len(samples)} samples has one of {which}: take samples that do, or leave the option out.",
+            )
+        return said_less / said
 
     def _identify(self) -> Identity:
         """Return the identity of this run: only sums of runs with the same identity may be added."""

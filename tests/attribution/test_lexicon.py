@@ -173,6 +173,13 @@ def each_continuation(model: Any, prompt: list[int], length: int) -> tuple[torch
     return ids, log.gather(2, drawn.unsqueeze(2)).sum(dim=(1, 2)).exp().detach()
 
 
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_words_of_a_text_are_counted_as_by_looking_at_every_slice(start):
+    lexicon = lexicon_of_all()
+    for text in itertools.product(range(7), repeat=5):
+        assert lexicon.count(text, start) == count(text, start)
+
+
 @pytest.mark.parametrize("prompt", [[1, 5, 2], [1, 3], [1, 4, 3]])
 def test_the_target_of_own_continuations_is_the_number_of_words_expected_in_them_and_the_token_after(
     make_model, prompt
@@ -284,8 +291,8 @@ def test_a_list_that_the_tokenizer_splits_is_scored_by_its_whole_words(attribute
     attribute("whole", ("dog", "bird"), target="lexicon")
 
 
-def test_words_to_keep_are_subtracted_and_known_by_their_list(attribute):
-    Path("kept.txt").write_text("bird\nbad house\n")
+def test_words_to_keep_are_subtracted_as_often_as_they_are_said_and_known_by_their_list(attribute):
+    Path("kept.txt").write_text("bird\nbad house\nhouse\n")
     dogs, birds, both = (
         ScoreFile.load(attribute(folder, lexicon, **options).output)
         for folder, lexicon, options in (
@@ -295,9 +302,10 @@ def test_words_to_keep_are_subtracted_and_known_by_their_list(attribute):
         )
     )
     for name, score in both.scores.items():
-        torch.testing.assert_close(score, dogs.scores[name] - birds.scores[name])
+        # "dog" and "good dog" are said once each; "bird", "bad house" and "house" as well.
+        torch.testing.assert_close(score, dogs.scores[name] - 2 / 3 * birds.scores[name])
     assert any(not score.equal(dogs.scores[name]) for name, score in both.scores.items())
-    assert both.provenance.data["num_kept"] == 2
+    assert (both.provenance.data["num_kept"], both.provenance.data["kept_weight"]) == (3, 0.6667)
     with pytest.raises(ValueError, match="do not belong together: kept is "):
         check_match([dogs, both])
     assert list(both.provenance.choosers) == ["a list of 2 words", "words:kept.txt, kept"]
@@ -305,6 +313,12 @@ def test_words_to_keep_are_subtracted_and_known_by_their_list(attribute):
     assert judge.is_chooser
     with pytest.raises(OptionError, match=r"--model.kept_words: .* no tokens that spell 'tapestry': remove"):
         attribute("unknown", ("dog",), kept_words=("bird", "tapestry"))
+    for words, kept, which in (
+        (("star",), ("bird",), "the words of the lexicon"),
+        (("dog",), ("star",), "these words"),
+    ):
+        with pytest.raises(OptionError, match=rf"--model.kept_words and .* none of the 4 samples has one of {which}"):
+            attribute("never", words, kept_words=kept)
 
 
 @pytest.mark.parametrize(
