@@ -3,10 +3,12 @@
 SmolLM2-135M-Instruct answers half of the 300 prompts of configs/writing.txt twice each. In these 300 answers words are
 counted, each once an answer; function words are left out, which stand in at least 15 % of the documents of C4, and so
 are words of the prompts and of fewer than four letters. Two lists are lowered: configs/slop.txt, and
-configs/frequent.txt, which was every second of the words that most answers have, none of them in slop.txt; which ones
-these are now is printed, since draws in bfloat16 differ from machine to machine; so it is with configs/kept.txt, every
-fifth of the most frequent words on neither list, whose benefit is subtracted. To each list belong other words of like
-frequency, on none of the three, which should stay. Neurons are chosen by the recipe of configs/slop.yaml, as many as
+configs/frequent.txt, which was the words of at least eight answers that answers have most often compared with documents
+of C4, none of them in slop.txt; which ones these are now is printed, since draws in bfloat16 differ from machine to
+machine; so it is with configs/kept.txt, every fifth of the most frequent words on neither list, whose benefit is
+subtracted. To each list belong other words of like frequency, on none of the three, which should stay. A word that
+mostly stands beside words of the list is none of them, as in "Dear [Friend's Name]": it goes with what it belongs to.
+Neurons are chosen by the recipe of configs/slop.yaml, as many as
 1 % of perplexity pays for, and measured on the other half of the prompts, beside random, least relevant and large
 neurons.
 Every stage is a verb of `sparc3` in the folder given, and one that is done there is not run again. Needs c4/en.jsonl
@@ -36,7 +38,8 @@ from sparc3_lightning.sources import read_records
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMON = 0.15  # least share of C4's documents that has a function word
-NUM_FREQUENT = 12
+NUM_FREQUENT, LEAST = 12, 8  # words, and the answers that have one at least
+BESIDE = 5  # words between which two words are beside each other, at most
 NUM_KEPT = 60
 LISTS = ("slop", "frequent")
 
@@ -114,14 +117,16 @@ def write_lists(answers: Sequence[Completion], c4: Path) -> None:
         for word in ranked
         if len(word) >= 4 and word not in functional and word not in prompts and word[:5] not in stems
     ]
-    print("every second of the most frequent words:", ", ".join(free[: 2 * NUM_FREQUENT : 2]), flush=True)
+    often = sorted((word for word in free if counts[word] >= LEAST), key=lambda word: in_documents[word] / counts[word])
+    print("most often compared with C4:", ", ".join(of_each_stem(often)[:NUM_FREQUENT]), flush=True)
     frequent, kept = (read_words(CONFIGS / f"{name}.txt") for name in ("frequent", "kept"))
     rest = with_other_stems(free, frequent)
     print("every fifth of the others:", ", ".join(rest[: 5 * NUM_KEPT : 5]), flush=True)
     for name in LISTS:
         words = read_words(CONFIGS / f"{name}.txt")
         of_words = {word: sum(map(bool, map(counter_of([word]), texts))) for word in words}
-        left = with_other_stems(free, [*words, *kept])
+        beside = mostly_beside(words, texts)
+        left = [word for word in with_other_stems(free, [*words, *kept]) if word not in beside]
         others: list[str] = []
         for word in sorted(filter(of_words.get, words), key=lambda word: (-of_words[word], word)):
             others.append(min(left, key=lambda other: (abs(counts[other] - of_words[word]), other)))
@@ -132,6 +137,28 @@ def write_lists(answers: Sequence[Completion], c4: Path) -> None:
             f"\n{name}: {said(of_words, texts)}\nothers: {said({word: counts[word] for word in others}, texts)}",
             flush=True,
         )
+
+
+def of_each_stem(words: Sequence[str]) -> list[str]:
+    """Return the first of the words that begin alike."""
+    found: dict[str, str] = {}
+    for word in words:
+        found.setdefault(word[:5], word)
+    return list(found.values())
+
+
+def mostly_beside(words: Sequence[str], texts: Iterable[str]) -> set[str]:
+    """Return what stands mostly beside words of a list: more than half of the times there are few words between."""
+    listed = counter_of(words)
+    total: Counter[str] = Counter()
+    beside: Counter[str] = Counter()
+    for text in texts:
+        said = list(re.finditer(r"[^\W\d_]+", text))
+        for i, word in enumerate(said):
+            around = text[said[max(0, i - BESIDE)].start() : said[min(i + BESIDE, len(said) - 1)].end()]
+            total[word[0].lower()] += 1
+            beside[word[0].lower()] += bool(listed(around))
+    return {word for word, number in beside.items() if 2 * number > total[word]}
 
 
 def with_other_stems(words: Sequence[str], taken: Sequence[str]) -> list[str]:
