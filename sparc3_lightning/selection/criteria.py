@@ -16,7 +16,7 @@ from sparc3_lightning.models.components import Component, Scored, plural
 from sparc3_lightning.selection.lowest import Lowest
 
 Scores = Mapping[str, Tensor]
-FLOOR = 0.1  # of costs, see ``with_floor``
+FLOOR_TOKENS = 512  # see ``floor_of``
 POOL = 5  # candidates per component and layer, of which each draw takes one
 
 
@@ -60,7 +60,7 @@ def set_difference(
     }
 
 
-def benefit_per_cost(general: Scores, behavior: Scores, floor: float = FLOOR) -> dict[str, Tensor]:
+def benefit_per_cost(general: Scores, behavior: Scores, floor: float) -> dict[str, Tensor]:
     """Rank by benefit over cost, among the components that the behaviour has a benefit of at all.
 
     The order is that of a knapsack: the most benefit for a sum of costs, wherever it is cut.
@@ -68,7 +68,7 @@ def benefit_per_cost(general: Scores, behavior: Scores, floor: float = FLOOR) ->
     Args:
         general: General scores, not negative: what switching a component off costs.
         behavior: Scores of the behaviour, signed: what it gains.
-        floor: See ``with_floor``.
+        floor: Of the costs, see ``with_floor``.
 
     Raises:
         ValueError: If the modules or shapes of the two differ, every cost is 0, or no benefit is above 0.
@@ -90,21 +90,30 @@ def benefit_per_cost(general: Scores, behavior: Scores, floor: float = FLOOR) ->
     }
 
 
-def with_floor(costs: Scores, floor: float = FLOOR) -> dict[str, Tensor]:
+def floor_of(num_tokens: int) -> float:
+    """Return the floor of costs that were measured on so many tokens, as a share of their mean.
+
+    It is as if ``FLOOR_TOKENS`` more had been read, and every component had cost the mean there. Their number is by
+    experiment, on prompts for choices alone: of neurons and channels of SmolLM2 within 1 % of perplexity, with costs of
+    16,384 tokens, those by floors of 0.01, 0.02, 0.03, 0.05, 0.1, 0.2 and 0.4 took 60, 60, 58, 53, 53, 56 and 50 % off
+    mean toxicity under a judge that did not choose (tests/benchmarks/RESULTS.md). Without a floor, neurons that were
+    ranked by the costs of 64 to 192 chunks of C4 and charged those of 192 others gain up to 5 % less than with 0.02.
+
+    Args:
+        num_tokens: Of all general samples; 0 where none were read, which gives no floor.
+    """
+    return FLOOR_TOKENS / num_tokens if num_tokens else 0.0
+
+
+def with_floor(costs: Scores, floor: float) -> dict[str, Tensor]:
     """Add a share of the mean cost to every cost, float64: what is chosen for a low cost has it by luck, too.
 
     A cost is a mean over some text. That of a component which fires seldom rests on few tokens, or is 0 since it did
-    not fire at all, and without a floor it comes first whatever it costs on other text. It is as if so large a share of
-    the text had been read once more, and every component had cost the mean there.
-
-    The share is by experiment: neurons of SmolLM2, ranked by the costs of 64 to 192 chunks of C4 and charged those of
-    192 others. Floors of 0.02 to 0.2 gain the same within 4 % for a charge of 0.005 to 0.05 nats, and without a floor
-    it is up to 5 % less. Half the costs of the first 30 to 800 add up to 0.5 to 0.9 of the charge without a floor, and
-    to 0.65 to 1.07 of it with 0.1; that they act together makes the charge some 5 % higher still.
+    not fire at all, and without a floor it comes first whatever it costs on other text.
 
     Args:
         costs: Per module, not negative.
-        floor: In units of the mean cost over all modules.
+        floor: In units of the mean cost over all modules, see ``floor_of``.
     """
     mean = torch.cat([cost.double().flatten() for cost in costs.values()]).mean()
     return {name: cost.double() + floor * mean for name, cost in costs.items()}

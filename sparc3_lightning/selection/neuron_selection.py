@@ -37,6 +37,7 @@ class Sides:
         general_rows: Mean activation in each general sample, per module, shape ``[samples, neurons]``; empty if the
             selection needs none.
         behavior_rows: The same of the behaviour's samples.
+        floor: Of general scores that are costs, in units of their mean, see ``floor_of``.
     """
 
     general: Scores
@@ -45,6 +46,7 @@ class Sides:
     top_general: float = 0.1
     general_rows: Scores = field(default_factory=dict)
     behavior_rows: Scores = field(default_factory=dict)
+    floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ CRITERIA = {
     "set_difference": Criterion(
         lambda sides: set_difference(sides.general, sides.behavior, sides.top_behavior, sides.top_general)
     ),
-    "benefit_per_cost": Criterion(lambda sides: benefit_per_cost(sides.general, sides.behavior), needs_costs=True),
+    "benefit_per_cost": Criterion(
+        lambda sides: benefit_per_cost(sides.general, sides.behavior, sides.floor), needs_costs=True
+    ),
     "auroc": Criterion(
         lambda sides: by_auroc(sides.general_rows, sides.behavior_rows), needs_scores=False, needs_activations=True
     ),

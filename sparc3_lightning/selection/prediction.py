@@ -21,10 +21,11 @@ class Prediction:
 
     Args:
         costs: Fisher information per module, shape ``[components]``, in nats squared a token.
+        floor: Of the costs, in units of their mean, see ``floor_of``.
     """
 
-    def __init__(self, costs: Mapping[str, Tensor]) -> None:
-        self.costs = with_floor(costs)
+    def __init__(self, costs: Mapping[str, Tensor], floor: float) -> None:
+        self.costs = with_floor(costs, floor)
 
     def rise(self, components: Sequence[Component]) -> float:
         """Return the rise of perplexity, a share, with components off or damped."""

@@ -21,7 +21,7 @@ from sparc3_lightning.models.likelihood import check_logits
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, choose_within
-from sparc3_lightning.selection.criteria import differential_relevance, differential_strength
+from sparc3_lightning.selection.criteria import differential_relevance, differential_strength, floor_of
 from sparc3_lightning.selection.neuron_list import NEURONS, SELECTION, BudgetUse, NeuronList, Selected, origin
 from sparc3_lightning.selection.neuron_selection import (
     CRITERIA,
@@ -236,7 +236,8 @@ class Pruning(Stage):
         self._check_export(behavior_file)
         if self.harmless is not None:
             behavior = differential_relevance(behavior, files[-1].scores)
-        sides = Sides(general, behavior, self.top_behavior, self.top_general)
+        floor = floor_of(sum(file.provenance.num_tokens for file in general_files))
+        sides = Sides(general, behavior, self.top_behavior, self.top_general, floor=floor)
         if needs.needs_activations:
             rows = activations_beside(self.general), activations_beside([self.behavior])
             sides = replace(sides, general_rows=rows[0], behavior_rows=rows[1])
@@ -258,7 +259,7 @@ class Pruning(Stage):
             on = device or torch.device("cpu")
             # A constant in the place of 0 costs something else than the costs say.
             is_predicted = general_files[0].provenance.spec.is_cost and means is None
-            prediction = Prediction(general) if is_predicted else None
+            prediction = Prediction(general, floor) if is_predicted else None
             with closing(Line("Searching within the budget", "tokens", is_shown=self.shows_progress)) as line:
                 chosen, use = within_budget(
                     self.budget, self.dampings, listed, text, general_files, on, line.advance, prediction

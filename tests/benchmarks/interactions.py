@@ -53,7 +53,7 @@ from sparc3_lightning.models.neurons import columns_of
 from sparc3_lightning.models.noise import draw_key
 from sparc3_lightning.scorers.registry import load_scorer
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, choose_within
-from sparc3_lightning.selection.criteria import FLOOR
+from sparc3_lightning.selection.criteria import floor_of
 from sparc3_lightning.selection.neuron_list import NeuronList
 
 CHUNK = 64
@@ -115,8 +115,8 @@ def measured(subject: Subject, options: Any) -> dict[str, Any]:
     is_harmless = torch.tensor([name in harmless for name in gain.names])
     prompts = list(dict.fromkeys(name.rpartition("/")[0] for name in sorted(gain.names)))
     benefit, costs = gain.off.mean(dim=0), squares(cost.off)
-    floor = FLOOR * costs.mean()
-    order = ranking(benefit, costs)
+    floor = floor_of(CHUNK * len(cost.off)) * costs.mean()
+    order = ranking(benefit, costs + floor)
     first = order[:CANDIDATES]
     pairs = information(cost.off[:, first])
     text = documents(subject, subject.num_priced, 7)
@@ -125,7 +125,7 @@ def measured(subject: Subject, options: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "predicted": predictions(model, batches, [components[i] for i in first], pairs, floor),
         "held out": held_out(benefit[first], cost.off[:, first], subject.seq_len // CHUNK, floor, options),
-        "prompts": by_prompts(gain, costs, options.budget),
+        "prompts": by_prompts(gain, costs + floor, options.budget),
     }
     orders = {"benefit per cost": [components[i] for i in first]}
     for share in options.shares:
@@ -133,9 +133,9 @@ def measured(subject: Subject, options: Any) -> dict[str, Any]:
         orders[f"greedy, {share:g} of pairs"] = [components[first[i]] for i in chosen]
     for number in (len(prompts) // 3, 2 * len(prompts) // 3):
         some = torch.tensor([name.rpartition("/")[0] in prompts[:number] for name in gain.names])
-        found_by = ranking(gain.off[some].mean(dim=0), costs)[:CANDIDATES]
+        found_by = ranking(gain.off[some].mean(dim=0), costs + floor)[:CANDIDATES]
         orders[f"{number} prompts"] = [components[i] for i in found_by]
-    contrast = ranking(benefit - gain.off[is_harmless].mean(dim=0), costs)[:CANDIDATES]
+    contrast = ranking(benefit - gain.off[is_harmless].mean(dim=0), costs + floor)[:CANDIDATES]
     orders["less harmless"] = [components[i] for i in contrast]
     orders["off or at the mean"] = at_mean(components, cost, gain, floor)
     rise, lists = PerplexityRise(model, batches), {}
@@ -257,8 +257,8 @@ def information(V_CK: Tensor) -> Tensor:
 
 
 def ranking(benefit: Tensor, costs: Tensor) -> list[int]:
-    """Return the components that the behaviour gains from, by benefit over cost, the best first."""
-    worth = benefit.double() / (costs + FLOOR * costs.mean())
+    """Return the components that the behaviour gains from, by benefit over cost with its floor, the best first."""
+    worth = benefit.double() / costs
     return [i for i in worth.argsort(descending=True).tolist() if benefit[i] > 0]
 
 
@@ -387,7 +387,7 @@ def by_prompts(gain: Derivatives, costs: Tensor, budget: float) -> list[dict[str
         there = of_prompts[order[-third:]].mean(dim=0)
         for number in (third // 4, third // 2, third, 2 * third):
             ranked = ranking(of_prompts[order[:number]].mean(dim=0), costs)
-            nats = (costs + FLOOR * costs.mean())[ranked].cumsum(0) / 2
+            nats = costs[ranked].cumsum(0) / 2
             taken = ranked[: int((nats <= math.log1p(budget)).sum())]
             benefits.setdefault(number, []).append(there[taken].sum().item())
     print(f"\nBenefit on {third} other prompts, within {100 * budget:g} % by the sum of costs\n")

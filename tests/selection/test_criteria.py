@@ -1,5 +1,7 @@
 """Orders of neurons against slow loops over them, those that come first, and the difference of two sets of samples."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,13 +13,14 @@ from sparc3_lightning.selection.criteria import (
     by_auroc,
     differential_relevance,
     differential_strength,
+    floor_of,
     normalized_difference,
     select_neurons,
     set_difference,
     weighted_difference,
 )
 
-BOTH = (differential_relevance, normalized_difference, set_difference, benefit_per_cost)
+BOTH = (differential_relevance, normalized_difference, set_difference, partial(benefit_per_cost, floor=0.1))
 
 
 def scores(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
@@ -91,9 +94,13 @@ def test_benefit_per_cost_prefers_what_gains_as_much_for_less_and_leaves_out_wha
         select_neurons(found, 4)
 
 
+def test_the_floor_of_costs_shrinks_as_text_grows():
+    assert [floor_of(number) for number in (512, 5120, 0)] == [1.0, 0.1, 0.0]
+
+
 def test_a_cost_of_0_by_chance_does_not_come_before_a_benefit_that_is_much_larger():
     cost, benefit = {"a": torch.tensor([0.0, 0.5, 1.5])}, {"a": torch.tensor([1e-4, 1.0, 0.1])}
-    assert [neuron.index for neuron in select_neurons(benefit_per_cost(cost, benefit), 3)] == [1, 2, 0]
+    assert [neuron.index for neuron in select_neurons(benefit_per_cost(cost, benefit, 0.1), 3)] == [1, 2, 0]
 
 
 @pytest.mark.parametrize("selection", BOTH)
@@ -107,9 +114,9 @@ def test_a_side_without_scores_is_refused():
     with pytest.raises(ValueError, match="behaviour's scores are 0 throughout"):
         normalized_difference(scores(0), nothing)
     with pytest.raises(ValueError, match=r"--model\.general holds a cost of 0 for every component"):
-        benefit_per_cost(nothing, scores(0))
+        benefit_per_cost(nothing, scores(0), 0.1)
     with pytest.raises(ValueError, match=r"--model\.behavior holds no benefit above 0"):
-        benefit_per_cost(scores(0), {name: -score for name, score in scores(1).items()})
+        benefit_per_cost(scores(0), {name: -score for name, score in scores(1).items()}, 0.1)
 
 
 def test_no_more_neurons_are_selected_than_a_selection_leaves():

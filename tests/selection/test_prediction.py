@@ -33,12 +33,12 @@ def test_half_the_fisher_information_of_a_neuron_is_what_damping_it_a_little_div
     fisher = (before.exp() * slopes.square()).sum(dim=-1).mean()
     divergence = (before.exp() * (before - logs(0.1))).sum(dim=-1).mean().item()
     costs = {MODULES[0]: torch.full((24,), fisher.item())}  # of which the floor is a tenth
-    assert math.log1p(Prediction(costs).rise([damped])) == pytest.approx(1.1 * divergence, rel=0.05)
+    assert math.log1p(Prediction(costs, 0.1).rise([damped])) == pytest.approx(1.1 * divergence, rel=0.05)
 
 
 @pytest.mark.parametrize("damping", [1.0, 0.5])
 def test_the_predicted_rise_is_that_of_half_the_costs_and_floors_times_the_dampings_squared(damping):
-    ranked, prediction = ranking(20, damping), Prediction(COSTS)
+    ranked, prediction = ranking(20, damping), Prediction(COSTS, 0.1)
     floor, rises = 0.1 * torch.cat(list(COSTS.values())).mean().item(), []
     for n in range(1, 21):
         nats = sum(damping**2 * (COSTS[c.module][c.index].item() + floor) / 2 for c in ranked[:n])
@@ -52,7 +52,7 @@ class HalfAsDearAgain:
     """Stands for a model in which a list costs half as much again as is predicted."""
 
     def __init__(self) -> None:
-        self.prediction = Prediction(COSTS)
+        self.prediction = Prediction(COSTS, 0.1)
         self.asked: list[int] = []
 
     def __call__(self, neurons: list[Component]) -> float:

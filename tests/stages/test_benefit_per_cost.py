@@ -14,6 +14,8 @@ from sparc3_lightning.selection.prediction import Prediction
 from sparc3_lightning.stages.prune import Pruning
 
 COST = {"method": "gradient", "target": "sampled", "relevance": "fisher", "chunk": 64}
+# Of so many tokens that the floor is a tenth of the mean.
+COST["num_tokens"] = 5120
 BENEFIT = {"method": "gradient", "target": "lexicon_probability", "relevance": "signed"}
 
 
@@ -39,7 +41,7 @@ def test_a_list_within_a_budget_says_what_was_predicted_beside_what_was_measured
     with caplog.at_level("INFO"):
         folder = prune(*files)
     found = NeuronList.load(folder / "neurons.json")
-    budget, prediction = found.provenance["budget"], Prediction(random_scores(0, 0.01))
+    budget, prediction = found.provenance["budget"], Prediction(random_scores(0, 0.01), 0.1)
     assert budget["predicted"] == pytest.approx(prediction.rise(found.neurons))
     ranked = found.neurons + found.next
     first = budget["measured"][0]
@@ -84,7 +86,7 @@ def test_neurons_and_channels_are_ranked_and_measured_together(files, tiny_check
     expected = [(n, i, "channel" if n in attentions else "neuron") for score, n, i in sorted(rows) if score < 0]
     assert [(c.module, c.index, c.granularity) for c in found.neurons + found.next] == expected
     assert {c.granularity for c in found.neurons} == {"neuron", "channel"}
-    assert found.provenance["budget"]["predicted"] == pytest.approx(Prediction(costs).rise(found.neurons))
+    assert found.provenance["budget"]["predicted"] == pytest.approx(Prediction(costs, 0.1).rise(found.neurons))
     for option in ("--model.budget.refine=1", "--model.ablation=mean"):
         with pytest.raises(ValueError, match=r"is for neurons, and these are scores of neurons and channels: leave it"):
             prune(general, behavior, documents, option)
