@@ -156,13 +156,13 @@ def test_other_selections_take_sides_of_another_target_and_need_no_strength(file
 
 
 def test_neurons_are_ranked_by_benefit_per_cost_and_magnitudes_are_refused(files):
-    cost = {"method": "gradient", "target": "text", "relevance": "absolute"}
+    cost = {"method": "gradient", "target": "text", "relevance": "absolute", "num_tokens": 2560}
     general = [save_scores(f"cost_{i}.safetensors", random_scores(i), **cost) for i in range(2)]
     benefits = {name: score - 0.5 for name, score in random_scores(9).items()}
     behavior = save_scores("benefit.safetensors", benefits, **{**cost, "target": "lexicon", "relevance": "signed"})
     found = Pruning(general, behavior, criterion="benefit_per_cost", num_neurons=5, num_ranked=100).prune(OUT)
     costs = {name: (random_scores(0)[name] + random_scores(1)[name]) / 2 for name in MODULES}
-    floor = 0.1 * sum(float(cost.sum()) for cost in costs.values()) / 48
+    floor = 512 / 5120 * sum(float(cost.sum()) for cost in costs.values()) / 48
     rows = [(-b / (float(costs[n][i]) + floor), n, i) for n in MODULES for i, b in enumerate(benefits[n].tolist())]
     expected = [(name, i) for score, name, i in sorted(rows) if score < 0]
     assert [(n.module, n.index) for n in found.neurons + found.next] == expected
