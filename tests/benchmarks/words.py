@@ -7,12 +7,11 @@ configs/frequent.txt, which was the words of at least eight answers that answers
 of C4, none of them in slop.txt; which ones these are now is printed, since draws in bfloat16 differ from machine to
 machine; so it is with configs/kept.txt, every fifth of the most frequent words on neither list, whose benefit is
 subtracted. To each list belong other words of like frequency, on none of the three, which should stay. A word that
-mostly stands beside words of the list is none of them, as in "Dear [Friend's Name]": it goes with what it belongs to.
-Neurons are chosen by the recipe of configs/slop.yaml, as many as
-1 % of perplexity pays for, and measured on the other half of the prompts, beside random, least relevant and large
-neurons.
-Every stage is a verb of `sparc3` in the folder given, and one that is done there is not run again. Needs c4/en.jsonl
-and wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
+stands beside words of the list more than a third of the time is none of them, as in "Dear [Friend's Name]" and
+"testament to human ingenuity": it goes with what it belongs to. Neurons are chosen by the recipe of configs/slop.yaml,
+as many as 1 % of perplexity pays for, and measured on the other half of the prompts, beside random, least relevant and
+large neurons. Every stage is a verb of `sparc3` in the folder given, and one that is done there is not run again. Needs
+c4/en.jsonl and wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
 """
 
 import argparse
@@ -125,7 +124,7 @@ def write_lists(answers: Sequence[Completion], c4: Path) -> None:
     for name in LISTS:
         words = read_words(CONFIGS / f"{name}.txt")
         of_words = {word: sum(map(bool, map(counter_of([word]), texts))) for word in words}
-        beside = mostly_beside(words, texts)
+        beside = often_beside(words, texts)
         left = [word for word in with_other_stems(free, [*words, *kept]) if word not in beside]
         others: list[str] = []
         for word in sorted(filter(of_words.get, words), key=lambda word: (-of_words[word], word)):
@@ -147,8 +146,8 @@ def of_each_stem(words: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
-def mostly_beside(words: Sequence[str], texts: Iterable[str]) -> set[str]:
-    """Return what stands mostly beside words of a list: more than half of the times there are few words between."""
+def often_beside(words: Sequence[str], texts: Iterable[str]) -> set[str]:
+    """Return what often stands beside words of a list: more than a third of the times there are few words between."""
     listed = counter_of(words)
     total: Counter[str] = Counter()
     beside: Counter[str] = Counter()
@@ -158,7 +157,7 @@ def mostly_beside(words: Sequence[str], texts: Iterable[str]) -> set[str]:
             around = text[said[max(0, i - BESIDE)].start() : said[min(i + BESIDE, len(said) - 1)].end()]
             total[word[0].lower()] += 1
             beside[word[0].lower()] += bool(listed(around))
-    return {word for word, number in beside.items() if 2 * number > total[word]}
+    return {word for word, number in beside.items() if 3 * number > total[word]}
 
 
 def with_other_stems(words: Sequence[str], taken: Sequence[str]) -> list[str]:
