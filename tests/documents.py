@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helpers import sentence, write_choice_task, write_jsonl
+from helpers import WORDS, sentence, write_choice_task, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "configs/README.md")
@@ -146,8 +146,10 @@ def write_inputs(folder: Path) -> None:
         rows.append({**row, "toxicity": 0.95 if number < 50 else 0.1, "bias_type": ("gender", "race")[number % 2]})
     write_jsonl(folder / "rows.jsonl", rows)
     (folder / "prompts.txt").write_text(f"{sentence(200, 4)}\n{sentence(201, 5)}\n")
-    (folder / "words.txt").write_text("# Words of the sentences.\ncat\nthe dog\n")
-    (folder / "kept.txt").write_text("bird\n")
+    # Half of the words each, so that a few short answers have some of either list.
+    words = sorted(set(WORDS))
+    (folder / "words.txt").write_text("\n".join(["# Words of the sentences.", "the dog", *words[::2]]) + "\n")
+    (folder / "kept.txt").write_text("\n".join(words[1::2]) + "\n")
     (folder / "toys.py").write_text(TOYS)
     questions = [{"question": sentence(i, 4), "choices": ["a cat", "the dog"], "label": i % 2} for i in range(6)]
     write_choice_task(folder, TASK, questions)
