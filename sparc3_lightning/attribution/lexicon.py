@@ -79,8 +79,12 @@ class Lexicon:
                 first = position - len(spelling.ids) + 2
                 if first < start or tuple(input_ids[first : position + 1]) != spelling.ids[:-1]:
                     continue
-                if not (spelling.begins and first > 0 and self._inside[input_ids[first - 1]]):
+                if not spelling.begins or self._may_begin(input_ids, first):
                     yield position, spelling
+
+    def _may_begin(self, input_ids: Sequence[int], position: int) -> bool:
+        """Tell whether a word may begin at a position: no other one is going on there."""
+        return position == 0 or not self._inside[input_ids[position - 1]]
 
     def count(self, input_ids: Sequence[int], start: int = 0) -> int:
         """Return how many words a text has, as the target ``lexicon_probability`` expects them.
@@ -92,7 +96,7 @@ class Lexicon:
         anywhere, firsts = self._whole
         found = sum(token in anywhere for token in input_ids[start:])
         for position in range(start, len(input_ids) if firsts else 0):
-            found += input_ids[position] in firsts and not (position and self._inside[input_ids[position - 1]])
+            found += input_ids[position] in firsts and self._may_begin(input_ids, position)
         ends = ((input_ids[position + 1], spelling) for position, spelling in self.places(input_ids[:-1], start))
         return found + sum(token == spelling.ids[-1] for token, spelling in ends)
 

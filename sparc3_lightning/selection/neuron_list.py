@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
-from typing import Annotated, NotRequired, TypedDict, cast
+from typing import Annotated, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -24,25 +24,23 @@ SELECTION = "selection.json"
 CHOSEN = "chosen/neurons.json"  # in the folder of a sweep
 
 
-class ScoredIn(TypedDict):
+class ChosenBy(TypedDict, total=False):
+    """What is read of whatever had a part in choosing: a sweep, or scores and what was computed for them."""
+
+    spec: dict[str, object]
+    choosers: dict[str, str | None]
+
+
+class ScoredIn(ChosenBy):
     """What is read of the provenance of a score file that neurons were selected by."""
 
     path: str
-    spec: NotRequired[dict[str, object]]
-    choosers: NotRequired[dict[str, str | None]]
 
 
 class Priced(TypedDict):
     """What is read of a budget that neurons were selected within."""
 
     max_perplexity_increase: float | None
-
-
-class ChosenBy(TypedDict, total=False):
-    """What is read of whatever had a part in choosing: a sweep, or scores and what was computed for them."""
-
-    spec: dict[str, object]
-    choosers: dict[str, str | None]
 
 
 class Origin(TypedDict, total=False):
@@ -143,7 +141,7 @@ class NeuronList:
             Of each its name, and what tells it from every other; None if the list does not say that.
         """
         origin = self.origin
-        sides: list[ChosenBy | ScoredIn | None] = [{"choosers": origin.get("choosers") or {}}]
+        sides: list[ChosenBy | None] = [{"choosers": origin.get("choosers") or {}}]
         sides += [origin.get("behavior"), origin.get("harmless"), origin.get("chosen")]
         sides += [*(origin.get("general") or ()), *(origin.get("scores") or ())]
         found: list[tuple[str, str | None]] = []

@@ -14,8 +14,7 @@ from sparc3_lightning.selection.prediction import Prediction
 from sparc3_lightning.stages.prune import Pruning
 
 COST = {"method": "gradient", "target": "sampled", "relevance": "fisher", "chunk": 64}
-# Of so many tokens that the floor is a tenth of the mean.
-COST["num_tokens"] = 5120
+COST["num_tokens"] = 5120  # so many that the floor is a tenth of the mean
 BENEFIT = {"method": "gradient", "target": "lexicon_probability", "relevance": "signed"}
 
 
