@@ -22,6 +22,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 # Forks share the lock of tqdm: one that is killed while it holds the lock would stop all others, and this process.
 os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 SHARED = Path(__file__).parents[2] / "shared"
+# Of all files: whose tests take minutes together.
+LONGEST = {
+    "test_distributed.py",
+    "test_slurm.py",
+    "test_footprint_memory.py",
+    "test_documents.py",
+    "test_benchmarks.py",
+    "test_every_decoder.py",
+}
 # Of the same name in every room: collected for doctests, they would be taken for one module.
 collect_ignore_glob = ["*conftest.py"]
 
@@ -45,9 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("no_cover")
         if not item.get_closest_marker("slow"):
             seen.add(test)
-    marks = ("slurm", "distributed")
-    longest = {item.path for item in items for mark in marks if item.get_closest_marker(mark)}
-    items.sort(key=lambda item: item.path not in longest)
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sparc3_lightning.models import experts
 from sparc3_lightning.models.architectures import Linear
 from sparc3_lightning.models.experts import ExpertLinear, num_experts, routing_of
 
@@ -37,7 +38,7 @@ class Unfolding:
         group_R = tokens // length * chunks + tokens % length // size
         # The tokens are ascending, so that the rows of a group lie side by side.
         ends = torch.searchsorted(group_R, torch.arange(num_samples * chunks + 1, device=tokens.device))
-        self._shape = (num_samples * chunks, int(ends.diff().max()))
+        self._shape = (num_samples * chunks, experts.most_rows(ends, len(tokens)))
         self._place = (group_R, torch.arange(len(tokens), device=tokens.device) - ends[group_R])
         real_R = torch.ones(len(tokens), 1, device=tokens.device)
         if mask_BT is None:
@@ -66,16 +67,16 @@ class Unfolding:
         return unfolded
 
 
-def tokens_seen(experts: nn.Module, mask_BT: Tensor | None, real: Sequence[int], num_samples: int) -> Tensor:
+def tokens_seen(module: nn.Module, mask_BT: Tensor | None, real: Sequence[int], num_samples: int) -> Tensor:
     """Return how many tokens each expert saw when a module of experts was called last, shape ``[experts]``, float64.
 
     Args:
-        experts: The module.
+        module: Of the experts.
         mask_BT: 1 at tokens, 0 at padding, shape ``[samples, tokens]``; None if there is no padding.
         real: The samples that count: another one only fills the batch.
         num_samples: Samples of the batch.
     """
-    routing, number = routing_of(experts), num_experts(experts)
+    routing, number = routing_of(module), num_experts(module)
     tokens = routing.tokens
     counted_BT = torch.zeros(num_samples, routing.num_tokens // num_samples, dtype=torch.float64, device=tokens.device)
     counted_BT[list(real)] = 1.0

@@ -248,6 +248,38 @@ def routers_of(model: nn.Module) -> set[nn.Module]:
     }
 
 
+# The next three functions alone depend on a router's numbers: footprint.py puts equal shares in place of them.
+def rows_of(X_TH: Tensor, num_tokens: int) -> Tensor:
+    """Return the rows that are routed to the experts of Llama 4: what is 0 stays 0, since these have no bias.
+
+    Args:
+        X_TH: All tokens for one expert after the other, shape ``[experts * tokens, hidden]``.
+        num_tokens: Of one expert.
+    """
+    return (X_TH != 0).any(dim=1).nonzero(as_tuple=True)[0]
+
+
+def runs_of(numbers: Tensor, num_experts: int) -> tuple[list[int], list[int]]:
+    """Return which experts get tokens, and how many each of them gets.
+
+    Args:
+        numbers: Of the expert of each row, ascending, shape ``[rows]``.
+        num_experts: Of the module.
+    """
+    hit, counts = numbers.unique_consecutive(return_counts=True)
+    return hit.tolist(), counts.tolist()
+
+
+def most_rows(ends: Tensor, num_rows: int) -> int:
+    """Return the number of rows of the group that has most.
+
+    Args:
+        ends: Where each group begins, and the last one ends, shape ``[groups + 1]``.
+        num_rows: Of all groups.
+    """
+    return int(ends.diff().max())
+
+
 def count_in_words(model: nn.Module, neurons: Mapping[str, int]) -> str:
     """Return a number of neurons such as ``46,080 dense, 1,179,648 in 128 x 48 experts``, or ``46,080`` of no experts.
 
@@ -325,10 +357,10 @@ def _routed(
     with torch.no_grad():
         of_slots, slots = top_k_index.reshape(-1).sort(stable=True)  # so that the tokens of an expert are ascending
         experts.__dict__["routing"] = Routing(of_slots, slots // k, len(X_TH))
-        hit, counts = of_slots.unique_consecutive(return_counts=True)
+        hit, counts = runs_of(of_slots, number)
     # As the weights of the router are, if they are wider.
     final = torch.zeros_like(X_TH, dtype=torch.promote_types(X_TH.dtype, weights.dtype))
-    for expert, slots_R in zip(hit.tolist(), slots.split(counts.tolist()), strict=True):
+    for expert, slots_R in zip(hit, slots.split(counts), strict=True):
         tokens = slots_R // k
         if expert < number:
             Y_RH = _run(experts, form, expert, X_TH[tokens], tokens, len(X_TH))
@@ -350,14 +382,15 @@ def _every_expert(experts: nn.Module, form: Form, hidden_states: Tensor) -> Tens
             not routed to the expert; shape ``[experts * tokens, hidden]``.
     """
     X_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-    num_tokens = len(X_TH) // num_experts(experts)
+    number = num_experts(experts)
+    num_tokens = len(X_TH) // number
     with torch.no_grad():
-        (rows,) = (X_TH != 0).any(dim=1).nonzero(as_tuple=True)  # what is 0 stays 0: these experts have no bias
+        rows = rows_of(X_TH, num_tokens)
         numbers = rows // num_tokens
         experts.__dict__["routing"] = Routing(numbers, rows % num_tokens, num_tokens)
-        hit, counts = numbers.unique_consecutive(return_counts=True)
+        hit, counts = runs_of(numbers, number)
     final = torch.zeros_like(X_TH)
-    for expert, rows_R in zip(hit.tolist(), rows.split(counts.tolist()), strict=True):
+    for expert, rows_R in zip(hit, rows.split(counts), strict=True):
         final.index_add_(0, rows_R, _run(experts, form, expert, X_TH[rows_R], rows_R % num_tokens, num_tokens))
     return final
 

@@ -1,8 +1,9 @@
 """What passes through a model cost, in operations and memory: without weights, data or devices, by fake tensors.
 
 The very code of a run is carried out, on tensors that have a shape and no numbers, and every operation of torch that it
-comes to is counted. Ranks are simulated by torch's fake process group. Blocks that are alike cost alike: two shallow
-models are measured, and a straight line through both leads to the depth of the model.
+comes to is counted. Ranks are simulated by torch's fake process group. The experts of a block are taken to get equally
+many tokens of each sample, since where tokens are routed depends on the numbers. Blocks that are alike cost alike: two
+shallow models are measured, and a straight line through both leads to the depth of the model.
 """
 
 import copy
@@ -24,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import masking_utils
 
+from sparc3_lightning.models import experts
 from sparc3_lightning.models.architectures import blocks_of
-from sparc3_lightning.models.experts import ExpertLinear
 from sparc3_lightning.models.loading import CAUSAL_LM, build_skeleton, in_short
 from sparc3_lightning.models.sharding import checkpoint_blocks_, shard_blocks_
 
@@ -220,10 +221,6 @@ def cost_of(
         ValueError: If the config describes no model that can be built, or one whose costs depend on the numbers.
     """
     skeleton = build_skeleton(name, config, None, CAUSAL_LM, dtype)
-    if any(isinstance(module, ExpertLinear) for module in skeleton.modules()):
-        raise ValueError(
-            f"{name!r} is a mixture of experts, whose costs depend on where tokens are routed: it cannot be estimated."
-        )
     depth = len(blocks_of(skeleton))
     found = []
     for shallow in DEPTHS if _are_alike(skeleton) and depth > DEPTHS[-1] else (depth,):
@@ -258,6 +255,7 @@ def _cost(
         prepare(model)
         # Of fake tensors transformers asks no numbers, and forms every mask. The meter answers as without padding.
         stack.enter_context(patch.object(masking_utils, "is_tracing", lambda *_: False))
+        stack.enter_context(_equal_shares(getattr(config.get_text_config(), "num_experts_per_tok", 1)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model.to_empty(device="cpu")
         if not layout.is_sharded:  # a tensor on the meta device cannot become another one in place
@@ -293,6 +291,29 @@ def _cut(config: "PretrainedConfig", depth: int, whole: int) -> "PretrainedConfi
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:depth]
     return config
+
+
+@contextmanager
+def _equal_shares(of_token: int) -> Iterator[None]:
+    """Route as many tokens of each sample to each expert of a block.
+
+    Args:
+        of_token: Experts that a token is routed to, where all of them are given all tokens.
+    """
+
+    def rows_of(X_TH: Tensor, num_tokens: int) -> Tensor:
+        return X_TH.new_empty(of_token * num_tokens, dtype=torch.long)
+
+    def runs_of(numbers: Tensor, num_experts: int) -> tuple[list[int], list[int]]:
+        share, more = divmod(len(numbers), num_experts)
+        counts = [share + (expert < more) for expert in range(num_experts)]
+        return list(range(num_experts if share else more)), [count for count in counts if count]
+
+    def most_rows(ends: Tensor, num_rows: int) -> int:
+        return -(-num_rows // (len(ends) - 1))
+
+    with patch.multiple(experts, rows_of=rows_of, runs_of=runs_of, most_rows=most_rows):
+        yield
 
 
 @contextmanager

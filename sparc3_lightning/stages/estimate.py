@@ -28,6 +28,7 @@ from sparc3_lightning.models.architectures import check_is_text, find_layers, is
 from sparc3_lightning.models.batching import AUTO, fits_on_cpu, free_memory, largest_size
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import KINDS
+from sparc3_lightning.models.experts import is_expert
 from sparc3_lightning.models.footprint import Cost, Layout, Meter, Run, cost_of, measured_rate
 from sparc3_lightning.models.likelihood import Reference, last_hidden_state, score_windows
 from sparc3_lightning.models.loading import CAUSAL_LM, build_skeleton, read_config
@@ -218,6 +219,8 @@ def estimate(stages: Sequence[StageRun], options: EstimateOptions, dtype: Forwar
     rates = [f"{machine.rate(of) / 1e12:.3g} Tflop/s in {str(of).removeprefix('torch.')}" for of in dtypes]
     fits = [one.fits for one in found if one.operations]
     peak, written = max(one.device_bytes for one in found), sum(one.written for one in found)
+    skeleton = build_skeleton(checkpoint.name, of_stages.config, None, CAUSAL_LM, next(iter(dtypes)))
+    shared = " Experts are taken to get equally many tokens." if any(map(is_expert, skeleton.modules())) else ""
     return "\n".join(
         [
             str(machine),
@@ -226,7 +229,8 @@ def estimate(stages: Sequence[StageRun], options: EstimateOptions, dtype: Forwar
             f"{_time(sum(one.seconds for one in found))}, {_size(written)} written"
             f"{_VERDICTS[None if None in fits else all(fits)]}",
             f"Time is that of matrix products at {' and '.join(rates)}, so it is the least; scorers, zero-shot tasks, "
-            f"reading and communication are not in it. Prompts are taken to have {options.prompt_tokens} tokens.",
+            "reading and communication are not in it. Prompts are taken to have "
+            f"{options.prompt_tokens} tokens.{shared}",
         ]
     )
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import make_mixture
+from mixtures import MIXTURES, make_mixture
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,6 +15,7 @@ from sparc3_lightning.attribution.lrp import lrp
 from sparc3_lightning.attribution.targets import largest_logit
 from sparc3_lightning.models import footprint
 from sparc3_lightning.models.architectures import find_layers
+from sparc3_lightning.models.experts import open_experts_
 from sparc3_lightning.models.footprint import Cost, Layout, Meter, cost_of
 
 
@@ -36,7 +37,7 @@ def under_rules(model: Any) -> None:
 
 
 def attribute(model: Any, meter: Meter | None = None) -> None:
-    accumulator = ScoreAccumulator(find_layers(model, ["up_proj"]), "magnitude")
+    accumulator = ScoreAccumulator(find_layers(model, ["all"]), "magnitude")
     with lrp(model), accumulator.recording(None, ["one", "another"]):
         largest_logit(model, torch.zeros(2, 8, dtype=torch.long)).sum().backward()
 
@@ -88,6 +89,34 @@ def test_memory_is_that_of_the_tensors_that_live_at_a_time():
         assert (meter.now, max(meter.peaks)) == (0, 6000)
 
 
-def test_a_mixture_of_experts_is_refused():
-    with pytest.raises(ValueError, match="'mixture' is a mixture of experts, whose costs depend on where"):
-        cost_of("mixture", make_mixture("mixtral").config, torch.float32, Layout(), attribute)
+@pytest.mark.few(2)
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_that_share_the_tokens_cost_what_those_of_a_real_run_do(kind):
+    model = make_mixture(kind, torch.float32).eval().requires_grad_(False)
+    open_experts_(model)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        attribute(model)
+    found = cost_of(kind, model.config, torch.float32, Layout(), attribute, under_rules)
+    assert found.operations == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_mixture_that_is_sharded_holds_its_share_of_the_experts():
+    config = make_mixture("mixtral").config
+    plain, sharded = (
+        cost_of("mixture", config, torch.float32, layout, attribute, under_rules)
+        for layout in (Layout(), Layout(num_ranks=4, is_sharded=True))
+    )
+    assert sharded.weights == pytest.approx(plain.weights / 4, rel=0.01)
+    assert sharded.operations == plain.operations
+
+
+def test_experts_may_be_more_than_the_tokens_that_they_share():
+    def forward(model: Any, meter: Meter | None = None) -> None:
+        largest_logit(model, torch.zeros(2, 8, dtype=torch.long))
+
+    model = make_mixture("qwen3_moe", torch.float32, num_experts=64, num_experts_per_tok=1).eval()
+    open_experts_(model)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        forward(model)
+    found = cost_of("many", model.config, torch.float32, Layout(), forward)
+    assert found.operations == pytest.approx(counter.get_total_flops(), rel=0.02)

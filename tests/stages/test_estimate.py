@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mixtures import save_mixture
 
 from sparc3_lightning import cli
 from sparc3_lightning.stages.estimate import EstimateOptions, Machine
@@ -44,6 +45,15 @@ def test_a_folder_with_a_config_alone_is_enough(caplog, tiny_checkpoint, tmp_pat
     (tmp_path / "bare").mkdir()
     shutil.copy(Path(tiny_checkpoint, "config.json"), tmp_path / "bare")
     assert estimated(caplog, "--model.checkpoint", "./bare", "--estimate.tflops", "0.1")["All"].endswith("; fits")
+
+
+def test_a_mixture_is_estimated_as_if_its_experts_got_equally_many_tokens(caplog, tmp_path):
+    save_mixture("mixtral", tmp_path / "mixture")
+    Path("mixture/model.safetensors").unlink()
+    found = estimated(caplog, "--model.checkpoint", "./mixture", "--estimate.tflops", "0.1")
+    assert "a sample" in found["attribute behavior"]
+    assert found["All"].endswith("; fits")
+    assert any("Experts are taken to get equally many tokens." in name for name in found)
 
 
 def test_where_it_does_not_fit_an_option_is_named_with_which_it_does(caplog):
