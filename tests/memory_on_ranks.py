@@ -51,21 +51,15 @@ def most_memory() -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def module_of(shape: str, options: dict[str, Any]) -> Attribution:
-    module = Attribution(shape, **options)
-    skeleton = build_skeleton(shape, CONFIGS[shape], None, CAUSAL_LM, torch.float32)
-    module.layers = module.find_layers_of(skeleton)
-    module.spec = module.spec.resolved(module.layers, torch.float32)
-    return module
-
-
 def measure(rank: int, file: str, shape: str, num_ranks: int, meeting: str, options: dict[str, Any]) -> None:
     """Attribute one batch on this rank; the first one writes what it took, in bytes above the weights."""
     torch.set_num_threads(1)
     if num_ranks > 1:
         torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=num_ranks)
-    module, layout = module_of(shape, options), Layout(num_ranks, num_ranks > 1, "gradient_checkpointing" in options)
+    layout = Layout(num_ranks, num_ranks > 1, "gradient_checkpointing" in options)
     model = build_skeleton(shape, CONFIGS[shape], None, CAUSAL_LM, torch.float32).eval().requires_grad_(False)
+    module = Attribution(shape, **options)
+    module.settle(model, torch.float32)
     if layout.gradient_checkpointing:
         checkpoint_blocks_(model)
     if layout.is_sharded:

@@ -241,7 +241,7 @@ class Attribution(StoppableModule):
             what = "auto is not for scores of weights, whose sums cannot be taken back: give a number."
             raise OptionError("batch_size", what, "data")
         skeleton = self.checkpoint.skeleton()
-        self.layers = self.find_layers_of(skeleton)
+        self.settle(skeleton, resolve_dtype(self.dtype_name, self.trainer.strategy.root_device))
         scored = find_layers(skeleton, self.layers).values()
         if spec.sums_weights and self.trainer.world_size > 1 and any(map(is_expert, scored)):
             what = (
@@ -260,7 +260,6 @@ class Attribution(StoppableModule):
             data.notes |= {"num_kept": len(self.words_kept), "kept_weight": round(self.kept.weight, 4)}
         if spec.target is not None:
             data.check_target(spec.target)
-        self.spec = spec.resolved(self.layers, resolve_dtype(self.dtype_name, self.trainer.strategy.root_device))
         self.identity = self._identify()
         check_same_on_all_ranks("checkpoint or data", self.identity)
         self._resume()
@@ -398,6 +397,16 @@ class Attribution(StoppableModule):
         self._write()
         if self.trainer.is_global_zero:
             remove_progress(self.folder)
+
+    def settle(self, skeleton: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Settle which layers of a model are scored, and what the options leave open.
+
+        Args:
+            skeleton: The model, which may be on the meta device.
+            dtype: That it will compute in.
+        """
+        self.layers = self.find_layers_of(skeleton)
+        self.spec = self.spec.resolved(self.layers, dtype)
 
     def find_layers_of(self, skeleton: PreTrainedModel) -> list[str]:
         """Return the names of the scored layers; check that the model has them and they can be scored."""

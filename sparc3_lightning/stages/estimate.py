@@ -331,9 +331,8 @@ class Estimator:
         options, data = stage.config["model"], _data(stage)
         dtype, module = self.dtype_of(stage), Attribution(**options)
         skeleton = build_skeleton(self.name, self.config, None, CAUSAL_LM, dtype)
-        module.layers = module.find_layers_of(skeleton)
-        spec = module.spec = module.spec.resolved(module.layers, dtype)
-        scored = find_layers(skeleton, module.layers)
+        module.settle(skeleton, dtype)
+        spec, scored = module.spec, find_layers(skeleton, module.layers)
         written = sum(4 * math.prod(KINDS[spec.kind_of(name)].shape(skeleton, name)) for name in scored)
         if spec.is_static:
             return self._none(stage, written)
