@@ -78,7 +78,7 @@ def test_the_benchmark_of_families_trains_measures_and_keeps_its_checkpoints(tmp
     command = [str(BENCHMARKS / "families.py"), *(part for name, of in options.items() for part in (f"--{name}", of))]
     said = run(*command)
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["selection"] for row in found] == ["published", "best"]
+    assert [row["selection"] for row in found] == ["published", "recommended"]
     assert all(row["off"].startswith(f"{row['spread']['neurons']:,} neuron") for row in found if row["spread"])
     assert any(row["spread"] for row in found)
     assert "| mixtral | 10 | published |" in said

