@@ -1,17 +1,17 @@
 """Words that the model is to say less: `python tests/benchmarks/words.py [--folder F] [--json FILE]`.
 
-SmolLM2-135M-Instruct answers half of the 300 prompts of configs/writing.txt twice each. In these 300 answers words are
-counted, each once an answer; function words are left out, which stand in at least 15 % of the documents of C4, and so
-are words of the prompts and of fewer than four letters. Two lists are lowered: configs/slop.txt, and
-configs/frequent.txt, which was the words of at least eight answers that answers have most often compared with documents
-of C4, none of them in slop.txt; which ones these are now is printed, since draws in bfloat16 differ from machine to
-machine; so it is with configs/kept.txt, every fifth of the most frequent words on neither list, whose benefit is
-subtracted. To each list belong other words of like frequency, on none of the three, which should stay. A word that
-stands beside words of the list more than a third of the time is none of them, as in "Dear [Friend's Name]" and
-"testament to human ingenuity": it goes with what it belongs to. Neurons are chosen by the recipe of configs/slop.yaml,
-as many as 1 % of perplexity pays for, and measured on the other half of the prompts, beside random, least relevant and
-large neurons. Every stage is a verb of `sparc3` in the folder given, and one that is done there is not run again. Needs
-c4/en.jsonl and wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
+SmolLM2-135M-Instruct answers half of the 300 prompts of configs/writing.txt four times each. In the first two answers
+to each words are counted, each once an answer; function words are left out, which stand in at least 15 % of the
+documents of C4, and so are words of the prompts and of fewer than four letters. Two lists are lowered:
+configs/slop.txt, and configs/frequent.txt, which was the words of at least eight answers that answers have most often
+compared with documents of C4, none of them in slop.txt; which ones these are now is printed, since draws in bfloat16
+differ from machine to machine; so it is with configs/kept.txt, every fifth of the most frequent words on neither list,
+whose benefit is subtracted. To each list belong other words of like frequency, on none of the three, which should stay.
+A word that stands beside words of the list more often than not, as in "Dear [Friend's Name]", goes with what it belongs
+to: it is among "other words of any place" alone. Neurons are chosen by the recipe of configs/slop.yaml, within the
+budget below, and measured on the other half of the prompts, beside random, least relevant and large neurons. Every
+stage is a verb of `sparc3` in the folder given, and one that is done there is not run again. Needs c4/en.jsonl and
+wikitext2/wiki.test.raw, by default in shared/data beside the checkout.
 """
 
 import argparse
@@ -39,8 +39,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 COMMON = 0.15  # least share of C4's documents that has a function word
 NUM_FREQUENT, LEAST = 12, 8  # words, and the answers that have one at least
 BESIDE = 5  # words between which two words are beside each other, at most
+COUNTED = 2  # answers to a prompt
 NUM_KEPT = 60
-LISTS = ("slop", "frequent")
+# Of each list: answers that say what a neuron costs (of fewer the floor is higher), and the budget; both were chosen on
+# the prompts to attribute on, reworded with a "Please".
+LISTS = {"slop": (600, 0.0075), "frequent": (75, 0.0065)}
 
 
 def main() -> None:
@@ -49,8 +52,8 @@ def main() -> None:
         __doc__,
         folder={"type": Path, "default": Path("words")},
         data={"type": Path, "default": DATA},
-        lists={"nargs": "+", "choices": LISTS, "default": list(LISTS)},
-        samples={"type": int, "default": 300, "help": "answers to attribute on"},
+        lists={"nargs": "+", "choices": [*LISTS], "default": list(LISTS)},
+        samples={"type": int, "default": 600, "help": "answers to attribute on"},
         documents={"type": int, "default": 28, "help": "of the text of the budget"},
         text={"type": int, "default": 16384, "help": "tokens to measure perplexity on"},
         continuations={"type": int, "default": 25},
@@ -64,7 +67,7 @@ def main() -> None:
     with chdir(options.folder):
         write_prompts()
         asked = list(evaluation("attribute.txt", text, 1024, options.tokens))
-        asked += ["--model.sampling.num_continuations=2", "--model.scorers=[repetition]"]
+        asked += ["--model.sampling.num_continuations=4", "--model.scorers=[repetition]"]
         folder = sparc3("evaluate", "answers", *asked)
         write_lists(load_completions(folder / "completions.jsonl"), c4)
         found = {name: measured(name, folder / "completions.jsonl", c4, text, options) for name in options.lists}
@@ -102,7 +105,7 @@ def words_in(text: str) -> set[str]:
 
 def write_lists(answers: Sequence[Completion], c4: Path) -> None:
     """Write the lists, and other words for each, chosen by the number of answers that have them."""
-    texts = [row["continuation"] for row in answers]
+    texts = [row["continuation"] for row in answers if row["continuation_index"] < COUNTED]
     counts = Counter(word for text in texts for word in words_in(text))
     documents = [words_in(str(row["text"])) for row in read_records(c4)]
     in_documents = Counter(word for words in documents for word in words)
@@ -124,18 +127,25 @@ def write_lists(answers: Sequence[Completion], c4: Path) -> None:
     for name in LISTS:
         words = read_words(CONFIGS / f"{name}.txt")
         of_words = {word: sum(map(bool, map(counter_of([word]), texts))) for word in words}
-        beside = often_beside(words, texts)
-        left = [word for word in with_other_stems(free, [*words, *kept]) if word not in beside]
-        others: list[str] = []
-        for word in sorted(filter(of_words.get, words), key=lambda word: (-of_words[word], word)):
-            others.append(min(left, key=lambda other: (abs(counts[other] - of_words[word]), other)))
-            left = with_other_stems(left, others[-1:])
         Path(f"{name}.txt").write_text("".join(f"{word}\n" for word in words))
-        Path(f"{name}_others.txt").write_text("".join(f"{word}\n" for word in others))
-        print(
-            f"\n{name}: {said(of_words, texts)}\nothers: {said({word: counts[word] for word in others}, texts)}",
-            flush=True,
-        )
+        print(f"\n{name}: {said(of_words, texts)}", flush=True)
+        anywhere, beside = with_other_stems(free, [*words, *kept]), often_beside(words, texts)
+        for other, left in {
+            "others": [w for w in anywhere if w not in beside],
+            "others_of_any_place": anywhere,
+        }.items():
+            found = alike(of_words, left, counts)
+            Path(f"{name}_{other}.txt").write_text("".join(f"{word}\n" for word in found))
+            print(f"{other}: {said({word: counts[word] for word in found}, texts)}", flush=True)
+
+
+def alike(of_words: dict[str, int], left: Sequence[str], counts: Counter[str]) -> list[str]:
+    """Return for each word that is said one of those that are left which is said as often, or nearly so."""
+    found: list[str] = []
+    for word in sorted(filter(of_words.get, of_words), key=lambda word: (-of_words[word], word)):
+        found.append(min(left, key=lambda other: (abs(counts[other] - of_words[word]), other)))
+        left = with_other_stems(left, found[-1:])
+    return found
 
 
 def of_each_stem(words: Sequence[str]) -> list[str]:
@@ -147,7 +157,7 @@ def of_each_stem(words: Sequence[str]) -> list[str]:
 
 
 def often_beside(words: Sequence[str], texts: Iterable[str]) -> set[str]:
-    """Return what often stands beside words of a list: more than a third of the times there are few words between."""
+    """Return what stands beside words of a list more often than not: with few words between."""
     listed = counter_of(words)
     total: Counter[str] = Counter()
     beside: Counter[str] = Counter()
@@ -157,7 +167,7 @@ def often_beside(words: Sequence[str], texts: Iterable[str]) -> set[str]:
             around = text[said[max(0, i - BESIDE)].start() : said[min(i + BESIDE, len(said) - 1)].end()]
             total[word[0].lower()] += 1
             beside[word[0].lower()] += bool(listed(around))
-    return {word for word, number in beside.items() if 3 * number > total[word]}
+    return {word for word, number in beside.items() if 2 * number > total[word]}
 
 
 def with_other_stems(words: Sequence[str], taken: Sequence[str]) -> list[str]:
@@ -175,16 +185,18 @@ def said(counts: dict[str, int], texts: Sequence[str]) -> str:
 
 def measured(name: str, answers: Path, c4: Path, text: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Choose the neurons of a list, evaluate them, and return what changed."""
+    priced, budget = LISTS[name]
     of = [f"--model.checkpoint={CHECKPOINT}", "--model.method=gradient", "--model.granularity=neuron+channel"]
     documents = ["--data=C4", f"--data.source={c4}", "--data.seq_len=256"]
     own = ["--data=ToxicPrompts", "--data.by=continuation", f"--data.source={answers}", "--data.chat=true"]
-    own += ["--data.continuation_toxicity=[0,1]", "--data.min_toxicity=null", f"--data.num_samples={options.samples}"]
-    own += ["--data.batch_size=15"]
-    sparc3("attribute", "cost", *of, *own, "--model.relevance=fisher", "--model.target=sampled")
+    own += ["--data.continuation_toxicity=[0,1]", "--data.min_toxicity=null", "--data.batch_size=15"]
+    costs = ["--model.relevance=fisher", "--model.target=sampled", f"--data.num_samples={priced}"]
+    sparc3("attribute", f"cost_of_{priced}", *of, *own, *costs)
+    own += [f"--data.num_samples={options.samples}"]
     lexical = ["--model.relevance=signed", "--model.target=lexicon_probability", f"--model.lexicon={name}.txt"]
     sparc3("attribute", name, *of, *own, *lexical, "--model.kept_words=kept.txt")
-    chosen = [f"--model.general=[{scores('cost')}]", f"--model.behavior={scores(name)}"]
-    chosen += ["--model.criterion=benefit_per_cost", "--model.budget.max_perplexity_increase=0.01"]
+    chosen = [f"--model.general=[{scores(f'cost_of_{priced}')}]", f"--model.behavior={scores(name)}"]
+    chosen += ["--model.criterion=benefit_per_cost", f"--model.budget.max_perplexity_increase={budget}"]
     chosen += [*documents, "--data.seed=7"]
     neurons = (
         sparc3("prune", name, *chosen, f"--data.num_samples={options.documents}", "--data.batch_size=4")
@@ -201,10 +213,13 @@ def measured(name: str, answers: Path, c4: Path, text: Path, options: argparse.N
     folder = sparc3("evaluate", name, *asked, f"--model.scorers=[words:{name}.txt]")
     rows = load_completions(folder / "completions.jsonl")
     results = Results.load(folder / "results.json")
-    words, others = (read_words(Path(f"{name}{ending}.txt")) for ending in ("", "_others"))
+    words, others, anywhere = (
+        read_words(Path(f"{name}{ending}.txt")) for ending in ("", "_others", "_others_of_any_place")
+    )
     price = next(iter(results.perplexity_change.values()))
     found = {"off": in_words(results.kinds), "perplexity": price, "prompts": len({row["prompt_id"] for row in rows})}
     judges = {"words": (words, False), "words a token": (words, True), "other words": (others, False)}
+    judges["other words of any place"] = (anywhere, False)
     for judge, (listed, is_rate) in judges.items():
         found[judge] = changes(rows, counter_of(listed), is_rate)
     return found
@@ -244,7 +259,7 @@ def changes(rows: Sequence[Completion], count: Callable[[str], int], is_rate: bo
 def table(found: dict[str, dict[str, Any]]) -> None:
     """Print a table for each list."""
     for name, of_list in found.items():
-        judges = {judge: of_list[judge] for judge in ("words", "words a token", "other words")}
+        judges = {judge: of for judge, of in of_list.items() if judge not in ("off", "perplexity", "prompts")}
         kinds = [kind for kind in judges["words"] if kind not in ("before", "after")]
         print(f"\n{name}: {of_list['off']}, perplexity {percent(of_list['perplexity'])} %, ", end="")
         print(f"{of_list['prompts']} prompts; changes in percent\n")
