@@ -43,7 +43,7 @@ COUNTED = 2  # answers to a prompt
 NUM_KEPT = 60
 # Of each list: answers that say what a neuron costs (of fewer the floor is higher), and the budget; both were chosen on
 # the prompts to attribute on, reworded with a "Please".
-LISTS = {"slop": (600, 0.0075), "frequent": (75, 0.0065)}
+LISTS = {"slop": (600, 0.0075), "frequent": (75, 0.005)}
 
 
 def main() -> None:
