@@ -56,7 +56,7 @@ def measure(rank: int, file: str, shape: str, num_ranks: int, meeting: str, opti
     torch.set_num_threads(1)
     if num_ranks > 1:
         torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=num_ranks)
-    layout = Layout(num_ranks, num_ranks > 1, "gradient_checkpointing" in options)
+    layout = Layout(num_ranks, num_ranks > 1, options.get("gradient_checkpointing", False))
     model = build_skeleton(shape, CONFIGS[shape], None, CAUSAL_LM, torch.float32).eval().requires_grad_(False)
     module = Attribution(shape, **options)
     module.settle(model, torch.float32)
