@@ -5,7 +5,7 @@ import gc
 import os
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
 from io import BytesIO
@@ -39,21 +39,21 @@ collect_ignore_glob = ["*conftest.py"]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is one of many alike as slow, and begin with the files whose tests take longest.
 
-    So no worker is left alone with one of these in the end. Coverage sees only the first set of parameters of every
-    second test, so that what pytest-cov prints is a lower bound: before Python 3.12 it traces the libraries too, and
-    the tests would take twice as long.
+    So no worker is left alone with one of these in the end. Coverage sees only every third test of a file, and of its
+    sets of parameters the first, so that what pytest-cov prints is a lower bound: before Python 3.12 it traces the
+    libraries too, and the tests would take twice as long.
     """
     alike: Counter[tuple[Path, str]] = Counter()
-    seen: set[tuple[Path, str]] = set()
+    seen: dict[Path, set[str]] = defaultdict(set)  # tests that are not slow, by file
     for item in items:
-        test = (item.path, getattr(item, "originalname", item.name))
-        alike[test] += 1
-        if (few := item.get_closest_marker("few")) and alike[test] > few.args[0]:
+        name = getattr(item, "originalname", item.name)
+        alike[item.path, name] += 1
+        if (few := item.get_closest_marker("few")) and alike[item.path, name] > few.args[0]:
             item.add_marker("slow")
-        if test in seen or len(seen) % 2:
+        if name in seen[item.path] or len(seen[item.path]) % 3:
             item.add_marker("no_cover")
         if not item.get_closest_marker("slow"):
-            seen.add(test)
+            seen[item.path].add(name)
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 

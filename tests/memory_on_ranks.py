@@ -42,7 +42,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         num_experts_per_tok=2,
     ),
 }
-SAMPLES, TOKENS = 2, 256
+SAMPLES, TOKENS = 2, 128
 
 
 def most_memory() -> int:

@@ -23,21 +23,32 @@ def run(*command: str) -> str:
     ).stdout
 
 
+@pytest.fixture
+def run_here(monkeypatch):
+    """Run a benchmark in this process, which has imported most of what it needs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run_benchmark(name: str, *options: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        import_module(name).main()
+
+    return run_benchmark
+
+
 def test_one_command_runs_the_benchmarks_by_name_and_writes_json(tmp_path):
     said = run(str(BENCHMARKS), "--only", "gpu", "--json", str(tmp_path / "found.json"))
     assert "## gpu\n\nNo GPU is here: nothing was measured." in said
     assert set(json.loads((tmp_path / "found.json").read_text())) == {"machine", "python"}
 
 
-def test_the_benchmark_of_compression_says_which_text_is_missing():
-    command = [sys.executable, str(BENCHMARKS / "compression.py"), "--c4", "nowhere.jsonl"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "--c4: nowhere.jsonl does not exist; give the path of a copy." in done.stderr
+def test_the_benchmark_of_compression_says_which_text_is_missing(run_here):
+    with pytest.raises(SystemExit, match=r"--c4: nowhere\.jsonl does not exist; give the path of a copy\."):
+        run_here("compression", "--c4", "nowhere.jsonl")
 
 
-def test_the_benchmark_of_the_gpu_runs_on_a_tiny_model(tmp_path):
-    said = run(str(BENCHMARKS / "gpu.py"), "--shape", "tiny", "--json", str(tmp_path / "found.json"))
+def test_the_benchmark_of_the_gpu_runs_on_a_tiny_model(run_here, tmp_path, capsys):
+    run_here("gpu", "--shape", "tiny", "--json", str(tmp_path / "found.json"))
+    said = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.keys() > {
         "floor",
@@ -50,7 +61,7 @@ def test_the_benchmark_of_the_gpu_runs_on_a_tiny_model(tmp_path):
     assert all(f"| {name} |" in said for name in found if name not in ("device", "rate"))
 
 
-def test_the_benchmark_of_families_trains_measures_and_keeps_its_checkpoints(tmp_path, monkeypatch):
+def test_the_benchmark_of_families_trains_measures_and_keeps_its_checkpoints(run_here, tmp_path, monkeypatch, capsys):
     random = Random(0)
     # So many words that every expert is chosen for one.
     neutral = ["".join(random.choices("abcdefghijklmnop", k=3)) for _ in range(300)]
@@ -75,8 +86,11 @@ def test_the_benchmark_of_families_trains_measures_and_keeps_its_checkpoints(tmp
         "passages": str(tmp_path / "passages.jsonl"),
         "json": str(tmp_path / "found.json"),
     }
-    command = [str(BENCHMARKS / "families.py"), *(part for name, of in options.items() for part in (f"--{name}", of))]
-    said = run(*command)
+    families = import_module("families")
+    monkeypatch.setattr(families, "OF_DOCUMENTS", (64, 32, 64))
+    monkeypatch.setattr(families, "speak", lambda verbose: None)  # it hides what libraries say until the process ends
+    run_here("families", *(part for name, of in options.items() for part in (f"--{name}", of)))
+    said = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert [row["selection"] for row in found] == ["published", "recommended"]
     assert all(row["off"].startswith(f"{row['spread']['neurons']:,} neuron") for row in found if row["spread"])
@@ -85,9 +99,8 @@ def test_the_benchmark_of_families_trains_measures_and_keeps_its_checkpoints(tmp
     assert "perplexity" in said.partition("steps")[2]
     (checkpoint,) = (tmp_path / "cache").iterdir()
     before = (checkpoint / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     of_recipe = {"cache": tmp_path / "cache", "minutes": float(options["minutes"])}
     there = Namespace(**of_recipe, comments=options["comments"], passages=options["passages"])
     (tmp_path / "comments.csv").unlink()  # what is there is not trained again
-    assert import_module("families").train("mixtral", there) == checkpoint
+    assert families.train("mixtral", there) == checkpoint
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before

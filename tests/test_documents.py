@@ -106,15 +106,6 @@ def only_prints(arguments: list[str]) -> bool:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("document", "section"), [(name, of) for name in DOCUMENTS for of in sections(read(name))])
-def test_every_command_of_a_section_parses(document, section):
-    for step in steps(sections(read(document))[section]):
-        for words in commands_of(step.text) if step.language == "sh" else []:
-            for arguments in of_sparc3(words):
-                ends(arguments if only_prints(arguments) else [*arguments, "--print_config"])
-
-
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_document_links_to_files_and_headings_that_are_there(document):
     folder = (ROOT / document).parent

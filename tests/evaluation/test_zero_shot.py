@@ -131,12 +131,6 @@ def test_data_of_a_task_that_cannot_be_had_are_an_error_that_names_it_and_the_wa
     assert "sparc3 prepare" in str(raised.value)
 
 
-@pytest.mark.slow
-def test_the_tasks_of_lm_eval_are_known() -> None:
-    pytest.importorskip("lm_eval")
-    check_tasks(ZeroShot(["arc_easy", "boolq", "hellaswag", "winogrande"]))
-
-
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(zero_shot, "find_spec", lambda name: None if name == "lm_eval" else find_spec(name))

@@ -137,7 +137,7 @@ def test_a_file_that_was_changed_anywhere_is_loaded_or_refused(tmp_path: Path, m
     monkeypatch.setenv("SPARC3_CACHE", str(tmp_path / "cache"))
     content, draw = write(tmp_path / "a.gguf", tiny()).read_bytes(), random.Random(1)
     path, messages = tmp_path / "changed.gguf", []
-    for _ in range(1000):
+    for _ in range(500):
         path.write_bytes(mutated(content, draw))
         start = time.monotonic()
         try:
@@ -145,7 +145,7 @@ def test_a_file_that_was_changed_anywhere_is_loaded_or_refused(tmp_path: Path, m
         except (ValueError, OSError) as error:
             messages.append(str(error))
         assert time.monotonic() - start < 20
-    assert len(messages) > 250
+    assert len(messages) > 125
     assert [message for message in messages if "\n" in message or str(path) not in message] == []
 
 
