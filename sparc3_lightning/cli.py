@@ -199,10 +199,9 @@ class Verbose(_HelpAction):  # as --help, it is nothing that a config may hold
 class SparC3CLI(LightningCLI):
     """``sparc3 <verb> --config <file> [--config <overlay>] [--<group>.<option> <value>]``."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Name the verbs; each is a method of the trainer."""
-        return {name: {"model", "datamodule"} for name in VERBS}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Name the verbs that are asked for; each is a method of the trainer."""
+        return {name: {"model", "datamodule"} for name in VERBS if name in self.parser_kwargs}
 
     def init_parser(self, stage: str | None = None, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser of a verb. It knows its stage; super would add a second config action."""
@@ -229,9 +228,7 @@ class SparC3CLI(LightningCLI):
             )
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
-        """Add the groups of one verb, if it was asked for."""
-        if parser.stage is None:
-            return
+        """Add the groups of one verb."""
         self._add_groups(parser)
         parser.elsewhere = {
             f"--model.{name}": verb for verb, of in reversed(STAGES.items()) for name in signature(of.stage).parameters
@@ -436,7 +433,7 @@ def main(args: ArgsType = None) -> SparC3CLI:
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list):
         answer(given)
-    # Filling the parsers of all verbs takes longer than the rest of what happens before a stage begins.
+    # Parsers of all verbs would take longer than the rest of what happens before a stage begins.
     asked = [name for name in VERBS if name in given] or VERBS
     set_parsing_settings(add_print_completion_argument=True)
     with giving_back():
