@@ -93,6 +93,9 @@ class ScoreSpec:
         if self.is_cost and (self.method, self.target) != ("gradient", "sampled"):
             what = f"fisher needs --.method gradient and --.target sampled, got {self.method} and {self.target}."
             raise OptionError("relevance", what)
+        if self.is_cost and self.nonfinite == "zero":
+            what = "zero would make a component cheap where it overflows: leave it out, and give --.dtype float32."
+            raise OptionError("nonfinite", what)
         if self.target == "sampled" and not self.is_cost:
             what = f"sampled needs --.relevance fisher, got {self.relevance}: its gradient is 0 in the mean."
             raise OptionError("target", what)

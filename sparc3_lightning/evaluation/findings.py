@@ -254,7 +254,7 @@ def _dose(
         selection=variant.selection,
         num_neurons=variant.num_neurons,
         kinds=dict(variant.kinds),
-        damping=variant.damping,
+        damping=variant.strength,
         perplexity=after["perplexity"].item(),
         perplexity_percent=perplexity_change(before, after),
         kl=after["divergence"].item(),

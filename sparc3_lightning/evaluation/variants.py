@@ -22,10 +22,12 @@ class Variant:
         kind: ``baseline``, ``pruned``, ``dose``, or the name of a control.
         num_continuations: Continuations drawn per prompt.
         num_neurons: How many neurons are off.
-        damping: 1 is off, a fraction damps.
+        damping: 1 is as the list has it, a fraction damps.
         draw: Number of the draw of a control.
         selection: Name of the selection its neurons are from, of one list or of several.
         listed: Name of the list its neurons are from.
+        strength: How far the neurons are off, by the list and the damping together: 1 is off. The damping alone where
+            that is not one number.
         mean_ablated: Whether something other than 0 takes the place of an activation, such as its mean.
         kinds: How many of what is off are neurons, heads, channels or weights; known once they are chosen.
     """
@@ -38,6 +40,7 @@ class Variant:
     draw: int = 0
     selection: str = ""
     listed: str = ""
+    strength: float = 1.0
     mean_ablated: bool = False
     kinds: Mapping[str, int] = field(default_factory=dict, hash=False)
 
@@ -140,8 +143,8 @@ def _check_listed(lists: Lists, doses: Sequence[int]) -> None:
             raise OptionError(
                 "doses",
                 f"asks for {max(doses)} {plural(neurons.granularity)}, but --.neurons"
-                f"{selection and f' ({selection})'} lists {known}: run 'sparc3 prune' with --.num_ranked "
-                f"{max(doses)}.",
+                f"{selection and f' ({selection})'} lists {known}: ask for fewer, or, if its criterion leaves as many, "
+                f"run 'sparc3 prune' with --.num_ranked {max(doses)}.",
             )
 
 
@@ -179,6 +182,7 @@ def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Component]])
         replace(
             variant,
             num_neurons=len(neurons),
+            strength=variant.damping * (neurons[0].damping if len({n.damping for n in neurons}) == 1 else 1),
             mean_ablated=any(neuron.mean for neuron in neurons),
             kinds=counts_of(neurons),
         )

@@ -34,8 +34,9 @@ class Budget:
 
     Args:
         max_perplexity_increase: Largest rise of perplexity, such as 0.01. As many neurons are taken as stay within it,
-            and the damping with the highest sum of scores. The text is ``--data``, in ``sparc3 run``
-            ``--budget_text``; its documents that were used to attribute are left out. None prunes ``num_neurons``.
+            and the damping with the highest sum of scores, or of benefits where neurons are ranked by benefit per cost.
+            The text is ``--data``, in ``sparc3 run`` ``--budget_text``; its documents that were used to attribute are
+            left out. None prunes ``num_neurons``.
         refine: Rounds that measure what each neuron costs among twice as many as were chosen, drop the tenth that gives
             least for it, and fill up; kept if the sum of scores grows.
     """
@@ -49,8 +50,10 @@ class Budget:
             raise OptionError(
                 "dampings", "Several --.dampings, and --.budget.refine, need --.budget.max_perplexity_increase."
             )
-        if self.max_perplexity_increase is not None and self.max_perplexity_increase <= 0:
+        if self.max_perplexity_increase is not None and not self.max_perplexity_increase > 0:  # nor NaN
             raise OptionError("budget.max_perplexity_increase", f"must be above 0, got {self.max_perplexity_increase}.")
+        if self.refine < 0:
+            raise OptionError("budget.refine", f"must be at least 0, got {self.refine}.")
 
 
 class PerplexityRise:
@@ -240,45 +243,57 @@ def largest_within(
 
 
 def choose_within(
-    rise: PerplexityRise, ranked: Sequence[Component], budget: Budget, dampings: Sequence[float] = (1.0,)
+    rise: PerplexityRise,
+    ranked: Sequence[Component],
+    budget: Budget,
+    dampings: Sequence[float] = (1.0,),
+    benefit: Callable[[Component], float] = lambda neuron: -neuron.score,
 ) -> list[Component]:
     """Choose neurons from the head of a ranking, and their damping, for the most benefit within a budget.
 
-    The benefit of a list is estimated by the sum of what its neurons were ranked by, times their damping. Each round
-    of refinement then measures what each neuron costs among twice as many as were chosen, drops the tenth that gives
-    least for it, and fills up from the ranking; a list is kept if its estimated benefit is higher. A costly neuron at
-    the head of a ranking, which would keep all others out, goes in this way. Where rises are predicted, the number is
-    measured first that the prediction names.
+    The benefit of a list is the sum of the benefits of its neurons, times their damping. Each round of refinement then
+    measures what each neuron costs among twice as many as were chosen, drops the tenth that gives least for it, and
+    fills up from the ranking; a list is kept if its benefit is higher. A costly neuron at the head of a ranking, which
+    would keep all others out, goes in this way, even one that costs more than the budget by itself. Where rises are
+    predicted, the number is measured first that the prediction names.
 
     Args:
         rise: Of the model and text.
         ranked: The neurons, first the one to take first; scores are lower the more is gained.
         budget: The budget; its ``max_perplexity_increase`` is not None.
         dampings: Dampings to choose from: 1 is off, a fraction damps.
+        benefit: Of a neuron that is switched off; below 0 counts as 0. By default it is what the neuron was ranked by.
 
     Raises:
         ValueError: If not even one neuron is within the budget.
     """
+
+    def total(neurons: Sequence[Component]) -> float:
+        return sum(max(benefit(neuron), 0.0) * neuron.damping for neuron in neurons)
+
     most = budget.max_perplexity_increase
     assert most is not None
     heads = [_head(rise, [replace(n, damping=damping) for n in ranked], most) for damping in dampings]
-    best = max(filter(None, heads), key=_benefit, default=[])
+    best = max(filter(None, heads), key=total, default=[])
+    dropped: set[Key] = set()
+    for _ in range(budget.refine):
+        left = [replace(n, damping=best[0].damping if best else min(dampings)) for n in ranked if n.key not in dropped]
+        considered = left[: max(2 * len(best), FEWEST)]
+        worth = torch.tensor([max(benefit(n), 0.0) for n in considered]) / rise.costs(considered).clamp(min=1e-12)
+        worst = {considered[i] for i in lowest_first(worth, max(1, len(considered) // 10)).tolist()}
+        refined = _head(rise, [n for n in left if n not in worst], most, start=len(best) or None)
+        if total(refined) > total(best):
+            best = refined
+        dropped |= {n.key for n in worst}
     if not best:
+        are_neurons = all(neuron.granularity == "neuron" for neuron in ranked)
+        leave_out = ", leave such neurons out by --.budget.refine 1" if are_neurons and not budget.refine else ""
+        first = min(step["rise"] for step in rise.measured if step["num_neurons"])
         raise OptionError(
             "budget.max_perplexity_increase",
             f"Not even one neuron is within --.budget.max_perplexity_increase {most:g} (the first raises perplexity by "
-            f"{100 * min(step['rise'] for step in rise.measured):.2f} %): raise it, or choose another --.criterion.",
+            f"{100 * first:.2f} %): raise it{leave_out}, or choose another --.criterion.",
         )
-    dropped: set[Key] = set()
-    for _ in range(budget.refine):
-        left = [replace(n, damping=best[0].damping) for n in ranked if n.key not in dropped]
-        considered = left[: max(2 * len(best), FEWEST)]
-        worth = torch.tensor([max(-n.score, 0.0) for n in considered]) / rise.costs(considered).clamp(min=1e-12)
-        worst = {considered[i] for i in lowest_first(worth, max(1, len(considered) // 10)).tolist()}
-        refined = _head(rise, [n for n in left if n not in worst], most, start=len(best))
-        if _benefit(refined) > _benefit(best):
-            best = refined
-        dropped |= {n.key for n in worst}
     return best
 
 
@@ -288,7 +303,3 @@ def _head(
     if start is None:
         start = FIRST if rise.prediction is None else rise.prediction.number_within(ranked, budget)
     return list(ranked[: largest_within(lambda number: rise(ranked[:number]), len(ranked), budget, start)])
-
-
-def _benefit(neurons: Sequence[Component]) -> float:
-    return sum(max(-neuron.score, 0.0) * neuron.damping for neuron in neurons)

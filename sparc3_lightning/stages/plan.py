@@ -210,10 +210,10 @@ class Plan:
             return
         skeleton = self.checkpoint.skeleton()
         for chosen in self.selections(options).values():
-            self._check_selection(chosen, skeleton, "neurons" in left)
+            self._check_selection(chosen, skeleton, options["evaluate"]["doses"], "neurons" in left)
         check_can_be_measured(skeleton)
 
-    def _check_selection(self, chosen: Config, skeleton: PreTrainedModel, is_left: bool) -> None:
+    def _check_selection(self, chosen: Config, skeleton: PreTrainedModel, doses: Sequence[int], is_left: bool) -> None:
         """Raise ValueError or OSError if the stages of a selection would refuse the model."""
         prune = chosen["prune"]
         for of_one in self._pair(chosen):
@@ -229,6 +229,9 @@ class Plan:
         if prune["num_neurons"] > number and prune["budget"]["max_perplexity_increase"] is None:
             what = f"must be between 1 and {number:,} (all {plural(scored)} that are scored)"
             raise OptionError("num_neurons", f"{what}, got {prune['num_neurons']}.", "prune")
+        if doses and max(doses) > number:
+            what = f"asks for {max(doses):,} {plural(scored)}, and only {number:,} are scored: ask for fewer."
+            raise OptionError("doses", what, "evaluate")
         if prune["export"] is not None and is_left:
             check = partial(
                 check_export,

@@ -21,7 +21,13 @@ from sparc3_lightning.models.likelihood import check_logits
 from sparc3_lightning.models.neurons import check_are_neurons
 from sparc3_lightning.report.drawing import draw_or_warn
 from sparc3_lightning.selection.budget import Budget, PerplexityRise, choose_within
-from sparc3_lightning.selection.criteria import differential_relevance, differential_strength, floor_of
+from sparc3_lightning.selection.criteria import (
+    Scores,
+    differential_relevance,
+    differential_strength,
+    floor_of,
+    with_floor,
+)
 from sparc3_lightning.selection.neuron_list import NEURONS, SELECTION, BudgetUse, NeuronList, Selected, origin
 from sparc3_lightning.selection.neuron_selection import (
     CRITERIA,
@@ -35,6 +41,7 @@ from sparc3_lightning.selection.neuron_selection import (
 from sparc3_lightning.selection.prediction import Prediction
 from sparc3_lightning.selection.sides import check_are_costs, check_sides
 from sparc3_lightning.selection.weight_selection import DifferentialWeights, select_weights
+from sparc3_lightning.stages.attribute import ALIKE, noise_in_words
 from sparc3_lightning.stages.base import Stage, paths_of
 from sparc3_lightning.stages.folders import check_config, giving_back, own
 from sparc3_lightning.stages.terminal import Line
@@ -107,8 +114,9 @@ class Pruning(Stage):
         super().__init__()
         if not general:
             raise OptionError("general", "must name at least one score file.")
-        if num_neurons < 1:
-            raise OptionError("num_neurons", f"must be at least 1, got {num_neurons}.")
+        for option, number in (("num_neurons", num_neurons), ("num_ranked", num_ranked)):
+            if number < 1:
+                raise OptionError(option, f"must be at least 1, got {number}.")
         if not 0 < top_behavior <= 1 or not 0 <= top_general < 1:
             raise OptionError(
                 "top_behavior", f"must be in (0, 1] and --.top_general in [0, 1), got {top_behavior} and {top_general}."
@@ -219,6 +227,9 @@ class Pruning(Stage):
         check_match([general_files[0], behavior_file], needs.needs_one_kind)
         if needs.needs_costs:
             check_are_costs(general_files[0].provenance.spec, behavior_file.provenance.spec)
+            for file in general_files:
+                if file.provenance.spec.is_cost and not (file.provenance.split_half or 0) >= ALIKE:
+                    rank_zero_warn(noise_in_words(file.provenance.split_half))
         scored = behavior_file.provenance.spec.granularity
         neurons = [name for name in behavior_file.scores if kind_of(scored, name) == "neuron"]
         check_are_neurons(neurons)
@@ -255,14 +266,23 @@ class Pruning(Stage):
             chosen = listed[: self.num_neurons]
         else:
             assert text is not None
+            if not num_listed:
+                way = ": raise --.top_behavior, or lower --.top_general" if self.criterion == "set_difference" else ""
+                raise OptionError("criterion", f"{self.criterion} leaves no {scored} that may be pruned{way}.")
             listed = ranking.first(num_listed)
             on = device or torch.device("cpu")
             # A constant in the place of 0 costs something else than the costs say.
             is_predicted = general_files[0].provenance.spec.is_cost and means is None
             prediction = Prediction(general, floor) if is_predicted else None
+            costs = with_floor(general, floor) if needs.needs_costs else None
             with closing(Line("Searching within the budget", "tokens", is_shown=self.shows_progress)) as line:
                 chosen, use = within_budget(
-                    self.budget, self.dampings, listed, text, general_files, on, line.advance, prediction
+                    self.budget, self.dampings, listed, text, general_files, on, line.advance, prediction, costs
+                )
+            if len(chosen) == num_listed < len(ranking.eligible):
+                rank_zero_warn(
+                    f"The {num_listed:,} of --model.num_ranked are all within the budget (perplexity {100 * use.rise:+.2f} "
+                    f"%), and {len(ranking.eligible):,} could be ranked: raise it to use up the budget."
                 )
         return ranking.selected(chosen, listed, differential, use), origin(general_files, files[len(general_files) :])
 
@@ -375,6 +395,7 @@ def within_budget(
     device: torch.device,
     on_read: Callable[[float], None],
     prediction: Prediction | None = None,
+    costs: Scores | None = None,
 ) -> tuple[list[Component], BudgetUse]:
     """Load the scored model, and select from the head of a ranking what stays within the budget.
 
@@ -387,6 +408,7 @@ def within_budget(
         device: Where to measure.
         on_read: Called with the number of tokens that were read since.
         prediction: Of the rise of perplexity; None for none.
+        costs: By which benefits were divided to rank the neurons, per module; None if they were not.
 
     Returns:
         The chosen neurons; and what was measured.
@@ -406,11 +428,17 @@ def within_budget(
     left = [sample for sample in text.samples if sample.id not in text.leave_out]
     if not left:
         raise ValueError("--data holds no document that was not used to attribute: choose another --data.seed.")
+    if not any(len(sample.input_ids) > 1 for sample in left):
+        raise ValueError("--data holds no document of two tokens, of which one is predicted: raise --data.seq_len.")
     rank_zero_info(f"Perplexity is measured on {len(left)} documents that were not used to attribute.")
     model = load_kept(checkpoint, getattr(torch, scored.spec.dtype))
     torch.nn.Module.to(model, device)  # in place; the method of transformers is typed as if it took no device
     rise = PerplexityRise(model, text.predict_dataloader(), batching := text.batching(), on_read, prediction)
-    chosen = choose_within(rise, ranked, budget, dampings)
+
+    def benefit(neuron: Component) -> float:
+        return -neuron.score * (1.0 if costs is None else costs[neuron.module][neuron.index].item())
+
+    chosen = choose_within(rise, ranked, budget, dampings, benefit)
     return chosen, BudgetUse(
         max_perplexity_increase=budget.max_perplexity_increase,
         rise=rise(chosen),

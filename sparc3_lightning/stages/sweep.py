@@ -1,5 +1,6 @@
 """Dose and response: the evaluation over numbers of neurons, dampings and selections, with one model load."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -58,6 +59,8 @@ class Sweep(Evaluation):
                 raise OptionError("names", f"must tell the lists apart, but two would have one name: {named}.")
             self.lists = dict(zip(named, lists, strict=True))
             self.selections = dict(zip(named, selections, strict=True))
+        if max_perplexity_increase is not None and math.isnan(max_perplexity_increase):
+            raise OptionError("max_perplexity_increase", "must be a number such as 0.01, got nan.")
         self.max_perplexity_increase = max_perplexity_increase
         if not doses:
             dampings = (1.0,)  # those given, or the default, are for doses
@@ -80,17 +83,17 @@ class Sweep(Evaluation):
         if best is None:
             rank_zero_info(f"Nothing was measured whose perplexity rises by at most {100 * budget:g} %.")
             return
-        (listed,) = (variant.listed for variant in self.variants if variant.name == best.name)
-        source, judge = self.lists[listed], self.results.headline_judge
+        (variant,) = (variant for variant in self.variants if variant.name == best.name)
+        source, judge = self.lists[variant.listed], self.results.headline_judge
         before = source.origin.get("chosen") or {}
-        ranked = [replace(n, damping=n.damping * best.damping) for n in source.order]
+        ranked = [replace(n, damping=n.damping * variant.damping) for n in source.order]
         off, following = ranked[: best.num_neurons], ranked[best.num_neurons :]
         taken = {neuron.key for neuron in off}
         least = [neuron for neuron in source.least_relevant if neuron.key not in taken]
         used = self.excluded_prompts | {row["prompt_id"] for row in self.completions}
         chosen = {
             "num_neurons": best.num_neurons,
-            "damping": best.damping,
+            "damping": variant.damping,
             "behavior_percent": best.behavior_percent and asdict(best.behavior_percent),
             "perplexity_percent": asdict(best.perplexity_percent),
             "by": str(self.folder),
@@ -136,11 +139,11 @@ def _names(selections: Sequence[str], lists: Sequence[NeuronList], paths: Sequen
 
 
 def _are_one_order(one: NeuronList, other: NeuronList) -> bool:
-    """Return whether two lists by one criterion differ at most in how many neurons they take, and how many they list.
+    """Return whether two lists by one criterion, as far off, differ at most in how many neurons they take and list.
 
     Their score files need not be compared: no two rankings agree by chance.
     """
-    orders = ([(n.key, n.mean) for n in listed.order] for listed in (one, other))
+    orders = ([(n.key, n.mean, n.damping) for n in listed.order] for listed in (one, other))
     are_alike = all(a == b for a, b in zip(*orders, strict=False))
     return are_alike and _criterion(one) == _criterion(other)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,7 +177,7 @@ class Additive:
         self.measured: list[dict[str, float]] = []
 
     def __call__(self, neurons: list[Component]) -> float:
-        self.measured.append({"rise": sum(self.costs(neurons).tolist())})
+        self.measured.append({"num_neurons": len(neurons), "rise": sum(self.costs(neurons).tolist())})
         return self.measured[-1]["rise"]
 
     def costs(self, neurons: list[Component]) -> torch.Tensor:
@@ -194,6 +195,30 @@ def test_refinement_drops_a_costly_neuron_at_the_head_that_would_keep_the_others
     assert choose_within(rise, ranked, Budget(0.0101, refine=4)) == sorted(
         choose_within(rise, ranked, Budget(0.0101, refine=4)), key=lambda n: n.score
     )
+
+
+@pytest.mark.parametrize("dampings", [(1.0,), (1.0, 0.5)])
+def test_refinement_drops_a_first_neuron_that_costs_more_than_the_budget(dampings):
+    rise = Additive({i: 1.0 if i == 0 else 1e-3 for i in range(50)})
+    ranked = [Component(MODULES[0], i, -2.0 + 0.01 * i) for i in range(50)]
+    with pytest.raises(ValueError, match=r"Not even one neuron .* 100\.00 %.*by --model\.budget\.refine 1, or choose"):
+        choose_within(rise, ranked, Budget(0.0101))
+    chosen = choose_within(rise, ranked, Budget(0.0101, refine=1), dampings)
+    left = [i for i in range(50) if i not in (0, 19)]  # a tenth of the 20 that are considered
+    assert [n.index for n in chosen] == left[: 10 if dampings == (1.0,) else 40]
+    channels = [replace(n, granularity="channel") for n in ranked]
+    with pytest.raises(ValueError, match=r"Not even one neuron [^,]*: raise it, or choose another"):
+        choose_within(rise, channels, Budget(0.0101))
+    with pytest.raises(ValueError, match="Not even one neuron"):
+        choose_within(Additive({0: 1.0}), ranked[:1], Budget(0.0101, refine=2))
+
+
+def test_where_scores_are_benefit_per_cost_the_damping_and_the_refinement_are_by_benefit():
+    costs = {i: 1e-6 if i < 10 else 1e-3 for i in range(210)}
+    rise = Additive(costs)
+    ranked = [Component(MODULES[0], i, -1.0 / (costs[i] + 1e-4)) for i in range(210)]  # benefits of 1, and a floor
+    by = [choose_within(rise, ranked, Budget(0.0501), (1.0, 0.5), *of) for of in ((), (lambda neuron: 1.0,))]
+    assert [(len(of), of[0].damping) for of in by] == [(60, 1.0), (210, 0.5)]
 
 
 def test_half_the_strength_pays_for_four_times_the_neurons_where_costs_are_quadratic():
@@ -248,6 +273,32 @@ def test_prune_spends_a_budget_on_documents_that_were_not_attributed(files):
     assert selection["budget"]["rise"] == budget["rise"]
 
 
+def test_that_all_ranked_neurons_are_within_the_budget_is_said(files):
+    general, behavior, documents = files
+    data = ["--data=C4", f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=12"]
+    budget = "--model.budget.max_perplexity_increase=9"
+    with pytest.warns(match=r"^The 3 of --model\.num_ranked are all within the budget \(.* 48 could be ranked: raise"):
+        assert (
+            len(NeuronList.load(prune(general, behavior, budget, "--model.num_ranked=3", *data) / "neurons.json").order)
+            == 3
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The 48 of")
+        prune(general, behavior, budget, "--model.num_ranked=48", *data)
+    with pytest.raises(ValueError, match=r"--data holds no document of two tokens.*raise --data\.seq_len"):
+        prune(general, behavior, budget, *data, "--data.seq_len=1")
+
+
+def test_a_selection_that_leaves_no_neuron_for_a_budget_is_refused(files):
+    general, behavior, documents = files
+    options = ["--data=C4", f"--data.source={documents}", "--model.budget.max_perplexity_increase=0.02"]
+    none = ["--model.criterion=set_difference", "--model.top_behavior=0.001"]
+    with pytest.raises(
+        ValueError, match=r"^--model\.criterion set_difference leaves no neuron .*--model\.top_behavior, or"
+    ):
+        prune(general, behavior, *options, *none)
+
+
 def test_the_neurons_that_come_next_are_switched_off_as_far_as_those_that_a_budget_paid_for(files):
     general, behavior, documents = files
     data = [f"--data.source={documents}", "--data.seq_len=12", "--data.num_samples=12"]
@@ -264,6 +315,10 @@ def test_a_budget_without_a_text_and_options_without_a_budget_are_refused(files)
         prune(general, behavior, "--model.budget.max_perplexity_increase=0.02")
     with pytest.raises(ValueError, match=r"--model.budget.max_perplexity_increase must be above 0"):
         prune(general, behavior, "--model.budget.max_perplexity_increase=0")
+    with pytest.raises(ValueError, match=r"--model.budget.max_perplexity_increase must be above 0, got nan"):
+        Budget(math.nan).check([1.0])
+    with pytest.raises(ValueError, match=r"--model.budget.refine must be at least 0, got -3"):
+        Budget(0.1, refine=-3).check([1.0])
     with pytest.raises(ValueError, match=r"need --model.budget.max_perplexity_increase"):
         prune(general, behavior, "--model.budget.refine=2")
     with pytest.raises(ValueError, match=r"--model.dampings must be above 0 and at most 1"):

@@ -127,6 +127,7 @@ def test_a_cost_of_0_for_every_neuron_is_refused(tiny_checkpoint, documents):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"nonfinite": "zero"}, "--model.nonfinite zero would make a component cheap .*--model.dtype float32"),
         ({"target": "text"}, "--model.relevance fisher needs .*--model.target sampled, got gradient and text"),
         ({"method": "lrp"}, "fisher needs --model.method gradient"),
         ({"relevance": "signed"}, "--model.target sampled needs --model.relevance fisher, got signed"),

@@ -46,6 +46,7 @@ def write_checkpoint(model_type: str, **options: Any) -> str:
         ("llama", ("--attribute.layers", "[nothing]"), r"--attribute\.layers: the model has no linear layer 'nothing'"),
         ("llama", ("--model.behavior_attribute", "{layers: [down_proj]}"), "The rows of down_proj are no neurons"),
         ("llama", ("--prune.num_neurons", "49"), r"--prune\.num_neurons must be between 1 and 48 \(all neurons"),
+        ("llama", ("--evaluate.doses", "[60]"), r"--evaluate\.doses asks for 60 neurons, and only 48 are scored: ask"),
         ("recurrent_gemma", (*WANDA,), "RecurrentGemmaForCausalLM hands on no cache"),
         (
             "qwen3",

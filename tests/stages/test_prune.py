@@ -1,6 +1,7 @@
 """From score files to neurons.json, its pictures and the pruned checkpoint; and what is refused."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,19 @@ def test_neurons_are_ranked_by_benefit_per_cost_and_magnitudes_are_refused(files
     assert not Path("other", NEURONS).exists()
 
 
+@pytest.mark.parametrize("split_half", [0.03, None, 0.9])
+def test_costs_that_are_noisy_are_said_to_be_so_where_neurons_are_ranked_by_them(split_half):
+    of = {"method": "gradient", "num_tokens": 2560}
+    costs = {**of, "target": "sampled", "relevance": "fisher", "chunk": 64, "split_half": split_half}
+    general = save_scores("cost.safetensors", random_scores(0), **costs)
+    behavior = save_scores("benefit.safetensors", random_scores(9), **of, target="lexicon", relevance="signed")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Pruning([general], behavior, criterion="benefit_per_cost", num_neurons=5).prune(OUT)
+    told = [str(of.message) for of in said if "noisy" in str(of.message)]
+    assert [".03" in of or "single" in of for of in told] == ([] if split_half == 0.9 else [True])
+
+
 def save_side(folder: str, seed: int, num_samples: int, scale: float = 1.0, **changes) -> Path:
     """Save scores in a folder of their own, with the activations of as many samples of 3, 4, ... tokens beside them."""
     Path(folder).mkdir()
@@ -331,6 +345,8 @@ def test_general_scores_that_sum_to_zero_are_weak_rather_than_a_crash():
 def test_no_neurons_or_fewer_are_refused_at_once(files, number):
     with pytest.raises(ValueError, match=f"--model.num_neurons must be at least 1, got {number}"):
         Pruning(*files, num_neurons=number)
+    with pytest.raises(ValueError, match=f"--model.num_ranked must be at least 1, got {number}"):
+        Pruning(*files, num_ranked=number)
 
 
 def test_more_neurons_than_there_are_is_refused_and_nothing_is_written(files):

@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+import math
 import shutil
 from collections import Counter
 from dataclasses import asdict, replace
@@ -278,10 +279,11 @@ def test_lists_of_one_order_are_one_selection_and_so_are_lists_of_one_name():
     }
     assert named(paths[:1] + paths[3:]) == {name: name for name in ("difference at 1 %", "set_difference")}
     assert named(paths[1:], names=["a", "b", "a"]) == {"a at 2 %": "a", "b": "b", "a, 7 neurons": "a"}
-    # Another order, and other constants in place of the activations, are other selections.
+    # Another order, other constants in place of the activations, and other dampings are other selections.
     turned = NeuronList(order[:2], listed.provenance, [*order[3:], order[2]])
     held = NeuronList([replace(neuron, mean=0.5) for neuron in order[:2]], listed.provenance)
-    for number, one in enumerate((turned, held)):
+    damped = NeuronList([replace(neuron, damping=0.5) for neuron in order[:2]], listed.provenance)
+    for number, one in enumerate((turned, held, damped)):
         one.save(Path(f"{number}/neurons.json"))
         assert named([paths[2], Path(f"{number}/neurons.json")]) == {
             name: name for name in ("difference (pruned)", f"difference ({number})")
@@ -314,6 +316,18 @@ def test_lists_of_one_selection_are_rows_of_it_and_one_front_from_one_baseline(m
     source = NeuronList.load(Path("other/neurons.json")) if best["selection"] == "set_difference" else listed
     chosen = NeuronList.load(folder / "chosen/neurons.json")
     assert [n.key for n in chosen.neurons] == [n.key for n in source.neurons + source.next][: best["num_neurons"]]
+
+
+def test_the_damping_of_a_point_is_that_of_its_list_times_its_own(monkeypatch):
+    monkeypatch.setattr("sparc3_lightning.report.page.write_report", lambda *_: None)
+    listed = NeuronList.load(Path("pruned/neurons.json"))
+    every = [replace(neuron, damping=0.5) for neuron in listed.neurons + listed.next]
+    NeuronList(every[:5], listed.provenance, every[5:]).save(Path("damped.json"))
+    results, _ = sweep("--model.neurons", "damped.json", "--model.doses", "[2]", "--model.dampings", "[1, 0.5]")
+    found = {point["name"]: point["damping"] for point in results["doses"]}
+    assert found == {"pruned": 0.5, "top_2_1": 0.5, "top_2_0.5": 0.25}
+    with pytest.raises(ValueError, match=r"--model\.max_perplexity_increase must be a number such as 0\.01, got nan"):
+        Sweep("tiny", Path("damped.json"), max_perplexity_increase=math.nan, scorers=["small"])
 
 
 @pytest.mark.slow
@@ -361,6 +375,7 @@ def test_the_neurons_that_follow_a_chosen_damped_list_are_damped_alike(tmp_path)
     module.results = Findings(
         headline="toxic", headline_judge="small", judges=judges, num_failed=0, baseline=baseline, doses=[best]
     )
+    assert best.name in [variant.name for variant in module.variants]
     module.off, module.completions, module.folder = {best.name: every[:2]}, [], tmp_path
     module.choose(0.01)
     chosen = NeuronList.load(tmp_path / "chosen/neurons.json")
