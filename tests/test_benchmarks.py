@@ -41,6 +41,12 @@ def test_one_command_runs_the_benchmarks_by_name_and_writes_json(tmp_path):
     assert set(json.loads((tmp_path / "found.json").read_text())) == {"machine", "python"}
 
 
+def test_no_selection_has_one_score_file_for_both_sides(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name, (general, behavior, _) in import_module("common").SELECTIONS.items():
+        assert general != behavior, name  # which `sparc3 prune` refuses
+
+
 def test_the_benchmark_of_compression_says_which_text_is_missing(run_here):
     with pytest.raises(SystemExit, match=r"--c4: nowhere\.jsonl does not exist; give the path of a copy\."):
         run_here("compression", "--c4", "nowhere.jsonl")

@@ -48,7 +48,7 @@ SELECTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "benefit_per_cost_channels": (COST + BOTH, "prob" + BOTH, {"criterion": "benefit_per_cost"}),
     "prob_lrp": (GENERAL, "prob_lrp", MASKED),
     "harmless": (GENERAL, OWN_TOXIC, {**MASKED, "harmless": OWN_HARMLESS}),
-    "random": ("random", "random", {**MASKED, "top_general": 0}),
+    "random": (GENERAL, "random", {**MASKED, "top_general": 0}),
     "auroc_refined": (LRP, TOXIC, {"criterion": "auroc", "budget.refine": 3}),
     "set_difference_refined": (LRP, TOXIC, {"criterion": "set_difference", "budget.refine": 3}),
     "prob_refined": (GENERAL, "prob", {**MASKED, "budget.refine": 3}),

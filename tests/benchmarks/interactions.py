@@ -2,11 +2,11 @@
 
 SmolLM2-135M, neurons and attention channels in one ranking, the parts of the prompts and the texts of selections.py.
 One pass over documents and one over the model's own continuations give the derivatives by every gain. From them follow
-costs of pairs, costs and benefits towards the mean, and the benefit from fewer prompts or less that on harmless
-continuations. The first table is what costs and costs of pairs predict of lists, against the divergence measured on the
-budget's text. The second is how much benefit a greedy choice by marginal costs finds, charged by documents that it did
-not see, the third that of fewer prompts, on other ones. The last is what each choice does within a budget, on the
-prompts for choices made by hand.
+costs of pairs, costs and benefits towards the mean, and the benefit from fewer prompts, less that on harmless
+continuations, or by the judge's own gradient. The first table is what costs and costs of pairs predict of lists,
+against the divergence measured on the budget's text. The second is how much benefit a greedy choice by marginal costs
+finds, charged by documents that it did not see, the third that of fewer prompts, on other ones. The last is what each
+choice does within a budget, on the prompts for choices made by hand.
 """
 
 import math
@@ -137,6 +137,8 @@ def measured(subject: Subject, options: Any) -> dict[str, Any]:
         orders[f"{number} prompts"] = [components[i] for i in found_by]
     contrast = ranking(benefit - gain.off[is_harmless].mean(dim=0), costs + floor)[:CANDIDATES]
     orders["less harmless"] = [components[i] for i in contrast]
+    by_judge = derivatives(model, layers, continued.predict_dataloader(), judged(continued)).off.mean(dim=0)
+    orders["judge's gradient"] = [components[i] for i in ranking(by_judge, costs + floor)[:CANDIDATES]]
     orders["off or at the mean"] = at_mean(components, cost, gain, floor)
     rise, lists = PerplexityRise(model, batches), {}
     for name, ranked in orders.items():
@@ -173,6 +175,35 @@ def lexical(data: ReferenceSamples) -> Callable[[PreTrainedModel, Any, Tensor | 
     return lambda model, batch, mask_BT: lexicon_probability(
         model, batch["input_ids"], mask_BT, batch["start"], lexicon
     )
+
+
+def judged(data: ReferenceSamples) -> Callable[[PreTrainedModel, Any, Tensor | None], Tensor]:
+    """Return the target of benefits without a list of words: the judge's score, through soft tokens.
+
+    The judge reads each token of a continuation as the mean of the word pieces of its text. The value is that of the
+    continuation as it is. The derivative is that of the mean over the vocabulary, by the model's probabilities, in the
+    place of each token (straight-through, Bengio et al. 2013).
+    """
+    judge = load_scorer(JUDGES[0]).detoxify  # type: ignore[attr-defined]
+    pieces_PD = judge.model.requires_grad_(False).get_input_embeddings().weight
+    tokenizer = data.load_tokenizer()
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    pieces = judge.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    E_VD = torch.stack([pieces_PD[of or [judge.tokenizer.unk_token_id]].mean(dim=0) for of in pieces])
+    first, last = (pieces_PD[[token]] for token in (judge.tokenizer.cls_token_id, judge.tokenizer.sep_token_id))
+
+    def target(model: PreTrainedModel, batch: Any, mask_BT: Tensor | None) -> Tensor:
+        ids = batch["input_ids"]
+        P_BTV = model(input_ids=ids, attention_mask=mask_BT, use_cache=False).logits.softmax(dim=-1)
+        scores = []
+        for row, start in enumerate(batch["start"].tolist()):
+            end = ids.shape[1] if mask_BT is None else int(mask_BT[row].sum())
+            soft_TD = P_BTV[row, start - 1 : end - 1] @ E_VD
+            read_TD = torch.cat([first, E_VD[ids[row, start:end]] + soft_TD - soft_TD.detach(), last])
+            scores.append(judge.model(inputs_embeds=read_TD[None])[0].sigmoid().squeeze())
+        return torch.stack(scores)
+
+    return target
 
 
 @dataclass(frozen=True)
