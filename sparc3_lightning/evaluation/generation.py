@@ -105,8 +105,9 @@ def draw_keys(seed: int, prompt_id: str, num_continuations: int, per_seed: int) 
     return [draw_key(seed + j // per_seed, prompt_id, j % per_seed) for j in range(num_continuations)]
 
 
-# Rows that a CPU draws for at a time: the C library gives memory of more than 32 MiB back, and clears it anew.
-ROWS_ON_CPU = 64
+# Rows that tokens are drawn for at a time: on a CPU, since the C library gives memory of more than 32 MiB back, and
+# clears it anew; and wherever the whole vocabulary is sorted, which takes some ten times as much as the logits.
+ROWS_TO_DRAW = 64
 
 
 def draw_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> Tensor:
@@ -126,8 +127,9 @@ def draw_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> 
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=1)
-    if logits.device.type == "cpu" and len(logits) > ROWS_ON_CPU:
-        parts = math.ceil(len(logits) / ROWS_ON_CPU)
+    is_whole = sampling.top_p >= 1
+    if (is_whole or logits.device.type == "cpu") and len(logits) > ROWS_TO_DRAW:
+        parts = math.ceil(len(logits) / ROWS_TO_DRAW)
         of_parts = zip(logits.tensor_split(parts), keys.tensor_split(parts), strict=True)
         return torch.cat([draw_tokens(*part, step, sampling) for part in of_parts])
     logits = logits.float()
@@ -136,7 +138,7 @@ def draw_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> 
     normalizer = logits.logsumexp(dim=1, keepdim=True)
     drawn = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     left = torch.arange(len(logits), device=logits.device)
-    for least in (1e-4, 1e-5, 0.0):  # the probability from which a token is sorted
+    for least in (0.0,) if is_whole else (1e-4, 1e-5, 0.0):  # the probability from which a token is sorted
         values, tokens = _sorted_from(logits, normalizer + math.log(least) if least else None)
         probabilities = (values - normalizer).exp()
         cumulative = probabilities.cumsum(dim=1)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from sparc3_lightning.models.gguf_header import Header
 from sparc3_lightning.sources import first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 2  # of a folder in the cache: counted up when something else comes out of the same file
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf")
@@ -55,6 +56,28 @@ def dequantized(gguf: Path) -> Path:
             if not folder.exists():  # unless another process was first
                 raise
     return folder
+
+
+def described(gguf: Path) -> "PretrainedConfig":
+    """Return the config of a GGUF file by its header alone: nothing is dequantized, nor written to the cache.
+
+    Raises:
+        ValueError: As ``dequantized``, but that its tensors and its tokenizer are not read.
+    """
+    header = Header.read(gguf)
+    _check_header(header)
+    with TemporaryDirectory() as source, _explained(header):
+        Path(source, "model.gguf").symlink_to(gguf.resolve())
+        return _config(header, Path(source))
+
+
+def _config(header: Header, source: Path) -> "PretrainedConfig":
+    """Return the config of a file that a folder holds, with all that the file says."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(source), gguf_file="model.gguf", trust_remote_code=False)
+    complete(config, header)
+    return config
 
 
 def _check_header(header: Header) -> None:
@@ -106,13 +129,12 @@ def _load_model(header: Header, source: Path) -> "PreTrainedModel":
     Raises:
         ValueError: If a tensor of the file is not used, or a weight of the model is not in the file.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM  # typed as if it returned the model alone
     options: dict[str, Any] = {"gguf_file": "model.gguf", "trust_remote_code": False}
     with _explained(header):
-        config = AutoConfig.from_pretrained(str(source), **options)
-        complete(config, header)
+        config = _config(header, source)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         _check_tensors(header, skeleton)

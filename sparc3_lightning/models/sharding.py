@@ -101,8 +101,13 @@ def check_batch_size(module: L.LightningModule, batching: Batching) -> None:
     A rank that is out of memory leaves the pass in which the others wait for its share of the weights.
     """
     if batching.is_auto and is_sharded(module):
-        what = "auto cannot be had with --trainer.strategy fsdp2, whose ranks call the model together: give a number."
-        raise OptionError("batch_size", what, batching.group)
+        raise refused_auto(batching.group)
+
+
+def refused_auto(group: str) -> OptionError:
+    """Return the error of a batch size that is to be found by trying, where the model is sharded."""
+    what = "auto cannot be had with --trainer.strategy fsdp2, whose ranks call the model together: give a number."
+    return OptionError("batch_size", what, group)
 
 
 def checkpoint_blocks_(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ from sparc3_lightning.evaluation.controls import CONTROLS
 from sparc3_lightning.evaluation.generation import ROWS, Sampling, SamplingOptions, continue_prompts
 from sparc3_lightning.files import at_home
 from sparc3_lightning.models.architectures import check_is_text, find_layers, is_recurrent, shape_of
-from sparc3_lightning.models.batching import AUTO, fits_on_cpu, free_memory, largest_size
+from sparc3_lightning.models.batching import AUTO, MOST, fits_on_cpu, free_memory, largest_size
 from sparc3_lightning.models.checkpoints import Checkpoint, ForwardDtype, resolve_dtype
 from sparc3_lightning.models.components import KINDS
 from sparc3_lightning.models.experts import is_expert
 from sparc3_lightning.models.footprint import Cost, Layout, Meter, Run, cost_of, measured_rate
+from sparc3_lightning.models.gguf import described
 from sparc3_lightning.models.likelihood import Reference, last_hidden_state, score_windows
 from sparc3_lightning.models.loading import CAUSAL_LM, build_skeleton, read_config
+from sparc3_lightning.models.sharding import refused_auto
+from sparc3_lightning.sources import resolve
 from sparc3_lightning.stages.attribute import Attribution
 from sparc3_lightning.stages.plan import Config, StageRun
 
@@ -45,6 +49,7 @@ COMPONENT_BYTES = 200  # of a component in neurons.json
 ROW_BYTES = 1000  # of a continuation in completions.jsonl: texts, tokens and scores
 LEXICON_TOKENS = 256  # that a scorer finds toxic, more or less
 MOST_DEVICES = 64  # of what is advised
+SHARDED = 16  # items of a batch of a sharded model where auto was asked for, if they fit
 _VERDICTS = {None: "", True: "; fits", False: "; does not fit"}
 
 
@@ -220,7 +225,12 @@ def estimate(stages: Sequence[StageRun], options: EstimateOptions, dtype: Forwar
     fits = [one.fits for one in found if one.operations]
     peak, written = max(one.device_bytes for one in found), sum(one.written for one in found)
     skeleton = build_skeleton(checkpoint.name, of_stages.config, None, CAUSAL_LM, next(iter(dtypes)))
-    shared = " Experts are taken to get equally many tokens." if any(map(is_expert, skeleton.modules())) else ""
+    said = " Experts are taken to get equally many tokens." if any(map(is_expert, skeleton.modules())) else ""
+    if unknown := [stage.name for stage in stages if stage.verb == "evaluate" and _num_prompts(stage) is None]:
+        said += (
+            f" How many prompts there are is not known of {' and '.join(unknown)} (num_prompts null), so that their "
+            "time and bytes are not in it."
+        )
     return "\n".join(
         [
             str(machine),
@@ -229,18 +239,21 @@ def estimate(stages: Sequence[StageRun], options: EstimateOptions, dtype: Forwar
             f"{_time(sum(one.seconds for one in found))}, {_size(written)} written"
             f"{_VERDICTS[None if None in fits else all(fits)]}",
             f"Time is that of matrix products at {' and '.join(rates)}, so it is the least; scorers, zero-shot tasks, "
-            "reading and communication are not in it. Prompts are taken to have "
-            f"{options.prompt_tokens} tokens.{shared}",
+            "pairs of sentences, reading and communication are not in it. Memory is without scorers. Prompts are taken "
+            f"to have {options.prompt_tokens} tokens.{said}",
         ]
     )
 
 
 def config_of(checkpoint: Checkpoint) -> Any:
-    """Return the config of a checkpoint; a folder needs no more than that file."""
+    """Return the config of a checkpoint: a folder needs no more than that file, a GGUF file no more than its header."""
     folder = Path(at_home(checkpoint.name))
-    if not (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
+        config = read_config(checkpoint.name, str(folder), None, CAUSAL_LM)
+    elif checkpoint.name.endswith(".gguf"):
+        config = described(resolve(checkpoint.name))
+    else:
         return checkpoint.config
-    config = read_config(checkpoint.name, str(folder), None, CAUSAL_LM)
     check_is_text(checkpoint.name, config)
     return config
 
@@ -270,13 +283,18 @@ class Estimator:
             stage: The stage.
             drawn: Tokens of a continuation.
         """
+        if self.machine.is_sharded and stage.verb != "prune":
+            for group, part in _parts(stage).items():
+                if part.get("batch_size") == AUTO:
+                    raise refused_auto(group)
         found = self.of(stage, drawn)
         if found.fits is not False:
             return found
         for said, changed, machine in self._ways(stage):
             if replace(self, machine=machine).of(changed, drawn).fits:
                 return replace(found, way_out=f": give {said}, with which it fits")
-        return replace(found, way_out=", whatever the batch size and the number of devices")
+        devices = "" if stage.verb == "prune" else " and the number of devices"
+        return replace(found, way_out=f", whatever the batch size{devices}")
 
     def of(self, stage: StageRun, drawn: int) -> Estimate:
         """Return the estimate of a stage, see ``advised``."""
@@ -288,11 +306,12 @@ class Estimator:
         """Yield options that take less memory, one by one and then together, with what each changes."""
         machine, said = self.machine, ""
         steps: list[tuple[str, Config]] = []
-        size = max([n for part in _parts(stage).values() if isinstance(n := part.get("batch_size"), int)], default=1)
-        smallest = stage
+        # On an accelerator auto goes down to 1 by itself.
+        smallest = numbered = self._numbered(stage, MOST if machine.is_cpu else 1)[0]
+        size = max([part["batch_size"] for part in _parts(numbered).values() if "batch_size" in part], default=1)
         while size > 1:
             size //= 2
-            smallest, said = _in_smaller_batches(stage, size)
+            smallest, said = _in_smaller_batches(numbered, size)
             yield said, smallest, machine
         if stage.verb == "attribute" and not stage.config["model"]["gradient_checkpointing"]:
             steps.append(("--attribute.gradient_checkpointing true", {"gradient_checkpointing": True}))
@@ -304,15 +323,43 @@ class Estimator:
             together, said = _with(together, change), f"{said} {option}".strip()
             if said != option:
                 yield said, together, machine
-        if stage.verb == "prune" or machine.is_cpu:  # one device; or all of them share one memory
+        if stage.verb == "prune":  # one device
+            return
+        if machine.is_cpu:  # all of a node share one memory
+            fewer = machine.per_node
+            while fewer > 1:
+                fewer //= 2
+                option = f"--trainer.devices {fewer}"
+                yield option, stage, replace(machine, per_node=fewer)
+                yield f"{said} {option}".strip(), together, replace(machine, per_node=fewer)
             return
         for number in (2**i for i in range(1, MOST_DEVICES.bit_length())):
             if number > machine.num_ranks or (number == machine.num_ranks and not machine.is_sharded):
                 per_node = min(number, max(8, machine.per_node))
                 more = replace(machine, per_node=per_node, num_nodes=-(-number // per_node), is_sharded=True)
                 option = f"--trainer.strategy fsdp2 --trainer.devices {per_node} --trainer.num_nodes {more.num_nodes}"
-                yield option, stage, more
-                yield f"{said} {option}".strip(), together, more
+                for most in (SHARDED, 1):
+                    changed, numbers = self._numbered(stage, most)
+                    yield f"{numbers} {option}".strip(), changed, more
+                    if not numbers:
+                        break
+                yield " ".join(filter(None, [said, numbers, option])), together, more
+
+    def _numbered(self, stage: StageRun, most: int) -> tuple[StageRun, str]:
+        """Return a stage with a number in the place of each batch size ``auto``, and the options that say so.
+
+        Args:
+            stage: The stage.
+            most: Greatest number; a smaller one is where ``auto`` begins.
+        """
+        stage = replace(stage, config=deepcopy(stage.config))
+        said = []
+        for group, part in _parts(stage).items():
+            if part.get("batch_size") == AUTO:
+                longest = int(part.get("seq_len") or part.get("window") or self.options.prompt_tokens)
+                part["batch_size"] = min(most, self._batch_size(AUTO, longest))
+                said.append(f"--{group}.batch_size {part['batch_size']}")
+        return stage, " ".join(said)
 
     def dtype_of(self, stage: StageRun) -> torch.dtype:
         """Return the dtype that a stage computes in."""
@@ -326,6 +373,20 @@ class Estimator:
         first = largest_size(longest, self.machine.device)
         vocab_size = self.config.get_text_config().vocab_size
         return min(first, fits_on_cpu(longest, vocab_size)) if self.machine.is_cpu else first
+
+    def _batch(self, asked: object, size: int, cost: Callable[[int], Cost]) -> tuple[int, Cost]:
+        """Return the size of a batch, and what it costs; an accelerator halves ``auto`` until it fits, as in the run.
+
+        Args:
+            asked: The option.
+            size: To begin with.
+            cost: Of a batch of a size.
+        """
+        found = cost(size)
+        while asked == AUTO and size > 1 and not self.machine.is_cpu and self._fits(found) is False:
+            size //= 2
+            found = cost(size)
+        return size, found
 
     def _attribution(self, stage: StageRun, drawn: int) -> Estimate:
         options, data = stage.config["model"], _data(stage)
@@ -348,11 +409,8 @@ class Estimator:
             layout = self.machine.layout(options["gradient_checkpointing"])
             return cost_of(self.name, self.config, dtype, layout, attribution(module, size, length), rules_of(module))
 
-        size = min(self._batch_size(data["batch_size"], length), share)
-        found = cost(size)
-        while data["batch_size"] == AUTO and size > 1 and self._fits(found) is False:
-            size //= 2
-            found = cost(size)
+        asked = data["batch_size"]
+        size, found = self._batch(asked, min(self._batch_size(asked, length), share), cost)
         return self._estimate(stage, found, share * found.operations / size, written, ("sample", share))
 
     def _length(self, data: Config, drawn: int) -> int:
@@ -372,7 +430,9 @@ class Estimator:
             return self._none(stage, written)
         length, number = self._length(data, drawn), int(data["num_samples"])
         size = min(one._batch_size(data["batch_size"], length), number)
-        found = one._cost(dtype, texts(size, length, length - 1))
+        size, found = one._batch(
+            data["batch_size"], size, lambda size: one._cost(dtype, texts(size, length, length - 1))
+        )
         lists = 1 + MEASURED * len(options["dampings"]) * (1 + int(options["budget"]["refine"]))
         operations = lists * number / size * found.operations
         return one._estimate(stage, found, operations, written, ("list of neurons", lists))
@@ -388,29 +448,28 @@ class Estimator:
             if (text := data.get(name)) is None:
                 continue
             text = text["init_args"]
-            windows = _windows(text)
-            scored = sum(window.num_scored for window in windows) // len(windows)
-            size = min(self._batch_size(text["batch_size"], text["window"]), len(windows))
-            for run, number in (
-                (texts(size, text["window"], scored), 1),
-                (texts(size, text["window"], scored, is_compared=True), models + controls - 1),
-            ):
+            windows = _windows(text, f"data.{name}")
+            length, scored = text["window"], sum(window.num_scored for window in windows) // len(windows)
+            size = min(self._batch_size(text["batch_size"], length), len(windows))
+            for is_compared, number in ((False, 1), (True, models + controls - 1)):
                 if number:
-                    costs.append(self._cost(dtype, run))
-                    operations += number * len(windows) / size * costs[-1].operations
-        prompts = data["prompts"]["init_args"]
-        # Without a number all rows of the data set are continued, of which nothing is known here.
-        num_prompts = (prompts["num_prompts"] or 0) + prompts.get("num_nontoxic", 0)
+                    run = partial(texts, length=length, scored=scored, is_compared=is_compared)
+                    size, cost = self._batch(text["batch_size"], size, lambda size: self._cost(dtype, run(size)))  # noqa: B023
+                    costs.append(cost)
+                    operations += number * len(windows) / size * cost.operations
+        prompts, num_prompts = data["prompts"]["init_args"], _num_prompts(stage)
         length = self.options.prompt_tokens
         size = self._batch_size(prompts["batch_size"], length)
         is_one_by_one = is_recurrent(build_skeleton(self.name, self.config, None, CAUSAL_LM, dtype))
         for each, number in ((sampling.num_continuations, models), (of_control, controls)):
-            if number and num_prompts:
+            if number and num_prompts != 0:
                 rows = 1 if is_one_by_one else max(1, ROWS // each)
-                rows = min(size, rows, num_prompts)
-                costs.append(self._cost(dtype, continuations(rows, each, length, sampling)))
-                operations += number * num_prompts / rows * costs[-1].operations
-        drawn = num_prompts * (models * sampling.num_continuations + controls * of_control)
+                rows = min(size, rows, num_prompts or rows)
+                run = partial(continuations, repeats=each, length=length, sampling=sampling)
+                rows, cost = self._batch(prompts["batch_size"], rows, lambda rows: self._cost(dtype, run(rows)))  # noqa: B023
+                costs.append(cost)
+                operations += number * (num_prompts or 0) / rows * cost.operations
+        drawn = (num_prompts or 0) * (models * sampling.num_continuations + controls * of_control)
         peak = max(costs, key=lambda cost: cost.peak)
         share = operations / self.machine.num_ranks
         return self._estimate(stage, peak, share, ROW_BYTES * drawn, ("model", models + controls))
@@ -525,7 +584,9 @@ def _parts(stage: StageRun) -> dict[str, Config]:
     if "class_path" in data:
         of_samples = "behavior" if stage.name.endswith("behavior") else "general"
         return {"budget_text" if stage.verb == "prune" else of_samples: data.get("init_args", {})}
-    return {f"data.{name}": part["init_args"] for name, part in data.items() if part is not None}
+    # The prompts of a screening are a group of their own.
+    groups = {"prompts": "screen"} if stage.name == "screen" else {}
+    return {groups.get(name, f"data.{name}"): part["init_args"] for name, part in data.items() if part is not None}
 
 
 def _in_smaller_batches(stage: StageRun, size: int) -> tuple[StageRun, str]:
@@ -564,8 +625,16 @@ def _models(options: Config) -> tuple[int, int]:
     return 1 + lists * (1 + doses), min(lists, 1) * len(CONTROLS) * options["controls"]["num_draws"]
 
 
-def _windows(text: Config) -> list[Window]:
+def _num_prompts(stage: StageRun) -> int | None:
+    """Return how many prompts an evaluation continues; None if all of a data set, whose rows are not counted here."""
+    prompts = stage.config["data"]["prompts"]["init_args"]
+    return None if prompts["num_prompts"] is None else prompts["num_prompts"] + prompts.get("num_nontoxic", 0)
+
+
+def _windows(text: Config, group: str) -> list[Window]:
     number = text["num_tokens"] or TEXT_TOKENS
+    if number < text["window"]:
+        raise OptionError("num_tokens", f"must be at least --.window {text['window']}, got {number}.", group)
     found: list[Window] = []
     if "sliding" in text["conventions"]:
         found += sliding_windows(number, text["window"], text["stride"])

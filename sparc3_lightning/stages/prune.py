@@ -281,8 +281,9 @@ class Pruning(Stage):
                 )
             if len(chosen) == num_listed < len(ranking.eligible):
                 rank_zero_warn(
-                    f"The {num_listed:,} of --model.num_ranked are all within the budget (perplexity {100 * use.rise:+.2f} "
-                    f"%), and {len(ranking.eligible):,} could be ranked: raise it to use up the budget."
+                    f"The {num_listed:,} of --model.num_ranked are all within the budget (perplexity "
+                    f"{100 * use.rise:+.2f} %), and {len(ranking.eligible):,} could be ranked: raise it to use up the "
+                    "budget."
                 )
         return ranking.selected(chosen, listed, differential, use), origin(general_files, files[len(general_files) :])
 
