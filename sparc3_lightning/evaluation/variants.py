@@ -26,8 +26,7 @@ class Variant:
         draw: Number of the draw of a control.
         selection: Name of the selection its neurons are from, of one list or of several.
         listed: Name of the list its neurons are from.
-        strength: How far the neurons are off, by the list and the damping together: 1 is off. The damping alone where
-            that is not one number.
+        of_list: Damping of the neurons in the list itself, 1 if they have several.
         mean_ablated: Whether something other than 0 takes the place of an activation, such as its mean.
         kinds: How many of what is off are neurons, heads, channels or weights; known once they are chosen.
     """
@@ -40,9 +39,14 @@ class Variant:
     draw: int = 0
     selection: str = ""
     listed: str = ""
-    strength: float = 1.0
+    of_list: float = 1.0
     mean_ablated: bool = False
     kinds: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    @property
+    def strength(self) -> float:
+        """How far the neurons are off, by the list and the damping together: 1 is off."""
+        return self.damping * self.of_list
 
     def as_context(self, model: nn.Module, neurons: Sequence[Component]) -> AbstractContextManager[None]:
         """Return the context that turns the model in memory into this variant."""
@@ -182,7 +186,7 @@ def counted(variants: Sequence[Variant], off: Mapping[str, Sequence[Component]])
         replace(
             variant,
             num_neurons=len(neurons),
-            strength=variant.damping * (neurons[0].damping if len({n.damping for n in neurons}) == 1 else 1),
+            of_list=neurons[0].damping if len({neuron.damping for neuron in neurons}) == 1 else 1.0,
             mean_ablated=any(neuron.mean for neuron in neurons),
             kinds=counts_of(neurons),
         )
