@@ -202,7 +202,7 @@ def is_carried_out(words: list[str]) -> bool:
     """Return whether .ci/run carries out a command of pip or pytest, or installs the extra that it is about."""
     carried_out = [
         shlex.split(line.replace("$checkout", ".").replace(" -q ", " ").partition(" --")[0])
-        for line in (ROOT / ".ci" / "run").read_text().splitlines()
+        for line in map(str.strip, (ROOT / ".ci" / "run").read_text().splitlines())
         if line.startswith(("pip ", "pytest "))
     ]
     extra = re.fullmatch(r"pip install \.\[(\w+)\]", " ".join(words))
