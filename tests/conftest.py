@@ -63,19 +63,31 @@ def libraries_are_no_garbage() -> None:
     gc.freeze()
 
 
+STAYING: set[str] = set()  # modules that are of no test
+
+
 @pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run every test in a folder of its own, and forget the modules that it imported from there.
+def in_empty_folder(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Run every test in a folder of its own, and forget the modules that a test, or a fixture, imported from a folder.
 
     Another test may have a module of that name.
     """
     monkeypatch.chdir(tmp_path)
-    before = set(sys.modules)
+    forget_modules_in(tmp_path_factory.getbasetemp())  # of a fixture that several tests share, which is made first
     yield
-    for name in sys.modules.keys() - before:
+    forget_modules_in(tmp_path_factory.getbasetemp())
+
+
+def forget_modules_in(folder: Path) -> None:
+    """Forget the modules whose files lie in a folder."""
+    for name in sys.modules.keys() - STAYING:
         file = getattr(sys.modules[name], "__file__", None)
-        if file and Path(file).is_relative_to(tmp_path):
+        if file and Path(file).is_relative_to(folder):
             del sys.modules[name]
+        else:
+            STAYING.add(name)
 
 
 @pytest.fixture(autouse=True)

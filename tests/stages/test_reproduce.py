@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ def there(measured, tmp_path, monkeypatch) -> dict[str, Any]:
     """The results of that folder, which is copied to the one of the test."""
     shutil.copytree(measured, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "toy_scorers", raising=False)  # that of the other folder
     return read_strictly(THERE)
 
 
